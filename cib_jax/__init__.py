@@ -1,0 +1,1 @@
+"""cib_jax: unsupervised hashing with a contrastive information bottleneck, in JAX."""

@@ -1,0 +1,1 @@
+"""Everything that starts from packed codes: ranking, the metrics of the protocol, code health."""
