@@ -1,0 +1,202 @@
+"""How the network sees an image: as random views in training, resized and normalised at test time.
+
+The whole batch is one program of fixed shapes. Every image draws from a key of its own, folded from the batch's
+key and the image's index, so its view does not depend on its neighbours, and a batch may be cut into chunks:
+`view_each(image_keys(key, n)[i:j], images[i:j], …)` gives rows i to j of `view(key, images, …)`. On a CPU, chunks
+of about 16 stay in its cache and take less time than the whole.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+
+from cib_jax import colour, geometry
+
+# The paper's family (section Augmentation).
+CROP_SCALE = (0.5, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+FLIP_PROBABILITY = 0.5
+JITTER_PROBABILITY = 0.7
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.4, 0.1
+GREYSCALE_PROBABILITY = 0.2
+BLUR_PROBABILITY = 0.5
+BLUR_SIGMA = (0.1, 2.0)  # pixels of the view
+
+# The family for digits.
+DIGIT_ANGLE = 15.0  # degrees
+DIGIT_SHEAR = 10.0  # degrees
+DIGIT_SCALE = (0.85, 1.15)
+DIGIT_SHIFT = 0.1  # of the side
+DIGIT_GAIN = (0.7, 1.3)
+
+
+class Photo(NamedTuple):
+    """The draws of one view of the family `photo`; a step not drawn holds values that change nothing."""
+
+    crop: geometry.Crop
+    flip: Bool[Array, "*batch"]
+    jitter: colour.ColourJitter
+    greyscale: Bool[Array, "*batch"]
+    sigma: Float[Array, "*batch"]
+
+
+def two_views(
+    key: PRNGKeyArray,
+    images: UInt8[Array, "batch height width 3"],
+    *,
+    image_size: int,
+    family: str = "photo",
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    deviation: Sequence[float] = (0.5, 0.5, 0.5),
+) -> tuple[Float[Array, "batch image_size image_size 3"], Float[Array, "batch image_size image_size 3"]]:
+    """Returns two views of every image, drawn independently.
+
+    The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`. Raises what `view`
+    raises.
+    """
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(2))
+    first, second = jax.vmap(
+        lambda key: view(key, images, image_size=image_size, family=family, mean=mean, deviation=deviation)
+    )(keys)
+    return first, second
+
+
+def view(
+    key: PRNGKeyArray,
+    images: UInt8[Array, "batch height width 3"],
+    *,
+    image_size: int,
+    family: str = "photo",
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    deviation: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Float[Array, "batch image_size image_size 3"]:
+    """Returns one view of every image, `image_size` pixels square, normalised by `mean` and `deviation`.
+
+    `mean` and `deviation` are per channel, of pixels in [0, 1]. Raises `ValueError` for images that are not
+    uint8 [batch, height, width, 3], a `family` that `FAMILIES` lacks, or an `image_size` below 2.
+    """
+    keys = image_keys(key, images.shape[0])
+    return view_each(keys, images, image_size=image_size, family=family, mean=mean, deviation=deviation)
+
+
+def view_each(
+    keys: PRNGKeyArray,
+    images: UInt8[Array, "batch height width 3"],
+    *,
+    image_size: int,
+    family: str = "photo",
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    deviation: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Float[Array, "batch image_size image_size 3"]:
+    """Returns `view` of every image under its own key of `keys`, for batches cut into chunks.
+
+    Raises what `view` raises.
+    """
+    if family not in FAMILIES:
+        raise ValueError(
+            f"augment is {family!r}, which is no family of views; choose {' or '.join(FAMILIES)}."
+        )
+    _check(images, image_size)
+    return _normalise(FAMILIES[family](keys, images / 255, image_size=image_size), mean, deviation)
+
+
+def resize_and_normalise(
+    images: UInt8[Array, "batch height width 3"],
+    *,
+    image_size: int,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    deviation: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Float[Array, "batch image_size image_size 3"]:
+    """Returns the images as the network sees them at test time: resized to `image_size` square, normalised.
+
+    Raises `ValueError` for images that are not uint8 [batch, height, width, 3], or an `image_size` below 2.
+    """
+    _check(images, image_size)
+    return _normalise(geometry.resize(images / 255, image_size=image_size), mean, deviation)
+
+
+def image_keys(key: PRNGKeyArray, batch: int) -> PRNGKeyArray:
+    """Returns the keys of the images of a batch, each folded from `key` and the image's index."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+
+
+def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> Photo:
+    """Draws one view of the family `photo` for a `height` × `width` image."""
+    crop, flip, jitter, jittered, greyscale, blurred, sigma = jax.random.split(key, 7)
+    drawn = colour.sample_colour_jitter(
+        jitter, brightness=BRIGHTNESS, contrast=CONTRAST, saturation=SATURATION, hue=HUE
+    )
+    apply = jax.random.bernoulli(jittered, JITTER_PROBABILITY)
+    radius = jax.random.uniform(sigma, minval=BLUR_SIGMA[0], maxval=BLUR_SIGMA[1])
+    return Photo(
+        crop=geometry.sample_crop(crop, height=height, width=width, scale=CROP_SCALE, ratio=CROP_RATIO),
+        flip=jax.random.bernoulli(flip, FLIP_PROBABILITY),
+        jitter=colour.ColourJitter(
+            order=drawn.order,
+            factors=jnp.where(apply, drawn.factors, 1.0),
+            hue=jnp.where(apply, drawn.hue, 0.0),
+        ),
+        greyscale=jax.random.bernoulli(greyscale, GREYSCALE_PROBABILITY),
+        sigma=jnp.where(jax.random.bernoulli(blurred, BLUR_PROBABILITY), radius, 0.0),
+    )
+
+
+def photo(
+    keys: PRNGKeyArray, images: Float[Array, "batch height width 3"], *, image_size: int
+) -> Float[Array, "batch image_size image_size 3"]:
+    """Returns the paper's views: crop, flip, colour jitter, greyscale, blur; from [0, 1] to [0, 1]."""
+    _, height, width, _ = images.shape
+    draw = jax.vmap(lambda key: sample_photo(key, height=height, width=width))(keys)
+    views = geometry.resized_crop(images, draw.crop, image_size=image_size, flip=draw.flip)
+    views = colour.colour_jitter(views, draw.jitter)
+    views = colour.to_greyscale(views, draw.greyscale)
+    return colour.gaussian_blur(views, draw.sigma)
+
+
+def digits(
+    keys: PRNGKeyArray, images: Float[Array, "batch height width 3"], *, image_size: int
+) -> Float[Array, "batch image_size image_size 3"]:
+    """Returns views of light digits on black: turned, sheared, scaled and shifted a little, brighter or darker.
+
+    Never mirrored, as that makes other signs of them. What comes in from outside the image is black, as the
+    background is. From [0, 1] to [0, 1].
+    """
+    _, height, width, _ = images.shape
+    if max(height, width) > image_size:
+        images = geometry.resize(images, image_size=image_size)
+
+    def draw(key: PRNGKeyArray) -> tuple[geometry.Affine, Float[Array, ""]]:
+        affine_key, gain_key = jax.random.split(key)
+        affine = geometry.sample_affine(
+            affine_key, angle=DIGIT_ANGLE, shear=DIGIT_SHEAR, scale=DIGIT_SCALE, shift=DIGIT_SHIFT
+        )
+        return affine, jax.random.uniform(gain_key, minval=DIGIT_GAIN[0], maxval=DIGIT_GAIN[1])
+
+    affine, gain = jax.vmap(draw)(keys)
+    return colour.adjust_brightness(geometry.warp(images, affine, image_size=image_size), gain)
+
+
+# A family takes keys (one per image), images in [0, 1] and the size, and gives views in [0, 1].
+FAMILIES: dict[str, Callable[..., Float[Array, "batch image_size image_size 3"]]] = {
+    "photo": photo,
+    "digits": digits,
+}
+
+
+def _normalise(images: Array, mean: Sequence[float], deviation: Sequence[float]) -> Array:
+    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(deviation, images.dtype)
+
+
+def _check(images: Array, image_size: int) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
+        raise ValueError(
+            f"images are {images.dtype} {list(images.shape)}, but must be uint8 [batch, height, width, 3]; "
+            "repeat a grey channel three times, and leave scaling and normalising to the view."
+        )
+    if image_size < 2:
+        raise ValueError(
+            f"image_size is {image_size}, but must be at least 2 pixels; give the network's input size."
+        )

@@ -1,0 +1,40 @@
+"""A small ConvNet for small images, trained from scratch with the hash head; it keeps no batch statistics."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cib_jax.backbones import convolution
+from cib_jax.backbones.convolution import Convolution
+
+WIDTHS = (32, 64, 128)
+FEATURES = 256
+
+
+class ConvNet(nnx.Module):
+    """Three 3×3 convolutions, each halving the map, then one linear layer over all of it."""
+
+    def __init__(self, rngs: nnx.Rngs, image_size: int):
+        channels = zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)
+        self.convolutions = nnx.List([Convolution(rngs, 3, 3, i, o) for i, o in channels])
+        side = image_size // 2 ** len(WIDTHS)
+        self.linear = Convolution(rngs, side * side * WIDTHS[-1], FEATURES)
+        self.image_size = image_size
+
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 256"]:
+        """Returns the features of normalised images.
+
+        Raises:
+            ValueError: if the images are not of the size that the network was built for.
+        """
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {images.shape[1]} × {images.shape[2]} but this ConvNet was built for "
+                f"{self.image_size} × {self.image_size}: resize them or build it for their size."
+            )
+        x = images
+        for layer in self.convolutions:
+            # The pool comes before the ReLU: the result is the same and a quarter of the ReLUs remain.
+            x = jax.nn.relu(convolution.max_pool_2x2(convolution.conv(x, *layer.arrays)))
+        kernel, bias = self.linear.arrays
+        return jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)

@@ -1,0 +1,148 @@
+"""The forms of a convolution: which one runs is chosen here, by platform, and nowhere else.
+
+XLA's CPU backend runs depthwise and 1×1 convolutions through a generic path that is many times slower than
+the same sums written out; on GPU and TPU the plain convolution is quick. Both forms give the same numbers.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+Padding = str | Sequence[tuple[int, int]]
+AXES = ("NHWC", "HWIO", "NHWC")
+
+
+def explicit_padding(
+    size: Sequence[int], window: Sequence[int], stride: int, padding: Padding
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns ((top, bottom), (left, right)) for "SAME", "VALID" or padding that is already explicit.
+
+    "SAME" is TensorFlow's: ceil(size / stride) outputs, and an odd padding puts the extra row at the end, so
+    that a 3×3 kernel with stride 2 pads an even size at its end only. PyTorch's 1 is ((1, 1), (1, 1)).
+
+    Raises:
+        ValueError: if `padding` is another word.
+    """
+    if padding == "VALID":
+        return (0, 0), (0, 0)
+    if padding == "SAME":
+        totals = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)]
+        return (totals[0] // 2, totals[0] - totals[0] // 2), (totals[1] // 2, totals[1] - totals[1] // 2)
+    if isinstance(padding, str):
+        raise ValueError(f"padding is {padding!r}: give 'SAME', 'VALID' or ((top, bottom), (left, right)).")
+    (top, bottom), (left, right) = padding
+    return (top, bottom), (left, right)
+
+
+def conv(
+    x: Float[Array, "batch h w inputs"],
+    kernel: Float[Array, "kh kw inputs outputs"],
+    bias: Float[Array, "outputs"],
+    stride: int = 1,
+    padding: Padding = "SAME",
+) -> Float[Array, "batch h2 w2 outputs"]:
+    """Returns the full convolution plus bias: the same form on every platform."""
+    pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=AXES) + bias
+
+
+def depthwise(
+    x: Float[Array, "batch h w channels"],
+    kernel: Float[Array, "kh kw 1 channels"],
+    bias: Float[Array, "channels"],
+    stride: int = 1,
+    padding: Padding = "SAME",
+) -> Float[Array, "batch h2 w2 channels"]:
+    """Returns the convolution of every channel with its own kernel, plus bias."""
+    pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
+    shifts = functools.partial(depthwise_by_shifts, stride=stride, pads=pads)
+    plain = functools.partial(depthwise_plain, stride=stride, pads=pads)
+    return _by_platform(shifts, plain, x, kernel) + bias
+
+
+def pointwise(
+    x: Float[Array, "batch h w inputs"],
+    kernel: Float[Array, "1 1 inputs outputs"],
+    bias: Float[Array, "outputs"],
+) -> Float[Array, "batch h w outputs"]:
+    """Returns the 1×1 convolution plus bias."""
+    return _by_platform(pointwise_by_product, pointwise_plain, x, kernel) + bias
+
+
+def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h//2 w//2 channels"]:
+    """Returns the largest of every 2×2 square; a last odd row or column is dropped, as in PyTorch."""
+    return _by_platform(max_pool_by_slices, max_pool_plain, x)
+
+
+def depthwise_by_shifts(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+    """Returns the depthwise convolution as a sum of shifted images, each times one tap of the kernel."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    kh, kw = kernel.shape[:2]
+    batch, height, width, channels = x.shape
+    last_row, last_column = (height - kh) // stride * stride, (width - kw) // stride * stride
+    total = None
+    for i in range(kh):
+        for j in range(kw):
+            shifted = lax.slice(
+                x,
+                (0, i, j, 0),
+                (batch, i + last_row + 1, j + last_column + 1, channels),
+                (1, stride, stride, 1),
+            )
+            term = shifted * kernel[i, j, 0]
+            total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def depthwise_plain(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+    """Returns the depthwise convolution in XLA's own form."""
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=AXES, feature_group_count=x.shape[-1]
+    )
+
+
+def pointwise_by_product(x: Array, kernel: Array) -> Array:
+    """Returns the 1×1 convolution as one matrix product."""
+    flat = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def pointwise_plain(x: Array, kernel: Array) -> Array:
+    """Returns the 1×1 convolution in XLA's own form."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=AXES)
+
+
+def max_pool_by_slices(x: Array) -> Array:
+    """Returns the 2×2 maximum of four strided slices."""
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    corners = [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
+    return jnp.maximum(jnp.maximum(corners[0], corners[1]), jnp.maximum(corners[2], corners[3]))
+
+
+def max_pool_plain(x: Array) -> Array:
+    """Returns the 2×2 maximum in XLA's own form."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def _by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *arguments: Array) -> Array:
+    return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
+class Convolution(nnx.Module):
+    """A layer's `kernel` [kh, kw, inputs, outputs] and `bias` [outputs]; the network says how to use them."""
+
+    def __init__(self, rngs: nnx.Rngs, *shape: int):
+        """Draws the kernel as He et al. (arXiv 1502.01852) do for ReLUs; the bias is 0."""
+        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(shape[-1:], jnp.float32))
+
+    @property
+    def arrays(self) -> tuple[Array, Array]:
+        """The kernel and the bias, in the order that the functions of this file take."""
+        return self.kernel[...], self.bias[...]

@@ -1,0 +1,78 @@
+"""The backbones by name, each with what its input must look like."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from flax import nnx
+
+from cib_jax.backbones import convnet, efficientnet, vgg
+from cib_jax.backbones.tensors import Tree
+
+Triple = tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A network from images [batch, h, w, 3] to features [batch, `features`], and how to feed and load it."""
+
+    name: str
+    features: int
+    mean: Triple  # of pixels scaled to [0, 1]
+    deviation: Triple
+    image_size: int  # its usual input size, in pixels
+    smallest: int  # the smallest input size that it takes
+    build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) to the network, randomly initialised
+    convert: (
+        Callable[[Mapping[str, np.ndarray]], Tree] | None
+    )  # named tensors to its state; None: from scratch
+
+
+HALF = (0.5, 0.5, 0.5)
+
+BACKBONES: dict[str, Backbone] = {
+    backbone.name: backbone
+    for backbone in (
+        Backbone(
+            name="vgg16",
+            features=vgg.FEATURES,
+            mean=(0.485, 0.456, 0.406),
+            deviation=(0.229, 0.224, 0.225),
+            image_size=224,
+            smallest=32,
+            build=lambda rngs, image_size: vgg.VGG16(rngs),
+            convert=vgg.convert,
+        ),
+        Backbone(
+            name="efficientnet_lite0",
+            features=efficientnet.FEATURES,
+            mean=HALF,
+            deviation=HALF,
+            image_size=224,
+            smallest=32,
+            build=lambda rngs, image_size: efficientnet.EfficientNetLite0(rngs),
+            convert=efficientnet.convert,
+        ),
+        Backbone(
+            name="convnet",
+            features=convnet.FEATURES,
+            mean=HALF,
+            deviation=HALF,
+            image_size=32,
+            smallest=8,
+            build=convnet.ConvNet,
+            convert=None,
+        ),
+    )
+}
+
+
+def get(name: str) -> Backbone:
+    """Returns the backbone called `name`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone is {name!r}: choose one of {', '.join(sorted(BACKBONES))}.")
+    return BACKBONES[name]

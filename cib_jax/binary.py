@@ -1,0 +1,81 @@
+"""The three forms of a code and every way between them.
+
+logits (encoder → objective) → ±1 codes (inside a training step) → packed uint8 (everywhere else). Bit j of a code is
+bit 7 − j mod 8 of byte j // 8, the order of `numpy.packbits`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+
+@jax.custom_jvp
+def _straight_through(probabilities: Array, codes: Array) -> Array:
+    """Returns `codes`, exactly, with the derivative of `probabilities`.
+
+    `p + stop_gradient(b − p)` would do the same up to rounding; here a code is ±1 to the last bit.
+    """
+    return codes
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0].astype(primals[1].dtype)
+
+
+def binarize(logits: Float[Array, "*batch bits"]) -> Float[Array, "*batch bits"]:
+    """Returns the deterministic ±1 codes of test time: +1 where a logit is greater than 0, −1 elsewhere.
+
+    A logit of exactly 0 gives −1: a code never has a third value. No gradient passes.
+    """
+    return jnp.where(logits > 0, 1.0, -1.0).astype(logits.dtype)
+
+
+def sample_codes(
+    key: PRNGKeyArray, logits: Float[Array, "*batch bits"], *, stochastic: bool = True
+) -> Float[Array, "*batch bits"]:
+    """Returns ±1 codes whose gradient passes straight through to p = σ(logits): ∂b/∂p := 1.
+
+    The probabilistic binary layer of CIBHash (https://arxiv.org/abs/2105.06138, section 3.2).
+
+    Args:
+      key: a random key; unused, but asked for, where `stochastic` is False.
+      logits: the outputs of the hash head.
+      stochastic: True draws each bit as +1 with probability p, the paper's layer; False takes +1 where p > ½, as the
+        published code does.
+    """
+    probabilities = jax.nn.sigmoid(logits)
+    if stochastic:
+        uniform = jax.random.uniform(key, logits.shape, logits.dtype)
+        codes = jnp.where(uniform < probabilities, 1.0, -1.0).astype(logits.dtype)
+    else:
+        codes = binarize(logits)
+    return _straight_through(probabilities, codes)
+
+
+def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"]:
+    """Returns the codes with eight bits to the byte; a bit is 1 where the code is greater than 0.
+
+    Takes ±1 codes, {0, 1} codes, booleans or logits alike.
+
+    Raises:
+      ValueError: the number of bits is not a multiple of 8.
+    """
+    bits = codes.shape[-1] if codes.ndim else 0
+    if bits == 0 or bits % 8:
+        raise ValueError(
+            f"pack_bits: codes have shape {codes.shape}, but the last axis must be a positive multiple of 8; "
+            "choose `bits` as 16, 32, 64, …"
+        )
+    return jnp.packbits(codes > 0, axis=-1)
+
+
+def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bits"]:
+    """Returns the ±1 codes (float32) that `pack_bits` packed.
+
+    Raises:
+      ValueError: `packed` is not uint8.
+    """
+    if packed.dtype != jnp.uint8:
+        raise ValueError(f"unpack_bits: packed codes are uint8, not {packed.dtype}; pass what pack_bits returned")
+    return jnp.unpackbits(jnp.asarray(packed), axis=-1).astype(jnp.float32) * 2.0 - 1.0

@@ -1,0 +1,119 @@
+"""Whether a configuration makes sense, told before anything heavy starts. The fields are documented in configs/default.py."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+
+from cib_jax import augment
+from cib_jax.backbones import registry
+from cib_jax.objective import OBJECTIVES
+
+
+class ConfigError(ValueError):
+    """A field of the configuration has a value that cannot work; the message names it and what to do."""
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*choices: str) -> Check:
+    return lambda value: value in choices, f"is not one of {', '.join(choices)}"
+
+
+def _at_least(least: float) -> Check:
+    return lambda value: math.isfinite(value) and value >= least, f"must be {least} or more"
+
+
+_POSITIVE: Check = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
+
+CHECKS: dict[str, Check] = {
+    "seed": (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295"),
+    "bits": (
+        lambda bits: 8 <= bits <= 4096 and bits % 8 == 0,
+        "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
+    ),
+    "k": _at_least(1),
+    "backbone": _one_of(*registry.BACKBONES),
+    "image_size": (lambda size: 0 <= size <= 2048, "must be 0 (the backbone's usual size) or up to 2048 pixels"),
+    "hidden": _at_least(1),
+    "objective": _one_of(*OBJECTIVES),
+    "binary": _one_of("stochastic", "deterministic"),
+    "temperature": _POSITIVE,
+    "beta": _at_least(0),
+    "augment": _one_of(*augment.FAMILIES),
+    "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
+    "epochs": _at_least(1),
+    "learning_rate": _POSITIVE,
+    "data.train_per_class": _at_least(0),
+    "data.queries": _at_least(0),
+    "data.validation": _one_of("none", "query_half", "database"),
+    "data.validation_queries": _at_least(1),
+    "data.stored_size": _at_least(0),
+    "data.resident_mb": _at_least(0),
+    "train.views": (
+        lambda views: views == 0 or views >= 2,
+        "must be 0 (fresh views at every step) or at least 2, since a pair needs two views",
+    ),
+    "train.validate_every": _at_least(1),
+    "train.patience": _at_least(1),
+    "train.checkpoint_every": _at_least(1),
+    "encode_batch": _at_least(1),
+}
+
+MAY_CHANGE = frozenset({"data.dir", "data.resident_mb"})
+"""Fields that say where or how data are held, not what is learnt: they may differ between two runs of one workdir."""
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the fields of a config by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks every field by itself and those that depend on each other.
+
+    Raises:
+      ConfigError: a value cannot work; one sentence names the field, the value and the choices.
+    """
+    flat = flatten(config)
+    for name, (good, message) in CHECKS.items():
+        if name not in flat:
+            raise ConfigError(f"config.{name}: the field is missing; start from configs/default.py, which lists them all")
+        if isinstance(flat[name], bool) or not good(flat[name]):
+            raise ConfigError(f"config.{name}: {flat[name]!r} {message}")
+    backbone = registry.get(config.backbone)
+    if config.image_size and config.image_size < backbone.smallest:
+        raise ConfigError(
+            f"config.image_size: {config.image_size} is too small for {backbone.name}, which takes {backbone.smallest} "
+            "pixels or more"
+        )
+    if backbone.convert is None and config.backbone_weights:
+        raise ConfigError(f"config.backbone_weights: {backbone.name} is trained from scratch; leave the field empty")
+    if backbone.convert is None and config.frozen:
+        raise ConfigError(
+            f"config.frozen: {backbone.name} starts from random weights and would learn nothing; set it to False"
+        )
+    if config.train.views and not config.frozen:
+        raise ConfigError(
+            "config.train.views: features can be computed once only while the backbone is frozen; set it to 0, or "
+            "config.frozen to True"
+        )
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Returns "field: theirs → mine" for each field in which two flat configs differ, but for `MAY_CHANGE`."""
+    names = sorted((mine.keys() | theirs.keys()) - MAY_CHANGE)
+    missing = object()
+    return [
+        f"{name}: {theirs.get(name, 'absent')!r} → {mine.get(name, 'absent')!r}"
+        for name in names
+        if mine.get(name, missing) != theirs.get(name, missing)
+    ]

@@ -1,0 +1,77 @@
+"""Images in batches of uint8, in an order that depends on (seed, epoch) alone: from memory, or streamed with Grain."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+import PIL.Image
+from jaxtyping import Int, UInt8
+
+from cib_jax.data.sources import DataError, Images
+
+Batch = UInt8[np.ndarray, "batch height width 3"]
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
+    """Returns the order of `count` images in an epoch; any epoch's can be had without those before it."""
+    return np.random.default_rng((seed, 3, epoch)).permutation(count)
+
+
+def stream(
+    images: Images,
+    order: Int[np.ndarray, " count"],
+    batch_size: int,
+    *,
+    stored_size: int = 0,
+    drop_remainder: bool = False,
+) -> Iterator[Batch]:
+    """Yields batches of decoded images in the order given, read ahead by Grain's threads.
+
+    Args:
+      images: random access to them.
+      order: indices into `images`.
+      batch_size: images per batch; the last batch may be smaller.
+      stored_size: side to which each image is resized on the host; 0 leaves images as they are.
+      drop_remainder: True leaves a smaller last batch out.
+
+    Raises:
+      DataError: images of different sizes, while `stored_size` is 0.
+    """
+    if not len(order):
+        return
+    first = images[int(order[0])].shape
+
+    def fetch(index: int) -> UInt8[np.ndarray, "height width 3"]:
+        image = images[int(index)]
+        if stored_size:
+            return _resize(image, stored_size)
+        if image.shape != first:
+            raise DataError(
+                f"config.data.stored_size: image {index} has shape {image.shape}, others {first}; set the field to the "
+                "side in pixels to which all are resized, such as 256"
+            )
+        return image
+
+    pipeline = grain.MapDataset.source(np.asarray(order)).map(fetch).batch(batch_size, drop_remainder=drop_remainder)
+    yield from pipeline.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
+
+
+def _resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
+def materialise(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "images height width 3"]:
+    """Returns all images as one array.
+
+    Raises:
+      DataError: images of different sizes, while `stored_size` is 0.
+    """
+    if isinstance(images, np.ndarray) and not stored_size:
+        return images
+    return np.concatenate(list(stream(images, np.arange(len(images)), 256, stored_size=stored_size)))
+
+
+def size_in_bytes(images: Images, *, stored_size: int = 0) -> int:
+    """Returns what `materialise` would take, from the first image's size."""
+    height, width = (stored_size, stored_size) if stored_size else images[0].shape[:2]
+    return len(images) * height * width * 3

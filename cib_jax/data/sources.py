@@ -1,0 +1,147 @@
+"""Data sets by name: images one by one, and their labels, from tensorflow-datasets or from scikit-learn."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+
+class DataError(ValueError):
+    """A data set is missing, unreadable or too small; the message says what to do."""
+
+
+class Images(Protocol):
+    """Random access to decoded images, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "height width 3"]: ...
+
+
+Labels = Int[np.ndarray, " images"] | Bool[np.ndarray, "images classes"]
+"""One class per image, or any number of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images with their labels. The labels measure and, in the published protocol, balance; nothing learns from them."""
+
+    images: Images
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Int[np.ndarray, " taken"]) -> "ImageSet":
+        """Returns the images at `indices`, in that order, undecoded."""
+        return ImageSet(_Taken(self.images, indices), self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    images: Images
+    indices: Int[np.ndarray, " taken"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        return self.images[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set as it is published. Where it comes in one piece, `test` is None."""
+
+    train: ImageSet
+    test: ImageSet | None
+
+
+def load(name: str, directory: str = "") -> Source:
+    """Returns the data set `name`: "digits", or a tensorflow-datasets name whose images have one label each.
+
+    Args:
+      name: the data set.
+      directory: the TFDS data_dir; "" takes TFDS's usual place. Unused for "digits".
+
+    Raises:
+      DataError: there is no such set, it cannot be had, or it is not one of labelled images.
+    """
+    return _digits() if name == "digits" else _tfds(name, directory)
+
+
+def _digits() -> Source:
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return Source(ImageSet(np.repeat(grey[..., None], 3, axis=-1), digits.target.astype(np.int64)), None)
+
+
+def _tfds(name: str, directory: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    where = directory or str(tfds.core.constants.DATA_DIR)
+    try:
+        # array_record: the one format TFDS reads at random and without TensorFlow.
+        builder = tfds.builder(name, data_dir=directory or None, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise DataError(
+            f"config.data.name: {name!r} is neither 'digits' nor a data set that tensorflow-datasets knows; see "
+            "https://www.tensorflow.org/datasets/catalog for the names"
+        ) from None
+    if not builder.info.splits:
+        _prepare(builder, name, where)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
+        raise DataError(
+            f"config.data.name: {name} has features {sorted(features)} and splits {sorted(builder.info.splits)}, but "
+            "'image', 'label', 'train' and 'test' are needed; choose a data set of labelled images"
+        )
+    try:
+        return Source(_split(builder, "train"), _split(builder, "test"))
+    except Exception as error:  # TFDS and array_record raise many kinds; each means that the files are unusable
+        raise DataError(
+            f"config.data.dir: {name} under {where} cannot be read ({_first_line(error)}); remove that folder and "
+            f"prepare it again with `tfds build {name} --file_format=array_record`"
+        ) from error
+
+
+def _prepare(builder: Any, name: str, where: str) -> None:
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # whatever went wrong, the way out is the same
+        raise DataError(
+            f"config.data.dir: {name} is not prepared under {where}, and downloading it failed ({_first_line(error)}); "
+            f"on a machine with network run `tfds build {name} --file_format=array_record --data_dir=DIR`, copy DIR "
+            "here and pass --config.data.dir=DIR"
+        ) from error
+
+
+def _split(builder: Any, split: str) -> ImageSet:
+    import tensorflow_datasets as tfds
+
+    # Labels first, all of them, with the images left undecoded: the protocol draws by label.
+    undecoded = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    labels = np.fromiter((example["label"] for example in undecoded), np.int64, len(undecoded))
+    return ImageSet(TfdsImages(builder.as_data_source(split=split)), labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsImages:
+    """The images of a TFDS data source, grey ones repeated to three channels."""
+
+    source: Sequence[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
+        image = self.source[index]["image"]
+        return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

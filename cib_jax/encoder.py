@@ -1,0 +1,171 @@
+"""An encoder, images → logits: a backbone and the hash head, split once into pure functions and their parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from cib_jax import augment
+from cib_jax.backbones import registry
+
+Params = dict[str, Any]
+"""A pytree of float32 arrays with the entries "head" and, where the backbone learns too, "backbone"."""
+
+
+class HashHead(nnx.Module):
+    """Linear(features → hidden), ReLU, Linear(hidden → bits): the hash head of CIBHash (section 4.2)."""
+
+    def __init__(self, features: int, hidden: int, bits: int, *, rngs: nnx.Rngs):
+        self.hidden = _linear(features, hidden, rngs)
+        self.out = _linear(hidden, bits, rngs)
+
+    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+        """Returns one logit per bit."""
+        return self.out(nnx.relu(self.hidden(features)))
+
+
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    # Weights and bias from U(−1/√inputs, 1/√inputs), as in the published code (the default of torch.nn.Linear):
+    # a larger start makes the first codes nearly deterministic.
+    bound = inputs**-0.5
+
+    def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Pure functions of a network; it holds no parameters, so it can be closed over or passed as a static argument."""
+
+    backbone: registry.Backbone
+    bits: int
+    image_size: int
+    backbone_graph: nnx.GraphDef
+    head_graph: nnx.GraphDef
+
+    def preprocess(
+        self, images: UInt8[Array, "batch height width 3"]
+    ) -> Float[Array, "batch image_size image_size 3"]:
+        """Returns the images as at test time: resized to the input size and normalised for the backbone."""
+        return augment.resize_and_normalise(
+            images, image_size=self.image_size, mean=self.backbone.mean, deviation=self.backbone.deviation
+        )
+
+    def two_views(
+        self, key: PRNGKeyArray, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
+    ) -> tuple[Float[Array, "batch image_size image_size 3"], Float[Array, "batch image_size image_size 3"]]:
+        """Returns two augmented views of every image, of this encoder's size and normalisation."""
+        return augment.two_views(
+            key,
+            images,
+            image_size=self.image_size,
+            family=family,
+            mean=self.backbone.mean,
+            deviation=self.backbone.deviation,
+        )
+
+    def view_each(
+        self, keys: PRNGKeyArray, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
+    ) -> Float[Array, "batch image_size image_size 3"]:
+        """Returns one augmented view of every image, each drawn by its own key of `keys`."""
+        return augment.view_each(
+            keys,
+            images,
+            image_size=self.image_size,
+            family=family,
+            mean=self.backbone.mean,
+            deviation=self.backbone.deviation,
+        )
+
+    def features(
+        self, params: Params, frozen: Params, views: Float[Array, "batch image_size image_size 3"]
+    ) -> Float[Array, "batch features"]:
+        """Returns the backbone's features of normalised views."""
+        state = params["backbone"] if "backbone" in params else frozen["backbone"]
+        return _apply(self.backbone_graph, state, views)
+
+    def head(self, params: Params, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+        """Returns the hash head's logits of features."""
+        return _apply(self.head_graph, params["head"], features)
+
+    def logits(
+        self, params: Params, frozen: Params, views: Float[Array, "batch image_size image_size 3"]
+    ) -> Float[Array, "batch bits"]:
+        """Returns one logit per bit of normalised views."""
+        return self.head(params, self.features(params, frozen, views))
+
+
+def _apply(graph: nnx.GraphDef, state: Params, inputs: Array) -> Array:
+    return nnx.merge(graph, state)(inputs)
+
+
+def create_encoder(
+    key: PRNGKeyArray,
+    *,
+    backbone: str,
+    bits: int,
+    image_size: int = 0,
+    frozen: bool | None = None,
+    hidden: int = 1024,
+    backbone_params: Params | None = None,
+    pretrained: bool = True,
+) -> tuple[Encoder, Params, Params]:
+    """Returns an encoder, the parameters that training changes, and those that it leaves alone.
+
+    Args:
+      key: a random key, for what is not loaded.
+      backbone: a name out of `cib_jax.backbones.registry.BACKBONES`.
+      bits: the length of a code, a multiple of 8.
+      image_size: side of the square input in pixels; 0 takes the backbone's usual size.
+      frozen: whether the backbone stays as it is; by default it does if it comes with pretrained weights.
+      hidden: width of the hash head's hidden layer.
+      backbone_params: the backbone's weights, as `cib_jax.load_pretrained(backbone)` returns them.
+      pretrained: False starts a backbone that has pretrained weights from random ones.
+
+    Raises:
+      ValueError: a value is out of range, or `backbone_params` are missing or do not fit the network.
+    """
+    chosen = registry.get(backbone)
+    size = image_size or chosen.image_size
+    if bits < 8 or bits % 8:
+        raise ValueError(f"bits: {bits} is not a positive multiple of 8; codes are stored in whole bytes, try 16, 32 or 64")
+    if size < chosen.smallest:
+        raise ValueError(f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more")
+    has_pretrained = chosen.convert is not None
+    if has_pretrained and pretrained and backbone_params is None:
+        raise ValueError(
+            f"backbone_params: {backbone} comes with pretrained weights; pass cib_jax.load_pretrained({backbone!r}), or "
+            "pretrained=False to start from random ones"
+        )
+    backbone_key, head_key = jax.random.split(key)
+    graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
+    head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))
+    encoder = Encoder(chosen, bits, size, graph, head_graph)
+    head_params = nnx.to_pure_dict(head)
+    if has_pretrained if frozen is None else frozen:
+        return encoder, {"head": head_params}, {"backbone": state}
+    return encoder, {"head": head_params, "backbone": state}, {}
+
+
+def _split_backbone(
+    chosen: registry.Backbone, size: int, key: PRNGKeyArray, loaded: Params | None
+) -> tuple[nnx.GraphDef, Params]:
+    if loaded is None:
+        graph, state = nnx.split(chosen.build(nnx.Rngs(key), size))
+        return graph, nnx.to_pure_dict(state)
+    # Only shapes are worked out here: drawing VGG's 134 million random weights to throw them away takes seconds.
+    graph, state = nnx.split(nnx.eval_shape(lambda: chosen.build(nnx.Rngs(key), size)))
+    wanted = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+    given = jax.tree.map(jnp.shape, loaded)
+    if wanted != given:
+        raise ValueError(
+            f"backbone_params: they do not fit {chosen.name} (wanted {wanted}, got {given}); "
+            f"pass cib_jax.load_pretrained({chosen.name!r})"
+        )
+    return graph, jax.tree.map(jnp.asarray, loaded)

@@ -1,0 +1,69 @@
+"""What the words of a config stand for: the encoder, the optimiser, the splits, the streams of random numbers."""
+
+import jax
+import ml_collections
+import optax
+from jaxtyping import PRNGKeyArray
+
+from cib_jax.backbones import registry, weights
+from cib_jax.config import ConfigError
+from cib_jax.data import sources, splits
+from cib_jax.encoder import Encoder, Params, create_encoder
+
+STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2}
+
+
+def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:
+    """Returns the key of one of `STREAMS`, a fold of the one root key that the seed gives."""
+    return jax.random.fold_in(jax.random.key(config.seed), STREAMS[stream])
+
+
+def encoder(config: ml_collections.ConfigDict) -> tuple[Encoder, Params, Params, str]:
+    """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of the weights loaded ("": none).
+
+    Raises:
+      WeightsError: the backbone's weights are missing or unusable.
+    """
+    pretrained = registry.get(config.backbone).convert is not None
+    loaded = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
+    made, params, frozen = create_encoder(
+        key(config, "initial weights"),
+        backbone=config.backbone,
+        bits=config.bits,
+        image_size=config.image_size,
+        frozen=config.frozen,
+        hidden=config.hidden,
+        backbone_params=loaded,
+    )
+    return made, params, frozen, weights.fingerprint(loaded) if loaded is not None else ""
+
+
+def optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Returns Adam with the config's learning rate."""
+    return optax.adam(config.learning_rate)
+
+
+def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
+    """Returns the data set's splits, checked against the fields that depend on their sizes.
+
+    Raises:
+      DataError: the data set cannot be had or is too small.
+      ConfigError: `k` or `batch_size` is larger than the images there are.
+    """
+    data = config.data
+    drawn = splits.draw(
+        sources.load(data.name, data.dir),
+        seed=config.seed,
+        train_per_class=data.train_per_class,
+        queries=data.queries,
+        validation=data.validation,
+        validation_queries=data.validation_queries,
+    )
+    searched = len(drawn.validation[1]) if drawn.validation else len(drawn.database)
+    if config.k > min(searched, len(drawn.database)):
+        raise ConfigError(f"config.k: {config.k} is larger than the database, which has {searched} images; lower it")
+    if config.batch_size > len(drawn.train):
+        raise ConfigError(
+            f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)} images; lower it"
+        )
+    return drawn

@@ -1,0 +1,167 @@
+"""What a user holds after training: images in, packed codes out."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import PIL.Image
+from jaxtyping import Array, Float, UInt8
+
+from cib_jax import binary, encoding, from_config
+from cib_jax.encoder import Encoder, Params
+from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
+from cib_jax.training.state import create_train_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Hasher:
+    """A trained encoder with its parameters."""
+
+    encoder: Encoder
+    params: Params
+    frozen: Params
+    batch_size: int = 100
+    """Images encoded at once."""
+
+    @classmethod
+    def load(cls, workdir: pathlib.Path | str) -> "Hasher":
+        """Returns the hasher of a run: of its best checkpoint where it was validated, of its last one elsewhere.
+
+        Raises:
+          CheckpointError: `workdir` is no run's folder, or its checkpoint is missing or unusable.
+          WeightsError: the frozen backbone's weights are missing, or not those that the run was trained with.
+        """
+        workdir = pathlib.Path(workdir)
+        config = read_config(workdir)
+        encoder, params, frozen, fingerprint = from_config.encoder(config)
+        params, _, extra = restore_best(workdir, params, config)
+        check_fingerprint(fingerprint, extra, workdir)
+        return cls(encoder, params, frozen, config.encode_batch)
+
+    def encode(
+        self, images: UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> UInt8[np.ndarray, "n bytes"]:
+        """Returns the packed codes of RGB images, `bits` / 8 bytes each.
+
+        An array is resized on the device; a sequence of images, which may differ in size, is resized on the host.
+
+        Raises:
+          ValueError: the images are not uint8 with three channels; the message names their shape and type.
+        """
+        if isinstance(images, np.ndarray) or hasattr(images, "dtype"):
+            images = np.asarray(images)
+            _check_images(images, 4)
+        else:
+            images = self._resized(images)
+        if not len(images):
+            return np.zeros((0, self.encoder.bits // 8), np.uint8)
+        size = min(self.batch_size, len(images))
+        return self.encode_batches(images[start : start + size] for start in range(0, len(images), size))
+
+    def encode_batches(
+        self,
+        batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
+        on_images: Callable[[int], None] = lambda images: None,
+    ) -> UInt8[np.ndarray, "n bytes"]:
+        """Returns the packed codes of all images of `batches`, none of which is larger than the first."""
+        compute = functools.partial(_packed, self.encoder, self.params, self.frozen)
+        rows = encoding.map_batches(lambda images, first: compute(images), batches, on_images)
+        return np.concatenate([np.asarray(row) for row in rows])
+
+    def _resized(
+        self, images: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> UInt8[np.ndarray, "n image_size image_size 3"]:
+        side = self.encoder.image_size
+        resized = np.empty((len(images), side, side, 3), np.uint8)
+        for row, image in zip(resized, images, strict=True):
+            image = np.asarray(image)
+            _check_images(image, 3)
+            row[:] = PIL.Image.fromarray(image).resize((side, side), PIL.Image.Resampling.BILINEAR)
+        return resized
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _packed(
+    encoder: Encoder, params: Params, frozen: Params, images: UInt8[Array, "batch height width 3"]
+) -> UInt8[Array, "batch bytes"]:
+    return binary.pack_bits(encoder.logits(params, frozen, encoder.preprocess(images)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_features(
+    encoder: Encoder, params: Params, frozen: Params, images: UInt8[Array, "batch height width 3"]
+) -> Float[Array, "batch features"]:
+    """Returns the backbone's features of images as at test time, unaugmented."""
+    return encoder.features(params, frozen, encoder.preprocess(images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def packed_of_features(
+    encoder: Encoder, params: Params, features: Float[Array, "batch features"]
+) -> UInt8[Array, "batch bytes"]:
+    """Returns the packed codes of features."""
+    return binary.pack_bits(encoder.head(params, features))
+
+
+def _check_images(images: np.ndarray, dimensions: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != dimensions or images.shape[-1] != 3:
+        wanted = "[n, height, width, 3]" if dimensions == 4 else "[height, width, 3]"
+        raise ValueError(
+            f"images: wanted uint8 {wanted} in RGB, got {images.dtype} {list(images.shape)}; convert them first, "
+            "for example with numpy.asarray(PIL.Image.open(path).convert('RGB'))"
+        )
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Returns the config that a run was started with.
+
+    Raises:
+      CheckpointError: there is no run in `workdir`.
+    """
+    path = workdir / "config.json"
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: there is no such file, so {workdir} is no run's folder; give the --workdir of a training run"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise CheckpointError(f"{path}: the file is damaged ({error}); restore it from a copy or train again") from None
+
+
+def restore_best(
+    workdir: pathlib.Path, params: Params, config: ml_collections.ConfigDict
+) -> tuple[Params, Progress, dict[str, Any]]:
+    """Returns the parameters a run is judged by, how far it came, and what its checkpoint holds beside them.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is unusable.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(f"{workdir / 'checkpoints'}: there is no checkpoint here; train first, with --mode=train")
+    template = jax.eval_shape(lambda: create_train_state(params, from_config.optimiser(config)))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        state, progress, extra = checkpoints.restore(template)
+        if progress.best_step and progress.best_step != progress.step:
+            state, _, extra = checkpoints.restore(template, progress.best_step)
+    return jax.tree.map(jnp.asarray, state.params), progress, extra
+
+
+def check_fingerprint(fingerprint: str, extra: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Checks that the backbone's weights are those of the run.
+
+    Raises:
+      CheckpointError: they are others, so its codes would be meaningless.
+    """
+    if extra.get("backbone_fingerprint", "") != fingerprint:
+        raise CheckpointError(
+            f"{workdir}: the run was trained on backbone weights {extra.get('backbone_fingerprint')!r}, but those found "
+            f"now are {fingerprint!r}; set config.backbone_weights to the file that the run used"
+        )

@@ -1,0 +1,198 @@
+"""The evaluation: codes of queries and database, the figures of the protocol, results.json, a table."""
+
+import importlib.metadata
+import pathlib
+import platform
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import rich.console
+import rich.table
+from jaxtyping import UInt8
+
+from cib_jax import config as config_lib
+from cib_jax import from_config
+from cib_jax.data import loader
+from cib_jax.data.sources import ImageSet
+from cib_jax.data.splits import Splits
+from cib_jax.encoder import Encoder, Params
+from cib_jax.hasher import Hasher, check_fingerprint, read_config, restore_best
+from cib_jax.jobs import progress as progress_lib
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.retrieval import health, metrics
+from cib_jax.training.checkpoint import Progress
+
+
+def evaluate(
+    workdir: pathlib.Path | str,
+    *,
+    overrides: dict[str, Any] | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Measures a trained run and writes its results.json and codes/; returns the results.
+
+    Args:
+      workdir: of a run that was trained.
+      overrides: config fields by dotted name, of those that change the measuring and not the run.
+      console: where to report.
+
+    Raises:
+      CheckpointError: there is no trained run there.
+      ConfigError, DataError, WeightsError: as in training.
+    """
+    workdir, console = pathlib.Path(workdir), console or rich.console.Console()
+    config = _overridden(read_config(workdir), overrides or {})
+    config_lib.check(config)
+    splits = from_config.draw_splits(config)
+    encoder, params, frozen, fingerprint = from_config.encoder(config)
+    params, progress, extra = restore_best(workdir, params, config)
+    check_fingerprint(fingerprint, extra, workdir)
+    if not progress.finished:
+        console.print(
+            f"{workdir}: training has not ended (epoch {progress.epoch} of {config.epochs}); measuring the last checkpoint",
+            soft_wrap=True,
+        )
+    return measure(
+        config, workdir, splits, encoder, params, frozen, progress, float(extra.get("bank_seconds", 0.0)), console
+    )
+
+
+MEASURING = frozenset({"k", "encode_batch"}) | config_lib.MAY_CHANGE
+"""Fields that a trained run may be measured with other values of."""
+
+
+def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
+    for name, value in overrides.items():
+        known = config_lib.flatten(config)
+        if name in known and known[name] == value:
+            continue
+        if name not in MEASURING:
+            raise config_lib.ConfigError(
+                f"config.{name}: the run was trained with {known.get(name)!r}, which an evaluation cannot change to "
+                f"{value!r}; leave it out, or train again in another --workdir"
+            )
+        config.update_from_flattened_dict({name: value})
+    return config
+
+
+def measure(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    splits: Splits,
+    encoder: Encoder,
+    params: Params,
+    frozen: Params,
+    progress: Progress,
+    bank_seconds: float,
+    console: rich.console.Console,
+) -> dict[str, Any]:
+    """Encodes and ranks, writes results.json and codes/, prints the table, returns the results."""
+    begun = time.perf_counter()
+    query = encode(config, splits.query, encoder, params, frozen, console, "Encoding queries")
+    database = encode(config, splits.database, encoder, params, frozen, console, "Encoding database")
+    encode_seconds = time.perf_counter() - begun
+    begun = time.perf_counter()
+    figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, config.k)
+    figures["code_health"] = health.code_health(database)
+    for name, array in {
+        "query_codes": query,
+        "database_codes": database,
+        "query_labels": splits.query.labels,
+        "database_labels": splits.database.labels,
+    }.items():
+        workdir_lib.write_array(workdir / "codes" / f"{name}.npy", array)
+    results = {
+        "dataset": config.data.name,
+        "backbone": config.backbone,
+        "image_size": encoder.image_size,
+        "bits": config.bits,
+        "objective": config.objective,
+        "seed": config.seed,
+        "k": config.k,
+        "map": figures.pop("map"),
+        "map_tie_aware": figures.pop("map_tie_aware"),
+        "counts": {
+            "train": len(splits.train),
+            "query": len(splits.query),
+            "database": len(splits.database),
+            "validation": len(splits.validation[0]) if splits.validation else 0,
+        },
+        "epochs": progress.epoch,
+        "best_validation_map": progress.best_map if progress.best_step else None,
+        "seconds": {
+            "bank": round(bank_seconds, 2),
+            "train": round(progress.seconds, 2),
+            "encode": round(encode_seconds, 2),
+            "metrics": round(time.perf_counter() - begun, 2),
+        },
+        "metrics": figures,
+        "versions": versions(),
+    }
+    workdir_lib.write_json(workdir / "results.json", results)
+    _print(results, workdir, console)
+    return results
+
+
+def encode(
+    config: ml_collections.ConfigDict,
+    images: ImageSet,
+    encoder: Encoder,
+    params: Params,
+    frozen: Params,
+    console: rich.console.Console,
+    what: str,
+) -> UInt8[np.ndarray, "n bytes"]:
+    """Returns the packed codes of a set, with a bar."""
+    with progress_lib.bar(console, what, len(images)) as moved:
+        return Hasher(encoder, params, frozen).encode_batches(
+            batches(config, images), lambda count: moved(count, "")
+        )
+
+
+def batches(config: ml_collections.ConfigDict, images: ImageSet) -> Iterable[UInt8[np.ndarray, "batch h w 3"]]:
+    """Returns a set's images in order, in batches for encoding."""
+    size = min(config.encode_batch, len(images))
+    return loader.stream(images.images, np.arange(len(images)), size, stored_size=config.data.stored_size)
+
+
+def versions() -> dict[str, str]:
+    """Returns what the run was made with."""
+    packages = ("cib-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
+    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _print(results: dict[str, Any], workdir: pathlib.Path, console: rich.console.Console) -> None:
+    figures, code_health, counts = results["metrics"], results["metrics"]["code_health"], results["counts"]
+    table = rich.table.Table(
+        title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row(f"MAP@{results['k']}", f"{results['map']:.4f}", style="bold")
+    table.add_row(f"MAP@{results['k']}, ties in random order", f"{results['map_tie_aware']:.4f}")
+    at = figures["precision_at_k"]
+    for k, precision in zip(at["k"], at["precision"], strict=True):
+        table.add_row(f"precision@{k}", f"{precision:.4f}")
+    table.add_row("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}")
+    table.add_row("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}")
+    table.add_row("distinct codes in the database", f"{code_health['distinct_codes']:,} of {counts['database']:,}")
+    table.add_row("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}")
+    table.add_row("entropy of the codes", f"{code_health['entropy']:.2f} bits")
+    table.add_row("queries · database · training", f"{counts['query']:,} · {counts['database']:,} · {counts['train']:,}")
+    seconds = results["seconds"]
+    table.add_row(
+        "seconds: view bank · training · encoding · metrics",
+        " · ".join(f"{seconds[part]:.1f}" for part in ("bank", "train", "encode", "metrics")),
+    )
+    console.print(table)
+    console.print(f"Written to {workdir / 'results.json'}", soft_wrap=True)

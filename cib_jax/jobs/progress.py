@@ -1,0 +1,51 @@
+"""What a job shows while it works: bars on a terminal, a line now and then in a log."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.progress
+
+LINE_EVERY = 30.0
+"""Seconds between lines where the output is no terminal."""
+
+
+@contextlib.contextmanager
+def bar(console: rich.console.Console, what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Yields a function of (images more, words about them) that moves a bar on, with images/s and the time left."""
+    if console.is_terminal:
+        columns = (
+            rich.progress.TextColumn(what),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("{task.fields[words]}"),
+            rich.progress.TimeRemainingColumn(),
+        )
+        with rich.progress.Progress(*columns, console=console) as progress:
+            task = progress.add_task(what, total=total, completed=done, words="")
+            moved = _rated(lambda more, words: progress.update(task, advance=more, words=words))
+            yield moved
+        return
+    told = time.monotonic()
+
+    def line(more: int, words: str) -> None:
+        nonlocal done, told
+        done += more
+        if time.monotonic() - told > LINE_EVERY or done >= total:
+            told = time.monotonic()
+            console.print(f"{what}: {done:,} of {total:,}, {words}", highlight=False, soft_wrap=True)
+
+    yield _rated(line)
+
+
+def _rated(show: Callable[[int, str], None]) -> Callable[[int, str], None]:
+    begun, images = time.monotonic(), 0
+
+    def moved(more: int, words: str = "") -> None:
+        nonlocal begun, images
+        images += more
+        rate = f"{images / max(time.monotonic() - begun, 1e-9):,.0f} images/s"
+        show(more, f"{words}, {rate}" if words else rate)
+
+    return moved

@@ -1,0 +1,120 @@
+"""What training minimises: NT-Xent on codes, the KL bottleneck, and the paper's three objectives made of them.
+
+CIBHash, https://arxiv.org/abs/2105.06138: L = L_contrast + β · L_KL (sections 3.2 and 3.3).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from cib_jax import binary
+
+
+class Objective(NamedTuple):
+    """What distinguishes one of the paper's objectives from another."""
+
+    binary: bool
+    """Whether codes, not logits, are compared in training."""
+    bottleneck: bool
+    """Whether β · L_KL is added."""
+
+
+OBJECTIVES = {
+    "naive_cl": Objective(binary=False, bottleneck=False),
+    "cl_hash": Objective(binary=True, bottleneck=False),
+    "cibhash": Objective(binary=True, bottleneck=True),
+}
+
+
+def nt_xent(
+    codes1: Float[Array, "batch bits"], codes2: Float[Array, "batch bits"], *, temperature: float = 0.3
+) -> Float[Array, ""]:
+    """Returns the normalised-temperature cross-entropy of two views' codes, averaged over all 2 × batch codes, in nats.
+
+    Each code must pick its image's other view out of the 2 × batch − 1 codes that are not itself, by cosine similarity
+    over `temperature` (SimCLR, https://arxiv.org/abs/2002.05709, equation 1; CIBHash, equation 2). Codes may be ±1 or
+    continuous; a code of all zeros has similarity 0 to every other.
+
+    Raises:
+      ValueError: the two shapes differ, are not [batch, bits], or hold fewer than 2 images.
+    """
+    if codes1.shape != codes2.shape or codes1.ndim != 2 or codes1.shape[0] < 2:
+        raise ValueError(
+            f"nt_xent: codes1 {codes1.shape} and codes2 {codes2.shape} must both be [batch, bits] with the same batch "
+            "of at least 2 images, since the contrast needs a negative"
+        )
+    batch = codes1.shape[0]
+    codes = jnp.concatenate([codes1, codes2])
+    # Scaled by its largest entry first, so that squares of large logits neither overflow nor vanish.
+    codes = codes / jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(codes), axis=-1, keepdims=True)), 1e-12)
+    norm_squared = jnp.sum(jnp.square(codes), axis=-1, keepdims=True)
+    codes = codes * jax.lax.rsqrt(jnp.maximum(norm_squared, 1e-12))
+    similarity = jnp.matmul(codes, codes.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    others = jnp.where(jnp.eye(2 * batch, dtype=bool), -jnp.inf, similarity)
+    positive = jnp.concatenate([jnp.diagonal(similarity, batch), jnp.diagonal(similarity, -batch)])
+    return jnp.mean(jax.nn.logsumexp(others, axis=-1) - positive)
+
+
+def bernoulli_kl(
+    logits: Float[Array, "batch bits"], target_logits: Float[Array, "batch bits"]
+) -> Float[Array, ""]:
+    """Returns KL(Bernoulli(σ(logits)) ‖ Bernoulli(σ(target_logits))), summed over bits, averaged over the batch, in nats.
+
+    The bottleneck term of CIBHash (section 3.3): an upper bound on I(B, V), what the code holds on the view it was
+    computed from. Taken in logits, where it is finite for every finite input. No gradient flows into `target_logits`.
+
+    Raises:
+      ValueError: the two shapes differ or are not [batch, bits].
+    """
+    if logits.shape != target_logits.shape or logits.ndim != 2:
+        raise ValueError(
+            f"bernoulli_kl: logits {logits.shape} and target_logits {target_logits.shape} must both be [batch, bits]"
+        )
+    target = jax.lax.stop_gradient(target_logits)
+    p = jax.nn.sigmoid(logits)
+    on = jax.nn.log_sigmoid(logits) - jax.nn.log_sigmoid(target)
+    off = jax.nn.log_sigmoid(-logits) - jax.nn.log_sigmoid(-target)
+    return jnp.mean(jnp.sum(p * on + (1 - p) * off, axis=-1))
+
+
+def cib_loss(
+    key: PRNGKeyArray,
+    logits1: Float[Array, "batch bits"],
+    logits2: Float[Array, "batch bits"],
+    *,
+    objective: str = "cibhash",
+    temperature: float = 0.3,
+    beta: float = 0.001,
+    stochastic: bool = True,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the loss of one batch and its terms, {"loss", "contrast", "kl"}, all in nats.
+
+    The KL term is reported under every objective and added to the loss, times `beta`, under "cibhash" alone.
+
+    Args:
+      key: a random key; each view draws its bits from a fold of its own.
+      logits1: the hash head's outputs for the first views.
+      logits2: the same for the second views, image by image.
+      objective: "naive_cl" (contrast of the logits), "cl_hash" (contrast of codes) or "cibhash" (with bottleneck).
+      temperature: τ of the contrast.
+      beta: β, the weight of the bottleneck.
+      stochastic: whether bits are drawn (the paper's layer) or thresholded (the published code's).
+
+    Raises:
+      ValueError: `objective` is none of the three, or the shapes do not fit.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
+    chosen = OBJECTIVES[objective]
+    compared = (logits1, logits2)
+    if chosen.binary:
+        compared = (
+            binary.sample_codes(jax.random.fold_in(key, 1), logits1, stochastic=stochastic),
+            binary.sample_codes(jax.random.fold_in(key, 2), logits2, stochastic=stochastic),
+        )
+    contrast = nt_xent(*compared, temperature=temperature)
+    kl = 0.5 * (bernoulli_kl(logits1, logits2) + bernoulli_kl(logits2, logits1))
+    loss = contrast + beta * kl if chosen.bottleneck else contrast
+    return loss, {"loss": loss, "contrast": contrast, "kl": kl}

@@ -1,0 +1,253 @@
+"""Retrieval quality of packed codes: MAP, tie-aware MAP, precision and recall, all as means over the queries.
+
+Average precision at k divides by the number of relevant images among the first k and is 0 when there are
+none, as the published numbers of the field do. Two images are relevant to each other when they share a label.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
+
+from cib_jax.retrieval import ranking
+from cib_jax.retrieval.relevance import check_labels, relevance_rows
+from cib_jax.retrieval.tie_aware import expected_average_precision
+
+# Bytes that one block of queries may take in each float64 array derived from it.
+_BLOCK_BYTES = 1 << 21
+
+
+# Query codes, database codes, query labels, database labels.
+_Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+class _Block(NamedTuple):
+    """What every metric is computed from, for a block of queries."""
+
+    ranked: Bool[np.ndarray, "queries k"]  # is the image at each of the first k ranks relevant?
+    hits: Int64[np.ndarray, "queries k"]  # how many are, up to and with each rank
+    counts: Int64[np.ndarray, "queries radii"]  # database images at each distance 0..bits
+    relevant: Int64[np.ndarray, "queries radii"]  # relevant ones among them
+
+
+def mean_average_precision(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+    k: int,
+) -> float:
+    """Returns MAP@k, ties in database order.
+
+    Labels are integers [n], or multi-hot bool or integers [n, classes].
+
+    Raises:
+      ValueError: if codes or labels are malformed or do not fit each other, or if k is not in 1..database.
+    """
+    data = query_codes, database_codes, query_labels, database_labels
+    return float(_mean_over_queries(data, k, _average_precision)[0])
+
+
+def tie_aware_map(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+    k: int,
+) -> float:
+    """Returns the expectation of MAP@k when images at one distance come in uniformly random order.
+
+    Arguments and errors as for `mean_average_precision`; the formula is in `tie_aware`.
+    """
+    data = query_codes, database_codes, query_labels, database_labels
+    return float(_mean_over_queries(data, k, lambda block: _tie_aware(block, k))[0])
+
+
+def precision_at_k(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+    ks: Sequence[int],
+) -> dict[int, float]:
+    """Returns, for each k, the mean share of relevant images among the first k, ties in database order.
+
+    Arguments and errors as for `mean_average_precision`.
+    """
+    data = query_codes, database_codes, query_labels, database_labels
+    _check_ks(ks, len(database_codes))
+    means = _mean_over_queries(data, max(ks), lambda block: _precision_at(block, ks))
+    return dict(zip(ks, means.tolist(), strict=True))
+
+
+def recall_at_k(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+    ks: Sequence[int],
+) -> dict[int, float]:
+    """Returns, for each k, the mean share of a query's relevant images that are among the first k.
+
+    A query without relevant images counts as 0. Ties in database order. Arguments and errors as for
+    `mean_average_precision`.
+    """
+    data = query_codes, database_codes, query_labels, database_labels
+    _check_ks(ks, len(database_codes))
+    means = _mean_over_queries(data, max(ks), lambda block: _recall_at(block, ks))
+    return dict(zip(ks, means.tolist(), strict=True))
+
+
+def precision_within_radius(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+    radius: int = 2,
+) -> tuple[float, float]:
+    """Returns the mean precision of lookups in a Hamming ball, and the share of queries whose ball is empty.
+
+    An empty ball is a failed lookup of precision 0, the field's convention. `radius` is in bits, inclusive;
+    other arguments and errors as for `mean_average_precision`, and a ValueError for a negative radius.
+    """
+    if radius < 0:
+        raise ValueError(f"radius is {radius}, but a Hamming radius is in bits: pass 0 or more.")
+    data = query_codes, database_codes, query_labels, database_labels
+    precision, empty = _mean_over_queries(data, 1, lambda block: _lookup(block, radius)).tolist()
+    return precision, empty
+
+
+def precision_recall_curve(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+) -> tuple[Float64[np.ndarray, " radii"], Float64[np.ndarray, " radii"]]:
+    """Returns precision and recall of Hamming balls of radius 0, 1, …, bits, each the mean over queries.
+
+    An empty ball counts as precision 0 and a query without relevant images as recall 0. Arguments and errors
+    as for `mean_average_precision`.
+    """
+    data = query_codes, database_codes, query_labels, database_labels
+    precision, recall = np.split(_mean_over_queries(data, 1, _curve), 2)
+    return precision, recall
+
+
+def evaluate(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query_labels: Shaped[np.ndarray, "queries ..."],
+    database_labels: Shaped[np.ndarray, "database ..."],
+    k: int,
+) -> dict[str, Any]:
+    """Returns every metric of this module from one pass over the distances, as plain numbers and lists.
+
+    `precision_at_k` holds the lists `k` (the powers of ten up to k, and k), `precision` and `recall`;
+    `precision_recall` holds the lists `radius`, `precision` and `recall`. Arguments and errors as for
+    `mean_average_precision`.
+    """
+    data = query_codes, database_codes, query_labels, database_labels
+    ks = sorted({k, *(10**power for power in range(9) if 10**power <= k)})
+
+    def per_query(block: _Block) -> Float64[np.ndarray, "queries metrics"]:
+        parts = (
+            _average_precision(block),
+            _tie_aware(block, k),
+            _lookup(block, radius=2),
+            _precision_at(block, ks),
+            _recall_at(block, ks),
+            _curve(block),
+        )
+        return np.concatenate(parts, axis=1)
+
+    means = _mean_over_queries(data, k, per_query)
+    ends = np.cumsum([1, 1, 1, 1, len(ks), len(ks)])
+    (average,), (expected,), (precision,), (empty,), precisions, recalls, curve = np.split(means, ends)
+    curve_precision, curve_recall = np.split(curve, 2)
+    return {
+        "map": float(average),
+        "map_tie_aware": float(expected),
+        "precision_at_k": {"k": ks, "precision": precisions.tolist(), "recall": recalls.tolist()},
+        "precision_radius_2": float(precision),
+        "empty_radius_2": float(empty),
+        "precision_recall": {
+            "radius": list(range(len(curve_precision))),
+            "precision": curve_precision.tolist(),
+            "recall": curve_recall.tolist(),
+        },
+        "queries": len(query_codes),
+        "database": len(database_codes),
+        "k": k,
+    }
+
+
+def _mean_over_queries(
+    data: _Data, k: int, per_query: Callable[[_Block], Float64[np.ndarray, "queries metrics"]]
+) -> Float64[np.ndarray, " metrics"]:
+    """Returns the mean over all queries of what `per_query` makes of each block of them."""
+    query_codes, database_codes, query_labels, database_labels = data
+    ranking.check_codes(query_codes, database_codes, ("query_codes", "database_codes"))
+    ranking.check_k(k, len(database_codes))
+    check_labels(query_codes, database_codes, query_labels, database_labels)
+    distances = ranking.distance_rows(query_codes, database_codes)
+    rows = zip(distances, relevance_rows(query_labels, database_labels), strict=True)
+    radii = database_codes.shape[1] * 8 + 1
+    height = max(1, _BLOCK_BYTES // (8 * max(k, radii)))
+    total: Any = 0.0
+    for start in range(0, len(query_codes), height):
+        block = _scan(rows, min(height, len(query_codes) - start), radii, k)
+        total = total + per_query(block).sum(axis=0)
+    return total / len(query_codes)
+
+
+def _scan(rows: Iterator[tuple[np.ndarray, np.ndarray]], height: int, radii: int, k: int) -> _Block:
+    """Returns the block made of the next `height` rows of distances and relevance."""
+    ranked = np.empty((height, k), np.bool_)
+    histogram = np.empty((height, 2, radii), np.int64)
+    narrowest = np.min_scalar_type(2 * radii - 1)
+    for row, (distances, relevance) in enumerate(islice(rows, height)):
+        # Both histograms in one count: irrelevant images in the lower half of the bins, the others above.
+        bins = np.multiply(relevance.view(np.uint8), radii, dtype=narrowest)
+        bins += distances
+        histogram[row] = np.bincount(bins, minlength=2 * radii).reshape(2, radii)
+        limit = int(np.searchsorted(np.cumsum(histogram[row].sum(axis=0)), k))
+        ranked[row] = relevance[ranking.nearest(distances, k, limit)]
+    return _Block(ranked, np.cumsum(ranked, axis=1), histogram.sum(axis=1), histogram[:, 1])
+
+
+def _average_precision(block: _Block) -> Float64[np.ndarray, "queries 1"]:
+    precision = block.hits / np.arange(1, block.hits.shape[1] + 1)
+    return np.sum(precision, axis=1, where=block.ranked)[:, None] / np.maximum(block.hits[:, -1:], 1)
+
+
+def _tie_aware(block: _Block, k: int) -> Float64[np.ndarray, "queries 1"]:
+    return expected_average_precision(block.counts, block.relevant, k)[:, None]
+
+
+def _precision_at(block: _Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
+    return block.hits[:, np.asarray(ks) - 1] / np.asarray(ks)
+
+
+def _recall_at(block: _Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
+    return block.hits[:, np.asarray(ks) - 1] / np.maximum(block.relevant.sum(axis=1, keepdims=True), 1)
+
+
+def _lookup(block: _Block, radius: int) -> Float64[np.ndarray, "queries 2"]:
+    found = block.counts[:, : radius + 1].sum(axis=1)
+    hits = block.relevant[:, : radius + 1].sum(axis=1)
+    return np.stack([hits / np.maximum(found, 1), found == 0], axis=1)
+
+
+def _curve(block: _Block) -> Float64[np.ndarray, "queries 2*radii"]:
+    found = np.cumsum(block.counts, axis=1)
+    hits = np.cumsum(block.relevant, axis=1)
+    return np.concatenate([hits / np.maximum(found, 1), hits / np.maximum(hits[:, -1:], 1)], axis=1)
+
+
+def _check_ks(ks: Sequence[int], database: int) -> None:
+    if not ks:
+        raise ValueError("ks is empty: pass at least one k.")
+    for k in ks:
+        ranking.check_k(k, database, name="k in ks")

@@ -1,0 +1,129 @@
+"""Checkpoints of a run: the state, and beside it all that is needed to go on as if nothing had happened."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from cib_jax.training.state import TrainState
+
+
+class CheckpointError(ValueError):
+    """There is no checkpoint, or it cannot be read; the message names the folder and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands at the end of an epoch. With the config and the state, the rest of the run follows from it."""
+
+    epoch: int = 0
+    """Epochs finished; the data position, since order and views follow from seed, epoch and step."""
+    step: int = 0
+    best_step: int = 0
+    """Step of the best validation so far; 0 before the first."""
+    best_map: float = -1.0
+    bad_validations: int = 0
+    """Validations since the best one."""
+    finished: bool = False
+    seconds: float = 0.0
+    """Training time so far, over all sessions."""
+
+
+@dataclasses.dataclass
+class _LastAndBest:
+    """Keeps the last two checkpoints (the one before serves if the last is damaged) and the best one."""
+
+    best_step: int = 0
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        last = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
+        return [checkpoint.step in last or checkpoint.step == self.best_step for checkpoint in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints under `directory`: written in the background, each appears whole or not at all.
+
+    A context manager; leaving it waits for what is still being written.
+    """
+
+    def __init__(self, directory: pathlib.Path | str, *, read_only: bool = False):
+        self.directory = pathlib.Path(directory).absolute()
+        self._policy = _LastAndBest()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy, read_only=read_only, create=not read_only
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, progress: Progress, extra: dict[str, Any]) -> None:
+        """Starts writing a checkpoint; `extra` is kept beside it as JSON (config, versions, …)."""
+        self._policy.best_step = progress.best_step
+        # The next step donates the state's buffers while they are still being written: write a copy.
+        copy = jax.tree.map(lambda leaf: leaf.copy(), _as_dict(state))
+        self._manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(copy),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+                extra=ocp.args.JsonSave(extra),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(
+        self, template: TrainState, step: int | None = None
+    ) -> tuple[TrainState, Progress, dict[str, Any]]:
+        """Returns the state of `step` (None: the newest), its progress and what was kept beside it.
+
+        Args:
+          template: a state of the same structure, shapes and types.
+          step: which checkpoint.
+
+        Raises:
+          CheckpointError: there is none, it is damaged, or it belongs to another network.
+        """
+        chosen = self.latest_step if step is None else step
+        if chosen is None:
+            raise CheckpointError(f"{self.directory}: there is no checkpoint here; train first, with --mode=train")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template))
+        try:
+            restored = self._manager.restore(
+                chosen,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    progress=ocp.args.JsonRestore(),
+                    extra=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # Orbax and tensorstore raise many kinds; all mean that this one is unusable
+            raise CheckpointError(
+                f"{self.directory / str(chosen)}: the checkpoint cannot be read ({type(error).__name__}); remove that "
+                "folder to go on from the one before, or use another workdir"
+            ) from error
+        state = TrainState(**restored.state)
+        return state, Progress(**restored.progress), dict(restored.extra)
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    # Not dataclasses.asdict, which deep-copies every array on the way.
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

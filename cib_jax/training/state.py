@@ -1,0 +1,28 @@
+"""The state of a training run, an explicit pytree."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from cib_jax.encoder import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. The frozen backbone is not in it: it is passed beside it and never saved twice."""
+
+    step: Int[Array, ""]
+    """Steps taken so far."""
+    params: Params
+    opt_state: optax.OptState
+
+
+def create_train_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    # Copied, since a step donates its state: the caller's own parameters must outlive it.
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimiser.init(params))

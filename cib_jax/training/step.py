@@ -1,0 +1,89 @@
+"""One step of training, as a pure function; `jax.jit` it with the state donated."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from cib_jax.encoder import Encoder, Params
+from cib_jax.objective import cib_loss
+from cib_jax.training.state import TrainState
+
+Terms = dict[str, Float[Array, ""]]
+"""The loss and its parts, in nats, and the norm of the gradient."""
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    images: UInt8[Array, "batch height width 3"],
+    key: PRNGKeyArray,
+    *,
+    encoder: Encoder,
+    optimiser: optax.GradientTransformation,
+    objective: str = "cibhash",
+    temperature: float = 0.3,
+    beta: float = 0.001,
+    stochastic: bool = True,
+    augment: str = "photo",
+) -> tuple[TrainState, Terms]:
+    """Returns the state after one batch of images, two fresh views of each, and the loss terms.
+
+    Algorithm of CIBHash (https://arxiv.org/abs/2105.06138, section 3): views, logits, codes, contrast plus bottleneck,
+    gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
+    """
+    view_key, code_key = jax.random.split(key)
+    view1, view2 = encoder.two_views(view_key, images, family=augment)
+
+    def logits(params: Params) -> tuple[Array, Array]:
+        return encoder.logits(params, frozen, view1), encoder.logits(params, frozen, view2)
+
+    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic)
+
+
+def train_step_on_features(
+    state: TrainState,
+    features1: Float[Array, "batch features"],
+    features2: Float[Array, "batch features"],
+    key: PRNGKeyArray,
+    *,
+    encoder: Encoder,
+    optimiser: optax.GradientTransformation,
+    objective: str = "cibhash",
+    temperature: float = 0.3,
+    beta: float = 0.001,
+    stochastic: bool = True,
+) -> tuple[TrainState, Terms]:
+    """Returns the state after one batch of two views' features, for a frozen backbone, and the loss terms.
+
+    `key` is that of `train_step`, and bits are drawn from the same part of it.
+    """
+    _, code_key = jax.random.split(key)
+
+    def logits(params: Params) -> tuple[Array, Array]:
+        return encoder.head(params, features1), encoder.head(params, features2)
+
+    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic)
+
+
+def _update(
+    state: TrainState,
+    logits: Callable[[Params], tuple[Array, Array]],
+    key: PRNGKeyArray,
+    optimiser: optax.GradientTransformation,
+    objective: str,
+    temperature: float,
+    beta: float,
+    stochastic: bool,
+) -> tuple[TrainState, Terms]:
+    def loss(params: Params) -> tuple[Array, Terms]:
+        return cib_loss(
+            key, *logits(params), objective=objective, temperature=temperature, beta=beta, stochastic=stochastic
+        )
+
+    gradients, terms = jax.grad(loss, has_aux=True)(state.params)
+    updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    terms = terms | {"gradient_norm": optax.global_norm(gradients)}
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms

@@ -1,0 +1,14 @@
+"""CIFAR-10 in the paper's protocol, with a backbone small enough for a CPU: minutes, not hours."""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.data.name = "cifar10"
+    c.backbone = "efficientnet_lite0"
+    c.image_size = 128
+    c.train.views = 10
+    return c

@@ -1,0 +1,13 @@
+"""CIFAR-10 as in the paper: VGG-16 fc7 features at 224 pixels, fresh views at every step. Wants an accelerator."""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.data.name = "cifar10"
+    c.backbone = "vgg16"
+    c.image_size = 224
+    return c

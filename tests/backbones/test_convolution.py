@@ -1,0 +1,135 @@
+"""Both forms of every convolution against SciPy and against loops in float64, and their gradients against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+
+from cib_jax.backbones import convolution
+
+TORCH = ((1, 1), (1, 1))
+CASES = [
+    (size, kernel, stride, padding)
+    for size in ((8, 8), (7, 10))
+    for kernel in (1, 3, 5)
+    for stride in (1, 2)
+    for padding in ("SAME", "VALID", TORCH)
+]
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def expected_depthwise(x: np.ndarray, kernel: np.ndarray, stride: int, padding) -> np.ndarray:
+    """SciPy's correlation of each channel at stride 1, of which every `stride`-th value remains."""
+    sides = [same_padding(n, k, stride) for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
+    pads = {"SAME": sides, "VALID": [(0, 0), (0, 0)]}[padding] if isinstance(padding, str) else padding
+    x = np.pad(x, ((0, 0), *pads, (0, 0)))
+    channels = [
+        [scipy.signal.correlate(image[..., c], kernel[..., 0, c], "valid", "direct") for image in x]
+        for c in range(x.shape[-1])
+    ]
+    return np.moveaxis(np.asarray(channels), 0, -1)[:, ::stride, ::stride]
+
+
+def same_padding(n: int, k: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's documented rule: by the remainder of n, and the odd row at the end."""
+    total = max(k - stride, 0) if n % stride == 0 else max(k - n % stride, 0)
+    return total // 2, total - total // 2
+
+
+@pytest.mark.parametrize(("size", "k", "stride", "padding"), CASES)
+def test_depthwise_matches_scipy(size, k, stride, padding):
+    x, kernel, bias = draw(0, 2, *size, 3), draw(1, k, k, 1, 3), draw(2, 3)
+    expected = expected_depthwise(x, kernel, stride, padding)
+    pads = convolution.explicit_padding(size, (k, k), stride, padding)
+    single = jnp.float32(x), jnp.float32(kernel)
+    np.testing.assert_allclose(
+        convolution.depthwise(*single, jnp.float32(bias), stride, padding), expected + bias, atol=1e-5
+    )
+    np.testing.assert_allclose(convolution.depthwise_plain(*single, stride, pads), expected, atol=1e-5)
+    np.testing.assert_allclose(convolution.depthwise_by_shifts(*single, stride, pads), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, "VALID"), (1, TORCH), (2, TORCH)])
+def test_conv_is_a_sum_of_depthwise_convolutions(stride, padding):
+    x, kernel, bias = draw(0, 2, 8, 9, 3), draw(1, 3, 3, 3, 4), draw(2, 4)
+    expected = np.stack(
+        [expected_depthwise(x, kernel[..., None, :, o], stride, padding).sum(-1) for o in range(4)], -1
+    )
+    ours = convolution.conv(jnp.float32(x), jnp.float32(kernel), jnp.float32(bias), stride, padding)
+    np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
+
+
+def test_pointwise_is_a_matrix_product():
+    x, kernel, bias = draw(0, 2, 4, 5, 3), draw(1, 1, 1, 3, 6), draw(2, 6)
+    expected = np.einsum("bhwi,io->bhwo", x, kernel[0, 0]) + bias
+    single = jnp.float32(x), jnp.float32(kernel)
+    np.testing.assert_allclose(convolution.pointwise(*single, jnp.float32(bias)), expected, atol=1e-5)
+    np.testing.assert_allclose(convolution.pointwise_plain(*single) + bias, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (2, 3)])
+def test_max_pool_against_loops(size):
+    x = draw(0, 2, *size, 3).astype(np.float32)
+    expected = np.array(
+        [
+            [[image[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((0, 1)) for j in range(size[1] // 2)]
+             for i in range(size[0] // 2)]
+            for image in x
+        ]
+    )  # fmt: skip
+    for pool in (convolution.max_pool_2x2, convolution.max_pool_by_slices, convolution.max_pool_plain):
+        np.testing.assert_array_equal(pool(jnp.asarray(x)), expected)
+
+
+PAIRS = {
+    "depthwise": (
+        lambda x, k: convolution.depthwise(x, k, jnp.zeros(3), 2, "SAME"),
+        lambda x, k: convolution.depthwise_plain(x, k, 2, ((1, 2), (1, 2))),
+        (5, 5, 1, 3),
+    ),
+    "pointwise": (
+        lambda x, k: convolution.pointwise(x, k, jnp.zeros(4)),
+        convolution.pointwise_plain,
+        (1, 1, 3, 4),
+    ),
+    "max_pool": (
+        lambda x, k: convolution.max_pool_2x2(x * k),
+        lambda x, k: convolution.max_pool_plain(x * k),
+        (3,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_of_both_forms_agree(name):
+    """Under jit, and under vmap over a further axis."""
+    chosen, plain, shape = PAIRS[name]
+    x, kernel = jnp.float32(draw(0, 3, 2, 8, 8, 3)), jnp.float32(draw(1, *shape))
+
+    def gradient(form):
+        return jax.grad(lambda x, k: jnp.sum(jnp.sin(form(x, k))), argnums=(0, 1))
+
+    ours, theirs = (jax.jit(jax.vmap(gradient(form), (0, None)))(x, kernel) for form in (chosen, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_platform_decides(name):
+    """The CPU's program has no convolution and no window reduction; the one compiled for CUDA has one of them."""
+    chosen, _, shape = PAIRS[name]
+    traced = jax.jit(chosen).trace(jnp.ones((1, 8, 8, 3)), jnp.ones(shape))
+    windowed = ("stablehlo.convolution", "stablehlo.reduce_window")
+    cpu, cuda = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
+    assert not any(operation in cpu for operation in windowed)
+    assert any(operation in cuda for operation in windowed)
+
+
+def test_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match="padding is 'HALF': give 'SAME'"):
+        convolution.explicit_padding((8, 8), (3, 3), 1, "HALF")

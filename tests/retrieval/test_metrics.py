@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, precision_score, recall_score
+
+from cib_jax.retrieval import metrics
+from tests.retrieval.reference import (
+    per_query,
+    random_data,
+    reference_ball,
+    reference_map,
+    reference_precision,
+    reference_recall,
+    tied_data,
+)
+
+
+@given(tied_data(), st.data())
+def test_every_metric_matches_its_definition(data, draw):
+    size, bits = len(data[1]), data[1].shape[1] * 8
+    k = draw.draw(st.integers(1, size))
+    radius = draw.draw(st.integers(0, bits + 1))
+    assert metrics.mean_average_precision(*data, k) == pytest.approx(reference_map(data, k), abs=1e-12)
+    assert metrics.precision_at_k(*data, [k, 1]) == pytest.approx(
+        {k: reference_precision(data, k), 1: reference_precision(data, 1)}, abs=1e-12
+    )
+    assert metrics.recall_at_k(*data, [k]) == pytest.approx({k: reference_recall(data, k)}, abs=1e-12)
+    precision, _, empty = reference_ball(data, radius)
+    assert metrics.precision_within_radius(*data, radius) == pytest.approx((precision, empty), abs=1e-12)
+    curve = np.stack(metrics.precision_recall_curve(*data), axis=1)
+    expected = [reference_ball(data, r)[:2] for r in range(bits + 1)]
+    np.testing.assert_allclose(curve, expected, atol=1e-12)
+
+
+@given(tied_data(), st.data())
+def test_evaluate_matches_every_definition(data, draw):
+    size, bits = len(data[1]), data[1].shape[1] * 8
+    k = draw.draw(st.integers(1, size))
+    ks = sorted({1, k} | ({10} if k >= 10 else set()))
+    report = metrics.evaluate(*data, k)
+    assert report["map"] == pytest.approx(reference_map(data, k), abs=1e-12)
+    at_k = {
+        "k": ks,
+        "precision": pytest.approx([reference_precision(data, j) for j in ks], abs=1e-12),
+        "recall": pytest.approx([reference_recall(data, j) for j in ks], abs=1e-12),
+    }
+    assert report["precision_at_k"] == at_k
+    precision, _, empty = reference_ball(data, 2)
+    assert report["precision_radius_2"] == pytest.approx(precision, abs=1e-12)
+    assert report["empty_radius_2"] == pytest.approx(empty, abs=1e-12)
+    balls = [reference_ball(data, radius) for radius in range(bits + 1)]
+    assert report["precision_recall"] == {
+        "radius": list(range(bits + 1)),
+        "precision": pytest.approx([ball[0] for ball in balls], abs=1e-12),
+        "recall": pytest.approx([ball[1] for ball in balls], abs=1e-12),
+    }
+    assert (report["queries"], report["database"], report["k"]) == (len(data[0]), size, k)
+
+
+def test_full_ranking_without_ties_matches_scikit_learn():
+    codes = np.packbits(np.tri(65, 64, -1, dtype=np.uint8), axis=1)
+    labels = np.random.default_rng(1).integers(0, 2, 65)
+    order = np.random.default_rng(2).permutation(65)
+    data = codes[:1], codes[order], np.array([1]), labels[order]
+    expected = average_precision_score(labels, -np.arange(65))
+    assert metrics.mean_average_precision(*data, 65) == pytest.approx(expected, abs=1e-12)
+
+
+def test_curve_matches_scikit_learn():
+    """Each ball is a classifier that says 'relevant' inside."""
+    data = random_data(q=1, n=200)
+    ((distances, relevance),) = per_query(data)
+    precision, recall = metrics.precision_recall_curve(*data)
+    for radius in range(17):
+        inside = np.array(distances) <= radius
+        assert precision[radius] == pytest.approx(precision_score(relevance, inside, zero_division=0))
+        assert recall[radius] == pytest.approx(recall_score(relevance, inside))
+
+
+@pytest.mark.parametrize("width", [15, 16, 31, 32, 64])
+def test_wide_codes_match_the_definition(width):
+    """Around 127 and 255 bits, where integers must grow wider; each query's complement is in the database."""
+    query, near, labels, near_labels = random_data(q=3, n=12, width=width)
+    database = np.concatenate([near, ~query])
+    data = query, database, labels, np.concatenate([near_labels, labels])
+    assert metrics.mean_average_precision(*data, 15) == pytest.approx(reference_map(data, 15), abs=1e-12)
+    precision, recall = metrics.precision_recall_curve(*data)
+    expected = [reference_ball(data, radius)[:2] for radius in range(0, width * 8 + 1, 4)]
+    np.testing.assert_allclose(np.stack([precision, recall], axis=1)[::4], expected, atol=1e-12)
+
+
+def test_block_boundaries_do_not_show(monkeypatch):
+    data = random_data(q=11)
+    monkeypatch.setattr(metrics, "_BLOCK_BYTES", 8 * 30 * 4)
+    assert metrics.mean_average_precision(*data, 30) == pytest.approx(reference_map(data, 30), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64])
+def test_multi_hot_labels_of_many_classes(dtype):
+    """80 classes pack into two words; relevance must not depend on which of them holds the shared class."""
+    labels = (np.random.default_rng(0).random((66, 80)) < 0.03).astype(dtype)
+    codes = np.random.default_rng(1).integers(0, 256, (66, 1), dtype=np.uint8)
+    data = codes[:6], codes[6:], labels[:6], labels[6:]
+    assert metrics.mean_average_precision(*data, 20) == pytest.approx(reference_map(data, 20), abs=1e-12)
+
+
+def test_many_classes_of_any_integer():
+    """More than 256 classes, negative and large numbers."""
+    labels = np.random.default_rng(0).integers(-(2**40), 2**40, 300)
+    codes = np.random.default_rng(1).integers(0, 256, (600, 1), dtype=np.uint8)
+    data = codes[:5], codes[5:], labels[:5], np.concatenate([labels, labels[:295]])
+    assert metrics.mean_average_precision(*data, 400) == pytest.approx(reference_map(data, 400), abs=1e-12)
+
+
+def test_nothing_relevant_is_zero_everywhere():
+    codes = random_data()[:2]
+    report = metrics.evaluate(*codes, np.zeros(6, int), np.ones(80, int), 80)
+    assert report["map"] == report["map_tie_aware"] == report["precision_radius_2"] == 0
+    assert not any(report["precision_at_k"]["precision"] + report["precision_at_k"]["recall"])
+    assert not any(report["precision_recall"]["precision"] + report["precision_recall"]["recall"])
+
+
+def test_everything_relevant_is_one():
+    codes = random_data()[:2]
+    report = metrics.evaluate(*codes, np.zeros(6, int), np.zeros(80, int), 80)
+    assert report["map"] == pytest.approx(1)
+    assert report["map_tie_aware"] == pytest.approx(1)
+    assert report["precision_at_k"]["precision"] == [1, 1, 1]
+
+
+def test_identical_codes_score_by_database_order_or_by_chance():
+    """One tie group of 4 with 2 relevant, k = 2: the first two in order, or the mean of 6 placements."""
+    codes = np.zeros((4, 2), np.uint8)
+    data = codes[:1], codes, np.array([1]), np.array([0, 1, 0, 1])
+    assert metrics.mean_average_precision(*data, 2) == pytest.approx(1 / 2)
+    # Both first: 1 of 6, AP 1. First only: 2 of 6, AP 1. Second only: 2 of 6, AP ½. Neither: 1 of 6, AP 0.
+    assert metrics.tie_aware_map(*data, 2) == pytest.approx((1 + 2 + 1) / 6)
+
+
+def test_an_empty_ball_is_a_failed_lookup():
+    codes = np.array([[0], [255]], np.uint8)
+    database = np.array([[1], [3], [7]], np.uint8)
+    data = codes, database, np.array([5, 5]), np.array([5, 6, 5])
+    assert metrics.precision_within_radius(*data) == (0.25, 0.5)
+
+
+def test_inputs_are_left_alone():
+    data = random_data()
+    copies = [array.copy() for array in data]
+    for array in data:
+        array.setflags(write=False)
+    metrics.evaluate(*data, 10)
+    for array, copy in zip(data, copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+Q, D = np.zeros((2, 2), np.uint8), np.zeros((3, 2), np.uint8)
+QL, DL = np.zeros(2, int), np.zeros(3, int)
+HOT = np.zeros((3, 5), bool)
+REFUSED = [
+    (
+        (Q, D.astype(float), QL, DL),
+        r"database_codes must be uint8 codes of shape .* not float64 of shape \(3, 2\)",
+    ),
+    ((Q[:0], D, QL[:0], DL), r"query_codes is empty, with shape \(0, 2\): pass at least one"),
+    ((Q, D[:, :1], QL, DL), r"query_codes has shape \(2, 2\) and database_codes \(3, 1\).*hash both"),
+    ((Q, D, QL[:1], DL), r"query_labels has shape \(1,\) and query_codes \(2, 2\).*pass the labels"),
+    ((Q, D, QL, DL[:2]), r"database_labels has shape \(2,\) and database_codes \(3, 2\).*pass the labels"),
+    ((Q, D, QL, HOT), r"query_labels has shape \(2,\) and database_labels \(3, 5\).*align them"),
+    ((Q, D, HOT[:2, :4], HOT), r"query_labels has shape \(2, 4\) and database_labels \(3, 5\).*align them"),
+    ((Q, D, QL.astype(float), DL), r"query_labels must be integers .* not float64 of shape \(2,\): convert"),
+    ((Q, D, QL.astype(bool), DL), r"query_labels must be integers .* not bool of shape \(2,\): convert"),
+    ((Q, D, QL, DL[:, None, None]), r"database_labels must be integers .* not int64 of shape \(3, 1, 1\)"),
+    ((Q, D, HOT[:2], HOT + 2), r"database_labels of shape \(3, 5\) is not multi-hot.*pass class numbers"),
+    ((Q, D, HOT[:2, :0], HOT[:, :0]), r"query_labels of shape \(2, 0\) is not multi-hot.*pass class numbers"),
+]
+METRICS = [
+    lambda *data: metrics.mean_average_precision(*data, 1),
+    lambda *data: metrics.tie_aware_map(*data, 1),
+    lambda *data: metrics.precision_at_k(*data, [1]),
+    lambda *data: metrics.recall_at_k(*data, [1]),
+    metrics.precision_within_radius,
+    metrics.precision_recall_curve,
+    lambda *data: metrics.evaluate(*data, 1),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED)
+def test_malformed_arguments_are_refused(data, message):
+    for metric in METRICS:
+        with pytest.raises(ValueError, match=message):
+            metric(*data)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_k_outside_the_database_is_refused(k):
+    message = f"is {k}, but the database holds 3 codes: pass a k"
+    for metric in (metrics.mean_average_precision, metrics.tie_aware_map, metrics.evaluate):
+        with pytest.raises(ValueError, match=f"^k {message}"):
+            metric(Q, D, QL, DL, k)
+    for metric in (metrics.precision_at_k, metrics.recall_at_k):
+        with pytest.raises(ValueError, match=f"^k in ks {message}"):
+            metric(Q, D, QL, DL, [1, k])
+
+
+def test_no_ks_and_a_negative_radius_are_refused():
+    with pytest.raises(ValueError, match="ks is empty: pass at least one k"):
+        metrics.precision_at_k(Q, D, QL, DL, [])
+    with pytest.raises(ValueError, match=r"radius is -1.*pass 0 or more"):
+        metrics.precision_within_radius(Q, D, QL, DL, -1)
