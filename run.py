@@ -1,31 +1,111 @@
-"""The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train|evaluate`; any field by --config.FIELD=VALUE."""
+"""The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train`; fields by --config.FIELD=VALUE."""
 
+import difflib
 import os
 import pathlib
+import re
+import runpy
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment's file.", lock_config=True)
+DEFAULT_CONFIG = "configs/digits.py"
+
+_CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "The experiment's file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a new one under runs/.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train (and then evaluate), or evaluate alone.")
 
 
+def refuse(message: str) -> NoReturn:
+    """Ends the program for a user's mistake: one sentence, no traceback."""
+    print(f"run.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def parse(arguments: Sequence[str]) -> list[str]:
-    """Reads the flags; a user's mistake ends the program with one sentence."""
+    """Reads the flags; a mistake in them ends the program with one sentence that names the flag."""
+    _check_fields(arguments)
     try:
         rest = flags.FLAGS(list(arguments))
-        if not hasattr(_CONFIG.value, "to_dict"):
-            raise ValueError("--config: the file cannot be read; give the path of an experiment, such as configs/cifar.py")
-        if len(rest) > 1:
-            raise ValueError(f"{rest[1]!r}: flags start with --, such as --config.bits=64")
-        return rest
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        refuse(_told(arguments, error))
+    except (flags.Error, ValueError, TypeError) as error:
+        refuse(str(error).strip().splitlines()[0])
+    if len(rest) > 1:
+        refuse(f"{rest[1]!r} is no flag; flags start with --, such as --config.bits=64")
+    return rest
 
 
-def _told(arguments: Sequence[str], error: Exception) -> str:
-    lines = [line for line in str(error).strip().strip("'\"").replace("\\'", "'").splitlines() if line.strip("'\" ")]
-    return "; ".join(line.strip() for line in lines) or type(error).__name__
+def _check_fields(arguments: Sequence[str]) -> None:
+    """Refuses a config file that cannot be read, and fields that it does not have."""
+    from cib_jax.config import flatten
+
+    path = DEFAULT_CONFIG
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            path = match.group(1) if match.group(1) is not None else following
+    try:
+        fields = flatten(runpy.run_path(path)["get_config"]())
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(file) for file in pathlib.Path("configs").glob("[!_]*.py")))
+        refuse(f"--config: there is no file {path!r}; experiments here: {known}")
+    except Exception as error:  # it is the user's own Python file: anything may go wrong in it
+        refuse(f"--config: {path!r} is no experiment with a get_config() ({type(error).__name__}: {error})")
+    groups = {name.rpartition(".")[0] for name in fields} - {""}
+    for argument in arguments[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if not match or match.group(1) in fields:
+            continue
+        name = match.group(1)
+        if name in groups:
+            refuse(f"--config.{name}: it is a group; set one of its fields, such as {_first_of(fields, name)}")
+        near = difflib.get_close_matches(name, fields, 1) or [full for full in fields if full.endswith("." + name)][:1]
+        hint = f"did you mean {near[0]}? " if near else ""
+        refuse(f"--config.{name}: there is no such field; {hint}Fields: {', '.join(sorted(fields))}")
+
+
+def _first_of(fields: dict, group: str) -> str:
+    return next(name for name in fields if name.startswith(group + "."))
+
+
+def keep_compilations() -> None:
+    """Turns on JAX's persistent compilation cache, unless the environment names one: a second run starts sooner."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "cib_jax" / "jax"))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Starts one job."""
+    del arguments
+    logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and Grain tell much that no user asked for
+    from cib_jax.config import flatten
+    from cib_jax.errors import Refusal
+    from cib_jax.jobs.evaluate import evaluate
+    from cib_jax.jobs.train import train
+
+    keep_compilations()
+    try:
+        if _MODE.value == "train":
+            train(_CONFIG.value, _WORKDIR.value)
+        elif _WORKDIR.value is None:
+            refuse("--workdir: --mode=evaluate wants the folder of a trained run; give --workdir=DIR")
+        else:
+            given = flags.FLAGS["config"]
+            whole = flatten(_CONFIG.value) if given.present else {}
+            evaluate(_WORKDIR.value, overrides=whole | config_flags.get_override_values(given))
+    except Refusal as error:
+        refuse(str(error))
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted; the same command with the same --workdir goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

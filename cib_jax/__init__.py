@@ -1,1 +1,54 @@
-"""cib_jax: unsupervised hashing with a contrastive information bottleneck, in JAX."""
+"""cib_jax: unsupervised hashing with a contrastive information bottleneck, in JAX.
+
+The functional API, in the order in which an image meets it. Everything from `two_views` to `train_step` is a pure
+function, for use under `jax.jit`, `jax.vmap` and `jax.grad`; codes are ±1 floats in training and packed uint8
+[n, bits / 8] everywhere else.
+
+    import cib_jax as cib
+    hasher = cib.fit(images, bits=32, backbone="convnet", image_size=16, augment="digits")
+    codes = hasher.encode(images)
+"""
+
+from cib_jax.augment import resize_and_normalise, two_views
+from cib_jax.backbones.weights import load_pretrained
+from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
+from cib_jax.encoder import Encoder, create_encoder
+from cib_jax.errors import Refusal
+from cib_jax.fitting import fit
+from cib_jax.hasher import Hasher
+from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
+from cib_jax.retrieval.health import code_health
+from cib_jax.retrieval.metrics import evaluate, mean_average_precision, tie_aware_map
+from cib_jax.retrieval.ranking import hamming_distances, rank
+from cib_jax.training.state import TrainState, create_train_state
+from cib_jax.training.step import train_step, train_step_on_features
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Encoder",
+    "Hasher",
+    "Refusal",
+    "TrainState",
+    "bernoulli_kl",
+    "binarize",
+    "cib_loss",
+    "code_health",
+    "create_encoder",
+    "create_train_state",
+    "evaluate",
+    "fit",
+    "hamming_distances",
+    "load_pretrained",
+    "mean_average_precision",
+    "nt_xent",
+    "pack_bits",
+    "rank",
+    "resize_and_normalise",
+    "sample_codes",
+    "tie_aware_map",
+    "train_step",
+    "train_step_on_features",
+    "two_views",
+    "unpack_bits",
+]

@@ -1,9 +1,9 @@
 """How the network sees an image: as random views in training, resized and normalised at test time.
 
-The whole batch is one program of fixed shapes. Every image draws from a key of its own, folded from the batch's
-key and the image's index, so its view does not depend on its neighbours, and a batch may be cut into chunks:
-`view_each(image_keys(key, n)[i:j], images[i:j], …)` gives rows i to j of `view(key, images, …)`. On a CPU, chunks
-of about 16 stay in its cache and take less time than the whole.
+The whole batch is one program of fixed shapes. Every image draws from a key of its own, folded from the
+batch's key and the image's index, so its view does not depend on its neighbours, and a batch may be cut into
+chunks: `view_each(image_keys(key, n)[i:j], images[i:j], …)` gives rows i to j of `view(key, images, …)`. On a
+CPU, chunks of about 16 stay in its cache and take less time than the whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,8 +54,8 @@ def two_views(
 ) -> tuple[Float[Array, "batch image_size image_size 3"], Float[Array, "batch image_size image_size 3"]]:
     """Returns two views of every image, drawn independently.
 
-    The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`. Raises what `view`
-    raises.
+    The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`. Raises what
+    `view` raises.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(2))
     first, second = jax.vmap(
@@ -96,9 +96,7 @@ def view_each(
     Raises what `view` raises.
     """
     if family not in FAMILIES:
-        raise ValueError(
-            f"augment is {family!r}, which is no family of views; choose {' or '.join(FAMILIES)}."
-        )
+        raise ValueError(f"augment is {family!r}, which is no family of views; choose {' or '.join(FAMILIES)}.")
     _check(images, image_size)
     return _normalise(FAMILIES[family](keys, images / 255, image_size=image_size), mean, deviation)
 
@@ -125,22 +123,21 @@ def image_keys(key: PRNGKeyArray, batch: int) -> PRNGKeyArray:
 
 def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> Photo:
     """Draws one view of the family `photo` for a `height` × `width` image."""
-    crop, flip, jitter, jittered, greyscale, blurred, sigma = jax.random.split(key, 7)
-    drawn = colour.sample_colour_jitter(
-        jitter, brightness=BRIGHTNESS, contrast=CONTRAST, saturation=SATURATION, hue=HUE
+    crop_key, jitter_key, key = jax.random.split(key, 3)
+    jitter = colour.sample_colour_jitter(
+        jitter_key, brightness=BRIGHTNESS, contrast=CONTRAST, saturation=SATURATION, hue=HUE
     )
-    apply = jax.random.bernoulli(jittered, JITTER_PROBABILITY)
-    radius = jax.random.uniform(sigma, minval=BLUR_SIGMA[0], maxval=BLUR_SIGMA[1])
+    chance = jax.random.uniform(key, (5,))
+    jittered = chance[0] < JITTER_PROBABILITY
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * chance[1]
     return Photo(
-        crop=geometry.sample_crop(crop, height=height, width=width, scale=CROP_SCALE, ratio=CROP_RATIO),
-        flip=jax.random.bernoulli(flip, FLIP_PROBABILITY),
-        jitter=colour.ColourJitter(
-            order=drawn.order,
-            factors=jnp.where(apply, drawn.factors, 1.0),
-            hue=jnp.where(apply, drawn.hue, 0.0),
+        crop=geometry.sample_crop(crop_key, height=height, width=width, scale=CROP_SCALE, ratio=CROP_RATIO),
+        flip=chance[2] < FLIP_PROBABILITY,
+        jitter=jitter._replace(
+            factors=jnp.where(jittered, jitter.factors, 1.0), hue=jnp.where(jittered, jitter.hue, 0.0)
         ),
-        greyscale=jax.random.bernoulli(greyscale, GREYSCALE_PROBABILITY),
-        sigma=jnp.where(jax.random.bernoulli(blurred, BLUR_PROBABILITY), radius, 0.0),
+        greyscale=chance[3] < GREYSCALE_PROBABILITY,
+        sigma=jnp.where(chance[4] < BLUR_PROBABILITY, sigma, 0.0),
     )
 
 
@@ -159,7 +156,8 @@ def photo(
 def digits(
     keys: PRNGKeyArray, images: Float[Array, "batch height width 3"], *, image_size: int
 ) -> Float[Array, "batch image_size image_size 3"]:
-    """Returns views of light digits on black: turned, sheared, scaled and shifted a little, brighter or darker.
+    """Returns views of light digits on black: turned, sheared, scaled and shifted a little, brighter or
+    darker.
 
     Never mirrored, as that makes other signs of them. What comes in from outside the image is black, as the
     background is. From [0, 1] to [0, 1].
@@ -197,6 +195,4 @@ def _check(images: Array, image_size: int) -> None:
             "repeat a grey channel three times, and leave scaling and normalising to the view."
         )
     if image_size < 2:
-        raise ValueError(
-            f"image_size is {image_size}, but must be at least 2 pixels; give the network's input size."
-        )
+        raise ValueError(f"image_size is {image_size}, but must be at least 2 pixels; give the network's input size.")

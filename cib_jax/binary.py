@@ -78,4 +78,6 @@ def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bi
     """
     if packed.dtype != jnp.uint8:
         raise ValueError(f"unpack_bits: packed codes are uint8, not {packed.dtype}; pass what pack_bits returned")
-    return jnp.unpackbits(jnp.asarray(packed), axis=-1).astype(jnp.float32) * 2.0 - 1.0
+    # Not jnp.unpackbits, which fails on an empty batch.
+    bits = (jnp.asarray(packed)[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
+    return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8).astype(jnp.float32) * 2.0 - 1.0

@@ -1,7 +1,7 @@
 """What a view does to an image's colours: jitter, greyscale, blur; pure functions of float images in [0, 1].
 
-Each takes images [..., height, width, 3] and one parameter per image [...], and gives what the function of that
-name in `torchvision.transforms.functional` gives for float tensors.
+Each takes images [..., height, width, 3] and one parameter per image [...], and gives what the function of
+that name in `torchvision.transforms.functional` gives for float tensors.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, rounded as torchv
 class ColourJitter(NamedTuple):
     """One draw of the colour jitter: the order of the four operations, and how far each goes.
 
-    `order` lists the operations (`BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`) in the order they are applied;
-    `factors` holds the factors of the first three, in that numbering, where 1 changes nothing; `hue` is a shift
-    in turns of the colour circle, where 0 changes nothing.
+    `order` lists the operations (`BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`) in the order they are
+    applied; `factors` holds the factors of the first three, in that numbering, where 1 changes nothing; `hue`
+    is a shift in turns of the colour circle, where 0 changes nothing.
     """
 
     order: Int[Array, "*batch 4"]
@@ -31,13 +31,9 @@ def sample_colour_jitter(
     key: PRNGKeyArray, *, brightness: float, contrast: float, saturation: float, hue: float
 ) -> ColourJitter:
     """Draws the colour jitter of one image: factors from U(1 ± strength), the hue's shift from U(±hue)."""
-    order_key, factor_key, hue_key = jax.random.split(key, 3)
-    strength = jnp.array([brightness, contrast, saturation])
-    return ColourJitter(
-        order=jax.random.permutation(order_key, 4),
-        factors=1 + strength * jax.random.uniform(factor_key, (3,), minval=-1.0),
-        hue=jax.random.uniform(hue_key, minval=-hue, maxval=hue),
-    )
+    order, distance = jnp.split(jax.random.uniform(key, (8,)), 2)
+    distance = (2 * distance - 1) * jnp.array([brightness, contrast, saturation, hue])
+    return ColourJitter(order=jnp.argsort(order), factors=1 + distance[:3], hue=distance[3])
 
 
 def adjust_brightness(
@@ -50,7 +46,7 @@ def adjust_brightness(
 def adjust_contrast(
     images: Float[Array, "*batch height width 3"], factor: Float[Array, "*batch"]
 ) -> Float[Array, "*batch height width 3"]:
-    """Returns the images blended with their mean grey: factor 0 is that grey, 1 changes nothing; in [0, 1]."""
+    """Returns the images blended with their mean grey: factor 0 is that, 1 changes nothing; in [0, 1]."""
     mean = jnp.mean(_grey(_to_planes(images)), axis=(-2, -1))
     return _blend(images, _per_pixel(mean)[..., None], _per_pixel(factor)[..., None])
 
@@ -107,8 +103,8 @@ def gaussian_blur(
 ) -> Float[Array, "*batch height width 3"]:
     """Returns the images blurred by a 3 × 3 Gaussian of `sigma` pixels; 0 changes nothing.
 
-    The edge pixels' missing neighbours are those on the other side (padding by reflection), so height and width
-    must be at least 2.
+    The edge pixels' missing neighbours are those on the other side (padding by reflection), so height and
+    width must be at least 2.
     """
     sigma = jnp.asarray(sigma)
     side = jnp.where(sigma > 0, jnp.exp(-0.5 / jnp.where(sigma > 0, sigma, 1.0) ** 2), 0.0)

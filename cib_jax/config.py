@@ -1,4 +1,4 @@
-"""Whether a configuration makes sense, told before anything heavy starts. The fields are documented in configs/default.py."""
+"""Whether a configuration makes sense, told before anything heavy starts. configs/default.py documents the fields."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,11 @@ import ml_collections
 
 from cib_jax import augment
 from cib_jax.backbones import registry
+from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
 
 
-class ConfigError(ValueError):
+class ConfigError(Refusal):
     """A field of the configuration has a value that cannot work; the message names it and what to do."""
 
 
@@ -36,14 +37,20 @@ CHECKS: dict[str, Check] = {
     ),
     "k": _at_least(1),
     "backbone": _one_of(*registry.BACKBONES),
-    "image_size": (lambda size: 0 <= size <= 2048, "must be 0 (the backbone's usual size) or up to 2048 pixels"),
+    "image_size": (
+        lambda size: 0 <= size <= 2048,
+        "must be 0 (the backbone's usual size) or up to 2048 pixels",
+    ),
     "hidden": _at_least(1),
     "objective": _one_of(*OBJECTIVES),
     "binary": _one_of("stochastic", "deterministic"),
     "temperature": _POSITIVE,
     "beta": _at_least(0),
     "augment": _one_of(*augment.FAMILIES),
-    "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
+    "batch_size": (
+        lambda size: size >= 2,
+        "must be 2 or more, since the contrast needs another image as a negative",
+    ),
     "epochs": _at_least(1),
     "learning_rate": _POSITIVE,
     "data.train_per_class": _at_least(0),
@@ -86,7 +93,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     flat = flatten(config)
     for name, (good, message) in CHECKS.items():
         if name not in flat:
-            raise ConfigError(f"config.{name}: the field is missing; start from configs/default.py, which lists them all")
+            raise ConfigError(
+                f"config.{name}: the field is missing; start from configs/default.py, which lists them all"
+            )
         if isinstance(flat[name], bool) or not good(flat[name]):
             raise ConfigError(f"config.{name}: {flat[name]!r} {message}")
     backbone = registry.get(config.backbone)

@@ -49,9 +49,7 @@ class Encoder:
     backbone_graph: nnx.GraphDef
     head_graph: nnx.GraphDef
 
-    def preprocess(
-        self, images: UInt8[Array, "batch height width 3"]
-    ) -> Float[Array, "batch image_size image_size 3"]:
+    def preprocess(self, images: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch image_size image_size 3"]:
         """Returns the images as at test time: resized to the input size and normalised for the backbone."""
         return augment.resize_and_normalise(
             images, image_size=self.image_size, mean=self.backbone.mean, deviation=self.backbone.deviation
@@ -134,14 +132,18 @@ def create_encoder(
     chosen = registry.get(backbone)
     size = image_size or chosen.image_size
     if bits < 8 or bits % 8:
-        raise ValueError(f"bits: {bits} is not a positive multiple of 8; codes are stored in whole bytes, try 16, 32 or 64")
+        raise ValueError(
+            f"bits: {bits} is not a positive multiple of 8; codes are stored in whole bytes, try 16, 32 or 64"
+        )
     if size < chosen.smallest:
-        raise ValueError(f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more")
+        raise ValueError(
+            f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more"
+        )
     has_pretrained = chosen.convert is not None
     if has_pretrained and pretrained and backbone_params is None:
         raise ValueError(
-            f"backbone_params: {backbone} comes with pretrained weights; pass cib_jax.load_pretrained({backbone!r}), or "
-            "pretrained=False to start from random ones"
+            f"backbone_params: {backbone} comes with pretrained weights; pass cib_jax.load_pretrained({backbone!r}), "
+            "or pretrained=False to start from random ones"
         )
     backbone_key, head_key = jax.random.split(key)
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)

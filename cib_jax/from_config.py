@@ -19,7 +19,7 @@ def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:
 
 
 def encoder(config: ml_collections.ConfigDict) -> tuple[Encoder, Params, Params, str]:
-    """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of the weights loaded ("": none).
+    """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of loaded weights ("": none).
 
     Raises:
       WeightsError: the backbone's weights are missing or unusable.
@@ -64,6 +64,6 @@ def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
         raise ConfigError(f"config.k: {config.k} is larger than the database, which has {searched} images; lower it")
     if config.batch_size > len(drawn.train):
         raise ConfigError(
-            f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)} images; lower it"
+            f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)}; lower it"
         )
     return drawn

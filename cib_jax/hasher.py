@@ -80,10 +80,9 @@ class Hasher:
     ) -> UInt8[np.ndarray, "n image_size image_size 3"]:
         side = self.encoder.image_size
         resized = np.empty((len(images), side, side, 3), np.uint8)
-        for row, image in zip(resized, images, strict=True):
-            image = np.asarray(image)
+        for row, image in zip(resized, map(np.asarray, images), strict=True):
             _check_images(image, 3)
-            row[:] = PIL.Image.fromarray(image).resize((side, side), PIL.Image.Resampling.BILINEAR)
+            row[:] = np.asarray(PIL.Image.fromarray(image).resize((side, side), PIL.Image.Resampling.BILINEAR))
         return resized
 
 
@@ -162,6 +161,6 @@ def check_fingerprint(fingerprint: str, extra: dict[str, Any], workdir: pathlib.
     """
     if extra.get("backbone_fingerprint", "") != fingerprint:
         raise CheckpointError(
-            f"{workdir}: the run was trained on backbone weights {extra.get('backbone_fingerprint')!r}, but those found "
-            f"now are {fingerprint!r}; set config.backbone_weights to the file that the run used"
+            f"{workdir}: the run was trained on backbone weights {extra.get('backbone_fingerprint')!r}, but those "
+            f"found now are {fingerprint!r}; set config.backbone_weights to the file that the run used"
         )

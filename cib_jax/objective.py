@@ -57,10 +57,8 @@ def nt_xent(
     return jnp.mean(jax.nn.logsumexp(others, axis=-1) - positive)
 
 
-def bernoulli_kl(
-    logits: Float[Array, "batch bits"], target_logits: Float[Array, "batch bits"]
-) -> Float[Array, ""]:
-    """Returns KL(Bernoulli(σ(logits)) ‖ Bernoulli(σ(target_logits))), summed over bits, averaged over the batch, in nats.
+def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array, "batch bits"]) -> Float[Array, ""]:
+    """Returns KL(Bernoulli(σ(logits)) ‖ Bernoulli(σ(target_logits))), in nats, a sum over bits, a mean over the batch.
 
     The bottleneck term of CIBHash (section 3.3): an upper bound on I(B, V), what the code holds on the view it was
     computed from. Taken in logits, where it is finite for every finite input. No gradient flows into `target_logits`.

@@ -61,12 +61,15 @@ def test_photo_flips_half_the_images():
     assert share_is((views[:, 2, 0, 0] > views[:, 2, -1, 0]).sum(), 0.5)
 
 
+@functools.cache
+def draws() -> augment.Photo:
+    sample = jax.vmap(functools.partial(augment.sample_photo, height=32, width=32))
+    return jax.jit(sample)(augment.image_keys(jax.random.key(2), MANY))
+
+
 def test_photo_blurs_half_the_images():
-    """A single bright column between dark ones: only a blur lets its light out to both sides of a 3-pixel crop."""
-    keys = augment.image_keys(jax.random.key(2), MANY)
-    sigma = np.asarray(
-        jax.jit(jax.vmap(lambda key: augment.sample_photo(key, height=8, width=8)))(keys).sigma
-    )
+    """The width of the blur is uniform where one was drawn."""
+    sigma = np.asarray(draws().sigma)
     blurred = sigma > 0
     assert share_is(blurred.sum(), 0.5)
     assert stats.kstest(sigma[blurred], stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
@@ -74,8 +77,7 @@ def test_photo_blurs_half_the_images():
 
 def test_draws_of_a_view_are_independent():
     """Every pair of draws, those of the crop among themselves aside, is uncorrelated over many images."""
-    keys = augment.image_keys(jax.random.key(3), MANY)
-    draw = jax.jit(jax.vmap(lambda key: augment.sample_photo(key, height=32, width=32)))(keys)
+    draw = draws()
     jittered = draw.jitter.hue != 0
     others = [draw.flip, jittered, draw.jitter.order[:, 0], draw.greyscale, draw.sigma > 0]
     sizes = [draw.crop.height, draw.crop.width]
@@ -88,20 +90,23 @@ def test_draws_of_a_view_are_independent():
 
 def test_photo_runs_its_steps_in_the_papers_order():
     """Image by image, from the public operations, each of which has its own test against torchvision."""
-    images, keys = jnp.asarray(noise(8) / 255, jnp.float32), augment.image_keys(jax.random.key(4), 8)
-    got = augment.photo(keys, images, image_size=7)
-    operations = (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation)
-    for image, key, expected in zip(images, keys, got, strict=True):
-        draw = augment.sample_photo(key, height=6, width=5)
-        step = geometry.resized_crop(image[None], jax.tree.map(lambda x: x[None], draw.crop), image_size=7)[0]
+    images, keys = jnp.asarray(noise(12) / 255, jnp.float32), augment.image_keys(jax.random.key(4), 12)
+    got = jitted("view", 4, "photo")(jax.random.key(4), noise(12))
+    drawn = jax.jit(jax.vmap(functools.partial(augment.sample_photo, height=6, width=5)))(keys)
+    crop = jax.jit(geometry.resized_crop, static_argnames="image_size")
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    adjust = [jax.jit(getattr(colour, name)) for name in names]
+    blur = jax.jit(colour.gaussian_blur)
+    for i, expected in enumerate(got):
+        draw = jax.tree.map(lambda values, i=i: values[i], drawn)
+        box = jax.tree.map(lambda value: value[None], draw.crop)
+        step = crop(images[i : i + 1], box, image_size=4)[0]
         step = step[:, ::-1] if draw.flip else step
         for operation in np.asarray(draw.jitter.order):
-            if operation == colour.HUE:
-                step = colour.adjust_hue(step, draw.jitter.hue)
-            else:
-                step = operations[operation](step, draw.jitter.factors[operation])
+            strength = draw.jitter.hue if operation == colour.HUE else draw.jitter.factors[operation]
+            step = adjust[operation](step, strength)
         step = colour.to_greyscale(step) if draw.greyscale else step
-        step = colour.gaussian_blur(step, draw.sigma) if draw.sigma > 0 else step
+        step = blur(step, draw.sigma) if draw.sigma > 0 else step
         np.testing.assert_allclose(expected, step, atol=1e-5)
 
 
@@ -141,14 +146,14 @@ def test_resize_and_normalise_matches_torchvision(size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_views_are_normalised(family):
-    images, key = noise(3), jax.random.key(7)
+    images, key = noise(12), jax.random.key(7)
     plain, normalised = jitted("view", 4, family)(key, images), jitted("view", 4, family, False)(key, images)
     np.testing.assert_allclose(normalised, (np.asarray(plain) - 0.5) / 0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_key_fixes_every_bit(family):
-    images = noise(6)
+    images = noise(12)
     view = jitted("view", 4, family)
     once, again = view(jax.random.key(8), images), view(jax.random.key(8), images)
     np.testing.assert_array_equal(once, again)
@@ -162,7 +167,7 @@ def test_a_batch_can_be_cut_into_chunks(family):
     images, key = noise(12), jax.random.key(10)
     whole = jitted("view", 4, family)(key, images)
     keys = augment.image_keys(key, 12)
-    for start, stop in ((0, 1), (1, 6), (6, 12)):
+    for start, stop in ((0, 5), (5, 10)):
         part = jitted("view_each", 4, family)(keys[start:stop], images[start:stop])
         np.testing.assert_allclose(part, whole[start:stop], atol=1e-6)
     strangers = 255 - images
@@ -170,20 +175,17 @@ def test_a_batch_can_be_cut_into_chunks(family):
     np.testing.assert_array_equal(jitted("view", 4, family)(key, strangers)[5], whole[5])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_views_are_views_under_folded_keys(family):
-    images, key = noise(6), jax.random.key(11)
-    for number, got in enumerate(jitted("two_views", 4, family)(key, images)):
-        expected = jitted("view", 4, family)(jax.random.fold_in(key, number), images)
+def test_two_views_are_views_under_folded_keys():
+    images, key = noise(12), jax.random.key(11)
+    for number, got in enumerate(jitted("two_views", 4, "photo")(key, images)):
+        expected = jitted("view", 4, "photo")(jax.random.fold_in(key, number), images)
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_two_views_are_independent():
     """The colours that the two views give even images are uncorrelated, and differ."""
     images = np.tile(np.uint8([200, 120, 40]), (MANY, 2, 2, 1))
-    first, second = (
-        np.asarray(v)[:, 0, 0] for v in jitted("two_views", 2, "photo")(jax.random.key(12), images)
-    )
+    first, second = (np.asarray(v)[:, 0, 0] for v in jitted("two_views", 2, "photo")(jax.random.key(12), images))
     for a in first.T:
         for b in second.T:
             assert stats.spearmanr(a, b).pvalue > 1e-3
@@ -194,20 +196,13 @@ def test_two_views_are_independent():
 
 def test_legacy_keys_work_too():
     images = noise(2)
-    new = augment.view(jax.random.key(3), images, image_size=4)
-    old = augment.view(jax.random.PRNGKey(3), images, image_size=4)
+    new = jitted("view", 4, "digits")(jax.random.key(3), images)
+    old = jitted("view", 4, "digits")(jax.random.PRNGKey(3), images)
     np.testing.assert_array_equal(new, old)
 
 
-def test_vmap_over_keys():
-    images, keys = noise(2), jax.random.split(jax.random.key(13), 3)
-    got = jax.vmap(lambda key: augment.view(key, images, image_size=4))(keys)
-    expected = [augment.view(key, images, image_size=4) for key in keys]
-    np.testing.assert_allclose(got, np.stack(expected), atol=1e-5)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (9, 1)])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 9)])
 def test_thin_images(family, height, width):
     images = noise(16, height, width)
     got = np.asarray(jitted("view", 3, family)(jax.random.key(14), images))
@@ -219,19 +214,19 @@ def test_black_stays_black_and_white_goes_no_further_than_grey():
     """Hue and saturation cannot colour them, and contrast and brightness cannot leave [0, 1]."""
     key = jax.random.key(15)
     for family in FAMILIES:
-        black = jitted("view", 4, family)(key, np.zeros((64, 6, 6, 3), np.uint8))
+        black = jitted("view", 4, family)(key, np.zeros((12, 6, 5, 3), np.uint8))
         np.testing.assert_allclose(black, 0, atol=1e-7)
-    white = np.asarray(jitted("view", 4, "photo")(key, np.full((64, 6, 6, 3), 255, np.uint8)))
+    white = np.asarray(jitted("view", 4, "photo")(key, np.full((12, 6, 5, 3), 255, np.uint8)))
     assert np.ptp(white, axis=-1).max() < 1e-5
     assert white.min() > 0.6 - 1e-5
     assert white.max() < 1 + 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@hypothesis.given(images=npst.arrays(np.uint8, (2, 4, 3, 3)), seed=st.integers(0, 2**31 - 1))
+@hypothesis.given(images=npst.arrays(np.uint8, (12, 6, 5, 3)), seed=st.integers(0, 2**31 - 1))
 def test_views_stay_in_range(family, images, seed):
-    got = np.asarray(jitted("view", 5, family)(jax.random.key(seed), images))
-    assert got.shape == (2, 5, 5, 3)
+    got = np.asarray(jitted("view", 4, family)(jax.random.key(seed), images))
+    assert got.shape == (12, 4, 4, 3)
     assert got.dtype == np.float32
     assert got.min() >= -1e-5
     assert got.max() <= 1 + 1e-5
@@ -245,5 +240,5 @@ def test_errors_name_the_field_and_the_way_out():
         augment.two_views(key, images.astype(np.float32), image_size=4)
     with pytest.raises(ValueError, match=r"images are uint8 \[2, 6, 5\].*\[batch, height, width, 3\]"):
         augment.resize_and_normalise(images[..., 0], image_size=4)
-    with pytest.raises(ValueError, match="image_size is 1.*at least 2"):
+    with pytest.raises(ValueError, match=r"image_size is 1.*at least 2"):
         augment.view(key, images, image_size=1)

@@ -1,5 +1,6 @@
 """Crops, resizing and warps against torchvision and SciPy (golden/augment.npz, by golden/make_augment.py)."""
 
+import functools
 import pathlib
 
 import hypothesis
@@ -13,6 +14,10 @@ from scipy import stats
 from cib_jax import geometry
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "augment.npz")
+# Compiled whole, as eagerly each of their steps would be compiled alone, for every new shape.
+resized_crop = jax.jit(geometry.resized_crop, static_argnames="image_size")
+resize = jax.jit(geometry.resize, static_argnames="image_size")
+warp = jax.jit(geometry.warp, static_argnames="image_size")
 SHAPES = ((32, 32), (24, 40), (6, 7), (20, 1), (1, 20), (1, 1), (5, 2))
 
 
@@ -34,31 +39,31 @@ def draw_crops(key, number, height, width) -> np.ndarray:
 
 @pytest.mark.parametrize("size", GOLDEN["sizes"].tolist())
 def test_resized_crop_matches_torchvision(size):
-    """Against resized_crop(antialias=True), shrinking and growing, down to crops of one pixel, with and without hflip."""
+    """Against resized_crop(antialias=True), shrinking and growing, crops down to one pixel; and hflip."""
     images, boxes = jnp.asarray(GOLDEN["images"]), crops(GOLDEN["crops"])
-    plain = geometry.resized_crop(images, boxes, image_size=size)
+    plain = resized_crop(images, boxes, image_size=size)
     np.testing.assert_allclose(plain, GOLDEN[f"crop_{size}"], atol=1e-5)
-    flipped = geometry.resized_crop(images, boxes, image_size=size, flip=True)
+    flipped = resized_crop(images, boxes, image_size=size, flip=True)
     np.testing.assert_allclose(flipped, GOLDEN[f"crop_flipped_{size}"], atol=1e-5)
 
 
 def test_resized_crop_flips_only_the_chosen():
     images, boxes = jnp.asarray(GOLDEN["images"]), crops(GOLDEN["crops"])
     flip = jnp.array([True, False, False, True, True, False])
-    got = geometry.resized_crop(images, boxes, image_size=9, flip=flip)
+    got = resized_crop(images, boxes, image_size=9, flip=flip)
     expected = np.where(flip[:, None, None, None], GOLDEN["crop_flipped_9"], GOLDEN["crop_9"])
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", GOLDEN["sizes"].tolist())
 def test_resize_matches_torchvision(size):
-    got = geometry.resize(jnp.asarray(GOLDEN["images"]), image_size=size)
+    got = resize(jnp.asarray(GOLDEN["images"]), image_size=size)
     np.testing.assert_allclose(got, GOLDEN[f"resize_{size}"], atol=1e-5)
 
 
 def test_resizing_to_the_same_size_changes_nothing():
     images = GOLDEN["images"][:, :, :12]
-    np.testing.assert_allclose(geometry.resize(jnp.asarray(images), image_size=12), images, atol=1e-7)
+    np.testing.assert_allclose(resize(jnp.asarray(images), image_size=12), images, atol=1e-7)
 
 
 def test_pixels_outside_the_crop_do_not_count():
@@ -67,8 +72,8 @@ def test_pixels_outside_the_crop_do_not_count():
     box = crops([[0, 0, 4, 9]])
     with np.errstate(invalid="ignore"):
         painted = np.where(np.isnan(images), 1e6, images)
-    expected = geometry.resized_crop(jnp.asarray(np.nan_to_num(images)), box, image_size=6)
-    np.testing.assert_array_equal(geometry.resized_crop(jnp.asarray(painted), box, image_size=6), expected)
+    expected = resized_crop(jnp.asarray(np.nan_to_num(images)), box, image_size=6)
+    np.testing.assert_array_equal(resized_crop(jnp.asarray(painted), box, image_size=6), expected)
 
 
 @hypothesis.given(
@@ -78,7 +83,7 @@ def test_pixels_outside_the_crop_do_not_count():
 def test_an_even_image_stays_even(box, level):
     top, left, height, width = box
     hypothesis.assume(top + height <= 7 and left + width <= 9)
-    got = geometry.resized_crop(jnp.full((1, 7, 9, 3), level), crops([box]), image_size=5)
+    got = resized_crop(jnp.full((1, 7, 9, 3), level), crops([box]), image_size=5)
     np.testing.assert_allclose(got, level, atol=1e-6)
 
 
@@ -113,7 +118,7 @@ def test_warp_matches_torchvision():
     """Against torchvision's affine, which keeps the size."""
     image = jnp.asarray(GOLDEN["images"][:1, :, 2:14])
     rows = GOLDEN["affines"]
-    got = geometry.warp(jnp.repeat(image, len(rows), 0), affines(rows), image_size=12)
+    got = warp(jnp.repeat(image, len(rows), 0), affines(rows), image_size=12)
     np.testing.assert_allclose(got, GOLDEN["affine_torchvision"], atol=2e-5)
 
 
@@ -121,16 +126,13 @@ def test_warp_matches_scipy():
     """Against ndimage.affine_transform in float64, stretching 12 × 16 to 20 × 20 in the same look-up."""
     rows = GOLDEN["affines"]
     images = jnp.repeat(jnp.asarray(GOLDEN["images"][:1]), len(rows), 0)
-    np.testing.assert_allclose(
-        geometry.warp(images, affines(rows), image_size=20), GOLDEN["affine_scipy"], atol=2e-5
-    )
+    np.testing.assert_allclose(warp(images, affines(rows), image_size=20), GOLDEN["affine_scipy"], atol=2e-5)
 
 
 def test_sample_affine_fills_its_ranges():
     keys = jax.random.split(jax.random.key(2), 2000)
-    drawn = jax.vmap(
-        lambda key: geometry.sample_affine(key, angle=15.0, shear=10.0, scale=(0.85, 1.15), shift=0.1)
-    )(keys)
+    sample = functools.partial(geometry.sample_affine, angle=15.0, shear=10.0, scale=(0.85, 1.15), shift=0.1)
+    drawn = jax.jit(jax.vmap(sample))(keys)
     for values, low, high in (
         (drawn.angle, -15, 15),
         (drawn.shear, -10, 10),

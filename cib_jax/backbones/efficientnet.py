@@ -123,9 +123,7 @@ def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
     blocks: dict[int, Tree] = {}
     for i, row in enumerate(block_plan()):
         own = f"_blocks.{i}"
-        blocks[i] = (
-            {"expand": _fold(tensors, f"{own}._expand_conv", f"{own}._bn0")} if row.expansion > 1 else {}
-        )
+        blocks[i] = {"expand": _fold(tensors, f"{own}._expand_conv", f"{own}._bn0")} if row.expansion > 1 else {}
         blocks[i]["depthwise"] = _fold(tensors, f"{own}._depthwise_conv", f"{own}._bn1")
         blocks[i]["project"] = _fold(tensors, f"{own}._project_conv", f"{own}._bn2")
     stem, head = _fold(tensors, "_conv_stem", "_bn0"), _fold(tensors, "_conv_head", "_bn1")
@@ -161,8 +159,7 @@ def _fold(tensors: Mapping[str, np.ndarray], conv: str, norm: str) -> Tree:
     """The convolution and its batch norm as one layer; in float64, so that the folding rounds only once."""
     weight = tensors[f"{conv}.weight"].astype(np.float64)
     gain, offset, mean, variance = (
-        tensors[f"{norm}.{part}"].astype(np.float64)
-        for part in ("weight", "bias", "running_mean", "running_var")
+        tensors[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
     )
     scale = gain / np.sqrt(variance + EPSILON)
     kernel = weight.transpose(2, 3, 1, 0) * scale

@@ -23,9 +23,7 @@ class Backbone:
     image_size: int  # its usual input size, in pixels
     smallest: int  # the smallest input size that it takes
     build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) to the network, randomly initialised
-    convert: (
-        Callable[[Mapping[str, np.ndarray]], Tree] | None
-    )  # named tensors to its state; None: from scratch
+    convert: Callable[[Mapping[str, np.ndarray]], Tree] | None  # named tensors to its state; None: from scratch
 
 
 HALF = (0.5, 0.5, 0.5)

@@ -12,20 +12,14 @@ class MismatchError(ValueError):
     """The tensors are not this network's: some are missing, unknown or of another shape."""
 
 
-def check(
-    tensors: Mapping[str, np.ndarray], needed: Mapping[str, Shape], extra: frozenset[str] | set[str]
-) -> None:
+def check(tensors: Mapping[str, np.ndarray], needed: Mapping[str, Shape], extra: frozenset[str] | set[str]) -> None:
     """Raises MismatchError unless all that is `needed` is there, in its shape, and else only `extra`."""
     faults = _list("missing", [name for name in needed if name not in tensors])
     faults += _list("unknown", [name for name in tensors if name not in needed and name not in extra])
     present = {name: tensors[name] for name in needed if name in tensors}
     faults += _list(
         "of another shape",
-        [
-            f"{n} {list(t.shape)} (needed {list(needed[n])})"
-            for n, t in present.items()
-            if t.shape != needed[n]
-        ],
+        [f"{n} {list(t.shape)} (needed {list(needed[n])})" for n, t in present.items() if t.shape != needed[n]],
     )
     faults += _list("not of floats", [f"{n} ({t.dtype})" for n, t in present.items() if not is_float(t)])
     if faults:

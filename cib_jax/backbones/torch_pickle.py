@@ -157,7 +157,7 @@ def _push_name(machine: _Machine, path: tuple[str, str]) -> None:
         raise FormatError("is corrupt (a name that is no text)")
     if path not in KNOWN:
         raise FormatError(
-            f"asks for the Python object {shown('.'.join(path))}: it is no plain state-dict and may be malicious"
+            f"asks for the Python object {shown('.'.join(path))}: not a plain state-dict, perhaps malicious"
         )
     machine.push(Name(path))
 
@@ -209,9 +209,7 @@ def _natural(value: Any) -> int:
 
 OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"), _push
-    ),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"), _push),
     "NONE": _constant(lambda: None),
     "NEWTRUE": _constant(lambda: True),
     "NEWFALSE": _constant(lambda: False),
@@ -227,9 +225,7 @@ OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
     "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
     "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
-    **dict.fromkeys(
-        ("BINPUT", "LONG_BINPUT"), lambda machine, i: machine.memo.__setitem__(i, machine.stack[-1])
-    ),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda machine, i: machine.memo.__setitem__(i, machine.stack[-1])),
     "MEMOIZE": lambda machine, _: machine.memo.__setitem__(len(machine.memo), machine.stack[-1]),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, i: machine.push(machine.memo[i])),
     "GLOBAL": _name,

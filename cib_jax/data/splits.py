@@ -95,8 +95,8 @@ def _per_class(labels: Labels, count: int, generator: np.random.Generator) -> In
         members = np.flatnonzero(((labels == name) if labels.ndim == 1 else labels[:, name]) & ~drawn)
         if len(members) < count:
             raise DataError(
-                f"config.data.train_per_class: class {name} has {len(members)} images left in the database, not {count}; "
-                "lower the number, or 0 takes the whole database"
+                f"config.data.train_per_class: class {name} has {len(members)} images left in the database, not "
+                f"{count}; lower the number, or 0 takes the whole database"
             )
         drawn[generator.choice(members, count, replace=False)] = True
     return np.flatnonzero(drawn)

@@ -4,25 +4,19 @@ import importlib.metadata
 import pathlib
 import platform
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import rich.console
 import rich.table
-from jaxtyping import UInt8
 
 from cib_jax import config as config_lib
-from cib_jax import from_config
-from cib_jax.data import loader
-from cib_jax.data.sources import ImageSet
-from cib_jax.data.splits import Splits
-from cib_jax.encoder import Encoder, Params
-from cib_jax.hasher import Hasher, check_fingerprint, read_config, restore_best
-from cib_jax.jobs import progress as progress_lib
+from cib_jax.encoder import Params
+from cib_jax.hasher import check_fingerprint, read_config, restore_best
+from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import health, metrics
 from cib_jax.training.checkpoint import Progress
 
@@ -47,18 +41,15 @@ def evaluate(
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     config = _overridden(read_config(workdir), overrides or {})
     config_lib.check(config)
-    splits = from_config.draw_splits(config)
-    encoder, params, frozen, fingerprint = from_config.encoder(config)
-    params, progress, extra = restore_best(workdir, params, config)
-    check_fingerprint(fingerprint, extra, workdir)
+    setting = setting_lib.prepare(config, workdir, console)
+    params, progress, extra = restore_best(workdir, setting.initial, config)
+    check_fingerprint(setting.fingerprint, extra, workdir)
     if not progress.finished:
         console.print(
-            f"{workdir}: training has not ended (epoch {progress.epoch} of {config.epochs}); measuring the last checkpoint",
+            f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; measuring its last checkpoint",
             soft_wrap=True,
         )
-    return measure(
-        config, workdir, splits, encoder, params, frozen, progress, float(extra.get("bank_seconds", 0.0)), console
-    )
+    return measure(setting, params, progress, float(extra["bank_seconds"]))
 
 
 MEASURING = frozenset({"k", "encode_batch"}) | config_lib.MAY_CHANGE
@@ -79,21 +70,12 @@ def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) ->
     return config
 
 
-def measure(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    splits: Splits,
-    encoder: Encoder,
-    params: Params,
-    frozen: Params,
-    progress: Progress,
-    bank_seconds: float,
-    console: rich.console.Console,
-) -> dict[str, Any]:
+def measure(setting: Setting, params: Params, progress: Progress, bank_seconds: float) -> dict[str, Any]:
     """Encodes and ranks, writes results.json and codes/, prints the table, returns the results."""
+    config, splits, workdir = setting.config, setting.splits, setting.workdir
     begun = time.perf_counter()
-    query = encode(config, splits.query, encoder, params, frozen, console, "Encoding queries")
-    database = encode(config, splits.database, encoder, params, frozen, console, "Encoding database")
+    query = setting.encode(params, splits.query, "Encoding queries")
+    database = setting.encode(params, splits.database, "Encoding database")
     encode_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, config.k)
@@ -108,7 +90,7 @@ def measure(
     results = {
         "dataset": config.data.name,
         "backbone": config.backbone,
-        "image_size": encoder.image_size,
+        "image_size": setting.encoder.image_size,
         "bits": config.bits,
         "objective": config.objective,
         "seed": config.seed,
@@ -133,35 +115,22 @@ def measure(
         "versions": versions(),
     }
     workdir_lib.write_json(workdir / "results.json", results)
-    _print(results, workdir, console)
+    _print(results, workdir, setting.console)
     return results
-
-
-def encode(
-    config: ml_collections.ConfigDict,
-    images: ImageSet,
-    encoder: Encoder,
-    params: Params,
-    frozen: Params,
-    console: rich.console.Console,
-    what: str,
-) -> UInt8[np.ndarray, "n bytes"]:
-    """Returns the packed codes of a set, with a bar."""
-    with progress_lib.bar(console, what, len(images)) as moved:
-        return Hasher(encoder, params, frozen).encode_batches(
-            batches(config, images), lambda count: moved(count, "")
-        )
-
-
-def batches(config: ml_collections.ConfigDict, images: ImageSet) -> Iterable[UInt8[np.ndarray, "batch h w 3"]]:
-    """Returns a set's images in order, in batches for encoding."""
-    size = min(config.encode_batch, len(images))
-    return loader.stream(images.images, np.arange(len(images)), size, stored_size=config.data.stored_size)
 
 
 def versions() -> dict[str, str]:
     """Returns what the run was made with."""
-    packages = ("cib-jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
+    packages = (
+        "cib-jax",
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "tensorflow-datasets",
+        "grain",
+        "numpy",
+    )
     found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
     for package in packages:
         try:
@@ -188,7 +157,9 @@ def _print(results: dict[str, Any], workdir: pathlib.Path, console: rich.console
     table.add_row("distinct codes in the database", f"{code_health['distinct_codes']:,} of {counts['database']:,}")
     table.add_row("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}")
     table.add_row("entropy of the codes", f"{code_health['entropy']:.2f} bits")
-    table.add_row("queries · database · training", f"{counts['query']:,} · {counts['database']:,} · {counts['train']:,}")
+    table.add_row(
+        "queries · database · training", f"{counts['query']:,} · {counts['database']:,} · {counts['train']:,}"
+    )
     seconds = results["seconds"]
     table.add_row(
         "seconds: view bank · training · encoding · metrics",

@@ -13,10 +13,11 @@ import ml_collections
 import numpy as np
 
 from cib_jax.config import differences, flatten
+from cib_jax.errors import Refusal
 from cib_jax.hasher import read_config
 
 
-class WorkdirError(ValueError):
+class WorkdirError(Refusal):
     """A workdir cannot be used; the message names it and what to do."""
 
 
@@ -51,8 +52,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Iterator[
             told = differences(flatten(config), flatten(read_config(workdir)))
             if told:
                 raise WorkdirError(
-                    f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give the "
-                    "config that it was started with"
+                    f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give "
+                    "the config that it was started with"
                 )
         else:
             write_json(workdir / "config.json", config.to_dict())

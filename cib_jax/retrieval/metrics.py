@@ -17,8 +17,6 @@ from cib_jax.retrieval.tie_aware import expected_average_precision
 
 # Bytes that one block of queries may take in each float64 array derived from it.
 _BLOCK_BYTES = 1 << 21
-
-
 # Query codes, database codes, query labels, database labels.
 _Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -47,7 +45,7 @@ def mean_average_precision(
       ValueError: if codes or labels are malformed or do not fit each other, or if k is not in 1..database.
     """
     data = query_codes, database_codes, query_labels, database_labels
-    return float(_mean_over_queries(data, k, _average_precision)[0])
+    return float(_mean_over_queries(data, k, _average_precision, histograms=False)[0])
 
 
 def tie_aware_map(
@@ -78,7 +76,7 @@ def precision_at_k(
     """
     data = query_codes, database_codes, query_labels, database_labels
     _check_ks(ks, len(database_codes))
-    means = _mean_over_queries(data, max(ks), lambda block: _precision_at(block, ks))
+    means = _mean_over_queries(data, max(ks), lambda block: _precision_at(block, ks), histograms=False)
     return dict(zip(ks, means.tolist(), strict=True))
 
 
@@ -184,9 +182,15 @@ def evaluate(
 
 
 def _mean_over_queries(
-    data: _Data, k: int, per_query: Callable[[_Block], Float64[np.ndarray, "queries metrics"]]
+    data: _Data,
+    k: int,
+    per_query: Callable[[_Block], Float64[np.ndarray, "queries metrics"]],
+    histograms: bool = True,
 ) -> Float64[np.ndarray, " metrics"]:
-    """Returns the mean over all queries of what `per_query` makes of each block of them."""
+    """Returns the mean over all queries of what `per_query` makes of each block of them.
+
+    Metrics of the first k ranks alone do without the histograms (then left at 0), half of the time.
+    """
     query_codes, database_codes, query_labels, database_labels = data
     ranking.check_codes(query_codes, database_codes, ("query_codes", "database_codes"))
     ranking.check_k(k, len(database_codes))
@@ -197,23 +201,23 @@ def _mean_over_queries(
     height = max(1, _BLOCK_BYTES // (8 * max(k, radii)))
     total: Any = 0.0
     for start in range(0, len(query_codes), height):
-        block = _scan(rows, min(height, len(query_codes) - start), radii, k)
+        block = _scan(rows, min(height, len(query_codes) - start), k, radii, histograms)
         total = total + per_query(block).sum(axis=0)
     return total / len(query_codes)
 
 
-def _scan(rows: Iterator[tuple[np.ndarray, np.ndarray]], height: int, radii: int, k: int) -> _Block:
+def _scan(rows: Iterator[tuple[np.ndarray, np.ndarray]], height: int, k: int, radii: int, histograms: bool) -> _Block:
     """Returns the block made of the next `height` rows of distances and relevance."""
     ranked = np.empty((height, k), np.bool_)
-    histogram = np.empty((height, 2, radii), np.int64)
+    histogram = np.zeros((height, 2, radii), np.int64)
     narrowest = np.min_scalar_type(2 * radii - 1)
     for row, (distances, relevance) in enumerate(islice(rows, height)):
-        # Both histograms in one count: irrelevant images in the lower half of the bins, the others above.
-        bins = np.multiply(relevance.view(np.uint8), radii, dtype=narrowest)
-        bins += distances
-        histogram[row] = np.bincount(bins, minlength=2 * radii).reshape(2, radii)
-        limit = int(np.searchsorted(np.cumsum(histogram[row].sum(axis=0)), k))
-        ranked[row] = relevance[ranking.nearest(distances, k, limit)]
+        ranked[row] = relevance[ranking.nearest(distances, k)]
+        if histograms:
+            # Both in one count: irrelevant images in the lower half of the bins, relevant ones above.
+            bins = np.multiply(relevance.view(np.uint8), radii, dtype=narrowest)
+            bins += distances
+            histogram[row] = np.bincount(bins, minlength=2 * radii).reshape(2, radii)
     return _Block(ranked, np.cumsum(ranked, axis=1), histogram.sum(axis=1), histogram[:, 1])
 
 

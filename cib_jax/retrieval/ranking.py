@@ -1,5 +1,6 @@
 """Exact Hamming ranking of packed codes on the host, ties in database order."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,6 +8,8 @@ from jaxtyping import Bool, Int32, Shaped, UInt8, UInt16
 
 # 32,768 eight-byte words and their XOR fit a core's second-level cache, and a step still outweighs its call.
 _CHUNK = 1 << 15
+# About as many distances bound the k-th smallest well, in a tenth of the time that all of them take.
+_SAMPLE = 1 << 12
 # Distances are uint16: one more byte per code could exceed 65,535 bits.
 _MOST_BYTES = np.iinfo(np.uint16).max // 8
 
@@ -43,7 +46,7 @@ def rank(
     check_k(k, len(database))
     ranks = np.empty((len(queries), k), np.int32)
     for row, distances in zip(ranks, distance_rows(queries, database), strict=True):
-        row[:] = nearest(distances, k, kth_distance(distances, k))
+        row[:] = nearest(distances, k)
     return ranks
 
 
@@ -73,12 +76,23 @@ def distance_rows(
         yield distances
 
 
-def kth_distance(distances: Shaped[np.ndarray, " database"], k: int) -> int:
-    """Returns the k-th smallest distance, by bisection on how many distances lie at or below a value.
+def nearest(distances: Shaped[np.ndarray, " database"], k: int) -> Shaped[np.ndarray, " k"]:
+    """Returns the positions of the k smallest distances, ascending, ties in order of position.
 
-    A comparison of narrow integers is a vector instruction: six or seven passes of it cost less than any
-    selection or sort.
+    Only the candidates within a bound are sorted. The bound comes from a sample: too wide, it costs a longer
+    sort; where it leaves too few, the exact one takes its place.
     """
+    sample = distances[:: max(1, len(distances) // _SAMPLE)].copy()
+    expected = k * len(sample) / len(distances)
+    bound = kth_distance(sample, min(len(sample), math.ceil(expected + 2 * math.sqrt(expected))))
+    candidates = np.flatnonzero(distances <= bound)
+    if len(candidates) < k:
+        candidates = np.flatnonzero(distances <= kth_distance(distances, k))
+    return candidates[np.argsort(distances[candidates], kind="stable")[:k]]
+
+
+def kth_distance(distances: Shaped[np.ndarray, " database"], k: int) -> int:
+    """Returns the k-th smallest distance, by bisection on how many distances lie at or below a value."""
     low, high = 0, int(distances.max())
     while low < high:
         middle = (low + high) // 2
@@ -87,19 +101,6 @@ def kth_distance(distances: Shaped[np.ndarray, " database"], k: int) -> int:
         else:
             low = middle + 1
     return low
-
-
-def nearest(distances: Shaped[np.ndarray, " database"], k: int, limit: int) -> Shaped[np.ndarray, " k"]:
-    """Returns the positions of the k smallest distances, ascending, ties in order of position.
-
-    `limit` is the k-th smallest distance: fewer than k lie beneath it and are sorted; those that lie on it
-    are in order already, however many they are.
-    """
-    candidates = np.flatnonzero(distances <= limit)
-    closeness = distances[candidates]
-    beneath = closeness < limit
-    order = np.argsort(closeness[beneath], kind="stable")
-    return np.concatenate([candidates[beneath][order], candidates[~beneath][: k - len(order)]])
 
 
 def as_words(packed: UInt8[np.ndarray, "n bytes"]) -> Shaped[np.ndarray, "words n"]:
@@ -115,9 +116,7 @@ def as_words(packed: UInt8[np.ndarray, "n bytes"]) -> Shaped[np.ndarray, "words 
     return np.ascontiguousarray(padded.view(f"u{word}").T)
 
 
-def shares_bit(
-    row: Shaped[np.ndarray, " words"], columns: Shaped[np.ndarray, "words n"]
-) -> Bool[np.ndarray, " n"]:
+def shares_bit(row: Shaped[np.ndarray, " words"], columns: Shaped[np.ndarray, "words n"]) -> Bool[np.ndarray, " n"]:
     """Returns which of n bit sets, in the form of `as_words`, have a member in common with one bit set."""
     common = columns[0] & row[0]
     for word, column in zip(row[1:], columns[1:], strict=True):
@@ -125,9 +124,7 @@ def shares_bit(
     return common != 0
 
 
-def check_codes(
-    queries: np.ndarray, database: np.ndarray, names: tuple[str, str] = ("queries", "database")
-) -> None:
+def check_codes(queries: np.ndarray, database: np.ndarray, names: tuple[str, str] = ("queries", "database")) -> None:
     """Raises a ValueError, in the caller's `names`, unless both are packed codes of one width."""
     for codes, name in zip((queries, database), names, strict=True):
         check_packed(codes, name)
@@ -146,9 +143,7 @@ def check_packed(packed: np.ndarray, name: str) -> None:
             f"{packed.shape}: pack them with cib_jax.binary.pack_bits."
         )
     if packed.size == 0:
-        raise ValueError(
-            f"{name} is empty, with shape {packed.shape}: pass at least one code of at least one byte."
-        )
+        raise ValueError(f"{name} is empty, with shape {packed.shape}: pass at least one code of at least one byte.")
     if packed.shape[1] > _MOST_BYTES:
         raise ValueError(
             f"{name} has shape {packed.shape}, but distances of codes of more than {_MOST_BYTES} bytes "
@@ -159,6 +154,4 @@ def check_packed(packed: np.ndarray, name: str) -> None:
 def check_k(k: int, database: int, name: str = "k") -> None:
     """Raises a ValueError unless k is in 1..database."""
     if not 1 <= k <= database:
-        raise ValueError(
-            f"{name} is {k}, but the database holds {database} codes: pass a {name} from 1 to {database}."
-        )
+        raise ValueError(f"{name} is {k}, but the database holds {database} codes: pass a {name} from 1 to {database}.")

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from cib_jax.errors import Refusal
 from cib_jax.training.state import TrainState
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refusal):
     """There is no checkpoint, or it cannot be read; the message names the folder and what to do."""
 
 
@@ -90,9 +91,7 @@ class Checkpoints:
         """Returns when all that was saved is on disk."""
         self._manager.wait_until_finished()
 
-    def restore(
-        self, template: TrainState, step: int | None = None
-    ) -> tuple[TrainState, Progress, dict[str, Any]]:
+    def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the state of `step` (None: the newest), its progress and what was kept beside it.
 
         Args:

@@ -107,7 +107,10 @@ def run(
             validation_map = validate(state)
             progress = _judged(progress, validation_map, patience)
         report = EpochReport(
-            progress, {name: total / steps for name, total in sums.items()}, steps * batch_size / seconds, validation_map
+            progress,
+            {name: total / steps for name, total in sums.items()},
+            steps * batch_size / seconds,
+            validation_map,
         )
         on_epoch(state, report)
     return state, progress
@@ -124,8 +127,6 @@ def _checked(terms: list[dict[str, Array]], first_step: int) -> list[dict[str, f
 
 def _judged(progress: Progress, validation_map: float, patience: int) -> Progress:
     if validation_map > progress.best_map:
-        return dataclasses.replace(
-            progress, best_map=validation_map, best_step=progress.step, bad_validations=0
-        )
+        return dataclasses.replace(progress, best_map=validation_map, best_step=progress.step, bad_validations=0)
     bad = progress.bad_validations + 1
     return dataclasses.replace(progress, bad_validations=bad, finished=progress.finished or bad >= patience)

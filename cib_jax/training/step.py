@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
@@ -17,7 +19,7 @@ Terms = dict[str, Float[Array, ""]]
 def train_step(
     state: TrainState,
     frozen: Params,
-    images: UInt8[Array, "batch height width 3"],
+    images: UInt8[Array | np.ndarray, "batch height width 3"],
     key: PRNGKeyArray,
     *,
     encoder: Encoder,
@@ -34,7 +36,7 @@ def train_step(
     gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
     """
     view_key, code_key = jax.random.split(key)
-    view1, view2 = encoder.two_views(view_key, images, family=augment)
+    view1, view2 = encoder.two_views(view_key, jnp.asarray(images), family=augment)
 
     def logits(params: Params) -> tuple[Array, Array]:
         return encoder.logits(params, frozen, view1), encoder.logits(params, frozen, view2)
@@ -79,7 +81,12 @@ def _update(
 ) -> tuple[TrainState, Terms]:
     def loss(params: Params) -> tuple[Array, Terms]:
         return cib_loss(
-            key, *logits(params), objective=objective, temperature=temperature, beta=beta, stochastic=stochastic
+            key,
+            *logits(params),
+            objective=objective,
+            temperature=temperature,
+            beta=beta,
+            stochastic=stochastic,
         )
 
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)

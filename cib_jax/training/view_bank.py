@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from cib_jax import encoding
@@ -15,7 +16,7 @@ def build(
     key: PRNGKeyArray,
     encoder: Encoder,
     frozen: Params,
-    batches: Callable[[], Iterable[UInt8[Array, "batch height width 3"]]],
+    batches: Callable[[], Iterable[UInt8[np.ndarray, "batch height width 3"]]],
     *,
     views: int,
     family: str = "photo",
@@ -38,7 +39,9 @@ def build(
             jnp.concatenate(
                 list(
                     encoding.map_batches(
-                        functools.partial(compute, frozen, jax.random.fold_in(key, view)), batches(), on_images
+                        functools.partial(compute, frozen, jax.random.fold_in(key, view)),
+                        batches(),
+                        on_images,
                     )
                 )
             )
@@ -61,7 +64,7 @@ def _features(
 
 
 def draw_pairs(
-    key: PRNGKeyArray, bank: Float[Array, "views images features"], indices: Int[Array, " batch"]
+    key: PRNGKeyArray, bank: Float[Array, "views images features"], indices: Int[Array | np.ndarray, " batch"]
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
     """Returns features of two different views, drawn evenly, of each image named in `indices`."""
     views = bank.shape[0]

@@ -1,4 +1,4 @@
-"""Both forms of every convolution against SciPy and against loops in float64, and their gradients against each other."""
+"""Both forms of every convolution against SciPy and loops in float64, and their gradients against each other."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,8 @@ import scipy.signal
 from cib_jax.backbones import convolution
 
 TORCH = ((1, 1), (1, 1))
-CASES = [
-    (size, kernel, stride, padding)
-    for size in ((8, 8), (7, 10))
-    for kernel in (1, 3, 5)
-    for stride in (1, 2)
-    for padding in ("SAME", "VALID", TORCH)
-]
+CASES = [(k, stride, padding) for k in (3, 5) for stride in (1, 2) for padding in ("SAME", "VALID", TORCH)]
+SIZE = (8, 9)  # one even, one odd side: they pad differently at stride 2
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -40,11 +35,11 @@ def same_padding(n: int, k: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-@pytest.mark.parametrize(("size", "k", "stride", "padding"), CASES)
-def test_depthwise_matches_scipy(size, k, stride, padding):
-    x, kernel, bias = draw(0, 2, *size, 3), draw(1, k, k, 1, 3), draw(2, 3)
+@pytest.mark.parametrize(("k", "stride", "padding"), CASES)
+def test_depthwise_matches_scipy(k, stride, padding):
+    x, kernel, bias = draw(0, 2, *SIZE, 3), draw(1, k, k, 1, 3), draw(2, 3)
     expected = expected_depthwise(x, kernel, stride, padding)
-    pads = convolution.explicit_padding(size, (k, k), stride, padding)
+    pads = convolution.explicit_padding(SIZE, (k, k), stride, padding)
     single = jnp.float32(x), jnp.float32(kernel)
     np.testing.assert_allclose(
         convolution.depthwise(*single, jnp.float32(bias), stride, padding), expected + bias, atol=1e-5
@@ -55,10 +50,8 @@ def test_depthwise_matches_scipy(size, k, stride, padding):
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, "VALID"), (1, TORCH), (2, TORCH)])
 def test_conv_is_a_sum_of_depthwise_convolutions(stride, padding):
-    x, kernel, bias = draw(0, 2, 8, 9, 3), draw(1, 3, 3, 3, 4), draw(2, 4)
-    expected = np.stack(
-        [expected_depthwise(x, kernel[..., None, :, o], stride, padding).sum(-1) for o in range(4)], -1
-    )
+    x, kernel, bias = draw(0, 2, *SIZE, 3), draw(1, 3, 3, 3, 4), draw(2, 4)
+    expected = np.stack([expected_depthwise(x, kernel[..., None, :, o], stride, padding).sum(-1) for o in range(4)], -1)
     ours = convolution.conv(jnp.float32(x), jnp.float32(kernel), jnp.float32(bias), stride, padding)
     np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
 

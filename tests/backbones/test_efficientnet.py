@@ -20,7 +20,12 @@ def network():
     backbone = registry.get("efficientnet_lite0")
     graph, state = nnx.split(nnx.eval_shape(lambda: backbone.build(nnx.Rngs(0), 224)))
     nnx.replace_by_pure_dict(state, weights.load_pretrained("efficientnet_lite0"))
-    return jax.jit(lambda images: nnx.merge(graph, state)(images))
+
+    @jax.jit
+    def apply(images):
+        return nnx.merge(graph, state)(images)
+
+    return apply
 
 
 @pytest.mark.parametrize("size", [128, 224])
@@ -36,9 +41,8 @@ def test_features_and_logits_match_pytorch(network, checkpoint, golden, size):
         assert np.argmax(logits, -1).tolist() == [442, 985]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (45, 71)])
-def test_any_size_gives_features(network, size):
-    features = network(jnp.zeros((1, *size, 3)))
+def test_any_size_gives_features(network):
+    features = network(jnp.zeros((1, 32, 71, 3)))
     assert features.shape == (1, efficientnet.FEATURES)
     assert np.isfinite(features).all()
 

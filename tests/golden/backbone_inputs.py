@@ -37,9 +37,7 @@ def pool_input(height: int, width: int) -> np.ndarray:
 
 def vgg_tensors() -> dict[str, np.ndarray]:
     """A random VGG-16 in torchvision's names: weights as He et al. scale them, biases of 0.1 on average."""
-    shapes = {
-        f"features.{index}": (VGG_WIDTHS[i + 1], VGG_WIDTHS[i], 3, 3) for i, index in enumerate(VGG_INDICES)
-    }
+    shapes = {f"features.{index}": (VGG_WIDTHS[i + 1], VGG_WIDTHS[i], 3, 3) for i, index in enumerate(VGG_INDICES)}
     shapes |= {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096), "classifier.6": (1000, 4096)}
     tensors = {}
     for i, (name, shape) in enumerate(shapes.items()):

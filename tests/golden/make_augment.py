@@ -1,8 +1,9 @@
-"""Writes augment.npz: what torchvision and SciPy make of small images, for the tests of augment, colour and geometry.
+"""Writes augment.npz: what torchvision and SciPy make of small images, for the tests of augment, colour and
+geometry.
 
-Run by hand where torch, torchvision and SciPy are installed: `python tests/golden/make_augment.py`. The images are
-noise and smooth ramps, so that both single pixels and long gradients are told apart. Everything is computed on float
-tensors in [0, 1].
+Run by hand where torch, torchvision and SciPy are installed: `python tests/golden/make_augment.py`. The
+images are noise and smooth ramps, so that both single pixels and long gradients are told apart. Everything is
+computed on float tensors in [0, 1].
 """
 
 import itertools
@@ -12,8 +13,7 @@ import pathlib
 import numpy as np
 import torch
 from scipy import ndimage
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as F
+from torchvision.transforms import RandomResizedCrop, functional
 
 OUT = pathlib.Path(__file__).with_name("augment.npz")
 CROPS = np.array(
@@ -25,8 +25,15 @@ SHIFTS = (-0.5, -0.1, 0.0, 0.07, 0.5)
 SIGMAS = (0.1, 0.7, 2.0)
 # clockwise degrees, shear degrees, scale, shift right and down in fractions of the side
 AFFINES = np.array(
-    [[0, 0, 1, 0, 0], [15, 0, 1, 0, 0], [0, 10, 1, 0, 0], [0, 0, 0.85, 0, 0], [0, 0, 1, 0.1, -0.05]]
-    + [[-12, 7, 1.15, -0.08, 0.1], [33, -20, 0.6, 0.2, 0.15]],
+    [
+        [0, 0, 1, 0, 0],
+        [15, 0, 1, 0, 0],
+        [0, 10, 1, 0, 0],
+        [0, 0, 0.85, 0, 0],
+        [0, 0, 1, 0.1, -0.05],
+        [-12, 7, 1.15, -0.08, 0.1],
+        [33, -20, 0.6, 0.2, 0.15],
+    ],
     np.float32,
 )
 SHAPES = ((32, 32), (24, 40), (6, 7), (20, 1), (1, 20), (1, 1), (5, 2))  # height, width
@@ -55,8 +62,13 @@ def pixels(tensor: torch.Tensor) -> np.ndarray:
 
 
 def jitter(image: torch.Tensor, order: tuple[int, ...], factors: tuple[float, ...]) -> torch.Tensor:
-    """torchvision's own four functions, one after the other; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
-    steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    """torchvision's four functions, one after the other; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    steps = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
     for step in order:
         image = steps[step](image, factors[step])
     return image
@@ -91,30 +103,25 @@ def main() -> None:
     for name, values in (("sizes", SIZES), ("factors", FACTORS), ("shifts", SHIFTS), ("sigmas", SIGMAS)):
         out[name] = np.array(values)
     for size in SIZES:
-        crops = [
-            F.resized_crop(tensor[i], *CROPS[i].tolist(), [size, size], antialias=True) for i in range(6)
-        ]
+        crops = [functional.resized_crop(tensor[i], *CROPS[i].tolist(), [size, size], antialias=True) for i in range(6)]
         out[f"crop_{size}"] = pixels(torch.stack(crops))
-        out[f"crop_flipped_{size}"] = pixels(F.hflip(torch.stack(crops)))
-        out[f"resize_{size}"] = pixels(F.resize(tensor, [size, size], antialias=True))
+        out[f"crop_flipped_{size}"] = pixels(functional.hflip(torch.stack(crops)))
+        out[f"resize_{size}"] = pixels(functional.resize(tensor, [size, size], antialias=True))
     for name, function, values in (
-        ("brightness", F.adjust_brightness, FACTORS),
-        ("contrast", F.adjust_contrast, FACTORS),
-        ("saturation", F.adjust_saturation, FACTORS),
-        ("hue", F.adjust_hue, SHIFTS),
+        ("brightness", functional.adjust_brightness, FACTORS),
+        ("contrast", functional.adjust_contrast, FACTORS),
+        ("saturation", functional.adjust_saturation, FACTORS),
+        ("hue", functional.adjust_hue, SHIFTS),
     ):
         out[name] = np.stack([pixels(torch.stack([function(x, v) for x in tensor[:3]])) for v in values])
-    out["greyscale"] = pixels(F.rgb_to_grayscale(tensor, num_output_channels=3))
-    out["blur"] = np.stack([pixels(F.gaussian_blur(tensor[:2], [3, 3], [s, s])) for s in SIGMAS])
+    out["greyscale"] = pixels(functional.rgb_to_grayscale(tensor, num_output_channels=3))
+    out["blur"] = np.stack([pixels(functional.gaussian_blur(tensor[:2], [3, 3], [s, s])) for s in SIGMAS])
 
     orders = list(itertools.permutations(range(4)))
     rng = np.random.default_rng(1)
     strength = rng.uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (24, 4)).astype(np.float32)
     small = np.ascontiguousarray(images[:3, :6, :8])
-    chains = [
-        pixels(jitter(planes(small[i % 3]), orders[i], tuple(strength[i].tolist())))
-        for i in range(len(orders))
-    ]
+    chains = [pixels(jitter(planes(small[i % 3]), orders[i], tuple(strength[i].tolist()))) for i in range(len(orders))]
     out["jitter_images"], out["jitter_orders"] = small, np.array(orders, np.int32)
     out["jitter_factors"], out["jitter"] = strength, np.stack(chains)
 
@@ -122,13 +129,13 @@ def main() -> None:
     out["affine_torchvision"] = np.stack(
         [
             pixels(
-                F.affine(
+                functional.affine(
                     planes(square[0]),
                     angle=float(a[0]),
                     shear=[float(a[1]), 0.0],
                     scale=float(a[2]),
                     translate=[float(a[3]) * 12, float(a[4]) * 12],
-                    interpolation=F.InterpolationMode.BILINEAR,
+                    interpolation=functional.InterpolationMode.BILINEAR,
                 )
             )
             for a in AFFINES

@@ -47,7 +47,7 @@ def vgg() -> dict[str, np.ndarray]:
         with torch.no_grad():
             for i, layer in enumerate(model.features):
                 x = layer(x)
-                if size == 224 and not isinstance(layer, torch.nn.Conv2d):
+                if size == 96 and not isinstance(layer, torch.nn.Conv2d):
                     values[f"vgg_layer_{i}"] = backbone_inputs.sample(x.permute(0, 2, 3, 1).numpy())
             x = torch.flatten(model.avgpool(x), 1)
             values[f"vgg_fc7_{size}"] = model.classifier[:6](x).numpy()

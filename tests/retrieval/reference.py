@@ -41,9 +41,7 @@ def average_precision(ranked, k):
 
 def enumerated_average_precision(distances, relevance, k):
     """The mean of AP@k over every order of every tie group, image by image."""
-    groups = [
-        [r for d, r in zip(distances, relevance, strict=True) if d == g] for g in sorted(set(distances))
-    ]
+    groups = [[r for d, r in zip(distances, relevance, strict=True) if d == g] for g in sorted(set(distances))]
     orders = product(*(permutations(group) for group in groups))
     return np.mean([average_precision([r for group in order for r in group], k) for order in orders])
 

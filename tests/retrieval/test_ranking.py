@@ -15,8 +15,7 @@ def differing_bits(a, b):
 def ranks_by_sorting(queries, database, k):
     """Python's stable sort by distance of the database, one query at a time."""
     return [
-        sorted(range(len(database)), key=lambda i, q=query: differing_bits(q, database[i]))[:k]
-        for query in queries
+        sorted(range(len(database)), key=lambda i, q=query: differing_bits(q, database[i]))[:k] for query in queries
     ]
 
 
@@ -93,9 +92,19 @@ def test_rank_of_4096_bits_matches_a_stable_sort():
     rng = np.random.default_rng(0)
     queries = rng.integers(0, 256, (2, 512), dtype=np.uint8)
     database = rng.integers(0, 256, (60, 512), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        ranking.rank(queries, database, 60), ranks_by_sorting(queries, database, 60)
-    )
+    np.testing.assert_array_equal(ranking.rank(queries, database, 60), ranks_by_sorting(queries, database, 60))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("near", [0, 1, 2, 3])
+@pytest.mark.parametrize("k", [1, 3000, 6000, 20_000])
+def test_nearest_whatever_the_sample_says(dtype, near, k):
+    """Every fourth image is near or far: where those are the sample, it promises too many or too few."""
+    distances = np.random.default_rng(0).integers(5, 60, 20_000).astype(dtype)
+    distances[near::4] %= 5
+    expected = sorted(range(20_000), key=distances.tolist().__getitem__)[:k]
+    np.testing.assert_array_equal(ranking.nearest(distances, k), expected)
+    np.testing.assert_array_equal(ranking.nearest(255 - distances, 1), [np.argmax(distances)])
 
 
 @given(hnp.arrays(np.uint8, st.integers(1, 60), elements=st.integers(0, 9)), st.data())

@@ -44,13 +44,9 @@ def test_expected_average_precision_matches_monte_carlo():
     counts, relevant, k = np.array([[3, 0, 40, 300, 60]]), np.array([[1, 0, 22, 30, 60]]), 150
     rng = np.random.default_rng(0)
     groups = [np.arange(n) < r for n, r in zip(counts[0], relevant[0], strict=True)]
-    drawn = np.array(
-        [average_precision(np.concatenate([rng.permutation(g) for g in groups]), k) for _ in range(4000)]
-    )
+    drawn = np.array([average_precision(np.concatenate([rng.permutation(g) for g in groups]), k) for _ in range(4000)])
     error = drawn.std() / np.sqrt(len(drawn))
-    assert tie_aware.expected_average_precision(counts, relevant, k)[0] == pytest.approx(
-        drawn.mean(), abs=5 * error
-    )
+    assert tie_aware.expected_average_precision(counts, relevant, k)[0] == pytest.approx(drawn.mean(), abs=5 * error)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +56,7 @@ def test_expected_average_precision_matches_monte_carlo():
 def test_hypergeometric_matches_scipy(n, r, c):
     """Beside a query of wide support, so that the narrow ones are filled up."""
     m, probability = tie_aware._hypergeometric(np.array([n, 400]), np.array([r, 200]), np.array([c, 200]))
-    np.testing.assert_allclose(
-        probability[0], scipy.stats.hypergeom(n, r, c).pmf(m[0]), rtol=1e-6, atol=1e-13
-    )
+    np.testing.assert_allclose(probability[0], scipy.stats.hypergeom(n, r, c).pmf(m[0]), rtol=1e-6, atol=1e-13)
     assert probability.sum(axis=1) == pytest.approx([1, 1])
 
 

@@ -1,0 +1,8 @@
+"""The one kind of error that is written for a user to read."""
+
+
+class Refusal(ValueError):  # noqa: N818 - it is no fault of the program
+    """Something a user gave cannot be used: a sentence names the field or file, what is wrong and what to do.
+
+    `run.py` prints it without a traceback; whoever calls the functions can catch it like any ValueError.
+    """

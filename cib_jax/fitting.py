@@ -1,0 +1,123 @@
+"""Training in one call, on images in memory: no files, no config."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import UInt8
+
+from cib_jax.encoder import Params, create_encoder
+from cib_jax.hasher import Hasher
+from cib_jax.training import feed, loop, view_bank
+from cib_jax.training.checkpoint import Progress
+from cib_jax.training.state import create_train_state
+
+ENCODE_BATCH = 100
+
+
+def fit(
+    images: UInt8[np.ndarray, "images height width 3"],
+    *,
+    bits: int = 32,
+    backbone: str = "convnet",
+    backbone_params: Params | None = None,
+    frozen: bool | None = None,
+    image_size: int = 0,
+    objective: str = "cibhash",
+    temperature: float = 0.3,
+    beta: float = 0.001,
+    stochastic: bool = True,
+    augment: str = "photo",
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    views: int = 0,
+    seed: int = 0,
+    on_epoch: Callable[[loop.EpochReport], None] = lambda report: None,
+) -> Hasher:
+    """Returns a hasher trained on `images`, without labels.
+
+    The same steps as `run.py` takes; the same seed gives the same bits. For checkpoints, logs and resuming use
+    `cib_jax.jobs.train.train`.
+
+    Args:
+      images: in RGB.
+      bits: the length of a code, a multiple of 8.
+      backbone: "convnet" (from scratch), "efficientnet_lite0" or "vgg16".
+      backbone_params: for the latter two, `cib_jax.load_pretrained(backbone)`.
+      frozen: see `create_encoder`.
+      image_size: side of the network's input in pixels; 0 takes the backbone's usual one.
+      objective: "naive_cl", "cl_hash" or "cibhash".
+      temperature: τ of the contrast.
+      beta: β, the weight of the bottleneck.
+      stochastic: whether bits are drawn in training.
+      augment: the family of views, "photo" or "digits".
+      epochs: passes over the images.
+      batch_size: images per step.
+      learning_rate: of Adam.
+      views: computes the features of this many views per image once, for a frozen backbone; 0 draws fresh ones.
+      seed: of everything random.
+      on_epoch: told of each epoch's end.
+
+    Raises:
+      ValueError: a value is out of range, or there are fewer images than `batch_size`.
+      NonFiniteLossError: the loss became NaN or infinite.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images: wanted uint8 [images, height, width, 3], got {images.dtype} {list(images.shape)}")
+    if not 2 <= batch_size <= len(images):
+        raise ValueError(f"batch_size: {batch_size} must be from 2 to the number of images, {len(images)}")
+    if views == 1 or views < 0:
+        raise ValueError(f"views: {views} must be 0 (fresh views at every step) or at least 2")
+    if epochs < 1:
+        raise ValueError(f"epochs: {epochs} must be 1 or more")
+    init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
+    encoder, params, unchanging = create_encoder(
+        init_key,
+        backbone=backbone,
+        bits=bits,
+        image_size=image_size,
+        frozen=frozen,
+        backbone_params=backbone_params,
+    )
+    optimiser = optax.adam(learning_rate)
+    method = {
+        "encoder": encoder,
+        "optimiser": optimiser,
+        "objective": objective,
+        "temperature": temperature,
+        "beta": beta,
+        "stochastic": stochastic,
+    }
+    if views:
+        if "backbone" in params:
+            raise ValueError(
+                f"views: {views} views are computed once only while the backbone is frozen; set it to 0"
+            )
+        size = min(ENCODE_BATCH, len(images))
+        bank = view_bank.build(
+            bank_key,
+            encoder,
+            unchanging,
+            lambda: (images[start : start + size] for start in range(0, len(images), size)),
+            views=views,
+            family=augment,
+        )
+        fed = feed.from_bank(bank, seed=seed, batch_size=batch_size, method=method)
+    else:
+        fed = feed.from_device(
+            jnp.asarray(images), unchanging, seed=seed, batch_size=batch_size, method=method | {"augment": augment}
+        )
+    state, _ = loop.run(
+        create_train_state(params, optimiser),
+        Progress(),
+        step=fed.step,
+        epoch_batches=fed.epoch_batches,
+        key=step_key,
+        epochs=epochs,
+        batch_size=batch_size,
+        on_epoch=lambda state, report: on_epoch(report),
+    )
+    return Hasher(encoder, state.params, unchanging, ENCODE_BATCH)
