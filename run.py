@@ -14,7 +14,8 @@ from ml_collections import config_flags
 
 DEFAULT_CONFIG = "configs/digits.py"
 
-_CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "The experiment's file.")
+# Its default is given in `parse`: here it would read the fields' overrides, and fail, before anything can be told.
+_CONFIG = config_flags.DEFINE_config_file("config", None, f"The experiment's file; by default {DEFAULT_CONFIG}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a new one under runs/.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train (and then evaluate), or evaluate alone.")
 
@@ -27,9 +28,11 @@ def refuse(message: str) -> NoReturn:
 
 def parse(arguments: Sequence[str]) -> list[str]:
     """Reads the flags; a mistake in them ends the program with one sentence that names the flag."""
-    _check_fields(arguments)
+    path = _config_path(arguments)
+    _check_fields(path or DEFAULT_CONFIG, arguments)
+    default = [] if path else [f"--config={DEFAULT_CONFIG}"]
     try:
-        rest = flags.FLAGS(list(arguments))
+        rest = flags.FLAGS([arguments[0], *default, *arguments[1:]])
     except (flags.Error, ValueError, TypeError) as error:
         refuse(str(error).strip().splitlines()[0])
     if len(rest) > 1:
@@ -37,14 +40,19 @@ def parse(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_fields(arguments: Sequence[str]) -> None:
-    """Refuses a config file that cannot be read, and fields that it does not have."""
-    from cib_jax.config import flatten
-
-    path = DEFAULT_CONFIG
+def _config_path(arguments: Sequence[str]) -> str | None:
+    """Returns the last --config given, None if there is none."""
+    path = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
             path = match.group(1) if match.group(1) is not None else following
+    return path
+
+
+def _check_fields(path: str, arguments: Sequence[str]) -> None:
+    """Refuses a config file that cannot be read, and fields that it does not have."""
+    from cib_jax.config import flatten
+
     try:
         fields = flatten(runpy.run_path(path)["get_config"]())
     except FileNotFoundError:
@@ -95,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
             refuse("--workdir: --mode=evaluate wants the folder of a trained run; give --workdir=DIR")
         else:
             given = flags.FLAGS["config"]
-            whole = flatten(_CONFIG.value) if given.present else {}
+            whole = flatten(_CONFIG.value) if _config_path(sys.argv) else {}
             evaluate(_WORKDIR.value, overrides=whole | config_flags.get_override_values(given))
     except Refusal as error:
         refuse(str(error))

@@ -93,9 +93,7 @@ def fit(
     }
     if views:
         if "backbone" in params:
-            raise ValueError(
-                f"views: {views} views are computed once only while the backbone is frozen; set it to 0"
-            )
+            raise ValueError(f"views: {views} views are computed once only while the backbone is frozen; set it to 0")
         size = min(ENCODE_BATCH, len(images))
         bank = view_bank.build(
             bank_key,

@@ -40,9 +40,9 @@ def test_the_gradient_is_that_of_the_probability(stochastic):
     """∂b/∂p := 1, so ∂(w · b)/∂logit = w p (1 − p)."""
     logits = jax.random.normal(jax.random.key(3), (5, 16))
     weights = jax.random.normal(jax.random.key(4), (5, 16))
-    gradient = jax.grad(
-        lambda x: jnp.sum(weights * binary.sample_codes(jax.random.key(5), x, stochastic=stochastic))
-    )(logits)
+    gradient = jax.grad(lambda x: jnp.sum(weights * binary.sample_codes(jax.random.key(5), x, stochastic=stochastic)))(
+        logits
+    )
     p = scipy.special.expit(np.asarray(logits, np.float64))
     np.testing.assert_allclose(gradient, np.asarray(weights) * p * (1 - p), rtol=1e-5)
 

@@ -137,9 +137,9 @@ def test_the_gradient_of_the_loss_is_the_chain_through_the_codes():
     """Straight through: the gradient of the contrast in the codes (finite differences in float64), times p (1 − p)."""
     logits1, logits2 = draw(13, 4, 8), draw(14, 4, 8)
     gradient = jax.grad(
-        lambda x: objective.cib_loss(
-            jax.random.key(0), x, jnp.asarray(logits2), objective="cl_hash", stochastic=False
-        )[0]
+        lambda x: objective.cib_loss(jax.random.key(0), x, jnp.asarray(logits2), objective="cl_hash", stochastic=False)[
+            0
+        ]
     )(jnp.asarray(logits1))
     codes1, codes2 = np.where(logits1 > 0, 1.0, -1.0), np.where(logits2 > 0, 1.0, -1.0)
     p = scipy.special.expit(logits1.astype(np.float64))

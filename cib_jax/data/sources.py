@@ -1,16 +1,13 @@
 """Data sets by name: images one by one, and their labels, from tensorflow-datasets or from scikit-learn."""
 
-import contextlib
 import dataclasses
-import importlib.util
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
+from cib_jax.data.builders import cifar
 from cib_jax.errors import Refusal
 
 
@@ -117,7 +114,7 @@ def _tfds(name: str, directory: str) -> Source:
 
 def _prepare(builder: Any, name: str, where: str) -> None:
     try:
-        with _cifar_without_tensorflow():
+        with cifar.without_tensorflow():
             builder.download_and_prepare()
     except Exception as error:  # whatever went wrong, the way out is the same
         raise DataError(
@@ -125,23 +122,6 @@ def _prepare(builder: Any, name: str, where: str) -> None:
             f"on a machine with network run `tfds build {name} --file_format=array_record --data_dir=DIR`, copy DIR "
             "here and pass --config.data.dir=DIR"
         ) from error
-
-
-@contextlib.contextmanager
-def _cifar_without_tensorflow() -> Iterator[None]:
-    """Lets TFDS's CIFAR builders open their files where TensorFlow is absent: it is all they ask TensorFlow for."""
-    from tensorflow_datasets.image_classification import cifar
-
-    if importlib.util.find_spec("tensorflow") is not None:
-        yield
-        return
-    whole = cifar.tf
-    gfile = types.SimpleNamespace(GFile=lambda path, mode: epath.Path(path).open(mode))
-    cifar.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
-    try:
-        yield
-    finally:
-        cifar.tf = whole
 
 
 def _split(builder: Any, split: str) -> ImageSet:

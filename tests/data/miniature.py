@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from cib_jax.data import sources
 
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def write_archive(folder: pathlib.Path, per_file: int, seed: int = 0) -> pathlib.Path:
@@ -30,6 +30,8 @@ def write_archive(folder: pathlib.Path, per_file: int, seed: int = 0) -> pathlib
 def prepare(data_dir: pathlib.Path, per_file: int = 20) -> pathlib.Path:
     """Prepares the miniature as `cifar10` under `data_dir`, as if it had been downloaded; returns `data_dir`."""
     archive = write_archive(data_dir / "archive", per_file)
-    with unittest.mock.patch.object(tfds.download.DownloadManager, "download_and_extract", lambda manager, url: archive):
+    with unittest.mock.patch.object(
+        tfds.download.DownloadManager, "download_and_extract", lambda manager, url: archive
+    ):
         sources.load("cifar10", str(data_dir))
     return data_dir

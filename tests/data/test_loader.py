@@ -12,9 +12,7 @@ from cib_jax.data.sources import DataError
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 5, 3), dtype=np.uint8)
 
 
-@hypothesis.given(
-    st.lists(st.integers(0, 22), max_size=30), st.integers(1, 9), st.booleans()
-)
+@hypothesis.given(st.lists(st.integers(0, 22), max_size=30), st.integers(1, 9), st.booleans())
 @hypothesis.settings(max_examples=15)
 def test_batches_follow_the_order(order, size, drop):
     batches = list(loader.stream(IMAGES, np.array(order, int), size, drop_remainder=drop))

@@ -69,9 +69,7 @@ def test_a_set_in_one_piece_is_cut():
 
 def test_multi_hot_labels_are_drawn_per_class_without_repeats():
     labels = np.random.default_rng(0).random((200, 4)) < 0.4
-    drawn = splits.draw(
-        Source(numbered(200, labels), numbered(3, labels[:3])), seed=0, train_per_class=10
-    )
+    drawn = splits.draw(Source(numbered(200, labels), numbered(3, labels[:3])), seed=0, train_per_class=10)
     assert len(set(numbers(drawn.train))) == len(drawn.train) == 40
     assert np.all(drawn.train.labels.sum(0) >= 10)
 

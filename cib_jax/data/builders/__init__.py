@@ -1,0 +1,1 @@
+"""Preparing data sets where tensorflow-datasets alone cannot."""

@@ -1,0 +1,21 @@
+"""The README's own words: its training loop runs, learns, and is short; its commands are two."""
+
+import pathlib
+import re
+
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_loop_runs_as_it_stands(capsys):
+    text = re.search(r"<!-- loop -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(text.strip().splitlines()) < 20
+    exec(compile(text, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out) > 0.5  # random codes: 0.1
+
+
+def test_a_fresh_machine_needs_one_command_each_to_run_and_to_test():
+    opening = README.split("## The main job")[0]
+    commands = re.findall(r"^python3 .*$", opening, re.MULTILINE)
+    assert len(commands) == 2
+    assert "run.py" in commands[0]
+    assert "pytest" in commands[1]

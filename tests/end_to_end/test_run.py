@@ -1,0 +1,119 @@
+"""run.py as a user starts it: one job from start to end, kill -9 and resume, and every mistake told in one sentence."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cib_jax import from_config
+from cib_jax.hasher import restore_best
+from tests import small
+from tests.conftest import CACHE
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "120"}
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "run.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def params_of(workdir, config):
+    return jax.tree.leaves(restore_best(workdir, from_config.encoder(config)[1], config)[0])
+
+
+def killed_and_resumed(tmp_path, epochs, after):
+    """Kills a run when `after(workdir)` holds, resumes it, and compares it with one that was left alone."""
+    arguments = small.flags(epochs=epochs)
+    process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
+    deadline = time.monotonic() + 200
+    while not after(tmp_path / "killed"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert not (tmp_path / "killed" / "results.json").exists()
+    code, out, error = finish(start(*arguments, f"--workdir={tmp_path / 'killed'}"))
+    assert code == 0, error
+    code, whole, error = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
+    assert code == 0, error
+    config = small.config(epochs=epochs)
+    pairs = zip(params_of(tmp_path / "killed", config), params_of(tmp_path / "whole", config), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
+    assert results[0]["map"] == results[1]["map"]
+    return out, whole
+
+
+def epochs_logged(workdir):
+    log = workdir / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path):
+    resumed, whole = killed_and_resumed(tmp_path, 12, lambda workdir: epochs_logged(workdir) >= 3)
+    assert "Going on after epoch" in resumed
+    assert "MAP@100" in whole
+    assert "Traceback" not in resumed + whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(12))
+def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, moment):
+    """At moments spread over start-up, steps and saves."""
+    begun = time.monotonic()
+    wait = np.random.default_rng(moment).uniform(0.0, 6.0)
+    if moment % 2:
+        epochs = int(np.random.default_rng(moment).integers(0, 30))
+        killed_and_resumed(tmp_path, 40, lambda workdir: epochs_logged(workdir) >= epochs)
+    else:
+        killed_and_resumed(tmp_path, 40, lambda workdir: time.monotonic() - begun > wait)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.bitz=32"], "--config.bitz: there is no such field; did you mean bits?"),
+        (["--config.views=4"], "--config.views: there is no such field; did you mean train.views?"),
+        (["--config.data=x"], "--config.data: it is a group; set one of its fields"),
+        (["--config.bits=many"], "flag --config.bits=many: invalid literal"),
+        (["--config=configs/nothing.py"], "there is no file 'configs/nothing.py'; experiments here: configs/cifar.py"),
+        (["--config=README.md"], "'README.md' is no experiment"),
+        (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate>"),
+        (["--mode=evaluate"], "--mode=evaluate wants the folder of a trained run"),
+        (["--mode=evaluate", "--workdir=nowhere"], "is no run's folder"),
+        (["--config.bits=12"], "config.bits: 12 must be a multiple of 8"),
+        (["--bits=32"], "Unknown command line flag 'bits'"),
+        (["bits=32"], "'bits=32' is no flag"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(arguments, message, tmp_path):
+    workdir = [] if any("workdir" in argument for argument in arguments) else [f"--workdir={tmp_path / 'run'}"]
+    if arguments == ["--mode=evaluate"]:
+        workdir = []
+    code, out, error = finish(start(*arguments, *workdir))
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in out + error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()

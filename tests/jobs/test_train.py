@@ -1,0 +1,236 @@
+"""The main job on a few digits: what it leaves behind, resuming, validation, refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+import cib_jax as cib
+from cib_jax import config as config_lib
+from cib_jax import from_config
+from cib_jax.data.sources import DataError
+from cib_jax.hasher import restore_best
+from cib_jax.jobs import train as train_job
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.evaluate import evaluate
+from cib_jax.jobs.train import TrainingError, train
+from cib_jax.training import feed
+from tests import small
+from tests.data import miniature
+
+
+@pytest.fixture
+def console():
+    return rich.console.Console(record=True, width=100)
+
+
+def params_of(workdir, config):
+    return restore_best(workdir, from_config.encoder(config)[1], config)[0]
+
+
+def assert_same(a, b):
+    assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "r"
+    results = train(small.config(), workdir, console=rich.console.Console(quiet=True))
+    return workdir, results
+
+
+def test_the_results_say_what_was_measured(trained):
+    workdir, results = trained
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert (results["dataset"], results["backbone"], results["objective"]) == ("digits", "convnet", "cibhash")
+    assert (results["bits"], results["k"], results["seed"], results["epochs"]) == (16, 100, 0, 3)
+    assert results["counts"] == {"train": 130, "query": 297, "database": 1500, "validation": 0}
+    assert set(results["seconds"]) == {"bank", "train", "encode", "metrics"}
+    assert results["versions"]["jax"] == jax.__version__
+
+
+def reference_map(workdir, k):
+    """MAP@k by a loop over the published definition, from codes/ alone."""
+    load = {path.stem: np.load(path) for path in (workdir / "codes").glob("*.npy")}
+    precisions = []
+    for code, label in zip(load["query_codes"], load["query_labels"], strict=True):
+        distances = np.unpackbits(code ^ load["database_codes"], axis=1).sum(1)
+        hits = load["database_labels"][np.argsort(distances, kind="stable")[:k]] == label
+        precisions.append((np.cumsum(hits) / np.arange(1, k + 1))[hits].mean() if hits.any() else 0.0)
+    return np.mean(precisions)
+
+
+def test_the_figures_are_those_of_the_codes_on_disk(trained):
+    workdir, results = trained
+    np.testing.assert_allclose(results["map"], reference_map(workdir, 100), rtol=1e-12)
+
+
+def test_a_workdir_describes_itself(trained):
+    workdir, _ = trained
+    assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "digits"
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert {"loss", "contrast", "kl", "gradient_norm", "images_per_second"} <= set(lines[0])
+
+
+def test_the_hasher_gives_the_codes_of_the_run(trained):
+    workdir, _ = trained
+    splits = from_config.draw_splits(small.config())
+    images = np.stack([splits.query.images[i] for i in range(len(splits.query))])
+    assert np.array_equal(cib.Hasher.load(workdir).encode(images), np.load(workdir / "codes" / "query_codes.npy"))
+
+
+def test_a_finished_run_is_not_touched(trained, console):
+    workdir, results = trained
+    before = (workdir / "results.json").stat().st_mtime_ns
+    assert train(small.config(), workdir, console=console) == results
+    assert (workdir / "results.json").stat().st_mtime_ns == before
+    assert "holds a finished run" in console.export_text()
+
+
+def test_evaluation_alone_gives_the_same_figures(trained, console):
+    workdir, results = trained
+    again = evaluate(workdir, console=console)
+    assert again["map"] == results["map"]
+    assert again["metrics"] == results["metrics"]
+    other = evaluate(workdir, overrides={"k": 10}, console=console)
+    assert other["k"] == 10
+    with pytest.raises(config_lib.ConfigError, match=r"config.bits: the run was trained with 16"):
+        evaluate(workdir, overrides={"bits": 32}, console=console)
+    evaluate(workdir, console=console)  # leaves results.json as the other tests know it
+
+
+def test_the_same_seed_gives_the_same_bits(trained, tmp_path, console):
+    workdir, results = trained
+    again = train(small.config(), tmp_path / "again", console=console)
+    assert_same(params_of(workdir, small.config()), params_of(tmp_path / "again", small.config()))
+    assert again["map"] == results["map"]
+
+
+class Interrupted(BaseException):
+    """Stands for whatever ends a process between two checkpoints."""
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_interrupted_run_resumes_to_the_same_parameters(trained, tmp_path, console, monkeypatch, steps):
+    workdir, results = trained
+    real, taken = feed._bound, []
+
+    def stopping(step, held):
+        bound = real(step, held)
+
+        def counted(state, batch, key):
+            if len(taken) == steps:
+                raise Interrupted
+            taken.append(1)
+            return bound(state, batch, key)
+
+        return counted
+
+    monkeypatch.setattr(feed, "_bound", stopping)
+    with pytest.raises(Interrupted):
+        train(small.config(), tmp_path / "cut", console=console)
+    monkeypatch.setattr(feed, "_bound", real)
+    resumed = train(small.config(), tmp_path / "cut", console=console)
+    assert f"Going on after epoch {steps // 4} of 3" in console.export_text()
+    assert_same(params_of(workdir, small.config()), params_of(tmp_path / "cut", small.config()))
+    assert resumed["map"] == results["map"]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_path, console):
+    workdir, _ = trained
+    config = small.config(data__resident_mb=0)
+    train(config, tmp_path / "streamed", console=console)
+    assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
+
+
+def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
+    scores = iter([0.2, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(train_job.validation, "validator", lambda run: lambda state: next(scores))
+    config = small.config(epochs=9, train__validate_every=1, train__patience=2, data__validation="query_half")
+    results = train(config, tmp_path / "r", console=console)
+    assert (results["epochs"], results["best_validation_map"]) == (4, 0.6)
+    assert results["counts"]["validation"] == 148
+    two_epochs = small.config(epochs=2, data__validation="query_half")
+    monkeypatch.setattr(train_job.validation, "validator", lambda run: None)
+    train(two_epochs, tmp_path / "two", console=console)
+    assert_same(params_of(tmp_path / "r", config), params_of(tmp_path / "two", two_epochs))
+
+
+@pytest.mark.parametrize("how", ["query_half", "database"])
+def test_validation_is_the_map_of_the_part_held_out(tmp_path, console, how):
+    config = small.config(epochs=2, train__validate_every=2, data__validation=how, data__validation_queries=50)
+    results = train(config, tmp_path, console=console)
+    query, database = from_config.draw_splits(config).validation
+    hasher = cib.Hasher.load(tmp_path)
+    codes = [hasher.encode(np.stack([part.images[i] for i in range(len(part))])) for part in (query, database)]
+    expected = cib.mean_average_precision(*codes, query.labels, database.labels, k=100)
+    assert results["best_validation_map"] == expected
+
+
+def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, console, monkeypatch):
+    data = miniature.prepare(tmp_path / "tfds")
+    config = small.config(
+        data__name="cifar10",
+        data__dir=str(data),
+        data__queries=0,
+        data__train_per_class=4,
+        data__validation="query_half",
+        backbone="efficientnet_lite0",
+        frozen=True,
+        image_size=32,
+        augment="photo",
+        train__views=2,
+        train__validate_every=1,
+        k=50,
+    )
+    results = train(config, tmp_path / "run", console=console)
+    assert results["counts"] == {"train": 40, "query": 10, "database": 100, "validation": 10}
+    np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 50), rtol=1e-12)
+    assert results["seconds"]["bank"] > 0
+    hasher = cib.Hasher.load(tmp_path / "run")
+    assert set(hasher.params) == {"head"}
+    monkeypatch.setattr(from_config.weights, "fingerprint", lambda tree: "0" * 16)
+    with pytest.raises(cib.Refusal, match=r"backbone weights '.*', but those found now are '0000000000000000'"):
+        cib.Hasher.load(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, console):
+    config = small.config(learning_rate=1e38, epochs=5)
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite \(.*loss.*last good checkpoint .*/\d+"):
+        train(config, tmp_path, console=console)
+    params = params_of(tmp_path, config)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
+
+
+def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, console, trained):
+    with pytest.raises(config_lib.ConfigError, match=r"config.k: 1501 is larger than the database"):
+        train(small.config(k=1501), tmp_path / "a", console=console)
+    with pytest.raises(config_lib.ConfigError, match=r"config.batch_size: 131 is larger than the training set of 130"):
+        train(small.config(batch_size=131), tmp_path / "b", console=console)
+    with pytest.raises(DataError, match=r"class 0 has"):
+        train(small.config(data__train_per_class=500), tmp_path / "c", console=console)
+    with pytest.raises(workdir_lib.WorkdirError, match=r"it belongs to another config \(bits: 16 → 32\)"):
+        train(small.config(bits=32), trained[0], console=console)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(workdir_lib.WorkdirError, match=r"file: cannot be used as a workdir"):
+        train(small.config(), tmp_path / "file", console=console)
+    with (
+        workdir_lib.claim(tmp_path / "busy", small.config()),
+        pytest.raises(workdir_lib.WorkdirError, match=r"another process is at work in it"),
+    ):
+        train(small.config(), tmp_path / "busy", console=console)
+
+
+def test_an_evaluation_wants_a_trained_run(tmp_path, console):
+    with pytest.raises(cib.Refusal, match=r"is no run's folder"):
+        evaluate(tmp_path, console=console)
+    with workdir_lib.claim(tmp_path, small.config()):
+        pass
+    with pytest.raises(cib.Refusal, match=r"there is no checkpoint here; train first"):
+        evaluate(tmp_path, console=console)

@@ -1,0 +1,28 @@
+"""A small run of the main job, seconds long: digits, few images, a narrow head."""
+
+import ml_collections
+
+from configs import digits
+
+FLAGS = {
+    "bits": 16,
+    "k": 100,
+    "hidden": 32,
+    "batch_size": 32,
+    "epochs": 3,
+    "data.train_per_class": 13,
+    "encode_batch": 64,
+}
+
+
+def config(**fields) -> ml_collections.ConfigDict:
+    """Returns the config, with other fields by dotted name (`data__name` for `data.name`)."""
+    made = digits.get_config()
+    made.update_from_flattened_dict(FLAGS | {name.replace("__", "."): value for name, value in fields.items()})
+    return made
+
+
+def flags(**fields) -> list[str]:
+    """Returns the same as arguments of run.py."""
+    named = FLAGS | {name.replace("__", "."): value for name, value in fields.items()}
+    return [f"--config.{name}={value}" for name, value in named.items()]

@@ -1,0 +1,67 @@
+"""Every bad value is refused with its field's name and a way out."""
+
+import pathlib
+
+import pytest
+
+import configs.cifar
+import configs.cifar_vgg16
+import configs.default
+import configs.digits
+from cib_jax import config as config_lib
+from tests import small
+
+
+@pytest.mark.parametrize("module", [configs.default, configs.cifar, configs.cifar_vgg16, configs.digits])
+def test_the_experiments_are_valid(module):
+    config_lib.check(module.get_config())
+
+
+def test_every_experiment_is_tested_here():
+    files = {path.stem for path in pathlib.Path(configs.__path__[0]).glob("[!_]*.py")}
+    assert files == {"default", "cifar", "cifar_vgg16", "digits"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 12}, r"config.bits: 12 must be a multiple of 8"),
+        ({"bits": 0}, r"config.bits: 0"),
+        ({"bits": 8192}, r"config.bits: 8192"),
+        ({"batch_size": 1}, r"config.batch_size: 1 must be 2 or more"),
+        ({"backbone": "resnet50"}, r"config.backbone: 'resnet50' is not one of vgg16, efficientnet_lite0, convnet"),
+        ({"objective": "simclr"}, r"config.objective: 'simclr' is not one of naive_cl, cl_hash, cibhash"),
+        ({"binary": "soft"}, r"config.binary: 'soft' is not one of stochastic, deterministic"),
+        ({"augment": "none"}, r"config.augment: 'none' is not one of photo, digits"),
+        ({"temperature": 0.0}, r"config.temperature: 0.0 must be greater than 0"),
+        ({"temperature": float("nan")}, r"config.temperature: nan"),
+        ({"beta": -0.1}, r"config.beta: -0.1 must be 0 or more"),
+        ({"learning_rate": float("inf")}, r"config.learning_rate: inf"),
+        ({"epochs": 0}, r"config.epochs: 0 must be 1 or more"),
+        ({"seed": -1}, r"config.seed: -1 must be from 0"),
+        ({"k": 0}, r"config.k: 0 must be 1 or more"),
+        ({"train__views": 1}, r"config.train.views: 1 must be 0 .* or at least 2"),
+        ({"data__validation": "half"}, r"config.data.validation: 'half' is not one of none, query_half, database"),
+        ({"image_size": 4}, r"config.image_size: 4 is too small for convnet, which takes 8"),
+        ({"frozen": True}, r"config.frozen: convnet starts from random weights"),
+        ({"backbone_weights": "a.pth"}, r"config.backbone_weights: convnet is trained from scratch"),
+        ({"train__views": 4}, r"config.train.views: .*only while the backbone is frozen"),
+    ],
+)
+def test_a_bad_value_is_refused(fields, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.check(small.config(**fields))
+
+
+def test_a_missing_field_is_named():
+    config = small.config()
+    del config.temperature
+    with pytest.raises(config_lib.ConfigError, match=r"config.temperature: the field is missing"):
+        config_lib.check(config)
+
+
+def test_differences_are_told_both_ways_but_for_where_the_data_lie():
+    mine = config_lib.flatten(small.config(bits=32, data__dir="elsewhere"))
+    theirs = config_lib.flatten(small.config())
+    assert config_lib.differences(mine, theirs) == ["bits: 16 → 32"]
+    assert config_lib.differences(mine, mine) == []

@@ -1,0 +1,55 @@
+"""The hasher: codes are the signs of the logits, however the images come."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import cib_jax as cib
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def hasher():
+    encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+    return cib.Hasher(encoder, params, frozen, batch_size=10)
+
+
+def test_codes_are_the_signs_of_the_logits(hasher):
+    encoder = hasher.encoder
+    logits = encoder.logits(hasher.params, hasher.frozen, encoder.preprocess(IMAGES))
+    codes = hasher.encode(IMAGES)
+    assert codes.dtype == np.uint8
+    assert codes.shape == (23, 2)
+    assert np.array_equal(codes, np.packbits(np.asarray(logits) > 0, axis=-1))
+
+
+def test_any_number_of_images(hasher):
+    whole = hasher.encode(IMAGES)
+    for count in (0, 1, 9, 10, 11, 20):
+        assert np.array_equal(hasher.encode(IMAGES[:count]), whole[:count])
+
+
+def test_a_sequence_of_uneven_images_is_resized_by_pillow(hasher):
+    uneven = [np.random.default_rng(i).integers(0, 256, (9 + i, 30 - i, 3), dtype=np.uint8) for i in range(4)]
+    resized = [PIL.Image.fromarray(image).resize((16, 16), PIL.Image.Resampling.BILINEAR) for image in uneven]
+    assert np.array_equal(hasher.encode(uneven), hasher.encode(np.stack([np.asarray(image) for image in resized])))
+    assert hasher.encode([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [IMAGES.astype(np.float32), IMAGES[..., :1], IMAGES[0], [IMAGES[0, ..., 0]], [IMAGES[0] / 255]],
+)
+def test_other_images_are_refused(hasher, images):
+    with pytest.raises(ValueError, match=r"images: wanted uint8 .* in RGB, got"):
+        hasher.encode(images)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(cib.Refusal, match=r"config.json: there is no such file"):
+        cib.Hasher.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"bits": ')
+    with pytest.raises(cib.Refusal, match=r"config.json: the file is damaged"):
+        cib.Hasher.load(tmp_path)

@@ -1,0 +1,111 @@
+"""The loop on a step of plain arithmetic: cutting it in two, early stopping, loss that is not finite."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cib_jax.training import loop
+from cib_jax.training.checkpoint import Progress
+from cib_jax.training.state import TrainState
+
+
+def start():
+    return TrainState(step=jnp.zeros((), jnp.int32), params={"x": jnp.zeros(3)}, opt_state=())
+
+
+def step(state, batch, key):
+    """Adds noise of the step's key and the batch's sum; the term is the batch's first entry."""
+    x = state.params["x"] + jax.random.normal(key, (3,)) + batch.sum()
+    return TrainState(state.step + 1, {"x": x}, ()), {"loss": jnp.asarray(batch[0])}
+
+
+def batches(epoch):
+    return (np.array([epoch, index], np.float32) for index in range(5))
+
+
+def run(state, progress, epochs, **options):
+    return loop.run(
+        state,
+        progress,
+        step=options.pop("step", step),
+        epoch_batches=options.pop("epoch_batches", batches),
+        key=jax.random.key(0),
+        epochs=epochs,
+        batch_size=2,
+        **options,
+    )
+
+
+def test_a_run_cut_between_any_two_epochs_comes_to_the_same_bits():
+    whole, _ = run(start(), Progress(), 4)
+    for cut in range(1, 4):
+        state, progress = run(start(), Progress(), cut)
+        state, progress = run(state, dataclasses.replace(progress, finished=False), 4)
+        assert np.array_equal(state.params["x"], whole.params["x"])
+        assert (progress.epoch, progress.step, progress.finished) == (4, 20, True)
+
+
+def test_a_step_is_keyed_by_the_root_key_folded_with_its_number():
+    state, _ = run(start(), Progress(), 2)
+    expected = np.zeros(3, np.float32)
+    for number in range(10):
+        expected += jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (3,))
+    expected += sum(epoch + index for epoch in range(2) for index in range(5))
+    np.testing.assert_allclose(state.params["x"], expected, rtol=1e-5)
+
+
+def test_an_epochs_report_holds_the_mean_of_its_terms():
+    reports = []
+    run(
+        start(),
+        Progress(),
+        2,
+        epoch_batches=lambda epoch: (np.array([epoch * 100 + i], np.float32) for i in range(70)),
+        on_epoch=lambda state, report: reports.append(report),
+    )
+    assert [report.terms["loss"] for report in reports] == [34.5, 134.5]
+    assert [report.progress.step for report in reports] == [70, 140]
+
+
+def validated(scores, epochs=10, **options):
+    given, reports = iter(scores), []
+    _, progress = run(
+        start(),
+        Progress(),
+        epochs,
+        validate=lambda state: next(given),
+        on_epoch=lambda state, report: reports.append(report),
+        **options,
+    )
+    return progress, reports
+
+
+def test_training_stops_after_so_many_validations_without_a_better_one():
+    progress, reports = validated([0.1, 0.3, 0.2, 0.3, 0.25], validate_every=1, patience=3)
+    assert (progress.best_map, progress.best_step, progress.epoch, progress.finished) == (0.3, 10, 5, True)
+    assert [report.validation_map for report in reports] == [0.1, 0.3, 0.2, 0.3, 0.25]
+
+
+def test_a_better_validation_starts_the_count_again():
+    progress, _ = validated([0.3, 0.2, 0.2, 0.4, 0.1, 0.1, 0.5, 0.1, 0.1, 0.1], validate_every=1, patience=3)
+    assert (progress.best_map, progress.epoch) == (0.5, 10)
+
+
+def test_validations_come_every_n_epochs_and_at_the_end():
+    progress, reports = validated([0.1, 0.2, 0.3], epochs=7, validate_every=3)
+    assert [r.progress.epoch for r in reports if r.validation_map is not None] == [3, 6, 7]
+    assert progress.best_step == 35
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(bad):
+    def poisoned(epoch):
+        return (np.array([bad if (epoch, i) == (1, 2) else 1.5], np.float32) for i in range(5))
+
+    ended = []
+    with pytest.raises(loop.NonFiniteLossError, match=r"step 8: the loss is not finite \(loss (nan|inf)\)"):
+        run(start(), Progress(), 3, epoch_batches=poisoned, on_epoch=lambda s, report: ended.append(report))
+    assert [report.progress.epoch for report in ended] == [1]
