@@ -12,7 +12,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-DEFAULT_CONFIG = "configs/digits.py"
+HERE = pathlib.Path(__file__).resolve().parent
+DEFAULT_CONFIG = str(HERE / "configs" / "digits.py")
 
 # Its default is given in `parse`: here it would read the fields' overrides, and fail, before anything can be told.
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"The experiment's file; by default {DEFAULT_CONFIG}.")
@@ -56,7 +57,7 @@ def _check_fields(path: str, arguments: Sequence[str]) -> None:
     try:
         fields = flatten(runpy.run_path(path)["get_config"]())
     except FileNotFoundError:
-        known = ", ".join(sorted(str(file) for file in pathlib.Path("configs").glob("[!_]*.py")))
+        known = ", ".join(sorted(str(file.relative_to(HERE)) for file in (HERE / "configs").glob("[!_]*.py")))
         refuse(f"--config: there is no file {path!r}; experiments here: {known}")
     except Exception as error:  # it is the user's own Python file: anything may go wrong in it
         refuse(f"--config: {path!r} is no experiment with a get_config() ({type(error).__name__}: {error})")
@@ -94,22 +95,28 @@ def main(arguments: Sequence[str]) -> None:
     from cib_jax.errors import Refusal
     from cib_jax.jobs.evaluate import evaluate
     from cib_jax.jobs.train import train
+    from cib_jax.jobs.workdir import default_name
 
+    workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
     keep_compilations()
     try:
         if _MODE.value == "train":
-            train(_CONFIG.value, _WORKDIR.value)
-        elif _WORKDIR.value is None:
+            workdir = workdir or default_name(_CONFIG.value)
+            train(_CONFIG.value, workdir)
+        elif workdir is None:
             refuse("--workdir: --mode=evaluate wants the folder of a trained run; give --workdir=DIR")
         else:
-            given = flags.FLAGS["config"]
-            whole = flatten(_CONFIG.value) if _config_path(sys.argv) else {}
-            evaluate(_WORKDIR.value, overrides=whole | config_flags.get_override_values(given))
+            # The config is the run's own; of an experiment named beside it, what says which run this is must agree.
+            named = {name: flatten(_CONFIG.value)[name] for name in ("data.name", "backbone")}
+            overrides = config_flags.get_override_values(flags.FLAGS["config"])
+            evaluate(workdir, overrides=(named if _config_path(sys.argv) else {}) | overrides)
     except Refusal as error:
         refuse(str(error))
+    except OSError as error:
+        refuse(f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole")
     except KeyboardInterrupt:
         print(
-            "\nInterrupted; the same command with the same --workdir goes on from the last checkpoint.",
+            f"\nInterrupted; --workdir={workdir} with the same config goes on from the last checkpoint.",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -18,7 +18,15 @@ from cib_jax.fitting import fit
 from cib_jax.hasher import Hasher
 from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
 from cib_jax.retrieval.health import code_health
-from cib_jax.retrieval.metrics import evaluate, mean_average_precision, tie_aware_map
+from cib_jax.retrieval.metrics import (
+    evaluate,
+    mean_average_precision,
+    precision_at_k,
+    precision_recall_curve,
+    precision_within_radius,
+    recall_at_k,
+    tie_aware_map,
+)
 from cib_jax.retrieval.ranking import hamming_distances, rank
 from cib_jax.training.state import TrainState, create_train_state
 from cib_jax.training.step import train_step, train_step_on_features
@@ -43,7 +51,11 @@ __all__ = [
     "mean_average_precision",
     "nt_xent",
     "pack_bits",
+    "precision_at_k",
+    "precision_recall_curve",
+    "precision_within_radius",
     "rank",
+    "recall_at_k",
     "resize_and_normalise",
     "sample_codes",
     "tie_aware_map",

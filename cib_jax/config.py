@@ -1,5 +1,6 @@
 """Whether a configuration makes sense, told before anything heavy starts. configs/default.py documents the fields."""
 
+import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,48 +30,65 @@ def _at_least(least: float) -> Check:
 
 _POSITIVE: Check = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
 
-CHECKS: dict[str, Check] = {
-    "seed": (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295"),
-    "bits": (
-        lambda bits: 8 <= bits <= 4096 and bits % 8 == 0,
-        "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
-    ),
-    "k": _at_least(1),
-    "backbone": _one_of(*registry.BACKBONES),
-    "image_size": (
-        lambda size: 0 <= size <= 2048,
-        "must be 0 (the backbone's usual size) or up to 2048 pixels",
-    ),
-    "hidden": _at_least(1),
-    "objective": _one_of(*OBJECTIVES),
-    "binary": _one_of("stochastic", "deterministic"),
-    "temperature": _POSITIVE,
-    "beta": _at_least(0),
-    "augment": _one_of(*augment.FAMILIES),
-    "batch_size": (
-        lambda size: size >= 2,
-        "must be 2 or more, since the contrast needs another image as a negative",
-    ),
-    "epochs": _at_least(1),
-    "learning_rate": _POSITIVE,
-    "data.train_per_class": _at_least(0),
-    "data.queries": _at_least(0),
-    "data.validation": _one_of("none", "query_half", "database"),
-    "data.validation_queries": _at_least(1),
-    "data.stored_size": _at_least(0),
-    "data.resident_mb": _at_least(0),
-    "train.views": (
-        lambda views: views == 0 or views >= 2,
-        "must be 0 (fresh views at every step) or at least 2, since a pair needs two views",
-    ),
-    "train.validate_every": _at_least(1),
-    "train.patience": _at_least(1),
-    "train.checkpoint_every": _at_least(1),
-    "encode_batch": _at_least(1),
-}
+_ANYTHING: Check = (lambda value: True, "")
 
-MAY_CHANGE = frozenset({"data.dir", "data.resident_mb"})
-"""Fields that say where or how data are held, not what is learnt: they may differ between two runs of one workdir."""
+FIELDS: dict[str, tuple[type, Check]] = {
+    "seed": (int, (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")),
+    "bits": (
+        int,
+        (
+            lambda bits: 8 <= bits <= 4096 and bits % 8 == 0,
+            "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
+        ),
+    ),
+    "k": (int, _at_least(1)),
+    "backbone": (str, _one_of(*registry.BACKBONES)),
+    "backbone_weights": (str, _ANYTHING),
+    "frozen": (bool, _ANYTHING),
+    "image_size": (
+        int,
+        (lambda size: 0 <= size <= 2048, "must be 0 (the backbone's usual size) or up to 2048 pixels"),
+    ),
+    "hidden": (int, _at_least(1)),
+    "objective": (str, _one_of(*OBJECTIVES)),
+    "binary": (str, _one_of("stochastic", "deterministic")),
+    "temperature": (float, _POSITIVE),
+    "beta": (float, _at_least(0)),
+    "augment": (str, _one_of(*augment.FAMILIES)),
+    "batch_size": (
+        int,
+        (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
+    ),
+    "epochs": (int, _at_least(1)),
+    "learning_rate": (float, _POSITIVE),
+    "data.name": (str, (bool, "must name a data set, such as cifar10")),
+    "data.dir": (str, _ANYTHING),
+    "data.train_per_class": (int, _at_least(0)),
+    "data.queries": (int, _at_least(0)),
+    "data.validation": (str, _one_of("none", "query_half", "database")),
+    "data.validation_queries": (int, _at_least(1)),
+    "data.stored_size": (int, _at_least(0)),
+    "data.resident_mb": (int, _at_least(0)),
+    "train.views": (
+        int,
+        (
+            lambda views: views == 0 or views >= 2,
+            "must be 0 (fresh views at every step) or at least 2, since a pair needs two views",
+        ),
+    ),
+    "train.bank_mb": (int, _at_least(0)),
+    "train.validate_every": (int, _at_least(1)),
+    "train.patience": (int, _at_least(1)),
+    "train.checkpoint_every": (int, _at_least(1)),
+    "encode_batch": (int, _at_least(1)),
+}
+"""Every field's type, what its value must be, and how to say so."""
+
+MAY_CHANGE = frozenset({"data.dir", "data.resident_mb", "backbone_weights", "train.bank_mb"})
+"""Fields that say where and how data are held, not what is learnt: they may differ when a run is taken up again.
+
+Weights are compared by their fingerprint, wherever they lie.
+"""
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -91,13 +109,18 @@ def check(config: ml_collections.ConfigDict) -> None:
       ConfigError: a value cannot work; one sentence names the field, the value and the choices.
     """
     flat = flatten(config)
-    for name, (good, message) in CHECKS.items():
+    for name in flat.keys() - FIELDS.keys():
+        near = difflib.get_close_matches(name, FIELDS, 1)
+        hint = f"did you mean {near[0]}" if near else "see configs/default.py"
+        raise ConfigError(f"config.{name}: there is no such field; {hint}")
+    for name, (kind, (good, message)) in FIELDS.items():
         if name not in flat:
-            raise ConfigError(
-                f"config.{name}: the field is missing; start from configs/default.py, which lists them all"
-            )
-        if isinstance(flat[name], bool) or not good(flat[name]):
-            raise ConfigError(f"config.{name}: {flat[name]!r} {message}")
+            raise ConfigError(f"config.{name}: the field is missing; start from configs/default.py, which lists them")
+        value = flat[name]
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise ConfigError(f"config.{name}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
+        if not good(value):
+            raise ConfigError(f"config.{name}: {value!r} {message}")
     backbone = registry.get(config.backbone)
     if config.image_size and config.image_size < backbone.smallest:
         raise ConfigError(

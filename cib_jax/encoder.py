@@ -39,9 +39,12 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """Pure functions of a network; it holds no parameters, so it can be closed over or passed as a static argument."""
+    """Pure functions of a network; it holds no parameters, so it can be closed over or passed as a static argument.
+
+    Two encoders are equal only if they are one: hashing a deep network's graph at every call would cost milliseconds.
+    """
 
     backbone: registry.Backbone
     bits: int

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 from jaxtyping import UInt8
 
+from cib_jax.augment import FAMILIES
 from cib_jax.encoder import Params, create_encoder
 from cib_jax.hasher import Hasher
+from cib_jax.objective import OBJECTIVES
 from cib_jax.training import feed, loop, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
@@ -25,6 +27,7 @@ def fit(
     backbone_params: Params | None = None,
     frozen: bool | None = None,
     image_size: int = 0,
+    hidden: int = 1024,
     objective: str = "cibhash",
     temperature: float = 0.3,
     beta: float = 0.001,
@@ -49,6 +52,7 @@ def fit(
       backbone_params: for the latter two, `cib_jax.load_pretrained(backbone)`.
       frozen: see `create_encoder`.
       image_size: side of the network's input in pixels; 0 takes the backbone's usual one.
+      hidden: width of the hash head's hidden layer.
       objective: "naive_cl", "cl_hash" or "cibhash".
       temperature: τ of the contrast.
       beta: β, the weight of the bottleneck.
@@ -73,6 +77,10 @@ def fit(
         raise ValueError(f"views: {views} must be 0 (fresh views at every step) or at least 2")
     if epochs < 1:
         raise ValueError(f"epochs: {epochs} must be 1 or more")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
+    if augment not in FAMILIES:
+        raise ValueError(f"augment: {augment!r} is not one of {', '.join(FAMILIES)}")
     init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
     encoder, params, unchanging = create_encoder(
         init_key,
@@ -80,6 +88,7 @@ def fit(
         bits=bits,
         image_size=image_size,
         frozen=frozen,
+        hidden=hidden,
         backbone_params=backbone_params,
     )
     optimiser = optax.adam(learning_rate)
@@ -100,6 +109,7 @@ def fit(
             encoder,
             unchanging,
             lambda: (images[start : start + size] for start in range(0, len(images), size)),
+            count=len(images),
             views=views,
             family=augment,
         )

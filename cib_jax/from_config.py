@@ -18,13 +18,17 @@ def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.key(config.seed), STREAMS[stream])
 
 
-def encoder(config: ml_collections.ConfigDict) -> tuple[Encoder, Params, Params, str]:
-    """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of loaded weights ("": none).
+def encoder(config: ml_collections.ConfigDict, *, trained: bool = False) -> tuple[Encoder, Params, Params, str]:
+    """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of the frozen ones ("": none).
+
+    Args:
+      config: of the run.
+      trained: a checkpoint will replace the parameters to train, so weights are loaded for the frozen ones only.
 
     Raises:
       WeightsError: the backbone's weights are missing or unusable.
     """
-    pretrained = registry.get(config.backbone).convert is not None
+    pretrained = registry.get(config.backbone).convert is not None and (config.frozen or not trained)
     loaded = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
     made, params, frozen = create_encoder(
         key(config, "initial weights"),
@@ -34,8 +38,9 @@ def encoder(config: ml_collections.ConfigDict) -> tuple[Encoder, Params, Params,
         frozen=config.frozen,
         hidden=config.hidden,
         backbone_params=loaded,
+        pretrained=pretrained,
     )
-    return made, params, frozen, weights.fingerprint(loaded) if loaded is not None else ""
+    return made, params, frozen, weights.fingerprint(frozen["backbone"]) if frozen else ""
 
 
 def optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -59,9 +64,16 @@ def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
         validation=data.validation,
         validation_queries=data.validation_queries,
     )
-    searched = len(drawn.validation[1]) if drawn.validation else len(drawn.database)
-    if config.k > min(searched, len(drawn.database)):
+    searched = min(len(drawn.database), len(drawn.validation[1]) if drawn.validation else len(drawn.database))
+    if config.k > searched:
         raise ConfigError(f"config.k: {config.k} is larger than the database, which has {searched} images; lower it")
+    if config.train.views:
+        bank = config.train.views * len(drawn.train) * registry.get(config.backbone).features * 4 / 2**20
+        if bank > config.train.bank_mb:
+            raise ConfigError(
+                f"config.train.views: a bank of {config.train.views} views of {len(drawn.train)} images takes "
+                f"{bank:,.0f} MiB, more than config.train.bank_mb; lower the views or raise that limit"
+            )
     if config.batch_size > len(drawn.train):
         raise ConfigError(
             f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)}; lower it"

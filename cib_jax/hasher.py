@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import PIL.Image
 from jaxtyping import Array, Float, UInt8
 
 from cib_jax import binary, encoding, from_config
+from cib_jax.config import check
+from cib_jax.data import loader
 from cib_jax.encoder import Encoder, Params
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
@@ -29,10 +30,16 @@ class Hasher:
     frozen: Params
     batch_size: int = 100
     """Images encoded at once."""
+    stored_size: int = 0
+    """Side to which images are resized on the host first, as they were for training; 0: they are not."""
 
     @classmethod
-    def load(cls, workdir: pathlib.Path | str) -> "Hasher":
+    def load(cls, workdir: pathlib.Path | str, *, backbone_weights: str = "") -> "Hasher":
         """Returns the hasher of a run: of its best checkpoint where it was validated, of its last one elsewhere.
+
+        Args:
+          workdir: the run's folder.
+          backbone_weights: where the frozen backbone's weights lie now; "" takes the place that the run had them from.
 
         Raises:
           CheckpointError: `workdir` is no run's folder, or its checkpoint is missing or unusable.
@@ -40,50 +47,56 @@ class Hasher:
         """
         workdir = pathlib.Path(workdir)
         config = read_config(workdir)
-        encoder, params, frozen, fingerprint = from_config.encoder(config)
+        if backbone_weights:
+            config.backbone_weights = backbone_weights
+        encoder, params, frozen, fingerprint = from_config.encoder(config, trained=True)
         params, _, extra = restore_best(workdir, params, config)
         check_fingerprint(fingerprint, extra, workdir)
-        return cls(encoder, params, frozen, config.encode_batch)
+        return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size)
 
     def encode(
         self, images: UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]]
     ) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of RGB images, `bits` / 8 bytes each.
 
-        An array is resized on the device; a sequence of images, which may differ in size, is resized on the host.
+        Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
+        whose rounding to whole grey levels can turn a bit or two.
 
         Raises:
           ValueError: the images are not uint8 with three channels; the message names their shape and type.
         """
-        if isinstance(images, np.ndarray) or hasattr(images, "dtype"):
-            images = np.asarray(images)
-            _check_images(images, 4)
-        else:
-            images = self._resized(images)
         if not len(images):
             return np.zeros((0, self.encoder.bits // 8), np.uint8)
-        size = min(self.batch_size, len(images))
-        return self.encode_batches(images[start : start + size] for start in range(0, len(images), size))
+        if hasattr(images, "dtype"):
+            _check_images(np.asarray(images), 4)
+        else:
+            for image in images:
+                _check_images(np.asarray(image), 3)
+        side = self.stored_size
+        if len({np.shape(image) for image in images}) > 1:
+            side = side or self.encoder.image_size
+        whole = _resized(images, side) if side else np.asarray(images)
+        # One of a few batch sizes, not any: each is compiled once.
+        size = min(self.batch_size, 1 << (len(whole) - 1).bit_length())
+        return self.encode_batches((whole[start : start + size] for start in range(0, len(whole), size)), size=size)
 
     def encode_batches(
         self,
         batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
         on_images: Callable[[int], None] = lambda images: None,
+        *,
+        size: int = 0,
     ) -> UInt8[np.ndarray, "n bytes"]:
-        """Returns the packed codes of all images of `batches`, none of which is larger than the first."""
+        """Returns the packed codes of all images of `batches`, none larger than `size` (0: than the first)."""
         compute = functools.partial(_packed, self.encoder, self.params, self.frozen)
-        rows = encoding.map_batches(lambda images, first: compute(images), batches, on_images)
+        rows = encoding.map_batches(lambda images, first: compute(images), batches, on_images, size=size)
         return np.concatenate([np.asarray(row) for row in rows])
 
-    def _resized(
-        self, images: Sequence[UInt8[np.ndarray, "height width 3"]]
-    ) -> UInt8[np.ndarray, "n image_size image_size 3"]:
-        side = self.encoder.image_size
-        resized = np.empty((len(images), side, side, 3), np.uint8)
-        for row, image in zip(resized, map(np.asarray, images), strict=True):
-            _check_images(image, 3)
-            row[:] = np.asarray(PIL.Image.fromarray(image).resize((side, side), PIL.Image.Resampling.BILINEAR))
-        return resized
+
+def _resized(
+    images: Sequence[UInt8[np.ndarray, "height width 3"]] | np.ndarray, side: int
+) -> UInt8[np.ndarray, "n side side 3"]:
+    return np.stack([loader.resize(np.asarray(image), side) for image in images])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,13 +139,16 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """
     path = workdir / "config.json"
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+        check(config)
+    except OSError as error:
         raise CheckpointError(
-            f"{path}: there is no such file, so {workdir} is no run's folder; give the --workdir of a training run"
+            f"{path}: there is no such file ({error.strerror}), so {workdir} is no run's folder; give the "
+            "--workdir of a training run"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the file is damaged ({error}); restore it from a copy or train again") from None
+    return config
 
 
 def restore_best(

@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.train = ml_collections.ConfigDict()
     c.train.views = 0  # features of this many views per image are computed once; 0 = fresh views at every step
+    c.train.bank_mb = 8192  # a bank that would take more MiB than this is refused
     c.train.validate_every = 20  # epochs between validations, where data.validation is not "none"
     c.train.patience = 6  # validations without a better MAP before training stops
     c.train.checkpoint_every = 1  # epochs between checkpoints

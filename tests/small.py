@@ -22,6 +22,19 @@ def config(**fields) -> ml_collections.ConfigDict:
     return made
 
 
+def unchecked(**fields) -> ml_collections.ConfigDict:
+    """Returns a config whose fields may be of any type, as in a user's own file."""
+    made = config()
+    for name, value in fields.items():
+        *groups, last = name.split("__")
+        group = made
+        for inner in groups:
+            group = group[inner]
+        with group.ignore_type():
+            group[last] = value
+    return made
+
+
 def flags(**fields) -> list[str]:
     """Returns the same as arguments of run.py."""
     named = FLAGS | {name.replace("__", "."): value for name, value in fields.items()}

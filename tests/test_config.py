@@ -39,6 +39,9 @@ def test_every_experiment_is_tested_here():
         ({"learning_rate": float("inf")}, r"config.learning_rate: inf"),
         ({"epochs": 0}, r"config.epochs: 0 must be 1 or more"),
         ({"seed": -1}, r"config.seed: -1 must be from 0"),
+        ({"bits": "32"}, r"config.bits: '32' is of type str, not int"),
+        ({"frozen": 1}, r"config.frozen: 1 is of type int, not bool"),
+        ({"data__name": ""}, r"config.data.name: '' must name a data set"),
         ({"k": 0}, r"config.k: 0 must be 1 or more"),
         ({"train__views": 1}, r"config.train.views: 1 must be 0 .* or at least 2"),
         ({"data__validation": "half"}, r"config.data.validation: 'half' is not one of none, query_half, database"),
@@ -50,7 +53,7 @@ def test_every_experiment_is_tested_here():
 )
 def test_a_bad_value_is_refused(fields, message):
     with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.check(small.config(**fields))
+        config_lib.check(small.unchecked(**fields))
 
 
 def test_a_missing_field_is_named():
@@ -58,6 +61,19 @@ def test_a_missing_field_is_named():
     del config.temperature
     with pytest.raises(config_lib.ConfigError, match=r"config.temperature: the field is missing"):
         config_lib.check(config)
+
+
+def test_an_unknown_field_is_named():
+    config = small.config()
+    config.train.view = 10
+    with pytest.raises(
+        config_lib.ConfigError, match=r"config.train.view: there is no such field; did you mean train.views"
+    ):
+        config_lib.check(config)
+
+
+def test_every_field_of_the_default_is_checked_and_documented():
+    assert config_lib.flatten(configs.default.get_config()).keys() == config_lib.FIELDS.keys()
 
 
 def test_differences_are_told_both_ways_but_for_where_the_data_lie():

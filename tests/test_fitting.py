@@ -49,7 +49,7 @@ def test_a_frozen_backbone_trains_on_a_bank(digits):
         ({"epochs": 0}, "epochs: 0 must be 1"),
         ({"bits": 9}, "bits: 9"),
         ({"objective": "other"}, "objective: 'other'"),
-        ({"augment": "other"}, "augment is 'other'"),
+        ({"augment": "other"}, "augment: 'other' is not one of photo, digits"),
     ],
 )
 def test_bad_options_are_refused(digits, options, message):

@@ -25,6 +25,16 @@ def test_codes_are_the_signs_of_the_logits(hasher):
     assert np.array_equal(codes, np.packbits(np.asarray(logits) > 0, axis=-1))
 
 
+def test_a_sequence_of_images_of_one_size_is_encoded_as_the_array_is(hasher):
+    assert np.array_equal(hasher.encode(list(IMAGES)), hasher.encode(IMAGES))
+
+
+def test_images_are_resized_on_the_host_first_if_they_were_for_training(hasher):
+    stored = cib.Hasher(hasher.encoder, hasher.params, hasher.frozen, stored_size=12)
+    resized = [PIL.Image.fromarray(image).resize((12, 12), PIL.Image.Resampling.BILINEAR) for image in IMAGES]
+    assert np.array_equal(stored.encode(IMAGES), hasher.encode(np.stack([np.asarray(image) for image in resized])))
+
+
 def test_any_number_of_images(hasher):
     whole = hasher.encode(IMAGES)
     for count in (0, 1, 9, 10, 11, 20):
@@ -50,6 +60,9 @@ def test_other_images_are_refused(hasher, images):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(cib.Refusal, match=r"config.json: there is no such file"):
         cib.Hasher.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"bits": ')
-    with pytest.raises(cib.Refusal, match=r"config.json: the file is damaged"):
-        cib.Hasher.load(tmp_path)
+    for damaged in ('{"bits": ', "[1]", "5", '{"a.b": 1}', "{}", '{"bits": "32"}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(cib.Refusal, match=r"config.json: the file is damaged"):
+            cib.Hasher.load(tmp_path)
+    with pytest.raises(cib.Refusal, match=r"is no run's folder"):
+        cib.Hasher.load(tmp_path / "config.json")

@@ -44,7 +44,7 @@ def stream(
     def fetch(index: int) -> UInt8[np.ndarray, "height width 3"]:
         image = images[int(index)]
         if stored_size:
-            return _resize(image, stored_size)
+            return resize(image, stored_size)
         if image.shape != first:
             raise DataError(
                 f"config.data.stored_size: image {index} has shape {image.shape}, others {first}; set the field to the "
@@ -56,7 +56,8 @@ def stream(
     yield from pipeline.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
 
 
-def _resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+def resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns the image resized on the host, bilinearly and antialiased, by Pillow."""
     return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
 
 

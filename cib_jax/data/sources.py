@@ -1,6 +1,8 @@
 """Data sets by name: images one by one, and their labels, from tensorflow-datasets or from scikit-learn."""
 
 import dataclasses
+import difflib
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -87,28 +89,42 @@ def _tfds(name: str, directory: str) -> Source:
     import tensorflow_datasets as tfds
 
     where = directory or str(tfds.core.constants.DATA_DIR)
+    if directory and not os.path.isdir(directory):
+        raise DataError(
+            f"config.data.dir: there is no folder {directory}; give a TFDS data_dir, or make it if {name} is to be "
+            "downloaded there"
+        )
+    if name not in (known := tfds.list_builders(with_community_datasets=False)):
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {' or '.join(near)}" if near else "see https://www.tensorflow.org/datasets/catalog"
+        raise DataError(f"config.data.name: {name!r} is neither 'digits' nor a data set of tensorflow-datasets; {hint}")
     try:
         # array_record: the one format TFDS reads at random and without TensorFlow.
         builder = tfds.builder(name, data_dir=directory or None, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
+    except Exception as error:  # of many kinds; a folder prepared as tfrecord is the most likely one
         raise DataError(
-            f"config.data.name: {name!r} is neither 'digits' nor a data set that tensorflow-datasets knows; see "
-            "https://www.tensorflow.org/datasets/catalog for the names"
-        ) from None
+            f"config.data.dir: {name} under {where} cannot be opened ({_first_line(error)}); if it was prepared in "
+            "another format than array_record, give another --config.data.dir to have it prepared there"
+        ) from error
     if not builder.info.splits:
         _prepare(builder, name, where)
-    features = builder.info.features
-    if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(builder.info.splits):
+    features = dict(builder.info.features) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+    if (
+        not isinstance(features.get("image"), tfds.features.Image)
+        or not isinstance(features.get("label"), tfds.features.ClassLabel)
+        or features["image"].shape[-1] not in (1, 3)
+        or not {"train", "test"} <= set(builder.info.splits)
+    ):
         raise DataError(
             f"config.data.name: {name} has features {sorted(features)} and splits {sorted(builder.info.splits)}, but "
-            "'image', 'label', 'train' and 'test' are needed; choose a data set of labelled images"
+            "an 'image' in grey or RGB, a class 'label', 'train' and 'test' are needed; choose another data set"
         )
     try:
         return Source(_split(builder, "train"), _split(builder, "test"))
     except Exception as error:  # TFDS and array_record raise many kinds; each means that the files are unusable
         raise DataError(
-            f"config.data.dir: {name} under {where} cannot be read ({_first_line(error)}); remove that folder and "
-            f"prepare it again with `tfds build {name} --file_format=array_record`"
+            f"config.data.dir: {name} under {where} cannot be read ({_first_line(error)}); if its files are damaged, "
+            "remove that folder to have it prepared again"
         ) from error
 
 
@@ -119,8 +135,7 @@ def _prepare(builder: Any, name: str, where: str) -> None:
     except Exception as error:  # whatever went wrong, the way out is the same
         raise DataError(
             f"config.data.dir: {name} is not prepared under {where}, and downloading it failed ({_first_line(error)}); "
-            f"on a machine with network run `tfds build {name} --file_format=array_record --data_dir=DIR`, copy DIR "
-            "here and pass --config.data.dir=DIR"
+            "start the same command on a machine with network and --config.data.dir=DIR, then copy DIR here and pass it"
         ) from error
 
 

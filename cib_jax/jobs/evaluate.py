@@ -11,6 +11,7 @@ import ml_collections
 import rich.console
 import rich.table
 
+import cib_jax
 from cib_jax import config as config_lib
 from cib_jax.encoder import Params
 from cib_jax.hasher import check_fingerprint, read_config, restore_best
@@ -27,7 +28,9 @@ def evaluate(
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
-    """Measures a trained run and writes its results.json and codes/; returns the results.
+    """Measures a trained run and writes its results and codes/; returns the results.
+
+    They are written to results.json, or beside it if the run is unfinished or `k` is another than it was trained with.
 
     Args:
       workdir: of a run that was trained.
@@ -39,9 +42,17 @@ def evaluate(
       ConfigError, DataError, WeightsError: as in training.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
-    config = _overridden(read_config(workdir), overrides or {})
+    trained = read_config(workdir)
+    config = _overridden(trained.copy_and_resolve_references(), overrides or {})
     config_lib.check(config)
-    setting = setting_lib.prepare(config, workdir, console)
+    with workdir_lib.claim(workdir):
+        return _evaluate(config, trained.k, workdir, console)
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict, trained_k: int, workdir: pathlib.Path, console: rich.console.Console
+) -> dict[str, Any]:
+    setting = setting_lib.prepare(config, workdir, console, trained=True)
     params, progress, extra = restore_best(workdir, setting.initial, config)
     check_fingerprint(setting.fingerprint, extra, workdir)
     if not progress.finished:
@@ -49,7 +60,10 @@ def evaluate(
             f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; measuring its last checkpoint",
             soft_wrap=True,
         )
-    return measure(setting, params, progress, float(extra["bank_seconds"]))
+    # results.json is the finished run's own: other figures stand beside it.
+    whole = progress.finished and config.k == trained_k
+    name = "results.json" if whole else f"results-epoch{progress.epoch}-k{config.k}.json"
+    return measure(setting, params, progress, float(extra["bank_seconds"]), name)
 
 
 MEASURING = frozenset({"k", "encode_batch"}) | config_lib.MAY_CHANGE
@@ -70,8 +84,10 @@ def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) ->
     return config
 
 
-def measure(setting: Setting, params: Params, progress: Progress, bank_seconds: float) -> dict[str, Any]:
-    """Encodes and ranks, writes results.json and codes/, prints the table, returns the results."""
+def measure(
+    setting: Setting, params: Params, progress: Progress, bank_seconds: float, name: str = "results.json"
+) -> dict[str, Any]:
+    """Encodes and ranks, writes `name` and codes/, prints the table, returns the results."""
     config, splits, workdir = setting.config, setting.splits, setting.workdir
     begun = time.perf_counter()
     query = setting.encode(params, splits.query, "Encoding queries")
@@ -80,13 +96,13 @@ def measure(setting: Setting, params: Params, progress: Progress, bank_seconds: 
     begun = time.perf_counter()
     figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, config.k)
     figures["code_health"] = health.code_health(database)
-    for name, array in {
+    for kind, array in {
         "query_codes": query,
         "database_codes": database,
         "query_labels": splits.query.labels,
         "database_labels": splits.database.labels,
     }.items():
-        workdir_lib.write_array(workdir / "codes" / f"{name}.npy", array)
+        workdir_lib.write_array(workdir / "codes" / f"{kind}.npy", array)
     results = {
         "dataset": config.data.name,
         "backbone": config.backbone,
@@ -114,15 +130,14 @@ def measure(setting: Setting, params: Params, progress: Progress, bank_seconds: 
         "metrics": figures,
         "versions": versions(),
     }
-    workdir_lib.write_json(workdir / "results.json", results)
-    _print(results, workdir, setting.console)
+    workdir_lib.write_json(workdir / name, results)
+    _print(results, workdir / name, setting.console)
     return results
 
 
 def versions() -> dict[str, str]:
     """Returns what the run was made with."""
     packages = (
-        "cib-jax",
         "jax",
         "flax",
         "optax",
@@ -131,16 +146,15 @@ def versions() -> dict[str, str]:
         "grain",
         "numpy",
     )
-    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {
+        "cib-jax": cib_jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
 
 
-def _print(results: dict[str, Any], workdir: pathlib.Path, console: rich.console.Console) -> None:
+def _print(results: dict[str, Any], path: pathlib.Path, console: rich.console.Console) -> None:
     figures, code_health, counts = results["metrics"], results["metrics"]["code_health"], results["counts"]
     table = rich.table.Table(
         title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits"
@@ -166,4 +180,4 @@ def _print(results: dict[str, Any], workdir: pathlib.Path, console: rich.console
         " · ".join(f"{seconds[part]:.1f}" for part in ("bank", "train", "encode", "metrics")),
     )
     console.print(table)
-    console.print(f"Written to {workdir / 'results.json'}", soft_wrap=True)
+    console.print(f"Written to {path}", soft_wrap=True)

@@ -1,6 +1,5 @@
 """The main job: train an encoder without labels, then measure it."""
 
-import json
 import pathlib
 import time
 from typing import Any
@@ -12,9 +11,8 @@ import rich.console
 from cib_jax import config as config_lib
 from cib_jax import from_config
 from cib_jax.data import loader
-from cib_jax.encoder import Params
 from cib_jax.errors import Refusal
-from cib_jax.hasher import check_fingerprint
+from cib_jax.hasher import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -54,14 +52,17 @@ def train(
         pathlib.Path(workdir or workdir_lib.default_name(config)),
         console or rich.console.Console(),
     )
-    with workdir_lib.claim(workdir, config):
+    with workdir_lib.claim(workdir):
+        workdir_lib.check_owner(workdir, config)
         if (workdir / "results.json").exists():
             console.print(
                 f"{workdir} holds a finished run of this config; --mode=evaluate --workdir={workdir} measures it again",
                 soft_wrap=True,
             )
-            return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+            return workdir_lib.read_json(workdir / "results.json")
         run = setting.prepare(config, workdir, console)
+        # Only now: a config that was refused has claimed nothing.
+        workdir_lib.write_json(workdir / "config.json", config.to_dict())
         splits = run.splits
         console.print(
             f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
@@ -70,12 +71,13 @@ def train(
             soft_wrap=True,
             highlight=False,
         )
-        params, now, bank_seconds = _train(run)
+        bank_seconds = _train(run)
+        params, now, _ = restore_best(workdir, run.initial, config)
         return evaluate.measure(run, params, now, bank_seconds)
 
 
-def _train(run: Setting) -> tuple[Params, Progress, float]:
-    """Returns the parameters that the run is judged by, where it ended, and the seconds that its bank took."""
+def _train(run: Setting) -> float:
+    """Trains to the end, or goes on to it, leaving checkpoints; returns the seconds that the view bank took."""
     config = run.config
     state, now = create_train_state(run.initial, from_config.optimiser(config)), Progress()
     extra: dict[str, Any] = {
@@ -94,16 +96,13 @@ def _train(run: Setting) -> tuple[Params, Progress, float]:
         if not now.finished:
             fed, bank_seconds = _feed(run)
             extra = extra | {"bank_seconds": bank_seconds}
-            state, now = _loop(run, state, now, fed, checkpoints, extra)
-        checkpoints.wait()
-        if now.best_step and now.best_step != now.step:
-            state, _, _ = checkpoints.restore(state, now.best_step)
-        return state.params, now, float(extra["bank_seconds"])
+            _loop(run, state, now, fed, checkpoints, extra)
+        return float(extra["bank_seconds"])
 
 
 def _loop(
     run: Setting, state: TrainState, now: Progress, fed: Feed, checkpoints: Checkpoints, extra: dict[str, Any]
-) -> tuple[TrainState, Progress]:
+) -> None:
     """Trains to the end, with a bar, a log and checkpoints."""
     config = run.config
     images = config.epochs * (len(run.splits.train) // config.batch_size) * config.batch_size
@@ -113,7 +112,9 @@ def _loop(
     ):
 
         def on_steps(steps: int, terms: dict[str, float]) -> None:
-            moved(steps * config.batch_size, " ".join(f"{name} {value:.4f}" for name, value in terms.items()))
+            moved(
+                steps * config.batch_size, " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "contrast", "kl"))
+            )
 
         def on_epoch(state: TrainState, report: loop.EpochReport) -> None:
             at = report.progress
@@ -127,7 +128,7 @@ def _loop(
                 checkpoints.save(state, at, extra)
 
         try:
-            return loop.run(
+            loop.run(
                 state,
                 now,
                 step=fed.step,
@@ -163,13 +164,15 @@ def _feed(run: Setting) -> tuple[Feed, float]:
     }
     if config.train.views:
         begun = time.perf_counter()
+        batches = run.repeatable_batches(images)
         what = f"View bank, {config.train.views} views"
         with progress.bar(run.console, what, len(images) * config.train.views) as moved:
             bank = view_bank.build(
                 from_config.key(config, "view bank"),
                 run.encoder,
                 run.frozen,
-                lambda: run.batches(images),
+                batches,
+                count=len(images),
                 views=config.train.views,
                 family=config.augment,
                 on_images=lambda count: moved(count, ""),

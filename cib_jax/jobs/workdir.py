@@ -28,14 +28,19 @@ def default_name(config: ml_collections.ConfigDict) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Makes `workdir` this run's own while the context lasts: creates it, or checks that its config is this one.
+def claim(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder, which is made if need be, while the context lasts.
 
     Raises:
-      WorkdirError: it belongs to another config, another process is at work in it, or it cannot be written to.
+      WorkdirError: another process is at work in it, it holds something else than a run, or it cannot be written to.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        inside = {path.name for path in workdir.iterdir()}
+        if inside and not inside & {".lock", "config.json"}:
+            raise WorkdirError(
+                f"{workdir}: it holds files, but none of a run ({sorted(inside)[0]}, …); choose another --workdir"
+            )
         lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise WorkdirError(
@@ -44,20 +49,31 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Iterator[
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise WorkdirError(
                 f"{workdir}: another process is at work in it; wait for it to end or choose another --workdir"
             ) from None
-        if (workdir / "config.json").exists():
-            told = differences(flatten(config), flatten(read_config(workdir)))
-            if told:
-                raise WorkdirError(
-                    f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give "
-                    "the config that it was started with"
-                )
-        else:
-            write_json(workdir / "config.json", config.to_dict())
+        except OSError as error:
+            raise WorkdirError(
+                f"{workdir}: the file system cannot lock it ({error.strerror}); choose a --workdir on a local disk"
+            ) from None
         yield
+
+
+def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that a run that was started in `workdir` has this config; one that has no checkpoint yet may have any.
+
+    Raises:
+      WorkdirError: it belongs to another config.
+    """
+    if not (workdir / "config.json").exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+        return
+    told = differences(flatten(config), flatten(read_config(workdir)))
+    if told:
+        raise WorkdirError(
+            f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give the "
+            "config that it was started with"
+        )
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -65,6 +81,18 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what `write_json` wrote.
+
+    Raises:
+      WorkdirError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkdirError(f"{path}: the file is damaged ({error}); remove it to have it made again") from None
 
 
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:

@@ -104,6 +104,11 @@ class Checkpoints:
         chosen = self.latest_step if step is None else step
         if chosen is None:
             raise CheckpointError(f"{self.directory}: there is no checkpoint here; train first, with --mode=train")
+        if not (self.directory / str(chosen)).is_dir():
+            raise CheckpointError(
+                f"{self.directory / str(chosen)}: the run's best checkpoint is gone; put it back, or train again "
+                "in another workdir"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template))
         try:
             restored = self._manager.restore(

@@ -41,11 +41,11 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
             continue  # a line cut short when the run was killed
     part = path.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")

@@ -18,6 +18,7 @@ def build(
     frozen: Params,
     batches: Callable[[], Iterable[UInt8[np.ndarray, "batch height width 3"]]],
     *,
+    count: int,
     views: int,
     family: str = "photo",
     on_images: Callable[[int], None] = lambda images: None,
@@ -29,25 +30,20 @@ def build(
       encoder: whose backbone is frozen.
       frozen: the backbone's parameters.
       batches: gives all images in order at each call.
+      count: how many images there are.
       views: how many per image.
       family: of the augmentation.
       on_images: told the number of views done after each batch.
     """
     compute = jax.jit(functools.partial(_features, encoder=encoder, family=family))
-    return jnp.stack(
-        [
-            jnp.concatenate(
-                list(
-                    encoding.map_batches(
-                        functools.partial(compute, frozen, jax.random.fold_in(key, view)),
-                        batches(),
-                        on_images,
-                    )
-                )
-            )
-            for view in range(views)
-        ]
-    )
+    bank = np.empty((views, count, encoder.backbone.features), np.float32)
+    for view, rows in enumerate(bank):
+        of_view = functools.partial(compute, frozen, jax.random.fold_in(key, view))
+        start = 0
+        for features in encoding.map_batches(of_view, batches(), on_images):
+            rows[start : start + len(features)] = features
+            start += len(features)
+    return jnp.asarray(bank)
 
 
 def _features(

@@ -51,7 +51,9 @@ def test_taking_keeps_images_and_labels_together(prepared):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(sources.DataError, match=r"config.data.name: 'cifarr10' is neither 'digits' nor"):
+    with pytest.raises(
+        sources.DataError, match=r"config.data.name: 'cifarr10' is neither 'digits' nor .* did you mean cifar10"
+    ):
         sources.load("cifarr10")
 
 
@@ -60,7 +62,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path, monkeypatch):
         raise ConnectionError("Failed to establish a new connection")
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", offline)
-    with pytest.raises(sources.DataError, match=r"config.data.dir: cifar10 .* failed .*tfds build cifar10") as error:
+    with pytest.raises(sources.DataError, match=r"config.data.dir: cifar10 .* failed .*copy DIR here") as error:
         sources.load("cifar10", str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -69,8 +71,22 @@ def test_a_data_set_without_labelled_images_is_refused(tmp_path, monkeypatch):
     builder = tfds.testing.DummyDataset(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     monkeypatch.setattr(tfds, "builder", lambda *arguments, **options: builder)
-    with pytest.raises(sources.DataError, match=r"has features \['id'\].*choose a data set of labelled images"):
-        sources.load("dummy", str(tmp_path))
+    with pytest.raises(sources.DataError, match=r"has features \['id'\].*choose another data set"):
+        sources.load("cifar10", str(tmp_path))
+
+
+def test_a_mistyped_folder_is_refused_and_nothing_is_downloaded_there(tmp_path):
+    with pytest.raises(sources.DataError, match=r"config.data.dir: there is no folder .*/nowhere"):
+        sources.load("cifar10", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_data_set_prepared_in_another_format_is_refused(tmp_path):
+    miniature.prepare(tmp_path, per_file=10)
+    information = next(tmp_path.glob("cifar10/*/dataset_info.json"))
+    information.write_text(information.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(sources.DataError, match=r"config.data.dir: .* another format than array_record"):
+        sources.load("cifar10", str(tmp_path))
 
 
 def test_a_truncated_file_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import subprocess
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -19,3 +20,11 @@ def test_a_fresh_machine_needs_one_command_each_to_run_and_to_test():
     assert len(commands) == 2
     assert "run.py" in commands[0]
     assert "pytest" in commands[1]
+
+
+def test_ci_runs_the_readmes_test_command():
+    """By the very line of .ci/run that takes it out of the README."""
+    root = pathlib.Path(__file__).parents[2]
+    taking = next(line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("test_command="))
+    taken = subprocess.check_output(["bash", "-c", f'{taking}; echo "$test_command"'], cwd=root, text=True)
+    assert taken.strip() == re.findall(r"^python3 .*$", README, re.MULTILINE)[1]

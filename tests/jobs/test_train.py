@@ -43,7 +43,8 @@ def trained(tmp_path_factory):
 
 def test_the_results_say_what_was_measured(trained):
     workdir, results = trained
-    assert json.loads((workdir / "results.json").read_text()) == results
+    written = json.loads((workdir / "results.json").read_text())
+    assert (written["map"], written["metrics"]) == (results["map"], results["metrics"])
     assert (results["dataset"], results["backbone"], results["objective"]) == ("digits", "convnet", "cibhash")
     assert (results["bits"], results["k"], results["seed"], results["epochs"]) == (16, 100, 0, 3)
     assert results["counts"] == {"train": 130, "query": 297, "database": 1500, "validation": 0}
@@ -86,7 +87,7 @@ def test_the_hasher_gives_the_codes_of_the_run(trained):
 def test_a_finished_run_is_not_touched(trained, console):
     workdir, results = trained
     before = (workdir / "results.json").stat().st_mtime_ns
-    assert train(small.config(), workdir, console=console) == results
+    assert train(small.config(), workdir, console=console)["map"] == results["map"]
     assert (workdir / "results.json").stat().st_mtime_ns == before
     assert "holds a finished run" in console.export_text()
 
@@ -98,9 +99,10 @@ def test_evaluation_alone_gives_the_same_figures(trained, console):
     assert again["metrics"] == results["metrics"]
     other = evaluate(workdir, overrides={"k": 10}, console=console)
     assert other["k"] == 10
+    assert json.loads((workdir / "results-epoch3-k10.json").read_text()) == other
+    assert json.loads((workdir / "results.json").read_text())["k"] == 100
     with pytest.raises(config_lib.ConfigError, match=r"config.bits: the run was trained with 16"):
         evaluate(workdir, overrides={"bits": 32}, console=console)
-    evaluate(workdir, console=console)  # leaves results.json as the other tests know it
 
 
 def test_the_same_seed_gives_the_same_bits(trained, tmp_path, console):
@@ -114,9 +116,8 @@ class Interrupted(BaseException):
     """Stands for whatever ends a process between two checkpoints."""
 
 
-@pytest.mark.parametrize("steps", [1, 6])
-def test_an_interrupted_run_resumes_to_the_same_parameters(trained, tmp_path, console, monkeypatch, steps):
-    workdir, results = trained
+def interrupted(monkeypatch, config, workdir, console, steps):
+    """Runs the job until so many steps were taken."""
     real, taken = feed._bound, []
 
     def stopping(step, held):
@@ -130,16 +131,52 @@ def test_an_interrupted_run_resumes_to_the_same_parameters(trained, tmp_path, co
 
         return counted
 
-    monkeypatch.setattr(feed, "_bound", stopping)
-    with pytest.raises(Interrupted):
-        train(small.config(), tmp_path / "cut", console=console)
-    monkeypatch.setattr(feed, "_bound", real)
+    with monkeypatch.context() as patched:
+        patched.setattr(feed, "_bound", stopping)
+        with pytest.raises(Interrupted):
+            train(config, workdir, console=console)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_interrupted_run_resumes_to_the_same_parameters(trained, tmp_path, console, monkeypatch, steps):
+    workdir, results = trained
+    interrupted(monkeypatch, small.config(), tmp_path / "cut", console, steps)
     resumed = train(small.config(), tmp_path / "cut", console=console)
     assert f"Going on after epoch {steps // 4} of 3" in console.export_text()
     assert_same(params_of(workdir, small.config()), params_of(tmp_path / "cut", small.config()))
     assert resumed["map"] == results["map"]
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_an_evaluation_of_an_unfinished_run_does_not_finish_it(trained, tmp_path, console, monkeypatch):
+    interrupted(monkeypatch, small.config(), tmp_path / "cut", console, 6)
+    assert evaluate(tmp_path / "cut", console=console)["epochs"] == 1
+    assert "training stopped at epoch 1 of 3" in console.export_text()
+    assert train(small.config(), tmp_path / "cut", console=console)["map"] == trained[1]["map"]
+
+
+def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_path, console, monkeypatch):
+    config = small.config(epochs=6, train__validate_every=1, train__patience=3, data__validation="query_half")
+    whole = train(config, tmp_path / "whole", console=console)
+    interrupted(monkeypatch, config, tmp_path / "cut", console, 14)
+    resumed = train(config, tmp_path / "cut", console=console)
+    for name in ("map", "best_validation_map", "epochs"):
+        assert resumed[name] == whole[name]
+    assert_same(params_of(tmp_path / "whole", config), params_of(tmp_path / "cut", config))
+
+
+def test_a_refused_config_claims_nothing(tmp_path, console):
+    with pytest.raises(config_lib.ConfigError, match=r"config.k: 1501"):
+        train(small.config(k=1501, epochs=1), tmp_path / "run", console=console)
+    assert train(small.config(k=100, epochs=1), tmp_path / "run", console=console)["k"] == 100
+
+
+def test_a_folder_of_something_else_is_not_filled(tmp_path, console):
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(workdir_lib.WorkdirError, match=r"holds files, but none of a run \(holiday.jpg"):
+        train(small.config(), tmp_path, console=console)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_path, console):
@@ -200,6 +237,14 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
         cib.Hasher.load(tmp_path / "run")
 
 
+def test_a_bank_too_large_for_its_limit_is_refused(tmp_path, console):
+    config = small.config(
+        backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=60
+    )
+    with pytest.raises(config_lib.ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 63 MiB"):
+        train(config, tmp_path, console=console)
+
+
 def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, console):
     config = small.config(learning_rate=1e38, epochs=5)
     with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite \(.*loss.*last good checkpoint .*/\d+"):
@@ -221,7 +266,7 @@ def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, console, tr
     with pytest.raises(workdir_lib.WorkdirError, match=r"file: cannot be used as a workdir"):
         train(small.config(), tmp_path / "file", console=console)
     with (
-        workdir_lib.claim(tmp_path / "busy", small.config()),
+        workdir_lib.claim(tmp_path / "busy"),
         pytest.raises(workdir_lib.WorkdirError, match=r"another process is at work in it"),
     ):
         train(small.config(), tmp_path / "busy", console=console)
@@ -230,7 +275,6 @@ def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, console, tr
 def test_an_evaluation_wants_a_trained_run(tmp_path, console):
     with pytest.raises(cib.Refusal, match=r"is no run's folder"):
         evaluate(tmp_path, console=console)
-    with workdir_lib.claim(tmp_path, small.config()):
-        pass
+    workdir_lib.write_json(tmp_path / "config.json", small.config().to_dict())
     with pytest.raises(cib.Refusal, match=r"there is no checkpoint here; train first"):
         evaluate(tmp_path, console=console)

@@ -24,6 +24,8 @@ def test_a_resumed_run_takes_back_what_it_makes_again(tmp_path):
             log.write(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "lo')  # killed while writing
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x00\xff\n[5]\n7\n")
     with MetricLog(tmp_path, resumed_step=10) as log:
         log.write(15, {"loss": 0.5})
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(5, 5.0), (10, 10.0), (15, 0.5)]

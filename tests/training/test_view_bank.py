@@ -23,6 +23,7 @@ def build(encoder, frozen, size, views=3):
         encoder,
         frozen,
         lambda: (IMAGES[start : start + size] for start in range(0, len(IMAGES), size)),
+        count=len(IMAGES),
         views=views,
         family="digits",
     )
