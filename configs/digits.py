@@ -14,5 +14,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.frozen = False
     c.image_size = 16
     c.augment = "digits"
-    c.epochs = 100
+    c.temperature = 0.5
     return c
