@@ -14,7 +14,6 @@ from cib_jax.backbones.convolution import Convolution
 from cib_jax.backbones.tensors import Shape, Tree, check
 
 FEATURES = 4096
-CLASSES = 1000
 GRID = 7  # the side of the map that fc6 reads
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # a pool after each
 PADDING = ((1, 1), (1, 1))

@@ -125,7 +125,9 @@ def _given(path: str) -> Source:
     """The file that the user named; "name-1a2b3c4d.pth" is PyTorch's way to name a file by its SHA-256."""
     named = re.search(r"-([0-9a-f]{8,64})\.pth$", path)
     remedy = "give another file in --config.backbone_weights or leave it empty for the published weights"
-    return Source(pathlib.Path(path), named.group(1) if named else "", remedy)
+    if named:
+        remedy += f", or rename it if {named.group(1)} in its name is not the start of its SHA-256"
+    return Source(pathlib.Path(path).expanduser(), named.group(1) if named else "", remedy)
 
 
 def _efficientnet() -> Source:

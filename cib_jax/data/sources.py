@@ -88,6 +88,7 @@ def _digits() -> Source:
 def _tfds(name: str, directory: str) -> Source:
     import tensorflow_datasets as tfds
 
+    directory = os.path.expanduser(directory)
     where = directory or str(tfds.core.constants.DATA_DIR)
     if directory and not os.path.isdir(directory):
         raise DataError(

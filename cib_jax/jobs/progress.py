@@ -43,7 +43,7 @@ def _rated(show: Callable[[int, str], None]) -> Callable[[int, str], None]:
     begun, images = time.monotonic(), 0
 
     def moved(more: int, words: str = "") -> None:
-        nonlocal begun, images
+        nonlocal images
         images += more
         rate = f"{images / max(time.monotonic() - begun, 1e-9):,.0f} images/s"
         show(more, f"{words}, {rate}" if words else rate)

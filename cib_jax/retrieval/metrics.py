@@ -191,7 +191,7 @@ def _mean_over_queries(
 
     Metrics of the first k ranks alone do without the histograms (then left at 0), half of the time.
     """
-    query_codes, database_codes, query_labels, database_labels = data
+    query_codes, database_codes, query_labels, database_labels = (np.asarray(part) for part in data)
     ranking.check_codes(query_codes, database_codes, ("query_codes", "database_codes"))
     ranking.check_k(k, len(database_codes))
     check_labels(query_codes, database_codes, query_labels, database_labels)

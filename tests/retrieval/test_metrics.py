@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -209,3 +210,11 @@ def test_no_ks_and_a_negative_radius_are_refused():
         metrics.precision_at_k(Q, D, QL, DL, [])
     with pytest.raises(ValueError, match=r"radius is -1.*pass 0 or more"):
         metrics.precision_within_radius(Q, D, QL, DL, -1)
+
+
+def test_labels_and_codes_may_be_lists_or_jax_arrays():
+    data = random_data()
+    expected = metrics.mean_average_precision(*data, 3)
+    codes, labels = data[:2], data[2:]
+    assert metrics.mean_average_precision(*codes, *(part.tolist() for part in labels), 3) == expected
+    assert metrics.mean_average_precision(*map(jnp.asarray, codes), *labels, 3) == expected

@@ -43,7 +43,8 @@ def test_a_step_is_adams_first(made):
     # differently, and ties of the max pool go to other pixels.
     taken = jax.tree.map(lambda moment: np.asarray(moment, np.float64) / 0.1, after.opt_state[0].mu)
     for old, new, g, own in zip(*map(jax.tree.leaves, (params, after.params, taken, gradient)), strict=True):
-        assert np.linalg.norm(g - own) <= 0.05 * np.linalg.norm(own)
+        # A bias before a standardisation has no gradient but rounding.
+        assert np.linalg.norm(g - own) <= 0.05 * np.linalg.norm(own) + 1e-6
         np.testing.assert_allclose(new, np.asarray(old) - 1e-3 * g / (np.abs(g) + 1e-8), atol=2e-6)
     assert int(after.step) == 1
 
