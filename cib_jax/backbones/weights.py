@@ -146,6 +146,8 @@ def _vgg() -> Source:
     # Imported here: the hub is asked only by those who want VGG.
     import huggingface_hub
 
+    told = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_error()  # offline it would tell of each of its retries, twice
     try:
         path = huggingface_hub.hf_hub_download(VGG_REPOSITORY, VGG_FILE)
     # All of them: besides its own errors the hub lets through those of its HTTP library, which changed once.
@@ -155,6 +157,8 @@ def _vgg() -> Source:
             f"({type(error).__name__}): go online, or fetch {TORCHVISION_VGG} elsewhere and give its path in "
             "--config.backbone_weights=PATH."
         ) from error
+    finally:
+        huggingface_hub.logging.set_verbosity(told)
     # The cache names a large file's blob by its SHA-256; as long as the blob is there, none is fetched again.
     blob = pathlib.Path(path).resolve()
     sha256 = blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else ""
