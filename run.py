@@ -28,26 +28,39 @@ def refuse(message: str) -> NoReturn:
 
 
 def parse(arguments: Sequence[str]) -> list[str]:
-    """Reads the flags; a mistake in them ends the program with one sentence that names the flag."""
-    path = _config_path(arguments)
+    """Reads the flags and returns the program's name and the --config given, if any.
+
+    A mistake in them ends the program with one sentence that names the flag.
+    """
+    path, others = _without_config(arguments)
     _check_fields(path or DEFAULT_CONFIG, arguments)
-    default = [] if path else [f"--config={DEFAULT_CONFIG}"]
+    # First of all, wherever the user put it: its fields can be set only once it is read.
+    # ml_collections looks for the fields in sys.argv itself.
+    sys.argv[:] = [others[0], f"--config={path or DEFAULT_CONFIG}", *others[1:]]
     try:
-        rest = flags.FLAGS([arguments[0], *default, *arguments[1:]])
+        rest = flags.FLAGS(sys.argv)
     except (flags.Error, ValueError, TypeError) as error:
         refuse(str(error).strip().splitlines()[0])
     if len(rest) > 1:
         refuse(f"{rest[1]!r} is no flag; flags start with --, such as --config.bits=64")
-    return rest
+    return [rest[0], *([path] if path else [])]
 
 
-def _config_path(arguments: Sequence[str]) -> str | None:
-    """Returns the last --config given, None if there is none."""
-    path = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
-            path = match.group(1) if match.group(1) is not None else following
-    return path
+def _without_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns the last --config given, None if there is none, and the other arguments."""
+    path, others, waiting = None, [], False
+    for argument in arguments:
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument)
+        if waiting or (match and match.group(1) is not None):
+            path = match.group(1) if match and not waiting else argument
+            waiting = False
+        elif match:
+            waiting = True
+        else:
+            others.append(argument)
+    if waiting:
+        refuse("--config: it wants the path of an experiment, such as --config=configs/cifar.py")
+    return path, others
 
 
 def _check_fields(path: str, arguments: Sequence[str]) -> None:
@@ -88,8 +101,7 @@ def keep_compilations() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Starts one job."""
-    del arguments
+    """Starts one job; `arguments` are what `parse` returned."""
     logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and Grain tell much that no user asked for
     from cib_jax.config import flatten
     from cib_jax.errors import Refusal
@@ -97,6 +109,8 @@ def main(arguments: Sequence[str]) -> None:
     from cib_jax.jobs.train import train
     from cib_jax.jobs.workdir import default_name
 
+    if _WORKDIR.value == "":
+        refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
     workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
     keep_compilations()
     try:
@@ -109,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
             # The config is the run's own; of an experiment named beside it, what says which run this is must agree.
             named = {name: flatten(_CONFIG.value)[name] for name in ("data.name", "backbone")}
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
-            evaluate(workdir, overrides=(named if _config_path(sys.argv) else {}) | overrides)
+            evaluate(workdir, overrides=(named if arguments[1:] else {}) | overrides)
     except Refusal as error:
         refuse(str(error))
     except OSError as error:

@@ -91,6 +91,10 @@ Weights are compared by their fingerprint, wherever they lie.
 """
 
 
+MEASURING = frozenset({"k", "encode_batch"})
+"""Fields that a trained run may be measured with other values of."""
+
+
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config by their dotted names."""
     flat: dict[str, Any] = {}
@@ -140,9 +144,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Returns "field: theirs → mine" for each field in which two flat configs differ, but for `MAY_CHANGE`."""
-    names = sorted((mine.keys() | theirs.keys()) - MAY_CHANGE)
+def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset[str] = MAY_CHANGE) -> list[str]:
+    """Returns "field: theirs → mine" for each field in which two flat configs differ, but for the ignored ones."""
+    names = sorted((mine.keys() | theirs.keys()) - ignored)
     missing = object()
     return [
         f"{name}: {theirs.get(name, 'absent')!r} → {mine.get(name, 'absent')!r}"

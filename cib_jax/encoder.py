@@ -143,6 +143,8 @@ def create_encoder(
             f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more"
         )
     has_pretrained = chosen.convert is not None
+    if frozen and not has_pretrained:
+        raise ValueError(f"frozen: {backbone} starts from random weights and would learn nothing; leave it trainable")
     if has_pretrained and pretrained and backbone_params is None:
         raise ValueError(
             f"backbone_params: {backbone} comes with pretrained weights; pass cib_jax.load_pretrained({backbone!r}), "

@@ -1,6 +1,6 @@
 """Training in one call, on images in memory: no files, no config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ ENCODE_BATCH = 100
 
 
 def fit(
-    images: UInt8[np.ndarray, "images height width 3"],
+    images: UInt8[np.ndarray, "images height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]],
     *,
     bits: int = 32,
     backbone: str = "convnet",
@@ -46,7 +46,7 @@ def fit(
     `cib_jax.jobs.train.train`.
 
     Args:
-      images: in RGB.
+      images: in RGB, all of one size.
       bits: the length of a code, a multiple of 8.
       backbone: "convnet" (from scratch), "efficientnet_lite0" or "vgg16".
       backbone_params: for the latter two, `cib_jax.load_pretrained(backbone)`.
@@ -69,12 +69,18 @@ def fit(
       ValueError: a value is out of range, or there are fewer images than `batch_size`.
       NonFiniteLossError: the loss became NaN or infinite.
     """
+    if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
+        raise ValueError("images: they are of several sizes; resize them to one first, for example with PIL")
+    images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images: wanted uint8 [images, height, width, 3], got {images.dtype} {list(images.shape)}")
     if not 2 <= batch_size <= len(images):
         raise ValueError(f"batch_size: {batch_size} must be from 2 to the number of images, {len(images)}")
     if views == 1 or views < 0:
         raise ValueError(f"views: {views} must be 0 (fresh views at every step) or at least 2")
+    for name, value in (("temperature", temperature), ("learning_rate", learning_rate)):
+        if not value > 0:
+            raise ValueError(f"{name}: {value} must be greater than 0")
     if epochs < 1:
         raise ValueError(f"epochs: {epochs} must be 1 or more")
     if objective not in OBJECTIVES:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cib_jax import binary, encoding, from_config
-from cib_jax.config import check
+from cib_jax.config import MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data import loader
 from cib_jax.encoder import Encoder, Params
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
@@ -123,7 +123,7 @@ def packed_of_features(
 
 
 def _check_images(images: np.ndarray, dimensions: int) -> None:
-    if images.dtype != np.uint8 or images.ndim != dimensions or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim != dimensions or images.shape[-1] != 3 or 0 in images.shape:
         wanted = "[n, height, width, 3]" if dimensions == 4 else "[height, width, 3]"
         raise ValueError(
             f"images: wanted uint8 {wanted} in RGB, got {images.dtype} {list(images.shape)}; convert them first, "
@@ -157,12 +157,19 @@ def restore_best(
     """Returns the parameters a run is judged by, how far it came, and what its checkpoint holds beside them.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it is unusable.
+      CheckpointError: there is no checkpoint, it is unusable, or it was made under another config.
     """
     if not (workdir / "checkpoints").is_dir():
         raise CheckpointError(f"{workdir / 'checkpoints'}: there is no checkpoint here; train first, with --mode=train")
     template = jax.eval_shape(lambda: create_train_state(params, from_config.optimiser(config)))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        theirs = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
+        told = differences(flatten(config), theirs, MAY_CHANGE | MEASURING)
+        if told:
+            raise CheckpointError(
+                f"{workdir / 'config.json'}: it is not the config of the checkpoints here ({'; '.join(told)}); put "
+                "the original back"
+            )
         state, progress, extra = checkpoints.restore(template)
         if progress.best_step and progress.best_step != progress.step:
             state, _, extra = checkpoints.restore(template, progress.best_step)

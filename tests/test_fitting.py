@@ -46,6 +46,8 @@ def test_a_frozen_backbone_trains_on_a_bank(digits):
         ({"batch_size": 1}, "batch_size: 1 must be from 2 to the number of images, 30"),
         ({"batch_size": 31}, "batch_size: 31"),
         ({"views": 1}, "views: 1 must be 0"),
+        ({"temperature": 0.0}, "temperature: 0.0 must be greater than 0"),
+        ({"frozen": True}, "frozen: convnet starts from random weights"),
         ({"epochs": 0}, "epochs: 0 must be 1"),
         ({"bits": 9}, "bits: 9"),
         ({"objective": "other"}, "objective: 'other'"),
@@ -58,5 +60,7 @@ def test_bad_options_are_refused(digits, options, message):
 
 
 def test_other_images_are_refused(digits):
+    with pytest.raises(ValueError, match=r"images: they are of several sizes"):
+        fit([digits[0][0], digits[0][0][:5]])
     with pytest.raises(ValueError, match=r"images: wanted uint8 \[images, height, width, 3\], got float32"):
         fit(digits[0].astype(np.float32))

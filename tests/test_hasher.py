@@ -50,7 +50,7 @@ def test_a_sequence_of_uneven_images_is_resized_by_pillow(hasher):
 
 @pytest.mark.parametrize(
     "images",
-    [IMAGES.astype(np.float32), IMAGES[..., :1], IMAGES[0], [IMAGES[0, ..., 0]], [IMAGES[0] / 255]],
+    [IMAGES.astype(np.float32), IMAGES[..., :1], IMAGES[0], IMAGES[:, :0], [IMAGES[0, ..., 0]], [IMAGES[0] / 255]],
 )
 def test_other_images_are_refused(hasher, images):
     with pytest.raises(ValueError, match=r"images: wanted uint8 .* in RGB, got"):

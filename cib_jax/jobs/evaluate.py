@@ -66,16 +66,12 @@ def _evaluate(
     return measure(setting, params, progress, float(extra["bank_seconds"]), name)
 
 
-MEASURING = frozenset({"k", "encode_batch"}) | config_lib.MAY_CHANGE
-"""Fields that a trained run may be measured with other values of."""
-
-
 def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
     for name, value in overrides.items():
         known = config_lib.flatten(config)
         if name in known and known[name] == value:
             continue
-        if name not in MEASURING:
+        if name not in config_lib.MEASURING | config_lib.MAY_CHANGE:
             raise config_lib.ConfigError(
                 f"config.{name}: the run was trained with {known.get(name)!r}, which an evaluation cannot change to "
                 f"{value!r}; leave it out, or train again in another --workdir"

@@ -55,11 +55,12 @@ def train(
     with workdir_lib.claim(workdir):
         workdir_lib.check_owner(workdir, config)
         if (workdir / "results.json").exists():
+            results = workdir_lib.read_json(workdir / "results.json")
             console.print(
                 f"{workdir} holds a finished run of this config; --mode=evaluate --workdir={workdir} measures it again",
                 soft_wrap=True,
             )
-            return workdir_lib.read_json(workdir / "results.json")
+            return results
         run = setting.prepare(config, workdir, console)
         # Only now: a config that was refused has claimed nothing.
         workdir_lib.write_json(workdir / "config.json", config.to_dict())

@@ -14,7 +14,7 @@ import numpy as np
 
 from cib_jax.config import differences, flatten
 from cib_jax.errors import Refusal
-from cib_jax.hasher import read_config
+from cib_jax.training.checkpoint import Checkpoints
 
 
 class WorkdirError(Refusal):
@@ -66,9 +66,14 @@ def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
     Raises:
       WorkdirError: it belongs to another config.
     """
-    if not (workdir / "config.json").exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+    if not (workdir / "checkpoints").is_dir():
         return
-    told = differences(flatten(config), flatten(read_config(workdir)))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        if checkpoints.latest_step is None:
+            return
+        # By the checkpoint, not by config.json, which could be lost or edited.
+        theirs = checkpoints.extra()["config"]
+    told = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)))
     if told:
         raise WorkdirError(
             f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give the "

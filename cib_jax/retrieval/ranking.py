@@ -140,7 +140,7 @@ def check_packed(packed: np.ndarray, name: str) -> None:
     if packed.dtype != np.uint8 or packed.ndim != 2:
         raise ValueError(
             f"{name} must be uint8 codes of shape [n, bits/8], not {packed.dtype} of shape "
-            f"{packed.shape}: pack them with cib_jax.binary.pack_bits."
+            f"{packed.shape}: pack them with cib_jax.pack_bits."
         )
     if packed.size == 0:
         raise ValueError(f"{name} is empty, with shape {packed.shape}: pass at least one code of at least one byte.")

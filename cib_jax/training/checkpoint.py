@@ -57,7 +57,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy, read_only=read_only, create=not read_only
+                preservation_policy=self._policy,
+                read_only=read_only,
+                create=not read_only,
+                save_interval_steps=0 if read_only else 1,
             ),
         )
 
@@ -101,31 +104,38 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, it is damaged, or it belongs to another network.
         """
-        chosen = self.latest_step if step is None else step
-        if chosen is None:
+        state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template)))
+        restored = self._read(
+            self.latest_step if step is None else step,
+            state=state,
+            progress=ocp.args.JsonRestore(),
+            extra=ocp.args.JsonRestore(),
+        )
+        return TrainState(**restored.state), Progress(**restored.progress), dict(restored.extra)
+
+    def extra(self) -> dict[str, Any]:
+        """Returns what was kept beside the newest checkpoint, without reading its state.
+
+        Raises:
+          CheckpointError: there is none, or it is damaged.
+        """
+        return dict(self._read(self.latest_step, extra=ocp.args.JsonRestore()).extra)
+
+    def _read(self, step: int | None, **items: Any) -> Any:
+        if step is None:
             raise CheckpointError(f"{self.directory}: there is no checkpoint here; train first, with --mode=train")
-        if not (self.directory / str(chosen)).is_dir():
+        folder = self.directory / str(step)
+        if not folder.is_dir():
             raise CheckpointError(
-                f"{self.directory / str(chosen)}: the run's best checkpoint is gone; put it back, or train again "
-                "in another workdir"
+                f"{folder}: the run's best checkpoint is gone; put it back, or train again in another workdir"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template))
         try:
-            restored = self._manager.restore(
-                chosen,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    progress=ocp.args.JsonRestore(),
-                    extra=ocp.args.JsonRestore(),
-                ),
-            )
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and tensorstore raise many kinds; all mean that this one is unusable
             raise CheckpointError(
-                f"{self.directory / str(chosen)}: the checkpoint cannot be read ({type(error).__name__}); remove that "
-                "folder to go on from the one before, or use another workdir"
+                f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to go on from "
+                "the one before, or use another workdir"
             ) from error
-        state = TrainState(**restored.state)
-        return state, Progress(**restored.progress), dict(restored.extra)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -92,5 +92,5 @@ def _update(
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    terms = terms | {"gradient_norm": optax.global_norm(gradients), "parameter_norm": optax.global_norm(params)}
+    terms = terms | {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms

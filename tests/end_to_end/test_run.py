@@ -74,6 +74,9 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path):
     resumed, whole = killed_and_resumed(tmp_path, 12, lambda workdir: epochs_logged(workdir) >= 3)
     assert "Going on after epoch" in resumed
     assert "MAP@100" in whole
+    code, out, error = finish(start("--mode=evaluate", f"--workdir={tmp_path / 'whole'}", "--config.k=7"))
+    assert code == 0, error
+    assert "MAP@7 " in out
     assert "Traceback" not in resumed + whole
 
 
@@ -99,6 +102,9 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, mom
         (["--config.bits=many"], "flag --config.bits=many: invalid literal"),
         (["--config=configs/nothing.py"], "there is no file 'configs/nothing.py'; experiments here: configs/cifar.py"),
         (["--config=README.md"], "'README.md' is no experiment"),
+        (["--config"], "--config: it wants the path of an experiment"),
+        (["--config.data.dir=/nope", "--config=configs/cifar.py"], "config.data.dir: there is no folder /nope"),
+        (["--workdir="], "--workdir: it is empty"),
         (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate>"),
         (["--mode=evaluate"], "--mode=evaluate wants the folder of a trained run"),
         (["--mode=evaluate", "--workdir=nowhere"], "is no run's folder"),
@@ -111,6 +117,8 @@ def test_a_mistake_is_told_in_one_sentence(arguments, message, tmp_path):
     workdir = [] if any("workdir" in argument for argument in arguments) else [f"--workdir={tmp_path / 'run'}"]
     if arguments == ["--mode=evaluate"]:
         workdir = []
+    elif arguments == ["--config"]:
+        workdir, arguments = [], ["--config.bits=16", "--config"]
     code, out, error = finish(start(*arguments, *workdir))
     assert code == 2
     assert message in error

@@ -1,6 +1,7 @@
 """The main job on a few digits: what it leaves behind, resuming, validation, refusals."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -164,6 +165,18 @@ def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_
     for name in ("map", "best_validation_map", "epochs"):
         assert resumed[name] == whole[name]
     assert_same(params_of(tmp_path / "whole", config), params_of(tmp_path / "cut", config))
+
+
+def test_a_run_is_known_by_its_checkpoint_where_its_config_is_lost_or_edited(trained, tmp_path, console):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(path.read_text().replace('"bits": 16', '"bits": 32'))
+    for look in (lambda: evaluate(tmp_path / "copy", console=console), lambda: cib.Hasher.load(tmp_path / "copy")):
+        with pytest.raises(cib.Refusal, match=r"config.json: it is not the config of the checkpoints here \(bits: 16"):
+            look()
+    path.unlink()
+    with pytest.raises(workdir_lib.WorkdirError, match=r"it belongs to another config \(temperature: 0.5 → 0.1\)"):
+        train(small.config(temperature=0.1), tmp_path / "copy", console=console)
 
 
 def test_a_refused_config_claims_nothing(tmp_path, console):
