@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from cib_jax.errors import Refusal
 from cib_jax.training.state import TrainState
@@ -54,15 +55,20 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path | str, *, read_only: bool = False):
         self.directory = pathlib.Path(directory).absolute()
         self._policy = _LastAndBest()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                read_only=read_only,
-                create=not read_only,
-                save_interval_steps=0 if read_only else 1,
-            ),
-        )
+        told = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # Orbax warns of a folder that is opened only to be read
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy,
+                    read_only=read_only,
+                    create=not read_only,
+                    save_interval_steps=0 if read_only else 1,
+                ),
+            )
+        finally:
+            logging.set_verbosity(told)
 
     def __enter__(self) -> "Checkpoints":
         return self
