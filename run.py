@@ -1,7 +1,6 @@
 """The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train`; fields by --config.FIELD=VALUE."""
 
 import difflib
-import os
 import pathlib
 import re
 import runpy
@@ -95,9 +94,10 @@ def keep_compilations() -> None:
     """Turns on JAX's persistent compilation cache, unless the environment names one: a second run starts sooner."""
     import jax
 
+    from cib_jax import feature_cache
+
     if jax.config.jax_compilation_cache_dir is None:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "cib_jax" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(feature_cache.home() / "jax"))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import ml_collections
 
 from cib_jax import augment
 from cib_jax.backbones import registry
+from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
 
@@ -30,10 +31,12 @@ def _at_least(least: float) -> Check:
 
 _POSITIVE: Check = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
 
+_SEED: Check = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
+
 _ANYTHING: Check = (lambda value: True, "")
 
 FIELDS: dict[str, tuple[type, Check]] = {
-    "seed": (int, (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")),
+    "seed": (int, _SEED),
     "bits": (
         int,
         (
@@ -44,6 +47,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "k": (int, _at_least(1)),
     "backbone": (str, _one_of(*registry.BACKBONES)),
     "backbone_weights": (str, _ANYTHING),
+    "backbone_dtype": (str, _one_of(*DTYPES)),
     "frozen": (bool, _ANYTHING),
     "image_size": (
         int,
@@ -61,6 +65,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
     ),
     "epochs": (int, _at_least(1)),
     "learning_rate": (float, _POSITIVE),
+    "data.seed": (int, _SEED),
     "data.name": (str, (bool, "must name a data set, such as cifar10")),
     "data.dir": (str, _ANYTHING),
     "data.train_per_class": (int, _at_least(0)),
@@ -81,10 +86,12 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "train.patience": (int, _at_least(1)),
     "train.checkpoint_every": (int, _at_least(1)),
     "encode_batch": (int, _at_least(1)),
+    "cache.dir": (str, _ANYTHING),
+    "cache.mb": (int, _at_least(0)),
 }
 """Every field's type, what its value must be, and how to say so."""
 
-MAY_CHANGE = frozenset({"data.dir", "data.resident_mb", "backbone_weights", "train.bank_mb"})
+MAY_CHANGE = frozenset({"data.dir", "data.resident_mb", "backbone_weights", "train.bank_mb", "cache.dir", "cache.mb"})
 """Fields that say where and how data are held, not what is learnt: they may differ when a run is taken up again.
 
 Weights are compared by their fingerprint, wherever they lie.

@@ -39,6 +39,9 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
     """Pure functions of a network; it holds no parameters, so it can be closed over or passed as a static argument.
@@ -51,6 +54,8 @@ class Encoder:
     image_size: int
     backbone_graph: nnx.GraphDef
     head_graph: nnx.GraphDef
+    backbone_dtype: str = "float32"
+    """In what the backbone computes; its parameters, where they are trained, and its features stay float32."""
 
     def preprocess(self, images: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch image_size image_size 3"]:
         """Returns the images as at test time: resized to the input size and normalised for the backbone."""
@@ -89,7 +94,8 @@ class Encoder:
     ) -> Float[Array, "batch features"]:
         """Returns the backbone's features of normalised views."""
         state = params["backbone"] if "backbone" in params else frozen["backbone"]
-        return _apply(self.backbone_graph, state, views)
+        dtype = DTYPES[self.backbone_dtype]
+        return _apply(self.backbone_graph, _cast(state, dtype), views.astype(dtype)).astype(jnp.float32)
 
     def head(self, params: Params, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns the hash head's logits of features."""
@@ -100,6 +106,10 @@ class Encoder:
     ) -> Float[Array, "batch bits"]:
         """Returns one logit per bit of normalised views."""
         return self.head(params, self.features(params, frozen, views))
+
+
+def _cast(state: Params, dtype: jax.typing.DTypeLike) -> Params:
+    return jax.tree.map(lambda array: array.astype(dtype), state)
 
 
 def _apply(graph: nnx.GraphDef, state: Params, inputs: Array) -> Array:
@@ -116,6 +126,7 @@ def create_encoder(
     hidden: int = 1024,
     backbone_params: Params | None = None,
     pretrained: bool = True,
+    backbone_dtype: str = "float32",
 ) -> tuple[Encoder, Params, Params]:
     """Returns an encoder, the parameters that training changes, and those that it leaves alone.
 
@@ -128,6 +139,7 @@ def create_encoder(
       hidden: width of the hash head's hidden layer.
       backbone_params: the backbone's weights, as `cib_jax.load_pretrained(backbone)` returns them.
       pretrained: False starts a backbone that has pretrained weights from random ones.
+      backbone_dtype: "float32", or "bfloat16" for less memory and, on accelerators, time.
 
     Raises:
       ValueError: a value is out of range, or `backbone_params` are missing or do not fit the network.
@@ -143,6 +155,8 @@ def create_encoder(
             f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more"
         )
     has_pretrained = chosen.convert is not None
+    if backbone_dtype not in DTYPES:
+        raise ValueError(f"backbone_dtype: {backbone_dtype!r} is not one of {', '.join(DTYPES)}")
     if frozen and not has_pretrained:
         raise ValueError(f"frozen: {backbone} starts from random weights and would learn nothing; leave it trainable")
     if has_pretrained and pretrained and backbone_params is None:
@@ -153,10 +167,11 @@ def create_encoder(
     backbone_key, head_key = jax.random.split(key)
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
     head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))
-    encoder = Encoder(chosen, bits, size, graph, head_graph)
+    encoder = Encoder(chosen, bits, size, graph, head_graph, backbone_dtype)
     head_params = nnx.to_pure_dict(head)
     if has_pretrained if frozen is None else frozen:
-        return encoder, {"head": head_params}, {"backbone": state}
+        # Cast once, here: a frozen backbone needs no float32 copy beside it.
+        return encoder, {"head": head_params}, {"backbone": _cast(state, DTYPES[backbone_dtype])}
     return encoder, {"head": head_params, "backbone": state}, {}
 
 

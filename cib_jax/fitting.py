@@ -127,8 +127,8 @@ def fit(
     state, _ = loop.run(
         create_train_state(params, optimiser),
         Progress(),
-        step=fed.step,
-        epoch_batches=fed.epoch_batches,
+        steps=fed.steps,
+        epoch_chunks=fed.epoch_chunks,
         key=step_key,
         epochs=epochs,
         batch_size=batch_size,

@@ -14,8 +14,12 @@ STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2}
 
 
 def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:
-    """Returns the key of one of `STREAMS`, a fold of the one root key that the seed gives."""
-    return jax.random.fold_in(jax.random.key(config.seed), STREAMS[stream])
+    """Returns the key of one of `STREAMS`, a fold of the one root key that the seed gives.
+
+    The view bank's comes from the seed of the data, so that runs with other seeds can share it.
+    """
+    seed = config.data.seed if stream == "view bank" else config.seed
+    return jax.random.fold_in(jax.random.key(seed), STREAMS[stream])
 
 
 def encoder(config: ml_collections.ConfigDict, *, trained: bool = False) -> tuple[Encoder, Params, Params, str]:
@@ -39,8 +43,9 @@ def encoder(config: ml_collections.ConfigDict, *, trained: bool = False) -> tupl
         hidden=config.hidden,
         backbone_params=loaded,
         pretrained=pretrained,
+        backbone_dtype=config.backbone_dtype,
     )
-    return made, params, frozen, weights.fingerprint(frozen["backbone"]) if frozen else ""
+    return made, params, frozen, weights.fingerprint(loaded) if frozen and loaded else ""
 
 
 def optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -58,7 +63,7 @@ def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
     data = config.data
     drawn = splits.draw(
         sources.load(data.name, data.dir),
-        seed=config.seed,
+        seed=data.seed,
         train_per_class=data.train_per_class,
         queries=data.queries,
         validation=data.validation,
@@ -68,7 +73,7 @@ def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
     if config.k > searched:
         raise ConfigError(f"config.k: {config.k} is larger than the database, which has {searched} images; lower it")
     if config.train.views:
-        bank = config.train.views * len(drawn.train) * registry.get(config.backbone).features * 4 / 2**20
+        bank = config.train.views * len(drawn.train) * registry.get(config.backbone).features * 2 / 2**20
         if bank > config.train.bank_mb:
             raise ConfigError(
                 f"config.train.views: a bank of {config.train.views} views of {len(drawn.train)} images takes "

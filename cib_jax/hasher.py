@@ -88,8 +88,13 @@ class Hasher:
         size: int = 0,
     ) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of all images of `batches`, none larger than `size` (0: than the first)."""
-        compute = functools.partial(_packed, self.encoder, self.params, self.frozen)
-        rows = encoding.map_batches(lambda images, first: compute(images), batches, on_images, size=size)
+
+        def compute(images: np.ndarray, first: int) -> Array:
+            # Two programs, as where features are computed once and kept: the same codes to the last bit.
+            features = plain_features(self.encoder, self.params, self.frozen, images)
+            return packed_of_features(self.encoder, self.params, features)
+
+        rows = encoding.map_batches(compute, batches, on_images, size=size)
         return np.concatenate([np.asarray(row) for row in rows])
 
 
@@ -97,13 +102,6 @@ def _resized(
     images: Sequence[UInt8[np.ndarray, "height width 3"]] | np.ndarray, side: int
 ) -> UInt8[np.ndarray, "n side side 3"]:
     return np.stack([loader.resize(np.asarray(image), side) for image in images])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _packed(
-    encoder: Encoder, params: Params, frozen: Params, images: UInt8[Array, "batch height width 3"]
-) -> UInt8[Array, "batch bytes"]:
-    return binary.pack_bits(encoder.logits(params, frozen, encoder.preprocess(images)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,13 +6,14 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
 
-    c.seed = 0  # every random number of a run comes from it: splits, order, views, bits, initial weights
+    c.seed = 0  # of initial weights, order, views and bits: every random number but those of data.seed
     c.bits = 32  # length of a code, a multiple of 8
     c.k = 1000  # how many ranked images MAP@k looks at
 
     # Network.
     c.backbone = "efficientnet_lite0"  # vgg16 | efficientnet_lite0 | convnet
     c.backbone_weights = ""  # a weight file (.safetensors, .pth); "" = the published ones of the backbone
+    c.backbone_dtype = "float32"  # float32 | bfloat16: in what the backbone computes; the head is always float32
     c.frozen = True  # True: only the hash head learns; False: the backbone learns too
     c.image_size = 0  # side of the network's square input in pixels; 0 = the backbone's usual one
     c.hidden = 1024  # width of the hash head's hidden layer
@@ -30,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.learning_rate = 1e-3
 
     c.data = ml_collections.ConfigDict()
+    c.data.seed = 0  # of the splits, and of the views in a bank, which runs with other seeds can so share
     c.data.name = "cifar10"  # digits | a TFDS name whose images have one label each, such as cifar10
     c.data.dir = ""  # where TFDS keeps its data sets; "" = its usual place (~/tensorflow_datasets)
     c.data.train_per_class = 500  # training images drawn per class from the database; 0 = the whole database
@@ -47,4 +49,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.checkpoint_every = 1  # epochs between checkpoints
 
     c.encode_batch = 100  # images per batch where nothing is learnt: the view bank, the evaluation
+
+    c.cache = ml_collections.ConfigDict()
+    # Where a frozen backbone's features are kept for later runs: "" = ~/.cache/cib_jax/features, "none" = nowhere.
+    c.cache.dir = ""
+    c.cache.mb = 20480  # features that were not used for longest are deleted when all take more MiB than this
     return c

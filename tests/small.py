@@ -12,6 +12,7 @@ FLAGS = {
     "epochs": 3,
     "data.train_per_class": 13,
     "encode_batch": 64,
+    "cache.dir": "none",
 }
 
 

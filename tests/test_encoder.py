@@ -78,3 +78,30 @@ def test_preprocessing_is_of_the_backbones_size_and_normalisation(small):
 def test_bad_input_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_encoder(jax.random.key(0), **({"backbone": "convnet", "bits": 16, "image_size": 16} | options))
+
+
+def test_a_backbone_in_bfloat16_gives_float32_features_near_those_of_float32():
+    views = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
+    features = {}
+    for dtype in ("float32", "bfloat16"):
+        encoder, params, frozen = create_encoder(
+            jax.random.key(0), backbone="convnet", bits=8, image_size=16, backbone_dtype=dtype
+        )
+        features[dtype] = encoder.features(params, frozen, views)
+        assert features[dtype].dtype == jnp.float32
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    error = np.linalg.norm(features["bfloat16"] - features["float32"]) / np.linalg.norm(features["float32"])
+    assert 1e-4 < error < 0.05
+
+
+def test_a_frozen_backbone_in_bfloat16_is_held_in_bfloat16():
+    _, _, frozen = create_encoder(
+        jax.random.key(0), backbone="efficientnet_lite0", bits=8, image_size=32, frozen=True, pretrained=False,
+        backbone_dtype="bfloat16",
+    )  # fmt: skip
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_dtype_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"backbone_dtype: 'float8' is not one of float32, bfloat16"):
+        create_encoder(jax.random.key(0), backbone="convnet", bits=8, backbone_dtype="float8")

@@ -37,11 +37,20 @@ def test_a_frozen_backbone_is_loaded_and_known_by_its_fingerprint():
 
 def test_the_streams_of_a_seed_differ_and_so_do_seeds():
     data = [
-        tuple(jax.random.key_data(from_config.key(small.config(seed=seed), stream)).tolist())
+        tuple(jax.random.key_data(from_config.key(small.config(seed=seed, data__seed=seed), stream)).tolist())
         for seed in (0, 1)
         for stream in from_config.STREAMS
     ]
     assert len(set(data)) == len(data) == 6
+
+
+def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():
+    one, other, elsewhere = (small.config(**fields) for fields in ({}, {"seed": 1}, {"data__seed": 1}))
+    bank = [jax.random.key_data(from_config.key(config, "view bank")).tolist() for config in (one, other, elsewhere)]
+    assert bank[0] == bank[1] != bank[2]
+    labels = [from_config.draw_splits(config).query.labels for config in (one, other, elsewhere)]
+    assert np.array_equal(labels[0], labels[1])
+    assert not np.array_equal(labels[0], labels[2])
 
 
 @pytest.mark.parametrize("name", ["k", "batch_size"])

@@ -15,6 +15,7 @@ import cib_jax
 from cib_jax import config as config_lib
 from cib_jax.encoder import Params
 from cib_jax.hasher import check_fingerprint, read_config, restore_best
+from cib_jax.jobs import features
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -86,8 +87,8 @@ def measure(
     """Encodes and ranks, writes `name` and codes/, prints the table, returns the results."""
     config, splits, workdir = setting.config, setting.splits, setting.workdir
     begun = time.perf_counter()
-    query = setting.encode(params, splits.query, "Encoding queries")
-    database = setting.encode(params, splits.database, "Encoding database")
+    query = features.codes(setting, params, splits.query, "Encoding queries")
+    database = features.codes(setting, params, splits.database, "Encoding database")
     encode_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, config.k)

@@ -1,6 +1,7 @@
 """What the jobs of one run share: its config, folder, data and network, checked before anything heavy starts."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -14,8 +15,8 @@ from cib_jax.data import loader
 from cib_jax.data.sources import ImageSet
 from cib_jax.data.splits import Splits
 from cib_jax.encoder import Encoder, Params
-from cib_jax.hasher import Hasher
-from cib_jax.jobs import progress
+
+Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +34,27 @@ class Setting:
     fingerprint: str
     """Of the backbone weights that were loaded; "" if none were."""
 
-    def batches(self, images: ImageSet) -> Iterable[UInt8[np.ndarray, "batch height width 3"]]:
-        """Returns a set's images in order, in batches for encoding."""
+    def batches(self, images: ImageSet, start: int = 0, stop: int | None = None) -> Batches:
+        """Returns images `start` to `stop` of a set, in order, in batches for encoding."""
         size = min(self.config.encode_batch, len(images))
-        return loader.stream(images.images, np.arange(len(images)), size, stored_size=self.config.data.stored_size)
+        order = np.arange(len(images))[start:stop]
+        return loader.stream(images.images, order, size, stored_size=self.config.data.stored_size)
 
-    def repeatable_batches(self, images: ImageSet) -> Callable[[], Iterable[UInt8[np.ndarray, "batch height width 3"]]]:
-        """Returns a function that gives the set's batches again at each call; a set that fits is decoded only once."""
+    def repeatable_batches(self, images: ImageSet) -> Callable[..., Batches]:
+        """Returns a function that gives the set's batches, or those of images `start` to `stop`, again at each call.
+
+        A set that fits into `data.resident_mb` is decoded only once.
+        """
         stored_size = self.config.data.stored_size
         if loader.size_in_bytes(images.images, stored_size=stored_size) > self.config.data.resident_mb * 2**20:
-            return lambda: self.batches(images)
+            return functools.partial(self.batches, images)
         whole, size = loader.materialise(images.images, stored_size=stored_size), self.config.encode_batch
-        return lambda: (whole[start : start + size] for start in range(0, len(whole), size))
 
-    def encode(self, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
-        """Returns the packed codes of a set, with a bar named `what`."""
-        with progress.bar(self.console, what, len(images)) as moved:
-            hasher = Hasher(self.encoder, params, self.frozen)
-            return hasher.encode_batches(self.batches(images), lambda count: moved(count, ""))
+        def batches(start: int = 0, stop: int | None = None) -> Batches:
+            part = whole[start:stop]
+            return (part[at : at + size] for at in range(0, len(part), size))
+
+        return batches
 
 
 def prepare(

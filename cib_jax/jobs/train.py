@@ -1,7 +1,6 @@
 """The main job: train an encoder without labels, then measure it."""
 
 import pathlib
-import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from cib_jax import from_config
 from cib_jax.data import loader
 from cib_jax.errors import Refusal
 from cib_jax.hasher import check_fingerprint, restore_best
-from cib_jax.jobs import evaluate, progress, setting, validation
+from cib_jax.jobs import evaluate, features, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
-from cib_jax.training import feed, loop, view_bank
+from cib_jax.training import feed, loop
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
 from cib_jax.training.logging import MetricLog
@@ -132,8 +131,8 @@ def _loop(
             loop.run(
                 state,
                 now,
-                step=fed.step,
-                epoch_batches=fed.epoch_batches,
+                steps=fed.steps,
+                epoch_chunks=fed.epoch_chunks,
                 key=from_config.key(config, "steps"),
                 epochs=config.epochs,
                 batch_size=config.batch_size,
@@ -164,21 +163,8 @@ def _feed(run: Setting) -> tuple[Feed, float]:
         "stochastic": config.binary == "stochastic",
     }
     if config.train.views:
-        begun = time.perf_counter()
-        batches = run.repeatable_batches(images)
-        what = f"View bank, {config.train.views} views"
-        with progress.bar(run.console, what, len(images) * config.train.views) as moved:
-            bank = view_bank.build(
-                from_config.key(config, "view bank"),
-                run.encoder,
-                run.frozen,
-                batches,
-                count=len(images),
-                views=config.train.views,
-                family=config.augment,
-                on_images=lambda count: moved(count, ""),
-            )
-        return feed.from_bank(bank, **order, method=method), time.perf_counter() - begun
+        bank, seconds = features.bank(run)
+        return feed.from_bank(bank, **order, method=method), seconds
     method["augment"] = config.augment
     stored_size = config.data.stored_size
     if loader.size_in_bytes(images.images, stored_size=stored_size) <= config.data.resident_mb * 2**20:

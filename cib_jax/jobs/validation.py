@@ -2,20 +2,15 @@
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cib_jax import encoding
 from cib_jax.data.sources import ImageSet
 from cib_jax.encoder import Params
-from cib_jax.hasher import Hasher, packed_of_features, plain_features
+from cib_jax.jobs import features
 from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import metrics
 from cib_jax.training.state import TrainState
-
-HEAD_BATCH = 1024
-"""Features per batch of the head, which alone is computed anew."""
 
 
 def validator(setting: Setting) -> Callable[[TrainState], float] | None:
@@ -30,19 +25,10 @@ def validator(setting: Setting) -> Callable[[TrainState], float] | None:
 
     def codes(params: Params, images: ImageSet, name: str) -> UInt8[np.ndarray, "n bytes"]:
         if not setting.frozen:
-            return Hasher(setting.encoder, params, setting.frozen).encode_batches(setting.batches(images))
+            return features.codes(setting, params, images, f"Validation, {name}")
         if name not in kept:
-            rows = encoding.map_batches(
-                lambda batch, first: plain_features(setting.encoder, {}, setting.frozen, batch),
-                setting.batches(images),
-            )
-            kept[name] = np.concatenate([np.asarray(row) for row in rows])
-        features = kept[name]
-        packed = [
-            packed_of_features(setting.encoder, params, jnp.asarray(features[start : start + HEAD_BATCH]))
-            for start in range(0, len(features), HEAD_BATCH)
-        ]
-        return np.concatenate([np.asarray(rows) for rows in packed])
+            kept[name] = np.concatenate(list(features.plain(setting, images, f"Validation, {name}")))
+        return features.codes_of_features(setting, params, kept[name])
 
     def validate(state: TrainState) -> float:
         return metrics.mean_average_precision(

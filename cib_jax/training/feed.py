@@ -1,32 +1,39 @@
-"""What a step is fed in each epoch: indices into a view bank or into images on the device, or streamed images."""
+"""What training is fed in each epoch: indices into a view bank or into images on the device, or streamed images."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from cib_jax.data import loader
 from cib_jax.data.sources import Images
 from cib_jax.encoder import Params
 from cib_jax.training import view_bank
-from cib_jax.training.loop import Step
+from cib_jax.training.loop import Steps
 from cib_jax.training.state import TrainState
 from cib_jax.training.step import Terms, train_step, train_step_on_features
 
+SCAN_STEPS = 256
+"""The most steps that run as one program: about a second of work on a CPU, after which something can be told."""
+
+Stepped = tuple[TrainState, Terms]
+Step = Callable[[TrainState, Any, Any, PRNGKeyArray], Stepped]
+
 
 class Feed(NamedTuple):
-    """A jitted step and the batches it takes; every batch is full, what remains of an epoch is left out."""
+    """A program of some steps and the chunks it takes, an epoch's at a time; what does not fill a batch is left out."""
 
-    step: Step
-    epoch_batches: Callable[[int], Iterable[Any]]
+    steps: Steps
+    epoch_chunks: Callable[[int], Iterable[Any]]
 
 
 def from_bank(
     bank: Float[Array, "views images features"], *, seed: int, batch_size: int, method: dict[str, Any]
 ) -> Feed:
-    """Feeds features of two different views of each image out of a bank.
+    """Feeds features of two different views of each image out of a bank; an epoch is one program, or a few.
 
     Args:
       bank: see `view_bank.build`.
@@ -35,12 +42,12 @@ def from_bank(
       method: the keyword arguments of `train_step_on_features`.
     """
 
-    def step(state: TrainState, held: Array, indices: np.ndarray, key: jax.Array) -> tuple[TrainState, Terms]:
+    def step(state: TrainState, held: Array, indices: Array, key: PRNGKeyArray) -> Stepped:
         # A third part of the step's key: `train_step_on_features` splits the same key for its bits.
         pairs = view_bank.draw_pairs(jax.random.fold_in(key, 2), held, indices)
         return train_step_on_features(state, *pairs, key, **method)
 
-    return Feed(_bound(step, bank), lambda epoch: _index_batches(seed, epoch, bank.shape[1], batch_size))
+    return Feed(_bound(_scan(step), bank), _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS))
 
 
 def from_device(
@@ -51,37 +58,67 @@ def from_device(
     batch_size: int,
     method: dict[str, Any],
 ) -> Feed:
-    """Feeds images that live on the device; `method` holds the keyword arguments of `train_step`."""
+    """Feeds images that live on the device, one step a program; `method`: the keyword arguments of `train_step`."""
 
-    def step(state: TrainState, held: tuple[Params, Array], indices: np.ndarray, key: jax.Array):
+    def step(state: TrainState, held: tuple[Params, Array], indices: Array, key: PRNGKeyArray) -> Stepped:
         frozen, images = held
         return train_step(state, frozen, images[indices], key, **method)
 
-    return Feed(_bound(step, (frozen, images)), lambda epoch: _index_batches(seed, epoch, len(images), batch_size))
+    return Feed(_bound(_alone(step), (frozen, images)), _chunks_of_indices(seed, len(images), batch_size, 1))
 
 
 def from_stream(
     images: Images, frozen: Params, *, seed: int, batch_size: int, stored_size: int, method: dict[str, Any]
 ) -> Feed:
-    """Feeds images decoded on the host as they are needed: the batches that `from_device` would give."""
+    """Feeds images decoded on the host as they are needed, one step a program: the batches of `from_device`."""
 
-    def step(state: TrainState, frozen: Params, images: np.ndarray, key: jax.Array):
+    def step(state: TrainState, frozen: Params, images: Array, key: PRNGKeyArray) -> Stepped:
         return train_step(state, frozen, images, key, **method)
 
-    def batches(epoch: int) -> Iterable[np.ndarray]:
+    def chunks(epoch: int) -> Iterable[np.ndarray]:
         order = loader.epoch_order(seed, epoch, len(images))
-        return loader.stream(images, order, batch_size, stored_size=stored_size, drop_remainder=True)
+        batches = loader.stream(images, order, batch_size, stored_size=stored_size, drop_remainder=True)
+        return (batch[None] for batch in batches)
 
-    return Feed(_bound(step, frozen), batches)
-
-
-def _index_batches(seed: int, epoch: int, count: int, batch_size: int) -> Iterable[np.ndarray]:
-    order = loader.epoch_order(seed, epoch, count)
-    return (order[start : start + batch_size] for start in range(0, count - batch_size + 1, batch_size))
+    return Feed(_bound(_alone(step), frozen), chunks)
 
 
-def _bound(step: Callable[..., tuple[TrainState, Terms]], held: Any) -> Step:
+def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> Callable[[int], Iterable[np.ndarray]]:
+    """Returns a function from an epoch to its order, as arrays [steps, batch_size] of up to `longest` steps."""
+
+    def chunks(epoch: int) -> Iterable[np.ndarray]:
+        steps = count // batch_size
+        order = loader.epoch_order(seed, epoch, count)[: steps * batch_size].reshape(steps, batch_size)
+        return (order[start : start + longest] for start in range(0, steps, longest))
+
+    return chunks
+
+
+def _scan(step: Step) -> Callable[..., Stepped]:
+    """Returns a program of all steps of a chunk; step s of the run uses the root key folded with s."""
+
+    def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
+        def one(state: TrainState, at: tuple[Array, Array]) -> Stepped:
+            batch, number = at
+            return step(state, held, batch, jax.random.fold_in(key, number))
+
+        return jax.lax.scan(one, state, (chunk, first + jnp.arange(len(chunk))))
+
+    return program
+
+
+def _alone(step: Step) -> Callable[..., Stepped]:
+    """Returns the same for chunks of one step, without a loop, in which XLA's CPU convolutions take 30 times longer."""
+
+    def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
+        state, terms = step(state, held, chunk[0], jax.random.fold_in(key, first))
+        return state, {name: value[None] for name, value in terms.items()}
+
+    return program
+
+
+def _bound(program: Callable[..., Stepped], held: Any) -> Steps:
     # What never changes is an argument of the program, not a constant inside it: a bank of gigabytes would be copied
     # into the executable.
-    jitted = jax.jit(step, donate_argnums=0)
-    return lambda state, batch, key: jitted(state, held, batch, key)
+    jitted = jax.jit(program, donate_argnums=0)
+    return lambda state, chunk, first, key: jitted(state, held, chunk, first, key)

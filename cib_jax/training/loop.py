@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import TrainState
 
-CHECK_EVERY = 32
-"""Steps between looks at the loss: each look waits for the device."""
+LOOK_EVERY = 32
+"""Steps that are under way at most before their loss is looked at: a look waits for the device."""
 
-Step = Callable[[TrainState, Any, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, ""]]]]
+Steps = Callable[[TrainState, Any, int, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, " steps"]]]]
+"""A jitted program of some steps: (state, chunk, number of its first step, root key) → (state, each step's terms)."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -38,8 +40,8 @@ def run(
     state: TrainState,
     progress: Progress,
     *,
-    step: Step,
-    epoch_batches: Callable[[int], Iterable[Any]],
+    steps: Steps,
+    epoch_chunks: Callable[[int], Iterable[Any]],
     key: PRNGKeyArray,
     epochs: int,
     batch_size: int,
@@ -51,14 +53,15 @@ def run(
 ) -> tuple[TrainState, Progress]:
     """Trains from `progress` to the end and returns the last state.
 
-    A function of its arguments alone: step s uses `key` folded with s, epoch e the batches `epoch_batches(e)`, so a run
-    cut in two anywhere between epochs comes to the same bits as one that was not.
+    A function of its arguments alone: step s uses `key` folded with s, epoch e the chunks `epoch_chunks(e)`, so a run
+    cut in two anywhere between epochs comes to the same bits as one that was not. Steps are dispatched ahead and their
+    terms read late: inside an epoch, the device never waits for the host.
 
     Args:
-      state: to start from; a step may donate it.
+      state: to start from; it may be donated.
       progress: how far `state` has come.
-      step: a jitted step, (state, batch, key) → (state, terms).
-      epoch_batches: an epoch's batches.
+      steps: takes the steps of one chunk.
+      epoch_chunks: an epoch's chunks.
       key: the root key of all steps.
       epochs: how many in all.
       batch_size: images per step, for the rate.
@@ -74,27 +77,22 @@ def run(
     while not progress.finished and progress.epoch < epochs:
         begun = time.perf_counter()
         first_step = progress.step
-        waiting: list[dict[str, Array]] = []
+        under_way: list[dict[str, Array]] = []
         sums: dict[str, float] = {}
-        done = first_step
-
-        def look(waiting: list[dict[str, Array]], done: int, sums: dict[str, float]) -> None:
-            terms = _checked(waiting, done - len(waiting))
-            for name in terms[-1]:
-                sums[name] = sums.get(name, 0.0) + math.fsum(one[name] for one in terms)
-            on_steps(len(terms), terms[-1])
-
-        for batch in epoch_batches(progress.epoch):
-            state, terms = step(state, batch, jax.random.fold_in(key, done))
-            waiting.append(terms)
-            done += 1
-            if len(waiting) == CHECK_EVERY:
-                look(waiting, done, sums)
-                waiting = []
-        if waiting:
-            look(waiting, done, sums)
+        done = seen = first_step
+        for chunk in epoch_chunks(progress.epoch):
+            state, terms = steps(state, chunk, done, key)
+            under_way.append(terms)
+            done += _count(terms)
+            if done - seen > LOOK_EVERY and len(under_way) > 1:
+                # The newer half is left running while the older one is looked at.
+                half = len(under_way) // 2
+                seen += _look(under_way[:half], seen, sums, on_steps)
+                under_way = under_way[half:]
+        if under_way:
+            _look(under_way, seen, sums, on_steps)
         seconds = time.perf_counter() - begun
-        steps = done - first_step
+        taken = done - first_step
         progress = dataclasses.replace(
             progress,
             epoch=progress.epoch + 1,
@@ -108,21 +106,36 @@ def run(
             progress = _judged(progress, validation_map, patience)
         report = EpochReport(
             progress,
-            {name: total / steps for name, total in sums.items()},
-            steps * batch_size / seconds,
+            {name: total / taken for name, total in sums.items()},
+            taken * batch_size / seconds,
             validation_map,
         )
         on_epoch(state, report)
     return state, progress
 
 
-def _checked(terms: list[dict[str, Array]], first_step: int) -> list[dict[str, float]]:
-    fetched = [{name: float(value) for name, value in one.items()} for one in jax.device_get(terms)]
-    for offset, one in enumerate(fetched):
-        if not all(math.isfinite(value) for value in one.values()):
-            told = ", ".join(f"{name} {value:g}" for name, value in one.items())
-            raise NonFiniteLossError(f"step {first_step + offset + 1}: the loss is not finite ({told})")
-    return fetched
+def _count(terms: dict[str, Float[Array, " steps"]]) -> int:
+    return len(next(iter(terms.values())))
+
+
+def _look(
+    under_way: list[dict[str, Float[Array, " steps"]]],
+    first_step: int,
+    sums: dict[str, float],
+    on_steps: Callable[[int, dict[str, float]], None],
+) -> int:
+    """Waits for the terms of some chunks, checks them, adds them to `sums`; returns the number of steps."""
+    fetched = jax.device_get(under_way)
+    terms = {name: np.concatenate([chunk[name] for chunk in fetched]).astype(np.float64) for name in fetched[0]}
+    finite = np.atleast_1d(np.isfinite(np.stack(list(terms.values()))).all(axis=0))
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        told = ", ".join(f"{name} {values[bad]:g}" for name, values in terms.items())
+        raise NonFiniteLossError(f"step {first_step + bad + 1}: the loss is not finite ({told})")
+    for name, values in terms.items():
+        sums[name] = sums.get(name, 0.0) + math.fsum(values)
+    on_steps(len(finite), {name: float(values[-1]) for name, values in terms.items()})
+    return len(finite)
 
 
 def _judged(progress: Progress, validation_map: float, patience: int) -> Progress:

@@ -36,10 +36,10 @@ def train_step(
     gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
     """
     view_key, code_key = jax.random.split(key)
-    view1, view2 = encoder.two_views(view_key, jnp.asarray(images), family=augment)
+    both = jnp.concatenate(encoder.two_views(view_key, jnp.asarray(images), family=augment))
 
-    def logits(params: Params) -> tuple[Array, Array]:
-        return encoder.logits(params, frozen, view1), encoder.logits(params, frozen, view2)
+    def logits(params: Params) -> Array:
+        return encoder.logits(params, frozen, both)
 
     return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic)
 
@@ -62,16 +62,17 @@ def train_step_on_features(
     `key` is that of `train_step`, and bits are drawn from the same part of it.
     """
     _, code_key = jax.random.split(key)
+    both = jnp.concatenate((features1, features2))
 
-    def logits(params: Params) -> tuple[Array, Array]:
-        return encoder.head(params, features1), encoder.head(params, features2)
+    def logits(params: Params) -> Array:
+        return encoder.head(params, both)
 
     return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic)
 
 
 def _update(
     state: TrainState,
-    logits: Callable[[Params], tuple[Array, Array]],
+    logits: Callable[[Params], Float[Array, "views bits"]],
     key: PRNGKeyArray,
     optimiser: optax.GradientTransformation,
     objective: str,
@@ -82,7 +83,7 @@ def _update(
     def loss(params: Params) -> tuple[Array, Terms]:
         return cib_loss(
             key,
-            *logits(params),
+            *jnp.split(logits(params), 2),  # the first views, then the second: one pass reads the weights once
             objective=objective,
             temperature=temperature,
             beta=beta,

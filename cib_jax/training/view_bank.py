@@ -6,10 +6,18 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
 from cib_jax import encoding
 from cib_jax.encoder import Encoder, Params
+from cib_jax.errors import Refusal
+
+STORED = np.float16
+"""Half of float32's bytes; its rounding, 1 part in 2,048, is far below what another draw of a view changes."""
+
+
+class BankError(Refusal):
+    """Features do not fit a bank; the message says what to do."""
 
 
 def build(
@@ -22,7 +30,9 @@ def build(
     views: int,
     family: str = "photo",
     on_images: Callable[[int], None] = lambda images: None,
-) -> Float[Array, "views images features"]:
+    read: Callable[[int], Float16[np.ndarray, "images features"] | None] = lambda view: None,
+    write: Callable[[int, Float16[np.ndarray, "images features"]], None] = lambda view, features: None,
+) -> Float16[Array, "views images features"]:
     """Returns features of `views` views of every image, drawn from the same family as in training.
 
     Args:
@@ -34,15 +44,31 @@ def build(
       views: how many per image.
       family: of the augmentation.
       on_images: told the number of views done after each batch.
+      read: gives a view's features where they were kept earlier, else None.
+      write: is given each view's features that were computed now, as soon as they are there.
+
+    Raises:
+      BankError: a feature is not finite or beyond float16's range, ±65,504.
     """
     compute = jax.jit(functools.partial(_features, encoder=encoder, family=family))
-    bank = np.empty((views, count, encoder.backbone.features), np.float32)
+    bank = np.empty((views, count, encoder.backbone.features), STORED)
     for view, rows in enumerate(bank):
+        kept = read(view)
+        if kept is not None:
+            rows[:] = kept
+            on_images(count)
+            continue
         of_view = functools.partial(compute, frozen, jax.random.fold_in(key, view))
         start = 0
         for features in encoding.map_batches(of_view, batches(), on_images):
             rows[start : start + len(features)] = features
             start += len(features)
+        if not np.isfinite(rows).all():
+            raise BankError(
+                f"config.train.views: features of {encoder.backbone.name} are not finite or beyond ±65,504, the range "
+                "of the bank's float16; set it to 0 for fresh views at every step, or check the backbone's weights"
+            )
+        write(view, rows)
     return jnp.asarray(bank)
 
 
@@ -54,17 +80,17 @@ def _features(
     *,
     encoder: Encoder,
     family: str,
-) -> Float[Array, "batch features"]:
+) -> Float16[Array, "batch features"]:
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(images.shape[0]))
-    return encoder.features({}, frozen, encoder.view_each(keys, images, family=family))
+    return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
 
 
 def draw_pairs(
     key: PRNGKeyArray, bank: Float[Array, "views images features"], indices: Int[Array | np.ndarray, " batch"]
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
-    """Returns features of two different views, drawn evenly, of each image named in `indices`."""
+    """Returns features, in float32, of two different views, drawn evenly, of each image named in `indices`."""
     views = bank.shape[0]
     key1, key2 = jax.random.split(key)
     first = jax.random.randint(key1, indices.shape, 0, views)
     second = (first + jax.random.randint(key2, indices.shape, 1, views)) % views
-    return bank[first, indices], bank[second, indices]
+    return bank[first, indices].astype(jnp.float32), bank[second, indices].astype(jnp.float32)

@@ -121,14 +121,14 @@ def interrupted(monkeypatch, config, workdir, console, steps):
     """Runs the job until so many steps were taken."""
     real, taken = feed._bound, []
 
-    def stopping(step, held):
-        bound = real(step, held)
+    def stopping(program, held):
+        bound = real(program, held)
 
-        def counted(state, batch, key):
+        def counted(*arguments):
             if len(taken) == steps:
                 raise Interrupted
             taken.append(1)
-            return bound(state, batch, key)
+            return bound(*arguments)
 
         return counted
 
@@ -252,9 +252,9 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
 
 def test_a_bank_too_large_for_its_limit_is_refused(tmp_path, console):
     config = small.config(
-        backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=60
+        backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=30
     )
-    with pytest.raises(config_lib.ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 63 MiB"):
+    with pytest.raises(config_lib.ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 32 MiB"):
         train(config, tmp_path, console=console)
 
 

@@ -16,22 +16,26 @@ def start():
     return TrainState(step=jnp.zeros((), jnp.int32), params={"x": jnp.zeros(3)}, opt_state=())
 
 
-def step(state, batch, key):
-    """Adds noise of the step's key and the batch's sum; the term is the batch's first entry."""
-    x = state.params["x"] + jax.random.normal(key, (3,)) + batch.sum()
-    return TrainState(state.step + 1, {"x": x}, ()), {"loss": jnp.asarray(batch[0])}
+def steps(state, chunk, first, key):
+    """Adds noise of each step's key and its batch's sum; the term is the batch's first entry."""
+    x = state.params["x"]
+    for offset, batch in enumerate(chunk):
+        x = x + jax.random.normal(jax.random.fold_in(key, first + offset), (3,)) + batch.sum()
+    return TrainState(state.step + len(chunk), {"x": x}, ()), {"loss": jnp.asarray(chunk[:, 0])}
 
 
-def batches(epoch):
-    return (np.array([epoch, index], np.float32) for index in range(5))
+def chunks(epoch, sizes=(2, 3)):
+    """Five batches of two numbers, in chunks of two and three."""
+    batches = np.array([[epoch, index] for index in range(5)], np.float32)
+    return iter(np.split(batches, np.cumsum(sizes)[:-1]))
 
 
 def run(state, progress, epochs, **options):
     return loop.run(
         state,
         progress,
-        step=options.pop("step", step),
-        epoch_batches=options.pop("epoch_batches", batches),
+        steps=options.pop("steps", steps),
+        epoch_chunks=options.pop("epoch_chunks", chunks),
         key=jax.random.key(0),
         epochs=epochs,
         batch_size=2,
@@ -63,7 +67,7 @@ def test_an_epochs_report_holds_the_mean_of_its_terms():
         start(),
         Progress(),
         2,
-        epoch_batches=lambda epoch: (np.array([epoch * 100 + i], np.float32) for i in range(70)),
+        epoch_chunks=lambda epoch: (np.array([[epoch * 100 + i]], np.float32) for i in range(70)),
         on_epoch=lambda state, report: reports.append(report),
     )
     assert [report.terms["loss"] for report in reports] == [34.5, 134.5]
@@ -103,9 +107,10 @@ def test_validations_come_every_n_epochs_and_at_the_end():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(bad):
     def poisoned(epoch):
-        return (np.array([bad if (epoch, i) == (1, 2) else 1.5], np.float32) for i in range(5))
+        losses = np.array([[bad if (epoch, i) == (1, 2) else 1.5] for i in range(5)], np.float32)
+        return iter((losses[:1], losses[1:]))
 
     ended = []
     with pytest.raises(loop.NonFiniteLossError, match=r"step 8: the loss is not finite \(loss (nan|inf)\)"):
-        run(start(), Progress(), 3, epoch_batches=poisoned, on_epoch=lambda s, report: ended.append(report))
+        run(start(), Progress(), 3, epoch_chunks=poisoned, on_epoch=lambda s, report: ended.append(report))
     assert [report.progress.epoch for report in ended] == [1]

@@ -17,7 +17,7 @@ def encoder_and_frozen():
     return encoder, {"backbone": params["backbone"]}
 
 
-def build(encoder, frozen, size, views=3):
+def build(encoder, frozen, size, views=3, **hooks):
     return view_bank.build(
         jax.random.key(1),
         encoder,
@@ -26,6 +26,7 @@ def build(encoder, frozen, size, views=3):
         count=len(IMAGES),
         views=views,
         family="digits",
+        **hooks,
     )
 
 
@@ -36,12 +37,33 @@ def test_a_row_is_the_feature_of_one_view_of_its_image(encoder_and_frozen):
     for view, image in [(0, 0), (2, 10), (1, 5)]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), view), image)
         alone = encoder.view_each(key[None], jnp.asarray(IMAGES[image : image + 1]), family="digits")
-        np.testing.assert_allclose(bank[view, image], encoder.features({}, frozen, alone)[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(bank[view, image], encoder.features({}, frozen, alone)[0], rtol=6e-4, atol=1e-5)
 
 
 def test_the_bank_does_not_depend_on_the_batch_size(encoder_and_frozen):
     encoder, frozen = encoder_and_frozen
-    np.testing.assert_allclose(build(encoder, frozen, 4, 2), build(encoder, frozen, 11, 2), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(build(encoder, frozen, 4, 2), build(encoder, frozen, 11, 2), rtol=1e-3, atol=1e-5)
+
+
+def test_views_that_were_kept_are_not_computed_again(encoder_and_frozen):
+    encoder, frozen = encoder_and_frozen
+    kept = {}
+    bank = build(encoder, frozen, 4, 2, write=lambda view, rows: kept.__setitem__(view, rows.copy()))
+    assert np.array_equal(np.stack([kept[0], kept[1]]), bank)
+    kept[1][:] = 7  # told apart from what would be computed
+    del kept[0]
+    written = []
+    again = build(encoder, frozen, 4, 2, read=kept.get, write=lambda view, rows: written.append(view))
+    assert written == [0]
+    assert np.array_equal(again[0], bank[0])
+    assert np.all(again[1] == 7)
+
+
+@pytest.mark.parametrize("scale", [1e6, np.nan])
+def test_features_that_float16_cannot_hold_are_refused(encoder_and_frozen, scale):
+    encoder, frozen = encoder_and_frozen
+    with pytest.raises(view_bank.BankError, match=r"config.train.views: features of convnet .*65,504"):
+        build(encoder, jax.tree.map(lambda array: array * scale, frozen), 11, 2)
 
 
 def test_pairs_are_two_different_views_of_the_image_drawn_evenly():

@@ -1,0 +1,177 @@
+"""What a frozen backbone gives in a job: read from the cache where it is there, computed and kept where it is not."""
+
+import functools
+import hashlib
+import importlib.resources
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Shaped, UInt8
+
+from cib_jax import encoding, feature_cache, from_config
+from cib_jax.data.sources import ImageSet
+from cib_jax.encoder import Params
+from cib_jax.feature_cache import DamagedError, FeatureCache
+from cib_jax.hasher import Hasher, packed_of_features, plain_features
+from cib_jax.jobs import progress
+from cib_jax.jobs.setting import Batches, Setting
+from cib_jax.training import view_bank
+
+PART = 8192
+"""Images whose features make one file: what an interrupted run can lose, and what is held at a time."""
+
+# What makes features of images: another text of one of these files may mean other features.
+_CODE = (
+    "augment.py",
+    "geometry.py",
+    "colour.py",
+    "encoder.py",
+    "encoding.py",
+    "data/loader.py",
+    "training/view_bank.py",
+)
+
+
+def bank(setting: Setting) -> tuple[Float16[Array, "views images features"], float]:
+    """Returns the view bank of the training images, and the seconds that it took."""
+    begun = time.perf_counter()
+    config, images = setting.config, setting.splits.train
+    key = from_config.key(config, "view bank")
+    batches = setting.repeatable_batches(images)
+    kept = _Kept(
+        setting,
+        {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()},
+        batches,
+    )
+    shape = (len(images), setting.encoder.backbone.features)
+    what = f"View bank, {config.train.views} views"
+    with progress.bar(setting.console, what, len(images) * config.train.views) as moved:
+        made = view_bank.build(
+            key,
+            setting.encoder,
+            setting.frozen,
+            batches,
+            count=len(images),
+            views=config.train.views,
+            family=config.augment,
+            on_images=lambda count: moved(count, ""),
+            read=lambda view: kept.read(f"view-{view:04}", shape, view_bank.STORED),
+            write=lambda view, features: kept.write(f"view-{view:04}", features),
+        )
+    kept.tell(what)
+    return made, time.perf_counter() - begun
+
+
+def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
+    """Yields the features of unaugmented images, in order, `PART` images at a time, with a bar named `what`."""
+    batches = setting.repeatable_batches(images)
+    kept = _Kept(setting, {"views": "none"}, batches)
+    compute = functools.partial(plain_features, setting.encoder, {}, setting.frozen)
+    size = min(setting.config.encode_batch, len(images))
+    with progress.bar(setting.console, what, len(images)) as moved:
+        for start in range(0, len(images), PART):
+            stop = min(start + PART, len(images))
+            name, shape = f"plain-{start:09}", (stop - start, setting.encoder.backbone.features)
+            features = kept.read(name, shape, np.float32)
+            if features is None:
+                rows = encoding.map_batches(
+                    lambda batch, first: compute(batch), batches(start, stop), lambda count: moved(count, ""), size=size
+                )
+                features = np.concatenate([np.asarray(row) for row in rows])
+                kept.write(name, features)
+            else:
+                moved(len(features), "")
+            yield features
+    kept.tell(what)
+
+
+def codes(setting: Setting, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
+    """Returns the packed codes of a set, with a bar named `what`; they are those of `Hasher.encode`."""
+    if not setting.frozen:
+        with progress.bar(setting.console, what, len(images)) as moved:
+            hasher = Hasher(setting.encoder, params, setting.frozen)
+            return hasher.encode_batches(setting.batches(images), lambda count: moved(count, ""))
+    return np.concatenate([codes_of_features(setting, params, part) for part in plain(setting, images, what)])
+
+
+def codes_of_features(
+    setting: Setting, params: Params, features: Float[np.ndarray, "n features"]
+) -> UInt8[np.ndarray, "n bytes"]:
+    """Returns the packed codes of features of unaugmented images."""
+    size = min(setting.config.encode_batch, len(features))
+    packed = []
+    for start in range(0, len(features), size):
+        batch = features[start : start + size]
+        whole = np.pad(batch, ((0, size - len(batch)), (0, 0)))
+        packed.append(packed_of_features(setting.encoder, params, jnp.asarray(whole))[: len(batch)])
+    return np.concatenate([np.asarray(rows) for rows in packed])
+
+
+class _Kept:
+    """The cache of one set of features; what goes wrong with it is told, and never ends the run."""
+
+    def __init__(self, setting: Setting, made_of: dict[str, Any], batches: Callable[..., Batches]):
+        self.console, config = setting.console, setting.config
+        self.most_bytes = config.cache.mb * 2**20
+        self.found, self.cache = 0, None
+        if config.cache.dir == "none":
+            return
+        root = pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else feature_cache.home() / "features"
+        self.cache = FeatureCache(
+            root,
+            made_of
+            | {
+                "images": feature_cache.digest_of_images(batches()),
+                "stored_size": config.data.stored_size,
+                "backbone": setting.encoder.backbone.name,
+                "weights": setting.fingerprint,
+                "image_size": setting.encoder.image_size,
+                "dtype": config.backbone_dtype,
+                "batch": config.encode_batch,
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "code": _digest_of_code(),
+            },
+        )
+
+    def read(self, part: str, shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."] | None:
+        if self.cache is None:
+            return None
+        try:
+            features = self.cache.read(part, shape, dtype)
+        except DamagedError as error:
+            self.console.print(f"{error}; it is computed again", soft_wrap=True)
+            return None
+        self.found += features is not None
+        return features
+
+    def write(self, part: str, features: Shaped[np.ndarray, "..."]) -> None:
+        if self.cache is None:
+            return
+        try:
+            self.cache.write(part, features)
+            self.cache.prune(self.most_bytes)
+        except OSError as error:
+            self.console.print(
+                f"Features are not kept for later runs: {error.filename or self.cache.folder}: "
+                f"{error.strerror or error}; this run goes on without, --config.cache.dir=DIR names another place",
+                soft_wrap=True,
+            )
+            self.cache = None
+
+    def tell(self, what: str) -> None:
+        if self.cache is not None and self.found:
+            self.console.print(f"{what}: read from {self.cache.folder}", soft_wrap=True, highlight=False)
+
+
+@functools.cache
+def _digest_of_code() -> str:
+    package = importlib.resources.files("cib_jax")
+    files = [package / name for name in _CODE]
+    files += sorted((file for file in (package / "backbones").iterdir() if file.name.endswith(".py")), key=str)
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
