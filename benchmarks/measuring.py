@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+Formatter = argparse.ArgumentDefaultsHelpFormatter
+
 
 class Seconds(NamedTuple):
     """The seconds that one side took in each round."""
@@ -85,4 +87,4 @@ def parser(description: str, *modules: str) -> argparse.ArgumentParser:
     if missing:
         print(f"this benchmark wants {', '.join(missing)}: pip install -e '.[benchmark]'", file=sys.stderr)
         sys.exit(2)
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return argparse.ArgumentParser(description=description, formatter_class=Formatter)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from cib_jax.data import loader
@@ -102,7 +103,8 @@ def _scan(step: Step) -> Callable[..., Stepped]:
             batch, number = at
             return step(state, held, batch, jax.random.fold_in(key, number))
 
-        return jax.lax.scan(one, state, (chunk, first + jnp.arange(len(chunk))))
+        state, terms = jax.lax.scan(one, state, (chunk, first + jnp.arange(len(chunk))))
+        return state, _with_parameter_norm(terms, state)
 
     return program
 
@@ -112,9 +114,14 @@ def _alone(step: Step) -> Callable[..., Stepped]:
 
     def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
         state, terms = step(state, held, chunk[0], jax.random.fold_in(key, first))
-        return state, {name: value[None] for name, value in terms.items()}
+        return state, _with_parameter_norm({name: value[None] for name, value in terms.items()}, state)
 
     return program
+
+
+def _with_parameter_norm(terms: Terms, state: TrainState) -> Terms:
+    # Of the chunk's end alone: at every step it would cost a fifth of the head's time, and it moves slowly.
+    return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 
 def _bound(program: Callable[..., Stepped], held: Any) -> Steps:

@@ -13,7 +13,7 @@ from cib_jax.objective import cib_loss
 from cib_jax.training.state import TrainState
 
 Terms = dict[str, Float[Array, ""]]
-"""The loss and its parts, in nats, and the norms of the gradient and of the parameters after the step."""
+"""The loss and its parts, in nats, and the norm of the gradient."""
 
 
 def train_step(
@@ -93,5 +93,5 @@ def _update(
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    terms = terms | {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
+    terms = terms | {"gradient_norm": optax.tree.norm(gradients)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms
