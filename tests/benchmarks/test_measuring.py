@@ -1,0 +1,53 @@
+"""What the benchmarks share: turns, ratios, tables; and that each says in one sentence what it wants."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import growth, measuring
+from benchmarks.measuring import Seconds
+
+ROOT = pathlib.Path(measuring.__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text())
+
+
+def test_sides_are_run_in_turns_and_the_warm_up_does_not_count():
+    calls = []
+    taken = measuring.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(seconds.rounds) for name, seconds in taken.items()} == {"a": 3, "b": 3}
+
+
+def test_a_ratio_is_taken_round_by_round():
+    slow, fast = Seconds((2.0, 9.0, 4.0)), Seconds((1.0, 3.0, 4.0))
+    assert measuring.ratio(slow, fast) == (1.0, 2.0, 3.0)
+    assert measuring.told_ratio(slow, fast) == "2.00 (1.00–3.00)"
+    assert slow.median == 4.0
+
+
+def test_a_table_is_markdown(capsys):
+    measuring.print_table(["px", "views/s"], [[128, "2,000"], [224, 1]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["| px  | views/s |", "| --- | ------- |", "| 128 | 2,000   |", "| 224 | 1       |"]
+
+
+def test_the_exponent_of_a_power_is_the_power():
+    assert growth.exponent([1, 10, 100], [3.0, 300.0, 30000.0]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_tells_its_flags_or_what_it_lacks(script):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", "--help"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        assert importlib.util.find_spec("torch") is None or importlib.util.find_spec("faiss") is None
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("this benchmark wants ")
+        assert line.endswith("pip install -e '.[benchmark]'")
+    else:
+        assert "usage:" in done.stdout
