@@ -3,11 +3,12 @@
 The whole batch is one program of fixed shapes. Every image draws from a key of its own, folded from the
 batch's key and the image's index, so its view does not depend on its neighbours, and a batch may be cut into
 chunks: `view_each(image_keys(key, n)[i:j], images[i:j], …)` gives rows i to j of `view(key, images, …)`. On a
-CPU, chunks of about 16 stay in its cache and take less time than the whole.
+CPU, the program itself goes image by image or in small chunks; on accelerators it takes the whole batch at once.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,10 @@ DIGIT_SHIFT = 0.1  # of the side
 DIGIT_GAIN = (0.7, 1.3)
 
 
+CHUNK_PIXELS = 2**17  # of the views computed together on a CPU: 1.5 MiB in float32
+ALONE_SIZE = 96  # pixels; views of this size are worth computing one by one on a CPU
+
+
 class Photo(NamedTuple):
     """The draws of one view of the family `photo`; a step not drawn holds values that change nothing."""
 
@@ -41,6 +46,13 @@ class Photo(NamedTuple):
     jitter: colour.ColourJitter
     greyscale: Bool[Array, "*batch"]
     sigma: Float[Array, "*batch"]
+
+
+class Digits(NamedTuple):
+    """The draws of one view of the family `digits`."""
+
+    affine: geometry.Affine
+    gain: Float[Array, "*batch"]
 
 
 def two_views(
@@ -57,11 +69,12 @@ def two_views(
     The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`. Raises what
     `view` raises.
     """
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(2))
-    first, second = jax.vmap(
-        lambda key: view(key, images, image_size=image_size, family=family, mean=mean, deviation=deviation)
-    )(keys)
-    return first, second
+    _check(images, image_size)
+    batch = images.shape[0]
+    keys = jnp.concatenate([image_keys(jax.random.fold_in(key, number), batch) for number in range(2)])
+    images = jnp.concatenate((images, images))
+    views = view_each(keys, images, image_size=image_size, family=family, mean=mean, deviation=deviation)
+    return views[:batch], views[batch:]
 
 
 def view(
@@ -98,7 +111,15 @@ def view_each(
     if family not in FAMILIES:
         raise ValueError(f"augment is {family!r}, which is no family of views; choose {' or '.join(FAMILIES)}.")
     _check(images, image_size)
-    return _normalise(FAMILIES[family](keys, images / 255, image_size=image_size), mean, deviation)
+    _, height, width, _ = images.shape
+    sample, apply = FAMILIES[family]
+    draws = jax.vmap(lambda key: sample(key, height=height, width=width))(keys)
+
+    def whole(draws: tuple, images: UInt8[Array, "batch height width 3"]) -> Array:
+        return _normalise(apply(draws, images / 255, image_size=image_size), mean, deviation)
+
+    chunked = functools.partial(by_chunks, whole, chunk=chunk_of(image_size))
+    return jax.lax.platform_dependent(draws, images, cpu=chunked, default=whole)
 
 
 def resize_and_normalise(
@@ -142,19 +163,27 @@ def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> Photo:
 
 
 def photo(
-    keys: PRNGKeyArray, images: Float[Array, "batch height width 3"], *, image_size: int
+    draws: Photo, images: Float[Array, "batch height width 3"], *, image_size: int
 ) -> Float[Array, "batch image_size image_size 3"]:
     """Returns the paper's views: crop, flip, colour jitter, greyscale, blur; from [0, 1] to [0, 1]."""
-    _, height, width, _ = images.shape
-    draw = jax.vmap(lambda key: sample_photo(key, height=height, width=width))(keys)
-    views = geometry.resized_crop(images, draw.crop, image_size=image_size, flip=draw.flip)
-    views = colour.colour_jitter(views, draw.jitter)
-    views = colour.to_greyscale(views, draw.greyscale)
-    return colour.gaussian_blur(views, draw.sigma)
+    rows = geometry.resized_crop_rows(images, draws.crop, image_size=image_size, flip=draws.flip, margin=1)
+    jitter = colour.jitter_alone if len(rows) == 1 else colour.jitter_rows
+    rows = jitter(rows, draws.jitter, draws.greyscale, margin=1)
+    return colour.to_images(colour.blur_rows(rows, draws.sigma))
+
+
+def sample_digits(key: PRNGKeyArray, *, height: int, width: int) -> Digits:
+    """Draws one view of the family `digits`, whatever the size of the image."""
+    del height, width
+    affine_key, gain_key = jax.random.split(key)
+    affine = geometry.sample_affine(
+        affine_key, angle=DIGIT_ANGLE, shear=DIGIT_SHEAR, scale=DIGIT_SCALE, shift=DIGIT_SHIFT
+    )
+    return Digits(affine, jax.random.uniform(gain_key, minval=DIGIT_GAIN[0], maxval=DIGIT_GAIN[1]))
 
 
 def digits(
-    keys: PRNGKeyArray, images: Float[Array, "batch height width 3"], *, image_size: int
+    draws: Digits, images: Float[Array, "batch height width 3"], *, image_size: int
 ) -> Float[Array, "batch image_size image_size 3"]:
     """Returns views of light digits on black: turned, sheared, scaled and shifted a little, brighter or
     darker.
@@ -165,23 +194,51 @@ def digits(
     _, height, width, _ = images.shape
     if max(height, width) > image_size:
         images = geometry.resize(images, image_size=image_size)
-
-    def draw(key: PRNGKeyArray) -> tuple[geometry.Affine, Float[Array, ""]]:
-        affine_key, gain_key = jax.random.split(key)
-        affine = geometry.sample_affine(
-            affine_key, angle=DIGIT_ANGLE, shear=DIGIT_SHEAR, scale=DIGIT_SCALE, shift=DIGIT_SHIFT
-        )
-        return affine, jax.random.uniform(gain_key, minval=DIGIT_GAIN[0], maxval=DIGIT_GAIN[1])
-
-    affine, gain = jax.vmap(draw)(keys)
-    return colour.adjust_brightness(geometry.warp(images, affine, image_size=image_size), gain)
+    return colour.adjust_brightness(geometry.warp(images, draws.affine, image_size=image_size), draws.gain)
 
 
-# A family takes keys (one per image), images in [0, 1] and the size, and gives views in [0, 1].
-FAMILIES: dict[str, Callable[..., Float[Array, "batch image_size image_size 3"]]] = {
-    "photo": photo,
-    "digits": digits,
-}
+class Family(NamedTuple):
+    """A family of views: `sample` draws one from a key and the image's height and width; `apply` takes the draws
+    of a batch, images in [0, 1] and the size, and gives the views in [0, 1].
+    """
+
+    sample: Callable[..., Any]
+    apply: Callable[..., Float[Array, "batch image_size image_size 3"]]
+
+
+FAMILIES = {"photo": Family(sample_photo, photo), "digits": Family(sample_digits, digits)}
+
+
+def chunk_of(image_size: int) -> int:
+    """Returns how many views of that size a CPU computes together.
+
+    Small ones by the chunk, so that the cost of starting each operation is shared. Large ones one by one: an image
+    then does only what was drawn for it, and its pixels do not wander from one core's cache to the other's between
+    two operations, which can take longer than the operations.
+    """
+    return 1 if image_size >= ALONE_SIZE else max(1, CHUNK_PIXELS // image_size**2)
+
+
+def by_chunks(
+    views: Callable[[Any, Array], Array], draws: Any, images: UInt8[Array, "batch height width 3"], *, chunk: int
+) -> Float[Array, "batch image_size image_size 3"]:
+    """Returns `views(draws, images)`, computed for `chunk` images at a time, one chunk after the other.
+
+    Where the batch is no multiple of `chunk`, the last chunk begins early and computes some images again: a
+    remainder apart would have to be compiled apart, and joining it to the rest copies every view.
+    """
+    batch = images.shape[0]
+    if batch <= chunk:
+        return views(draws, images)
+    of_chunk = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=chunk)
+
+    def put(number: Array, done: Array) -> Array:
+        start = jnp.minimum(number * chunk, batch - chunk)
+        some = views(*jax.tree.map(lambda rows: of_chunk(rows, start), (draws, images)))
+        return jax.lax.dynamic_update_slice_in_dim(done, some, start, axis=0)
+
+    shape = jax.eval_shape(views, draws, images)
+    return jax.lax.fori_loop(0, -(-batch // chunk), put, jnp.zeros(shape.shape, shape.dtype))
 
 
 def _normalise(images: Array, mean: Sequence[float], deviation: Sequence[float]) -> Array:

@@ -1,7 +1,9 @@
 """What a view does to an image's colours: jitter, greyscale, blur; pure functions of float images in [0, 1].
 
 Each takes images [..., height, width, 3] and one parameter per image [...], and gives what the function of
-that name in `torchvision.transforms.functional` gives for float tensors.
+that name in `torchvision.transforms.functional` gives for float tensors. For a chain of steps there are
+`jitter_rows`, `jitter_alone` and `blur_rows`, with the pixels in rows [..., height, 3, width]: one channel's pixels
+of a row lie side by side there, so that a CPU computes many at once, where a last axis of 3 has it go one by one.
 """
 
 from typing import NamedTuple
@@ -40,62 +42,44 @@ def adjust_brightness(
     images: Float[Array, "*batch height width 3"], factor: Float[Array, "*batch"]
 ) -> Float[Array, "*batch height width 3"]:
     """Returns the images times `factor` (0 is black, 1 changes nothing), clamped to [0, 1]."""
-    return _blend(images, 0.0, _per_pixel(factor)[..., None])
+    return _blend(images, 0.0, _per_pixel(factor))
 
 
 def adjust_contrast(
     images: Float[Array, "*batch height width 3"], factor: Float[Array, "*batch"]
 ) -> Float[Array, "*batch height width 3"]:
     """Returns the images blended with their mean grey: factor 0 is that, 1 changes nothing; in [0, 1]."""
-    mean = jnp.mean(_grey(_to_planes(images)), axis=(-2, -1))
-    return _blend(images, _per_pixel(mean)[..., None], _per_pixel(factor)[..., None])
+    return _blend(images, jnp.mean(_grey(to_rows(images)), axis=(-3, -2, -1), keepdims=True), _per_pixel(factor))
 
 
 def adjust_saturation(
     images: Float[Array, "*batch height width 3"], factor: Float[Array, "*batch"]
 ) -> Float[Array, "*batch height width 3"]:
     """Returns the images blended with their greyscale: factor 0 is that, 1 changes nothing; in [0, 1]."""
-    grey = _grey(_to_planes(images))
-    return _blend(images, grey[..., None], _per_pixel(factor)[..., None])
+    rows = to_rows(images)
+    return to_images(_blend(rows, _grey(rows), _per_pixel(factor)))
 
 
 def adjust_hue(
     images: Float[Array, "*batch height width 3"], shift: Float[Array, "*batch"]
 ) -> Float[Array, "*batch height width 3"]:
     """Returns the images with every hue moved by `shift` turns of the colour circle, as through HSV."""
-    return _to_images(_shift_hue(_to_planes(images), _per_pixel(shift)))
+    return to_images(_shift_hue(to_rows(images), shift))
 
 
 def to_greyscale(
     images: Float[Array, "*batch height width 3"], chosen: Bool[Array, "*batch"] | bool = True
 ) -> Float[Array, "*batch height width 3"]:
     """Returns the images, those `chosen` with their grey in all three channels."""
-    return jnp.where(_per_pixel(chosen)[..., None], _grey(_to_planes(images))[..., None], images)
+    rows = to_rows(images)
+    return to_images(jnp.where(_per_pixel(chosen), _grey(rows), rows))
 
 
 def colour_jitter(
     images: Float[Array, "*batch height width 3"], jitter: ColourJitter
 ) -> Float[Array, "*batch height width 3"]:
-    """Returns the images after the four operations of `jitter`, each image's in its own order.
-
-    Brightness, contrast and saturation are one blend with three anchors: black, the mean grey, the pixel's
-    own grey; so a turn of mixed operations costs one blend and one shift of hue.
-    """
-    factors = jnp.concatenate((jitter.factors, jnp.ones_like(jitter.hue)[..., None]), axis=-1)
-    factors = jnp.take_along_axis(factors, jitter.order, axis=-1)
-    shift = _per_pixel(jitter.hue)
-
-    def turn(planes: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
-        operation, factor = _per_pixel(drawn[0]), _per_pixel(drawn[1])
-        grey = _grey(planes)
-        mean = jnp.mean(grey, axis=(-2, -1), keepdims=True)
-        anchor = jnp.where(operation == SATURATION, grey, jnp.where(operation == CONTRAST, mean, 0.0))
-        blended = _blend(planes, anchor, factor)
-        return jnp.where(operation == HUE, _shift_hue(planes, shift), blended), None
-
-    # A loop, because XLA would fuse unrolled turns and compute each one anew for every channel of the next.
-    turns = (jnp.moveaxis(jitter.order, -1, 0), jnp.moveaxis(factors, -1, 0))
-    return _to_images(jax.lax.scan(turn, _to_planes(images), turns)[0])
+    """Returns the images after the four operations of `jitter`, each image's in its own order."""
+    return to_images(jitter_rows(to_rows(images), jitter))
 
 
 def gaussian_blur(
@@ -106,40 +90,130 @@ def gaussian_blur(
     The edge pixels' missing neighbours are those on the other side (padding by reflection), so height and
     width must be at least 2.
     """
+    rows = to_rows(images)
+    around = [(0, 0)] * (rows.ndim - 3) + [(1, 1), (0, 0), (1, 1)]
+    return to_images(blur_rows(jnp.pad(rows, around, mode="reflect"), sigma))
+
+
+def jitter_rows(
+    rows: Float[Array, "*batch height 3 width"],
+    jitter: ColourJitter,
+    greyscale: Bool[Array, "*batch"] | bool = False,
+    *,
+    margin: int = 0,
+) -> Float[Array, "*batch height 3 width"]:
+    """Returns the rows after `jitter`, and after that those chosen for `greyscale` without their colours.
+
+    Brightness, contrast and saturation are one blend with three anchors: black, the mean grey, the pixel's own
+    grey, which with a factor of 0 is greyscale too. The shift of hue costs as much as several blends, so it is done
+    once, between the blends that come before it and those that come after it; a turn that is not an image's is a
+    blend by 1, which changes nothing. `margin` pixels on every side do not count for the mean grey.
+    """
+    hue_turn = jnp.argmax(jitter.order == HUE, axis=-1)[..., None]
+    factors = jnp.concatenate((jitter.factors, jnp.ones_like(jitter.hue)[..., None]), axis=-1)
+    factors = jnp.take_along_axis(factors, jitter.order, axis=-1)
+    turns = jnp.arange(4)
+    before, after = jnp.where(turns < hue_turn, factors, 1.0), jnp.where(turns > hue_turn, factors, 1.0)
+    greyed = jnp.where(jnp.asarray(greyscale), 0.0, jnp.ones_like(jitter.hue))
+    # The hue is never after the last turn nor before the first, whose place the greyscale takes at the end.
+    after = jnp.concatenate((after[..., 1:], greyed[..., None]), axis=-1)
+    last = jnp.full_like(jitter.order[..., :1], SATURATION)
+    rows = _blends(rows, jitter.order[..., :3], before[..., :3], margin)
+    rows = _shift_hue(rows, jitter.hue)
+    return _blends(rows, jnp.concatenate((jitter.order[..., 1:], last), axis=-1), after, margin)
+
+
+def jitter_alone(
+    rows: Float[Array, "1 height 3 width"],
+    jitter: ColourJitter,
+    greyscale: Bool[Array, "1"],
+    *,
+    margin: int = 0,
+) -> Float[Array, "1 height 3 width"]:
+    """Returns `jitter_rows` of one image by itself, with a branch at each turn: only what was drawn is computed.
+
+    The form for large images on a CPU. Over a batch, every branch would be computed for every image.
+    """
+
+    def contrast(rows: Array, factor: Array) -> Array:
+        return _blend(rows, _mean_grey(_grey(rows), margin), _per_pixel(factor))
+
+    def saturation(rows: Array, factor: Array) -> Array:
+        return _blend(rows, _grey(rows), _per_pixel(factor))
+
+    def turn(rows: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
+        # In the numbering of the operations, and after those what changes nothing.
+        branches = (adjust_brightness, contrast, saturation, _shift_hue, lambda rows, _: rows)
+        return jax.lax.switch(drawn[0], branches, rows, drawn[1][None]), None
+
+    strengths = jnp.concatenate((jitter.factors, jitter.hue[:, None]), axis=-1)[0]
+    idle = strengths == jnp.array([1.0, 1.0, 1.0, 0.0])
+    operations = jnp.where(idle, len(strengths), jnp.arange(4))[jitter.order[0]]
+    operations = jnp.append(operations, jnp.where(greyscale[0], SATURATION, len(strengths)))
+    return jax.lax.scan(turn, rows, (operations, jnp.append(strengths[jitter.order[0]], 0.0)))[0]
+
+
+def blur_rows(
+    rows: Float[Array, "*batch height+2 3 width+2"], sigma: Float[Array, "*batch"]
+) -> Float[Array, "*batch height 3 width"]:
+    """Returns the rows blurred as by `gaussian_blur`, without the pixel on every side that only gives to others."""
     sigma = jnp.asarray(sigma)
     side = jnp.where(sigma > 0, jnp.exp(-0.5 / jnp.where(sigma > 0, sigma, 1.0) ** 2), 0.0)
-    centre, side = (_per_pixel(w / (1 + 2 * side))[..., None] for w in (1.0, side))
-    above = jnp.concatenate((images[..., 1:2, :, :], images[..., :-1, :, :]), axis=-3)
-    below = jnp.concatenate((images[..., 1:, :, :], images[..., -2:-1, :, :]), axis=-3)
-    images = centre * images + side * (above + below)
-    left = jnp.concatenate((images[..., :, 1:2, :], images[..., :, :-1, :]), axis=-2)
-    right = jnp.concatenate((images[..., :, 1:, :], images[..., :, -2:-1, :]), axis=-2)
-    return centre * images + side * (left + right)
+    centre, side = (_per_pixel(w / (1 + 2 * side)) for w in (1.0, side))
+    rows = centre * rows[..., 1:-1, :, :] + side * (rows[..., :-2, :, :] + rows[..., 2:, :, :])
+    return centre * rows[..., 1:-1] + side * (rows[..., :-2] + rows[..., 2:])
 
 
-def _to_planes(images: Float[Array, "*batch height width 3"]) -> Float[Array, "3 *batch height width"]:
-    """Channels first: pixels of one channel lie side by side, which lets a CPU compute many at once."""
-    return jnp.moveaxis(images, -1, 0)
+def to_rows(images: Float[Array, "*batch height width 3"]) -> Float[Array, "*batch height 3 width"]:
+    """Returns the images with the pixels of one channel of one row side by side."""
+    return jnp.swapaxes(images, -1, -2)
 
 
-def _to_images(planes: Float[Array, "3 *batch height width"]) -> Float[Array, "*batch height width 3"]:
-    return jnp.moveaxis(planes, 0, -1)
+def to_images(rows: Float[Array, "*batch height 3 width"]) -> Float[Array, "*batch height width 3"]:
+    """Returns rows as images again, the channels last."""
+    return jnp.swapaxes(rows, -1, -2)
 
 
-def _grey(planes: Float[Array, "3 *batch height width"]) -> Float[Array, "*batch height width"]:
-    red, green, blue = GREY_WEIGHTS
-    return red * planes[0] + green * planes[1] + blue * planes[2]
+def _blends(
+    rows: Float[Array, "*batch height 3 width"],
+    operations: Int[Array, "*batch turns"],
+    factors: Float[Array, "*batch turns"],
+    margin: int,
+) -> Float[Array, "*batch height 3 width"]:
+    """Brightness, contrast or saturation at each turn; any other operation must come with a factor of 1."""
+
+    def turn(rows: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
+        operation, factor = _per_pixel(drawn[0]), _per_pixel(drawn[1])
+        grey = _grey(rows)
+        mean = jnp.where(operation == CONTRAST, _mean_grey(grey, margin), 0.0)
+        anchor = jnp.where(operation == SATURATION, grey, mean)
+        return _blend(rows, anchor, factor), None
+
+    # A loop, because XLA would fuse unrolled turns and compute each one anew for every channel of the next.
+    turns = jnp.moveaxis(operations, -1, 0), jnp.moveaxis(factors, -1, 0)
+    return jax.lax.scan(turn, rows, turns)[0]
+
+
+def _grey(rows: Float[Array, "*batch height 3 width"]) -> Float[Array, "*batch height 1 width"]:
+    red, green, blue = (weight * rows[..., i : i + 1, :] for i, weight in enumerate(GREY_WEIGHTS))
+    return red + green + blue
+
+
+def _mean_grey(grey: Float[Array, "*batch height 1 width"], margin: int) -> Float[Array, "*batch 1 1 1"]:
+    height, _, width = grey.shape[-3:]
+    inside = grey[..., margin : height - margin, :, margin : width - margin]
+    return jnp.mean(inside, axis=(-3, -2, -1), keepdims=True)
 
 
 def _shift_hue(
-    planes: Float[Array, "3 *batch height width"], shift: Float[Array, "*batch 1 1"]
-) -> Float[Array, "3 *batch height width"]:
+    rows: Float[Array, "*batch height 3 width"], shift: Float[Array, "*batch"]
+) -> Float[Array, "*batch height 3 width"]:
     """Moves hues by `shift` turns without leaving RGB; value and chroma stay.
 
     A hue is a place in [0, 6) on the hexagon red, yellow, green, cyan, blue, magenta (Smith 1978); each
     channel is the value less the chroma times a trapezoid of the distance to the channel's own corner.
     """
-    red, green, blue = planes
+    red, green, blue = (rows[..., i : i + 1, :] for i in range(3))
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     per_chroma = 1 / jnp.where(chroma > 0, chroma, 1.0)  # a grey has no hue, and needs none
@@ -150,8 +224,8 @@ def _shift_hue(
     )
 
     # One expression for all channels, as a stack of three keeps XLA from vectorising what follows it.
-    corner = jnp.array([5.0, 3.0, 1.0]).reshape((3,) + (1,) * hue.ndim)
-    place = hue + (6 * shift + corner)
+    corner = jnp.array([[5.0], [3.0], [1.0]])
+    place = hue + (6 * _per_pixel(shift) + corner)
     place = place - 6 * jnp.floor(place / 6)
     return value - chroma * jnp.clip(jnp.minimum(place, 4 - place), 0.0, 1.0)
 
@@ -161,5 +235,5 @@ def _blend(images: Array, anchor: Array | float, factor: Array) -> Array:
 
 
 def _per_pixel(parameter: Array | float) -> Array:
-    """One value per image, shaped to meet the pixels of a plane."""
-    return jnp.asarray(parameter)[..., None, None]
+    """One value per image, shaped to meet its pixels."""
+    return jnp.asarray(parameter)[..., None, None, None]

@@ -175,6 +175,54 @@ def test_a_batch_can_be_cut_into_chunks(family):
     np.testing.assert_array_equal(jitted("view", 4, family)(key, strangers)[5], whole[5])
 
 
+@functools.cache
+def both_forms(family, chunk):
+    """The form of the accelerators, and the same images in chunks, the CPU's."""
+    sample, apply = augment.FAMILIES[family]
+
+    def both(key, images):
+        draws = jax.vmap(lambda key: sample(key, height=6, width=5))(augment.image_keys(key, len(images)))
+        views = functools.partial(apply, image_size=4)
+        return views(draws, images / 255), augment.by_chunks(views, draws, images / 255, chunk=chunk)
+
+    return jax.jit(both)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch, chunk", [(1, 4), (4, 4), (5, 4), (17, 4), (17, 1)])
+def test_the_form_for_a_cpu_gives_the_same_views(family, batch, chunk):
+    """Batches that chunks fill, do not fill, or that are less than one; and images one by one."""
+    whole, chunked = both_forms(family, chunk)(jax.random.key(16), noise(batch))
+    assert chunked.shape == (batch, 4, 4, 3)
+    np.testing.assert_allclose(chunked, whole, atol=1e-6)
+
+
+def test_only_a_cpu_works_by_chunks(monkeypatch):
+    """And its views are those of a program that has room for the whole batch."""
+    monkeypatch.setattr(augment, "CHUNK_PIXELS", 4 * 4 * 4)
+    images, key = noise(9), jax.random.key(17)
+    traced = jax.jit(functools.partial(augment.view, image_size=4, **AS_IS)).trace(key, images)
+    for platform, chunked in (("cpu", True), ("cuda", False), ("tpu", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("dynamic_update_slice" in text) == chunked, platform
+    np.testing.assert_allclose(
+        traced.lower().compile()(key, images), jitted("view", 4, "photo")(key, images), atol=1e-6
+    )
+
+
+def test_chunks_can_be_differentiated_and_mapped():
+    """The images that the last chunk computes again count once."""
+    images = jnp.asarray(noise(5) / 255, jnp.float32)
+    chunked = functools.partial(
+        augment.by_chunks, lambda draws, images: draws[:, None, None, None] * images**2, chunk=4
+    )
+    factors = jnp.arange(1.0, 6.0)
+    gradient = jax.jit(jax.grad(lambda images: jnp.sum(chunked(factors, images))))(images)
+    np.testing.assert_allclose(gradient, 2 * factors[:, None, None, None] * images, atol=1e-6)
+    twice = jax.vmap(chunked)(jnp.stack((factors, 2 * factors)), jnp.stack((images, images)))
+    np.testing.assert_allclose(twice[1], 2 * twice[0], atol=1e-6)
+
+
 def test_two_views_are_views_under_folded_keys():
     images, key = noise(12), jax.random.key(11)
     for number, got in enumerate(jitted("two_views", 4, "photo")(key, images)):
@@ -196,9 +244,10 @@ def test_two_views_are_independent():
 
 def test_legacy_keys_work_too():
     images = noise(2)
-    new = jitted("view", 4, "digits")(jax.random.key(3), images)
-    old = jitted("view", 4, "digits")(jax.random.PRNGKey(3), images)
-    np.testing.assert_array_equal(new, old)
+    for name in ("view", "two_views"):
+        new = jitted(name, 4, "digits")(jax.random.key(3), images)
+        old = jitted(name, 4, "digits")(jax.random.PRNGKey(3), images)
+        jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """Colour operations against torchvision's float path (golden/augment.npz, by golden/make_augment.py)."""
 
+import functools
 import itertools
 import pathlib
 
@@ -69,6 +70,22 @@ def test_colour_jitter_by_one_changes_nothing():
     jitter = colour.ColourJitter(orders, jnp.ones((24, 3)), jnp.zeros(24))
     images = jnp.tile(jnp.asarray(GOLDEN["jitter_images"]), (8, 1, 1, 1))
     np.testing.assert_allclose(colour_jitter(images, jitter), images, atol=1e-6)
+
+
+def test_jitter_leaves_a_margin_out_and_greys_last():
+    """Whatever stands in the margin; and greyscale comes after all four operations."""
+    factors = jnp.asarray(GOLDEN["jitter_factors"])
+    jitter = colour.ColourJitter(jnp.asarray(GOLDEN["jitter_orders"]), factors[:, :3], factors[:, 3])
+    chosen = jnp.arange(24) % 2 == 0
+    images = jnp.tile(jnp.asarray(GOLDEN["jitter_images"]), (8, 1, 1, 1))
+    rows = jnp.pad(colour.to_rows(images), ((0, 0), (1, 1), (0, 0), (1, 1)), constant_values=0.9)
+    got = jax.jit(colour.jitter_rows, static_argnames="margin")(rows, jitter, chosen, margin=1)
+    expected = colour.to_greyscale(jnp.asarray(GOLDEN["jitter"]), chosen)
+    np.testing.assert_allclose(colour.to_images(got[:, 1:-1, :, 1:-1]), expected, atol=1e-5)
+    alone = functools.partial(colour.jitter_alone, margin=1)
+    one_by_one = jax.jit(lambda *drawn: jax.lax.map(lambda one: alone(*one), drawn))
+    got = one_by_one(*jax.tree.map(lambda values: values[:, None], (rows, jitter, chosen)))[:, 0]
+    np.testing.assert_allclose(colour.to_images(got[:, 1:-1, :, 1:-1]), expected, atol=1e-5)
 
 
 def test_sampled_jitter_is_uniform():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cib_jax import geometry
+from cib_jax import colour, geometry
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "augment.npz")
 # Compiled whole, as eagerly each of their steps would be compiled alone, for every new shape.
@@ -53,6 +53,38 @@ def test_resized_crop_flips_only_the_chosen():
     got = resized_crop(images, boxes, image_size=9, flip=flip)
     expected = np.where(flip[:, None, None, None], GOLDEN["crop_flipped_9"], GOLDEN["crop_9"])
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", GOLDEN["sizes"].tolist())
+def test_rows_have_two_forms_with_the_same_values(size):
+    """The CPU's sum of a few rows, which the tests against torchvision see, and the accelerators' product."""
+    images, boxes = colour.to_rows(jnp.asarray(GOLDEN["images"])), crops(GOLDEN["crops"])
+    axis = geometry.axis_of(boxes.top, boxes.height, jnp.zeros(6, bool), size, margin=1)
+    taps = geometry.taps_of(images.shape[1], size)
+    product = jax.jit(geometry.rows_by_product)(images, axis)
+    by_taps = jax.jit(geometry.rows_by_taps, static_argnames="taps")(images, axis, taps=taps)
+    np.testing.assert_allclose(by_taps, product, atol=1e-6)
+
+
+def test_images_that_shrink_a_lot():
+    """Beyond the number of rows that are added up one by one."""
+    images = np.random.default_rng(0).random((2, 60, 60, 3), np.float32)
+    got = resize(jnp.asarray(images), image_size=5)
+    assert geometry.MOST_TAPS < 2 * 60 / 5
+    triangle = np.maximum(1 - np.abs(np.arange(60) + 0.5 - (np.arange(5)[:, None] + 0.5) * 12) / 12, 0)
+    triangle /= triangle.sum(1, keepdims=True)
+    np.testing.assert_allclose(got, np.einsum("yh,xw,bhwc->byxc", triangle, triangle, images), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_a_margin_reflects_the_crop(size):
+    images, boxes = jnp.asarray(GOLDEN["images"]), crops(GOLDEN["crops"])
+    flip = jnp.array([True, False, False, True, True, False])
+    crop = functools.partial(geometry.resized_crop_rows, image_size=size, margin=1)
+    got = jax.jit(crop)(images, boxes, flip=flip)
+    expected = np.swapaxes(resized_crop(images, boxes, image_size=size, flip=flip), -1, -2)
+    expected = np.pad(expected, ((0, 0), (1, 1), (0, 0), (1, 1)), mode="reflect")
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", GOLDEN["sizes"].tolist())
