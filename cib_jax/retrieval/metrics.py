@@ -4,25 +4,23 @@ Average precision at k divides by the number of relevant images among the first 
 none, as the published numbers of the field do. Two images are relevant to each other when they share a label.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
+from jaxtyping import Array, Bool, Float64, Int64, Shaped, UInt, UInt8
 
 from cib_jax.retrieval import ranking
-from cib_jax.retrieval.relevance import check_labels, relevance_rows
+from cib_jax.retrieval.blocks import over_blocks
+from cib_jax.retrieval.relevance import Relevance, check_labels
 from cib_jax.retrieval.tie_aware import expected_average_precision
 
-# Bytes that one block of queries may take in each float64 array derived from it.
-_BLOCK_BYTES = 1 << 21
 # Query codes, database codes, query labels, database labels.
 _Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class _Block(NamedTuple):
-    """What every metric is computed from, for a block of queries."""
+    """What metrics are computed from, for a block of queries; what was not asked for is empty."""
 
     ranked: Bool[np.ndarray, "queries k"]  # is the image at each of the first k ranks relevant?
     hits: Int64[np.ndarray, "queries k"]  # how many are, up to and with each rank
@@ -45,7 +43,7 @@ def mean_average_precision(
       ValueError: if codes or labels are malformed or do not fit each other, or if k is not in 1..database.
     """
     data = query_codes, database_codes, query_labels, database_labels
-    return float(_mean_over_queries(data, k, _average_precision, histograms=False)[0])
+    return float(_mean_over_queries(data, _average_precision, k=k)[0])
 
 
 def tie_aware_map(
@@ -60,7 +58,7 @@ def tie_aware_map(
     Arguments and errors as for `mean_average_precision`; the formula is in `tie_aware`.
     """
     data = query_codes, database_codes, query_labels, database_labels
-    return float(_mean_over_queries(data, k, lambda block: _tie_aware(block, k))[0])
+    return float(_mean_over_queries(data, lambda block: _tie_aware(block, k), k=k, ranks=False, histograms=True)[0])
 
 
 def precision_at_k(
@@ -76,7 +74,7 @@ def precision_at_k(
     """
     data = query_codes, database_codes, query_labels, database_labels
     _check_ks(ks, len(database_codes))
-    means = _mean_over_queries(data, max(ks), lambda block: _precision_at(block, ks), histograms=False)
+    means = _mean_over_queries(data, lambda block: _precision_at(block, ks), k=max(ks))
     return dict(zip(ks, means.tolist(), strict=True))
 
 
@@ -94,7 +92,7 @@ def recall_at_k(
     """
     data = query_codes, database_codes, query_labels, database_labels
     _check_ks(ks, len(database_codes))
-    means = _mean_over_queries(data, max(ks), lambda block: _recall_at(block, ks))
+    means = _mean_over_queries(data, lambda block: _recall_at(block, ks), k=max(ks), histograms=True)
     return dict(zip(ks, means.tolist(), strict=True))
 
 
@@ -113,7 +111,9 @@ def precision_within_radius(
     if radius < 0:
         raise ValueError(f"radius is {radius}, but a Hamming radius is in bits: pass 0 or more.")
     data = query_codes, database_codes, query_labels, database_labels
-    precision, empty = _mean_over_queries(data, 1, lambda block: _lookup(block, radius)).tolist()
+    precision, empty = _mean_over_queries(
+        data, lambda block: _lookup(block, radius), ranks=False, histograms=True
+    ).tolist()
     return precision, empty
 
 
@@ -129,7 +129,7 @@ def precision_recall_curve(
     as for `mean_average_precision`.
     """
     data = query_codes, database_codes, query_labels, database_labels
-    precision, recall = np.split(_mean_over_queries(data, 1, _curve), 2)
+    precision, recall = np.split(_mean_over_queries(data, _curve, ranks=False, histograms=True), 2)
     return precision, recall
 
 
@@ -160,7 +160,7 @@ def evaluate(
         )
         return np.concatenate(parts, axis=1)
 
-    means = _mean_over_queries(data, k, per_query)
+    means = _mean_over_queries(data, per_query, k=k, histograms=True)
     ends = np.cumsum([1, 1, 1, 1, len(ks), len(ks)])
     (average,), (expected,), (precision,), (empty,), precisions, recalls, curve = np.split(means, ends)
     curve_precision, curve_recall = np.split(curve, 2)
@@ -183,47 +183,41 @@ def evaluate(
 
 def _mean_over_queries(
     data: _Data,
-    k: int,
     per_query: Callable[[_Block], Float64[np.ndarray, "queries metrics"]],
-    histograms: bool = True,
+    *,
+    k: int = 1,
+    ranks: bool = True,
+    histograms: bool = False,
 ) -> Float64[np.ndarray, " metrics"]:
     """Returns the mean over all queries of what `per_query` makes of each block of them.
 
-    Metrics of the first k ranks alone do without the histograms (then left at 0), half of the time.
+    Nothing is ranked without `ranks`, nothing counted by distance without `histograms`: a metric pays for what it uses.
     """
     query_codes, database_codes, query_labels, database_labels = (np.asarray(part) for part in data)
     ranking.check_codes(query_codes, database_codes, ("query_codes", "database_codes"))
     ranking.check_k(k, len(database_codes))
     check_labels(query_codes, database_codes, query_labels, database_labels)
-    distances = ranking.distance_rows(query_codes, database_codes)
-    rows = zip(distances, relevance_rows(query_labels, database_labels), strict=True)
+    relevance = Relevance(query_labels, database_labels)
     radii = database_codes.shape[1] * 8 + 1
-    height = max(1, _BLOCK_BYTES // (8 * max(k, radii)))
-    total: Any = 0.0
-    for start in range(0, len(query_codes), height):
-        block = _scan(rows, min(height, len(query_codes) - start), k, radii, histograms)
-        total = total + per_query(block).sum(axis=0)
-    return total / len(query_codes)
 
-
-def _scan(rows: Iterator[tuple[np.ndarray, np.ndarray]], height: int, k: int, radii: int, histograms: bool) -> _Block:
-    """Returns the block made of the next `height` rows of distances and relevance."""
-    ranked = np.empty((height, k), np.bool_)
-    histogram = np.zeros((height, 2, radii), np.int64)
-    narrowest = np.min_scalar_type(2 * radii - 1)
-    for row, (distances, relevance) in enumerate(islice(rows, height)):
-        ranked[row] = relevance[ranking.nearest(distances, k)]
+    def summed(rows: slice, distances: UInt[Array, "height padded"]) -> Float64[np.ndarray, " metrics"]:
+        queries = rows.stop - rows.start
+        ranked, counts = np.zeros((queries, 0), np.bool_), np.zeros((queries, 2, 0), np.int64)
+        if ranks:
+            ranked = relevance.ranked(rows, ranking.nearest(distances, rows, relevance.size, k))
         if histograms:
-            # Both in one count: irrelevant images in the lower half of the bins, relevant ones above.
-            bins = np.multiply(relevance.view(np.uint8), radii, dtype=narrowest)
-            bins += distances
-            histogram[row] = np.bincount(bins, minlength=2 * radii).reshape(2, radii)
-    return _Block(ranked, np.cumsum(ranked, axis=1), histogram.sum(axis=1), histogram[:, 1])
+            counts = ranking.histograms(distances, rows, relevance, radii)
+        return per_query(_Block(ranked, np.cumsum(ranked, axis=1), counts.sum(axis=1), counts[:, 1])).sum(axis=0)
+
+    total: Any = 0.0
+    for block in over_blocks(query_codes, database_codes, summed):
+        total = total + block
+    return total / len(query_codes)
 
 
 def _average_precision(block: _Block) -> Float64[np.ndarray, "queries 1"]:
     precision = block.hits / np.arange(1, block.hits.shape[1] + 1)
-    return np.sum(precision, axis=1, where=block.ranked)[:, None] / np.maximum(block.hits[:, -1:], 1)
+    return np.einsum("qk,qk->q", precision, block.ranked)[:, None] / np.maximum(block.hits[:, -1:], 1)
 
 
 def _tie_aware(block: _Block, k: int) -> Float64[np.ndarray, "queries 1"]:

@@ -1,17 +1,15 @@
-"""Exact Hamming ranking of packed codes on the host, ties in database order."""
+"""Exact Hamming ranking of packed codes, ties in database order."""
 
-import math
-from collections.abc import Iterator
-
+import jax
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped, UInt8, UInt16
+from jaxtyping import Array, Int32, Int64, UInt, UInt8, UInt16
 
-# 32,768 eight-byte words and their XOR fit a core's second-level cache, and a step still outweighs its call.
-_CHUNK = 1 << 15
-# About as many distances bound the k-th smallest well, in a tenth of the time that all of them take.
-_SAMPLE = 1 << 12
-# Distances are uint16: one more byte per code could exceed 65,535 bits.
-_MOST_BYTES = np.iinfo(np.uint16).max // 8
+from cib_jax.retrieval import device_ranking, host_ranking
+from cib_jax.retrieval.blocks import over_blocks
+from cib_jax.retrieval.relevance import Relevance
+
+# Distances are uint16: one more byte per code could exceed 65,535 bits, of which one value marks padding.
+_MOST_BYTES = (np.iinfo(np.uint16).max - 1) // 8
 
 
 def hamming_distances(
@@ -19,16 +17,20 @@ def hamming_distances(
 ) -> UInt16[np.ndarray, "queries database"]:
     """Returns the number of differing bits between every query and every database code.
 
-    The whole matrix is held, two bytes an entry; `distance_rows` gives it one query at a time.
+    The whole matrix is held, two bytes an entry.
 
     Raises:
       ValueError: if the codes are not packed uint8, are empty, or differ in width.
     """
     check_codes(queries, database)
-    distances = np.empty((len(queries), len(database)), np.uint16)
-    for row, values in zip(distances, distance_rows(queries, database), strict=True):
-        row[:] = values
-    return distances
+    found = np.empty((len(queries), len(database)), np.uint16)
+
+    def fill(rows: slice, distances: UInt[Array, "height padded"]) -> None:
+        found[rows] = np.asarray(distances)[: rows.stop - rows.start, : len(database)]
+
+    for _ in over_blocks(queries, database, fill):
+        pass
+    return found
 
 
 def rank(
@@ -36,7 +38,7 @@ def rank(
 ) -> Int32[np.ndarray, "queries k"]:
     """Returns the positions of each query's k nearest database codes, nearest first, ties in database order.
 
-    Beside the result, only one query's distances are held at a time.
+    Beside the result, only the distances of a few blocks of queries are held at a time.
 
     Raises:
       ValueError: if the codes are not packed uint8, are empty or differ in width, or if k is not in
@@ -45,83 +47,44 @@ def rank(
     check_codes(queries, database)
     check_k(k, len(database))
     ranks = np.empty((len(queries), k), np.int32)
-    for row, distances in zip(ranks, distance_rows(queries, database), strict=True):
-        row[:] = nearest(distances, k)
+
+    def fill(rows: slice, distances: UInt[Array, "height padded"]) -> None:
+        ranks[rows] = nearest(distances, rows, len(database), k)
+
+    for _ in over_blocks(queries, database, fill):
+        pass
     return ranks
 
 
-def distance_rows(
-    queries: UInt8[np.ndarray, "queries bytes"], database: UInt8[np.ndarray, "database bytes"]
-) -> Iterator[UInt8[np.ndarray, " database"] | UInt16[np.ndarray, " database"]]:
-    """Yields, query by query, the Hamming distances to the whole database, in a buffer that is used again.
-
-    The rows are uint8 up to 255 bits and uint16 beyond: the narrower, the faster all that follows.
-    """
-    database_words = as_words(database)
-    size = len(database)
-    distances = np.empty(size, np.uint8 if database.shape[1] * 8 <= 255 else np.uint16)
-    differing = np.empty(min(size, _CHUNK), database_words.dtype)
-    bit_counts = np.empty(len(differing), np.uint8)
-    for query in as_words(queries).T:
-        for start in range(0, size, _CHUNK):
-            chunk = distances[start : start + _CHUNK]
-            xor, count = differing[: len(chunk)], bit_counts[: len(chunk)]
-            for position, (word, column) in enumerate(zip(query, database_words, strict=True)):
-                np.bitwise_xor(column[start : start + _CHUNK], word, out=xor)
-                if position == 0:
-                    np.bitwise_count(xor, out=chunk)
-                else:
-                    np.bitwise_count(xor, out=count)
-                    np.add(chunk, count, out=chunk)
-        yield distances
+def nearest(
+    distances: UInt[Array, "height padded"], rows: slice, size: int, k: int, *, on_host: bool | None = None
+) -> Int64[np.ndarray, "queries k"]:
+    """Returns the positions of the k nearest of a block of `over_blocks`, where the platform does it best."""
+    count = rows.stop - rows.start
+    if _is_host() if on_host is None else on_host:
+        return host_ranking.nearest(np.asarray(distances)[:count], size, k)
+    return np.asarray(device_ranking.nearest(distances, k))[:count]
 
 
-def nearest(distances: Shaped[np.ndarray, " database"], k: int) -> Shaped[np.ndarray, " k"]:
-    """Returns the positions of the k smallest distances, ascending, ties in order of position.
-
-    Only the candidates within a bound are sorted. The bound comes from a sample: too wide, it costs a longer
-    sort; where it leaves too few, the exact one takes its place.
-    """
-    sample = distances[:: max(1, len(distances) // _SAMPLE)].copy()
-    expected = k * len(sample) / len(distances)
-    bound = kth_distance(sample, min(len(sample), math.ceil(expected + 2 * math.sqrt(expected))))
-    candidates = np.flatnonzero(distances <= bound)
-    if len(candidates) < k:
-        candidates = np.flatnonzero(distances <= kth_distance(distances, k))
-    return candidates[np.argsort(distances[candidates], kind="stable")[:k]]
-
-
-def kth_distance(distances: Shaped[np.ndarray, " database"], k: int) -> int:
-    """Returns the k-th smallest distance, by bisection on how many distances lie at or below a value."""
-    low, high = 0, int(distances.max())
-    while low < high:
-        middle = (low + high) // 2
-        if np.count_nonzero(distances <= middle) >= k:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def histograms(
+    distances: UInt[Array, "height padded"],
+    rows: slice,
+    relevance: Relevance,
+    radii: int,
+    *,
+    on_host: bool | None = None,
+) -> Int64[np.ndarray, "queries 2 radii"]:
+    """Returns how many irrelevant and relevant images lie at each distance, of a block of `over_blocks`."""
+    count, whole = rows.stop - rows.start, relevance.whole(rows, *distances.shape)
+    if _is_host() if on_host is None else on_host:
+        size = relevance.size
+        return host_ranking.histograms(np.asarray(distances)[:count, :size], np.asarray(whole)[:count, :size], radii)
+    return np.asarray(device_ranking.histograms(distances, whole, radii))[:count].astype(np.int64)
 
 
-def as_words(packed: UInt8[np.ndarray, "n bytes"]) -> Shaped[np.ndarray, "words n"]:
-    """Returns rows of bytes as columns of machine words: one row per word, padded with zero bits.
-
-    Rows of up to eight bytes become one word of 8, 16, 32 or 64 bits; longer ones, words of 64 bits. The
-    order of bytes inside a word is the machine's, which XOR, AND and bit counts do not see.
-    """
-    n, width = packed.shape
-    word = next((size for size in (1, 2, 4) if width <= size), 8)
-    padded = np.zeros((n, -(-width // word) * word), np.uint8)
-    padded[:, :width] = packed
-    return np.ascontiguousarray(padded.view(f"u{word}").T)
-
-
-def shares_bit(row: Shaped[np.ndarray, " words"], columns: Shaped[np.ndarray, "words n"]) -> Bool[np.ndarray, " n"]:
-    """Returns which of n bit sets, in the form of `as_words`, have a member in common with one bit set."""
-    common = columns[0] & row[0]
-    for word, column in zip(row[1:], columns[1:], strict=True):
-        common |= column & word
-    return common != 0
+def _is_host() -> bool:
+    # XLA's CPU sorts are many times slower than NumPy's; an accelerator would wait for the host to sort.
+    return jax.default_backend() == "cpu"
 
 
 def check_codes(queries: np.ndarray, database: np.ndarray, names: tuple[str, str] = ("queries", "database")) -> None:

@@ -1,32 +1,61 @@
 """Which database images are relevant to a query: those that share a label with it."""
 
-from collections.abc import Iterator
-
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Array, Bool, Integer, Shaped, UInt32
 
-from cib_jax.retrieval.ranking import as_words, shares_bit
+from cib_jax.retrieval.distances import as_words
 
 
-def relevance_rows(
-    query_labels: Shaped[np.ndarray, "queries ..."], database_labels: Shaped[np.ndarray, "database ..."]
-) -> Iterator[Bool[np.ndarray, " database"]]:
-    """Yields, query by query, which database images are relevant to it.
+class Relevance:
+    """Whether database images are relevant to queries, asked by rank or for a whole block of queries.
 
-    With integer labels [n], images of the query's class are; with multi-hot labels [n, classes], images that
-    share at least one class with it.
+    With integer labels [n], images of the query's class are; with multi-hot labels [n, classes], images that share at
+    least one class with it. Both are kept as words of bits: a class number, or a set of classes.
     """
-    if query_labels.ndim == 1:
-        # Class numbers are packed into the narrowest integer that counts them, which compares fastest.
-        classes, numbers = np.unique(np.concatenate([query_labels, database_labels]), return_inverse=True)
-        numbers = numbers.astype(np.min_scalar_type(len(classes)))
-        database = numbers[len(query_labels) :]
-        for query in numbers[: len(query_labels)]:
-            yield database == query
-    else:
-        columns = as_words(np.packbits(database_labels.astype(np.bool_), axis=1))
-        for row in as_words(np.packbits(query_labels.astype(np.bool_), axis=1)).T:
-            yield shares_bit(row, columns)
+
+    def __init__(
+        self, query_labels: Shaped[np.ndarray, "queries ..."], database_labels: Shaped[np.ndarray, "database ..."]
+    ):
+        self.size = len(database_labels)
+        self._single = query_labels.ndim == 1
+        both = np.concatenate([query_labels, database_labels])
+        if self._single:
+            # From 1 on, so that a filling of 0 is of no query's class.
+            words = (np.unique(both, return_inverse=True)[1] + 1).astype(np.uint32)[None]
+        else:
+            words = as_words(np.packbits(both.astype(np.bool_), axis=1))
+        self._queries, self._database = words[:, : len(query_labels)], words[:, len(query_labels) :]
+        self._on_device: UInt32[Array, "words padded"] | None = None
+
+    def ranked(self, rows: slice, ranks: Integer[np.ndarray, "queries k"]) -> Bool[np.ndarray, "queries k"]:
+        """Returns whether the images at `ranks` are relevant to the queries `rows`."""
+        queries = self._queries[:, rows, None]
+        if self._single:
+            return self._database[0][ranks] == queries[0]
+        common = self._database[0][ranks] & queries[0]
+        for query, column in zip(queries[1:], self._database[1:], strict=True):
+            common |= column[ranks] & query
+        return common != 0
+
+    def whole(self, rows: slice, height: int, padded: int) -> Bool[Array, "height padded"]:
+        """Returns the same for all images, filled up with rows and columns that mean nothing."""
+        if self._on_device is None:
+            self._on_device = jnp.asarray(np.pad(self._database, ((0, 0), (0, padded - self.size))))
+        queries = self._queries[:, rows]
+        queries = np.pad(queries, ((0, 0), (0, height - queries.shape[1])))
+        return (_equal if self._single else _share)(queries, self._on_device)
+
+
+@jax.jit
+def _equal(queries: UInt32[Array, "1 queries"], database: UInt32[Array, "1 n"]) -> Bool[Array, "queries n"]:
+    return queries[0][:, None] == database[0]
+
+
+@jax.jit
+def _share(queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"]) -> Bool[Array, "queries n"]:
+    return jnp.any(queries[:, :, None] & database[:, None] != 0, axis=0)
 
 
 def check_labels(

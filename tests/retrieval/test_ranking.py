@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.spatial.distance import cdist
 
-from cib_jax.retrieval import ranking
+from cib_jax.retrieval import blocks, device_ranking, distances, host_ranking, ranking
+from cib_jax.retrieval.relevance import Relevance
 
 
 def differing_bits(a, b):
@@ -48,21 +49,58 @@ def test_the_largest_distance_does_not_wrap(width):
     np.testing.assert_array_equal(ranking.rank(zeros, np.concatenate([ones, zeros, ones]), 3), [[1, 0, 2]])
 
 
-def test_distances_across_chunks_match_scipy(monkeypatch):
-    monkeypatch.setattr(ranking, "_CHUNK", 7)
-    rng = np.random.default_rng(0)
-    queries = rng.integers(0, 256, (3, 10), dtype=np.uint8)
-    database = rng.integers(0, 256, (20, 10), dtype=np.uint8)
-    expected = cdist(np.unpackbits(queries, axis=1), np.unpackbits(database, axis=1), "cityblock")
-    np.testing.assert_array_equal(ranking.hamming_distances(queries, database), expected)
+@pytest.mark.parametrize("width", [1, 4, 9, 31, 32])
+def test_the_product_of_accelerators_gives_the_counts_of_cpus(width):
+    rng = np.random.default_rng(width)
+    queries, database = (distances.as_words(rng.integers(0, 256, (n, width), dtype=np.uint8)) for n in (3, 20))
+    counted = distances.by_counting(queries, database, np.uint16)
+    np.testing.assert_array_equal(distances.by_product(queries, database), counted)
 
 
-def test_one_row_larger_than_a_chunk_matches_scipy():
+@pytest.mark.parametrize(("most", "queries"), [(1, 5), (4, 5), (4, 8), (64, 5)])
+def test_blocks_of_any_height_come_in_order(monkeypatch, most, queries):
+    monkeypatch.setattr(blocks, "_MOST_QUERIES", most)
     rng = np.random.default_rng(0)
-    queries = rng.integers(0, 256, (2, 2), dtype=np.uint8)
-    database = rng.integers(0, 256, (ranking._CHUNK + 3, 2), dtype=np.uint8)
+    codes = rng.integers(0, 256, (queries, 3), dtype=np.uint8)
+    database = rng.integers(0, 256, (20, 3), dtype=np.uint8)
+    expected = cdist(np.unpackbits(codes, axis=1), np.unpackbits(database, axis=1), "cityblock")
+    np.testing.assert_array_equal(ranking.hamming_distances(codes, database), expected)
+    rows = list(blocks.over_blocks(codes, database, lambda rows, found: (rows.start, rows.stop)))
+    assert [start for start, _ in rows] == [0, *(stop for _, stop in rows[:-1])]
+    assert rows[-1][1] == queries
+
+
+def test_an_error_in_one_block_is_raised_and_ends_the_others(monkeypatch):
+    monkeypatch.setattr(blocks, "_MOST_QUERIES", 1)
+    codes, done = np.zeros((200, 1), np.uint8), []
+
+    def work(rows, found):
+        done.append(rows.start)
+        if rows.start == 3:
+            raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError):
+        list(blocks.over_blocks(codes, codes, work))
+    assert len(done) < 100
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65_536, 100_000, 3_000_000])
+def test_filling_up_a_database_costs_little_and_knows_few_sizes(size):
+    padded = distances.padded_size(size)
+    assert size <= padded <= max(2 * 4096, size * 9 / 8)
+    assert padded % 8 == 0
+    near = {distances.padded_size(other) for other in range(size, size + size // 8, max(1, size // 999))}
+    assert len(near) <= 3
+
+
+def test_a_database_larger_than_a_block_matches_scipy():
+    rng = np.random.default_rng(0)
+    queries = rng.integers(0, 256, (3, 2), dtype=np.uint8)
+    database = rng.integers(0, 256, (70_003, 2), dtype=np.uint8)
     expected = cdist(np.unpackbits(queries, axis=1), np.unpackbits(database, axis=1), "cityblock")
     np.testing.assert_array_equal(ranking.hamming_distances(queries, database), expected)
+    ranks = np.argsort(expected, axis=1, kind="stable")[:, :999]
+    np.testing.assert_array_equal(ranking.rank(queries, database, 999), ranks)
 
 
 def test_distances_of_a_strided_view():
@@ -100,27 +138,66 @@ def test_rank_of_4096_bits_matches_a_stable_sort():
 @pytest.mark.parametrize("k", [1, 3000, 6000, 20_000])
 def test_nearest_whatever_the_sample_says(dtype, near, k):
     """Every fourth image is near or far: where those are the sample, it promises too many or too few."""
-    distances = np.random.default_rng(0).integers(5, 60, 20_000).astype(dtype)
-    distances[near::4] %= 5
-    expected = sorted(range(20_000), key=distances.tolist().__getitem__)[:k]
-    np.testing.assert_array_equal(ranking.nearest(distances, k), expected)
-    np.testing.assert_array_equal(ranking.nearest(255 - distances, 1), [np.argmax(distances)])
+    found = np.random.default_rng(0).integers(5, 60, (2, 20_000)).astype(dtype)
+    found[:, near::4] %= 5
+    found[1] = found[1, ::-1]
+    expected = [sorted(range(20_000), key=row.tolist().__getitem__)[:k] for row in found]
+    np.testing.assert_array_equal(host_ranking.nearest(found, 20_000, k), expected)
+    far = 200 - found
+    np.testing.assert_array_equal(host_ranking.nearest(far, 20_000, 1)[:, 0], np.argmin(far, axis=1))
 
 
 @given(hnp.arrays(np.uint8, st.integers(1, 60), elements=st.integers(0, 9)), st.data())
-def test_kth_distance_matches_sorting(distances, data):
-    k = data.draw(st.integers(1, len(distances)))
-    assert ranking.kth_distance(distances, k) == sorted(distances.tolist())[k - 1]
+def test_kth_distance_matches_sorting(row, data):
+    k = data.draw(st.integers(1, len(row)))
+    assert host_ranking.kth_distance(row, k) == sorted(row.tolist())[k - 1]
+
+
+@given(hnp.arrays(np.bool_, st.integers(1, 9).map(lambda n: 8 * n)))
+def test_true_positions_match_flatnonzero(mask):
+    np.testing.assert_array_equal(host_ranking.true_positions(mask), np.flatnonzero(mask))
 
 
 @given(
-    hnp.arrays(np.uint8, (5, 11), elements=st.sampled_from([0, 0, 0, 1, 64])),
-    hnp.arrays(np.uint8, (1, 11), elements=st.sampled_from([0, 0, 0, 1, 64])),
+    hnp.arrays(np.uint8, (3, 40), elements=st.integers(0, 16)),
+    hnp.arrays(np.bool_, (3, 40)),
+    st.integers(1, 40),
+    st.sampled_from([1, 7, 40]),
+    st.sampled_from([np.uint8, np.uint16]),
 )
-def test_shares_bit_matches_sets(many, one):
-    expected = [any(int(a) & int(b) for a, b in zip(row, one[0], strict=True)) for row in many]
-    found = ranking.shares_bit(ranking.as_words(one).T[0], ranking.as_words(many))
-    np.testing.assert_array_equal(found, expected)
+def test_host_and_device_rank_and_count_as_a_loop_does(found, relevance, size, k, dtype):
+    """Padding, from `size` on, is neither ranked nor counted."""
+    k, radii = min(k, size), 17
+    found = found.astype(dtype)
+    found[:, size:] = np.iinfo(dtype).max
+    expected = [sorted(range(size), key=row.tolist().__getitem__)[:k] for row in found]
+    np.testing.assert_array_equal(host_ranking.nearest(found, size, k), expected)
+    np.testing.assert_array_equal(device_ranking.nearest(found, k), expected)
+    counts = np.zeros((3, 2, radii), int)
+    for query, position in np.ndindex(3, size):
+        counts[query, int(relevance[query, position]), found[query, position]] += 1
+    np.testing.assert_array_equal(host_ranking.histograms(found[:, :size], relevance[:, :size], radii), counts)
+    np.testing.assert_array_equal(device_ranking.histograms(found, relevance, radii), counts)
+
+
+@given(
+    st.sampled_from([1, 11, 80]).flatmap(lambda classes: hnp.arrays(np.bool_, (7, classes))),
+    st.integers(1, 6),
+)
+def test_relevance_of_sets_and_of_classes_matches_python(labels, queries):
+    sets = [set(np.flatnonzero(row).tolist()) for row in labels]
+    numbers = labels.sum(axis=1) - 3
+    for values, shares in (
+        (labels, lambda a, b: bool(sets[a] & sets[b])),
+        (numbers, lambda a, b: numbers[a] == numbers[b]),
+    ):
+        expected = [[shares(a, b) for b in range(queries, 7)] for a in range(queries)]
+        relevance = Relevance(values[:queries], values[queries:])
+        ranks = np.tile(np.arange(7 - queries), (queries, 1))
+        np.testing.assert_array_equal(relevance.ranked(slice(0, queries), ranks), expected)
+        whole = np.asarray(relevance.whole(slice(0, queries), 8, 16))
+        np.testing.assert_array_equal(whole[:queries, : 7 - queries], expected)
+        assert not whole[:queries, 7 - queries :].any()
 
 
 CODES = np.zeros((3, 2), np.uint8)

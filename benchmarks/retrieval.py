@@ -1,0 +1,146 @@
+"""MAP of packed codes against the published code's loop over queries; time, value and memory.
+
+`python -m benchmarks.retrieval` measures the CIFAR-10 protocol's sizes, `--multi-label` MSCOCO's, `--large` a million
+codes, `--memory` the peak memory.
+"""
+
+import functools
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+import cib_jax as cib
+from benchmarks import measuring
+
+
+class Task(NamedTuple):
+    """Sizes of one search, and how many queries of it the original gets, the rest being extrapolated."""
+
+    queries: int
+    database: int
+    k: int
+    classes: int
+    multi_label: bool
+    originals: int
+
+
+CIFAR = Task(10_000, 50_000, 1000, 10, False, 10_000)
+COCO = Task(5_000, 117_218, 5000, 80, True, 1_000)
+LARGE = Task(10_000, 1_000_000, 1000, 10, False, 100)
+MEMORY = [(100, 50_000), (1_000, 50_000), (10_000, 50_000), (100, 1_000_000), (1_000, 1_000_000), (100, 4_000_000)]
+
+
+def make_codes(task: Task, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns packed codes around a centre for each class, a quarter of the bits flipped, and labels."""
+    generator = np.random.default_rng(0)
+    centres = generator.integers(0, 256, (task.classes, bits // 8), np.uint8)
+    total = task.queries + task.database
+    labels = generator.integers(0, task.classes, total)
+    # The AND of two random bytes has each bit set with probability a quarter.
+    flips = [generator.integers(0, 256, (total, bits // 8), np.uint8) for _ in range(2)]
+    codes = centres[labels] ^ (flips[0] & flips[1])
+    if task.multi_label:
+        hot = generator.random((total, task.classes)) < 2 / task.classes
+        hot[np.arange(total), labels] = True
+        labels = hot
+    return codes[: task.queries], codes[task.queries :], labels[: task.queries], labels[task.queries :]
+
+
+def as_original(data: tuple[np.ndarray, ...], classes: int, queries: int) -> tuple[np.ndarray, ...]:
+    """Returns the same as the published code holds it: ±1 floats, 0/1 labels as doubles."""
+    codes = [np.unpackbits(part, axis=1).astype(np.float32) * 2 - 1 for part in (data[0][:queries], data[1])]
+    labels = [
+        part.astype(np.float64) if part.ndim == 2 else np.eye(classes)[part] for part in (data[2][:queries], data[3])
+    ]
+    return *codes, *labels
+
+
+def compare(name: str, task: Task, bits: int, rounds: int) -> list[object]:
+    """Returns a row of the table."""
+    from benchmarks import original
+
+    data = make_codes(task, bits)
+    theirs = as_original(data, task.classes, task.originals)
+    cib.mean_average_precision(*data, task.k)  # compiles
+    loop = functools.partial(original.mean_average_precision, *theirs, task.k)
+    taken = measuring.in_turns(
+        {"original": loop, "cib_jax": functools.partial(cib.mean_average_precision, *data, task.k)},
+        rounds=rounds,
+        warm_up=0,
+    )
+    scale = task.queries / task.originals
+    before = measuring.Seconds(tuple(seconds * scale for seconds in taken["original"].rounds))
+    some = data[0][: task.originals], data[1], data[2][: task.originals], data[3]
+    difference = abs(loop(kind="stable") - cib.mean_average_precision(*some, task.k))
+    begun = time.perf_counter()
+    cib.evaluate(*data, task.k)
+    everything = time.perf_counter() - begun
+    return [
+        name,
+        f"{before.median:.1f}" + ("" if scale == 1 else f" ({task.originals:,} queries × {scale:.0f})"),
+        f"{taken['cib_jax'].median:.2f}",
+        measuring.told_ratio(before, taken["cib_jax"]),
+        f"{difference:.0e}",
+        f"{everything:.2f}",
+    ]
+
+
+def peak(queries: int, database: int) -> dict[str, float]:
+    """Returns this process's peak memory in MiB before and after one MAP@1000, and the seconds that it took."""
+    data = make_codes(Task(queries, database, 1000, 10, False, 0), 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    begun = time.perf_counter()
+    cib.mean_average_precision(*data, 1000)
+    seconds = time.perf_counter() - begun
+    return {"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "seconds": seconds}
+
+
+def print_memory() -> None:
+    """Prints peak memory by queries and database, each point from a process of its own."""
+    rows = []
+    for queries, database in MEMORY:
+        command = [sys.executable, "-m", "benchmarks.retrieval", "--peak", str(queries), str(database)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        point = json.loads(done.stdout.splitlines()[-1])
+        sizes = [f"{queries:,}", f"{database:,}", f"{point['seconds']:.2f}"]
+        rows.append(
+            [*sizes, *(f"{point[name]:.0f}" for name in ("before", "peak")), f"{queries * database / 2**20:,.0f}"]
+        )
+    measuring.print_table(
+        ["queries", "database", "s, compiling too", "MiB before", "MiB at most", "MiB of all distances"], rows
+    )
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = measuring.parser("MAP of packed codes.", "torch", "torchvision", "cv2")
+    parser.add_argument("--bits", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--multi-label", action="store_true", help="5,000 queries on 117,218, 80 classes, MAP@5000")
+    parser.add_argument("--large", action="store_true", help="10,000 queries on 1,000,000")
+    parser.add_argument("--memory", action="store_true", help="peak memory by queries and database")
+    parser.add_argument("--peak", nargs=2, type=int, metavar=("QUERIES", "DATABASE"), help="one point of that, as JSON")
+    flags = parser.parse_args()
+    if flags.peak:
+        print(json.dumps(peak(*flags.peak)))
+        return
+    print(f"{measuring.machine('jax', 'numpy')}; {flags.bits} bits\n")
+    if flags.memory:
+        # First of all: a process passes its own peak on to those that it starts.
+        print_memory()
+    rows = [compare("10,000 × 50,000, MAP@1000", CIFAR, flags.bits, flags.rounds)]
+    if flags.multi_label:
+        rows.append(compare("5,000 × 117,218, 80 classes, MAP@5000", COCO, flags.bits, 1))
+    if flags.large:
+        rows.append(compare("10,000 × 1,000,000, MAP@1000", LARGE, flags.bits, 1))
+    header = ["task", "original, s", "cib_jax, s", "times faster", "difference of values", "every figure at once, s"]
+    measuring.print_table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
