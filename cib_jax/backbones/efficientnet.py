@@ -86,12 +86,18 @@ class EfficientNetLite0(nnx.Module):
         self.head = Convolution(rngs, 1, 1, STAGES[-1][-1], FEATURES)
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
-        """Returns the features of normalised images (pixels in [0, 1], mean 0.5, deviation 0.5)."""
+        """Returns the features of normalised images (pixels in [0, 1], mean 0.5, deviation 0.5).
+
+        They are of the images' dtype, if the parameters have it too; the average is taken in float32.
+        """
+        return convolution.in_chunks(self._features, images)
+
+    def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
         x = jax.nn.relu6(convolution.conv(images, *self.stem.arrays, stride=2))
         for block in self.blocks:
             x = block(x)
         x = jax.nn.relu6(convolution.pointwise(x, *self.head.arrays))
-        return jnp.mean(x, axis=(1, 2))
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
 
 
 def class_logits(

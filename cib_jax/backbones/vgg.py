@@ -28,28 +28,37 @@ class VGG16(nnx.Module):
         self.fc7 = Convolution(rngs, FEATURES, FEATURES)
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 4096"]:
-        """Returns fc7, after its ReLU, of normalised images."""
-        x = images
-        for i, layer in enumerate(self.convolutions):
-            x = jax.nn.relu(convolution.conv(x, *layer.arrays, padding=PADDING))
-            if i in _last_of_stage():
-                x = convolution.max_pool_2x2(x)
+        """Returns fc7, after its ReLU, of normalised images; in their dtype, if the parameters have it too."""
+        # The last stage's weights are larger than its maps, so it takes the whole batch.
+        last = len(self.convolutions) - len(STAGES[-1])
+        x = convolution.in_chunks(lambda x: self._convolve(x, 0, last), images)
+        x = self._convolve(x, last, len(self.convolutions))
         x = adaptive_average_pool(x, GRID)
         for layer in (self.fc6, self.fc7):
             kernel, bias = layer.arrays
             x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
         return x
 
+    def _convolve(
+        self, x: Float[Array, "batch h w inputs"], first: int, end: int
+    ) -> Float[Array, "batch h2 w2 outputs"]:
+        for i in range(first, end):
+            x = jax.nn.relu(convolution.conv(x, *self.convolutions[i].arrays, padding=PADDING))
+            if i in _last_of_stage():
+                x = convolution.max_pool_2x2(x)
+        return x
+
 
 def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> Float[Array, "batch size size channels"]:
     """Returns means over `size` × `size` cells, which overlap where the map does not divide evenly.
 
-    As in `torch.nn.AdaptiveAvgPool2d`, cell i of n inputs takes floor(i n / size) to ceil((i + 1) n / size).
+    As in `torch.nn.AdaptiveAvgPool2d`, cell i of n inputs takes floor(i n / size) to ceil((i + 1) n / size). Sums are
+    taken in float32, whatever the dtype of `x`, which is the result's.
     """
     if x.shape[1:3] == (size, size):
         return x
-    rows, columns = (jnp.asarray(_averaging(n, size), x.dtype) for n in x.shape[1:3])
-    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x)
+    rows, columns = (jnp.asarray(_averaging(n, size), jnp.float32) for n in x.shape[1:3])
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x.astype(jnp.float32)).astype(x.dtype)
 
 
 def torch_shapes() -> dict[str, Shape]:

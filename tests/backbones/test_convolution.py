@@ -76,6 +76,9 @@ def test_max_pool_against_loops(size):
     )  # fmt: skip
     for pool in (convolution.max_pool_2x2, convolution.max_pool_by_slices, convolution.max_pool_plain):
         np.testing.assert_array_equal(pool(jnp.asarray(x)), expected)
+        half = pool(jnp.bfloat16(x))
+        assert half.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(half, jnp.bfloat16(expected))
 
 
 PAIRS = {
@@ -121,6 +124,62 @@ def test_the_platform_decides(name):
     cpu, cuda = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
     assert not any(operation in cpu for operation in windowed)
     assert any(operation in cuda for operation in windowed)
+
+
+WIDE = convolution.WINOGRAD_CHANNELS
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "is_plain"),
+    [
+        ((3, 3, WIDE, WIDE), 1, False),
+        ((3, 3, WIDE, WIDE), 2, True),
+        ((5, 5, WIDE, WIDE), 1, True),
+        ((3, 3, WIDE - 1, WIDE), 1, True),
+        ((3, 3, WIDE, WIDE - 1), 1, True),
+    ],
+)
+def test_only_wide_3x3_convolutions_of_stride_1_change_their_form_on_a_cpu(shape, stride, is_plain):
+    traced = jax.jit(lambda x, k: convolution.conv(x, k, jnp.zeros(shape[-1]), stride)).trace(
+        jnp.ones((1, 5, 6, shape[2])), jnp.ones(shape)
+    )
+    cpu, cuda = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
+    assert ("stablehlo.convolution" in cpu) == is_plain
+    assert "stablehlo.convolution" in cuda
+
+
+def test_wide_convolutions_agree_with_the_plain_form():
+    x, kernel, bias = (jnp.float32(draw(i, *s)) for i, s in enumerate([(2, 5, 7, WIDE), (3, 3, WIDE, WIDE), (WIDE,)]))
+    ours = convolution.conv(x, kernel, bias, padding=TORCH)
+    np.testing.assert_allclose(ours, convolution.conv_plain(x, kernel, 1, TORCH) + bias, atol=5e-4)
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(12, 4), (7, 1), (5, 5), (1, 1)])
+def test_chunks_give_what_the_whole_batch_gives(monkeypatch, batch, chunk):
+    """At most five images of 4 × 6 pixels; the chunk is a divisor of the batch."""
+    monkeypatch.setattr(convolution, "CHUNK_PIXELS", 5 * 4 * 6)
+    x, weight, seen = jnp.float32(draw(0, batch, 4, 6, 3)), jnp.float32(draw(1, 3)), []
+
+    def function(x, weight):
+        seen.append(len(x))
+        return jnp.sum(jnp.sin(x * weight), axis=(1, 2))
+
+    def loss(form):
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(form(x, w) ** 2), argnums=(0, 1)))
+
+    ours = loss(lambda x, w: convolution.in_chunks(lambda x: function(x, w), x))(x, weight)
+    assert set(seen) == {batch, chunk}
+    theirs = loss(function)(x, weight)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_accelerator_takes_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(convolution, "CHUNK_PIXELS", 1)
+    traced = jax.jit(lambda x: convolution.in_chunks(jnp.sin, x)).trace(jnp.ones((4, 2, 2, 3)))
+    cpu, cuda = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
+    assert "stablehlo.while" in cpu
+    assert "stablehlo.while" not in cuda
 
 
 def test_unknown_padding_is_refused():

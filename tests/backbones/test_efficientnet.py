@@ -47,6 +47,17 @@ def test_any_size_gives_features(network):
     assert np.isfinite(features).all()
 
 
+def test_bfloat16_stays_bfloat16_and_close(golden):
+    """On the two photographs."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: efficientnet.EfficientNetLite0(nnx.Rngs(0))))
+    state = jax.tree.map(jnp.bfloat16, weights.load_pretrained("efficientnet_lite0"))
+    images = backbone_inputs.normalised(golden["photographs_128"])
+    half = jax.jit(nnx.merge(graph, state))(jnp.bfloat16(images))
+    assert half.dtype == jnp.bfloat16
+    single = golden["efficientnet_features_128"]
+    assert np.linalg.norm(half - single) < 0.05 * np.linalg.norm(single)
+
+
 def test_state_has_the_names_and_shapes_of_the_module(checkpoint):
     module = nnx.eval_shape(lambda: efficientnet.EfficientNetLite0(nnx.Rngs(0)))
     expected = nnx.to_pure_dict(nnx.state(module))

@@ -60,6 +60,20 @@ def test_adaptive_pool_matches_torch(golden, size):
     np.testing.assert_allclose(ours, golden[f"pool_{size[0]}_{size[1]}"], atol=1e-6)
 
 
+def test_bfloat16_stays_bfloat16_and_close(monkeypatch):
+    """A narrow network whose last map the adaptive pool stretches; every stage is there."""
+    monkeypatch.setattr(vgg, "STAGES", tuple((width[0] // 4,) for width in vgg.STAGES))
+    monkeypatch.setattr(vgg, "FEATURES", 64)
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 128)
+    graph, state = nnx.split(vgg.VGG16(nnx.Rngs(0)))
+    apply = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+    images = jnp.asarray(backbone_inputs.noise(96, 2))
+    single = apply(state, images)
+    half = apply(jax.tree.map(jnp.bfloat16, state), jnp.bfloat16(images))
+    assert half.dtype == jnp.bfloat16
+    assert jnp.linalg.norm(half - single) < 0.03 * jnp.linalg.norm(single)
+
+
 def test_timm_names_give_the_same_state(checkpoint, converted):
     names = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2", "classifier.6": "head.fc"}
     shapes = {"pre_logits.fc1.weight": (4096, 512, 7, 7), "pre_logits.fc2.weight": (4096, 4096, 1, 1)}

