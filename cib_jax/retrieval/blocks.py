@@ -13,7 +13,7 @@ from jaxtyping import Array, UInt, UInt8
 from cib_jax.retrieval import distances
 
 # Distances of a block fit a core's caches; a block of many queries still outweighs the cost of handing it out.
-_BLOCK_DISTANCES = 1 << 22
+_BLOCK_DISTANCES = 1 << 21
 _MOST_QUERIES = 64
 
 T = TypeVar("T")
