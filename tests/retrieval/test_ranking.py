@@ -1,3 +1,7 @@
+import threading
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -57,6 +61,30 @@ def test_the_product_of_accelerators_gives_the_counts_of_cpus(width):
     np.testing.assert_array_equal(distances.by_product(queries, database), counted)
 
 
+@pytest.mark.parametrize(("platform", "form"), [("cpu", "popcnt"), ("cuda", "dot_general"), ("tpu", "dot_general")])
+def test_an_accelerator_multiplies_and_a_cpu_counts(platform, form):
+    """In the program as it is lowered for each, which needs none of them."""
+    words = jax.ShapeDtypeStruct((2, 8), jnp.uint32)
+    text = distances.hamming.trace(words, words, 8).lower(lowering_platforms=(platform,)).as_text()
+    assert [name for name in ("popcnt", "dot_general") if f".{name} " in text] == [form]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_ranking_and_counting_lower_for_accelerators(platform):
+    found, relevance = (jax.ShapeDtypeStruct((4, 64), dtype) for dtype in (jnp.uint8, jnp.bool_))
+    device_ranking.nearest.trace(found, 10).lower(lowering_platforms=(platform,))
+    device_ranking.histograms.trace(found, relevance, 9).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(28, np.uint8), (29, np.uint16), (8191, np.uint16)])
+def test_padding_is_farther_than_any_code(width, dtype):
+    """Against the complement, where every bit differs; a code of 29 bytes fills eight words."""
+    codes = np.zeros((1, width), np.uint8)
+    found = np.asarray(distances.hamming(distances.as_words(codes), distances.as_words(~codes, 8), 1))
+    assert found.dtype == dtype
+    assert found.tolist() == [[8 * width] + [np.iinfo(dtype).max] * 7]
+
+
 @pytest.mark.parametrize(("most", "queries"), [(1, 5), (4, 5), (4, 8), (64, 5)])
 def test_blocks_of_any_height_come_in_order(monkeypatch, most, queries):
     monkeypatch.setattr(blocks, "_MOST_QUERIES", most)
@@ -70,18 +98,20 @@ def test_blocks_of_any_height_come_in_order(monkeypatch, most, queries):
     assert rows[-1][1] == queries
 
 
-def test_an_error_in_one_block_is_raised_and_ends_the_others(monkeypatch):
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_an_error_in_one_block_is_raised_and_ends_the_others(monkeypatch, error):
     monkeypatch.setattr(blocks, "_MOST_QUERIES", 1)
-    codes, done = np.zeros((200, 1), np.uint8), []
+    codes, done, threads = np.zeros((200, 1), np.uint8), [], threading.active_count()
 
     def work(rows, found):
         done.append(rows.start)
         if rows.start == 3:
-            raise ArithmeticError("no")
+            raise error
 
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(error):
         list(blocks.over_blocks(codes, codes, work))
     assert len(done) < 100
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65_536, 100_000, 3_000_000])
