@@ -54,6 +54,9 @@ def test_conv_is_a_sum_of_depthwise_convolutions(stride, padding):
     expected = np.stack([expected_depthwise(x, kernel[..., None, :, o], stride, padding).sum(-1) for o in range(4)], -1)
     ours = convolution.conv(jnp.float32(x), jnp.float32(kernel), jnp.float32(bias), stride, padding)
     np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
+    pads = convolution.explicit_padding(SIZE, (3, 3), stride, padding)
+    for form in (convolution.conv_plain, convolution.conv_by_columns):
+        np.testing.assert_allclose(form(jnp.float32(x), jnp.float32(kernel), stride, pads), expected, atol=1e-5)
 
 
 def test_pointwise_is_a_matrix_product():
@@ -82,6 +85,11 @@ def test_max_pool_against_loops(size):
 
 
 PAIRS = {
+    "conv of few inputs": (
+        lambda x, k: convolution.conv(x, k, jnp.zeros(4), 2),
+        lambda x, k: convolution.conv_plain(x, k, 2, ((0, 1), (0, 1))),
+        (3, 3, 3, 4),
+    ),
     "depthwise": (
         lambda x, k: convolution.depthwise(x, k, jnp.zeros(3), 2, "SAME"),
         lambda x, k: convolution.depthwise_plain(x, k, 2, ((1, 2), (1, 2))),
@@ -139,7 +147,7 @@ WIDE = convolution.WINOGRAD_CHANNELS
         ((3, 3, WIDE, WIDE - 1), 1, True),
     ],
 )
-def test_only_wide_3x3_convolutions_of_stride_1_change_their_form_on_a_cpu(shape, stride, is_plain):
+def test_only_wide_3x3_convolutions_of_stride_1_become_winograd_s_on_a_cpu(shape, stride, is_plain):
     traced = jax.jit(lambda x, k: convolution.conv(x, k, jnp.zeros(shape[-1]), stride)).trace(
         jnp.ones((1, 5, 6, shape[2])), jnp.ones(shape)
     )
