@@ -1,5 +1,6 @@
 """Computed features on disk: one file per part, in a folder named by the hash of all that shaped them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,8 +41,9 @@ class FeatureCache:
     def read(self, part: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> Shaped[np.ndarray, "..."] | None:
         """Returns the part called `part`, or None if it was never written.
 
-        Raises:
-          DamagedError: the file is cut short, altered or holds something else.
+          Raises:
+            DamagedError: the file is cut short, altered or holds something else.
+        OSError: the folder cannot be looked into.
         """
         path = self._path(part)
         if not path.exists():
@@ -53,7 +55,8 @@ class FeatureCache:
             raise DamagedError(f"{path} is damaged ({error})") from error
         if features.shape != shape or features.dtype != dtype or _checksum(features) != checksum:
             raise DamagedError(f"{path} is damaged (its checksum is not that of its content)")
-        os.utime(self.folder)  # `prune` goes by it
+        with contextlib.suppress(OSError):  # someone else's cache, which may be read but not written to
+            os.utime(self.folder)  # `prune` goes by it
         return features
 
     def write(self, part: str, features: Shaped[np.ndarray, "..."]) -> None:
@@ -83,11 +86,14 @@ class FeatureCache:
         """Deletes the folders beside this one that were not used for longest, until all take `most_bytes` or less."""
         if not self.folder.parent.is_dir():
             return
-        folders = [folder for folder in self.folder.parent.iterdir() if (folder / MADE_OF).exists()]
-        folders.sort(key=lambda folder: folder.stat().st_mtime)
-        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+        used, sizes = {}, {}
+        for folder in self.folder.parent.iterdir():
+            with contextlib.suppress(OSError):  # another process may be deleting it
+                if (folder / MADE_OF).exists():
+                    used[folder] = folder.stat().st_mtime
+                    sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
         total = sum(sizes.values())
-        for folder in folders:
+        for folder in sorted(sizes, key=used.__getitem__):
             if total > most_bytes and folder != self.folder:
                 shutil.rmtree(folder, ignore_errors=True)
                 total -= sizes[folder]

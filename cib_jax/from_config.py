@@ -9,6 +9,7 @@ from cib_jax.backbones import registry, weights
 from cib_jax.config import ConfigError
 from cib_jax.data import sources, splits
 from cib_jax.encoder import Encoder, Params, create_encoder
+from cib_jax.training import view_bank
 
 STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2}
 
@@ -73,7 +74,7 @@ def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
     if config.k > searched:
         raise ConfigError(f"config.k: {config.k} is larger than the database, which has {searched} images; lower it")
     if config.train.views:
-        bank = config.train.views * len(drawn.train) * registry.get(config.backbone).features * 2 / 2**20
+        bank = config.train.views * len(drawn.train) * registry.get(config.backbone).features * view_bank.BYTES / 2**20
         if bank > config.train.bank_mb:
             raise ConfigError(
                 f"config.train.views: a bank of {config.train.views} views of {len(drawn.train)} images takes "

@@ -93,3 +93,27 @@ def test_the_digest_sees_pixels_order_and_size_but_not_how_images_are_cut_into_b
     changed[3, 0, 0, 0] ^= 1
     others = [[changed], [images[::-1]], [images[:5]], [images.reshape(6, 2, 4, 3)]]
     assert len({digest, *map(digest_of_images, others)}) == 5
+
+
+def test_a_cache_that_may_only_be_read_is_read(tmp_path, monkeypatch):
+    cache = written(tmp_path)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "utime", denied)
+    assert np.array_equal(cache.read("view-0", (5, 7), np.float16), FEATURES)
+
+
+def test_pruning_passes_over_what_another_process_deletes(tmp_path, monkeypatch):
+    caches = [written(tmp_path, MADE_OF | {"number": number}) for number in range(2)]
+    real = type(tmp_path).stat
+
+    def gone(path, **named):
+        if path == caches[0].folder:
+            raise FileNotFoundError(2, "No such file", str(path))
+        return real(path, **named)
+
+    monkeypatch.setattr(type(tmp_path), "stat", gone)
+    caches[1].prune(0)
+    assert caches[1].folder.exists()

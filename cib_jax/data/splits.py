@@ -1,4 +1,4 @@
-"""The protocol: which images train, which are queries, which are searched. Drawn from the config's seed."""
+"""The protocol: which images train, which are queries, which are searched. Drawn from `data.seed` alone."""
 
 import dataclasses
 

@@ -147,6 +147,9 @@ class _Kept:
         except DamagedError as error:
             self.console.print(f"{error}; it is computed again", soft_wrap=True)
             return None
+        except OSError as error:
+            self._give_up(error)
+            return None
         self.found += features is not None
         return features
 
@@ -157,12 +160,16 @@ class _Kept:
             self.cache.write(part, features)
             self.cache.prune(self.most_bytes)
         except OSError as error:
-            self.console.print(
-                f"Features are not kept for later runs: {error.filename or self.cache.folder}: "
-                f"{error.strerror or error}; this run goes on without, --config.cache.dir=DIR names another place",
-                soft_wrap=True,
-            )
-            self.cache = None
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        assert self.cache is not None
+        self.console.print(
+            f"Features are not kept for later runs: {error.filename or self.cache.folder}: {error.strerror or error}; "
+            "this run goes on without, --config.cache.dir=DIR names another place",
+            soft_wrap=True,
+        )
+        self.cache = None
 
     def tell(self, what: str) -> None:
         if self.cache is not None and self.found:

@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32, Int64, UInt, UInt8, UInt16
+from jaxtyping import Array, Int32, Int64, Integer, UInt, UInt8, UInt16
 
 from cib_jax.retrieval import device_ranking, host_ranking
 from cib_jax.retrieval.blocks import over_blocks
@@ -57,26 +57,21 @@ def rank(
 
 
 def nearest(
-    distances: UInt[Array, "height padded"], rows: slice, size: int, k: int, *, on_host: bool | None = None
-) -> Int64[np.ndarray, "queries k"]:
+    distances: UInt[Array, "height padded"], rows: slice, size: int, k: int
+) -> Integer[np.ndarray, "queries k"]:
     """Returns the positions of the k nearest of a block of `over_blocks`, where the platform does it best."""
     count = rows.stop - rows.start
-    if _is_host() if on_host is None else on_host:
+    if _is_host():
         return host_ranking.nearest(np.asarray(distances)[:count], size, k)
     return np.asarray(device_ranking.nearest(distances, k))[:count]
 
 
 def histograms(
-    distances: UInt[Array, "height padded"],
-    rows: slice,
-    relevance: Relevance,
-    radii: int,
-    *,
-    on_host: bool | None = None,
+    distances: UInt[Array, "height padded"], rows: slice, relevance: Relevance, radii: int
 ) -> Int64[np.ndarray, "queries 2 radii"]:
     """Returns how many irrelevant and relevant images lie at each distance, of a block of `over_blocks`."""
     count, whole = rows.stop - rows.start, relevance.whole(rows, *distances.shape)
-    if _is_host() if on_host is None else on_host:
+    if _is_host():
         size = relevance.size
         return host_ranking.histograms(np.asarray(distances)[:count, :size], np.asarray(whole)[:count, :size], radii)
     return np.asarray(device_ranking.histograms(distances, whole, radii))[:count].astype(np.int64)

@@ -120,7 +120,7 @@ def _alone(step: Step) -> Callable[..., Stepped]:
 
 
 def _with_parameter_norm(terms: Terms, state: TrainState) -> Terms:
-    # Of the chunk's end alone: at every step it would cost a fifth of the head's time, and it moves slowly.
+    # Of the chunk's end alone: at every step it would cost a seventh of the head's time, and it moves slowly.
     return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 

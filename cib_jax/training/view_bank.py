@@ -14,6 +14,7 @@ from cib_jax.errors import Refusal
 
 STORED = np.float16
 """Half of float32's bytes; its rounding, 1 part in 2,048, is far below what another draw of a view changes."""
+BYTES = np.dtype(STORED).itemsize
 
 
 class BankError(Refusal):
