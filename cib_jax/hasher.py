@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from cib_jax import binary, encoding, from_config
 from cib_jax.config import MAY_CHANGE, MEASURING, check, differences, flatten
-from cib_jax.data import loader
+from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
@@ -101,7 +101,7 @@ class Hasher:
 def _resized(
     images: Sequence[UInt8[np.ndarray, "height width 3"]] | np.ndarray, side: int
 ) -> UInt8[np.ndarray, "n side side 3"]:
-    return np.stack([loader.resize(np.asarray(image), side) for image in images])
+    return np.stack([resize(np.asarray(image), side) for image in images])
 
 
 @functools.partial(jax.jit, static_argnums=0)

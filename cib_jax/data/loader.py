@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-import PIL.Image
 from jaxtyping import Int, UInt8
 
-from cib_jax.data.sources import DataError, Images
+from cib_jax.data.images import DataError, Images, resized
 
 Batch = UInt8[np.ndarray, "batch height width 3"]
 
@@ -42,9 +41,9 @@ def stream(
     first = images[int(order[0])].shape
 
     def fetch(index: int) -> UInt8[np.ndarray, "height width 3"]:
-        image = images[int(index)]
         if stored_size:
-            return resize(image, stored_size)
+            return resized(images, int(index), stored_size)
+        image = images[int(index)]
         if image.shape != first:
             raise DataError(
                 f"config.data.stored_size: image {index} has shape {image.shape}, others {first}; set the field to the "
@@ -54,11 +53,6 @@ def stream(
 
     pipeline = grain.MapDataset.source(np.asarray(order)).map(fetch).batch(batch_size, drop_remainder=drop_remainder)
     yield from pipeline.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
-
-
-def resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns the image resized on the host, bilinearly and antialiased, by Pillow."""
-    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
 
 
 def materialise(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "images height width 3"]:

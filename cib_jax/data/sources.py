@@ -4,64 +4,13 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import UInt8
 
 from cib_jax.data.builders import cifar
-from cib_jax.errors import Refusal
-
-
-class DataError(Refusal):
-    """A data set is missing, unreadable or too small; the message says what to do."""
-
-
-class Images(Protocol):
-    """Random access to decoded images, in a fixed order."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "height width 3"]: ...
-
-
-Labels = Int[np.ndarray, " images"] | Bool[np.ndarray, "images classes"]
-"""One class per image, or any number of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """Images with their labels, which measure and, in the published protocol, balance; nothing learns from them."""
-
-    images: Images
-    labels: Labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def take(self, indices: Int[np.ndarray, " taken"]) -> "ImageSet":
-        """Returns the images at `indices`, in that order, undecoded."""
-        return ImageSet(_Taken(self.images, indices), self.labels[indices])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-    images: Images
-    indices: Int[np.ndarray, " taken"]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
-        return self.images[int(self.indices[index])]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set as it is published. Where it comes in one piece, `test` is None."""
-
-    train: ImageSet
-    test: ImageSet | None
+from cib_jax.data.images import DataError, ImageSet, Source
 
 
 def load(name: str, directory: str = "") -> Source:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
-from cib_jax.data.sources import DataError, ImageSet, Labels, Source
+from cib_jax.data.images import DataError, ImageSet, Labels, Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Shaped, UInt8
 
 from cib_jax import encoding, feature_cache, from_config
-from cib_jax.data.sources import ImageSet
+from cib_jax.data.images import ImageSet
 from cib_jax.encoder import Params
 from cib_jax.feature_cache import DamagedError, FeatureCache
 from cib_jax.hasher import Hasher, packed_of_features, plain_features

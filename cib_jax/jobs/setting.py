@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from cib_jax import from_config
 from cib_jax.data import loader
-from cib_jax.data.sources import ImageSet
+from cib_jax.data.images import ImageSet
 from cib_jax.data.splits import Splits
 from cib_jax.encoder import Encoder, Params
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cib_jax.data.sources import ImageSet
+from cib_jax.data.images import ImageSet
 from cib_jax.encoder import Params
 from cib_jax.jobs import features
 from cib_jax.jobs.setting import Setting

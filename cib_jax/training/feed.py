@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from cib_jax.data import loader
-from cib_jax.data.sources import Images
+from cib_jax.data.images import Images
 from cib_jax.encoder import Params
 from cib_jax.training import view_bank
 from cib_jax.training.loop import Steps

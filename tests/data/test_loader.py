@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from cib_jax.data import loader
-from cib_jax.data.sources import DataError
+from cib_jax.data.images import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 5, 3), dtype=np.uint8)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cib_jax.data import splits
-from cib_jax.data.sources import DataError, ImageSet, Source
+from cib_jax.data.images import DataError, ImageSet, Source
 
 
 def numbered(count, labels, first=0):

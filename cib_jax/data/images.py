@@ -1,0 +1,128 @@
+"""What a set of images is: random access, labels where there are any, names, and where it came from."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Bool, Float, Int, UInt8
+
+from cib_jax.errors import Refusal
+
+
+class DataError(Refusal):
+    """A data set is missing, unreadable or too small; the message says what to do."""
+
+
+Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
+"""An image, or a vector of features that stands for one."""
+
+
+class Images(Protocol):
+    """Random access to decoded images, in a fixed order; an array of images is one.
+
+    A class may also have `resized(index, size)`, where it can decode straight to that size, and `identity`, a string
+    that changes with the content, where that is known without reading it.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item: ...
+
+
+Labels = Int[np.ndarray, " images"] | Bool[np.ndarray, "images classes"]
+"""One class per image, or any number of them."""
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Of what is done and how many images it takes: a context that gives a function of how many more are done."""
+
+
+def no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows nothing."""
+    del what, total
+    return nullcontext(lambda more: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images with their labels, which measure and, in the published protocol, balance; nothing learns from them."""
+
+    images: Images
+    labels: Labels | None
+    names: Sequence[str] | None = None
+    """Of the images, such as their paths, where they have any."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Int[np.ndarray, " taken"]) -> "ImageSet":
+        """Returns the images at `indices`, in that order, undecoded."""
+        labels = None if self.labels is None else self.labels[indices]
+        names = None if self.names is None else [self.names[int(index)] for index in indices]
+        return ImageSet(_Taken(self.images, indices), labels, names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    images: Images
+    indices: Int[np.ndarray, " taken"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.images[int(self.indices[index])]
+
+    def resized(self, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        return resized(self.images, int(self.indices[index]), size)
+
+    @property
+    def identity(self) -> str | None:
+        whole = identity(self.images)
+        if whole is None:
+            return None
+        return f"{whole}/{hashlib.blake2b(np.asarray(self.indices, np.int64).tobytes(), digest_size=16).hexdigest()}"
+
+
+def resized(images: Images, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns image `index` as a square of that size, decoded straight to it where the images can be."""
+    if hasattr(images, "resized"):
+        return images.resized(index, size)
+    return resize(images[index], size)
+
+
+def identity(images: Images) -> str | None:
+    """Returns what stands for the content of all images, or None where only reading them tells."""
+    return getattr(images, "identity", None)
+
+
+def resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns the image resized on the host, bilinearly and antialiased, by Pillow."""
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A file that could not be used, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set as it is published. Where it comes in one piece, `test` is None."""
+
+    train: ImageSet
+    test: ImageSet | None
+    classes: Sequence[str] = ()
+    """Names of the classes, where there are any."""
+    roles: Mapping[str, ImageSet] | None = None
+    """Splits that the data set's own list gives, by role; see `cib_jax.data.splits`."""
+    unreadable: Sequence[Unreadable] = ()
+    """Files that were left out."""
+    notes: Sequence[str] = ()
+    """What a user should be told of how the data were read, a sentence each."""
