@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from cib_jax.errors import Refusal
 
@@ -24,8 +24,9 @@ Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
 class Images(Protocol):
     """Random access to decoded images, in a fixed order; an array of images is one.
 
-    A class may also have `resized(index, size)`, where it can decode straight to that size, and `identity`, a string
-    that changes with the content, where that is known without reading it.
+    A class may also have `resized(index, size)`, where it can decode straight to that size; `gather(indices)`, where
+    many items come faster together; and `identity`, a string that changes with the content, where that is known without
+    reading it.
     """
 
     def __len__(self) -> int: ...
@@ -79,6 +80,9 @@ class _Taken:
     def resized(self, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
         return resized(self.images, int(self.indices[index]), size)
 
+    def gather(self, indices: Int[np.ndarray, " items"]) -> Shaped[np.ndarray, "items ..."]:
+        return gather(self.images, self.indices[indices])
+
     @property
     def identity(self) -> str | None:
         whole = identity(self.images)
@@ -87,11 +91,60 @@ class _Taken:
         return f"{whole}/{hashlib.blake2b(np.asarray(self.indices, np.int64).tobytes(), digest_size=16).hexdigest()}"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    parts: tuple[Images, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def _at(self, index: int) -> tuple[Images, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+    def __getitem__(self, index: int) -> Item:
+        part, index = self._at(int(index))
+        return part[index]
+
+    def resized(self, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        return resized(*self._at(int(index)), size)
+
+    @property
+    def identity(self) -> str | None:
+        known = [identity(part) for part in self.parts]
+        return None if None in known else "+".join(map(str, known))
+
+
+def joined(*sets: ImageSet) -> ImageSet:
+    """Returns one set after the other, as one; labels and names are kept where all have them."""
+    if len(sets) == 1:
+        return sets[0]
+    labels = [part.labels for part in sets if part.labels is not None]
+    names = [part.names for part in sets if part.names is not None]
+    return ImageSet(
+        _Joined(tuple(part.images for part in sets)),
+        np.concatenate(labels) if len(labels) == len(sets) else None,
+        [name for part in names for name in part] if len(names) == len(sets) else None,
+    )
+
+
 def resized(images: Images, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Returns image `index` as a square of that size, decoded straight to it where the images can be."""
     if hasattr(images, "resized"):
         return images.resized(index, size)
     return resize(images[index], size)
+
+
+def gather(images: Images, indices: Int[np.ndarray, " items"]) -> Shaped[np.ndarray, "items ..."]:
+    """Returns the items at `indices`, all of one shape, as one array."""
+    if isinstance(images, np.ndarray):
+        return images[indices]
+    if hasattr(images, "gather"):
+        return images.gather(indices)
+    return np.stack([images[int(index)] for index in indices])
 
 
 def identity(images: Images) -> str | None:

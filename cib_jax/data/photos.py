@@ -1,0 +1,151 @@
+"""One photo, whatever its format, mode, size and state, as a square of RGB; or the reason why not."""
+
+import contextlib
+import io
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+
+MAX_MEGAPIXELS = 178
+"""Pillow refuses larger images as decompression bombs."""
+
+VERSION = f"1-pillow-{PIL.__version__}"
+"""Changes whenever the same file may come to other pixels."""
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})
+
+# Named, so that a file never reaches one of Pillow's forty other readers, some of which start other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+_READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF image"
+
+_LARGE_PIXELS = 32_000_000
+_one_large = threading.Lock()
+
+_TRANSPOSE = PIL.Image.Transpose
+# By the tag Orientation of EXIF (TIFF 6.0, section 8): what turns the stored pixels upright.
+_UPRIGHT = {
+    2: _TRANSPOSE.FLIP_LEFT_RIGHT,
+    3: _TRANSPOSE.ROTATE_180,
+    4: _TRANSPOSE.FLIP_TOP_BOTTOM,
+    5: _TRANSPOSE.TRANSPOSE,
+    6: _TRANSPOSE.ROTATE_270,
+    7: _TRANSPOSE.TRANSVERSE,
+    8: _TRANSPOSE.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+
+class BadPhotoError(ValueError):
+    """A photo cannot be used; the message is the reason, in a few words."""
+
+
+def decode(
+    content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns a photo in RGB, upright, resized to a square, bilinearly and antialiased; of animations the first frame.
+
+    Transparent parts become white. 16-bit grey is scaled to 8 bits, floating-point grey by its own range unless it lies
+    within [0, 1].
+
+    Args:
+      content: of the file, or its path.
+      size: side in pixels; 0 leaves the photo at its own size, [height, width, 3].
+      max_megapixels: of the photo as stored.
+
+    Raises:
+      BadPhotoError: it cannot be read, is no image, is damaged or too large.
+    """
+    try:
+        with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > max_megapixels * 1_000_000:
+                raise BadPhotoError(
+                    f"{image.width} × {image.height} pixels, more than data.max_megapixels={max_megapixels}"
+                )
+            # One at a time: a few of them at once could take all memory.
+            with _one_large if pixels > _LARGE_PIXELS else contextlib.nullcontext():
+                return np.asarray(_square(image, size))
+    except BadPhotoError:
+        raise
+    except Exception as error:  # whatever a crafted or damaged file makes Pillow raise, it is a reason to leave it out
+        raise BadPhotoError(_reason(error)) from error
+
+
+@contextlib.contextmanager
+def _opened(content: bytes | str | os.PathLike[str]) -> Iterator[Any]:
+    if isinstance(content, bytes):
+        if not content:
+            raise BadPhotoError("0 bytes")
+        yield io.BytesIO(content)
+        return
+    found = os.stat(content)
+    if not stat.S_ISREG(found.st_mode):
+        raise BadPhotoError("not a file")
+    if not found.st_size:
+        raise BadPhotoError("0 bytes")
+    with open(content, "rb") as file:
+        yield file
+
+
+def _square(image: Any, size: int) -> PIL.Image.Image:
+    if size:
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 where that still leaves twice the pixels that are wanted.
+        image.draft(None, (2 * size, 2 * size))
+    image.load()
+    orientation = _orientation(image)
+    if not size:
+        return _turned(_rgb(image), orientation)
+    if image.mode not in ("RGB", "L") or "transparency" in image.info:
+        image = _rgb(image)
+    image = image.resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return _turned(image if image.mode == "RGB" else image.convert("RGB"), orientation)
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF, of which Pillow tells in many ways, says nothing about the pixels
+        return 1
+
+
+def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    if image.mode.startswith(("I", "F")):
+        image = PIL.Image.fromarray(_eight_bits(np.asarray(image)))
+    return image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray) -> UInt8[np.ndarray, "height width"]:
+    """Returns grey levels of 16 or 32 bits or in floating point as bytes."""
+    if grey.dtype.kind in "ui" and grey.min() >= 0 and grey.max() < 1 << 16:
+        return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    grey = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = (0.0, 1.0) if grey.min() >= 0 and grey.max() <= 1 else (grey.min(), grey.max())
+    return np.round((grey - low) * (255 / max(high - low, 1e-300))).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"not a {_READABLE}"
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        return f"more than {MAX_MEGAPIXELS} million pixels, a decompression bomb"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    if "truncated" in first.lower():
+        return f"truncated ({first})"
+    return f"damaged ({type(error).__name__}: {first})"

@@ -1,0 +1,40 @@
+"""Generated photos: smooth, with colours that tell one from another, in every format, mode and state."""
+
+import io
+import pathlib
+
+import numpy as np
+import PIL.Image
+
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
+
+
+def smooth(width, height, seed=0):
+    """Returns a photo-like image: a few coloured waves."""
+    generator = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    channels = []
+    for _ in range(3):
+        a, b, c = generator.uniform(0.5, 3, 3)
+        channels.append(0.5 + 0.45 * np.sin(2 * np.pi * (a * x + b * y + c)))
+    return PIL.Image.fromarray(np.round(255 * np.stack(channels, axis=-1)).astype(np.uint8))
+
+
+def content(image, form="PNG", **options):
+    """Returns the bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def write(path: pathlib.Path, image, **options):
+    """Writes an image in the format that the path's extension names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content(image, FORMATS[path.suffix[1:].lower()], **options))
+
+
+def coloured(number, classes, width=40, height=30):
+    """Returns a noisy image whose colour is that of its class, of some size of its own."""
+    hue = np.random.default_rng(7).integers(30, 226, (classes, 3))[number % classes]
+    noise = np.random.default_rng(number).normal(0, 25, (height + number % 7, width + number % 5, 3))
+    return PIL.Image.fromarray((hue + noise).clip(0, 255).astype(np.uint8))
