@@ -5,6 +5,7 @@ import pytest
 
 from cib_jax.data import splits
 from cib_jax.data.images import DataError, ImageSet, Source
+from cib_jax.data.protocols import PROTOCOLS, Protocol
 
 
 def numbered(count, labels, first=0):
@@ -17,13 +18,17 @@ def numbers(images):
     return [int(images.images[i][0, 0, 0]) for i in range(len(images))]
 
 
+def draw(source, *, seed, validation_queries=1000, **fields):
+    return splits.draw(source, Protocol(**fields), seed=seed, validation_queries=validation_queries)
+
+
 @pytest.fixture
 def two_splits():
     return Source(numbered(100, np.arange(100) % 5), numbered(20, np.arange(20) % 5, 100))
 
 
 def test_training_images_are_drawn_evenly_from_the_database(two_splits):
-    drawn = splits.draw(two_splits, seed=0, train_per_class=7)
+    drawn = draw(two_splits, seed=0, train_per_class=7)
     assert np.bincount(drawn.train.labels).tolist() == [7] * 5
     assert len(set(numbers(drawn.train))) == 35
     assert numbers(drawn.database) == list(range(100))
@@ -32,12 +37,12 @@ def test_training_images_are_drawn_evenly_from_the_database(two_splits):
 
 
 def test_the_seed_decides(two_splits):
-    first, second, other = (numbers(splits.draw(two_splits, seed=s, train_per_class=7).train) for s in (1, 1, 2))
+    first, second, other = (numbers(draw(two_splits, seed=s, train_per_class=7).train) for s in (1, 1, 2))
     assert first == second != other
 
 
 def test_half_of_the_queries_validate(two_splits):
-    drawn = splits.draw(two_splits, seed=0, train_per_class=7, validation="query_half")
+    drawn = draw(two_splits, seed=0, train_per_class=7, validation="query_half")
     query, database = drawn.validation
     assert len(query) == len(drawn.query) == 10
     assert sorted(numbers(query) + numbers(drawn.query)) == list(range(100, 120))
@@ -45,7 +50,7 @@ def test_half_of_the_queries_validate(two_splits):
 
 
 def test_validation_from_the_database_stays_out_of_training_and_of_its_own_database(two_splits):
-    drawn = splits.draw(two_splits, seed=0, train_per_class=7, validation="database", validation_queries=30)
+    drawn = draw(two_splits, seed=0, train_per_class=7, validation="database", validation_queries=30)
     query, database = map(numbers, drawn.validation)
     assert len(query) == 30
     assert not set(query) & set(numbers(drawn.train))
@@ -54,14 +59,14 @@ def test_validation_from_the_database_stays_out_of_training_and_of_its_own_datab
 
 
 def test_one_setting_does_not_change_another_draw(two_splits):
-    plain = splits.draw(two_splits, seed=5, train_per_class=7)
-    validated = splits.draw(two_splits, seed=5, train_per_class=7, validation="database", validation_queries=9)
+    plain = draw(two_splits, seed=5, train_per_class=7)
+    validated = draw(two_splits, seed=5, train_per_class=7, validation="database", validation_queries=9)
     assert numbers(plain.train) == numbers(validated.train)
 
 
 def test_a_set_in_one_piece_is_cut():
     source = Source(numbered(50, np.arange(50) % 5), None)
-    drawn = splits.draw(source, seed=0, train_per_class=0, queries=12)
+    drawn = draw(source, seed=0, train_per_class=0, queries=12)
     assert len(drawn.query) == 12
     assert sorted(numbers(drawn.query) + numbers(drawn.database)) == list(range(50))
     assert drawn.train is drawn.database
@@ -69,7 +74,7 @@ def test_a_set_in_one_piece_is_cut():
 
 def test_multi_hot_labels_are_drawn_per_class_without_repeats():
     labels = np.random.default_rng(0).random((200, 4)) < 0.4
-    drawn = splits.draw(Source(numbered(200, labels), numbered(3, labels[:3])), seed=0, train_per_class=10)
+    drawn = draw(Source(numbered(200, labels), numbered(3, labels[:3])), seed=0, train_per_class=10)
     assert len(set(numbers(drawn.train))) == len(drawn.train) == 40
     assert np.all(drawn.train.labels.sum(0) >= 10)
 
@@ -78,7 +83,7 @@ def test_multi_hot_labels_are_drawn_per_class_without_repeats():
     ("options", "message"),
     [
         ({"train_per_class": 21}, "config.data.train_per_class: class 0 has 20 images left"),
-        ({"train_per_class": 1, "queries": 5}, "config.data.queries: this data set has its own test split"),
+        ({"train_per_class": 1, "queries": 5}, "config.data.queries: this data set has a test split of its own"),
         (
             {"train_per_class": 19, "validation": "database", "validation_queries": 6},
             "config.data.validation_queries: 6 .* has 5 images",
@@ -87,10 +92,107 @@ def test_multi_hot_labels_are_drawn_per_class_without_repeats():
 )
 def test_too_small_a_set_is_refused(two_splits, options, message):
     with pytest.raises(DataError, match=message):
-        splits.draw(two_splits, seed=0, **options)
+        draw(two_splits, seed=0, **options)
 
 
 @pytest.mark.parametrize("queries", [0, 50, 51])
 def test_a_set_in_one_piece_must_leave_a_database(queries):
     with pytest.raises(DataError, match=r"one piece of 50 images"):
-        splits.draw(Source(numbered(50, np.arange(50) % 5), None), seed=0, train_per_class=0, queries=queries)
+        draw(Source(numbered(50, np.arange(50) % 5), None), seed=0, train_per_class=0, queries=queries)
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    """As many labels as CIFAR-10 has; an image tells its number in its pixels."""
+    numbers = np.arange(60_000)
+    images = np.stack([numbers // 256, numbers % 256, numbers * 0], axis=-1).astype(np.uint8)[:, None, None]
+    labels = np.concatenate([np.random.default_rng(0).permutation(numbers[:50_000] % 10), numbers[50_000:] % 10])
+    return Source(ImageSet(images[:50_000], labels[:50_000]), ImageSet(images[50_000:], labels[50_000:]))
+
+
+def identities(images):
+    pixels = np.stack([images.images[i][0, 0] for i in range(len(images))]).astype(int)
+    return pixels[:, 0] * 256 + pixels[:, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "queries", "database", "train", "searched"),
+    [
+        ("cifar10-10k-50k", 10_000, 50_000, 5_000, True),
+        ("cifar10-5k-50k", 5_000, 50_000, 5_000, True),
+        ("cifar10-pooled-10k-50k", 10_000, 50_000, 50_000, True),
+        ("cifar10-pooled-10k-50k-5k", 10_000, 50_000, 5_000, True),
+        ("cifar10-1k-59k", 1_000, 59_000, 5_000, True),
+        ("cifar10-1k-54k", 1_000, 54_000, 5_000, False),
+    ],
+)
+def test_each_cifar_protocol_has_the_published_counts(cifar, name, queries, database, train, searched):
+    drawn = splits.draw(cifar, PROTOCOLS[name], seed=0)
+    assert (len(drawn.query), len(drawn.database), len(drawn.train)) == (queries, database, train)
+    asked, found, learnt = map(identities, (drawn.query, drawn.database, drawn.train))
+    assert len(set(asked)) == queries
+    assert not set(asked) & set(found) and not set(asked) & set(learnt)
+    assert (set(learnt) <= set(found)) == searched and (searched or not set(learnt) & set(found))
+    assert np.bincount(drawn.train.labels).tolist() == [train // 10] * 10
+    if PROTOCOLS[name].pooled:
+        assert np.bincount(drawn.query.labels).tolist() == [queries // 10] * 10
+        assert set(asked) & set(range(50_000)) and set(asked) & set(range(50_000, 60_000))
+    else:
+        assert min(asked) >= 50_000
+
+
+def test_queries_and_training_images_are_drawn_without_labels():
+    source = Source(numbered(50, None), None)
+    drawn = draw(source, seed=3, queries=10, train_images=15)
+    assert (len(drawn.query), len(drawn.database), len(drawn.train)) == (10, 40, 15)
+    assert set(numbers(drawn.train)) < set(numbers(drawn.database))
+    for field in ("queries_per_class", "train_per_class"):
+        with pytest.raises(DataError, match=rf"config.data.{field}: this data set has no labels"):
+            draw(source, seed=0, **{"queries": 10 * (field == "train_per_class"), field: 2})
+    with pytest.raises(DataError, match=r"config.data.validation: this data set has no labels"):
+        draw(source, seed=0, queries=10, validation="query_half")
+
+
+def test_validation_beside_training_images_that_are_not_searched():
+    source = Source(numbered(100, np.arange(100) % 5), None)
+    drawn = draw(
+        source,
+        seed=0,
+        queries_per_class=2,
+        train_per_class=4,
+        train_searched=False,
+        validation="database",
+        validation_queries=11,
+    )
+    parts = [numbers(part) for part in (drawn.query, drawn.train, *drawn.validation)]
+    assert [len(part) for part in parts] == [10, 20, 11, 59]
+    assert sorted(number for part in parts for number in part) == list(range(100))
+    assert sorted(numbers(drawn.database)) == sorted(parts[2] + parts[3])
+
+
+def given(**roles):
+    sets = {role: numbered(len(range(*span)), np.arange(*span) % 3, span[0]) for role, span in roles.items()}
+    return Source(next(iter(sets.values())), None, roles=sets)
+
+
+def test_a_list_gives_the_splits_itself():
+    source = given(train=(0, 10), database=(10, 30), query=(30, 34), validation=(34, 37), train_only=(40, 45))
+    drawn = draw(source, seed=0)
+    assert numbers(drawn.train) == [*range(10), *range(40, 45)]
+    assert numbers(drawn.database) == list(range(30))
+    assert numbers(drawn.query) == list(range(30, 34))
+    assert (numbers(drawn.validation[0]), numbers(drawn.validation[1])) == (list(range(34, 37)), list(range(30)))
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "message"),
+    [
+        (given(train=(0, 9), query=(9, 12)), {"queries": 3}, "config.data.queries: the list names the splits itself"),
+        (given(train=(0, 9), query=(9, 12)), {"validation": "database"}, "config.data.validation: the list names"),
+        (given(database=(0, 9), query=(9, 12)), {}, "column 'split' has database, query, but images that train"),
+        (given(train=(0, 9)), {}, "column 'split' has train, but"),
+    ],
+)
+def test_a_list_that_gives_its_splits_badly_is_refused(source, fields, message):
+    with pytest.raises(DataError, match=message):
+        draw(source, seed=0, **fields)

@@ -1,0 +1,17 @@
+"""NUS-WIDE in the paper's protocol: `--config.data.raw_dir=DIR` of the published files, once; see docs/data.md."""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.data.name = "nuswide"
+    c.data.protocol = "nuswide-2100"
+    c.data.stored_size = 160
+    c.data.max_bad_fraction = 0.5  # many of its photos are on Flickr no more
+    c.backbone = "efficientnet_lite0"
+    c.image_size = 128
+    c.train.views = 10
+    return c
