@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from cib_jax import augment
+from cib_jax import augment, feature_views
 from cib_jax.backbones import registry
+from cib_jax.feature_views import Standard
 
 Params = dict[str, Any]
 """A pytree of float32 arrays with the entries "head" and, where the backbone learns too, "backbone"."""
@@ -56,17 +57,41 @@ class Encoder:
     head_graph: nnx.GraphDef
     backbone_dtype: str = "float32"
     """In what the backbone computes; its parameters, where they are trained, and its features stay float32."""
+    feature_noise: float = 0.0
+    """Of the views of features, see `feature_views.two_views`; unused where the backbone takes images."""
+    feature_dropout: float = 0.0
 
-    def preprocess(self, images: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch image_size image_size 3"]:
-        """Returns the images as at test time: resized to the input size and normalised for the backbone."""
+    def preprocess(
+        self, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"]
+    ) -> Float[Array, "batch ..."]:
+        """Returns the images as at test time: resized to the input size and normalised for the backbone.
+
+        Where the backbone takes features: standardised.
+        """
+        if self.backbone.takes == "features":
+            return feature_views.plain(images, self.backbone.mean, self.backbone.deviation)
         return augment.resize_and_normalise(
             images, image_size=self.image_size, mean=self.backbone.mean, deviation=self.backbone.deviation
         )
 
     def two_views(
-        self, key: PRNGKeyArray, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
-    ) -> tuple[Float[Array, "batch image_size image_size 3"], Float[Array, "batch image_size image_size 3"]]:
-        """Returns two augmented views of every image, of this encoder's size and normalisation."""
+        self,
+        key: PRNGKeyArray,
+        images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"],
+        *,
+        family: str = "photo",
+    ) -> tuple[Float[Array, "batch ..."], Float[Array, "batch ..."]]:
+        """Returns two augmented views of every image, or item, of this encoder's size and normalisation."""
+        if self.backbone.takes == "features":
+            return feature_views.two_views(
+                key,
+                images,
+                self.backbone.mean,
+                self.backbone.deviation,
+                family=family,
+                noise=self.feature_noise,
+                dropout=self.feature_dropout,
+            )
         return augment.two_views(
             key,
             images,
@@ -90,9 +115,11 @@ class Encoder:
         )
 
     def features(
-        self, params: Params, frozen: Params, views: Float[Array, "batch image_size image_size 3"]
+        self, params: Params, frozen: Params, views: Float[Array, "batch ..."]
     ) -> Float[Array, "batch features"]:
         """Returns the backbone's features of normalised views."""
+        if self.backbone.takes == "features":
+            return views
         state = params["backbone"] if "backbone" in params else frozen["backbone"]
         dtype = DTYPES[self.backbone_dtype]
         return _apply(self.backbone_graph, _cast(state, dtype), views.astype(dtype)).astype(jnp.float32)
@@ -101,9 +128,7 @@ class Encoder:
         """Returns the hash head's logits of features."""
         return _apply(self.head_graph, params["head"], features)
 
-    def logits(
-        self, params: Params, frozen: Params, views: Float[Array, "batch image_size image_size 3"]
-    ) -> Float[Array, "batch bits"]:
+    def logits(self, params: Params, frozen: Params, views: Float[Array, "batch ..."]) -> Float[Array, "batch bits"]:
         """Returns one logit per bit of normalised views."""
         return self.head(params, self.features(params, frozen, views))
 
@@ -127,6 +152,9 @@ def create_encoder(
     backbone_params: Params | None = None,
     pretrained: bool = True,
     backbone_dtype: str = "float32",
+    standard: Standard | None = None,
+    feature_noise: float = 0.0,
+    feature_dropout: float = 0.0,
 ) -> tuple[Encoder, Params, Params]:
     """Returns an encoder, the parameters that training changes, and those that it leaves alone.
 
@@ -140,11 +168,26 @@ def create_encoder(
       backbone_params: the backbone's weights, as `cib_jax.load_pretrained(backbone)` returns them.
       pretrained: False starts a backbone that has pretrained weights from random ones.
       backbone_dtype: "float32", or "bfloat16" for less memory and, on accelerators, time.
+      standard: for the backbone "none", which takes features: their `feature_views.standard`.
+      feature_noise: the same, of their views; see `feature_views.two_views`.
+      feature_dropout: the same.
 
     Raises:
       ValueError: a value is out of range, or `backbone_params` are missing or do not fit the network.
     """
     chosen = registry.get(backbone)
+    if (chosen.takes == "features") != (standard is not None):
+        raise ValueError(
+            f"standard: {backbone} takes {chosen.takes}; give the features' cib_jax.feature_views.standard for the "
+            "backbone 'none', and for no other"
+        )
+    if standard is not None:
+        chosen = dataclasses.replace(
+            chosen,
+            features=len(standard.mean),
+            mean=tuple(standard.mean.tolist()),
+            deviation=tuple(standard.deviation.tolist()),
+        )
     size = image_size or chosen.image_size
     if bits < 8 or bits % 8:
         raise ValueError(
@@ -157,7 +200,7 @@ def create_encoder(
     has_pretrained = chosen.convert is not None
     if backbone_dtype not in DTYPES:
         raise ValueError(f"backbone_dtype: {backbone_dtype!r} is not one of {', '.join(DTYPES)}")
-    if frozen and not has_pretrained:
+    if frozen and not has_pretrained and standard is None:
         raise ValueError(f"frozen: {backbone} starts from random weights and would learn nothing; leave it trainable")
     if has_pretrained and pretrained and backbone_params is None:
         raise ValueError(
@@ -167,8 +210,10 @@ def create_encoder(
     backbone_key, head_key = jax.random.split(key)
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
     head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))
-    encoder = Encoder(chosen, bits, size, graph, head_graph, backbone_dtype)
+    encoder = Encoder(chosen, bits, size, graph, head_graph, backbone_dtype, feature_noise, feature_dropout)
     head_params = nnx.to_pure_dict(head)
+    if standard is not None:
+        return encoder, {"head": head_params}, {}
     if has_pretrained if frozen is None else frozen:
         # Cast once, here: a frozen backbone needs no float32 copy beside it.
         return encoder, {"head": head_params}, {"backbone": _cast(state, DTYPES[backbone_dtype])}

@@ -28,7 +28,9 @@ def map_batches(
     pending: Shaped[Array, "rows ..."] | None = None
     for images in batches:
         size = size or len(images)
-        whole = images if len(images) == size else np.pad(images, ((0, size - len(images)), *[(0, 0)] * 3))
+        whole = (
+            images if len(images) == size else np.pad(images, ((0, size - len(images)), *[(0, 0)] * (images.ndim - 1)))
+        )
         # Dispatched before the one before is waited for: the device is never idle while the host decodes.
         following = function(whole, start)[: len(images)]
         if pending is not None:

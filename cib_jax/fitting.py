@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
+from cib_jax import feature_views
 from cib_jax.augment import FAMILIES
 from cib_jax.encoder import Params, create_encoder
+from cib_jax.feature_views import Standard
 from cib_jax.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
 from cib_jax.training import feed, loop, view_bank
@@ -20,7 +22,9 @@ ENCODE_BATCH = 100
 
 
 def fit(
-    images: UInt8[np.ndarray, "images height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]],
+    images: UInt8[np.ndarray, "images height width 3"]
+    | Sequence[UInt8[np.ndarray, "height width 3"]]
+    | Float[np.ndarray, "items *views features"],
     *,
     bits: int = 32,
     backbone: str = "convnet",
@@ -33,6 +37,8 @@ def fit(
     beta: float = 0.001,
     stochastic: bool = True,
     augment: str = "photo",
+    feature_noise: float = 0.5,
+    feature_dropout: float = 0.2,
     epochs: int = 60,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
@@ -46,10 +52,11 @@ def fit(
     `cib_jax.jobs.train.train`.
 
     Args:
-      images: in RGB, all of one size.
+      images: in RGB, all of one size; or, with the backbone "none", features of any model, a vector or several views of
+        one per item.
       bits: the length of a code, a multiple of 8.
-      backbone: "convnet" (from scratch), "efficientnet_lite0" or "vgg16".
-      backbone_params: for the latter two, `cib_jax.load_pretrained(backbone)`.
+      backbone: "convnet" (from scratch), "efficientnet_lite0", "vgg16", or "none" for features.
+      backbone_params: for the two in the middle, `cib_jax.load_pretrained(backbone)`.
       frozen: see `create_encoder`.
       image_size: side of the network's input in pixels; 0 takes the backbone's usual one.
       hidden: width of the hash head's hidden layer.
@@ -57,7 +64,9 @@ def fit(
       temperature: τ of the contrast.
       beta: β, the weight of the bottleneck.
       stochastic: whether bits are drawn in training.
-      augment: the family of views, "photo" or "digits".
+      augment: the family of views, "photo" or "digits"; of features "noise" or "stored".
+      feature_noise: see `feature_views.two_views`.
+      feature_dropout: the same.
       epochs: passes over the images.
       batch_size: images per step.
       learning_rate: of Adam.
@@ -72,7 +81,8 @@ def fit(
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
         raise ValueError("images: they are of several sizes; resize them to one first, for example with PIL")
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    standard = _standard(images) if backbone == "none" else None
+    if standard is None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
         raise ValueError(f"images: wanted uint8 [images, height, width, 3], got {images.dtype} {list(images.shape)}")
     if not 2 <= batch_size <= len(images):
         raise ValueError(f"batch_size: {batch_size} must be from 2 to the number of images, {len(images)}")
@@ -85,8 +95,9 @@ def fit(
         raise ValueError(f"epochs: {epochs} must be 1 or more")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
-    if augment not in FAMILIES:
-        raise ValueError(f"augment: {augment!r} is not one of {', '.join(FAMILIES)}")
+    families = FAMILIES if standard is None else feature_views.FAMILIES
+    if augment not in families:
+        raise ValueError(f"augment: {augment!r} is not one of {', '.join(families)}")
     init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
     encoder, params, unchanging = create_encoder(
         init_key,
@@ -96,6 +107,9 @@ def fit(
         frozen=frozen,
         hidden=hidden,
         backbone_params=backbone_params,
+        standard=standard,
+        feature_noise=feature_noise,
+        feature_dropout=feature_dropout,
     )
     optimiser = optax.adam(learning_rate)
     method = {
@@ -107,8 +121,8 @@ def fit(
         "stochastic": stochastic,
     }
     if views:
-        if "backbone" in params:
-            raise ValueError(f"views: {views} views are computed once only while the backbone is frozen; set it to 0")
+        if "backbone" in params or standard is not None:
+            raise ValueError(f"views: {views} views are computed once only of a frozen backbone; set it to 0")
         size = min(ENCODE_BATCH, len(images))
         bank = view_bank.build(
             bank_key,
@@ -135,3 +149,16 @@ def fit(
         on_epoch=lambda state, report: on_epoch(report),
     )
     return Hasher(encoder, state.params, unchanging, ENCODE_BATCH)
+
+
+def _standard(features: np.ndarray) -> Standard:
+    """Returns mean and deviation of features, which it checks."""
+    if features.dtype.kind != "f" or features.ndim not in (2, 3) or 0 in features.shape:
+        raise ValueError(
+            f"images: with the backbone 'none' wanted features [items, features] or [items, views, features] in "
+            f"floating point, got {features.dtype} {list(features.shape)}"
+        )
+    blocks = [features[start : start + 8192] for start in range(0, len(features), 8192)]
+    if not all(np.isfinite(block).all() for block in blocks):
+        raise ValueError("images: the features hold values that are not finite; remove those rows")
+    return feature_views.standard(blocks)

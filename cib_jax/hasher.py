@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from cib_jax import binary, encoding, from_config
 from cib_jax.config import MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
+from cib_jax.feature_views import Standard
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
 
@@ -49,24 +50,35 @@ class Hasher:
         config = read_config(workdir)
         if backbone_weights:
             config.backbone_weights = backbone_weights
-        encoder, params, frozen, fingerprint = from_config.encoder(config, trained=True)
+        encoder, params, frozen, fingerprint = from_config.encoder(
+            config, trained=True, standard=read_standard(workdir, config)
+        )
         params, _, extra = restore_best(workdir, params, config)
         check_fingerprint(fingerprint, extra, workdir)
         return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size)
 
     def encode(
-        self, images: UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]]
+        self,
+        images: UInt8[np.ndarray, "n height width 3"]
+        | Sequence[UInt8[np.ndarray, "height width 3"]]
+        | Float[np.ndarray, "n *views features"],
     ) -> UInt8[np.ndarray, "n bytes"]:
-        """Returns the packed codes of RGB images, `bits` / 8 bytes each.
+        """Returns the packed codes of RGB images, or of features if it was trained on such, `bits` / 8 bytes each.
 
         Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
-        whose rounding to whole grey levels can turn a bit or two.
+        whose rounding to whole grey levels can turn a bit or two. Features may be a memory map larger than memory; of
+        stored views, the first is encoded.
 
         Raises:
-          ValueError: the images are not uint8 with three channels; the message names their shape and type.
+          ValueError: the images are not uint8 with three channels, or the features are other ones than in training; the
+            message names shape and type.
         """
         if not len(images):
             return np.zeros((0, self.encoder.bits // 8), np.uint8)
+        if self.encoder.backbone.takes == "features":
+            features: Any = images if hasattr(images, "dtype") else np.asarray(images)
+            _check_features(features, self.encoder.backbone.features)
+            return self._encode(features)
         if hasattr(images, "dtype"):
             _check_images(np.asarray(images), 4)
         else:
@@ -75,7 +87,9 @@ class Hasher:
         side = self.stored_size
         if len({np.shape(image) for image in images}) > 1:
             side = side or self.encoder.image_size
-        whole = _resized(images, side) if side else np.asarray(images)
+        return self._encode(_resized(images, side) if side else np.asarray(images))
+
+    def _encode(self, whole: Shaped[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n bytes"]:
         # One of a few batch sizes, not any: each is compiled once.
         size = min(self.batch_size, 1 << (len(whole) - 1).bit_length())
         return self.encode_batches((whole[start : start + size] for start in range(0, len(whole), size)), size=size)
@@ -106,7 +120,7 @@ def _resized(
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_features(
-    encoder: Encoder, params: Params, frozen: Params, images: UInt8[Array, "batch height width 3"]
+    encoder: Encoder, params: Params, frozen: Params, images: Shaped[Array, "batch ..."]
 ) -> Float[Array, "batch features"]:
     """Returns the backbone's features of images as at test time, unaugmented."""
     return encoder.features(params, frozen, encoder.preprocess(images))
@@ -118,6 +132,15 @@ def packed_of_features(
 ) -> UInt8[Array, "batch bytes"]:
     """Returns the packed codes of features."""
     return binary.pack_bits(encoder.head(params, features))
+
+
+def _check_features(features: Any, wanted: int) -> None:
+    floating = np.issubdtype(features.dtype, np.floating) or features.dtype == jnp.bfloat16
+    if not floating or features.ndim not in (2, 3) or features.shape[-1] != wanted:
+        raise ValueError(
+            f"images: wanted features [n, {wanted}] in floating point, as in training, got {features.dtype} "
+            f"{list(features.shape)}; compute them by the model that gave the features it was trained on"
+        )
 
 
 def _check_images(images: np.ndarray, dimensions: int) -> None:
@@ -157,8 +180,7 @@ def restore_best(
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it was made under another config.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise CheckpointError(f"{workdir / 'checkpoints'}: there is no checkpoint here; train first, with --mode=train")
+    _need_checkpoints(workdir)
     template = jax.eval_shape(lambda: create_train_state(params, from_config.optimiser(config)))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         theirs = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
@@ -172,6 +194,24 @@ def restore_best(
         if progress.best_step and progress.best_step != progress.step:
             state, _, extra = checkpoints.restore(template, progress.best_step)
     return jax.tree.map(jnp.asarray, state.params), progress, extra
+
+
+def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Standard | None:
+    """Returns mean and deviation of the features that a run was trained on, None if it was trained on images.
+
+    Raises:
+      CheckpointError: there is no readable checkpoint.
+    """
+    if config.backbone != "none":
+        return None
+    _need_checkpoints(workdir)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        return Standard.from_lists(checkpoints.extra()["standard"])
+
+
+def _need_checkpoints(workdir: pathlib.Path) -> None:
+    if not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(f"{workdir / 'checkpoints'}: there is no checkpoint here; train first, with --mode=train")
 
 
 def check_fingerprint(fingerprint: str, extra: dict[str, Any], workdir: pathlib.Path) -> None:

@@ -36,7 +36,7 @@ def test_a_frozen_backbone_trains_on_a_bank(digits):
     options = {"backbone": "efficientnet_lite0", "backbone_params": weights, "image_size": 32, "batch_size": 8}
     hasher = fit(images[:20], views=2, epochs=2, **options)
     assert hasher.encode(images[:3]).shape == (3, 2)
-    with pytest.raises(ValueError, match=r"views: 2 views are computed once only while the backbone is frozen"):
+    with pytest.raises(ValueError, match=r"views: 2 views are computed once only of a frozen backbone"):
         fit(images[:20], views=2, frozen=False, **options)
 
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from cib_jax.backbones import convnet, efficientnet, vgg
 from cib_jax.backbones.tensors import Tree
 
-Triple = tuple[float, float, float]
+Numbers = tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +19,20 @@ class Backbone:
 
     name: str
     features: int
-    mean: Triple  # of pixels scaled to [0, 1]
-    deviation: Triple
+    mean: Numbers  # of the channels of pixels scaled to [0, 1]; where features are taken, of each feature
+    deviation: Numbers
     image_size: int  # its usual input size, in pixels
     smallest: int  # the smallest input size that it takes
     build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) to the network, randomly initialised
     convert: Callable[[Mapping[str, np.ndarray]], Tree] | None  # named tensors to its state; None: from scratch
+    takes: str = "images"  # or "features": there is no network, and they are standardised alone
+
+
+class _Nothing(nnx.Module):
+    """Hands on what it gets."""
+
+    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch features"]:
+        return features
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -60,6 +69,18 @@ BACKBONES: dict[str, Backbone] = {
             smallest=8,
             build=convnet.ConvNet,
             convert=None,
+        ),
+        # How many features there are, their mean and deviation come from the data: `encoder.create_encoder` fills in.
+        Backbone(
+            name="none",
+            features=0,
+            mean=(),
+            deviation=(),
+            image_size=0,
+            smallest=0,
+            build=lambda rngs, image_size: _Nothing(),
+            convert=None,
+            takes="features",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Images in batches of uint8, in an order that depends on (seed, epoch) alone: from memory, or streamed with Grain."""
+"""Images in batches of uint8, or features, in an order that (seed, epoch) alone decide: from memory, or streamed."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cib_jax.data.images import DataError, Images, resized
+from cib_jax.data.images import DataError, Images, gather, resized
 
 Batch = UInt8[np.ndarray, "batch height width 3"]
 
@@ -39,6 +39,10 @@ def stream(
     if not len(order):
         return
     first = images[int(order[0])].shape
+    if len(first) < 3:  # features: nothing to decode
+        last = len(order) // batch_size * batch_size if drop_remainder else len(order)
+        yield from (gather(images, order[start : start + batch_size]) for start in range(0, last, batch_size))
+        return
 
     def fetch(index: int) -> UInt8[np.ndarray, "height width 3"]:
         if stored_size:
@@ -68,5 +72,4 @@ def materialise(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "i
 
 def size_in_bytes(images: Images, *, stored_size: int = 0) -> int:
     """Returns what `materialise` would take, from the first image's size."""
-    height, width = (stored_size, stored_size) if stored_size else images[0].shape[:2]
-    return len(images) * height * width * 3
+    return len(images) * (stored_size * stored_size * 3 if stored_size else images[0].nbytes)

@@ -59,13 +59,19 @@ def from_device(
     batch_size: int,
     method: dict[str, Any],
 ) -> Feed:
-    """Feeds images that live on the device, one step a program; `method`: the keyword arguments of `train_step`."""
+    """Feeds images, or features, that live on the device.
+
+    Images one step a program, features an epoch, as there are no convolutions in it; `method`: the keyword arguments of
+    `train_step`.
+    """
 
     def step(state: TrainState, held: tuple[Params, Array], indices: Array, key: PRNGKeyArray) -> Stepped:
         frozen, images = held
         return train_step(state, frozen, images[indices], key, **method)
 
-    return Feed(_bound(_alone(step), (frozen, images)), _chunks_of_indices(seed, len(images), batch_size, 1))
+    scans = method["encoder"].backbone.takes == "features"
+    program, longest = (_scan, SCAN_STEPS) if scans else (_alone, 1)
+    return Feed(_bound(program(step), (frozen, images)), _chunks_of_indices(seed, len(images), batch_size, longest))
 
 
 def from_stream(

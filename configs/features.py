@@ -1,0 +1,16 @@
+"""Features of any model: `--config.data.dir=FILE` (.npy, .npz, .parquet, .safetensors). Trains in seconds."""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.k = 0
+    c.data.name = "features"
+    c.data.queries = 100
+    c.backbone = "none"
+    c.augment = "noise"
+    c.encode_batch = 4096
+    return c
