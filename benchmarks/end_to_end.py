@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import measuring
 from cib_jax.data import loader, sources, splits
+from cib_jax.data.protocols import PROTOCOLS
 from configs import cifar
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--original-alone", action="store_true", help="leave our side out")
     flags = parser.parse_args()
     print(f"{measuring.machine('jax', 'torch')}; CIFAR-10, EfficientNet-Lite0, 128 px, {flags.bits} bits\n", flush=True)
-    drawn = splits.draw(sources.load("cifar10", flags.data_dir), seed=0, train_per_class=500)
+    drawn = splits.draw(sources.load("cifar10", flags.data_dir), PROTOCOLS["cifar10-10k-50k"], seed=0)
     before = theirs(drawn, flags.bits, flags.seconds)
     total = sum(before.values())
     print("The original, each part from a sample, summed\n")

@@ -7,8 +7,10 @@ from typing import Any
 
 import ml_collections
 
-from cib_jax import augment
+from cib_jax import augment, feature_views
 from cib_jax.backbones import registry
+from cib_jax.data import photos
+from cib_jax.data.protocols import AS_NAMED, PROTOCOLS
 from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
@@ -33,6 +35,10 @@ _POSITIVE: Check = (lambda value: math.isfinite(value) and value > 0, "must be g
 
 _SEED: Check = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
 
+_FRACTION: Check = (lambda part: 0 <= part <= 1, "must be from 0 to 1")
+
+_COUNT: Check = (lambda count: count >= AS_NAMED, "must be 0 or more, or -1 for what the protocol says")
+
 _ANYTHING: Check = (lambda value: True, "")
 
 FIELDS: dict[str, tuple[type, Check]] = {
@@ -44,7 +50,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
             "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
         ),
     ),
-    "k": (int, _at_least(1)),
+    "k": (int, _COUNT),
     "backbone": (str, _one_of(*registry.BACKBONES)),
     "backbone_weights": (str, _ANYTHING),
     "backbone_dtype": (str, _one_of(*DTYPES)),
@@ -58,7 +64,9 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "binary": (str, _one_of("stochastic", "deterministic")),
     "temperature": (float, _POSITIVE),
     "beta": (float, _at_least(0)),
-    "augment": (str, _one_of(*augment.FAMILIES)),
+    "augment": (str, _one_of(*augment.FAMILIES, *feature_views.FAMILIES)),
+    "feature_noise": (float, _at_least(0)),
+    "feature_dropout": (float, (lambda part: 0 <= part < 1, "must be from 0 to below 1")),
     "batch_size": (
         int,
         (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
@@ -68,12 +76,32 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "data.seed": (int, _SEED),
     "data.name": (str, (bool, "must name a data set, such as cifar10")),
     "data.dir": (str, _ANYTHING),
-    "data.train_per_class": (int, _at_least(0)),
-    "data.queries": (int, _at_least(0)),
-    "data.validation": (str, _one_of("none", "query_half", "database")),
+    "data.raw_dir": (str, _ANYTHING),
+    "data.labelled": (bool, _ANYTHING),
+    "data.protocol": (str, _one_of(*PROTOCOLS)),
+    "data.queries": (int, _COUNT),
+    "data.queries_per_class": (int, _COUNT),
+    "data.train_images": (int, _COUNT),
+    "data.train_per_class": (int, _COUNT),
+    "data.validation": (str, _one_of("protocol", "none", "query_half", "database")),
     "data.validation_queries": (int, _at_least(1)),
-    "data.stored_size": (int, _at_least(0)),
+    "data.image_feature": (str, _ANYTHING),
+    "data.label_feature": (str, _ANYTHING),
+    "data.database_split": (str, _ANYTHING),
+    "data.query_split": (str, _ANYTHING),
+    "data.stored_size": (
+        int,
+        (lambda size: 0 <= size <= 2048, "must be 0 (as the images are) or up to 2048 pixels"),
+    ),
     "data.resident_mb": (int, _at_least(0)),
+    "data.max_bad_fraction": (float, _FRACTION),
+    "data.max_megapixels": (
+        int,
+        (
+            lambda limit: 1 <= limit <= photos.MAX_MEGAPIXELS,
+            f"must be from 1 to {photos.MAX_MEGAPIXELS}, Pillow's own limit against decompression bombs",
+        ),
+    ),
     "train.views": (
         int,
         (
@@ -91,7 +119,18 @@ FIELDS: dict[str, tuple[type, Check]] = {
 }
 """Every field's type, what its value must be, and how to say so."""
 
-MAY_CHANGE = frozenset({"data.dir", "data.resident_mb", "backbone_weights", "train.bank_mb", "cache.dir", "cache.mb"})
+MAY_CHANGE = frozenset(
+    {
+        "data.dir",
+        "data.raw_dir",
+        "data.resident_mb",
+        "data.max_bad_fraction",
+        "backbone_weights",
+        "train.bank_mb",
+        "cache.dir",
+        "cache.mb",
+    }
+)
 """Fields that say where and how data are held, not what is learnt: they may differ when a run is taken up again.
 
 Weights are compared by their fingerprint, wherever they lie.
@@ -132,6 +171,33 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"config.{name}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
         if not good(value):
             raise ConfigError(f"config.{name}: {value!r} {message}")
+    if (config.data.name == "features") != (config.backbone == "none"):
+        raise ConfigError(
+            f"config.backbone: {config.backbone} does not go with config.data.name={config.data.name}; 'none' is for "
+            "'features', which need no network, and for nothing else"
+        )
+    family = feature_views.FAMILIES if config.backbone == "none" else augment.FAMILIES
+    if config.augment not in family:
+        raise ConfigError(
+            f"config.augment: {config.augment} makes no views of "
+            f"{'features' if config.backbone == 'none' else 'images'}; choose {' or '.join(family)}"
+        )
+    if config.backbone == "none":
+        _check_without_network(config)
+    else:
+        _check_network(config)
+
+
+def _check_without_network(config: ml_collections.ConfigDict) -> None:
+    for name, neutral in (("image_size", 0), ("backbone_weights", ""), ("frozen", True)):
+        if config[name] != neutral:
+            raise ConfigError(f"config.{name}: features go through no network; leave it at {neutral!r}")
+    for name in ("train.views", "data.stored_size"):
+        if flatten(config)[name]:
+            raise ConfigError(f"config.{name}: it is for images; set it to 0 for features")
+
+
+def _check_network(config: ml_collections.ConfigDict) -> None:
     backbone = registry.get(config.backbone)
     if config.image_size and config.image_size < backbone.smallest:
         raise ConfigError(

@@ -1,5 +1,7 @@
 """What the words of a config stand for: the encoder, the optimiser, the splits, the streams of random numbers."""
 
+import pathlib
+
 import jax
 import ml_collections
 import optax
@@ -7,8 +9,11 @@ from jaxtyping import PRNGKeyArray
 
 from cib_jax.backbones import registry, weights
 from cib_jax.config import ConfigError
-from cib_jax.data import sources, splits
+from cib_jax.data import images, protocols, sources, splits
+from cib_jax.data.images import Bar, no_bar
+from cib_jax.data.protocols import Protocol
 from cib_jax.encoder import Encoder, Params, create_encoder
+from cib_jax.feature_views import Standard
 from cib_jax.training import view_bank
 
 STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2}
@@ -23,12 +28,15 @@ def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.key(seed), STREAMS[stream])
 
 
-def encoder(config: ml_collections.ConfigDict, *, trained: bool = False) -> tuple[Encoder, Params, Params, str]:
+def encoder(
+    config: ml_collections.ConfigDict, *, trained: bool = False, standard: Standard | None = None
+) -> tuple[Encoder, Params, Params, str]:
     """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of the frozen ones ("": none).
 
     Args:
       config: of the run.
       trained: a checkpoint will replace the parameters to train, so weights are loaded for the frozen ones only.
+      standard: for the backbone "none", mean and deviation of the features that it takes.
 
     Raises:
       WeightsError: the backbone's weights are missing or unusable.
@@ -40,11 +48,14 @@ def encoder(config: ml_collections.ConfigDict, *, trained: bool = False) -> tupl
         backbone=config.backbone,
         bits=config.bits,
         image_size=config.image_size,
-        frozen=config.frozen,
+        frozen=config.frozen and standard is None,
         hidden=config.hidden,
         backbone_params=loaded,
         pretrained=pretrained,
         backbone_dtype=config.backbone_dtype,
+        standard=standard,
+        feature_noise=config.feature_noise,
+        feature_dropout=config.feature_dropout,
     )
     return made, params, frozen, weights.fingerprint(loaded) if frozen and loaded else ""
 
@@ -54,25 +65,68 @@ def optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     return optax.adam(config.learning_rate)
 
 
-def draw_splits(config: ml_collections.ConfigDict) -> splits.Splits:
+def protocol(config: ml_collections.ConfigDict) -> Protocol:
+    """Returns the protocol that the config names, with the fields that it sets otherwise.
+
+    Raises:
+      DataError: the protocol is another data set's.
+    """
+    data = config.data
+    names = ("queries", "queries_per_class", "train_images", "train_per_class", "validation")
+    return protocols.named(data.protocol, data.name, {"k": config.k} | {name: data[name] for name in names})
+
+
+def source(config: ml_collections.ConfigDict, prepared: pathlib.Path | None = None, bar: Bar = no_bar) -> images.Source:
+    """Returns the data set.
+
+    Args:
+      config: of the run.
+      prepared: where a folder's or a list's photos are kept, decoded and resized; wanted for those alone.
+      bar: shows the progress of preparing and checking.
+
+    Raises:
+      DataError: it cannot be had.
+    """
+    data = config.data
+    return sources.load(
+        data.name,
+        data.dir,
+        labelled=data.labelled,
+        stored_size=data.stored_size,
+        prepared=prepared,
+        max_megapixels=data.max_megapixels,
+        raw=data.raw_dir,
+        image=data.image_feature,
+        label=data.label_feature,
+        database=data.database_split,
+        query=data.query_split,
+        bar=bar,
+    )
+
+
+def draw_splits(config: ml_collections.ConfigDict, drawn_from: images.Source | None = None) -> splits.Splits:
     """Returns the data set's splits, checked against the fields that depend on their sizes.
+
+    Args:
+      config: of the run.
+      drawn_from: the data set, where it was loaded already.
 
     Raises:
       DataError: the data set cannot be had or is too small.
       ConfigError: `k` or `batch_size` is larger than the images there are.
     """
-    data = config.data
+    wanted = protocol(config)
     drawn = splits.draw(
-        sources.load(data.name, data.dir),
-        seed=data.seed,
-        train_per_class=data.train_per_class,
-        queries=data.queries,
-        validation=data.validation,
-        validation_queries=data.validation_queries,
+        source(config) if drawn_from is None else drawn_from,
+        wanted,
+        seed=config.data.seed,
+        validation_queries=config.data.validation_queries,
     )
     searched = min(len(drawn.database), len(drawn.validation[1]) if drawn.validation else len(drawn.database))
-    if config.k > searched:
-        raise ConfigError(f"config.k: {config.k} is larger than the database, which has {searched} images; lower it")
+    if drawn.database.labels is not None and wanted.k > searched:
+        raise ConfigError(
+            f"config.k: {wanted.k} is larger than the database, which has {searched} images; lower it, or 0 takes all"
+        )
     if config.train.views:
         bank = config.train.views * len(drawn.train) * registry.get(config.backbone).features * view_bank.BYTES / 2**20
         if bank > config.train.bank_mb:

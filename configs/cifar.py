@@ -8,6 +8,7 @@ from configs import default
 def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.data.name = "cifar10"
+    c.data.protocol = "cifar10-10k-50k"
     c.backbone = "efficientnet_lite0"
     c.image_size = 128
     c.train.views = 10

@@ -8,6 +8,7 @@ from configs import default
 def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.data.name = "cifar10"
+    c.data.protocol = "cifar10-10k-50k"
     c.backbone = "vgg16"
     c.image_size = 224
     return c

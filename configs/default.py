@@ -8,10 +8,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.seed = 0  # of initial weights, order, views and bits: every random number but those of data.seed
     c.bits = 32  # length of a code, a multiple of 8
-    c.k = 1000  # how many ranked images MAP@k looks at
+    c.k = -1  # how many ranked images MAP@k looks at; 0 = the whole database, -1 = as the protocol says
 
     # Network.
-    c.backbone = "efficientnet_lite0"  # vgg16 | efficientnet_lite0 | convnet
+    c.backbone = "efficientnet_lite0"  # vgg16 | efficientnet_lite0 | convnet | none (the data are features already)
     c.backbone_weights = ""  # a weight file (.safetensors, .pth); "" = the published ones of the backbone
     c.backbone_dtype = "float32"  # float32 | bfloat16: in what the backbone computes; the head is always float32
     c.frozen = True  # True: only the hash head learns; False: the backbone learns too
@@ -23,7 +23,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.binary = "stochastic"  # stochastic: bits are drawn (the paper) | deterministic: thresholded (the published code)
     c.temperature = 0.3  # τ of the contrast
     c.beta = 0.001  # β, weight of the bottleneck term in nats
-    c.augment = "photo"  # family of views: photo (the paper's) | digits
+    c.augment = "photo"  # family of views: photo (the paper's) | digits | of features: noise | stored
+    c.feature_noise = 0.5  # with "noise": deviation of the noise added to standardised features
+    c.feature_dropout = 0.2  # with "noise": probability with which a feature is left out of a view
 
     # Optimisation: Adam with a constant learning rate.
     c.batch_size = 64  # images per step; two views each
@@ -32,14 +34,35 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     c.data.seed = 0  # of the splits, and of the views in a bank, which runs with other seeds can so share
-    c.data.name = "cifar10"  # digits | a TFDS name whose images have one label each, such as cifar10
-    c.data.dir = ""  # where TFDS keeps its data sets; "" = its usual place (~/tensorflow_datasets)
-    c.data.train_per_class = 500  # training images drawn per class from the database; 0 = the whole database
-    c.data.queries = 0  # queries drawn from a set that comes in one piece; 0 = the set's own test split
-    c.data.validation = "none"  # none | query_half (the published code: half the queries) | database (see below)
+    # digits | folder (of photos) | list (CSV or Parquet of paths) | features (vectors of any model) | nuswide | mscoco
+    # | a TFDS name whose images have a label, or several, such as cifar10.
+    c.data.name = "cifar10"
+    c.data.dir = ""  # the folder, the file, or where TFDS keeps its data sets ("" = ~/tensorflow_datasets)
+    c.data.raw_dir = (
+        ""  # nuswide, mscoco: the folder of the published files; needed until they are prepared in data.dir
+    )
+    c.data.labelled = True  # False: labels of a folder, a list or features are left aside
+
+    # The split. A protocol by name (cib_jax/data/protocols.py) says the six fields below it and k; -1, or "protocol",
+    # leaves them to it. "own": what is -1 is 0, k is 1000.
+    c.data.protocol = "own"
+    c.data.queries = -1  # queries drawn from a set that comes in one piece; 0 = the set's own test split
+    c.data.queries_per_class = -1  # the same, per class
+    c.data.train_images = -1  # training images drawn from the database; with the next 0 too, all of it trains
+    c.data.train_per_class = -1  # the same, per class
+    c.data.validation = "protocol"  # none | query_half (half the queries) | database (see below)
     c.data.validation_queries = 1000  # with "database": images drawn from it, outside training, as validation queries
+
+    # TFDS data sets only; "" = found by itself where there is one choice.
+    c.data.image_feature = ""
+    c.data.label_feature = ""  # of one label or several; slashes go into nested ones, as in objects/label
+    c.data.database_split = ""  # what trains and is searched; "" = train. Slices such as train[:1000] work
+    c.data.query_split = ""  # the queries; "" = test
+
     c.data.stored_size = 0  # side in pixels to which images are resized on the host; 0 = as stored, all of one size
     c.data.resident_mb = 2048  # training images up to this many MiB live on the device; more are streamed
+    c.data.max_bad_fraction = 0.05  # a run is refused when a larger part of the photos cannot be read
+    c.data.max_megapixels = 178  # larger photos are left out as unreadable
 
     c.train = ml_collections.ConfigDict()
     c.train.views = 0  # features of this many views per image are computed once; 0 = fresh views at every step

@@ -9,7 +9,6 @@ def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.data.name = "digits"
     c.data.queries = 297
-    c.data.train_per_class = 0
     c.backbone = "convnet"
     c.frozen = False
     c.image_size = 16

@@ -1,25 +1,23 @@
 """Every bad value is refused with its field's name and a way out."""
 
+import importlib
 import pathlib
 
 import pytest
 
-import configs.cifar
-import configs.cifar_vgg16
 import configs.default
-import configs.digits
 from cib_jax import config as config_lib
+from cib_jax import from_config
 from tests import small
 
-
-@pytest.mark.parametrize("module", [configs.default, configs.cifar, configs.cifar_vgg16, configs.digits])
-def test_the_experiments_are_valid(module):
-    config_lib.check(module.get_config())
+EXPERIMENTS = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("[!_]*.py"))
 
 
-def test_every_experiment_is_tested_here():
-    files = {path.stem for path in pathlib.Path(configs.__path__[0]).glob("[!_]*.py")}
-    assert files == {"default", "cifar", "cifar_vgg16", "digits"}
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_experiments_are_valid(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config_lib.check(config)
+    from_config.protocol(config)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +27,10 @@ def test_every_experiment_is_tested_here():
         ({"bits": 0}, r"config.bits: 0"),
         ({"bits": 8192}, r"config.bits: 8192"),
         ({"batch_size": 1}, r"config.batch_size: 1 must be 2 or more"),
-        ({"backbone": "resnet50"}, r"config.backbone: 'resnet50' is not one of vgg16, efficientnet_lite0, convnet"),
+        (
+            {"backbone": "resnet50"},
+            r"config.backbone: 'resnet50' is not one of vgg16, efficientnet_lite0, convnet, none",
+        ),
         ({"objective": "simclr"}, r"config.objective: 'simclr' is not one of naive_cl, cl_hash, cibhash"),
         ({"binary": "soft"}, r"config.binary: 'soft' is not one of stochastic, deterministic"),
         ({"augment": "none"}, r"config.augment: 'none' is not one of photo, digits"),
@@ -42,9 +43,18 @@ def test_every_experiment_is_tested_here():
         ({"bits": "32"}, r"config.bits: '32' is of type str, not int"),
         ({"frozen": 1}, r"config.frozen: 1 is of type int, not bool"),
         ({"data__name": ""}, r"config.data.name: '' must name a data set"),
-        ({"k": 0}, r"config.k: 0 must be 1 or more"),
+        ({"k": -2}, r"config.k: -2 must be 0 or more, or -1"),
+        ({"data__max_bad_fraction": 1.5}, r"config.data.max_bad_fraction: 1.5 must be from 0 to 1"),
+        ({"data__max_megapixels": 500}, r"config.data.max_megapixels: 500 must be from 1 to 178"),
+        ({"data__protocol": "cifar"}, r"config.data.protocol: 'cifar' is not one of own, cifar10-10k-50k"),
+        ({"feature_dropout": 1.0}, r"config.feature_dropout: 1.0 must be from 0 to below 1"),
+        ({"data__name": "features"}, r"config.backbone: convnet does not go with config.data.name=features"),
+        ({"augment": "noise"}, r"config.augment: noise makes no views of images; choose photo or digits"),
         ({"train__views": 1}, r"config.train.views: 1 must be 0 .* or at least 2"),
-        ({"data__validation": "half"}, r"config.data.validation: 'half' is not one of none, query_half, database"),
+        (
+            {"data__validation": "half"},
+            r"config.data.validation: 'half' is not one of protocol, none, query_half, database",
+        ),
         ({"image_size": 4}, r"config.image_size: 4 is too small for convnet, which takes 8"),
         ({"frozen": True}, r"config.frozen: convnet starts from random weights"),
         ({"backbone_weights": "a.pth"}, r"config.backbone_weights: convnet is trained from scratch"),
@@ -81,3 +91,21 @@ def test_differences_are_told_both_ways_but_for_where_the_data_lie():
     theirs = config_lib.flatten(small.config())
     assert config_lib.differences(mine, theirs) == ["bits: 16 → 32"]
     assert config_lib.differences(mine, mine) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"augment": "photo"}, r"config.augment: photo makes no views of features; choose noise or stored"),
+        ({"frozen": False}, r"config.frozen: features go through no network; leave it at True"),
+        ({"image_size": 32}, r"config.image_size: features go through no network; leave it at 0"),
+        ({"train__views": 4}, r"config.train.views: it is for images; set it to 0 for features"),
+        ({"data__stored_size": 64}, r"config.data.stored_size: it is for images"),
+        ({"data__name": "digits"}, r"config.backbone: none does not go with config.data.name=digits"),
+    ],
+)
+def test_features_have_no_network_to_set(fields, message):
+    features = {"data__name": "features", "backbone": "none", "augment": "noise", "frozen": True, "image_size": 0}
+    config_lib.check(small.config(**features))
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.check(small.config(**features | fields))

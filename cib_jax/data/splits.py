@@ -1,16 +1,17 @@
-"""The protocol: which images train, which are queries, which are searched. Drawn from `data.seed` alone."""
+"""The protocol carried out: which images train, which are queries, which are searched. Drawn from `data.seed` alone."""
 
 import dataclasses
 
 import numpy as np
 from jaxtyping import Int
 
-from cib_jax.data.images import DataError, ImageSet, Labels, Source
+from cib_jax.data.images import DataError, ImageSet, Labels, Source, joined
+from cib_jax.data.protocols import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The images of an experiment by their role. `train` is part of `database`."""
+    """The images of an experiment by their role."""
 
     train: ImageSet
     query: ImageSet
@@ -19,52 +20,50 @@ class Splits:
     """Validation queries and the database they are searched in, or None."""
 
 
-def draw(
-    source: Source,
-    *,
-    seed: int,
-    train_per_class: int,
-    queries: int = 0,
-    validation: str = "none",
-    validation_queries: int = 1000,
-) -> Splits:
-    """Returns the splits of a data set (the table of CIBHash's section 5.1).
+ROLES = ("train", "database", "query", "validation", "train_only")
+"""What a list of one's own may say of an image: it trains and is searched; is searched; asks; asks while training,
+searching the same database; or trains and is not searched."""
+
+
+def draw(source: Source, protocol: Protocol, *, seed: int, validation_queries: int = 1000) -> Splits:
+    """Returns the splits of a data set.
+
+    Where labels are missing, nothing can be drawn by class, and nothing validates.
 
     Args:
       source: the data set as published.
+      protocol: what is drawn. Its validation is "none"; "query_half", half of the queries validate and only the other
+        half is tested on; or "database", validation queries come from the database, outside training, are searched in
+        the rest of it, and the test is left whole.
       seed: decides every draw; each draw has a stream of its own, so that one setting does not change another's draw.
-      train_per_class: training images drawn per class from the database; 0 takes the whole database.
-      queries: queries drawn from a set that comes in one piece; 0 takes the set's own test split.
-      validation: "none"; "query_half", half of the queries validate and only the other half is tested on, as in the
-        published code; or "database", validation queries come from the database, outside training, are searched in the
-        rest of it, and the test is left whole.
       validation_queries: how many, with "database".
 
     Raises:
-      DataError: the set is too small for what is asked.
+      DataError: the set is too small for what is asked, or has no labels where it needs them.
     """
-    if source.test is not None:
-        if queries:
-            raise DataError(f"config.data.queries: this data set has its own test split; set it to 0, not {queries}")
-        database, query = source.train, source.test
-    else:
-        database, query = _cut(source.train, queries, _generator(seed, 0))
-    train_indices = _per_class(database.labels, train_per_class, _generator(seed, 1))
-    train = database.take(train_indices) if train_per_class else database
+    if protocol.validation != "none" and source.train.labels is None:
+        raise DataError("config.data.validation: this data set has no labels to validate by; set it to 'none'")
+    if source.roles is not None:
+        return _given(source, protocol)
+    database, query = _queries(source, protocol, _generator(seed, 0))
+    train_indices = _training(database, protocol, _generator(seed, 1))
+    train = database if train_indices is None else database.take(train_indices)
+    outside = np.arange(0) if train_indices is None else np.setdiff1d(np.arange(len(database)), train_indices)
+    if not protocol.train_searched:
+        if not len(outside):
+            raise DataError(
+                f"config.data.protocol: {protocol.name} does not search what trains, and everything trains; set "
+                "config.data.train_images or config.data.train_per_class"
+            )
+        database, outside = database.take(outside), np.arange(len(outside))
     validating = None
-    if validation == "query_half":
-        order = _generator(seed, 2).permutation(len(query))
-        half = len(query) // 2
-        if half < 1:
-            raise DataError("config.data.validation: 'query_half' wants at least 2 queries; set it to 'none'")
-        validating = (query.take(np.sort(order[:half])), database)
-        query = query.take(np.sort(order[half:]))
-    elif validation == "database":
-        outside = np.setdiff1d(np.arange(len(database)), train_indices)
+    if protocol.validation == "query_half":
+        query, validating = _half(query, database, _generator(seed, 2))
+    elif protocol.validation == "database":
         if len(outside) < validation_queries:
             raise DataError(
                 f"config.data.validation_queries: {validation_queries} queries are wanted from the database outside "
-                f"training, which has {len(outside)} images; lower it or config.data.train_per_class"
+                f"training, which has {len(outside)} images; lower it or the number of training images"
             )
         drawn = np.sort(_generator(seed, 2).choice(outside, validation_queries, replace=False))
         validating = (database.take(drawn), database.take(np.setdiff1d(np.arange(len(database)), drawn)))
@@ -75,28 +74,107 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, stream))
 
 
-def _cut(pool: ImageSet, queries: int, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:
-    if not 0 < queries < len(pool):
+def _queries(source: Source, protocol: Protocol, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:
+    """Returns the database and the queries."""
+    drawn = protocol.queries or protocol.queries_per_class
+    if source.test is not None and not protocol.pooled:
+        if drawn:
+            raise DataError(
+                "config.data.queries: this data set has a test split of its own, which are the queries; set it and "
+                f"config.data.queries_per_class to 0, not {drawn}"
+            )
+        return source.train, source.test
+    pool = source.train if source.test is None else joined(source.train, source.test)
+    if protocol.queries and protocol.queries_per_class:
+        raise DataError("config.data.queries: set it or config.data.queries_per_class, not both")
+    if protocol.queries_per_class:
+        indices = _per_class(pool, protocol.queries_per_class, generator, "queries_per_class")
+        return pool.take(np.setdiff1d(np.arange(len(pool)), indices)), pool.take(indices)
+    if not 0 < drawn < len(pool):
         raise DataError(
             f"config.data.queries: this data set comes in one piece of {len(pool)} images; say how many of them are "
-            f"queries, from 1 to {len(pool) - 1}, not {queries}"
+            f"queries, from 1 to {len(pool) - 1}, not {drawn}"
         )
     order = generator.permutation(len(pool))
-    return pool.take(np.sort(order[queries:])), pool.take(np.sort(order[:queries]))
+    return pool.take(np.sort(order[drawn:])), pool.take(np.sort(order[:drawn]))
 
 
-def _per_class(labels: Labels, count: int, generator: np.random.Generator) -> Int[np.ndarray, " drawn"]:
+def _training(
+    database: ImageSet, protocol: Protocol, generator: np.random.Generator
+) -> Int[np.ndarray, " drawn"] | None:
+    """Returns which images of the database train; None: all."""
+    if protocol.train_images and protocol.train_per_class:
+        raise DataError("config.data.train_images: set it or config.data.train_per_class, not both")
+    if protocol.train_per_class:
+        return _per_class(database, protocol.train_per_class, generator, "train_per_class")
+    if protocol.train_images > len(database):
+        raise DataError(
+            f"config.data.train_images: the database has {len(database)} images, not {protocol.train_images}; lower "
+            "it, or 0 takes all of them"
+        )
+    if protocol.train_images:
+        return np.sort(generator.choice(len(database), protocol.train_images, replace=False))
+    return None
+
+
+def _half(
+    query: ImageSet, database: ImageSet, generator: np.random.Generator
+) -> tuple[ImageSet, tuple[ImageSet, ImageSet]]:
+    order = generator.permutation(len(query))
+    half = len(query) // 2
+    if half < 1:
+        raise DataError("config.data.validation: 'query_half' wants at least 2 queries; set it to 'none'")
+    return query.take(np.sort(order[half:])), (query.take(np.sort(order[:half])), database)
+
+
+def _given(source: Source, protocol: Protocol) -> Splits:
+    """Returns the splits that a data set's own list names, of `ROLES`."""
+    assert source.roles is not None
+    asked = {
+        "queries": protocol.queries,
+        "queries_per_class": protocol.queries_per_class,
+        "train_images": protocol.train_images,
+        "train_per_class": protocol.train_per_class,
+    }
+    for field, value in asked.items():
+        if value:
+            raise DataError(f"config.data.{field}: the list names the splits itself; set it to 0, not {value}")
+    if protocol.validation != "none":
+        raise DataError(
+            "config.data.validation: the list names the splits itself; give its validation queries the split "
+            "'validation' and set the field to 'none'"
+        )
+    roles = source.roles
+    searched = [roles[role] for role in ("train", "database") if role in roles]
+    learnt = [roles[role] for role in ("train", "train_only") if role in roles]
+    if not (searched and learnt and "query" in roles):
+        raise DataError(
+            f"config.data.dir: the list's column 'split' has {', '.join(roles)}, but images that train, that are "
+            "searched and that ask are needed; 'train' is the first two, 'query' the third"
+        )
+    database, train = joined(*searched), joined(*learnt)
+    validating = (roles["validation"], database) if "validation" in roles else None
+    if validating and database.labels is None:
+        raise DataError("config.data.dir: the list has validation queries but no labels; leave them out")
+    return Splits(train, roles["query"], database, validating)
+
+
+def _per_class(images: ImageSet, count: int, generator: np.random.Generator, field: str) -> Int[np.ndarray, " drawn"]:
     """Draws `count` images of each class without replacement, sorted; an image drawn for one class serves only it."""
-    if not count:
-        return np.arange(len(labels))
+    if images.labels is None:
+        raise DataError(
+            f"config.data.{field}: this data set has no labels to draw by; set it to 0 and give "
+            f"config.data.{'queries' if field == 'queries_per_class' else 'train_images'} instead"
+        )
+    labels: Labels = images.labels
     drawn = np.zeros(len(labels), bool)
     classes = np.unique(labels) if labels.ndim == 1 else np.arange(labels.shape[1])
     for name in classes:
         members = np.flatnonzero(((labels == name) if labels.ndim == 1 else labels[:, name]) & ~drawn)
         if len(members) < count:
             raise DataError(
-                f"config.data.train_per_class: class {name} has {len(members)} images left in the database, not "
-                f"{count}; lower the number, or 0 takes the whole database"
+                f"config.data.{field}: class {name} has {len(members)} images left to draw from, not {count}; lower "
+                "the number, or 0 draws nothing by class"
             )
         drawn[generator.choice(members, count, replace=False)] = True
     return np.flatnonzero(drawn)

@@ -15,7 +15,7 @@ import cib_jax
 from cib_jax import config as config_lib
 from cib_jax.encoder import Params
 from cib_jax.hasher import check_fingerprint, read_config, restore_best
-from cib_jax.jobs import features
+from cib_jax.jobs import features, neighbours
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -61,9 +61,11 @@ def _evaluate(
             f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; measuring its last checkpoint",
             soft_wrap=True,
         )
+    if changed := setting_lib.changed_data(setting, extra):
+        console.print(f"{workdir}: {changed}; measuring on those of now", soft_wrap=True)
     # results.json is the finished run's own: other figures stand beside it.
-    whole = progress.finished and config.k == trained_k
-    name = "results.json" if whole else f"results-epoch{progress.epoch}-k{config.k}.json"
+    whole = progress.finished and config.k == trained_k and not changed
+    name = "results.json" if whole else f"results-epoch{progress.epoch}-k{setting.protocol.k or 'all'}.json"
     return measure(setting, params, progress, float(extra["bank_seconds"]), name)
 
 
@@ -91,23 +93,33 @@ def measure(
     database = features.codes(setting, params, splits.database, "Encoding database")
     encode_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
-    figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, config.k)
+    k = setting.protocol.k or len(database)
+    figures: dict[str, Any] = {"map": None, "map_tie_aware": None}
+    if splits.query.labels is not None and splits.database.labels is not None:
+        figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, k)
     figures["code_health"] = health.code_health(database)
-    for kind, array in {
-        "query_codes": query,
-        "database_codes": database,
-        "query_labels": splits.query.labels,
-        "database_labels": splits.database.labels,
-    }.items():
-        workdir_lib.write_array(workdir / "codes" / f"{kind}.npy", array)
+    metric_seconds = time.perf_counter() - begun
+    for side, codes, images in (("query", query, splits.query), ("database", database, splits.database)):
+        workdir_lib.write_array(workdir / "codes" / f"{side}_codes.npy", codes)
+        if images.labels is not None:
+            workdir_lib.write_array(workdir / "codes" / f"{side}_labels.npy", images.labels)
+        if images.names is not None:
+            workdir_lib.write_json(workdir / "codes" / f"{side}_names.json", list(images.names))
+    drawn = neighbours.draw(setting, query, database)
     results = {
         "dataset": config.data.name,
+        "protocol": {
+            "name": setting.protocol.name,
+            "says": setting.protocol.says,
+            "changed": list(setting.protocol.changed),
+            "published_tables": setting.protocol.tables(),
+        },
         "backbone": config.backbone,
         "image_size": setting.encoder.image_size,
         "bits": config.bits,
         "objective": config.objective,
         "seed": config.seed,
-        "k": config.k,
+        "k": k,
         "map": figures.pop("map"),
         "map_tie_aware": figures.pop("map_tie_aware"),
         "counts": {
@@ -115,21 +127,36 @@ def measure(
             "query": len(splits.query),
             "database": len(splits.database),
             "validation": len(splits.validation[0]) if splits.validation else 0,
+            "unreadable": len(setting.source.unreadable),
         },
+        "classes": list(setting.source.classes),
         "epochs": progress.epoch,
         "best_validation_map": progress.best_map if progress.best_step else None,
         "seconds": {
             "bank": round(bank_seconds, 2),
             "train": round(progress.seconds, 2),
             "encode": round(encode_seconds, 2),
-            "metrics": round(time.perf_counter() - begun, 2),
+            "metrics": round(metric_seconds, 2),
         },
         "metrics": figures,
+        "neighbours": drawn.name if drawn else None,
         "versions": versions(),
     }
     workdir_lib.write_json(workdir / name, results)
-    _print(results, workdir / name, setting.console)
+    _print(results, setting)
+    if drawn:
+        setting.console.print(f"Nearest neighbours of some queries drawn in {drawn}", soft_wrap=True, highlight=False)
+    setting.console.print(f"Written to {workdir / name}", soft_wrap=True)
     return results
+
+
+def protocol_in_words(setting: Setting) -> str:
+    """Returns the split, how far the ranking is looked at, and the published tables that compare."""
+    protocol = setting.protocol
+    split = protocol.says if setting.source.roles is None else "the split of the list"
+    if setting.splits.database.labels is None:
+        return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and by eye"
+    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; {protocol.tables()}"
 
 
 def versions() -> dict[str, str]:
@@ -151,20 +178,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def _print(results: dict[str, Any], path: pathlib.Path, console: rich.console.Console) -> None:
+def _print(results: dict[str, Any], setting: Setting) -> None:
     figures, code_health, counts = results["metrics"], results["metrics"]["code_health"], results["counts"]
     table = rich.table.Table(
         title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits"
     )
     table.add_column("figure")
     table.add_column("value", justify="right")
-    table.add_row(f"MAP@{results['k']}", f"{results['map']:.4f}", style="bold")
-    table.add_row(f"MAP@{results['k']}, ties in random order", f"{results['map_tie_aware']:.4f}")
-    at = figures["precision_at_k"]
-    for k, precision in zip(at["k"], at["precision"], strict=True):
-        table.add_row(f"precision@{k}", f"{precision:.4f}")
-    table.add_row("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}")
-    table.add_row("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}")
+    if results["map"] is not None:
+        table.add_row("protocol", results["protocol"]["name"])
+        k = f"{results['k']}" if setting.protocol.k else "all"
+        table.add_row(f"MAP@{k}", f"{results['map']:.4f}", style="bold")
+        table.add_row(f"MAP@{k}, ties in random order", f"{results['map_tie_aware']:.4f}")
+        at = figures["precision_at_k"]
+        for k, precision in zip(at["k"], at["precision"], strict=True):
+            table.add_row(f"precision@{k}", f"{precision:.4f}")
+        table.add_row("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}")
+        table.add_row("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}")
     table.add_row("distinct codes in the database", f"{code_health['distinct_codes']:,} of {counts['database']:,}")
     table.add_row("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}")
     table.add_row("entropy of the codes", f"{code_health['entropy']:.2f} bits")
@@ -176,5 +206,4 @@ def _print(results: dict[str, Any], path: pathlib.Path, console: rich.console.Co
         "seconds: view bank · training · encoding · metrics",
         " · ".join(f"{seconds[part]:.1f}" for part in ("bank", "train", "encode", "metrics")),
     )
-    console.print(table)
-    console.print(f"Written to {path}", soft_wrap=True)
+    setting.console.print(table)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Shaped, UInt8
 
 from cib_jax import encoding, feature_cache, from_config
-from cib_jax.data.images import ImageSet
+from cib_jax.data.images import ImageSet, identity
 from cib_jax.encoder import Params
 from cib_jax.feature_cache import DamagedError, FeatureCache
 from cib_jax.hasher import Hasher, packed_of_features, plain_features
@@ -46,6 +46,7 @@ def bank(setting: Setting) -> tuple[Float16[Array, "views images features"], flo
     kept = _Kept(
         setting,
         {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()},
+        images,
         batches,
     )
     shape = (len(images), setting.encoder.backbone.features)
@@ -70,7 +71,7 @@ def bank(setting: Setting) -> tuple[Float16[Array, "views images features"], flo
 def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
     """Yields the features of unaugmented images, in order, `PART` images at a time, with a bar named `what`."""
     batches = setting.repeatable_batches(images)
-    kept = _Kept(setting, {"views": "none"}, batches)
+    kept = _Kept(setting, {"views": "none"}, images, batches)
     compute = functools.partial(plain_features, setting.encoder, {}, setting.frozen)
     size = min(setting.config.encode_batch, len(images))
     with progress.bar(setting.console, what, len(images)) as moved:
@@ -92,7 +93,7 @@ def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.nd
 
 def codes(setting: Setting, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of a set, with a bar named `what`; they are those of `Hasher.encode`."""
-    if not setting.frozen:
+    if not setting.frozen:  # the backbone was trained, or there is none
         with progress.bar(setting.console, what, len(images)) as moved:
             hasher = Hasher(setting.encoder, params, setting.frozen)
             return hasher.encode_batches(setting.batches(images), lambda count: moved(count, ""))
@@ -115,18 +116,19 @@ def codes_of_features(
 class _Kept:
     """The cache of one set of features; what goes wrong with it is told, and never ends the run."""
 
-    def __init__(self, setting: Setting, made_of: dict[str, Any], batches: Callable[..., Batches]):
+    def __init__(self, setting: Setting, made_of: dict[str, Any], images: ImageSet, batches: Callable[..., Batches]):
         self.console, config = setting.console, setting.config
         self.most_bytes = config.cache.mb * 2**20
         self.found, self.cache = 0, None
-        if config.cache.dir == "none":
+        if config.cache.dir == "none" or setting.standard is not None:  # features need not be kept twice
             return
         root = pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else feature_cache.home() / "features"
         self.cache = FeatureCache(
             root,
             made_of
             | {
-                "images": feature_cache.digest_of_images(batches()),
+                # Where files tell what they hold, nothing has to be decoded to find its features.
+                "images": identity(images.images) or feature_cache.digest_of_images(batches()),
                 "stored_size": config.data.stored_size,
                 "backbone": setting.encoder.backbone.name,
                 "weights": setting.fingerprint,

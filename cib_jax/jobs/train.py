@@ -10,6 +10,7 @@ import rich.console
 from cib_jax import config as config_lib
 from cib_jax import from_config
 from cib_jax.data import loader
+from cib_jax.data.images import DataError
 from cib_jax.errors import Refusal
 from cib_jax.hasher import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, features, progress, setting, validation
@@ -67,7 +68,7 @@ def train(
         console.print(
             f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
             f"{len(splits.database):,} in the database; {config.backbone} at {run.encoder.image_size} px, "
-            f"{config.bits} bits, {config.objective}; in {workdir}",
+            f"{config.bits} bits, {config.objective}; in {workdir}\n{evaluate.protocol_in_words(run)}",
             soft_wrap=True,
             highlight=False,
         )
@@ -84,6 +85,8 @@ def _train(run: Setting) -> float:
         "config": config.to_dict(),
         "backbone_fingerprint": run.fingerprint,
         "bank_seconds": 0.0,
+        "data": setting.known_data(run),
+        "standard": run.standard.to_lists() if run.standard else None,
     }
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
         if checkpoints.latest_step is None:
@@ -92,6 +95,11 @@ def _train(run: Setting) -> float:
         else:
             state, now, extra = checkpoints.restore(state)
             check_fingerprint(run.fingerprint, extra, run.workdir)
+            if changed := setting.changed_data(run, extra):
+                raise DataError(
+                    f"config.data.dir: {changed}, so it cannot go on to the same result; put the data back, or train "
+                    "again in another --workdir"
+                )
             run.console.print(f"Going on after epoch {now.epoch} of {config.epochs}, step {now.step}")
         if not now.finished:
             fed, bank_seconds = _feed(run)
@@ -121,7 +129,7 @@ def _loop(
             record: dict[str, Any] = {"epoch": at.epoch, **report.terms, "images_per_second": report.images_per_second}
             if report.validation_map is not None:
                 record["validation_map"] = report.validation_map
-                run.console.print(f"Epoch {at.epoch}: validation MAP@{config.k} {report.validation_map:.4f}")
+                run.console.print(f"Epoch {at.epoch}: validation MAP {report.validation_map:.4f}")
             log.write(at.step, record)
             due = at.epoch % config.train.checkpoint_every == 0
             if due or at.finished or report.validation_map is not None:

@@ -21,6 +21,9 @@ def validator(setting: Setting) -> Callable[[TrainState], float] | None:
     if setting.splits.validation is None:
         return None
     query, database = setting.splits.validation
+    if query.labels is None or database.labels is None:
+        raise AssertionError("splits.draw lets nothing validate without labels")
+    labels = query.labels, database.labels
     kept: dict[str, Float[np.ndarray, "n features"]] = {}
 
     def codes(params: Params, images: ImageSet, name: str) -> UInt8[np.ndarray, "n bytes"]:
@@ -34,9 +37,9 @@ def validator(setting: Setting) -> Callable[[TrainState], float] | None:
         return metrics.mean_average_precision(
             codes(state.params, query, "query"),
             codes(state.params, database, "database"),
-            query.labels,
-            database.labels,
-            setting.config.k,
+            labels[0],
+            labels[1],
+            setting.protocol.k or len(database),
         )
 
     return validate

@@ -81,11 +81,20 @@ def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
         )
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file atomically."""
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file atomically."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_bytes(content)
     os.replace(part, path)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a JSON file atomically; text that is no valid Unicode, as file names may be, is escaped."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_bytes(path, text.encode())
+    except UnicodeEncodeError:
+        write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

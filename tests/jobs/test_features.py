@@ -104,7 +104,9 @@ def test_what_shapes_features_makes_another_bank(first, tmp_path, console, field
     for fields in ({}, field):
         setting = setting_lib.prepare(config(cache, **fields), run, console)
         batches = setting.repeatable_batches(setting.splits.train)
-        names.append(features._Kept(setting, {"views": setting.config.augment}, batches).cache.folder.name)
+        names.append(
+            features._Kept(setting, {"views": setting.config.augment}, setting.splits.train, batches).cache.folder.name
+        )
     assert names[0] != names[1]
 
 

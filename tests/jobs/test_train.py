@@ -48,7 +48,7 @@ def test_the_results_say_what_was_measured(trained):
     assert (written["map"], written["metrics"]) == (results["map"], results["metrics"])
     assert (results["dataset"], results["backbone"], results["objective"]) == ("digits", "convnet", "cibhash")
     assert (results["bits"], results["k"], results["seed"], results["epochs"]) == (16, 100, 0, 3)
-    assert results["counts"] == {"train": 130, "query": 297, "database": 1500, "validation": 0}
+    assert results["counts"] == {"train": 130, "query": 297, "database": 1500, "validation": 0, "unreadable": 0}
     assert set(results["seconds"]) == {"bank", "train", "encode", "metrics"}
     assert results["versions"]["jax"] == jax.__version__
 
@@ -240,7 +240,7 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
         k=50,
     )
     results = train(config, tmp_path / "run", console=console)
-    assert results["counts"] == {"train": 40, "query": 10, "database": 100, "validation": 10}
+    assert results["counts"] == {"train": 40, "query": 10, "database": 100, "validation": 10, "unreadable": 0}
     np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 50), rtol=1e-12)
     assert results["seconds"]["bank"] > 0
     hasher = cib.Hasher.load(tmp_path / "run")

@@ -1,0 +1,63 @@
+"""Pictures of search results: a row per query, its nearest images beside it, drawn from arrays alone."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+from jaxtyping import UInt8
+
+SIDE = 112
+_GAP, _CAPTION, _FRAME = 8, 20, 4
+_QUERY_GAP = 24
+# Okabe and Ito's colours, which most colour-blind readers can tell apart; a miss is crossed out, too, for print.
+_HIT, _MISS, _INK, _PAPER = (0, 114, 178), (213, 94, 0), (40, 40, 40), (255, 255, 255)
+
+
+class Tile(NamedTuple):
+    """An image with a few words under it."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    caption: str
+    hit: bool | None = None
+    """Whether it is relevant to the query; None: not known."""
+
+
+def draw(title: str, rows: Sequence[tuple[Tile, Sequence[Tile]]]) -> PIL.Image.Image:
+    """Returns a picture with the title and, row by row, each query and its results in order.
+
+    Raises:
+      ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("rows: there is none; give at least one query with its results")
+    font = PIL.ImageFont.load_default(13)
+    columns = max(len(results) for _, results in rows)
+    step = SIDE + _GAP
+    width = _GAP + step + _QUERY_GAP + columns * step
+    width = max(width, int(font.getlength(title)) + 2 * _GAP)
+    head = 30
+    sheet = PIL.Image.new("RGB", (width, head + len(rows) * (step + _CAPTION)), _PAPER)
+    pen = PIL.ImageDraw.Draw(sheet)
+    pen.text((_GAP, _GAP), title, _INK, font)
+    for number, (query, results) in enumerate(rows):
+        y = head + number * (step + _CAPTION)
+        _put(sheet, pen, font, query, _GAP, y)
+        for place, result in enumerate(results):
+            _put(sheet, pen, font, result, _GAP + step + _QUERY_GAP + place * step, y)
+    return sheet
+
+
+def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: Tile, x: int, y: int) -> None:
+    inside = SIDE - 2 * _FRAME
+    picture = PIL.Image.fromarray(tile.image)
+    # Small images, such as digits, stay sharp.
+    how = PIL.Image.Resampling.NEAREST if max(picture.size) * 2 <= inside else PIL.Image.Resampling.BILINEAR
+    if tile.hit is not None:
+        pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), _HIT if tile.hit else _MISS)
+    sheet.paste(picture.resize((inside, inside), how), (x + _FRAME, y + _FRAME))
+    if tile.hit is False:
+        pen.line((x, y + SIDE - 1, x + 20, y + SIDE - 21), _MISS, _FRAME)
+    pen.text((x + _FRAME, y + SIDE + 2), tile.caption, _INK, font)

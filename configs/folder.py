@@ -1,0 +1,17 @@
+"""Any folder of photos: `--config.data.dir=PHOTOS`. Sub-folders, if they are classes, serve only to measure."""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.k = 0
+    c.data.name = "folder"
+    c.data.queries = 100
+    c.data.stored_size = 160
+    c.backbone = "efficientnet_lite0"
+    c.image_size = 128
+    c.train.views = 10
+    return c
