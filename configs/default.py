@@ -24,8 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.temperature = 0.3  # τ of the contrast
     c.beta = 0.001  # β, weight of the bottleneck term in nats
     c.augment = "photo"  # family of views: photo (the paper's) | digits | of features: noise | stored
-    c.feature_noise = 0.5  # with "noise": deviation of the noise added to standardised features
-    c.feature_dropout = 0.2  # with "noise": probability with which a feature is left out of a view
+    c.feature_noise = 0.7  # with "noise": deviation of the noise added to standardised features
+    c.feature_dropout = 0.3  # with "noise": probability with which a feature is left out of a view
 
     # Optimisation: Adam with a constant learning rate.
     c.batch_size = 64  # images per step; two views each
@@ -48,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.protocol = "own"
     c.data.queries = -1  # queries drawn from a set that comes in one piece; 0 = the set's own test split
     c.data.queries_per_class = -1  # the same, per class
-    c.data.train_images = -1  # training images drawn from the database; with the next 0 too, all of it trains
+    # Training images drawn from the database; all train where there are no more, or where the next is 0 too.
+    c.data.train_images = -1
     c.data.train_per_class = -1  # the same, per class
     c.data.validation = "protocol"  # none | query_half (half the queries) | database (see below)
     c.data.validation_queries = 1000  # with "database": images drawn from it, outside training, as validation queries

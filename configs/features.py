@@ -10,6 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.k = 0
     c.data.name = "features"
     c.data.queries = 100
+    c.data.train_images = 10_000
     c.backbone = "none"
     c.augment = "noise"
     c.encode_batch = 4096

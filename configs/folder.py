@@ -10,6 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.k = 0
     c.data.name = "folder"
     c.data.queries = 100
+    c.data.train_images = 10_000
     c.data.stored_size = 160
     c.backbone = "efficientnet_lite0"
     c.image_size = 128

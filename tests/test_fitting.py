@@ -64,3 +64,59 @@ def test_other_images_are_refused(digits):
         fit([digits[0][0], digits[0][0][:5]])
     with pytest.raises(ValueError, match=r"images: wanted uint8 \[images, height, width, 3\], got float32"):
         fit(digits[0].astype(np.float32))
+
+
+def grouped(views=0):
+    """Eight overlapping clusters in 64 dimensions."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(300) % 8
+    centres = generator.normal(size=(8, 64))
+    noise = generator.normal(size=(300, views, 64) if views else (300, 64))
+    return (centres[labels][:, None] if views else centres[labels]) + noise, labels
+
+
+@pytest.mark.parametrize(("views", "augment"), [(0, "noise"), (3, "stored")])
+def test_features_are_hashed_better_than_by_random_planes(views, augment):
+    features, labels = grouped(views)
+    hasher = cib.fit(features, backbone="none", augment=augment, bits=16, epochs=15, hidden=64, batch_size=50)
+    plain = features[:, 0] if views else features
+    planes = np.random.default_rng(1).normal(size=(64, 16))
+    random = np.packbits((plain - plain.mean(0)) @ planes > 0, axis=1)
+    learnt, by_planes = (
+        cib.mean_average_precision(codes[:60], codes[60:], labels[:60], labels[60:], k=240)
+        for codes in (hasher.encode(features), random)
+    )
+    assert learnt > by_planes + 0.1
+
+
+def test_half_precision_features_are_standardised_in_single_precision():
+    features = (1000 + grouped()[0]).astype(np.float16)
+    codes = [
+        cib.fit(array, backbone="none", augment="noise", bits=8, epochs=1, hidden=16).encode(array)
+        for array in (features, features.astype(np.float32))
+    ]
+    assert np.array_equal(*codes)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        (np.zeros((80, 4), np.int64), {}, r"got int64 \[80, 4\]"),
+        (np.full((80, 4), np.nan), {}, "not finite"),
+        (np.ones((80, 4)), {"augment": "photo"}, "augment: 'photo' is not one of noise, stored"),
+        (np.ones((80, 4)), {"views": 2}, "views: 2 views are computed once only of a frozen backbone"),
+        (np.ones((80, 4)), {"augment": "stored"}, r"features are \[64, 4\], but augment='stored' needs"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(features, options, message):
+    with pytest.raises(ValueError, match=message):
+        cib.fit(features, **{"backbone": "none", "augment": "noise", "epochs": 1, "hidden": 8} | options)
+
+
+def test_a_hasher_of_features_takes_no_others():
+    features, _ = grouped()
+    hasher = cib.fit(features, backbone="none", augment="noise", bits=8, epochs=1, hidden=8)
+    for wrong in (features[:, :5], features.astype(int), np.zeros((2, 8, 8, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"images: wanted features \[n, 64\] in floating point, as in training"):
+            hasher.encode(wrong)
+    assert hasher.encode(features[:0]).shape == (0, 1)

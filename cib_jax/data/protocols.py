@@ -19,7 +19,7 @@ class Protocol:
     """Which images train, which are queries, which are searched, and how far a ranking is looked at."""
 
     name: str = "own"
-    says: str = "as the fields of the config say"
+    says: str = "a split of one's own"
     data_sets: tuple[str, ...] = ()
     """Those that it is for; none: any."""
     pooled: bool = False
@@ -28,7 +28,7 @@ class Protocol:
     """Drawn at random; with `queries_per_class` 0 too, the data set's own test split is the queries."""
     queries_per_class: int = 0
     train_images: int = 0
-    """Drawn at random from the database; with `train_per_class` 0 too, the whole database trains."""
+    """Drawn at random from the database; all of it trains where there are no more or `train_per_class` is 0, too."""
     train_per_class: int = 0
     train_searched: bool = True
     """Whether the training images stay in the database."""
@@ -43,7 +43,7 @@ class Protocol:
     def tables(self) -> str:
         """Returns, in words, with which published tables figures made in this way compare."""
         if self.name == "own":
-            return "a split of one's own: no published table compares"
+            return "no published table compares"
         if self.changed:
             return f"changed from the protocol ({', '.join(self.changed)}): no published table compares"
         at = "all" if self.k == ALL else self.k

@@ -107,12 +107,12 @@ def _training(
         raise DataError("config.data.train_images: set it or config.data.train_per_class, not both")
     if protocol.train_per_class:
         return _per_class(database, protocol.train_per_class, generator, "train_per_class")
-    if protocol.train_images > len(database):
+    if protocol.train_images > len(database) and protocol.name != "own":
         raise DataError(
-            f"config.data.train_images: the database has {len(database)} images, not {protocol.train_images}; lower "
-            "it, or 0 takes all of them"
+            f"config.data.train_images: the database has {len(database)} images, where {protocol.name} wants "
+            f"{protocol.train_images} to train; lower the number, or set config.data.protocol to 'own'"
         )
-    if protocol.train_images:
+    if 0 < protocol.train_images < len(database):
         return np.sort(generator.choice(len(database), protocol.train_images, replace=False))
     return None
 

@@ -196,3 +196,11 @@ def test_a_list_gives_the_splits_itself():
 def test_a_list_that_gives_its_splits_badly_is_refused(source, fields, message):
     with pytest.raises(DataError, match=message):
         draw(source, seed=0, **fields)
+
+
+def test_training_images_are_at_most_what_there_are_but_a_protocol_wants_its_number():
+    source = Source(numbered(50, None), None)
+    assert len(draw(source, seed=0, queries=10, train_images=40).train) == 40
+    assert len(draw(source, seed=0, queries=10, train_images=5000).train) == 40
+    with pytest.raises(DataError, match=r"config.data.train_images: the database has 40 images, where coco wants 5000"):
+        draw(source, seed=0, queries=10, train_images=5000, name="coco")

@@ -1,0 +1,236 @@
+"""Reading photos: decoding against a plain Pillow loop, preparing a folder, and whether a training step ever waits.
+
+`python -m benchmarks.decoding` generates its photos. The plain loop is what a data set in PyTorch does: open, turn
+upright, convert to RGB, resize.
+"""
+
+import concurrent.futures
+import functools
+import io
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import PIL.Image
+import PIL.ImageOps
+
+import cib_jax as cib
+from benchmarks import measuring
+from cib_jax.data import folder, loader, photos
+from cib_jax.training import feed, loop
+from cib_jax.training.checkpoint import Progress
+
+KINDS = {
+    "JPEG, 640 × 480": ("JPEG", 640, 480),
+    "JPEG, 4000 × 3000": ("JPEG", 4000, 3000),
+    "PNG, 640 × 480": ("PNG", 640, 480),
+}
+BATCH = 64
+
+
+def make_photo(form: str, width: int, height: int, seed: int) -> bytes:
+    """Returns the file of a photo-like image: smooth shapes under a little noise."""
+    generator = np.random.default_rng(seed)
+    small = PIL.Image.fromarray(generator.integers(0, 256, (9, 12, 3), np.uint8))
+    smooth = np.asarray(small.resize((width, height), PIL.Image.Resampling.BICUBIC)).astype(np.float32)
+    grain = PIL.Image.fromarray((smooth + generator.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    grain.save(file, form, **({"quality": 90} if form == "JPEG" else {}))
+    return file.getvalue()
+
+
+def plainly(content: bytes, size: int) -> np.ndarray:
+    """Decodes as a plain loop does."""
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(upright.resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
+def for_each(function: Callable[[bytes], Any], contents: Sequence[bytes], threads: int) -> None:
+    """Calls a function of every content, on so many threads."""
+    if threads == 1:
+        for content in contents:
+            function(content)
+        return
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(function, contents):
+            pass
+
+
+def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
+    """Prints photos per second and core of both sides, and ours on all cores."""
+    rows = []
+    for kind, (form, width, height) in KINDS.items():
+        contents = [make_photo(form, width, height, seed) for seed in range(4)] * (2 if width > 1000 else 16)
+        for size in sizes:
+            sides = {
+                "plain": functools.partial(for_each, functools.partial(plainly, size=size), contents, 1),
+                "ours": functools.partial(for_each, functools.partial(photos.decode, size=size), contents, 1),
+                "all": functools.partial(
+                    for_each, functools.partial(photos.decode, size=size), contents, measuring.cores()
+                ),
+            }
+            seconds = measuring.in_turns(sides, rounds=rounds)
+            rates = {name: len(contents) / taken.median for name, taken in seconds.items()}
+            off = np.abs(plainly(contents[0], size).astype(int) - photos.decode(contents[0], size)).mean()
+            rows.append(
+                (
+                    kind,
+                    size,
+                    f"{rates['plain']:.0f}",
+                    f"{rates['ours']:.0f}",
+                    measuring.told_ratio(seconds["plain"], seconds["ours"]),
+                    f"{rates['all'] / measuring.cores():.0f}",
+                    f"{off:.2f}",
+                )
+            )
+    print("Photos/s of one core, decoded and resized")
+    header = ("photo", "px", "plain Pillow", "cib_jax", "times faster", "per core, on all", "mean difference in levels")
+    measuring.print_table(header, rows)
+
+
+def measure_folder(count: int, size: int) -> None:
+    """Prints how long preparing a folder takes, and a second start."""
+    with tempfile.TemporaryDirectory() as name:
+        root = pathlib.Path(name, "photos")
+        root.mkdir()
+        contents = [make_photo("JPEG", 640, 480, seed) for seed in range(20)]
+        for number in range(count):
+            (root / f"{number:06}.jpg").write_bytes(contents[number % 20])
+        load = functools.partial(folder.load, str(root), size=size, cache=pathlib.Path(name, "cache"))
+        taken = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            source = load()
+            taken.append(time.perf_counter() - begun)
+        kept = sum(file.stat().st_size for file in pathlib.Path(name, "cache").rglob("*") if file.is_file())
+        begun = time.perf_counter()
+        some = min(count, 200)
+        for number in range(some):
+            plainly((root / f"{number:06}.jpg").read_bytes(), size)
+        plain = (time.perf_counter() - begun) / some * count
+        print(f"A folder of {count:,} JPEGs of 640 × 480, prepared at {size} px")
+        rows = [
+            ("first start", f"{taken[0]:.1f} s", f"{count / taken[0]:.0f} photos/s on {measuring.cores()} cores"),
+            ("plain loop, from its first photos", f"{plain:.1f} s", f"{count / plain:.0f} photos/s"),
+            ("second start", f"{taken[1]:.2f} s", f"{count / taken[1]:,.0f} photos/s"),
+            ("kept on disk", f"{kept / 2**20:.0f} MiB", f"{kept / count / 1024:.0f} KiB a photo"),
+        ]
+        order = np.random.default_rng(0).permutation(count)
+        begun = time.perf_counter()
+        for _ in loader.stream(source.train.images, order, BATCH, stored_size=size):
+            pass
+        rows.append(("an epoch of them, in random order", f"{time.perf_counter() - begun:.2f} s", ""))
+        measuring.print_table(("", "time", ""), rows)
+
+
+class Files:
+    """Photos that are decoded when they are asked for, as a large TFDS set's are."""
+
+    def __init__(self, contents: Sequence[bytes]):
+        """Holds the files' contents."""
+        self.contents = contents
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.resized(index, 0)
+
+    def resized(self, index: int, size: int) -> np.ndarray:
+        """Decodes straight to the size."""
+        return photos.decode(self.contents[index], size)
+
+
+def waits(batches: Iterable[Any], seconds: float) -> tuple[float, float]:
+    """Returns the share of time that a step of so many seconds, on a device of its own, waits; and the whole time."""
+    waited, begun = 0.0, time.perf_counter()
+    steps = iter(batches)
+    next(steps)  # what is not read ahead yet
+    while True:
+        asked = time.perf_counter()
+        if next(steps, None) is None:
+            break
+        waited += time.perf_counter() - asked
+        time.sleep(seconds)
+    whole = time.perf_counter() - begun
+    return waited / whole, whole
+
+
+def measure_waiting(size: int, count: int) -> None:
+    """Prints whether the loader keeps ahead of a step that takes this and that share of what the cores can decode."""
+    files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
+    order = np.random.default_rng(0).permutation(len(files))
+    stream = functools.partial(loader.stream, files, order, BATCH, stored_size=size, drop_remainder=True)
+    begun = time.perf_counter()
+    for _ in stream():
+        pass
+    rate = len(order) / (time.perf_counter() - begun)
+    print(f"A step on a device of its own, fed with JPEGs of 640 × 480 at {size} px; the loader alone: {rate:.0f}/s")
+    rows = []
+    for share in (0.5, 0.8, 0.95, 1.2):
+        step = BATCH / (share * rate)
+        waited, _ = waits(stream(), step)
+        rows.append((f"{share * rate:.0f}", f"{share:.0%}", f"{1000 * step:.0f} ms", f"{waited:.1%}"))
+    measuring.print_table(("the step takes, photos/s", "of the loader's", "a step", "share of time waiting"), rows)
+
+
+def measure_training(size: int, image_size: int, count: int, rounds: int) -> None:
+    """Prints an epoch of training on this machine, fed from files and fed from memory."""
+    files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
+    encoder, params, frozen = cib.create_encoder(
+        jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
+    )
+    optimiser = optax.adam(1e-3)
+    method: dict[str, Any] = {"encoder": encoder, "optimiser": optimiser, "augment": "photo"}
+    options: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "method": method}
+    resident = jax.numpy.asarray(loader.materialise(files, stored_size=size))
+    feeds = {
+        "memory": feed.from_device(resident, frozen, **options),
+        "files": feed.from_stream(files, frozen, stored_size=size, **options),
+    }
+
+    def epoch(fed: feed.Feed) -> None:
+        state, _ = loop.run(
+            cib.create_train_state(jax.tree.map(jax.numpy.copy, params), optimiser),
+            Progress(),
+            steps=fed.steps,
+            epoch_chunks=fed.epoch_chunks,
+            key=jax.random.key(1),
+            epochs=1,
+            batch_size=BATCH,
+        )
+        jax.block_until_ready(state.params)
+
+    seconds = measuring.in_turns({name: functools.partial(epoch, fed) for name, fed in feeds.items()}, rounds=rounds)
+    begun = time.perf_counter()
+    for_each(functools.partial(photos.decode, size=size), files.contents, measuring.cores())
+    decoding = time.perf_counter() - begun
+    print(f"EfficientNet-Lite0 at {image_size} px, {count} photos an epoch; the step and decoding share the cores")
+    rows = [(name, f"{taken.median:.2f} s", f"{count / taken.median:.0f} photos/s") for name, taken in seconds.items()]
+    rows.append(("decoding alone", f"{decoding:.2f} s", f"{count / decoding:.0f} photos/s"))
+    measuring.print_table(("fed from", "epoch", ""), rows)
+
+
+def main() -> None:
+    """Reads the flags and measures."""
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160, 256], help="stored sizes, pixels")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    parser.add_argument("--photos", type=int, default=4000, help="photos of the folder")
+    parser.add_argument("--epoch", type=int, default=640, help="photos of an epoch of training")
+    flags = parser.parse_args()
+    print(measuring.machine("pillow", "jax"), end="\n\n")
+    measure_decoding(flags.sizes, flags.rounds)
+    measure_folder(flags.photos, 160)
+    measure_waiting(160, 2000)
+    measure_training(160, 128, flags.epoch, 3)
+
+
+if __name__ == "__main__":
+    main()
