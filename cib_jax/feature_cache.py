@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,9 @@ class FeatureCache:
     def read(self, part: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> Shaped[np.ndarray, "..."] | None:
         """Returns the part called `part`, or None if it was never written.
 
-          Raises:
-            DamagedError: the file is cut short, altered or holds something else.
-        OSError: the folder cannot be looked into.
+        Raises:
+          DamagedError: the file is cut short, altered or holds something else.
+          OSError: the folder cannot be looked into.
         """
         path = self._path(part)
         if not path.exists():
@@ -84,22 +84,33 @@ class FeatureCache:
 
     def prune(self, most_bytes: int) -> None:
         """Deletes the folders beside this one that were not used for longest, until all take `most_bytes` or less."""
-        if not self.folder.parent.is_dir():
-            return
-        used, sizes = {}, {}
-        for folder in self.folder.parent.iterdir():
-            with contextlib.suppress(OSError):  # another process may be deleting it
-                if (folder / MADE_OF).exists():
-                    used[folder] = folder.stat().st_mtime
-                    sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
-        total = sum(sizes.values())
-        for folder in sorted(sizes, key=used.__getitem__):
-            if total > most_bytes and folder != self.folder:
-                shutil.rmtree(folder, ignore_errors=True)
-                total -= sizes[folder]
+        prune(self.folder.parent, most_bytes, lambda folder: folder == self.folder)
 
     def _path(self, part: str) -> pathlib.Path:
         return self.folder / f"{part}.safetensors"
+
+
+def prune(root: pathlib.Path, most_bytes: int, stays: Callable[[pathlib.Path], bool]) -> None:
+    """Deletes the caches in `root` that were not used for longest, until all take `most_bytes` or less.
+
+    Args:
+      root: the folder of caches, each a folder with a file `MADE_OF`; nothing else is touched.
+      most_bytes: that they may take.
+      stays: says of a folder that it is in use.
+    """
+    if not root.is_dir():
+        return
+    used, sizes = {}, {}
+    for folder in root.iterdir():
+        with contextlib.suppress(OSError):  # another process may be deleting it
+            if (folder / MADE_OF).exists():
+                used[folder] = folder.stat().st_mtime
+                sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=used.__getitem__):
+        if total > most_bytes and not stays(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= sizes[folder]
 
 
 def _checksum(features: np.ndarray) -> str:

@@ -75,7 +75,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.encode_batch = 100  # images per batch where nothing is learnt: the view bank, the evaluation
 
     c.cache = ml_collections.ConfigDict()
-    # Where a frozen backbone's features are kept for later runs: "" = ~/.cache/cib_jax/features, "none" = nowhere.
+    # Where features of a frozen backbone and prepared photos are kept for later runs: "" = ~/.cache/cib_jax, "none" =
+    # nowhere (photos then lie in the workdir).
     c.cache.dir = ""
-    c.cache.mb = 20480  # features that were not used for longest are deleted when all take more MiB than this
+    c.cache.mb = 20480  # what was not used for longest is deleted when all features, or all photos, take more MiB
     return c

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -57,8 +57,9 @@ class PreparedPhotos:
     """Squares of RGB out of memory maps: what is looked at is read, the rest stays on disk."""
 
     def __init__(self, folder: pathlib.Path, size: int, places: Sequence[_Place], identity: str):
-        """Shows the photos at `places` of the shards in `folder`."""
+        """Shows the photos at `places` of the shards in `folder`, which stays as it is meanwhile."""
         self.identity = identity
+        self._used = _hold(folder, fcntl.LOCK_SH)
         self._size = size
         self._shards = np.array([place.shard for place in places], np.int64)
         self._rows = np.array([place.row for place in places], np.int64)
@@ -142,7 +143,8 @@ def _prepare(
                 known |= _append(folder, shard)
                 moved(len(shard))
     live = {stamp: known[stamp] for stamp in found if isinstance(stamp, _Stamp)}
-    live = _tidy(folder, size, known, live)
+    if not in_use(folder):
+        live = _tidy(folder, size, known, live)
     kept, unreadable, places = [], [], []
     digest = hashlib.blake2b(f"{size} {photos.VERSION}".encode(), digest_size=16)
     for index, stamp in enumerate(found):
@@ -156,6 +158,26 @@ def _prepare(
             digest.update(json.dumps(stamp).encode())
     images = PreparedPhotos(folder, size, places, f"photos-{digest.hexdigest()}")
     return Prepared(images, np.array(kept, np.int64), unreadable, notes)
+
+
+def in_use(folder: pathlib.Path) -> bool:
+    """Returns whether somebody, in this process or another, looks at the photos that are kept in `folder`."""
+    try:
+        _hold(folder, fcntl.LOCK_EX | fcntl.LOCK_NB).close()
+    except OSError:
+        return True
+    return False
+
+
+def _hold(folder: pathlib.Path, how: int) -> IO[str]:
+    """Returns a file that holds the folder until it is closed."""
+    file = (folder / "used").open("w")
+    try:
+        fcntl.flock(file, how)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

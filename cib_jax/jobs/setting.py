@@ -17,7 +17,7 @@ import rich.console
 from jaxtyping import Float, UInt8
 
 from cib_jax import feature_cache, feature_views, from_config
-from cib_jax.data import loader, vectors
+from cib_jax.data import loader, prepared, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.protocols import Protocol
 from cib_jax.data.splits import Splits
@@ -101,7 +101,9 @@ def prepare(
       ConfigError, DataError, WeightsError: something cannot be had or does not fit.
     """
     protocol = from_config.protocol(config)
-    source = from_config.source(config, _photos(config, workdir), _bars(console))
+    photos = _photos(config, workdir)
+    source = from_config.source(config, photos, _bars(console))
+    feature_cache.prune(photos, config.cache.mb * 2**20, prepared.in_use)
     _tell(config, source, workdir, console)
     splits = from_config.draw_splits(config, source)
     standard = None

@@ -98,6 +98,20 @@ def test_shards_without_a_living_photo_go_and_a_mostly_dead_rest_is_rewritten(ro
     assert_right(prepare(root, names), root, names)
 
 
+def test_nothing_is_tidied_away_under_one_who_looks(root):
+    first = prepare(root)
+    names = ["0.jpg"]
+    second = prepare(root, names)
+    assert_right(first, root)
+    assert_right(second, root, names)
+    cache = next((root.parent / "cache").iterdir())
+    assert prepared.in_use(cache)
+    del first, second
+    assert not prepared.in_use(cache)
+    prepare(root, names)
+    assert len(list(cache.glob("*.npy"))) == 1
+
+
 def test_an_interrupted_preparation_is_gone_on_with(root, opened, monkeypatch):
     append, shards = prepared._append, []
 
