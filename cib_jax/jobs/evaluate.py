@@ -181,12 +181,12 @@ def versions() -> dict[str, str]:
 def _print(results: dict[str, Any], setting: Setting) -> None:
     figures, code_health, counts = results["metrics"], results["metrics"]["code_health"], results["counts"]
     table = rich.table.Table(
-        title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits"
+        title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits",
+        caption=protocol_in_words(setting),
     )
     table.add_column("figure")
     table.add_column("value", justify="right")
     if results["map"] is not None:
-        table.add_row("protocol", results["protocol"]["name"])
         k = f"{results['k']}" if setting.protocol.k else "all"
         table.add_row(f"MAP@{k}", f"{results['map']:.4f}", style="bold")
         table.add_row(f"MAP@{k}, ties in random order", f"{results['map_tie_aware']:.4f}")
