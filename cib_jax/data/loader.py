@@ -67,7 +67,15 @@ def materialise(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "i
     """
     if isinstance(images, np.ndarray) and not stored_size:
         return images
-    return np.concatenate(list(stream(images, np.arange(len(images)), 256, stored_size=stored_size)))
+    whole: np.ndarray | None = None
+    done = 0
+    for batch in stream(images, np.arange(len(images)), 256, stored_size=stored_size):
+        if whole is None:  # made at once: joining batches at the end would hold everything twice
+            whole = np.empty((len(images), *batch.shape[1:]), batch.dtype)
+        whole[done : done + len(batch)] = batch
+        done += len(batch)
+    assert whole is not None, "a set of images is never empty"
+    return whole
 
 
 def size_in_bytes(images: Images, *, stored_size: int = 0) -> int:

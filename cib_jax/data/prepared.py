@@ -54,7 +54,10 @@ class Prepared(NamedTuple):
 
 
 class PreparedPhotos:
-    """Squares of RGB out of memory maps: what is looked at is read, the rest stays on disk."""
+    """Squares of RGB out of files: what is looked at is read, the rest stays on disk.
+
+    Read, not mapped: pages of a map count as the process's memory for as long as nobody else wants them.
+    """
 
     def __init__(self, folder: pathlib.Path, size: int, places: Sequence[_Place], identity: str):
         """Shows the photos at `places` of the shards in `folder`, which stays as it is meanwhile."""
@@ -63,13 +66,22 @@ class PreparedPhotos:
         self._size = size
         self._shards = np.array([place.shard for place in places], np.int64)
         self._rows = np.array([place.row for place in places], np.int64)
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(lambda number: np.load(_pixels(folder, number), mmap_mode="r"))
+        self._shard = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_open_shard, folder))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
-        return np.asarray(self._shard(int(self._shards[index]))[self._rows[index]])
+        file, start = self._shard(int(self._shards[index]))
+        length = self._size * self._size * 3
+        pixels = os.pread(file.fileno(), length, start + int(self._rows[index]) * length)
+        return np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3)
+
+
+def _open_shard(folder: pathlib.Path, number: int) -> tuple[IO[bytes], int]:
+    """Returns a shard, open, and where its pixels begin."""
+    path = _pixels(folder, number)
+    return path.open("rb"), np.load(path, mmap_mode="r").offset
 
 
 def prepare(

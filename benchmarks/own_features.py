@@ -1,0 +1,115 @@
+"""Hashing features of one's own: this project's objective with views by noise against ITQ and LSH on the same features.
+
+`python -m benchmarks.own_features` takes scikit-learn's digits, pixel by pixel; `--data-dir=DIR`, a TFDS data_dir with
+CIFAR-10, adds EfficientNet-Lite0's features of unaugmented images at 128 px, in the paper's splits.
+"""
+
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import sklearn.datasets
+
+import cib_jax as cib
+from benchmarks import measuring
+from cib_jax.data import loader, sources, splits
+from cib_jax.data.protocols import PROTOCOLS
+from cib_jax.hasher import plain_features
+
+
+class Task(NamedTuple):
+    """Features that train, that ask and that are searched, with labels of the latter two."""
+
+    name: str
+    train: np.ndarray
+    query: np.ndarray
+    database: np.ndarray
+    query_labels: np.ndarray
+    database_labels: np.ndarray
+
+
+def make_digits() -> Task:
+    """Returns the 64 pixels of digits, 297 queries on 1,500, which all train."""
+    digits = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.data))
+    features, labels = (digits.data[order] / 16).astype(np.float32), digits.target[order]
+    return Task("digits, 64 pixels", features[297:], features[:297], features[297:], labels[:297], labels[297:])
+
+
+def make_cifar(directory: str) -> Task:
+    """Returns features of CIFAR-10 in the paper's splits."""
+    drawn = splits.draw(sources.load("cifar10", directory), PROTOCOLS["cifar10-10k-50k"], seed=0)
+    encoder, params, frozen = cib.create_encoder(
+        jax.random.key(0),
+        backbone="efficientnet_lite0",
+        bits=32,
+        image_size=128,
+        backbone_params=cib.load_pretrained("efficientnet_lite0"),
+    )
+
+    def features(part: splits.ImageSet) -> np.ndarray:
+        batches = loader.stream(part.images, np.arange(len(part)), 100)
+        return np.concatenate([np.asarray(plain_features(encoder, params, frozen, images)) for images in batches])
+
+    made = [features(part) for part in (drawn.train, drawn.query, drawn.database)]
+    assert drawn.query.labels is not None and drawn.database.labels is not None
+    return Task("CIFAR-10, EfficientNet-Lite0", *made, drawn.query.labels, drawn.database.labels)
+
+
+def lsh(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns packed codes by random planes through the mean (Charikar 2002)."""
+    planes = np.random.default_rng(seed).normal(size=(task.train.shape[1], bits))
+    mean = task.train.mean(axis=0)
+    query, database = (np.packbits((part - mean) @ planes > 0, axis=1) for part in (task.query, task.database))
+    return query, database
+
+
+def itq(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns packed codes by iterative quantisation, 50 iterations (Gong and Lazebnik 2011)."""
+    mean = task.train.mean(axis=0)
+    centred = (task.train - mean).astype(np.float64)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :bits]
+    projected = centred @ axes
+    rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(bits, bits)))[0]
+    for _ in range(50):
+        left, _, right = np.linalg.svd(np.sign(projected @ rotation).T @ projected)
+        rotation = (left @ right).T
+    query, database = (np.packbits((part - mean) @ axes @ rotation > 0, axis=1) for part in (task.query, task.database))
+    return query, database
+
+
+def ours(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns packed codes of this project, with its defaults."""
+    hasher = cib.fit(task.train, backbone="none", augment="noise", bits=bits, seed=seed)
+    return hasher.encode(task.query), hasher.encode(task.database)
+
+
+def main() -> None:
+    """Reads the flags and measures."""
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--data-dir", help="TFDS data_dir with CIFAR-10")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 32, 64], help="code lengths")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    flags = parser.parse_args()
+    print(measuring.machine("jax", "numpy"), end="\n\n")
+    rows = []
+    for task in [make_digits(), *([make_cifar(flags.data_dir)] if flags.data_dir else [])]:
+        for name, method in (("LSH", lsh), ("ITQ", itq), ("cib_jax, noise", ours)):
+            cells, seconds = [], []
+            for bits in flags.bits:
+                found = []
+                for seed in range(flags.seeds):
+                    begun = time.perf_counter()
+                    codes = method(task, bits, seed)
+                    seconds.append(time.perf_counter() - begun)
+                    labels = task.query_labels, task.database_labels
+                    found.append(cib.mean_average_precision(*codes, *labels, k=1000))
+                cells.append(f"{np.mean(found):.3f} ± {np.std(found):.3f}")
+            rows.append((task.name, name, *cells, f"{np.median(seconds):.1f} s"))
+    print(f"MAP@1000 of {flags.seeds} seeds, and the time of fitting and encoding once")
+    measuring.print_table(("features", "method", *(f"{bits} bits" for bits in flags.bits), "median time"), rows)
+
+
+if __name__ == "__main__":
+    main()
