@@ -282,3 +282,43 @@ def test_the_report_says_which_protocol_and_which_published_tables(tmp_path, con
     assert "no published table compares" in results["protocol"]["published_tables"]
     with pytest.raises(DataError, match=r"config.data.protocol: coco-5000 is for mscoco, not digits"):
         train(small.config(data__protocol="coco-5000"), tmp_path / "other", console=console)
+
+
+def test_neighbours_are_the_nearest_and_framed_by_their_labels(tmp_path, console, monkeypatch):
+    drawn = {}
+
+    def kept(title, rows):
+        drawn["rows"] = rows
+        return PIL.Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr("cib_jax.jobs.neighbours.contact_sheet.draw", kept)
+    folder = photos(tmp_path / "photos")
+    train(small.config(**PHOTOS, data__dir=str(folder)), tmp_path / "run", console=console)
+    of = codes_of(tmp_path / "run")
+    queries = {}
+    setting = setting_lib.prepare(small.config(**PHOTOS, data__dir=str(folder)), tmp_path / "run", console)
+    for index in range(10):
+        queries[np.asarray(setting.splits.query.images[index]).tobytes()] = index
+    assert len(drawn["rows"]) == 8
+    for query, results in drawn["rows"]:
+        index = queries[query.image.tobytes()]
+        distances = [reference.distance(of["query_codes"][index], code) for code in of["database_codes"]]
+        nearest = sorted(range(len(distances)), key=distances.__getitem__)[:10]
+        assert [tile.caption for tile in results] == [f"{distances[place]} bits" for place in nearest]
+        assert [tile.hit for tile in results] == [
+            of["query_labels"][index] == of["database_labels"][place] for place in nearest
+        ]
+
+
+def test_photos_that_were_not_used_for_longest_are_deleted(tmp_path, console):
+    one, other = photos(tmp_path / "one", count=48), photos(tmp_path / "other", count=48)
+    fields = PHOTOS | {
+        "data__train_per_class": -1,
+        "batch_size": 16,
+        "epochs": 1,
+        "cache__dir": str(tmp_path / "cache"),
+    }
+    for mb, folder in ((100, one), (0, other)):
+        train(small.config(**fields, cache__mb=mb, data__dir=str(folder)), tmp_path / f"run {folder.name}", console=console)
+    kept = [json.loads(path.read_text())["owner"] for path in (tmp_path / "cache" / "photos").glob("*/made_of.json")]
+    assert kept == [str(other)]

@@ -20,33 +20,14 @@ WHOLE, LABELLED = 123_287, 122_218
 """Images of both parts as they are published, and those of them in which an object is marked; of 2014 as of 2017."""
 
 
-class Mscoco(tfds.core.GeneratorBasedBuilder):
-    """The builder; `download_config.manual_dir` is the folder of the published files."""
+class Mscoco(published.Published):
+    """The builder."""
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012
         tfds.core.BuilderConfig(name=year, description=f"Images and instances of {year}.") for year in ("2014", "2017")
     ]
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "See docs/data.md."
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "labels": tfds.features.Tensor(shape=(CATEGORIES,), dtype=np.bool_),
-                    "name": tfds.features.Text(),
-                }
-            ),
-            homepage="https://cocodataset.org",
-            metadata=tfds.core.MetadataDict(),
-            # Published order, so that splits drawn by number can be drawn again elsewhere.
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {"train": self._generate_examples(pathlib.Path(dl_manager.manual_dir))}
+    CLASSES = CATEGORIES
+    HOMEPAGE = "https://cocodataset.org"
 
     def _generate_examples(self, root: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         year, listed, total = self.builder_config.name, [], 0

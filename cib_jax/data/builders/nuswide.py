@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int
 
 from cib_jax.data.builders import published
@@ -17,30 +16,11 @@ from cib_jax.data.images import DataError, Unreadable
 FREQUENT = 21
 
 
-class Nuswide(tfds.core.GeneratorBasedBuilder):
-    """The builder; `download_config.manual_dir` is the folder of the published files."""
+class Nuswide(published.Published):
+    """The builder."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "See docs/data.md."
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "labels": tfds.features.Tensor(shape=(FREQUENT,), dtype=np.bool_),
-                    "name": tfds.features.Text(),
-                }
-            ),
-            homepage="https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html",
-            metadata=tfds.core.MetadataDict(),
-            # Published order, so that splits drawn by number can be drawn again elsewhere.
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {"train": self._generate_examples(pathlib.Path(dl_manager.manual_dir))}
+    CLASSES = FREQUENT
+    HOMEPAGE = "https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html"
 
     def _generate_examples(self, root: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         names, labels, concepts = read(root)

@@ -2,11 +2,44 @@
 
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
 
 from cib_jax.data import photos
 from cib_jax.data.images import DataError, Unreadable
 from cib_jax.data.prepared import in_order
+
+
+class Published(tfds.core.GeneratorBasedBuilder):
+    """What such builders have in common; `download_config.manual_dir` is the folder of the published files."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "See docs/data.md."
+    CLASSES: ClassVar[int]
+    """How many there are."""
+    HOMEPAGE: ClassVar[str]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "labels": tfds.features.Tensor(shape=(self.CLASSES,), dtype=np.bool_),
+                    "name": tfds.features.Text(),
+                }
+            ),
+            homepage=self.HOMEPAGE,
+            # "classes" names them; "left_out" lists images that were not there or not readable.
+            metadata=tfds.core.MetadataDict(),
+            # Published order, so that splits drawn by number can be drawn again elsewhere.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        return {"train": self._generate_examples(pathlib.Path(dl_manager.manual_dir))}
 
 
 def find(root: pathlib.Path, *places: str) -> pathlib.Path:
