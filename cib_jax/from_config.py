@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray
 
@@ -134,6 +135,11 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: images.Source | N
                 f"config.train.views: a bank of {config.train.views} views of {len(drawn.train)} images takes "
                 f"{bank:,.0f} MiB, more than config.train.bank_mb; lower the views or raise that limit"
             )
+    if config.augment == "stored" and (np.ndim(first := drawn.train.images[0]) != 2 or len(first) < 2):
+        raise ConfigError(
+            "config.augment: 'stored' draws two of several vectors per item, [items, views, features], but the file "
+            "holds one for each; set it to 'noise'"
+        )
     if config.batch_size > len(drawn.train):
         raise ConfigError(
             f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)}; lower it"

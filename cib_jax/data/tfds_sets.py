@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cib_jax.data import photos
-from cib_jax.data.builders import mscoco, nuswide
+from cib_jax.data.builders import mscoco, nuswide, published
 from cib_jax.data.builders.without_tensorflow import without_tensorflow
 from cib_jax.data.images import Bar, DataError, ImageSet, Labels, Source, no_bar
 
@@ -226,17 +226,19 @@ def _split(builder: Any, split: str, image: str, label: str, max_megapixels: int
     source = builder.as_data_source(split=split, decoders=_nested(image, tfds.decode.SkipDecoding()))
     make = _reader(_features(builder)[label])
     assert make is not None
-    labels, names = [], []
+    labels, names, positions = [], [], []
     for index in range(len(source)):
         example = source[index]
         labels.append(_at(example, label))
-        if "name" in example:
+        if isinstance(builder, published.Published):
             names.append(example["name"].decode())
+            positions.append(example["position"])
     files = [pathlib.Path(path) for path in _files(builder, split)]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.blake2b(repr((split, image, stats, photos.VERSION)).encode(), digest_size=16).hexdigest()
     images = TfdsImages(source, image, max_megapixels, f"{builder.info.full_name}-{digest}")
-    return ImageSet(images, make(labels), names if type(builder) in OWN.values() else None)
+    whole = ImageSet(images, make(labels), names or None)
+    return whole.take(np.argsort(positions)) if positions else whole
 
 
 def _files(builder: Any, split: str) -> list[str]:

@@ -328,3 +328,15 @@ def test_photos_that_were_not_used_for_longest_are_deleted(tmp_path, console):
         gc.collect()  # a run that ended in this process looks at its photos until then
     kept = [json.loads(path.read_text())["owner"] for path in (tmp_path / "cache" / "photos").glob("*/made_of.json")]
     assert kept == [str(other)]
+
+
+def test_stored_views_must_be_there(tmp_path, console):
+    np.save(tmp_path / "mine.npy", clusters()[0])
+    config = small.config(**FEATURES | {"augment": "stored"}, data__dir=str(tmp_path / "mine.npy"))
+    with pytest.raises(
+        cib.Refusal, match=r"config.augment: 'stored' draws two of several vectors .* set it to 'noise'"
+    ):
+        train(config, tmp_path / "run", console=console)
+    np.save(tmp_path / "mine.npy", clusters(1)[0])
+    with pytest.raises(cib.Refusal, match=r"config.augment: 'stored' draws two of several vectors"):
+        train(config, tmp_path / "run", console=console)

@@ -29,13 +29,14 @@ class Published(tfds.core.GeneratorBasedBuilder):
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "labels": tfds.features.Tensor(shape=(self.CLASSES,), dtype=np.bool_),
                     "name": tfds.features.Text(),
+                    # In the published order, in which splits are drawn: TFDS stores examples in another, since keeping
+                    # this one would take all of them in memory at once.
+                    "position": tfds.features.Scalar(np.int64),
                 }
             ),
             homepage=self.HOMEPAGE,
             # "classes" names them; "left_out" lists images that were not there or not readable.
             metadata=tfds.core.MetadataDict(),
-            # Published order, so that splits drawn by number can be drawn again elsewhere.
-            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -72,8 +73,7 @@ def examples(
         if isinstance(content, str):
             left_out.append(Unreadable(name, content))
         else:
-            # TFDS wants each key once; by number, they keep the published order.
-            yield number, {"image": content, "name": name, **fields}
+            yield number, {"image": content, "name": name, "position": number, **fields}
 
 
 def _read(file: tuple[str, pathlib.Path, dict[str, Any]]) -> bytes | str:
