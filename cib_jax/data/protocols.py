@@ -19,7 +19,7 @@ class Protocol:
     """Which images train, which are queries, which are searched, and how far a ranking is looked at."""
 
     name: str = "own"
-    says: str = "a split of one's own"
+    says: str = "as the config says"
     data_sets: tuple[str, ...] = ()
     """Those that it is for; none: any."""
     pooled: bool = False
@@ -41,13 +41,13 @@ class Protocol:
     """Fields in which a config departs from the protocol that it names."""
 
     def tables(self) -> str:
-        """Returns, in words, with which published tables figures made in this way compare."""
+        """Returns, in words, the published tables with which figures made in this way compare."""
         if self.name == "own":
-            return "no published table compares"
+            return "none compares with a split of one's own"
         if self.changed:
-            return f"changed from the protocol ({', '.join(self.changed)}): no published table compares"
+            return f"none compares, since {', '.join(self.changed)} departs from the protocol"
         at = "all" if self.k == ALL else self.k
-        return self.published.get(self.k, f"no published table at MAP@{at} is known to use it")
+        return self.published.get(self.k, f"none is known at MAP@{at}")
 
 
 CIBHASH = "CIBHash, IJCAI 2021, table 1"

@@ -156,7 +156,7 @@ def protocol_in_words(setting: Setting) -> str:
     split = protocol.says if setting.source.roles is None else "the split of the list"
     if setting.splits.database.labels is None:
         return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and by eye"
-    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; {protocol.tables()}"
+    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; published tables: {protocol.tables()}"
 
 
 def versions() -> dict[str, str]:

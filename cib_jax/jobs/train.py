@@ -65,9 +65,10 @@ def train(
         # Only now: a config that was refused has claimed nothing.
         workdir_lib.write_json(workdir / "config.json", config.to_dict())
         splits = run.splits
+        network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
         console.print(
             f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
-            f"{len(splits.database):,} in the database; {config.backbone} at {run.encoder.image_size} px, "
+            f"{len(splits.database):,} in the database; {network}, "
             f"{config.bits} bits, {config.objective}; in {workdir}\n{evaluate.protocol_in_words(run)}",
             soft_wrap=True,
             highlight=False,

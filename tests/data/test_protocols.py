@@ -1,5 +1,8 @@
 """Protocols by name: what a config may change, and which published tables then still compare."""
 
+import pathlib
+import re
+
 import pytest
 
 from cib_jax.data.images import DataError
@@ -13,14 +16,14 @@ def test_minus_one_leaves_the_protocols_value_and_anything_else_changes_it():
     assert paper.tables() == "CIBHash, IJCAI 2021, table 1"
     other = named("cifar10-10k-50k", "cifar10", as_named | {"train_per_class": 100})
     assert (other.train_per_class, other.changed) == (100, ("train_per_class=100",))
-    assert "no published table compares" in other.tables()
+    assert other.tables() == "none compares, since train_per_class=100 departs from the protocol"
     same = named("cifar10-10k-50k", "cifar10", as_named | {"train_per_class": 500})
     assert same == paper
 
 
 def test_published_tables_go_by_k():
     at_5000 = named("cifar10-1k-59k", "cifar10", {"k": 5000})
-    assert at_5000.tables() == "no published table at MAP@5000 is known to use it"
+    assert at_5000.tables() == "none is known at MAP@5000"
     assert named("cifar10-1k-59k", "cifar10", {"k": 0}).tables().startswith("the tables of DeepHash-pytorch")
     assert at_5000.changed == ()
 
@@ -28,7 +31,7 @@ def test_published_tables_go_by_k():
 def test_a_split_of_ones_own_compares_with_nothing():
     own = named("own", "anything", {"queries": 7, "k": -1})
     assert (own.queries, own.k, own.changed) == (7, 1000, ())
-    assert "no published table compares" in own.tables()
+    assert own.tables() == "none compares with a split of one's own"
 
 
 def test_a_protocol_is_for_its_own_data_set():
@@ -44,3 +47,13 @@ def test_a_protocol_is_for_its_own_data_set():
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
 def test_every_protocol_but_ones_own_says_which_tables_used_it(protocol):
     assert protocol.name == "own" or protocol.k in protocol.published
+
+
+def test_the_documentation_names_every_protocol():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert re.findall(
+        r"^\| `([a-z0-9-]+)` \|", page.split("## Protocols by name")[1].split("## ")[0], re.MULTILINE
+    ) == [
+        *[name for name in PROTOCOLS if name != "own"],
+        "own",
+    ]
