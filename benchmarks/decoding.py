@@ -4,9 +4,11 @@
 upright, convert to RGB, resize.
 """
 
+import collections
 import concurrent.futures
 import functools
 import io
+import itertools
 import pathlib
 import tempfile
 import time
@@ -22,7 +24,7 @@ import PIL.ImageOps
 import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.data import folder, loader, photos
-from cib_jax.training import feed, loop
+from cib_jax.training import feed, loop, view_bank
 from cib_jax.training.checkpoint import Progress
 
 KINDS = {
@@ -63,17 +65,17 @@ def for_each(function: Callable[[bytes], Any], contents: Sequence[bytes], thread
 
 
 def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
-    """Prints photos per second and core of both sides, and ours on all cores."""
+    """Prints photos per second and core of both sides, on one core and on all."""
     rows = []
     for kind, (form, width, height) in KINDS.items():
         contents = [make_photo(form, width, height, seed) for seed in range(4)] * (2 if width > 1000 else 16)
         for size in sizes:
+            plain, ours = functools.partial(plainly, size=size), functools.partial(photos.decode, size=size)
             sides = {
-                "plain": functools.partial(for_each, functools.partial(plainly, size=size), contents, 1),
-                "ours": functools.partial(for_each, functools.partial(photos.decode, size=size), contents, 1),
-                "all": functools.partial(
-                    for_each, functools.partial(photos.decode, size=size), contents, measuring.cores()
-                ),
+                "plain": functools.partial(for_each, plain, contents, 1),
+                "ours": functools.partial(for_each, ours, contents, 1),
+                "plain on all": functools.partial(for_each, plain, contents, measuring.cores()),
+                "ours on all": functools.partial(for_each, ours, contents, measuring.cores()),
             }
             seconds = measuring.in_turns(sides, rounds=rounds)
             rates = {name: len(contents) / taken.median for name, taken in seconds.items()}
@@ -85,23 +87,30 @@ def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
                     f"{rates['plain']:.0f}",
                     f"{rates['ours']:.0f}",
                     measuring.told_ratio(seconds["plain"], seconds["ours"]),
-                    f"{rates['all'] / measuring.cores():.0f}",
+                    f"{rates['plain on all'] / measuring.cores():.0f}",
+                    f"{rates['ours on all'] / measuring.cores():.0f}",
+                    measuring.told_ratio(seconds["plain on all"], seconds["ours on all"]),
                     f"{off:.2f}",
                 )
             )
-    print("Photos/s of one core, decoded and resized")
-    header = ("photo", "px", "plain Pillow", "cib_jax", "times faster", "per core, on all", "mean difference in levels")
-    measuring.print_table(header, rows)
+    print(f"Photos/s per core, decoded and resized, on one core and on all {measuring.cores()}, median of {rounds}")
+    header = "photo | px | plain Pillow | cib_jax | faster | plain, on all | cib_jax, on all | faster | levels apart"
+    measuring.print_table(header.split(" | "), rows)
+
+
+def make_folder(root: pathlib.Path, count: int) -> None:
+    """Writes a folder of JPEGs of 640 × 480."""
+    root.mkdir()
+    contents = [make_photo("JPEG", 640, 480, seed) for seed in range(20)]
+    for number in range(count):
+        (root / f"{number:06}.jpg").write_bytes(contents[number % 20])
 
 
 def measure_folder(count: int, size: int) -> None:
     """Prints how long preparing a folder takes, and a second start."""
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
-        root.mkdir()
-        contents = [make_photo("JPEG", 640, 480, seed) for seed in range(20)]
-        for number in range(count):
-            (root / f"{number:06}.jpg").write_bytes(contents[number % 20])
+        make_folder(root, count)
         load = functools.partial(folder.load, str(root), size=size, cache=pathlib.Path(name, "cache"))
         taken = []
         for _ in range(2):
@@ -123,8 +132,7 @@ def measure_folder(count: int, size: int) -> None:
         ]
         order = np.random.default_rng(0).permutation(count)
         begun = time.perf_counter()
-        for _ in loader.stream(source.train.images, order, BATCH, stored_size=size):
-            pass
+        collections.deque(loader.stream(source.train.images, order, BATCH, stored_size=size), maxlen=0)
         rows.append(("an epoch of them, in random order", f"{time.perf_counter() - begun:.2f} s", ""))
         measuring.print_table(("", "time", ""), rows)
 
@@ -147,19 +155,21 @@ class Files:
         return photos.decode(self.contents[index], size)
 
 
-def waits(batches: Iterable[Any], seconds: float) -> tuple[float, float]:
-    """Returns the share of time that a step of so many seconds, on a device of its own, waits; and the whole time."""
+def nothing(batch: Any) -> None:
+    """Is the work of who only reads."""
+
+
+def waits(batches: Callable[[], Iterable[Any]], work: Callable[[Any], Any], shares: list[float]) -> None:
+    """Works on batch after batch and notes the share of time that it waited for the next, the first left aside."""
+    steps = iter(batches())
+    batch = next(steps, None)
     waited, begun = 0.0, time.perf_counter()
-    steps = iter(batches)
-    next(steps)  # what is not read ahead yet
-    while True:
+    while batch is not None:
+        work(batch)
         asked = time.perf_counter()
-        if next(steps, None) is None:
-            break
+        batch = next(steps, None)
         waited += time.perf_counter() - asked
-        time.sleep(seconds)
-    whole = time.perf_counter() - begun
-    return waited / whole, whole
+    shares.append(waited / (time.perf_counter() - begun))
 
 
 def measure_waiting(size: int, count: int) -> None:
@@ -168,16 +178,68 @@ def measure_waiting(size: int, count: int) -> None:
     order = np.random.default_rng(0).permutation(len(files))
     stream = functools.partial(loader.stream, files, order, BATCH, stored_size=size, drop_remainder=True)
     begun = time.perf_counter()
-    for _ in stream():
-        pass
+    collections.deque(stream(), maxlen=0)
     rate = len(order) / (time.perf_counter() - begun)
     print(f"A step on a device of its own, fed with JPEGs of 640 × 480 at {size} px; the loader alone: {rate:.0f}/s")
     rows = []
     for share in (0.5, 0.8, 0.95, 1.2):
         step = BATCH / (share * rate)
-        waited, _ = waits(stream(), step)
-        rows.append((f"{share * rate:.0f}", f"{share:.0%}", f"{1000 * step:.0f} ms", f"{waited:.1%}"))
+        shares: list[float] = []
+        waits(stream, lambda batch, step=step: time.sleep(step), shares)  # type: ignore[misc]
+        rows.append((f"{share * rate:.0f}", f"{share:.0%}", f"{1000 * step:.0f} ms", f"{shares[0]:.1%}"))
     measuring.print_table(("the step takes, photos/s", "of the loader's", "a step", "share of time waiting"), rows)
+
+
+def made_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray], Any]]]:
+    """Returns what may be fed: photos in a batch, how many batches, and the work on one, which ends when it is done."""
+    key = jax.random.key(0)
+    encoder, params, frozen = cib.create_encoder(
+        key, backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
+    )
+    optimiser = optax.adam(1e-3)
+    state = cib.create_train_state(params, optimiser)
+    pair = jax.random.uniform(key, (2, BATCH, encoder.backbone.features))
+    method: dict[str, Any] = {"encoder": encoder, "optimiser": optimiser}
+    head = jax.jit(functools.partial(cib.train_step_on_features, **method))
+    step = jax.jit(functools.partial(cib.train_step, **method, augment="photo"))
+
+    def view_of(frozen: Any, keys: jax.Array, photos: jax.Array) -> jax.Array:
+        return encoder.features({}, frozen, encoder.view_each(keys, photos, family="photo")).astype(view_bank.STORED)
+
+    # Compiled once here: `view_bank.build` compiles at each call, which a bank of many batches does not feel.
+    view, keys = jax.jit(view_of), jax.random.split(key, 100)
+    return {
+        "step of the head, on features": (BATCH, 400, lambda photos: jax.block_until_ready(head(state, *pair, key))),
+        "step with fresh views": (BATCH, 40, lambda photos: jax.block_until_ready(step(state, frozen, photos, key))),
+        "one view for the bank": (100, 40, lambda photos: jax.block_until_ready(view(frozen, keys, photos))),
+    }
+
+
+def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> None:
+    """Prints whether work on this machine waits for prepared photos, which are read in random order."""
+    with tempfile.TemporaryDirectory() as name:
+        root = pathlib.Path(name, "photos")
+        make_folder(root, count)
+        images = folder.load(str(root), size=size, cache=pathlib.Path(name, "cache")).train.images
+        rows = []
+        for what, (batch, batches, work) in made_work(image_size).items():
+            # Many times the 8 batches that the loader reads ahead, which would hide that work is starved.
+            order = np.random.default_rng(0).integers(count, size=batches * batch)
+            stream = functools.partial(loader.stream, images, order, batch, stored_size=size)
+            same = functools.partial(itertools.repeat, next(stream()), batches)
+            shares: list[float] = []
+            sides = {
+                "read": functools.partial(waits, stream, nothing, []),
+                "work": functools.partial(waits, same, work, []),
+                "both": functools.partial(waits, stream, work, shares),
+            }
+            taken = measuring.in_turns(sides, rounds=rounds)
+            each = [f"{1000 * seconds.median / batches:.1f} ms" for seconds in taken.values()]
+            slower = measuring.told_ratio(taken["both"], taken["work"])
+            rows.append((what, batch, *each, slower, f"{np.median(shares[-rounds:]):.1%}"))
+    print(f"A batch of photos prepared at {size} px, EfficientNet-Lite0 at {image_size} px, on the same cores")
+    header = "work | photos | read alone | work alone | together | slower than alone | share of time waiting"
+    measuring.print_table(header.split(" | "), rows)
 
 
 def measure_training(size: int, image_size: int, count: int, rounds: int) -> None:
@@ -228,7 +290,8 @@ def main() -> None:
     print(measuring.machine("pillow", "jax"), end="\n\n")
     measure_decoding(flags.sizes, flags.rounds)
     measure_folder(flags.photos, 160)
-    measure_waiting(160, 2000)
+    measure_prepared(160, 128, flags.epoch, flags.rounds)
+    measure_waiting(160, 6000)
     measure_training(160, 128, flags.epoch, 3)
 
 
