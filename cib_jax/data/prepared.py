@@ -1,8 +1,5 @@
 """Photos decoded and resized once, on all cores, and kept on disk, where later starts find them."""
 
-import collections
-import concurrent.futures
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -10,14 +7,15 @@ import json
 import os
 import pathlib
 import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from cib_jax.data import photos
+from cib_jax.data.all_cores import in_order
+from cib_jax.data.holding import alone, hold, in_use
 from cib_jax.data.images import Bar, DataError, Unreadable, no_bar
 
 SHARD = 512
@@ -62,7 +60,7 @@ class PreparedPhotos:
     def __init__(self, folder: pathlib.Path, size: int, places: Sequence[_Place], identity: str):
         """Shows the photos at `places` of the shards in `folder`, which stays as it is meanwhile."""
         self.identity = identity
-        self._used = _hold(folder, fcntl.LOCK_SH)
+        self._used = hold(folder, fcntl.LOCK_SH)
         self._size = size
         self._shards = np.array([place.shard for place in places], np.int64)
         self._rows = np.array([place.row for place in places], np.int64)
@@ -124,7 +122,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "made_of.json", text.encode())
-        with _alone(folder, bar):
+        with alone(folder, bar):
             return _prepare(paths, root, size, folder, max_megapixels, bar)
     except OSError as error:
         raise DataError(
@@ -170,46 +168,6 @@ def _prepare(
             digest.update(json.dumps(stamp).encode())
     images = PreparedPhotos(folder, size, places, f"photos-{digest.hexdigest()}")
     return Prepared(images, np.array(kept, np.int64), unreadable, notes)
-
-
-def in_use(folder: pathlib.Path) -> bool:
-    """Returns whether somebody, in this process or another, looks at the photos that are kept in `folder`."""
-    try:
-        _hold(folder, fcntl.LOCK_EX | fcntl.LOCK_NB).close()
-    except OSError:
-        return True
-    return False
-
-
-def _hold(folder: pathlib.Path, how: int) -> IO[str]:
-    """Returns a file that holds the folder until it is closed."""
-    file = (folder / "used").open("w")
-    try:
-        fcntl.flock(file, how)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yields (item, function(item)) in order, computed on all cores, with a few results ahead of what is taken."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        # Of EXIF, palettes and large images; what matters of them is told as a photo's reason.
-        warnings.simplefilter("ignore")
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(function, item)))
-                if len(waiting) > 4 * threads:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            while waiting:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _shards(results: Iterable[tuple[_Stamp, Any]]) -> Iterator[list[tuple[_Stamp, Any]]]:
@@ -324,15 +282,3 @@ def _check_room(folder: pathlib.Path, needed: int) -> None:
             f"config.cache.dir: the prepared photos take {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} "
             "GiB free; lower --config.data.stored_size or name another place by --config.cache.dir=DIR"
         )
-
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path, bar: Bar) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with bar("Waiting for another process that prepares the same photos", 1) as moved:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                moved(1)
-        yield

@@ -17,7 +17,7 @@ import rich.console
 from jaxtyping import Float, UInt8
 
 from cib_jax import feature_cache, feature_views, from_config
-from cib_jax.data import loader, prepared, vectors
+from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.protocols import Protocol
 from cib_jax.data.splits import Splits
@@ -103,7 +103,7 @@ def prepare(
     protocol = from_config.protocol(config)
     photos = _photos(config, workdir)
     source = from_config.source(config, photos, _bars(console))
-    feature_cache.prune(photos, config.cache.mb * 2**20, prepared.in_use)
+    feature_cache.prune(photos, config.cache.mb * 2**20, holding.in_use)
     _tell(config, source, workdir, console)
     splits = from_config.draw_splits(config, source)
     standard = None

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from cib_jax.data import photos, prepared
+from cib_jax.data import holding, photos, prepared
 from cib_jax.data.images import DataError
 from tests.data import pictures
 
@@ -105,9 +105,9 @@ def test_nothing_is_tidied_away_under_one_who_looks(root):
     assert_right(first, root)
     assert_right(second, root, names)
     cache = next((root.parent / "cache").iterdir())
-    assert prepared.in_use(cache)
+    assert holding.in_use(cache)
     del first, second
-    assert not prepared.in_use(cache)
+    assert not holding.in_use(cache)
     prepare(root, names)
     assert len(list(cache.glob("*.npy"))) == 1
 
@@ -236,16 +236,3 @@ def test_two_processes_at_once_do_not_harm_each_other(root):
     entries = [entry for path in sorted(cache.glob("0*.json")) for entry in json.loads(path.read_text())]
     assert [entry[0] for entry in entries] == NAMES
     assert_right(prepare(root), root)
-
-
-def test_results_come_in_order_and_few_are_ahead():
-    started = []
-
-    def slow_first(number):
-        started.append(number)
-        return -number
-
-    results = prepared.in_order(slow_first, range(1000))
-    assert next(results) == (0, 0)
-    assert len(started) < 100
-    assert [item for item, _ in results] == list(range(1, 1000))

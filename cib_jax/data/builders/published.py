@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cib_jax.data import photos
+from cib_jax.data.all_cores import in_order
 from cib_jax.data.images import DataError, Unreadable
-from cib_jax.data.prepared import in_order
 
 
 class Published(tfds.core.GeneratorBasedBuilder):
