@@ -34,7 +34,7 @@ def draw(
         tiles = [
             Tile(
                 _image(splits.database, place),
-                f"{distance} bits",
+                "1 bit" if distance == 1 else f"{distance} bits",
                 _relevant(splits.query, index, splits.database, place),
             )
             for place, distance in zip(nearest.tolist(), distances.tolist(), strict=True)
