@@ -138,7 +138,7 @@ def _prepare(
     found: list[_Stamp | Unreadable] = [_stamp(root, path) for path in paths]
     new = [stamp for stamp in found if isinstance(stamp, _Stamp) and stamp not in known]
     if new:
-        _check_room(folder, len(new) * size * size * 3)
+        check_room(folder, len(new) * size * size * 3, "photos take", "lower --config.data.stored_size or name")
         if known:
             notes.append(f"{len(found) - len(new):,} of {len(found):,} photos were prepared before")
 
@@ -262,9 +262,9 @@ def _tidy(
     for number in {place.shard for place in known.values()} - used:
         _delete(folder, number)
     dead = sum(place.shard in used for place in known.values()) - len(live)
-    if dead <= len(live):
+    # Where there is no room for a second copy, the first one stays: nothing is wrong with it.
+    if dead <= len(live) or len(live) * size * size * 3 > shutil.disk_usage(folder).free:
         return live
-    _check_room(folder, len(live) * size * size * 3)
     old = functools.lru_cache(4)(lambda number: np.load(_pixels(folder, number), mmap_mode="r"))
     moved: dict[_Stamp, _Place] = {}
     rows = ((stamp, place.reason or np.array(old(place.shard)[place.row])) for stamp, place in live.items())
@@ -275,10 +275,15 @@ def _tidy(
     return moved
 
 
-def _check_room(folder: pathlib.Path, needed: int) -> None:
+def check_room(folder: pathlib.Path, needed: int, what: str, way_out: str) -> None:
+    """Checks that so many bytes fit on the disk of `folder`.
+
+    Raises:
+      DataError: they do not; the message says what they are and what can be done beside naming another place.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"config.cache.dir: the prepared photos take {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} "
-            "GiB free; lower --config.data.stored_size or name another place by --config.cache.dir=DIR"
+            f"config.cache.dir: the prepared {what} {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} "
+            f"GiB free; {way_out} another place by --config.cache.dir=DIR"
         )

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from cib_jax.data import folder, lists, photos, tfds_sets, vectors
+from cib_jax.data import folder, lists, photos, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, no_bar
 
 
@@ -34,7 +34,7 @@ def load(
       prepared: where such photos are kept, decoded and resized.
       max_megapixels: larger images are left out.
       raw, image, label, database, query: see `cib_jax.data.tfds_sets.load`.
-      bar: shows the progress of preparing and checking.
+      bar: shows the progress of preparing photos and of checking features; TFDS shows its own.
 
     Raises:
       DataError: there is no such set, it cannot be had, or it is unusable.
@@ -53,6 +53,8 @@ def load(
         return read(
             directory, labelled=labelled, size=stored_size, cache=prepared, max_megapixels=max_megapixels, bar=bar
         )
+    from cib_jax.data import tfds_sets  # with it comes tensorflow-datasets, which nothing else wants
+
     return tfds_sets.load(
         name,
         directory,
@@ -62,7 +64,6 @@ def load(
         database=database,
         query=query,
         max_megapixels=max_megapixels,
-        bar=bar,
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from cib_jax.data import photos
 from cib_jax.data.builders import mscoco, nuswide, published
 from cib_jax.data.builders.without_tensorflow import without_tensorflow
-from cib_jax.data.images import Bar, DataError, ImageSet, Labels, Source, no_bar
+from cib_jax.data.images import DataError, ImageSet, Labels, Source
 
 OWN = {"nuswide": nuswide.Nuswide, "mscoco": mscoco.Mscoco}
 """Builders that TFDS lacks. They come in one piece, the split "train"."""
@@ -30,7 +30,6 @@ def load(
     database: str = "",
     query: str = "",
     max_megapixels: int = photos.MAX_MEGAPIXELS,
-    bar: Bar = no_bar,
 ) -> Source:
     """Returns the data set `name`, downloaded and prepared where it is not there yet.
 
@@ -44,7 +43,6 @@ def load(
       database: the split to train on and search, "" is "train"; TFDS's slices, such as "train[:1000]", work.
       query: the split of the queries; "" is "test", or none where "train" is the only split.
       max_megapixels: larger images are refused.
-      bar: shows the progress of preparing.
 
     Raises:
       DataError: there is no such set, it cannot be had, or its images or labels are not to be found.
@@ -75,7 +73,7 @@ def load(
             "another format than array_record, give another --config.data.dir to have it prepared there"
         ) from error
     if not builder.info.splits:
-        _prepare(builder, name, where, raw, bar)
+        _prepare(builder, name, where, raw)
     image, label = _image_feature(builder, name, image), _label_feature(builder, name, label)
     database, query = _splits(builder, name, database, query)
     try:
@@ -90,7 +88,7 @@ def load(
     return Source(train, test, _classes(builder, label), unreadable=unreadable)
 
 
-def _prepare(builder: Any, name: str, where: str, raw: str, bar: Bar) -> None:
+def _prepare(builder: Any, name: str, where: str, raw: str) -> None:
     import tensorflow_datasets as tfds
 
     own = type(builder) in OWN.values()

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from cib_jax.data import parquet
 from cib_jax.data.images import Bar, DataError, ImageSet, Labels, Source, no_bar
 
 FEWEST = 3
@@ -133,60 +134,11 @@ def _parquet(path: str, cache: pathlib.Path | None) -> _Read:
     _need(path, names)
     others = file.read([name for name in ("label", "labels", "id") if name in names]).to_pydict()
     labels: Any = others.get("label", others.get("labels"))
-    found = os.stat(path)
-    known = repr((os.path.abspath(path), found.st_size, found.st_mtime_ns)).encode()
     if cache is None:
-        return _Read(np.concatenate(list(_row_groups(path, file))), labels, others.get("id"))
-    copy = cache / f"{hashlib.sha256(known).hexdigest()[:24]}.npy"
-    if not copy.exists():
-        _copy(path, file, copy)
-    return _Read(np.load(copy, mmap_mode="r"), labels, others.get("id"))
-
-
-def _row_groups(path: str, file: Any) -> Any:
-    """Yields the features of each row group."""
-    import pyarrow
-
-    width = 0
-    for group in range(file.num_row_groups):
-        column = file.read_row_group(group, columns=["features"]).column("features").combine_chunks()
-        if isinstance(column, pyarrow.ChunkedArray):
-            column = column.chunk(0)
-        if (
-            not (pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type))
-            or column.null_count
-        ):
-            raise DataError(
-                f"config.data.dir: {path}: the column 'features' holds {column.type}, not a list in each row"
-            )
-        values = column.flatten().to_numpy(zero_copy_only=False)
-        width = width or len(values) // max(len(column), 1)
-        lengths = np.unique(column.value_lengths().to_numpy(zero_copy_only=False))
-        if not np.array_equal(lengths, [width]):
-            raise DataError(
-                f"config.data.dir: {path}: rows have {lengths.min()} to {lengths.max()} features; all need as many"
-            )
-        yield values.reshape(len(column), width)
-
-
-def _copy(path: str, file: Any, copy: pathlib.Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    part = copy.with_suffix(f".{os.getpid()}.part")
-    out = None
-    row = 0
-    try:
-        for rows in _row_groups(path, file):
-            if out is None:
-                shape = (file.metadata.num_rows, rows.shape[1])
-                out = np.lib.format.open_memmap(part, "w+", rows.dtype, shape)
-            out[row : row + len(rows)] = rows
-            row += len(rows)
-        if out is None:
-            raise DataError(f"config.data.dir: {path} holds no row; give one for each item")
-        out.flush()
-        os.replace(part, copy)
-    finally:
-        part.unlink(missing_ok=True)
+        features = np.concatenate(list(parquet.row_groups(path, file)))
+    else:
+        features = np.load(parquet.copied(path, file, cache), mmap_mode="r")
+    return _Read(features, labels, others.get("id"))
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path | None], _Read]] = {
@@ -263,7 +215,13 @@ def _labels(path: str, read: _Read) -> tuple[Labels | None, Sequence[str]]:
     labels = read.labels
     beside = f"{os.path.splitext(path)[0]}.labels.npy"
     if labels is None and os.path.isfile(beside):
-        labels = np.load(beside)
+        try:
+            labels = np.atleast_1d(np.load(beside))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"config.data.dir: {beside} cannot be read as .npy ({error}); write it again, or leave labels aside by "
+                "--config.data.labelled=False"
+            ) from error
     if labels is None:
         return None, []
     if len(labels) != len(read.features):

@@ -32,7 +32,9 @@ _CODE = (
     "colour.py",
     "encoder.py",
     "encoding.py",
+    "data/images.py",
     "data/loader.py",
+    "data/photos.py",
     "training/view_bank.py",
 )
 

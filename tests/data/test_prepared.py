@@ -98,6 +98,14 @@ def test_shards_without_a_living_photo_go_and_a_mostly_dead_rest_is_rewritten(ro
     assert_right(prepare(root, names), root, names)
 
 
+def test_without_room_for_a_second_copy_the_first_stays(root, monkeypatch):
+    prepare(root)
+    usage = shutil.disk_usage(root)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    names = ["0.jpg", "4.jpg", "5.jpg"]
+    assert_right(prepare(root, names), root, names)
+
+
 def test_nothing_is_tidied_away_under_one_who_looks(root):
     first = prepare(root)
     names = ["0.jpg"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from cib_jax.data import loader, vectors
+from cib_jax.data import loader, parquet, vectors
 from cib_jax.data.images import DataError, gather
 
 ROWS = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
@@ -77,13 +78,26 @@ def test_a_parquet_is_copied_once(tmp_path, monkeypatch):
     path = write(tmp_path, "parquet")
     vectors.load(str(path), cache=tmp_path / "cache")
     with monkeypatch.context() as patched:
-        patched.setattr(vectors, "_copy", None)
+        patched.setattr(parquet, "_copy", None)
         vectors.load(str(path), cache=tmp_path / "cache")
     write(tmp_path, "parquet", ROWS + 1)
     os.utime(path, (1, 1))
     again = vectors.load(str(path), cache=tmp_path / "cache")
     assert np.array_equal(again.train.images[0], ROWS[0] + 1)
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_parquet_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path, "parquet")
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(DataError, match=r"config.cache.dir: the prepared features take .* has 0.0 GiB free; name"):
+            vectors.load(str(path), cache=tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"config.cache.dir: the copy of .* cannot be kept in .*file"):
+        vectors.load(str(path), cache=tmp_path / "file")
+    assert np.array_equal(vectors.load(str(path), cache=tmp_path / "cache").train.images[3], ROWS[3])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,6 +152,15 @@ def test_what_nothing_can_be_learnt_from_is_refused(tmp_path, features, message,
     np.save(path, features, allow_pickle=features.dtype == object)
     with pytest.raises(DataError, match=r"config.data.dir: .*" + message):
         vectors.load(str(path))
+
+
+def test_labels_beside_that_are_no_array_are_refused(tmp_path):
+    path = write(tmp_path, "npy")
+    for content in (b"", b"text, not numbers"):
+        (tmp_path / "features.labels.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"features.labels.npy cannot be read as .npy .*labelled=False"):
+            vectors.load(str(path))
+        assert vectors.load(str(path), labelled=False).train.labels is None
 
 
 @pytest.mark.parametrize(
