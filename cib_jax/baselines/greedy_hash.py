@@ -1,0 +1,37 @@
+"""GreedyHash, its unsupervised form: the sign in the forward pass, its gradient passed on unchanged."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from cib_jax import binary
+from cib_jax.baselines import fitting, similarity
+from cib_jax.baselines.hyperplanes import Hyperplanes
+
+
+def fit(
+    features: Float[np.ndarray, "n features"],
+    bits: int,
+    key: PRNGKeyArray,
+    *,
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+) -> Hyperplanes:
+    """Returns a linear head whose codes keep the cosines of features.
+
+    Su et al., Greedy Hash: Towards fast optimization for accurate hash coding in CNN, NeurIPS 2018 (section 4.3), with
+    the loss and the linear layer of its published code; Adam for its SGD.
+
+    Raises:
+      ValueError: features or bits are malformed.
+    """
+    fitting.check(features, bits)
+    return similarity.fit_linear(
+        features, bits, key, sign, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
+    )
+
+
+def sign(logits: Float[Array, "batch bits"]) -> Float[Array, "batch bits"]:
+    """Returns ±1 codes; the gradient of a code is that of its logit."""
+    return logits + jax.lax.stop_gradient(binary.binarize(logits) - logits)
