@@ -17,7 +17,12 @@ DEFAULT_CONFIG = str(HERE / "configs" / "digits.py")
 # Its default is given in `parse`: here it would read the fields' overrides, and fail, before anything can be told.
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"The experiment's file; by default {DEFAULT_CONFIG}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a new one under runs/.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train (and then evaluate), or evaluate alone.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "evaluate", "compare"],
+    "train (and then evaluate); evaluate a trained run; compare methods, code lengths and seeds.",
+)
 
 
 def refuse(message: str) -> NoReturn:
@@ -105,6 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and Grain tell much that no user asked for
     from cib_jax.config import flatten
     from cib_jax.errors import Refusal
+    from cib_jax.jobs.compare import compare
     from cib_jax.jobs.evaluate import evaluate
     from cib_jax.jobs.train import train
     from cib_jax.jobs.workdir import default_name
@@ -113,10 +119,11 @@ def main(arguments: Sequence[str]) -> None:
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
     workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
     keep_compilations()
+    jobs = {"train": train, "compare": compare}
     try:
-        if _MODE.value == "train":
-            workdir = workdir or default_name(_CONFIG.value)
-            train(_CONFIG.value, workdir)
+        if _MODE.value in jobs:
+            workdir = workdir or default_name(_CONFIG.value, _MODE.value)
+            jobs[_MODE.value](_CONFIG.value, workdir)
         elif workdir is None:
             refuse("--workdir: --mode=evaluate wants the folder of a trained run; give --workdir=DIR")
         else:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,11 @@ _SEED: Check = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
 _FRACTION: Check = (lambda part: 0 <= part <= 1, "must be from 0 to 1")
 
 _COUNT: Check = (lambda count: count >= AS_NAMED, "must be 0 or more, or -1 for what the protocol says")
+
+_NUMBERS: Check = (
+    lambda text: bool(re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text)),
+    "must be whole numbers with commas between them, such as '16, 32, 64'",
+)
 
 _ANYTHING: Check = (lambda value: True, "")
 
@@ -116,10 +122,17 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "encode_batch": (int, _at_least(1)),
     "cache.dir": (str, _ANYTHING),
     "cache.mb": (int, _at_least(0)),
+    "compare.methods": (str, (lambda text: bool(text.strip()), "must name a method or more, such as 'itq, cibhash'")),
+    "compare.bits": (str, _NUMBERS),
+    "compare.seeds": (str, _NUMBERS),
+    "compare.workers": (int, _at_least(0)),
 }
 """Every field's type, what its value must be, and how to say so."""
 
-MAY_CHANGE = frozenset(
+AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] == "compare")
+"""Fields of what is done with many runs, which make no difference to any one; a run's config may lack them."""
+
+MAY_CHANGE = AROUND | frozenset(
     {
         "data.dir",
         "data.raw_dir",
@@ -152,8 +165,33 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def parsed(name: str, text: str, where: str) -> Any:
+    """Returns the value that `text` gives a field.
+
+    Args:
+      name: of the field, one of `FIELDS`.
+      text: its value, as on a command line.
+      where: what an error names.
+
+    Raises:
+      ConfigError: it is of another type, or out of range.
+    """
+    kind, (good, message) = FIELDS[name]
+    try:
+        value = {"True": True, "False": False}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{where}: {text!r} is no {kind.__name__}") from None
+    if not good(value):
+        raise ConfigError(f"{where}: {value!r} {message}")
+    return value
+
+
+def check(config: ml_collections.ConfigDict, *, around: bool = False) -> None:
     """Checks every field by itself and those that depend on each other.
+
+    Args:
+      config: to be checked.
+      around: whether the fields of `AROUND` must be there too.
 
     Raises:
       ConfigError: a value cannot work; one sentence names the field, the value and the choices.
@@ -165,6 +203,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"config.{name}: there is no such field; {hint}")
     for name, (kind, (good, message)) in FIELDS.items():
         if name not in flat:
+            if name in AROUND and not around:
+                continue
             raise ConfigError(f"config.{name}: the field is missing; start from configs/default.py, which lists them")
         value = flat[name]
         if not (type(value) is kind or (kind is float and type(value) is int)):

@@ -17,7 +17,7 @@ from cib_jax.encoder import Encoder, Params, create_encoder
 from cib_jax.feature_views import Standard
 from cib_jax.training import view_bank
 
-STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2}
+STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2, "baseline": 3}
 
 
 def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:

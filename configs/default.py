@@ -79,4 +79,16 @@ def get_config() -> ml_collections.ConfigDict:
     # nowhere (photos then lie in the workdir).
     c.cache.dir = ""
     c.cache.mb = 20480  # what was not used for longest is deleted when all features, or all photos, take more MiB
+
+    # --mode=compare: every method with every length and seed; see docs/results.md.
+    c.compare = ml_collections.ConfigDict()
+    # Rows of the table: the three objectives, or a baseline (cib_jax/baselines); fields that a row sets otherwise
+    # follow its name, as in "itq, cibhash, cibhash temperature=0.5 beta=0".
+    c.compare.methods = (
+        "lsh, pca_sign, itq, spectral, spherical, anchor_graph, greedy_hash, bi_half, autoencoder, "
+        "naive_cl, cl_hash, cibhash"
+    )
+    c.compare.bits = "16, 32, 64"
+    c.compare.seeds = "0, 1, 2"
+    c.compare.workers = 0  # processes at work at once; 0 = as many as there are cores and memory for, 1 on accelerators
     return c

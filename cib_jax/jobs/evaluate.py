@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import rich.console
 import rich.table
+from jaxtyping import UInt8
 
 import cib_jax
 from cib_jax import config as config_lib
@@ -87,18 +89,45 @@ def measure(
     setting: Setting, params: Params, progress: Progress, bank_seconds: float, name: str = "results.json"
 ) -> dict[str, Any]:
     """Encodes and ranks, writes `name` and codes/, prints the table, returns the results."""
-    config, splits, workdir = setting.config, setting.splits, setting.workdir
+    config, splits = setting.config, setting.splits
     begun = time.perf_counter()
     query = features.codes(setting, params, splits.query, "Encoding queries")
     database = features.codes(setting, params, splits.database, "Encoding database")
-    encode_seconds = time.perf_counter() - begun
+    seconds = {"bank": bank_seconds, "train": progress.seconds, "encode": time.perf_counter() - begun}
+    about = {
+        "objective": config.objective,
+        "epochs": progress.epoch,
+        "best_validation_map": progress.best_map if progress.best_step else None,
+    }
+    return judge(setting, query, database, about, seconds, name)
+
+
+def judge(
+    setting: Setting,
+    query: UInt8[np.ndarray, "queries bytes"],
+    database: UInt8[np.ndarray, "database bytes"],
+    about: dict[str, Any],
+    seconds: dict[str, float],
+    name: str = "results.json",
+) -> dict[str, Any]:
+    """Ranks codes, however they were made, writes `name` and codes/, prints the table, returns the results.
+
+    Args:
+      setting: of the run.
+      query: packed codes of the queries.
+      database: packed codes of what is searched.
+      about: what the results tell of the way to the codes; "objective" names it.
+      seconds: what the steps up to here took.
+      name: of the file in the run's folder.
+    """
+    config, splits, workdir = setting.config, setting.splits, setting.workdir
     begun = time.perf_counter()
     k = setting.protocol.k or len(database)
     figures: dict[str, Any] = {"map": None, "map_tie_aware": None}
     if splits.query.labels is not None and splits.database.labels is not None:
         figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, k)
     figures["code_health"] = health.code_health(database)
-    metric_seconds = time.perf_counter() - begun
+    seconds = seconds | {"metrics": time.perf_counter() - begun}
     for side, codes, images in (("query", query, splits.query), ("database", database, splits.database)):
         workdir_lib.write_array(workdir / "codes" / f"{side}_codes.npy", codes)
         if images.labels is not None:
@@ -117,7 +146,7 @@ def measure(
         "backbone": config.backbone,
         "image_size": setting.encoder.image_size,
         "bits": config.bits,
-        "objective": config.objective,
+        **about,
         "seed": config.seed,
         "k": k,
         "map": figures.pop("map"),
@@ -130,14 +159,7 @@ def measure(
             "unreadable": len(setting.source.unreadable),
         },
         "classes": list(setting.source.classes),
-        "epochs": progress.epoch,
-        "best_validation_map": progress.best_map if progress.best_step else None,
-        "seconds": {
-            "bank": round(bank_seconds, 2),
-            "train": round(progress.seconds, 2),
-            "encode": round(encode_seconds, 2),
-            "metrics": round(metric_seconds, 2),
-        },
+        "seconds": {part: round(value, 2) for part, value in seconds.items()},
         "metrics": figures,
         "neighbours": drawn.name if drawn else None,
         "versions": versions(),
@@ -201,9 +223,7 @@ def _print(results: dict[str, Any], setting: Setting) -> None:
     table.add_row(
         "queries · database · training", f"{counts['query']:,} · {counts['database']:,} · {counts['train']:,}"
     )
-    seconds = results["seconds"]
-    table.add_row(
-        "seconds: view bank · training · encoding · metrics",
-        " · ".join(f"{seconds[part]:.1f}" for part in ("bank", "train", "encode", "metrics")),
-    )
+    words = {"bank": "view bank", "train": "training", "encode": "encoding"}
+    seconds = {words.get(part, part): f"{value:.1f}" for part, value in results["seconds"].items()}
+    table.add_row(f"seconds: {' · '.join(seconds)}", " · ".join(seconds.values()))
     setting.console.print(table)

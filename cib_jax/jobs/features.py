@@ -93,6 +93,25 @@ def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.nd
     kept.tell(what)
 
 
+def before_hashing(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
+    """Yields what a way to hash that learns no network gets of images: a frozen backbone's features, or the pixels.
+
+    As `plain` does; pixels, where the backbone learns from scratch, are those that it sees, one after another.
+    """
+    if setting.frozen or setting.standard is not None:
+        yield from plain(setting, images, what)
+        return
+    compute = jax.jit(lambda batch: setting.encoder.preprocess(batch).reshape(len(batch), -1))
+    size = min(setting.config.encode_batch, len(images))
+    with progress.bar(setting.console, what, len(images)) as moved:
+        for start in range(0, len(images), PART):
+            batches = setting.batches(images, start, start + PART)
+            rows = encoding.map_batches(
+                lambda batch, first: compute(batch), batches, lambda count: moved(count, ""), size=size
+            )
+            yield np.concatenate([np.asarray(row) for row in rows])
+
+
 def codes(setting: Setting, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of a set, with a bar named `what`; they are those of `Hasher.encode`."""
     if not setting.frozen:  # the backbone was trained, or there is none

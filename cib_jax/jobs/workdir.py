@@ -21,10 +21,20 @@ class WorkdirError(Refusal):
     """A workdir cannot be used; the message names it and what to do."""
 
 
-def default_name(config: ml_collections.ConfigDict) -> pathlib.Path:
+def default_name(config: ml_collections.ConfigDict, mode: str = "train") -> pathlib.Path:
     """Returns a new folder name under runs/ that tells what the run is."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    if mode != "train":
+        return pathlib.Path("runs") / f"{mode}-{config.data.name.replace('/', '-')}-{config.backbone}-{now}"
     return pathlib.Path("runs") / f"{config.data.name}-{config.backbone}-{config.objective}-{config.bits}bit-{now}"
+
+
+class BusyError(WorkdirError):
+    """Another process is at work in it."""
+
+
+KINDS = {"comparison": "cells", "search": "trials"}
+"""What holds many runs, and the folder inside by which it is known."""
 
 
 @contextlib.contextmanager
@@ -32,7 +42,8 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other processes out of a run's folder, which is made if need be, while the context lasts.
 
     Raises:
-      WorkdirError: another process is at work in it, it holds something else than a run, or it cannot be written to.
+      BusyError: another process is at work in it.
+      WorkdirError: it holds something else than a run, or it cannot be written to.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +52,9 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
             raise WorkdirError(
                 f"{workdir}: it holds files, but none of a run ({sorted(inside)[0]}, …); choose another --workdir"
             )
+        for kind, folder in KINDS.items():
+            if folder in inside:
+                raise WorkdirError(f"{workdir}: it holds a {kind} of many runs; choose another --workdir")
         lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise WorkdirError(
@@ -50,7 +64,7 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise WorkdirError(
+            raise BusyError(
                 f"{workdir}: another process is at work in it; wait for it to end or choose another --workdir"
             ) from None
         except OSError as error:
@@ -58,6 +72,35 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
                 f"{workdir}: the file system cannot lock it ({error.strerror}); choose a --workdir on a local disk"
             ) from None
         yield
+
+
+def adopt(workdir: pathlib.Path, config: ml_collections.ConfigDict, kind: str) -> None:
+    """Makes a folder the place of many runs of one `kind`, or checks that it is.
+
+    Several processes may work in it; each run inside is claimed by itself.
+
+    Raises:
+      WorkdirError: it holds something else, runs of another config, or cannot be written to.
+    """
+    marker, path = workdir / KINDS[kind], workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        inside = sorted(file.name for file in workdir.iterdir())
+        if inside and not marker.is_dir():
+            raise WorkdirError(f"{workdir}: it holds files, but no {kind} ({inside[0]}, …); choose another --workdir")
+        if path.exists():
+            told = differences(flatten(config), flatten(ml_collections.ConfigDict(read_json(path))))
+            if told:
+                raise WorkdirError(
+                    f"{workdir}: its {kind} has another config ({'; '.join(told)}); choose another --workdir, or give "
+                    "the config that it was started with"
+                )
+        marker.mkdir(exist_ok=True)
+        write_json(path, config.to_dict())
+    except OSError as error:
+        raise WorkdirError(
+            f"{workdir}: cannot be used as a workdir ({error.strerror}); choose another --workdir"
+        ) from None
 
 
 def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -1,0 +1,144 @@
+"""The cells of a comparison or a search: one run each, in a folder of its own, taken by whoever is free."""
+
+import difflib
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import ml_collections
+import rich.console
+
+from cib_jax import config as config_lib
+from cib_jax.baselines import BASELINES
+from cib_jax.errors import Refusal
+from cib_jax.jobs import baseline
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.train import train
+from cib_jax.objective import OBJECTIVES
+
+TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash"} | {
+    name: known.title for name, known in BASELINES.items()
+}
+"""How tables name the methods; the first three as in the paper's ablation."""
+
+REFUSED = "refused.json"
+
+
+class Method(NamedTuple):
+    """A row of a comparison."""
+
+    name: str
+    fields: dict[str, Any]
+    """Config fields, by dotted name, that this row sets otherwise."""
+
+    @property
+    def title(self) -> str:
+        """As tables name it."""
+        return " ".join([TITLES[self.name], *(f"{name}={value}" for name, value in self.fields.items())])
+
+    @property
+    def slug(self) -> str:
+        """As its folder is named: different for different rows."""
+        told = "-".join([self.name, *(f"{name}={value}" for name, value in self.fields.items())])
+        return re.sub(r"[^\w.=+-]", "_", told)
+
+
+class Cell(NamedTuple):
+    """One run of a comparison."""
+
+    method: Method
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+
+
+def methods(words: str) -> list[Method]:
+    """Returns the rows that `compare.methods` names.
+
+    Raises:
+      ConfigError: a name or a field is unknown, a value does not fit, or a row is there twice.
+    """
+    found: list[Method] = []
+    for part in words.split(","):
+        if not part.strip():
+            continue
+        name, *assignments = part.split()
+        if name not in TITLES:
+            near = difflib.get_close_matches(name, TITLES, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise config_lib.ConfigError(
+                f"config.compare.methods: {name!r} is unknown; {hint}There are {', '.join(TITLES)}"
+            )
+        method = Method(name, dict(_assigned(name, words) for words in assignments))
+        if method in found:
+            raise config_lib.ConfigError(f"config.compare.methods: {part.strip()!r} is there twice; leave one out")
+        found.append(method)
+    if not found:
+        raise config_lib.ConfigError("config.compare.methods: it names no method; try 'itq, cibhash'")
+    return found
+
+
+def _assigned(method: str, words: str) -> tuple[str, Any]:
+    name, sign, value = words.partition("=")
+    where = f"config.compare.methods: {method} {words}"
+    if not sign:
+        raise config_lib.ConfigError(f"{where}: after a method come fields with values, such as temperature=0.5")
+    if name in {"bits", "seed", "objective"}:
+        raise config_lib.ConfigError(f"{where}: rows differ in other fields; this one is the table's own")
+    if name not in config_lib.FIELDS or name in config_lib.AROUND:
+        near = difflib.get_close_matches(name, config_lib.FIELDS, 1)
+        raise config_lib.ConfigError(f"{where}: no field has this name{f'; did you mean {near[0]}?' if near else ''}")
+    return name, config_lib.parsed(name, value, where)
+
+
+def numbers(text: str) -> list[int]:
+    """Returns the numbers of a list such as "16, 32, 64", each once."""
+    return list(dict.fromkeys(int(number) for number in text.split(",")))
+
+
+def cell(base: ml_collections.ConfigDict, method: Method, bits: int, seed: int, root: pathlib.Path) -> Cell:
+    """Returns the run of one method with one length and one seed, checked.
+
+    Raises:
+      ConfigError: its config cannot work.
+    """
+    config = base.copy_and_resolve_references()
+    config.update_from_flattened_dict(method.fields | {"bits": bits, "seed": seed})
+    if method.name in OBJECTIVES:
+        config.objective = method.name
+    config_lib.check(config)
+    return Cell(method, config, root / method.slug / f"{bits}-bits-seed-{seed}")
+
+
+def finished(one: Cell) -> dict[str, Any] | None:
+    """Returns the results of a cell, None if it has none yet."""
+    path = one.workdir / "results.json"
+    return workdir_lib.read_json(path) if path.exists() else None
+
+
+def refused(one: Cell) -> str:
+    """Returns why a cell could not be measured; "" where nothing speaks against it."""
+    path = one.workdir / REFUSED
+    return str(workdir_lib.read_json(path)["error"]) if path.exists() else ""
+
+
+def measure(one: Cell) -> dict[str, Any] | None:
+    """Runs a cell to its end, or goes on with it; returns its results, None if it was refused, which it notes.
+
+    Raises:
+      BusyError: another process is at it.
+    """
+    quiet = rich.console.Console(quiet=True)
+    note = one.workdir / REFUSED
+    try:
+        if one.method.name in OBJECTIVES:
+            results = train(one.config, one.workdir, console=quiet)
+        else:
+            results = baseline.measure(one.config, one.method.name, one.workdir, console=quiet)
+    except workdir_lib.BusyError:
+        raise
+    except Refusal as error:
+        one.workdir.mkdir(parents=True, exist_ok=True)
+        workdir_lib.write_json(note, {"error": str(error)})
+        return None
+    note.unlink(missing_ok=True)
+    return results

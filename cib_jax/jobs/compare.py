@@ -1,0 +1,207 @@
+"""The comparison: methods × code lengths × seeds, cell by cell, and the tables of the paper made of them."""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+import rich.console
+import rich.table
+
+from cib_jax import config as config_lib
+from cib_jax.jobs import cells, workers
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.cells import Cell, Method
+from cib_jax.objective import OBJECTIVES
+from cib_jax.report import published, tables
+
+ABLATION = tuple(OBJECTIVES)
+
+
+def compare(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path | str, *, console: rich.console.Console | None = None
+) -> dict[str, Any]:
+    """Measures every cell that `config.compare` asks for and writes the tables; returns what comparison.json holds.
+
+    A cell is a run in cells/METHOD/BITS-bits-seed-SEED and is measured once: stopped anywhere, the same command goes
+    on, within a cell from its last checkpoint; more methods, lengths or seeds add cells. Several processes may work at
+    one comparison, each started with the same command, on other accelerators or machines too.
+
+    Args:
+      config: see configs/default.py.
+      workdir: the comparison's folder.
+      console: where to report.
+
+    Raises:
+      ConfigError, DataError, WeightsError, WorkdirError: as in training.
+    """
+    workdir, console = pathlib.Path(workdir), console or rich.console.Console()
+    config_lib.check(config, around=True)
+    wanted = _cells(config, workdir)
+    workdir_lib.adopt(workdir, config, "comparison")
+    processes = min(workers.room(config.compare.workers), len(wanted))
+    console.print(
+        f"{len(wanted)} cells, {sum(cells.finished(one) is not None for one in wanted)} of them measured already; "
+        f"{processes} process{'es' if processes > 1 else ''} at work in {workdir}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    workers.run(_work, (config.to_dict(), str(workdir)), processes)
+    return _conclude(config, workdir, wanted, console)
+
+
+def _cells(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Cell]:
+    """Returns the cells, those of one seed after another, so that a table stands early."""
+    compared = config.compare
+    rows = cells.methods(compared.methods)
+    return [
+        cells.cell(config, row, bits, seed, workdir / "cells")
+        for seed in cells.numbers(compared.seeds)
+        for bits in cells.numbers(compared.bits)
+        for row in rows
+    ]
+
+
+def _work(fields: dict[str, Any], workdir: str, shows: bool) -> None:
+    """Measures the cells that nobody else is at, telling of each where it `shows`."""
+    wanted = _cells(ml_collections.ConfigDict(fields), pathlib.Path(workdir))
+    console = rich.console.Console(quiet=not shows)
+    for one in wanted:
+        if cells.finished(one) is not None:
+            continue
+        try:
+            results = cells.measure(one)
+        except workdir_lib.BusyError:
+            continue
+        done = sum(cells.finished(other) is not None for other in wanted)
+        told = f"MAP {_shown(results['map'])}" if results else cells.refused(one)
+        console.print(
+            f"{done} of {len(wanted)}: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {told}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _shown(value: float | None) -> str:
+    return "unknown, without labels" if value is None else f"{value:.4f}"
+
+
+def _conclude(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, wanted: list[Cell], console: rich.console.Console
+) -> dict[str, Any]:
+    records = [_record(one, results) for one in wanted if (results := cells.finished(one)) is not None]
+    missing = [one for one in wanted if cells.finished(one) is None]
+    made = _tables(config, wanted, records)
+    comparison = {
+        "tables": [_plain(table) for table in made],
+        "cells": records,
+        "missing": [
+            {"method": one.method.title, "bits": one.config.bits, "seed": one.config.seed, "why": cells.refused(one)}
+            for one in missing
+        ],
+    }
+    workdir_lib.write_json(workdir / "comparison.json", comparison)
+    for name, content in (
+        ("comparison.csv", tables.comma_separated(records)),
+        ("comparison.md", "\n".join(tables.markdown(table) for table in made)),
+        ("comparison.tex", "\n".join(tables.latex(table) for table in made)),
+    ):
+        workdir_lib.write_bytes(workdir / name, content.encode())
+    for table in made:
+        console.print(_on_screen(table))
+    for one in missing:
+        why = cells.refused(one) or "another process is at it; run again when it is done"
+        console.print(
+            f"Not measured: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {why}", soft_wrap=True
+        )
+    console.print(f"Written to {workdir}: comparison.csv, .md, .tex and .json", soft_wrap=True, highlight=False)
+    return comparison
+
+
+def _record(one: Cell, results: dict[str, Any]) -> dict[str, Any]:
+    """Returns a line of comparison.csv."""
+    figures = results["metrics"]
+    return {
+        "method": one.method.title,
+        "bits": one.config.bits,
+        "seed": one.config.seed,
+        "map": results["map"],
+        "map_tie_aware": results["map_tie_aware"],
+        "precision_radius_2": figures.get("precision_radius_2"),
+        "empty_radius_2": figures.get("empty_radius_2"),
+        "mean_abs_correlation": figures["code_health"]["mean_abs_correlation"],
+        "entropy": figures["code_health"]["entropy"],
+        "train_seconds": results["seconds"]["train"],
+        "k": results["k"],
+        "workdir": str(one.workdir),
+    }
+
+
+def _tables(config: ml_collections.ConfigDict, wanted: list[Cell], records: list[dict[str, Any]]) -> list[tables.Table]:
+    """Returns the paper's two tables: all methods, and the ablation of the objective where more than one is there."""
+    lengths = cells.numbers(config.compare.bits)
+    methods = list(dict.fromkeys((one.method.title, one.method.name) for one in wanted))
+    seeds = len(cells.numbers(config.compare.seeds))
+    k = next((record["k"] for record in records), "k")
+    where = f"{config.data.name}, {config.data.protocol}, {config.backbone}"
+    over = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    quoted = [
+        tables.Row(f"{row.title}, published", [tables.Cell(row.values.get(bits, ())) for bits in lengths], True)
+        for row in published.rows(config.data.protocol, k)
+    ]
+
+    def rows(chosen: list[str]) -> list[tables.Row]:
+        return [
+            tables.Row(
+                title,
+                [
+                    tables.Cell(
+                        [
+                            r["map"]
+                            for r in records
+                            if (r["method"], r["bits"]) == (title, bits) and r["map"] is not None
+                        ]
+                    )
+                    for bits in lengths
+                ],
+            )
+            for title in chosen
+        ]
+
+    ablated = [title for title, name in methods if name in ABLATION]
+    # As in the paper, the first table has of this project's objectives the whole one alone, if it is there.
+    last = [title for title, name in methods if name == "cibhash"] or ablated
+    first = [title for title, name in methods if name not in ABLATION] + last
+    made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, [*rows(first), *quoted])]
+    if len(ablated) > 1:
+        made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, rows(ablated)))
+    return made
+
+
+def _plain(table: tables.Table) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "bits": list(table.bits),
+        "rows": [
+            {
+                "method": row.title,
+                "published": row.published,
+                "mean": [cell.mean for cell in row.cells],
+                "deviation": [cell.deviation for cell in row.cells],
+                "seeds": [len(cell.values) for cell in row.cells],
+            }
+            for row in table.rows
+        ],
+    }
+
+
+def _on_screen(table: tables.Table) -> rich.table.Table:
+    shown = rich.table.Table(title=table.title)
+    shown.add_column("method")
+    for bits in table.bits:
+        shown.add_column(f"{bits} bits", justify="right")
+    for row in table.rows:
+        shown.add_row(row.title, *(tables.text(cell) for cell in row.cells), style="dim" if row.published else "")
+    return shown
+
+
+__all__ = ["Method", "compare"]

@@ -1,0 +1,79 @@
+"""Many runs on one machine: as many processes as there is room for, each taking what nobody else is at."""
+
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from cib_jax.errors import Refusal
+
+WORKER_BYTES = 4 << 30
+"""Memory that a process is reckoned to need; a run on CIFAR-10 takes 3 GB at most."""
+
+
+class WorkerError(Refusal):
+    """A process of this machine ended before its work was done."""
+
+
+def room(asked: int) -> int:
+    """Returns how many processes to start: `asked`, or for 0 what cores and memory allow."""
+    if asked:
+        return asked
+    if jax.default_backend() != "cpu":
+        return 1  # they would share one accelerator's memory
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Two processes keep two cores busier than one that uses both; of many cores, each process takes some.
+    return max(1, min(max(min(cores, 2), cores // 2), _free_bytes() // WORKER_BYTES))
+
+
+def _free_bytes() -> int:
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """Calls `work(*arguments, first)` here, and in `processes` − 1 more processes; returns when all are done.
+
+    `first` is True here alone, where something may be shown. `work` must be importable by name, and must find out by
+    itself, by locks, what the others are at.
+
+    Raises:
+      WorkerError: one of the other processes broke down.
+    """
+    context = multiprocessing.get_context("spawn")
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    others = [
+        context.Process(target=_other, args=(work, arguments, cache, os.getpid()), daemon=True)
+        for _ in range(processes - 1)
+    ]
+    for process in others:
+        process.start()
+    try:
+        work(*arguments, True)
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            process.terminate()
+    if any(process.exitcode for process in others):
+        raise WorkerError(
+            "config.compare.workers: a process broke down, out of memory if nothing else is told above; the same "
+            "command goes on, and --config.compare.workers=1 takes less memory"
+        )
+
+
+def _other(work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, parent: int) -> None:
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    try:
+        if os.getppid() == parent:
+            work(*arguments, False)
+    except KeyboardInterrupt:
+        sys.exit(0)  # told by the process that the user started

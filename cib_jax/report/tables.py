@@ -1,0 +1,123 @@
+"""A comparison as the field prints it: methods down, code lengths across, mean ± deviation over seeds."""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Cell(NamedTuple):
+    """The MAP of one method with one code length, seed by seed; empty where none was measured."""
+
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over seeds."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample standard deviation over seeds; None with fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+class Row(NamedTuple):
+    """A method's line in the table."""
+
+    title: str
+    cells: Sequence[Cell]
+    published: bool = False
+    """Whether the figures are quoted from a paper; they are in no competition for the best."""
+
+
+class Table(NamedTuple):
+    """A title, the code lengths, and a row per method."""
+
+    title: str
+    bits: Sequence[int]
+    rows: Sequence[Row]
+
+
+def markdown(table: Table) -> str:
+    """Returns the table in GitHub's Markdown, the best mean of each column in bold."""
+    lines = [
+        f"**{_in_markdown(table.title)}**",
+        "",
+        f"| method | {' | '.join(f'{bits} bits' for bits in table.bits)} |",
+        f"| --- |{' ---: |' * len(table.bits)}",
+    ]
+    for row, bold in _with_best(table):
+        cells = [f"**{text}**" if best else text for text, best in zip(_texts(row, " ± "), bold, strict=True)]
+        lines.append(f"| {_in_markdown(row.title)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Table) -> str:
+    """Returns the table in LaTeX, for the package booktabs, the best mean of each column in bold."""
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{_in_latex(table.title)}}}",
+        rf"  \begin{{tabular}}{{l{'c' * len(table.bits)}}}",
+        r"    \toprule",
+        rf"    Method & {' & '.join(f'{bits} bits' for bits in table.bits)} \\",
+        r"    \midrule",
+    ]
+    for row, bold in _with_best(table):
+        cells = [
+            rf"\textbf{{{text}}}" if best else text for text, best in zip(_texts(row, r" $\pm$ "), bold, strict=True)
+        ]
+        lines.append(rf"    {_in_latex(row.title)} & {' & '.join(cells)} \\")
+    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}"]) + "\n"
+
+
+def comma_separated(records: Sequence[dict[str, object]]) -> str:
+    """Returns records, all with the same fields, as CSV with a header."""
+    if not records:
+        return ""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()
+
+
+def text(cell: Cell, between: str = " ± ") -> str:
+    """Returns mean and deviation with three decimals; a dash where nothing was measured."""
+    if cell.mean is None:
+        return "–"
+    return f"{cell.mean:.3f}" + (f"{between}{cell.deviation:.3f}" if cell.deviation is not None else "")
+
+
+def _texts(row: Row, between: str) -> list[str]:
+    return [text(cell, between) for cell in row.cells]
+
+
+def _with_best(table: Table) -> list[tuple[Row, list[bool]]]:
+    """Returns each row with whether its cells are the best of their columns, as printed."""
+    best = []
+    for column in range(len(table.bits)):
+        means = [row.cells[column].mean for row in table.rows if not row.published]
+        best.append(max((round(mean, 3) for mean in means if mean is not None), default=None))
+    return [
+        (
+            row,
+            [
+                not row.published and cell.mean is not None and round(cell.mean, 3) == most
+                for cell, most in zip(row.cells, best, strict=True)
+            ],
+        )
+        for row in table.rows
+    ]
+
+
+def _in_markdown(words: str) -> str:
+    return words.replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
+
+
+def _in_latex(words: str) -> str:
+    special = {"\\": r"\textbackslash{}", "β": r"$\beta$", "τ": r"$\tau$", "·": r"$\cdot$", "±": r"$\pm$", "–": "--"}
+    special |= {letter: "\\" + letter for letter in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(letter, letter) for letter in words)
