@@ -122,6 +122,8 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "encode_batch": (int, _at_least(1)),
     "cache.dir": (str, _ANYTHING),
     "cache.mb": (int, _at_least(0)),
+    "report.write": (bool, _ANYTHING),
+    "report.embedded": (int, _at_least(0)),
     "compare.methods": (str, (lambda text: bool(text.strip()), "must name a method or more, such as 'itq, cibhash'")),
     "compare.bits": (str, _NUMBERS),
     "compare.seeds": (str, _NUMBERS),
@@ -140,6 +142,8 @@ MAY_CHANGE = AROUND | frozenset(
         "data.max_bad_fraction",
         "backbone_weights",
         "train.bank_mb",
+        "report.write",
+        "report.embedded",
         "cache.dir",
         "cache.mb",
     }
@@ -150,7 +154,10 @@ Weights are compared by their fingerprint, wherever they lie.
 """
 
 
-MEASURING = frozenset({"k", "encode_batch"})
+ADDED: dict[str, Any] = {"report.write": True, "report.embedded": 2000}
+"""Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
+
+MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})
 """Fields that a trained run may be measured with other values of."""
 
 

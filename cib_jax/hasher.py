@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from cib_jax import binary, encoding, from_config
-from cib_jax.config import MAY_CHANGE, MEASURING, check, differences, flatten
+from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
 from cib_jax.feature_views import Standard
@@ -161,6 +161,8 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     path = workdir / "config.json"
     try:
         config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+        lacking = {name: value for name, value in ADDED.items() if name not in flatten(config)}
+        config = ml_collections.ConfigDict(_with(config.to_dict(), lacking))
         check(config)
     except OSError as error:
         raise CheckpointError(
@@ -170,6 +172,13 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the file is damaged ({error}); restore it from a copy or train again") from None
     return config
+
+
+def _with(fields: dict[str, Any], lacking: dict[str, Any]) -> dict[str, Any]:
+    for name, value in lacking.items():
+        group, _, field = name.rpartition(".")
+        (fields.setdefault(group, {}) if group else fields)[field] = value
+    return fields
 
 
 def restore_best(

@@ -80,6 +80,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.cache.dir = ""
     c.cache.mb = 20480  # what was not used for longest is deleted when all features, or all photos, take more MiB
 
+    c.report = ml_collections.ConfigDict()
+    c.report.write = True  # figures and tables of a run in report/, and index.html which holds them all
+    c.report.embedded = 2000  # images of the database in the t-SNE picture; 0 = no such picture
+
     # --mode=compare: every method with every length and seed; see docs/results.md.
     c.compare = ml_collections.ConfigDict()
     # Rows of the table: the three objectives, or a baseline (cib_jax/baselines); fields that a row sets otherwise

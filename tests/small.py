@@ -13,6 +13,7 @@ FLAGS = {
     "data.train_per_class": 13,
     "encode_batch": 64,
     "cache.dir": "none",
+    "report.write": False,
 }
 
 

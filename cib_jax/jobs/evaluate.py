@@ -17,7 +17,7 @@ import cib_jax
 from cib_jax import config as config_lib
 from cib_jax.encoder import Params
 from cib_jax.hasher import check_fingerprint, read_config, restore_best
-from cib_jax.jobs import features, neighbours
+from cib_jax.jobs import features, report
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -134,7 +134,6 @@ def judge(
             workdir_lib.write_array(workdir / "codes" / f"{side}_labels.npy", images.labels)
         if images.names is not None:
             workdir_lib.write_json(workdir / "codes" / f"{side}_names.json", list(images.names))
-    drawn = neighbours.draw(setting, query, database)
     results = {
         "dataset": config.data.name,
         "protocol": {
@@ -161,14 +160,16 @@ def judge(
         "classes": list(setting.source.classes),
         "seconds": {part: round(value, 2) for part, value in seconds.items()},
         "metrics": figures,
-        "neighbours": drawn.name if drawn else None,
         "versions": versions(),
     }
     workdir_lib.write_json(workdir / name, results)
     _print(results, setting)
-    if drawn:
-        setting.console.print(f"Nearest neighbours of some queries drawn in {drawn}", soft_wrap=True, highlight=False)
     setting.console.print(f"Written to {workdir / name}", soft_wrap=True)
+    if config.report.write:
+        # Beside results.json lies report/, beside another file a folder of its own.
+        folder = workdir / name.removesuffix(".json").replace("results", "report")
+        page = report.write(setting, query, database, results, folder)
+        setting.console.print(f"Pictured in {page}", soft_wrap=True, highlight=False)
     return results
 
 

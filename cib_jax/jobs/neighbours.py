@@ -1,7 +1,7 @@
-"""What a run's codes find, as a picture: some queries, drawn at random, with their nearest images."""
+"""What a run's codes find, as a picture: queries with the images nearest to them."""
 
 import io
-import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,27 +9,36 @@ from jaxtyping import UInt8
 from cib_jax import contact_sheet
 from cib_jax.contact_sheet import Tile
 from cib_jax.data.images import ImageSet, resized
-from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import ranking
 
-QUERIES, NEAREST = 8, 10
+NEAREST = 10
 
 
 def draw(
-    setting: Setting, query: UInt8[np.ndarray, "queries bytes"], database: UInt8[np.ndarray, "database bytes"]
-) -> pathlib.Path | None:
-    """Writes neighbours.png in the run's folder and returns its path; None where the data are no images.
+    setting: Setting,
+    query: UInt8[np.ndarray, "queries bytes"],
+    database: UInt8[np.ndarray, "database bytes"],
+    some: Sequence[int],
+    title: str,
+    captions: Sequence[str] = (),
+) -> bytes:
+    """Returns a PNG of the queries `some` with their ten nearest images.
 
-    The queries are drawn from `data.seed`. With labels, what shares none with its query is framed as a miss.
+    With labels, what shares none with its query is framed as a miss.
+
+    Args:
+      setting: of the run; its data are images.
+      query: packed codes of all queries.
+      database: packed codes of what is searched.
+      some: which queries to show.
+      title: of the picture.
+      captions: a few words under each query.
     """
     splits = setting.splits
-    if np.ndim(splits.query.images[0]) != 3:
-        return None
-    some = np.random.default_rng((setting.config.data.seed, 4)).permutation(len(query))[:QUERIES]
-    found = ranking.rank(query[some], database, min(NEAREST, len(database)))
+    found = ranking.rank(query[list(some)], database, min(NEAREST, len(database)))
     rows = []
-    for index, nearest in zip(some.tolist(), found, strict=True):
+    for number, (index, nearest) in enumerate(zip(some, found, strict=True)):
         distances = np.bitwise_count(query[index] ^ database[nearest]).sum(axis=1)
         tiles = [
             Tile(
@@ -39,16 +48,12 @@ def draw(
             )
             for place, distance in zip(nearest.tolist(), distances.tolist(), strict=True)
         ]
-        rows.append((Tile(_image(splits.query, index), "query"), tiles))
+        rows.append((Tile(_image(splits.query, index), captions[number] if captions else "query"), tiles))
     known = splits.query.labels is not None
-    title = f"{len(rows)} random queries and their nearest by Hamming distance, of {8 * query.shape[1]} bits" + (
-        "; blue: shares a label, orange with a notch: does not" if known else ""
-    )
+    legend = "; blue: shares a label, orange with a notch: does not" if known else ""
     file = io.BytesIO()
-    contact_sheet.draw(title, rows).save(file, "PNG")
-    path = setting.workdir / "neighbours.png"
-    workdir_lib.write_bytes(path, file.getvalue())
-    return path
+    contact_sheet.draw(title + legend, rows).save(file, "PNG")
+    return file.getvalue()
 
 
 def _image(images: ImageSet, index: int) -> UInt8[np.ndarray, "height width 3"]:

@@ -44,6 +44,30 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
     }
 
 
+def bit_correlation(packed: UInt8[np.ndarray, "n bytes"]) -> Float64[np.ndarray, "bits bits"]:
+    """Returns the Pearson correlation of every two bits; NaN with a bit that never changes.
+
+    Raises:
+      ValueError: if `packed` is not packed uint8 codes or is empty.
+    """
+    check_packed(packed, "packed")
+    together, n = _ones_together(packed), len(packed)
+    ones = np.diag(together)
+    deviation = np.sqrt(ones * (n - ones))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (n * together - np.outer(ones, ones)) / np.outer(deviation, deviation)
+
+
+def occupancy(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, " distinct"]:
+    """Returns how many items share each distinct code, the fullest code first.
+
+    Raises:
+      ValueError: if `packed` is not packed uint8 codes or is empty.
+    """
+    check_packed(packed, "packed")
+    return np.sort(_multiplicities(packed))[::-1]
+
+
 def _ones_together(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, "bits bits"]:
     """Returns how many codes have both bits of each pair set; on the diagonal, how many have a bit set."""
     bits = packed.shape[1] * 8

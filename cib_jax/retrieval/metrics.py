@@ -4,8 +4,8 @@ Average precision at k divides by the number of relevant images among the first 
 none, as the published numbers of the field do. Two images are relevant to each other when they share a label.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float64, Int64, Shaped, UInt, UInt8
@@ -19,7 +19,10 @@ from cib_jax.retrieval.tie_aware import expected_average_precision
 _Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-class _Block(NamedTuple):
+T = TypeVar("T")
+
+
+class Block(NamedTuple):
     """What metrics are computed from, for a block of queries; what was not asked for is empty."""
 
     ranked: Bool[np.ndarray, "queries k"]  # is the image at each of the first k ranks relevant?
@@ -149,7 +152,7 @@ def evaluate(
     data = query_codes, database_codes, query_labels, database_labels
     ks = sorted({k, *(10**power for power in range(9) if 10**power <= k)})
 
-    def per_query(block: _Block) -> Float64[np.ndarray, "queries metrics"]:
+    def per_query(block: Block) -> Float64[np.ndarray, "queries metrics"]:
         parts = (
             _average_precision(block),
             _tie_aware(block, k),
@@ -183,15 +186,28 @@ def evaluate(
 
 def _mean_over_queries(
     data: _Data,
-    per_query: Callable[[_Block], Float64[np.ndarray, "queries metrics"]],
+    per_query: Callable[[Block], Float64[np.ndarray, "queries metrics"]],
     *,
     k: int = 1,
     ranks: bool = True,
     histograms: bool = False,
 ) -> Float64[np.ndarray, " metrics"]:
-    """Returns the mean over all queries of what `per_query` makes of each block of them.
+    """Returns the mean over all queries of what `per_query` makes of each block of them."""
+    total: Any = 0.0
+    for block in each_block(data, lambda block: per_query(block).sum(axis=0), k=k, ranks=ranks, histograms=histograms):
+        total = total + block
+    return total / len(data[0])
 
-    Nothing is ranked without `ranks`, nothing counted by distance without `histograms`: a metric pays for what it uses.
+
+def each_block(
+    data: _Data, work: Callable[[Block], T], *, k: int = 1, ranks: bool = True, histograms: bool = False
+) -> Iterator[T]:
+    """Yields what `work` makes of block after block of queries, in order.
+
+    Nothing is ranked without `ranks`, nothing counted by distance without `histograms`: who asks pays for what is used.
+
+    Raises:
+      ValueError: see `mean_average_precision`.
     """
     query_codes, database_codes, query_labels, database_labels = (np.asarray(part) for part in data)
     ranking.check_codes(query_codes, database_codes, ("query_codes", "database_codes"))
@@ -200,45 +216,42 @@ def _mean_over_queries(
     relevance = Relevance(query_labels, database_labels)
     radii = database_codes.shape[1] * 8 + 1
 
-    def summed(rows: slice, distances: UInt[Array, "height padded"]) -> Float64[np.ndarray, " metrics"]:
+    def worked(rows: slice, distances: UInt[Array, "height padded"]) -> T:
         queries = rows.stop - rows.start
         ranked, counts = np.zeros((queries, 0), np.bool_), np.zeros((queries, 2, 0), np.int64)
         if ranks:
             ranked = relevance.ranked(rows, ranking.nearest(distances, rows, relevance.size, k))
         if histograms:
             counts = ranking.histograms(distances, rows, relevance, radii)
-        return per_query(_Block(ranked, np.cumsum(ranked, axis=1), counts.sum(axis=1), counts[:, 1])).sum(axis=0)
+        return work(Block(ranked, np.cumsum(ranked, axis=1), counts.sum(axis=1), counts[:, 1]))
 
-    total: Any = 0.0
-    for block in over_blocks(query_codes, database_codes, summed):
-        total = total + block
-    return total / len(query_codes)
+    yield from over_blocks(query_codes, database_codes, worked)
 
 
-def _average_precision(block: _Block) -> Float64[np.ndarray, "queries 1"]:
+def _average_precision(block: Block) -> Float64[np.ndarray, "queries 1"]:
     precision = block.hits / np.arange(1, block.hits.shape[1] + 1)
     return np.einsum("qk,qk->q", precision, block.ranked)[:, None] / np.maximum(block.hits[:, -1:], 1)
 
 
-def _tie_aware(block: _Block, k: int) -> Float64[np.ndarray, "queries 1"]:
+def _tie_aware(block: Block, k: int) -> Float64[np.ndarray, "queries 1"]:
     return expected_average_precision(block.counts, block.relevant, k)[:, None]
 
 
-def _precision_at(block: _Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
+def _precision_at(block: Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
     return block.hits[:, np.asarray(ks) - 1] / np.asarray(ks)
 
 
-def _recall_at(block: _Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
+def _recall_at(block: Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
     return block.hits[:, np.asarray(ks) - 1] / np.maximum(block.relevant.sum(axis=1, keepdims=True), 1)
 
 
-def _lookup(block: _Block, radius: int) -> Float64[np.ndarray, "queries 2"]:
+def _lookup(block: Block, radius: int) -> Float64[np.ndarray, "queries 2"]:
     found = block.counts[:, : radius + 1].sum(axis=1)
     hits = block.relevant[:, : radius + 1].sum(axis=1)
     return np.stack([hits / np.maximum(found, 1), found == 0], axis=1)
 
 
-def _curve(block: _Block) -> Float64[np.ndarray, "queries 2*radii"]:
+def _curve(block: Block) -> Float64[np.ndarray, "queries 2*radii"]:
     found = np.cumsum(block.counts, axis=1)
     hits = np.cumsum(block.relevant, axis=1)
     return np.concatenate([hits / np.maximum(found, 1), hits / np.maximum(hits[:, -1:], 1)], axis=1)

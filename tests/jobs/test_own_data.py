@@ -2,7 +2,6 @@
 
 import gc
 import json
-import pathlib
 
 import numpy as np
 import PIL.Image
@@ -69,7 +68,6 @@ def test_a_folder_with_classes_is_measured_by_them(tmp_path, console):
     rows = (tmp_path / "run" / "unreadable.csv").read_text().splitlines()
     assert rows[0] == "path,reason" and rows[1].startswith("class 1/cut.png,")
     assert "1 of 73 images cannot be read" in console.export_text(clear=False).replace("\n", "")
-    assert (tmp_path / "run" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
     # The codes are those of the photos as they are prepared.
     hasher = cib.Hasher.load(tmp_path / "run")
     found = [np.asarray(cib_open(folder / name)) for name in names[:9]]
@@ -82,11 +80,12 @@ def cib_open(path):
 
 def test_without_classes_a_folder_trains_and_is_judged_by_its_codes(tmp_path, console):
     folder = photos(tmp_path / "photos", classes=0)
-    config = small.config(**PHOTOS, data__dir=str(folder))
+    config = small.config(**PHOTOS, data__dir=str(folder), report__write=True)
     results = train(config, tmp_path / "run", console=console)
     assert (results["map"], results["map_tie_aware"], results["classes"]) == (None, None, [])
     assert set(results["metrics"]) == {"code_health"}
-    assert (tmp_path / "run" / "neighbours.png").exists()
+    drawn = {path.stem for path in (tmp_path / "run" / "report").iterdir()}
+    assert drawn == {"training", "bit_balance", "bit_correlation", "occupancy", "tsne", "random_queries", "index"}
     assert "codes are judged by their health and by eye" in console.export_text(clear=False).replace("\n", " ")
     assert evaluate(tmp_path / "run", console=console)["metrics"] == results["metrics"]
     assert not (tmp_path / "run" / "codes" / "query_labels.npy").exists()
@@ -186,11 +185,12 @@ def test_features_are_hashed_by_the_same_job(tmp_path, console, views, dtype):
     np.save(tmp_path / "mine.npy", features)
     np.save(tmp_path / "mine.labels.npy", labels)
     family = {"augment": "stored"} if views else {}
-    config = small.config(**FEATURES | family, data__dir=str(tmp_path / "mine.npy"))
+    config = small.config(**FEATURES | family, data__dir=str(tmp_path / "mine.npy"), report__write=not views)
     results = train(config, tmp_path / "run", console=console)
     assert results["map"] > 0.8  # 0.33 by chance
     np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 210), rtol=1e-12)
-    assert results["neighbours"] is None
+    drawn = {path.stem for path in (tmp_path / "run").glob("report/*.png")}
+    assert ("distances" in drawn) == (not views) and "random_queries" not in drawn  # there is no image to draw
     again = evaluate(tmp_path / "run", console=console)
     assert again["map"] == results["map"]
     (tmp_path / "mine.npy").rename(tmp_path / "gone.npy")
@@ -263,7 +263,7 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
         **PHOTOS
         | {"data__queries": -1, "k": -1, "batch_size": 16}
         | fields
-        | {"data__raw_dir": str(tmp_path / "raw"), "data__dir": str(tmp_path / "tfds")}
+        | {"data__raw_dir": str(tmp_path / "raw"), "data__dir": str(tmp_path / "tfds"), "report__write": True}
     )
     results = train(config, tmp_path / "run", console=console)
     counts = results["counts"]
@@ -274,7 +274,8 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
     assert labels.shape == (counts["database"], 21 if name == "nuswide" else 80)
     np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 60), rtol=1e-12)
     assert results["protocol"]["name"] == protocol
-    assert pathlib.Path(results["neighbours"]).name == "neighbours.png"
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "an image shows the rarest one" in page
 
 
 def test_the_report_says_which_protocol_and_which_published_tables(tmp_path, console):
@@ -290,19 +291,21 @@ def test_neighbours_are_the_nearest_and_framed_by_their_labels(tmp_path, console
     drawn = {}
 
     def kept(title, rows):
-        drawn["rows"] = rows
+        drawn[title.split()[1]] = rows
         return PIL.Image.new("RGB", (1, 1))
 
     monkeypatch.setattr("cib_jax.jobs.neighbours.contact_sheet.draw", kept)
     folder = photos(tmp_path / "photos")
-    train(small.config(**PHOTOS, data__dir=str(folder)), tmp_path / "run", console=console)
+    config = small.config(**PHOTOS, data__dir=str(folder), report__write=True, report__embedded=0)
+    train(config, tmp_path / "run", console=console)
     of = codes_of(tmp_path / "run")
     queries = {}
     setting = setting_lib.prepare(small.config(**PHOTOS, data__dir=str(folder)), tmp_path / "run", console)
     for index in range(10):
         queries[np.asarray(setting.splits.query.images[index]).tobytes()] = index
-    assert len(drawn["rows"]) == 8
-    for query, results in drawn["rows"]:
+    assert [len(rows) for rows in drawn.values()] == [8, 8]
+    average = {}
+    for query, results in [*drawn["random"], *drawn["8"]]:
         index = queries[query.image.tobytes()]
         distances = [reference.distance(of["query_codes"][index], code) for code in of["database_codes"]]
         nearest = sorted(range(len(distances)), key=distances.__getitem__)[:10]
@@ -312,6 +315,11 @@ def test_neighbours_are_the_nearest_and_framed_by_their_labels(tmp_path, console
         assert [tile.hit for tile in results] == [
             of["query_labels"][index] == of["database_labels"][place] for place in nearest
         ]
+        of_query = (of["query_codes"][[index]], of["database_codes"], of["query_labels"][[index]])
+        average[index] = reference.reference_map((*of_query, of["database_labels"]), len(of["database_codes"]))
+        assert query.caption == f"class {of['query_labels'][index]}, AP {average[index]:.2f}"
+    worst = [average[queries[query.image.tobytes()]] for query, _ in drawn["8"]]
+    assert worst == sorted(worst) and len(worst) == 8
 
 
 def test_photos_that_were_not_used_for_longest_are_deleted(tmp_path, console):

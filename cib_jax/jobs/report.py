@@ -1,0 +1,244 @@
+"""The report of a run: its numbers gathered, drawn, and written into one folder."""
+
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+
+from cib_jax.data.images import ImageSet
+from cib_jax.jobs import neighbours
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.setting import Setting
+from cib_jax.report import embedding, figures
+from cib_jax.report.page import Grid, Picture, Section, render
+from cib_jax.retrieval import curves as curves_lib
+from cib_jax.retrieval import health
+from cib_jax.retrieval.curves import Curves
+
+QUERIES = 8
+"""Queries in each picture of what was found."""
+
+
+def write(
+    setting: Setting,
+    query: UInt8[np.ndarray, "queries bytes"],
+    database: UInt8[np.ndarray, "database bytes"],
+    results: dict[str, Any],
+    folder: pathlib.Path,
+) -> pathlib.Path:
+    """Draws a run's figures into `folder` and returns the path of the page that holds them all.
+
+    Args:
+      setting: of the run.
+      query: packed codes of the queries.
+      database: packed codes of what is searched.
+      results: what results.json holds.
+      folder: made if need be; figures of an earlier report in it are replaced.
+    """
+    asked, searched = setting.splits.query.labels, setting.splits.database.labels
+    found = None
+    if asked is not None and searched is not None:
+        found = curves_lib.curves(query, database, asked, searched, results["k"])
+    sections = [
+        Section("Training", _training(setting.workdir)),
+        Section("Retrieval", _retrieval(found, results)),
+        Section("The codes", _codes(setting, database, results)),
+        Section("What they find", _found(setting, query, database, found)),
+    ]
+    config = setting.config
+    title = f"{config.data.name} · {results['objective']} · {config.bits} bits"
+    page = render(
+        title,
+        _lead(results),
+        [_figures_of(results), _facts(results)],
+        sections,
+        notes=_notes(results),
+        config=json.dumps(config.to_dict(), indent=2, ensure_ascii=False),
+        wide=("training", "random_queries", "worst_queries"),
+    )
+    return publish(folder, [picture for section in sections for picture in section.pictures], page)
+
+
+def publish(folder: pathlib.Path, pictures: Sequence[Picture], page: str) -> pathlib.Path:
+    """Writes a report, the page last; pictures of an earlier one that are no more drawn are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        workdir_lib.write_bytes(folder / f"{picture.name}.png", picture.png)
+    kept = {f"{picture.name}.png" for picture in pictures}
+    for stale in folder.glob("*.png"):
+        if stale.name not in kept:
+            stale.unlink()
+    path = folder / "index.html"
+    # Names of files and classes may be no valid Unicode.
+    workdir_lib.write_bytes(path, page.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def picture(name: str, drawn: Figure, note: str = "") -> Picture:
+    """Returns a figure as a PNG, with its title as the words for it."""
+    file = io.BytesIO()
+    drawn.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return Picture(name, file.getvalue(), drawn.get_suptitle(), note)
+
+
+def _training(workdir: pathlib.Path) -> list[Picture]:
+    path = workdir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not records:
+        return []
+    return [picture("training", figures.training(records), "Means over each epoch's steps, from metrics.jsonl")]
+
+
+def _retrieval(found: Curves | None, results: dict[str, Any]) -> list[Picture]:
+    if found is None:
+        return []
+    curve = results["metrics"]["precision_recall"]
+    recall, precision = np.asarray(curve["recall"]), np.asarray(curve["precision"])
+    return [
+        picture(
+            "map_against_k", figures.map_against_k(found), "Ties in database order, as published figures have them"
+        ),
+        picture(
+            "precision_recall",
+            figures.precision_recall(precision, recall, found.chance),
+            "Means over queries, by Hamming radius; the numbers at the marks are radii in bits",
+        ),
+        picture("precision_returned", figures.precision_against_returned(found, found.chance)),
+        picture("precision_radius", figures.precision_within_radius(found), "What a lookup in a hash table finds"),
+        picture(
+            "distances",
+            figures.distances(found.relevant, found.irrelevant),
+            "All pairs of a query and a database image",
+        ),
+    ]
+
+
+def _codes(setting: Setting, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]) -> list[Picture]:
+    where = "Of the database"
+    drawn = [
+        picture("bit_balance", figures.bit_balance(results["metrics"]["code_health"]["bit_balance"]), where),
+        picture("bit_correlation", figures.bit_correlation(health.bit_correlation(database)), where),
+        picture("occupancy", figures.occupancy(health.occupancy(database), setting.config.bits), where),
+    ]
+    embedded = _embedded(setting, database)
+    return [*drawn, embedded] if embedded else drawn
+
+
+def _embedded(setting: Setting, database: UInt8[np.ndarray, "database bytes"]) -> Picture | None:
+    config = setting.config
+    draws = np.random.default_rng((config.data.seed, 5))
+    some = np.sort(draws.permutation(len(database))[: config.report.embedded])
+    points = embedding.points(database[some], config.data.seed)
+    if points is None:
+        return None
+    labels = setting.splits.database.labels
+    note = f"{len(some):,} random images of the database, drawn from data.seed; perplexity 30"
+    if labels is None:
+        return picture("tsne", figures.embedding(points, None, [], None), note)
+    shown = embedding.classes(labels[some], setting.source.classes)
+    if labels.ndim == 2:
+        note += "; of several labels, an image shows the rarest one of those in the legend"
+    agreement = embedding.agreement(database[some], labels[some])
+    return picture("tsne", figures.embedding(points, shown.labels, shown.names, agreement), note)
+
+
+def _found(
+    setting: Setting,
+    query: UInt8[np.ndarray, "queries bytes"],
+    database: UInt8[np.ndarray, "database bytes"],
+    found: Curves | None,
+) -> list[Picture]:
+    if not _are_images(setting.splits.query):
+        return []
+    some = np.random.default_rng((setting.config.data.seed, 4)).permutation(len(query))[:QUERIES].tolist()
+    bits = 8 * query.shape[1]
+    title = f"{len(some)} random queries and their nearest by Hamming distance, of {bits} bits"
+
+    def captions(which: list[int]) -> list[str]:
+        if found is None:
+            return []
+        return [f"{_class(setting, index)}, AP {found.average_precision[index]:.2f}" for index in which]
+
+    drawn = [
+        Picture(
+            "random_queries",
+            neighbours.draw(setting, query, database, some, title, captions(some)),
+            title,
+            "Drawn from data.seed",
+        )
+    ]
+    if found is None or not found.answerable.any():
+        return drawn
+    answerable = np.flatnonzero(found.answerable)
+    worst = answerable[np.argsort(found.average_precision[answerable], kind="stable")][:QUERIES].tolist()
+    title = f"The {len(worst)} queries that find least, and their nearest"
+    note = f"Least average precision at {found.k[-1]:,}, of queries that something in the database is relevant to"
+    worst_png = neighbours.draw(setting, query, database, worst, title, captions(worst))
+    return [*drawn, Picture("worst_queries", worst_png, title, note)]
+
+
+def _class(setting: Setting, index: int) -> str:
+    """Returns the class of a query, shortened to what fits under it; "query" where it has several or no name."""
+    labels, names = setting.splits.query.labels, setting.source.classes
+    if labels is None or labels.ndim != 1 or labels[index] >= len(names):
+        return "query"
+    name = names[int(labels[index])]
+    return name if len(name) <= 10 else name[:9] + "…"
+
+
+def _are_images(images: ImageSet) -> bool:
+    return np.ndim(images.images[0]) == 3
+
+
+def _lead(results: dict[str, Any]) -> str:
+    counts = results["counts"]
+    searched = f"{counts['query']:,} queries on {counts['database']:,} images"
+    if results["map"] is None:
+        return f"{searched}; without labels, codes are judged by their health and by eye."
+    return f"MAP@{results['k']} {results['map']:.4f}: {searched}; {counts['train']:,} images trained, without labels."
+
+
+def _figures_of(results: dict[str, Any]) -> Grid:
+    figures_, code_health = results["metrics"], results["metrics"]["code_health"]
+    rows = []
+    if results["map"] is not None:
+        at = figures_["precision_at_k"]
+        rows = [
+            (f"MAP@{results['k']}, ties in database order", f"{results['map']:.4f}"),
+            (f"MAP@{results['k']}, ties in random order", f"{results['map_tie_aware']:.4f}"),
+            *((f"precision@{k}", f"{value:.4f}") for k, value in zip(at["k"], at["precision"], strict=True)),
+            ("precision within Hamming radius 2", f"{figures_['precision_radius_2']:.4f}"),
+            ("queries with nothing within radius 2", f"{figures_['empty_radius_2']:.1%}"),
+        ]
+    rows += [
+        ("distinct codes in the database", f"{code_health['distinct_codes']:,}"),
+        ("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}"),
+        ("entropy of the codes", f"{code_health['entropy']:.2f} bits"),
+    ]
+    return Grid("Figures", ("figure", "value"), rows)
+
+
+def _facts(results: dict[str, Any]) -> Grid:
+    counts, seconds = results["counts"], results["seconds"]
+    rows = [
+        ("protocol", f"{results['protocol']['name']}: {results['protocol']['says']}"),
+        ("published tables", results["protocol"]["published_tables"]),
+        ("backbone", f"{results['backbone']} at {results['image_size']} px" if results["image_size"] else "none"),
+        ("images: queries, database, training", f"{counts['query']:,}, {counts['database']:,}, {counts['train']:,}"),
+        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())),
+    ]
+    return Grid("Setting", ("what", "value"), rows)
+
+
+def _notes(results: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return [
+        "Average precision at k divides by the number of relevant images among the first k, and is 0 without any; two "
+        "images are relevant to each other when they share a label. Labels served to measure, never to train.",
+        f"Made with {versions}.",
+    ]
