@@ -20,8 +20,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "compare"],
-    "train (and then evaluate); evaluate a trained run; compare methods, code lengths and seeds.",
+    ["train", "evaluate", "compare", "tune"],
+    "train (and then evaluate); evaluate a trained run; compare methods, code lengths and "
+    "seeds; tune hyper-parameters.",
 )
 
 
@@ -113,13 +114,14 @@ def main(arguments: Sequence[str]) -> None:
     from cib_jax.jobs.compare import compare
     from cib_jax.jobs.evaluate import evaluate
     from cib_jax.jobs.train import train
+    from cib_jax.jobs.tune import tune
     from cib_jax.jobs.workdir import default_name
 
     if _WORKDIR.value == "":
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
     workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
     keep_compilations()
-    jobs = {"train": train, "compare": compare}
+    jobs = {"train": train, "compare": compare, "tune": tune}
     try:
         if _MODE.value in jobs:
             workdir = workdir or default_name(_CONFIG.value, _MODE.value)

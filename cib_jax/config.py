@@ -15,6 +15,7 @@ from cib_jax.data.protocols import AS_NAMED, PROTOCOLS
 from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
+from cib_jax.retrieval.label_free import SCORES
 
 
 class ConfigError(Refusal):
@@ -128,10 +129,16 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "compare.bits": (str, _NUMBERS),
     "compare.seeds": (str, _NUMBERS),
     "compare.workers": (int, _at_least(0)),
+    "tune.space": (str, (lambda text: bool(text.strip()), "must name a field or more, such as 'temperature=0.2|0.3'")),
+    "tune.trials": (int, _at_least(1)),
+    "tune.sampler": (str, _one_of("tpe", "random", "grid")),
+    "tune.score": (str, _one_of("validation_map", *SCORES)),
+    "tune.images": (int, _at_least(50)),
+    "tune.workers": (int, _at_least(0)),
 }
 """Every field's type, what its value must be, and how to say so."""
 
-AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] == "compare")
+AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] in ("compare", "tune"))
 """Fields of what is done with many runs, which make no difference to any one; a run's config may lack them."""
 
 MAY_CHANGE = AROUND | frozenset(

@@ -95,4 +95,18 @@ def get_config() -> ml_collections.ConfigDict:
     c.compare.bits = "16, 32, 64"
     c.compare.seeds = "0, 1, 2"
     c.compare.workers = 0  # processes at work at once; 0 = as many as there are cores and memory for, 1 on accelerators
+
+    # --mode=tune: trials with hyper-parameters drawn from `space`, judged by `score`; wants the extra "tune".
+    c.tune = ml_collections.ConfigDict()
+    # Fields with what they may be: choices, a|b|c, or a range, low..high, evenly in the logarithm with "log" behind it.
+    # The paper's grid is "learning_rate=1e-3|1e-4, batch_size=64|128|256, temperature=0.2|0.3|0.4, beta=1e-5|1e-4|1e-3|
+    # 5e-3"; this goes around it.
+    c.tune.space = "learning_rate=1e-4..3e-3 log, batch_size=64|128|256, temperature=0.1..0.6, beta=1e-5..1e-1 log"
+    c.tune.trials = 30
+    c.tune.sampler = "tpe"  # tpe (learns from earlier trials) | random | grid (every pair of choices, once)
+    # What is made as large as can be: validation_map (wants data.validation), or a score that needs no labels:
+    # neighbour_agreement | view_agreement | entropy | decorrelation | contrast (cib_jax/retrieval/label_free.py)
+    c.tune.score = "validation_map"
+    c.tune.images = 2000  # images of the database, at random, on which scores without labels are taken
+    c.tune.workers = 0  # as compare.workers; tpe, which waits for earlier trials, takes 1
     return c

@@ -1,18 +1,21 @@
 """The comparison: methods × code lengths × seeds, cell by cell, and the tables of the paper made of them."""
 
+import json
 import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 import rich.console
 import rich.table
 
 from cib_jax import config as config_lib
-from cib_jax.jobs import cells, workers
+from cib_jax.jobs import cells, report, workers
 from cib_jax.jobs import workdir as workdir_lib
-from cib_jax.jobs.cells import Cell, Method
+from cib_jax.jobs.cells import Cell
 from cib_jax.objective import OBJECTIVES
-from cib_jax.report import published, tables
+from cib_jax.report import figures, published, tables
+from cib_jax.report.page import Grid, Section, render
 
 ABLATION = tuple(OBJECTIVES)
 
@@ -106,14 +109,23 @@ def _conclude(
         ("comparison.tex", "\n".join(tables.latex(table) for table in made)),
     ):
         workdir_lib.write_bytes(workdir / name, content.encode())
+    page = _report(config, workdir, made)
     for table in made:
         console.print(_on_screen(table))
     for one in missing:
-        why = cells.refused(one) or "another process is at it; run again when it is done"
-        console.print(
-            f"Not measured: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {why}", soft_wrap=True
-        )
-    console.print(f"Written to {workdir}: comparison.csv, .md, .tex and .json", soft_wrap=True, highlight=False)
+        if why := cells.refused(one):
+            console.print(
+                f"Refused: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {why}",
+                soft_wrap=True,
+                highlight=False,
+            )
+    if waiting := sum(not cells.refused(one) for one in missing):
+        console.print(f"{waiting} cells are with other processes; run again when they are done", highlight=False)
+    console.print(
+        f"Written to {workdir}: comparison.csv, .md, .tex and .json; pictured in {page}",
+        soft_wrap=True,
+        highlight=False,
+    )
     return comparison
 
 
@@ -194,6 +206,34 @@ def _plain(table: tables.Table) -> dict[str, Any]:
     }
 
 
+def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, made: list[tables.Table]) -> pathlib.Path:
+    pictures = []
+    for name, table in zip(("methods", "ablation"), made, strict=False):
+        rows = [row for row in table.rows if not row.published]
+        mean = np.array([[cell.mean for cell in row.cells] for row in rows], float)
+        deviation = np.array([[cell.deviation or 0 for cell in row.cells] for row in rows], float)
+        if np.isfinite(mean).any():
+            score = table.title.partition(" on ")[0].removeprefix("Ablation: ")
+            drawn = figures.methods([row.title for row in rows], table.bits, mean, deviation, score=score)
+            pictures.append(report.picture(name, drawn))
+    page = render(
+        f"{config.data.name} · comparison",
+        made[0].title,
+        [
+            Grid(
+                table.title,
+                ("method", *(f"{bits} bits" for bits in table.bits)),
+                [(row.title, *(tables.text(cell) for cell in row.cells)) for row in table.rows],
+            )
+            for table in made
+        ],
+        [Section("Pictures", pictures)],
+        notes=["Rows marked 'published' are quoted from papers, with another network; all others were measured here."],
+        config=json.dumps(config.to_dict(), indent=2, ensure_ascii=False),
+    )
+    return report.publish(workdir / "report", pictures, page)
+
+
 def _on_screen(table: tables.Table) -> rich.table.Table:
     shown = rich.table.Table(title=table.title)
     shown.add_column("method")
@@ -202,6 +242,3 @@ def _on_screen(table: tables.Table) -> rich.table.Table:
     for row in table.rows:
         shown.add_row(row.title, *(tables.text(cell) for cell in row.cells), style="dim" if row.published else "")
     return shown
-
-
-__all__ = ["Method", "compare"]

@@ -42,7 +42,14 @@ _CODE = (
 def bank(setting: Setting) -> tuple[Float16[Array, "views images features"], float]:
     """Returns the view bank of the training images, and the seconds that it took."""
     begun = time.perf_counter()
-    config, images = setting.config, setting.splits.train
+    views = setting.config.train.views
+    made = of_views(setting, setting.splits.train, views, f"View bank, {views} views")
+    return made, time.perf_counter() - begun
+
+
+def of_views(setting: Setting, images: ImageSet, views: int, what: str) -> Float16[Array, "views images features"]:
+    """Returns a frozen backbone's features of augmented views of images, with a bar named `what`."""
+    config = setting.config
     key = from_config.key(config, "view bank")
     batches = setting.repeatable_batches(images)
     kept = _Kept(
@@ -52,22 +59,21 @@ def bank(setting: Setting) -> tuple[Float16[Array, "views images features"], flo
         batches,
     )
     shape = (len(images), setting.encoder.backbone.features)
-    what = f"View bank, {config.train.views} views"
-    with progress.bar(setting.console, what, len(images) * config.train.views) as moved:
+    with progress.bar(setting.console, what, len(images) * views) as moved:
         made = view_bank.build(
             key,
             setting.encoder,
             setting.frozen,
             batches,
             count=len(images),
-            views=config.train.views,
+            views=views,
             family=config.augment,
             on_images=lambda count: moved(count, ""),
             read=lambda view: kept.read(f"view-{view:04}", shape, view_bank.STORED),
             write=lambda view, features: kept.write(f"view-{view:04}", features),
         )
     kept.tell(what)
-    return made, time.perf_counter() - begun
+    return made
 
 
 def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from cib_jax.config import differences, flatten
+from cib_jax.config import MAY_CHANGE, differences, flatten
 from cib_jax.errors import Refusal
 from cib_jax.training.checkpoint import Checkpoints
 
@@ -74,10 +74,13 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def adopt(workdir: pathlib.Path, config: ml_collections.ConfigDict, kind: str) -> None:
+def adopt(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, kind: str, fixed: frozenset[str] = frozenset()
+) -> None:
     """Makes a folder the place of many runs of one `kind`, or checks that it is.
 
-    Several processes may work in it; each run inside is claimed by itself.
+    Several processes may work in it; each run inside is claimed by itself. Fields that do not change a run may differ
+    from those it was begun with, but for the `fixed` ones.
 
     Raises:
       WorkdirError: it holds something else, runs of another config, or cannot be written to.
@@ -89,7 +92,8 @@ def adopt(workdir: pathlib.Path, config: ml_collections.ConfigDict, kind: str) -
         if inside and not marker.is_dir():
             raise WorkdirError(f"{workdir}: it holds files, but no {kind} ({inside[0]}, …); choose another --workdir")
         if path.exists():
-            told = differences(flatten(config), flatten(ml_collections.ConfigDict(read_json(path))))
+            theirs = flatten(ml_collections.ConfigDict(read_json(path)))
+            told = differences(flatten(config), theirs, MAY_CHANGE - fixed)
             if told:
                 raise WorkdirError(
                     f"{workdir}: its {kind} has another config ({'; '.join(told)}); choose another --workdir, or give "

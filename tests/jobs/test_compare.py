@@ -1,0 +1,216 @@
+"""The comparison: every cell once, whoever takes it; the tables from the cells; mistakes told before anything runs."""
+
+import csv
+import json
+import statistics
+
+import numpy as np
+import pytest
+import rich.console
+
+import cib_jax as cib
+from cib_jax.baselines import BASELINES
+from cib_jax.config import ConfigError
+from cib_jax.jobs import baseline, cells, workers
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.compare import compare
+from cib_jax.jobs.evaluate import evaluate
+from cib_jax.jobs.train import train
+from cib_jax.jobs.workdir import WorkdirError
+from tests import small
+from tests.jobs import many
+from tests.jobs.test_own_data import reference_map
+
+QUIET = rich.console.Console(quiet=True)
+
+
+def compared(folder, methods="lsh, itq, cl_hash, cibhash", **fields):
+    fields = {"compare__bits": "8, 16", "compare__seeds": "0, 1", "compare__workers": 1} | fields
+    return many.config(folder, compare__methods=methods, **fields)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, compare(compared(folder), folder / "table", console=QUIET)
+
+
+def test_a_cell_holds_the_mean_and_deviation_of_its_seeds(done):
+    folder, comparison = done
+    by_row = {
+        (row["method"], bits): (row["mean"][at], row["deviation"][at])
+        for row in comparison["tables"][0]["rows"]
+        for at, bits in enumerate((8, 16))
+    }
+    for method, slug in (("LSH", "lsh"), ("ITQ", "itq"), ("CIBHash", "cibhash")):
+        for bits in (8, 16):
+            places = [folder / "table" / "cells" / slug / f"{bits}-bits-seed-{seed}" for seed in (0, 1)]
+            values = [reference_map(place, 50) for place in places]
+            assert by_row[method, bits] == pytest.approx((statistics.fmean(values), statistics.stdev(values)))
+
+
+def test_the_tables_are_the_papers_two(done):
+    _, comparison = done
+    assert [[row["method"] for row in table["rows"]] for table in comparison["tables"]] == [
+        ["LSH", "ITQ", "CIBHash"],
+        ["CLHash", "CIBHash"],
+    ]
+    assert comparison["missing"] == []
+
+
+def test_the_files_say_the_same(done):
+    folder, comparison = done
+    rows = list(csv.DictReader((folder / "table" / "comparison.csv").open()))
+    assert len(rows) == 16 and {row["method"] for row in rows} == {"LSH", "ITQ", "CLHash", "CIBHash"}
+    assert float(rows[0]["map"]) == comparison["cells"][0]["map"]
+    of_lsh = comparison["tables"][0]["rows"][0]
+    words = f"{of_lsh['mean'][0]:.3f} ± {of_lsh['deviation'][0]:.3f}"
+    assert words in (folder / "table" / "comparison.md").read_text()
+    assert words.replace("±", r"$\pm$") in (folder / "table" / "comparison.tex").read_text()
+    assert json.loads((folder / "table" / "comparison.json").read_text()) == comparison
+    assert (folder / "table" / "report" / "methods.png").exists() and (
+        folder / "table" / "report" / "index.html"
+    ).exists()
+
+
+def test_what_is_measured_stays_and_more_is_added(done):
+    folder, comparison = done
+    table = folder / "table"
+    before = {path: path.stat().st_mtime_ns for path in table.glob("cells/*/*/results.json")}
+    more = compare(compared(folder, "lsh, pca_sign, cibhash"), table, console=QUIET)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {"LSH", "PCA sign", "CIBHash"} == {cell["method"] for cell in more["cells"]}
+    assert more["cells"][0] == comparison["cells"][0]
+
+
+def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
+    folder, comparison = done
+    alone = train(many.config(folder, bits=16, seed=1, objective="cibhash"), tmp_path / "alone", console=QUIET)
+    of_cell = [c for c in comparison["cells"] if (c["method"], c["bits"], c["seed"]) == ("CIBHash", 16, 1)]
+    assert of_cell[0]["map"] == alone["map"]
+    # And a cell is a run like any other.
+    assert evaluate(of_cell[0]["workdir"], console=QUIET)["map"] == alone["map"]
+
+
+def test_several_processes_share_the_cells(tmp_path):
+    comparison = compare(compared(tmp_path, "lsh, itq, pca_sign", compare__workers=2), tmp_path / "t", console=QUIET)
+    assert len(comparison["cells"]) == 12 and not comparison["missing"]
+    alone = compare(compared(tmp_path, "lsh, itq, pca_sign"), tmp_path / "alone", console=QUIET)
+    assert [cell["map"] for cell in alone["cells"]] == [cell["map"] for cell in comparison["cells"]]
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
+    config = compared(tmp_path, "lsh, pca_sign", compare__seeds="0", compare__bits="8")
+    console = rich.console.Console(record=True, width=200)
+    with workdir_lib.claim(tmp_path / "t" / "cells" / "lsh" / "8-bits-seed-0"):
+        workdir_lib.write_json(tmp_path / "t" / "config.json", config.to_dict())
+        comparison = compare(config, tmp_path / "t", console=console)
+    assert [cell["method"] for cell in comparison["cells"]] == ["PCA sign"]
+    assert comparison["missing"][0]["method"] == "LSH"
+    assert "1 cells are with other processes" in console.export_text()
+    assert len(compare(config, tmp_path / "t", console=QUIET)["cells"]) == 2
+
+
+def test_a_method_that_cannot_is_told_and_the_others_go_on(tmp_path):
+    config = compared(tmp_path, "pca_sign, lsh", compare__bits="16, 32", compare__seeds="0")
+    console = rich.console.Console(record=True, width=300)
+    comparison = compare(config, tmp_path / "t", console=console)
+    assert [(cell["method"], cell["bits"]) for cell in comparison["cells"]] == [
+        ("PCA sign", 16),
+        ("LSH", 16),
+        ("LSH", 32),
+    ]
+    assert "bits: 32 is more than 24, the number of features" in comparison["missing"][0]["why"]
+    assert "Refused: PCA sign, 32 bits, seed 0" in console.export_text()
+    assert "| PCA sign | " in (tmp_path / "t" / "comparison.md").read_text()
+    assert "–" in (tmp_path / "t" / "comparison.md").read_text()
+
+
+def test_rows_may_set_fields(tmp_path):
+    rows = cells.methods("itq, cibhash, cibhash temperature=0.5 beta=0")
+    assert [row.title for row in rows] == ["ITQ", "CIBHash", "CIBHash temperature=0.5 beta=0.0"]
+    made = cells.cell(many.config(tmp_path), rows[2], 16, 3, tmp_path)
+    assert (made.config.temperature, made.config.beta, made.config.bits, made.config.seed) == (0.5, 0.0, 16, 3)
+    assert made.config.objective == "cibhash" and made.workdir.parent.name == "cibhash-temperature=0.5-beta=0.0"
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("itqq", r"config.compare.methods: 'itqq' is unknown; did you mean itq\?"),
+        ("itq, itq", r"config.compare.methods: 'itq' is there twice"),
+        (" , ", r"config.compare.methods: it names no method"),
+        ("cibhash temp=3", r"cibhash temp=3: no field has this name"),
+        ("cibhash temperature", r"after a method come fields with values"),
+        ("cibhash temperature=hot", r"'hot' is no float"),
+        ("cibhash temperature=-1", r"-1.0 must be greater than 0"),
+        ("cibhash bits=16", r"this one is the table's own"),
+        ("cibhash frozen=yes", r"'yes' is no bool"),
+        ("cibhash compare.bits=8", r"no field has this name"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(tmp_path, methods, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(compared(tmp_path, methods), tmp_path / "t", console=QUIET)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("field", ["compare__bits", "compare__seeds"])
+def test_lists_of_numbers_are_checked(tmp_path, field):
+    with pytest.raises(ConfigError, match=field.replace("__", ".")):
+        compare(compared(tmp_path, **{field: "16; 32"}), tmp_path / "t", console=QUIET)
+    if field == "compare__bits":
+        with pytest.raises(ConfigError, match=r"config.bits: 12 must be a multiple of 8"):
+            compare(compared(tmp_path, compare__bits="12"), tmp_path / "t", console=QUIET)
+
+
+def test_a_folder_is_one_comparison_or_one_run(done, tmp_path):
+    folder, _ = done
+    with pytest.raises(WorkdirError, match=r"its comparison has another config \(epochs: 2 → 3\)"):
+        compare(compared(folder, epochs=3), folder / "table", console=QUIET)
+    with pytest.raises(WorkdirError, match="it holds a comparison of many runs"):
+        train(many.config(folder), folder / "table", console=QUIET)
+    train(many.config(folder, epochs=1), tmp_path / "run", console=QUIET)
+    with pytest.raises(WorkdirError, match="it holds files, but no comparison"):
+        compare(compared(folder), tmp_path / "run", console=QUIET)
+
+
+def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
+    """Against the fit on pixels scaled by hand."""
+    config = small.config(bits=16, k=100, image_size=8)  # as they are stored: nothing is resized
+    results = baseline.measure(config, "pca_sign", tmp_path / "b", console=QUIET)
+    assert (results["objective"], results["source"]) == ("pca_sign", BASELINES["pca_sign"].source)
+    from cib_jax import from_config
+
+    splits = from_config.draw_splits(config)
+    train_pixels, query = (
+        np.stack([part.images[i] for i in range(len(part))]).reshape(len(part), -1) / 127.5 - 1
+        for part in (splits.train, splits.query)
+    )
+    found = BASELINES["pca_sign"].fit(train_pixels.astype(np.float32), 16, None)
+    expected = np.asarray(cib.pack_bits(found(query.astype(np.float32))))
+    same = np.unpackbits(expected ^ np.load(tmp_path / "b" / "codes" / "query_codes.npy")).mean()
+    assert same < 1e-3  # a bit on the edge may fall to either side
+    assert baseline.measure(config, "pca_sign", tmp_path / "b", console=QUIET) == json.loads(
+        (tmp_path / "b" / "results.json").read_text()
+    )
+
+
+def test_room_is_by_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: range(16), raising=False)
+    monkeypatch.setattr(workers, "_free_bytes", lambda: 64 << 30)
+    assert workers.room(0) == 8 and workers.room(3) == 3
+    monkeypatch.setattr(workers, "_free_bytes", lambda: 9 << 30)
+    assert workers.room(0) == 2
+    monkeypatch.setattr(workers, "_free_bytes", lambda: 1 << 30)
+    assert workers.room(0) == 1
+
+
+def _breaks(folder, first):
+    if not first:
+        raise RuntimeError("out of luck")
+
+
+def test_a_process_that_breaks_down_is_told(tmp_path):
+    with pytest.raises(cib.Refusal, match="a process broke down"):
+        workers.run(_breaks, (str(tmp_path),), 2)

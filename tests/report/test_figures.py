@@ -1,0 +1,161 @@
+"""Titles and drawn data against numbers worked out by hand; extremes that must not break a figure."""
+
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+
+from cib_jax.report import embedding, figures, style
+from cib_jax.report.page import Grid, Picture, Section, render
+from cib_jax.retrieval import health
+from cib_jax.retrieval.curves import curves
+
+
+def drawn(figure):
+    """Renders it, as only then text is laid out, and returns its title."""
+    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    return figure.get_suptitle()
+
+
+def heights(figure, axis=0):
+    return [bar.get_height() for bar in figure.axes[axis].patches]
+
+
+@pytest.fixture
+def ranking():
+    """Two queries of classes 0 and 1 on four images, of which the first two are of class 0."""
+    codes = np.array([[0b00000000], [0b00000001], [0b11110000], [0b11111111]], np.uint8)
+    labels = np.array([0, 0, 1, 1])
+    return curves(codes[[0, 3]], codes, labels[[0, 3]], labels, 4)
+
+
+def test_figures_of_a_perfect_ranking(ranking):
+    assert drawn(figures.map_against_k(ranking)) == "MAP@k is highest, 1.000, at k = 1, and 1.000 at k = 4"
+    assert (
+        drawn(figures.precision_against_returned(ranking, ranking.chance)) == "Of the first 4 images, 50% are relevant"
+    )
+    # Query 1 finds itself and one more, both relevant; query 2 itself. Within radius 4, query 1 finds a wrong one, too.
+    figure = figures.precision_within_radius(ranking)
+    assert drawn(figure) == "Within Hamming radius 2, precision is 1.00 and 0% of the queries find nothing"
+    assert heights(figure)[:5] == pytest.approx([1, 1, 1, 1, (2 / 3 + 1) / 2])
+    # Relevant pairs lie 0, 1, 0 and 4 bits apart, irrelevant ones 4, 8, 8 and 7.
+    figure = figures.distances(ranking.relevant, ranking.irrelevant)
+    assert drawn(figure) == "Relevant pairs are 1.2 bits apart on average, irrelevant ones 6.8; the two overlap by 25%"
+    assert heights(figure)[:9] == [0.5, 0.25, 0, 0, 0.25, 0, 0, 0, 0]
+
+
+def test_precision_recall_interpolates_between_radii():
+    figure = figures.precision_recall(np.array([1.0, 0.8, 0.2]), np.array([0.0, 0.4, 0.6]), 0.1)
+    assert drawn(figure) == "With half of all relevant images found, precision is 0.50, where chance gives 0.10"
+
+
+def test_bits():
+    assert drawn(figures.bit_balance([0.5, 0.25, 1.0])) == "Bits are one in 25% to 100% of the images; 1 never change"
+    dead = np.zeros((9, 1), np.uint8)
+    assert drawn(figures.bit_correlation(health.bit_correlation(dead))) == "No two bits change, so none correlate"
+    packed = np.array([[0b11], [0b11], [0b00], [0b00]], np.uint8)
+    title = drawn(figures.bit_correlation(health.bit_correlation(packed)))
+    assert title == "Two bits correlate by 1.00 on average and by 1.00 at most"
+
+
+def test_occupancy():
+    title = drawn(figures.occupancy(np.array([3, 2, 1, 1]), 8))
+    assert title == "7 images have 4 different codes; 29% of the images are alone in theirs, 3 share the fullest"
+    assert "the fullest" in drawn(figures.occupancy(np.array([1]), 64))
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_training(validated):
+    records = [{"epoch": e, "contrast": 4.0 - e, "kl": 2.0 * e, "loss": 4.0} for e in (1, 2)]
+    if validated:
+        records[1]["validation_map"] = 0.5
+    figure = figures.training(records)
+    assert drawn(figure) == "Contrast went from 3.00 to 2.00 nats in 2 epochs; KL ended at 4.00 nats"
+    assert len(figure.axes) == 3 + validated
+    assert drawn(figures.training(records[:1])).endswith("in 1 epochs; KL ended at 2.00 nats")
+
+
+def test_a_heat_map_leaves_out_what_was_not_tried():
+    values = np.array([[0.1, np.nan], [0.3, 0.2]])
+    figure = figures.heat_map([0.2, 0.4], [1e-4, 1e-3], values, names=("τ", "β"), score="validation MAP")
+    assert drawn(figure) == "Validation MAP is best, 0.300, at τ = 0.2 and β = 0.001; over the sweep it varies by 0.200"
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0.100", "0.200", "0.300"]
+
+
+def test_methods_are_sorted_and_gaps_left_open():
+    mean = np.array([[0.1, 0.2], [0.5, np.nan], [0.3, 0.4]])
+    figure = figures.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
+    assert drawn(figure) == "b and c lead in MAP at 16, 32 bits"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "c", "b"]
+
+
+def test_search_and_parameters():
+    values = np.array([0.1, 0.4, 0.3])
+    assert drawn(figures.search([1, 2, 4], values, score="MAP")).startswith("Trial 2 of 4 was the best by MAP, 0.400")
+    drawn_from = {"beta": [1e-5, 1e-2, 1e-1], "augment": ["a", "b", "a"], "train.views": [2, 4, 8]}
+    assert (
+        drawn(figures.parameters(drawn_from, values, score="MAP"))
+        == "Best at beta 0.01, augment b, train.views 4 (the star)"
+    )
+    title = drawn(figures.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9))
+    assert "entropy orders 9 trials most like test MAP: rank correlation +0.50" in title
+
+
+def test_drawing_leaves_matplotlib_as_it_was():
+    before = dict(matplotlib.rcParams)
+    figures.bit_balance([0.5])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_classes_differ_in_more_than_colour():
+    assert len(set(style.MARKS)) == len(set(style.COLOURS)) == embedding.CLASSES
+
+
+def test_points_keep_clusters_together():
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 40)
+    packed = generator.integers(0, 256, (3, 8), np.uint8)[labels] ^ (1 << generator.integers(0, 8, (120, 8))).astype(
+        np.uint8
+    )
+    points = embedding.points(packed, 0)
+    np.testing.assert_array_equal(points, embedding.points(packed, 0))
+    apart = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(120)
+    assert (labels[apart.argmin(axis=1)] == labels).mean() > 0.95
+    assert embedding.agreement(packed, labels) == 1.0
+
+
+def test_codes_that_are_all_the_same_have_no_map():
+    assert embedding.points(np.zeros((100, 2), np.uint8), 0) is None
+    assert embedding.points(np.arange(3, dtype=np.uint8)[:, None], 0) is None
+
+
+def test_the_ten_most_frequent_classes_are_shown():
+    labels = np.repeat(np.arange(12), np.arange(12) + 1)
+    shown = embedding.classes(labels, [f"c{n}" for n in range(12)])
+    assert shown.names == [f"c{n}" for n in range(2, 12)]
+    assert (shown.labels == np.where(labels >= 2, labels - 2, -1)).all()
+    hot = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    shown = embedding.classes(hot, ["often", "seldom"])
+    assert (shown.names, shown.labels.tolist()) == (["often", "seldom"], [0, 1, 1, -1])
+
+
+def test_agreement_counts_any_shared_label():
+    packed = np.array([[0], [1], [128], [192]], np.uint8)
+    hot = np.array([[1, 0], [1, 1], [0, 1], [0, 1]], bool)
+    # 0's nearest other is 1 (shares), 1's is 0 (shares), 2's is 0 (none), 3's is 2 (shares).
+    assert embedding.agreement(packed, hot) == 0.75
+
+
+def test_a_page_shows_markup_as_text():
+    page = render(
+        "<script>alert(1)</script>",
+        "a & b",
+        [Grid("t", ("h",), [("<b>x</b>", "y")])],
+        [Section("empty", []), Section("one", [Picture("p", b"png", 'say "hi"')])],
+        notes=["<i>note</i>"],
+        config="{}",
+    )
+    assert "<script>" not in page and "<b>x</b>" not in page and "<i>note" not in page
+    assert "&lt;script&gt;" in page and "a &amp; b" in page
+    assert "empty" not in page and 'alt="say &#34;hi&#34;"' in page

@@ -1,0 +1,73 @@
+"""Tables against numbers worked out by hand; their formats read back by other readers."""
+
+import csv
+import io
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cib_jax.report import published, tables
+from cib_jax.report.tables import Cell, Row, Table
+
+TABLE = Table(
+    "MAP@1000 on a_b",
+    [16, 32],
+    [
+        Row("LSH", [Cell([0.1, 0.3]), Cell([0.25])]),
+        Row("CIBHash beta=0.1", [Cell([0.5, 0.6]), Cell([])]),
+        Row("TBH", [Cell([0.9]), Cell([0.9])], published=True),
+    ],
+)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_cells_are_pythons_statistics(values):
+    cell = Cell(values)
+    assert cell.mean == statistics.fmean(values)
+    assert cell.deviation == statistics.stdev(values)
+
+
+def test_markdown_by_hand():
+    assert tables.markdown(TABLE) == (
+        "**MAP@1000 on a\\_b**\n"
+        "\n"
+        "| method | 16 bits | 32 bits |\n"
+        "| --- | ---: | ---: |\n"
+        "| LSH | 0.200 ± 0.141 | **0.250** |\n"
+        "| CIBHash beta=0.1 | **0.550 ± 0.071** | – |\n"
+        "| TBH | 0.900 | 0.900 |\n"
+    )
+
+
+def test_latex_by_hand():
+    made = tables.latex(TABLE)
+    assert r"\caption{MAP@1000 on a\_b}" in made
+    assert r"LSH & 0.200 $\pm$ 0.141 & \textbf{0.250} \\" in made
+    assert r"CIBHash beta=0.1 & \textbf{0.550 $\pm$ 0.071} & – \\" in made
+    assert made.count("{") == made.count("}")
+
+
+def test_equal_as_printed_are_both_the_best():
+    table = Table("t", [8], [Row("a", [Cell([0.50001])]), Row("b", [Cell([0.50002])])])
+    assert tables.markdown(table).count("**0.500**") == 2
+
+
+def test_nothing_measured_is_a_dash_and_never_the_best():
+    assert "**–" not in tables.markdown(Table("t", [8], [Row("a", [Cell([])])]))
+    assert tables.comma_separated([]) == ""
+
+
+def test_csv_is_read_back_by_pythons_reader():
+    records = [{"method": 'a, "b"', "map": 0.5}, {"method": "c", "map": None}]
+    read = list(csv.DictReader(io.StringIO(tables.comma_separated(records))))
+    assert read == [{"method": 'a, "b"', "map": "0.5"}, {"method": "c", "map": ""}]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "k", "rows"),
+    [("cifar10-10k-50k", 1000, 3), ("cifar10-10k-50k", 100, 0), ("own", 1000, 0), ("coco-5000", 5000, 3)],
+)
+def test_published_rows_stand_only_beside_figures_of_their_protocol(protocol, k, rows):
+    assert len(published.rows(protocol, k)) == rows
