@@ -14,7 +14,7 @@ from cib_jax.jobs import cells, report, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.cells import Cell
 from cib_jax.objective import OBJECTIVES
-from cib_jax.report import figures, published, tables
+from cib_jax.report import many_runs, published, tables
 from cib_jax.report.page import Grid, Section, render
 
 ABLATION = tuple(OBJECTIVES)
@@ -214,7 +214,7 @@ def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, made: list
         deviation = np.array([[cell.deviation or 0 for cell in row.cells] for row in rows], float)
         if np.isfinite(mean).any():
             score = table.title.partition(" on ")[0].removeprefix("Ablation: ")
-            drawn = figures.methods([row.title for row in rows], table.bits, mean, deviation, score=score)
+            drawn = many_runs.methods([row.title for row in rows], table.bits, mean, deviation, score=score)
             pictures.append(report.picture(name, drawn))
     page = render(
         f"{config.data.name} · comparison",

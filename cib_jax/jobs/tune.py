@@ -15,7 +15,7 @@ from cib_jax.errors import Refusal
 from cib_jax.jobs import report, scores, space, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import train
-from cib_jax.report import figures, tables
+from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval.label_free import SCORES
 
@@ -203,8 +203,8 @@ def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, search: di
     score = search["score"].replace("_", " ").replace("map", "MAP")
     values = np.array([trial["value"] for trial in good])
     pictures = [
-        report.picture("search", figures.search([t["number"] + 1 for t in good], values, score=score)),
-        report.picture("parameters", figures.parameters(_columns(good), values, score=score)),
+        report.picture("search", many_runs.search([t["number"] + 1 for t in good], values, score=score)),
+        report.picture("parameters", many_runs.parameters(_columns(good), values, score=score)),
     ]
     if len(good) > 1 and all({"temperature", "beta"} <= trial["params"].keys() for trial in good):
         pictures.append(_sensitivity(good, values, score))
@@ -212,7 +212,7 @@ def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, search: di
     for against, ranked in search["rank_correlation"].items():
         of = {"map": "test MAP", "validation_map": "validation MAP"}[against]
         scored.append(
-            report.picture(f"label_free_{against}", figures.rank_correlations(ranked, of=of, trials=len(good)))
+            report.picture(f"label_free_{against}", many_runs.rank_correlations(ranked, of=of, trials=len(good)))
         )
     rows = [
         (
@@ -247,7 +247,7 @@ def _sensitivity(good: list[Trial], values: np.ndarray, score: str) -> Picture:
     np.add.at(sums, (at_row, at_column), values)
     np.add.at(counts, (at_row, at_column), 1)
     mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    drawn = figures.heat_map(columns, rows, mean, names=("temperature τ", "bottleneck weight β"), score=score)
+    drawn = many_runs.heat_map(columns, rows, mean, names=("temperature τ", "bottleneck weight β"), score=score)
     return report.picture("sensitivity", drawn, "Means over the trials of a cell; steps named by their median value")
 
 

@@ -69,6 +69,7 @@ def latex(table: Table) -> str:
         cells = [
             rf"\textbf{{{text}}}" if best else text for text, best in zip(_texts(row, r" $\pm$ "), bold, strict=True)
         ]
+        cells = [cell.replace("–", "--") for cell in cells]
         lines.append(rf"    {_in_latex(row.title)} & {' & '.join(cells)} \\")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}"]) + "\n"
 

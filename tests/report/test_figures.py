@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from cib_jax.report import embedding, figures, style
+from cib_jax.report import embedding, figures, many_runs, style
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval import health
 from cib_jax.retrieval.curves import curves
@@ -78,27 +78,27 @@ def test_training(validated):
 
 def test_a_heat_map_leaves_out_what_was_not_tried():
     values = np.array([[0.1, np.nan], [0.3, 0.2]])
-    figure = figures.heat_map([0.2, 0.4], [1e-4, 1e-3], values, names=("τ", "β"), score="validation MAP")
+    figure = many_runs.heat_map([0.2, 0.4], [1e-4, 1e-3], values, names=("τ", "β"), score="validation MAP")
     assert drawn(figure) == "Validation MAP is best, 0.300, at τ = 0.2 and β = 0.001; over the sweep it varies by 0.200"
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0.100", "0.200", "0.300"]
 
 
 def test_methods_are_sorted_and_gaps_left_open():
     mean = np.array([[0.1, 0.2], [0.5, np.nan], [0.3, 0.4]])
-    figure = figures.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
+    figure = many_runs.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
     assert drawn(figure) == "b and c lead in MAP at 16, 32 bits"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "c", "b"]
 
 
 def test_search_and_parameters():
     values = np.array([0.1, 0.4, 0.3])
-    assert drawn(figures.search([1, 2, 4], values, score="MAP")).startswith("Trial 2 of 4 was the best by MAP, 0.400")
+    assert drawn(many_runs.search([1, 2, 4], values, score="MAP")).startswith("Trial 2 of 4 was the best by MAP, 0.400")
     drawn_from = {"beta": [1e-5, 1e-2, 1e-1], "augment": ["a", "b", "a"], "train.views": [2, 4, 8]}
     assert (
-        drawn(figures.parameters(drawn_from, values, score="MAP"))
+        drawn(many_runs.parameters(drawn_from, values, score="MAP"))
         == "Best at beta 0.01, augment b, train.views 4 (the star)"
     )
-    title = drawn(figures.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9))
+    title = drawn(many_runs.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9))
     assert "entropy orders 9 trials most like test MAP: rank correlation +0.50" in title
 
 

@@ -45,7 +45,7 @@ def test_latex_by_hand():
     made = tables.latex(TABLE)
     assert r"\caption{MAP@1000 on a\_b}" in made
     assert r"LSH & 0.200 $\pm$ 0.141 & \textbf{0.250} \\" in made
-    assert r"CIBHash beta=0.1 & \textbf{0.550 $\pm$ 0.071} & – \\" in made
+    assert r"CIBHash beta=0.1 & \textbf{0.550 $\pm$ 0.071} & -- \\" in made
     assert made.count("{") == made.count("}")
 
 
