@@ -13,7 +13,7 @@ from cib_jax.baselines import BASELINES
 from cib_jax.errors import Refusal
 from cib_jax.jobs import baseline
 from cib_jax.jobs import workdir as workdir_lib
-from cib_jax.jobs.train import train
+from cib_jax.jobs.train import TrainingError, train
 from cib_jax.objective import OBJECTIVES
 
 TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash"} | {
@@ -127,6 +127,7 @@ def measure(one: Cell) -> dict[str, Any] | None:
 
     Raises:
       BusyError: another process is at it.
+      Refusal: what is wrong is not this row's own: the data, the weights, a field that all rows share.
     """
     quiet = rich.console.Console(quiet=True)
     note = one.workdir / REFUSED
@@ -138,6 +139,8 @@ def measure(one: Cell) -> dict[str, Any] | None:
     except workdir_lib.BusyError:
         raise
     except Refusal as error:
+        if not (one.method.fields or isinstance(error, baseline.BaselineError | TrainingError)):
+            raise
         one.workdir.mkdir(parents=True, exist_ok=True)
         workdir_lib.write_json(note, {"error": str(error)})
         return None

@@ -11,13 +11,13 @@ import rich.table
 import scipy.stats
 
 from cib_jax import config as config_lib
-from cib_jax.errors import Refusal
 from cib_jax.jobs import report, scores, space, workers
 from cib_jax.jobs import workdir as workdir_lib
-from cib_jax.jobs.train import train
+from cib_jax.jobs.train import TrainingError, train
 from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval.label_free import SCORES
+from cib_jax.training.view_bank import BankError
 
 TRIAL = "trial.json"
 """What a trial came to; written last, so a trial that has it is done."""
@@ -109,7 +109,12 @@ def _work(fields: dict[str, Any], folder: str, shows: bool) -> None:
 
 
 def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, folder: pathlib.Path) -> Trial:
-    """Trains and scores one trial and writes its trial.json."""
+    """Trains and scores one trial and writes its trial.json.
+
+    Raises:
+      BusyError: another process is at it.
+      Refusal: what is wrong is not in what was drawn: the data, the weights, the folder.
+    """
     config = base.copy_and_resolve_references()
     # A report of each would take longer than a short trial; --mode=evaluate draws that of any one.
     config.update_from_flattened_dict({"report.write": False} | params)
@@ -119,9 +124,7 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
         found: dict[str, float | None] = dict(scores.label_free_scores(folder, base.tune.images))
         found |= {"validation_map": results["best_validation_map"], "map": results["map"]}
         trial |= {"scores": found, "value": found[base.tune.score]}
-    except workdir_lib.BusyError:
-        raise
-    except Refusal as error:
+    except (config_lib.ConfigError, TrainingError, BankError) as error:
         trial["error"] = str(error)
     folder.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_json(folder / TRIAL, trial)

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,16 +66,26 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
             process.terminate()
     if any(process.exitcode for process in others):
         raise WorkerError(
-            "config.compare.workers: a process broke down, out of memory if nothing else is told above; the same "
-            "command goes on, and --config.compare.workers=1 takes less memory"
+            "a process that was at work beside this one broke down, out of memory if nothing else is told above; the "
+            "same command goes on, with config.compare.workers or config.tune.workers at 1 in less memory"
         )
 
 
 def _other(work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, parent: int) -> None:
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        if os.getppid() == parent:
-            work(*arguments, False)
+        work(*arguments, False)
     except KeyboardInterrupt:
         sys.exit(0)  # told by the process that the user started
+    except Refusal as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone, killed too hard to say so."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -14,6 +14,13 @@ def test_the_loop_runs_as_it_stands(capsys):
     assert float(capsys.readouterr().out) > 0.5  # random codes: 0.1
 
 
+def test_the_baseline_runs_as_it_stands(capsys):
+    text = re.search(r"<!-- baseline -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(text, "README.md", "exec"), {})
+    said = float(re.search(r"this prints about ([\d.]+)", README).group(1))
+    assert abs(float(capsys.readouterr().out) - said) < 0.03
+
+
 def test_a_fresh_machine_needs_one_command_each_to_run_and_to_test():
     opening = README.split("## The main job")[0]
     commands = re.findall(r"^python3 .*$", opening, re.MULTILINE)

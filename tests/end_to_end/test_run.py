@@ -16,6 +16,7 @@ from cib_jax import from_config
 from cib_jax.hasher import restore_best
 from tests import small
 from tests.conftest import CACHE
+from tests.jobs import many
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "120"}
@@ -80,6 +81,33 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path):
     assert "Traceback" not in resumed + whole
 
 
+def test_a_comparison_killed_in_the_middle_goes_on_to_the_same(tmp_path):
+    """Killed hard with another process beside it, which must end too and leave its cell to the next."""
+    many.config(tmp_path)  # writes the features
+    fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "epochs": 20}
+    arguments = small.flags(
+        **fields, compare__methods="lsh, itq, cibhash, cl_hash", compare__bits="8", compare__seeds="0, 1"
+    )
+    process = start("--mode=compare", *arguments, "--config.compare.workers=2", f"--workdir={tmp_path / 'killed'}")
+    deadline = time.monotonic() + 200
+    while len(list((tmp_path / "killed").glob("cells/*/*/results.json"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3)  # by then the process beside it has seen that it is alone
+    code, out, error = finish(start("--mode=compare", *arguments, f"--workdir={tmp_path / 'killed'}"))
+    assert code == 0, error
+    assert "8 cells, " in out and ", 0 of them measured" not in out and "with other processes" not in out
+    code, out, error = finish(
+        start("--mode=compare", *arguments, "--config.compare.workers=1", f"--workdir={tmp_path / 'whole'}")
+    )
+    assert code == 0, error
+    tables = [(tmp_path / name / "comparison.md").read_text() for name in ("killed", "whole")]
+    assert tables[0] == tables[1] and "–" not in tables[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(12))
 def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, moment):
@@ -105,9 +133,15 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, mom
         (["--config"], "--config: it wants the path of an experiment"),
         (["--config.data.dir=/nope", "--config=configs/cifar.py"], "config.data.dir: there is no folder /nope"),
         (["--workdir="], "--workdir: it is empty"),
-        (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate>"),
+        (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate|compare|tune>"),
         (["--mode=evaluate"], "--mode=evaluate wants the folder of a trained run"),
         (["--mode=evaluate", "--workdir=nowhere"], "is no run's folder"),
+        (
+            ["--mode=compare", "--config.compare.methods=itqq"],
+            "config.compare.methods: 'itqq' is unknown; did you mean",
+        ),
+        (["--mode=tune"], "config.tune.score: 'validation_map' wants images to validate on"),
+        (["--mode=compare", "--config=configs/cifar.py", "--config.data.dir=/nope"], "there is no folder /nope"),
         (["--config.bits=12"], "config.bits: 12 must be a multiple of 8"),
         (["--bits=32"], "Unknown command line flag 'bits'"),
         (["bits=32"], "'bits=32' is no flag"),

@@ -155,6 +155,16 @@ def test_rows_that_cannot_be_are_refused(tmp_path, methods, message):
     assert not (tmp_path / "t").exists()
 
 
+def test_what_is_wrong_with_all_cells_is_told_once(tmp_path):
+    config = compared(tmp_path, data__dir=str(tmp_path / "gone.npy"))
+    with pytest.raises(cib.Refusal, match=r"config.data.dir: .*gone.npy"):
+        compare(config, tmp_path / "t", console=QUIET)
+    config = compared(tmp_path, "lsh, cibhash batch_size=512", compare__bits="8", compare__seeds="0")
+    comparison = compare(config, tmp_path / "u", console=QUIET)
+    assert [cell["method"] for cell in comparison["cells"]] == ["LSH"]
+    assert "config.batch_size: 512 is larger than the training set" in comparison["missing"][0]["why"]
+
+
 @pytest.mark.parametrize("field", ["compare__bits", "compare__seeds"])
 def test_lists_of_numbers_are_checked(tmp_path, field):
     with pytest.raises(ConfigError, match=field.replace("__", ".")):
@@ -212,5 +222,5 @@ def _breaks(folder, first):
 
 
 def test_a_process_that_breaks_down_is_told(tmp_path):
-    with pytest.raises(cib.Refusal, match="a process broke down"):
+    with pytest.raises(cib.Refusal, match="at work beside this one broke down"):
         workers.run(_breaks, (str(tmp_path),), 2)
