@@ -1,6 +1,7 @@
 """What a search draws from: the words of `tune.space` as Optuna's distributions, and the trial of each number."""
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,11 +94,13 @@ def suggest(
         return grid(space)[number]
     library = optuna()
     draws = (seed * 1_000_003 + number) % 2**32
-    made = (
-        library.samplers.TPESampler(seed=draws, multivariate=True, n_startup_trials=8)
-        if sampler == "tpe"
-        else library.samplers.RandomSampler(seed=draws)
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", library.exceptions.ExperimentalWarning)  # `multivariate`, before Optuna 5
+        made = (
+            library.samplers.TPESampler(seed=draws, multivariate=True, n_startup_trials=8)
+            if sampler == "tpe"
+            else library.samplers.RandomSampler(seed=draws)
+        )
     study = library.create_study(direction="maximize", sampler=made)
     for params, score in earlier if sampler == "tpe" else ():
         failed = {"state": library.trial.TrialState.FAIL} if score is None else {"value": score}
