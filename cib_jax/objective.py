@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cib_jax import binary
+from cib_jax import binary, contrast
 
 
 class Objective(NamedTuple):
@@ -35,7 +35,8 @@ def nt_xent(
 
     Each code must pick its image's other view out of the 2 × batch − 1 codes that are not itself, by cosine similarity
     over `temperature` (SimCLR, https://arxiv.org/abs/2002.05709, equation 1; CIBHash, equation 2). Codes may be ±1 or
-    continuous; a code of all zeros has similarity 0 to every other.
+    continuous; a code of all zeros has similarity 0 to every other. The similarities of more than 4,096 codes are never
+    held all at once (`contrast.log_sum_exp_of_others`).
 
     Raises:
       ValueError: the two shapes differ, are not [batch, bits], or hold fewer than 2 images.
@@ -51,6 +52,12 @@ def nt_xent(
     codes = codes / jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(codes), axis=-1, keepdims=True)), 1e-12)
     norm_squared = jnp.sum(jnp.square(codes), axis=-1, keepdims=True)
     codes = codes * jax.lax.rsqrt(jnp.maximum(norm_squared, 1e-12))
+    if 4 * batch * batch > contrast.ENTRIES:
+        # Divided by √τ each, so that a product of two is their similarity over τ.
+        codes = codes / jnp.sqrt(temperature)
+        sums = contrast.log_sum_exp_of_others(codes, codes, jnp.arange(2 * batch))
+        # Both codes of an image have the other as their positive, at the same similarity.
+        return jnp.mean(sums) - jnp.mean(jnp.sum(codes[:batch] * codes[batch:], axis=-1))
     similarity = jnp.matmul(codes, codes.T, precision=jax.lax.Precision.HIGHEST) / temperature
     others = jnp.where(jnp.eye(2 * batch, dtype=bool), -jnp.inf, similarity)
     positive = jnp.concatenate([jnp.diagonal(similarity, batch), jnp.diagonal(similarity, -batch)])
@@ -112,7 +119,7 @@ def cib_loss(
             binary.sample_codes(jax.random.fold_in(key, 1), logits1, stochastic=stochastic),
             binary.sample_codes(jax.random.fold_in(key, 2), logits2, stochastic=stochastic),
         )
-    contrast = nt_xent(*compared, temperature=temperature)
+    contrasted = nt_xent(*compared, temperature=temperature)
     kl = 0.5 * (bernoulli_kl(logits1, logits2) + bernoulli_kl(logits2, logits1))
-    loss = contrast + beta * kl if chosen.bottleneck else contrast
-    return loss, {"loss": loss, "contrast": contrast, "kl": kl}
+    loss = contrasted + beta * kl if chosen.bottleneck else contrasted
+    return loss, {"loss": loss, "contrast": contrasted, "kl": kl}
