@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from cib_jax import colour, geometry
+from cib_jax import colour, geometry, spread
+from cib_jax.spread import Axis
 
 # The paper's family (section Augmentation).
 CROP_SCALE = (0.5, 1.0)
@@ -63,15 +64,17 @@ def two_views(
     family: str = "photo",
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     deviation: Sequence[float] = (0.5, 0.5, 0.5),
+    axis: Axis = None,
 ) -> tuple[Float[Array, "batch image_size image_size 3"], Float[Array, "batch image_size image_size 3"]]:
     """Returns two views of every image, drawn independently.
 
-    The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`. Raises what
-    `view` raises.
+    The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`; with an `axis` (see
+    `spread`), this device's rows of them. Raises what `view` raises.
     """
     _check(images, image_size)
     batch = images.shape[0]
-    keys = jnp.concatenate([image_keys(jax.random.fold_in(key, number), batch) for number in range(2)])
+    first = spread.first_row(batch, axis)
+    keys = jnp.concatenate([image_keys(jax.random.fold_in(key, number), batch, first) for number in range(2)])
     images = jnp.concatenate((images, images))
     views = view_each(keys, images, image_size=image_size, family=family, mean=mean, deviation=deviation)
     return views[:batch], views[batch:]
@@ -137,9 +140,9 @@ def resize_and_normalise(
     return _normalise(geometry.resize(images / 255, image_size=image_size), mean, deviation)
 
 
-def image_keys(key: PRNGKeyArray, batch: int) -> PRNGKeyArray:
-    """Returns the keys of the images of a batch, each folded from `key` and the image's index."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+def image_keys(key: PRNGKeyArray, batch: int, first: Int[Array, ""] | int = 0) -> PRNGKeyArray:
+    """Returns the keys of `batch` images from the `first` on, each folded from `key` and the image's index."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(batch))
 
 
 def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> Photo:

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
+from cib_jax import spread
+from cib_jax.spread import Axis
+
 
 @jax.custom_jvp
 def _straight_through(probabilities: Array, codes: Array) -> Array:
@@ -32,7 +35,7 @@ def binarize(logits: Float[Array, "*batch bits"]) -> Float[Array, "*batch bits"]
 
 
 def sample_codes(
-    key: PRNGKeyArray, logits: Float[Array, "*batch bits"], *, stochastic: bool = True
+    key: PRNGKeyArray, logits: Float[Array, "*batch bits"], *, stochastic: bool = True, axis: Axis = None
 ) -> Float[Array, "*batch bits"]:
     """Returns ±1 codes whose gradient passes straight through to p = σ(logits): ∂b/∂p := 1.
 
@@ -43,10 +46,11 @@ def sample_codes(
       logits: the outputs of the hash head.
       stochastic: True draws each bit as +1 with probability p, the paper's layer; False takes +1 where p > ½, as the
         published code does.
+      axis: see `spread`; with one, the logits are [batch, bits].
     """
     probabilities = jax.nn.sigmoid(logits)
     if stochastic:
-        uniform = jax.random.uniform(key, logits.shape, logits.dtype)
+        uniform = spread.draw(lambda shape: jax.random.uniform(key, shape, logits.dtype), logits.shape, axis)
         codes = jnp.where(uniform < probabilities, 1.0, -1.0).astype(logits.dtype)
     else:
         codes = binarize(logits)

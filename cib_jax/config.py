@@ -78,6 +78,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
         int,
         (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
     ),
+    "devices": (int, _at_least(0)),
     "epochs": (int, _at_least(1)),
     "learning_rate": (float, _POSITIVE),
     "data.seed": (int, _SEED),
@@ -149,6 +150,7 @@ MAY_CHANGE = AROUND | frozenset(
         "data.max_bad_fraction",
         "backbone_weights",
         "train.bank_mb",
+        "devices",
         "report.write",
         "report.embedded",
         "cache.dir",
@@ -161,7 +163,7 @@ Weights are compared by their fingerprint, wherever they lie.
 """
 
 
-ADDED: dict[str, Any] = {"report.write": True, "report.embedded": 2000}
+ADDED: dict[str, Any] = {"devices": 0, "report.write": True, "report.embedded": 2000}
 """Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
 
 MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})

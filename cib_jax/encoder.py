@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from cib_jax import augment, feature_views
 from cib_jax.backbones import registry
 from cib_jax.feature_views import Standard
+from cib_jax.spread import Axis
 
 Params = dict[str, Any]
 """A pytree of float32 arrays with the entries "head" and, where the backbone learns too, "backbone"."""
@@ -80,8 +81,12 @@ class Encoder:
         images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"],
         *,
         family: str = "photo",
+        axis: Axis = None,
     ) -> tuple[Float[Array, "batch ..."], Float[Array, "batch ..."]]:
-        """Returns two augmented views of every image, or item, of this encoder's size and normalisation."""
+        """Returns two augmented views of every image, or item, of this encoder's size and normalisation.
+
+        With an `axis` (see `spread`), of this device's rows of the batch.
+        """
         if self.backbone.takes == "features":
             return feature_views.two_views(
                 key,
@@ -91,6 +96,7 @@ class Encoder:
                 family=family,
                 noise=self.feature_noise,
                 dropout=self.feature_dropout,
+                axis=axis,
             )
         return augment.two_views(
             key,
@@ -99,6 +105,7 @@ class Encoder:
             family=family,
             mean=self.backbone.mean,
             deviation=self.backbone.deviation,
+            axis=axis,
         )
 
     def view_each(

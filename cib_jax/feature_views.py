@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
+from cib_jax import spread
+from cib_jax.spread import Axis
+
 FAMILIES = ("noise", "stored")
 """noise: a vector per item, its views by noise and dropout; stored: several vectors per item, two of them drawn."""
 
@@ -78,6 +81,7 @@ def two_views(
     family: str,
     noise: float,
     dropout: float,
+    axis: Axis = None,
 ) -> tuple[Float32[Array, "batch features"], Float32[Array, "batch features"]]:
     """Returns two views of each item, standardised.
 
@@ -90,6 +94,7 @@ def two_views(
       noise: with "noise", the deviation of what is added to each standardised feature.
       dropout: with "noise", the probability with which a feature is set to its mean; the others are scaled by
         1 / (1 − dropout), so that a view is the item on average.
+      axis: see `spread`.
 
     Raises:
       ValueError: the family is unknown, or does not go with the shape.
@@ -102,32 +107,33 @@ def two_views(
                 f"features are {list(features.shape)}, but augment='stored' needs [batch, views, features] with two or "
                 "more views; store more, or choose augment='noise'."
             )
-        return _two_stored(key, features, mean, deviation)
+        return _two_stored(key, features, mean, deviation, axis)
     vectors = plain(features, mean, deviation)
     one, other = jax.random.split(key)
-    return _noisy(one, vectors, noise, dropout), _noisy(other, vectors, noise, dropout)
+    return _noisy(one, vectors, noise, dropout, axis), _noisy(other, vectors, noise, dropout, axis)
 
 
 def _standardised(features: Array, mean: Sequence[float], deviation: Sequence[float]) -> Array:
     return (features.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(deviation, jnp.float32)
 
 
-def _noisy(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float) -> Array:
+def _noisy(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, axis: Axis) -> Array:
     noise_key, dropout_key = jax.random.split(key)
     if noise:
-        vectors = vectors + noise * jax.random.normal(noise_key, vectors.shape)
+        vectors = vectors + noise * spread.draw(lambda shape: jax.random.normal(noise_key, shape), vectors.shape, axis)
     if dropout:
-        vectors = vectors * jax.random.bernoulli(dropout_key, 1 - dropout, vectors.shape) / (1 - dropout)
+        kept = spread.draw(lambda shape: jax.random.bernoulli(dropout_key, 1 - dropout, shape), vectors.shape, axis)
+        vectors = vectors * kept / (1 - dropout)
     return vectors
 
 
 def _two_stored(
-    key: PRNGKeyArray, features: Array, mean: Sequence[float], deviation: Sequence[float]
+    key: PRNGKeyArray, features: Array, mean: Sequence[float], deviation: Sequence[float], axis: Axis
 ) -> tuple[Array, Array]:
     batch, views = features.shape[:2]
     one, other = jax.random.split(key)
-    first = jax.random.randint(one, (batch,), 0, views)
-    second = (first + jax.random.randint(other, (batch,), 1, views)) % views
+    first = spread.draw(lambda shape: jax.random.randint(one, shape, 0, views), (batch,), axis)
+    second = (first + spread.draw(lambda shape: jax.random.randint(other, shape, 1, views), (batch,), axis)) % views
     rows = jnp.arange(batch)
     return (
         _standardised(features[rows, first], mean, deviation),

@@ -14,7 +14,7 @@ from cib_jax.encoder import Params, create_encoder
 from cib_jax.feature_views import Standard
 from cib_jax.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
-from cib_jax.training import feed, loop, view_bank
+from cib_jax.training import feed, loop, parallel, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
 
@@ -43,6 +43,7 @@ def fit(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     views: int = 0,
+    devices: int = 0,
     seed: int = 0,
     on_epoch: Callable[[loop.EpochReport], None] = lambda report: None,
 ) -> Hasher:
@@ -71,11 +72,13 @@ def fit(
       batch_size: images per step.
       learning_rate: of Adam.
       views: computes the features of this many views per image once, for a frozen backbone; 0 draws fresh ones.
+      devices: of this machine that share each batch; 0: all.
       seed: of everything random.
       on_epoch: told of each epoch's end.
 
     Raises:
-      ValueError: a value is out of range, or there are fewer images than `batch_size`.
+      ValueError: a value is out of range, there are fewer images than `batch_size`, or a batch cannot be spread evenly
+        over the devices.
       NonFiniteLossError: the loss became NaN or infinite.
     """
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
@@ -98,6 +101,7 @@ def fit(
     families = FAMILIES if standard is None else feature_views.FAMILIES
     if augment not in families:
         raise ValueError(f"augment: {augment!r} is not one of {', '.join(families)}")
+    mesh = parallel.mesh(devices, batch_size)
     init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
     encoder, params, unchanging = create_encoder(
         init_key,
@@ -133,10 +137,15 @@ def fit(
             views=views,
             family=augment,
         )
-        fed = feed.from_bank(bank, seed=seed, batch_size=batch_size, method=method)
+        fed = feed.from_bank(bank, seed=seed, batch_size=batch_size, method=method, mesh=mesh)
     else:
         fed = feed.from_device(
-            jnp.asarray(images), unchanging, seed=seed, batch_size=batch_size, method=method | {"augment": augment}
+            jnp.asarray(images),
+            unchanging,
+            seed=seed,
+            batch_size=batch_size,
+            method=method | {"augment": augment},
+            mesh=mesh,
         )
     state, _ = loop.run(
         create_train_state(params, optimiser),

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cib_jax import binary, contrast
+from cib_jax import binary, contrast, spread
+from cib_jax.spread import Axis
 
 
 class Objective(NamedTuple):
@@ -29,7 +30,11 @@ OBJECTIVES = {
 
 
 def nt_xent(
-    codes1: Float[Array, "batch bits"], codes2: Float[Array, "batch bits"], *, temperature: float = 0.3
+    codes1: Float[Array, "batch bits"],
+    codes2: Float[Array, "batch bits"],
+    *,
+    temperature: float = 0.3,
+    axis: Axis = None,
 ) -> Float[Array, ""]:
     """Returns the normalised-temperature cross-entropy of two views' codes, averaged over all 2 × batch codes, in nats.
 
@@ -37,6 +42,9 @@ def nt_xent(
     over `temperature` (SimCLR, https://arxiv.org/abs/2002.05709, equation 1; CIBHash, equation 2). Codes may be ±1 or
     continuous; a code of all zeros has similarity 0 to every other. The similarities of more than 4,096 codes are never
     held all at once (`contrast.log_sum_exp_of_others`).
+
+    With an `axis` (see `spread`), the codes are this device's rows of a larger batch, whose codes are all negatives;
+    what is returned is this device's share, and the shares of all devices sum up to the loss.
 
     Raises:
       ValueError: the two shapes differ, are not [batch, bits], or hold fewer than 2 images.
@@ -52,16 +60,28 @@ def nt_xent(
     codes = codes / jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(codes), axis=-1, keepdims=True)), 1e-12)
     norm_squared = jnp.sum(jnp.square(codes), axis=-1, keepdims=True)
     codes = codes * jax.lax.rsqrt(jnp.maximum(norm_squared, 1e-12))
-    if 4 * batch * batch > contrast.ENTRIES:
+    if axis is not None or 4 * batch * batch > contrast.ENTRIES:
         # Divided by √τ each, so that a product of two is their similarity over τ.
-        codes = codes / jnp.sqrt(temperature)
-        sums = contrast.log_sum_exp_of_others(codes, codes, jnp.arange(2 * batch))
-        # Both codes of an image have the other as their positive, at the same similarity.
-        return jnp.mean(sums) - jnp.mean(jnp.sum(codes[:batch] * codes[batch:], axis=-1))
+        return _share(codes / jnp.sqrt(temperature), axis)
     similarity = jnp.matmul(codes, codes.T, precision=jax.lax.Precision.HIGHEST) / temperature
     others = jnp.where(jnp.eye(2 * batch, dtype=bool), -jnp.inf, similarity)
     positive = jnp.concatenate([jnp.diagonal(similarity, batch), jnp.diagonal(similarity, -batch)])
     return jnp.mean(jax.nn.logsumexp(others, axis=-1) - positive)
+
+
+def _share(codes: Float[Array, "2*batch bits"], axis: Axis) -> Float[Array, ""]:
+    """Returns the part that these rows have in the mean over all codes of the batch."""
+    batch = len(codes) // 2
+    everything, place = codes, jnp.arange(2 * batch)
+    if axis is not None:
+        views = [jax.lax.all_gather(view, axis, tiled=True) for view in jnp.split(codes, 2)]
+        everything = jnp.concatenate(views)
+        first = spread.first_row(batch, axis) + jnp.arange(batch)
+        place = jnp.concatenate([first, len(views[0]) + first])
+    sums = contrast.log_sum_exp_of_others(codes, everything, place)
+    # Both codes of an image have the other as their positive, at the same similarity.
+    positive = jnp.sum(codes[:batch] * codes[batch:], axis=-1)
+    return (jnp.sum(sums) - 2 * jnp.sum(positive)) / len(everything)
 
 
 def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array, "batch bits"]) -> Float[Array, ""]:
@@ -93,6 +113,7 @@ def cib_loss(
     temperature: float = 0.3,
     beta: float = 0.001,
     stochastic: bool = True,
+    axis: Axis = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of one batch and its terms, {"loss", "contrast", "kl"}, all in nats.
 
@@ -106,6 +127,7 @@ def cib_loss(
       temperature: τ of the contrast.
       beta: β, the weight of the bottleneck.
       stochastic: whether bits are drawn (the paper's layer) or thresholded (the published code's).
+      axis: see `spread`; with one, the logits are this device's rows, and what is returned are its shares of the terms.
 
     Raises:
       ValueError: `objective` is none of the three, or the shapes do not fit.
@@ -116,10 +138,10 @@ def cib_loss(
     compared = (logits1, logits2)
     if chosen.binary:
         compared = (
-            binary.sample_codes(jax.random.fold_in(key, 1), logits1, stochastic=stochastic),
-            binary.sample_codes(jax.random.fold_in(key, 2), logits2, stochastic=stochastic),
+            binary.sample_codes(jax.random.fold_in(key, 1), logits1, stochastic=stochastic, axis=axis),
+            binary.sample_codes(jax.random.fold_in(key, 2), logits2, stochastic=stochastic, axis=axis),
         )
-    contrasted = nt_xent(*compared, temperature=temperature)
-    kl = 0.5 * (bernoulli_kl(logits1, logits2) + bernoulli_kl(logits2, logits1))
+    contrasted = nt_xent(*compared, temperature=temperature, axis=axis)
+    kl = 0.5 * (bernoulli_kl(logits1, logits2) + bernoulli_kl(logits2, logits1)) / spread.parts(axis)
     loss = contrasted + beta * kl if chosen.bottleneck else contrasted
     return loss, {"loss": loss, "contrast": contrasted, "kl": kl}

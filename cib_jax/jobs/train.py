@@ -16,7 +16,7 @@ from cib_jax.hasher import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, features, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
-from cib_jax.training import feed, loop
+from cib_jax.training import feed, loop, parallel
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
 from cib_jax.training.logging import MetricLog
@@ -45,9 +45,11 @@ def train(
 
     Raises:
       ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: refused, before anything heavy starts.
+      DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
       TrainingError: the loss became NaN or infinite.
     """
     config_lib.check(config)
+    parallel.mesh(config.devices, config.batch_size)
     workdir, console = (
         pathlib.Path(workdir or workdir_lib.default_name(config)),
         console or rich.console.Console(),
@@ -162,7 +164,11 @@ def _loop(
 def _feed(run: Setting) -> tuple[Feed, float]:
     """Returns what feeds the steps, and the seconds that the view bank took (0 without one)."""
     config, images = run.config, run.splits.train
-    order = {"seed": config.seed, "batch_size": config.batch_size}
+    order: dict[str, Any] = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "mesh": parallel.mesh(config.devices, config.batch_size),
+    }
     method = {
         "encoder": run.encoder,
         "optimiser": from_config.optimiser(config),

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from cib_jax.data import loader
 from cib_jax.data.images import Images
 from cib_jax.encoder import Params
-from cib_jax.training import view_bank
+from cib_jax.training import parallel, view_bank
 from cib_jax.training.loop import Steps
 from cib_jax.training.state import TrainState
 from cib_jax.training.step import Terms, train_step, train_step_on_features
@@ -32,7 +33,12 @@ class Feed(NamedTuple):
 
 
 def from_bank(
-    bank: Float[Array, "views images features"], *, seed: int, batch_size: int, method: dict[str, Any]
+    bank: Float[Array, "views images features"],
+    *,
+    seed: int,
+    batch_size: int,
+    method: dict[str, Any],
+    mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds features of two different views of each image out of a bank; an epoch is one program, or a few.
 
@@ -41,14 +47,16 @@ def from_bank(
       seed: decides the order of images.
       batch_size: images per step.
       method: the keyword arguments of `train_step_on_features`.
+      mesh: the devices that share each batch; None: one.
     """
+    axis = parallel.AXIS if mesh else None
 
     def step(state: TrainState, held: Array, indices: Array, key: PRNGKeyArray) -> Stepped:
         # A third part of the step's key: `train_step_on_features` splits the same key for its bits.
-        pairs = view_bank.draw_pairs(jax.random.fold_in(key, 2), held, indices)
-        return train_step_on_features(state, *pairs, key, **method)
+        pairs = view_bank.draw_pairs(jax.random.fold_in(key, 2), held, indices, axis)
+        return train_step_on_features(state, *pairs, key, axis=axis, **method)
 
-    return Feed(_bound(_scan(step), bank), _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS))
+    return Feed(_bound(_scan(step), bank, mesh), _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS))
 
 
 def from_device(
@@ -58,36 +66,48 @@ def from_device(
     seed: int,
     batch_size: int,
     method: dict[str, Any],
+    mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds images, or features, that live on the device.
 
     Images one step a program, features an epoch, as there are no convolutions in it; `method`: the keyword arguments of
-    `train_step`.
+    `train_step`; `mesh` as in `from_bank`.
     """
+    axis = parallel.AXIS if mesh else None
 
     def step(state: TrainState, held: tuple[Params, Array], indices: Array, key: PRNGKeyArray) -> Stepped:
         frozen, images = held
-        return train_step(state, frozen, images[indices], key, **method)
+        return train_step(state, frozen, images[indices], key, axis=axis, **method)
 
     scans = method["encoder"].backbone.takes == "features"
     program, longest = (_scan, SCAN_STEPS) if scans else (_alone, 1)
-    return Feed(_bound(program(step), (frozen, images)), _chunks_of_indices(seed, len(images), batch_size, longest))
+    return Feed(
+        _bound(program(step), (frozen, images), mesh), _chunks_of_indices(seed, len(images), batch_size, longest)
+    )
 
 
 def from_stream(
-    images: Images, frozen: Params, *, seed: int, batch_size: int, stored_size: int, method: dict[str, Any]
+    images: Images,
+    frozen: Params,
+    *,
+    seed: int,
+    batch_size: int,
+    stored_size: int,
+    method: dict[str, Any],
+    mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds images decoded on the host as they are needed, one step a program: the batches of `from_device`."""
+    axis = parallel.AXIS if mesh else None
 
     def step(state: TrainState, frozen: Params, images: Array, key: PRNGKeyArray) -> Stepped:
-        return train_step(state, frozen, images, key, **method)
+        return train_step(state, frozen, images, key, axis=axis, **method)
 
     def chunks(epoch: int) -> Iterable[np.ndarray]:
         order = loader.epoch_order(seed, epoch, len(images))
         batches = loader.stream(images, order, batch_size, stored_size=stored_size, drop_remainder=True)
         return (batch[None] for batch in batches)
 
-    return Feed(_bound(_alone(step), frozen), chunks)
+    return Feed(_bound(_alone(step), frozen, mesh), chunks)
 
 
 def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> Callable[[int], Iterable[np.ndarray]]:
@@ -130,8 +150,10 @@ def _with_parameter_norm(terms: Terms, state: TrainState) -> Terms:
     return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 
-def _bound(program: Callable[..., Stepped], held: Any) -> Steps:
+def _bound(program: Callable[..., Stepped], held: Any, mesh: Mesh | None) -> Steps:
     # What never changes is an argument of the program, not a constant inside it: a bank of gigabytes would be copied
     # into the executable.
+    if mesh is not None:
+        program, held = parallel.spread(program, mesh), parallel.everywhere(held, mesh)
     jitted = jax.jit(program, donate_argnums=0)
     return lambda state, chunk, first, key: jitted(state, held, chunk, first, key)

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
+from cib_jax import spread
 from cib_jax.encoder import Encoder, Params
 from cib_jax.objective import cib_loss
+from cib_jax.spread import Axis
 from cib_jax.training.state import TrainState
 
 Terms = dict[str, Float[Array, ""]]
@@ -29,19 +31,22 @@ def train_step(
     beta: float = 0.001,
     stochastic: bool = True,
     augment: str = "photo",
+    axis: Axis = None,
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of images, two fresh views of each, and the loss terms.
 
     Algorithm of CIBHash (https://arxiv.org/abs/2105.06138, section 3): views, logits, codes, contrast plus bottleneck,
     gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
+    Inside `jax.shard_map`, `axis` names the mesh axis over which the batch is spread; the result is that of the whole
+    batch on every device.
     """
     view_key, code_key = jax.random.split(key)
-    both = jnp.concatenate(encoder.two_views(view_key, jnp.asarray(images), family=augment))
+    both = jnp.concatenate(encoder.two_views(view_key, jnp.asarray(images), family=augment, axis=axis))
 
     def logits(params: Params) -> Array:
         return encoder.logits(params, frozen, both)
 
-    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic)
+    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic, axis)
 
 
 def train_step_on_features(
@@ -56,10 +61,11 @@ def train_step_on_features(
     temperature: float = 0.3,
     beta: float = 0.001,
     stochastic: bool = True,
+    axis: Axis = None,
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of two views' features, for a frozen backbone, and the loss terms.
 
-    `key` is that of `train_step`, and bits are drawn from the same part of it.
+    `key` and `axis` are those of `train_step`, and bits are drawn from the same part of the key.
     """
     _, code_key = jax.random.split(key)
     both = jnp.concatenate((features1, features2))
@@ -67,7 +73,7 @@ def train_step_on_features(
     def logits(params: Params) -> Array:
         return encoder.head(params, both)
 
-    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic)
+    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic, axis)
 
 
 def _update(
@@ -79,6 +85,7 @@ def _update(
     temperature: float,
     beta: float,
     stochastic: bool,
+    axis: Axis,
 ) -> tuple[TrainState, Terms]:
     def loss(params: Params) -> tuple[Array, Terms]:
         return cib_loss(
@@ -88,9 +95,12 @@ def _update(
             temperature=temperature,
             beta=beta,
             stochastic=stochastic,
+            axis=axis,
         )
 
+    # Of this device's share of the loss; through the gathered codes, also of what they do to other devices' shares.
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)
+    gradients, terms = spread.total((gradients, terms), axis)
     updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     terms = terms | {"gradient_norm": optax.tree.norm(gradients)}

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
-from cib_jax import encoding
+from cib_jax import encoding, spread
 from cib_jax.encoder import Encoder, Params
 from cib_jax.errors import Refusal
+from cib_jax.spread import Axis
 
 STORED = np.float16
 """Half of float32's bytes; its rounding, 1 part in 2,048, is far below what another draw of a view changes."""
@@ -87,11 +88,17 @@ def _features(
 
 
 def draw_pairs(
-    key: PRNGKeyArray, bank: Float[Array, "views images features"], indices: Int[Array | np.ndarray, " batch"]
+    key: PRNGKeyArray,
+    bank: Float[Array, "views images features"],
+    indices: Int[Array | np.ndarray, " batch"],
+    axis: Axis = None,
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
-    """Returns features, in float32, of two different views, drawn evenly, of each image named in `indices`."""
+    """Returns features, in float32, of two different views, drawn evenly, of each image named in `indices`.
+
+    With an `axis` (see `spread`), `indices` are this device's.
+    """
     views = bank.shape[0]
     key1, key2 = jax.random.split(key)
-    first = jax.random.randint(key1, indices.shape, 0, views)
-    second = (first + jax.random.randint(key2, indices.shape, 1, views)) % views
+    first = spread.draw(lambda shape: jax.random.randint(key1, shape, 0, views), indices.shape, axis)
+    second = (first + spread.draw(lambda shape: jax.random.randint(key2, shape, 1, views), indices.shape, axis)) % views
     return bank[first, indices].astype(jnp.float32), bank[second, indices].astype(jnp.float32)
