@@ -1,6 +1,7 @@
 """The main job: train an encoder without labels, then measure it."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def _train(run: Setting) -> float:
             # Saved untrained, so that a run which breaks down at once still has a last good checkpoint.
             checkpoints.save(state, now, extra)
         else:
-            state, now, extra = checkpoints.restore(state)
+            state, now, extra = checkpoints.restore_newest(state, _told_by(run))
             check_fingerprint(run.fingerprint, extra, run.workdir)
             if changed := setting.changed_data(run, extra):
                 raise DataError(
@@ -109,6 +110,10 @@ def _train(run: Setting) -> float:
             extra = extra | {"bank_seconds": bank_seconds}
             _loop(run, state, now, fed, checkpoints, extra)
         return float(extra["bank_seconds"])
+
+
+def _told_by(run: Setting) -> Callable[[str], None]:
+    return lambda words: run.console.print(words, soft_wrap=True, highlight=False)
 
 
 def _loop(

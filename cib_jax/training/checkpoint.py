@@ -1,16 +1,23 @@
 """Checkpoints of a run: the state, and beside it all that is needed to go on as if nothing had happened."""
 
+import contextlib
 import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from cib_jax.errors import Refusal
 from cib_jax.training.state import TrainState
+
+CHECKSUM = "checksum"
+"""Under which the state's digest is kept: a byte that changed on disk must not change a run."""
 
 
 class CheckpointError(Refusal):
@@ -91,7 +98,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(copy),
                 progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-                extra=ocp.args.JsonSave(extra),
+                extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy)}),
             ),
             force=True,
         )
@@ -99,6 +106,36 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
         self._manager.wait_until_finished()
+
+    def restore_newest(
+        self, template: TrainState, tell: Callable[[str], None] = lambda words: None
+    ) -> tuple[TrainState, Progress, dict[str, Any]]:
+        """Returns the newest checkpoint that can be read; see `restore`.
+
+        Where one is damaged, the one before is taken, `tell` is told, and the damaged one is moved out of the way, into
+        damaged/ beside the checkpoints.
+
+        Raises:
+          CheckpointError: there is none that can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step, before in zip(steps, [*steps[1:], None], strict=True):
+            try:
+                return self.restore(template, step)
+            except CheckpointError as error:
+                if before is None:
+                    raise
+                what_is_wrong = str(error).partition(";")[0]
+                tell(f"{what_is_wrong}; it is moved into damaged/, and the one before, of step {before}, is taken")
+                self._set_aside(step)
+        return self.restore(template)
+
+    def _set_aside(self, step: int) -> None:
+        place = self.directory.parent / "damaged"
+        place.mkdir(exist_ok=True)
+        shutil.rmtree(place / str(step), ignore_errors=True)
+        (self.directory / str(step)).rename(place / str(step))
+        self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the state of `step` (None: the newest), its progress and what was kept beside it.
@@ -117,15 +154,31 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
             extra=ocp.args.JsonRestore(),
         )
-        return TrainState(**restored.state), Progress(**restored.progress), dict(restored.extra)
+        extra = dict(restored.extra)
+        if extra.pop(CHECKSUM, None) not in (None, _checksum(restored.state)):
+            folder = self.directory / str(self.latest_step if step is None else step)
+            raise CheckpointError(
+                f"{folder}: the checkpoint cannot be read (its checksum is not that of its content); remove that "
+                "folder to go on from the one before, or use another workdir"
+            )
+        return TrainState(**restored.state), Progress(**restored.progress), extra
 
     def extra(self) -> dict[str, Any]:
-        """Returns what was kept beside the newest checkpoint, without reading its state.
+        """Returns what was kept beside the newest checkpoint whose notes can be read, without reading its state.
 
         Raises:
-          CheckpointError: there is none, or it is damaged.
+          CheckpointError: there is none.
         """
-        return dict(self._read(self.latest_step, extra=ocp.args.JsonRestore()).extra)
+        steps: list[int | None] = [*sorted(self._manager.all_steps(), reverse=True)]
+        for step in steps[:-1]:
+            with contextlib.suppress(CheckpointError):
+                return self._notes(step)
+        return self._notes(steps[-1] if steps else None)
+
+    def _notes(self, step: int | None) -> dict[str, Any]:
+        extra = dict(self._read(step, extra=ocp.args.JsonRestore()).extra)
+        extra.pop(CHECKSUM, None)
+        return extra
 
     def _read(self, step: int | None, **items: Any) -> Any:
         if step is None:
@@ -142,6 +195,16 @@ class Checkpoints:
                 f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to go on from "
                 "the one before, or use another workdir"
             ) from error
+
+
+def _checksum(state: Any) -> str:
+    """Returns a digest of all numbers of a state, in the order of its leaves."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -85,6 +85,21 @@ def test_the_hasher_gives_the_codes_of_the_run(trained):
     assert np.array_equal(cib.Hasher.load(workdir).encode(images), np.load(workdir / "codes" / "query_codes.npy"))
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same(trained, tmp_path, console):
+    workdir, results = trained
+    shutil.copytree(workdir, tmp_path / "r")
+    (tmp_path / "r" / "results.json").unlink()
+    newest = max((tmp_path / "r" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    for file in newest.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert train(small.config(), tmp_path / "r", console=console)["map"] == results["map"]
+    said = console.export_text(clear=False).replace("\n", " ")
+    assert "is taken" in said and "Going on after epoch 2 of 3" in said
+    assert_same(params_of(tmp_path / "r", small.config()), params_of(workdir, small.config()))
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
 def test_a_finished_run_is_not_touched(trained, console):
     workdir, results = trained
     before = (workdir / "results.json").stat().st_mtime_ns
@@ -121,8 +136,8 @@ def interrupted(monkeypatch, config, workdir, console, steps):
     """Runs the job until so many steps were taken."""
     real, taken = feed._bound, []
 
-    def stopping(program, held):
-        bound = real(program, held)
+    def stopping(program, held, mesh):
+        bound = real(program, held, mesh)
 
         def counted(*arguments):
             if len(taken) == steps:

@@ -25,7 +25,7 @@ def state_of(value, width=4):
 def saved(directory, steps, best=0):
     with Checkpoints(directory) as checkpoints:
         for step in steps:
-            checkpoints.save(state_of(step), Progress(epoch=step, step=step, best_step=best), {"note": "n"})
+            checkpoints.save(state_of(float(step)), Progress(epoch=step, step=step, best_step=best), {"note": "n"})
 
 
 def test_a_state_comes_back_bit_by_bit(tmp_path):
@@ -80,6 +80,49 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be read"),
     ):
         checkpoints.restore(state_of(0.0))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def files_of(folder):
+    return sorted(file for file in pathlib.Path(folder).rglob("*") if file.is_file() and file.stat().st_size)
+
+
+def test_a_flipped_bit_or_a_missing_file_anywhere_is_seen_or_harmless(tmp_path):
+    """Whatever file is hit, a checkpoint gives its own state or none; where none, the one before is taken."""
+    saved(tmp_path / "whole", [1, 2])
+    seen = 0
+    for number, file in enumerate(files_of(tmp_path / "whole" / "2")):
+        for how in (flip, pathlib.Path.unlink):
+            copy = tmp_path / f"{number}-{how.__name__}"
+            shutil.copytree(tmp_path / "whole", copy / "checkpoints")
+            how(copy / "checkpoints" / file.relative_to(tmp_path / "whole"))
+            told = []
+            with Checkpoints(copy / "checkpoints") as checkpoints:
+                state, progress, extra = checkpoints.restore_newest(state_of(0.0), told.append)
+            expected = state_of(2.0 if not told else 1.0)
+            assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state, expected)), strict=True))
+            assert progress.step == (2 if not told else 1) and extra == {"note": "n"}
+            if told:
+                seen += 1
+                assert "/2: the checkpoint cannot be read" in told[0] and "of step 1, is taken" in told[0]
+                assert (copy / "damaged" / "2").is_dir() and not (copy / "checkpoints" / "2").exists()
+    assert seen > 2
+
+
+def test_training_goes_on_over_a_damaged_checkpoint_of_the_same_step(tmp_path):
+    saved(tmp_path / "checkpoints", [1, 2])
+    for file in files_of(tmp_path / "checkpoints" / "2" / "state"):
+        flip(file)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.restore_newest(state_of(0.0))
+        checkpoints.save(state_of(2.0), Progress(epoch=2, step=2), {})
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert int(checkpoints.restore(state_of(0.0))[0].step) == 2
 
 
 def test_another_networks_checkpoint_is_refused(tmp_path):
