@@ -1,12 +1,13 @@
 """Computed features on disk: one file per part, in a folder named by the hash of all that shaped them."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,20 @@ class FeatureCache:
             raise OSError(0, str(error), str(path)) from error
         finally:
             path.with_suffix(own).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process computes for this folder, and keeps others waiting while the context lasts.
+
+        So that of several processes that want the same features one computes them and the others read. Where the
+        folder cannot be locked, nobody waits.
+        """
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(self.folder.with_suffix(".lock").open("a"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def prune(self, most_bytes: int) -> None:
         """Deletes the folders beside this one that were not used for longest, until all take `most_bytes` or less."""

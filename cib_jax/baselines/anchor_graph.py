@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sklearn.cluster
+import threadpoolctl
 from jaxtyping import Array, Float, Float64, PRNGKeyArray
 
 from cib_jax.baselines import fitting
@@ -82,7 +83,10 @@ def fit(
     mean = np.mean(features, axis=0, dtype=np.float64)
     points = np.asarray(features, np.float32) - mean.astype(np.float32)
     seed = int(fitting.generator(key).integers(2**31))
-    centres = sklearn.cluster.KMeans(anchors, n_init=1, max_iter=20, random_state=seed).fit(points).cluster_centers_
+    # In one thread: with more, the order of its sums, and so the last digits, change from call to call.
+    with threadpoolctl.threadpool_limits(1):
+        means = sklearn.cluster.KMeans(anchors, n_init=1, max_iter=20, random_state=seed).fit(points)
+    centres = means.cluster_centers_
     graph = AnchorGraph(
         jnp.asarray(mean, jnp.float32),
         jnp.asarray(centres, jnp.float32),
@@ -108,12 +112,15 @@ def _bandwidth(points: Float[np.ndarray, "n features"], centres: np.ndarray, nea
 def _projection(weights: Float64[np.ndarray, "n anchors"], count: int) -> Float64[np.ndarray, "anchors functions"]:
     """Returns the map from anchor weights to eigenfunctions: √n Λ^(−½) V Σ^(−½) (section 3.3).
 
-    V and Σ are eigenvectors and eigenvalues below 1 of Λ^(−½) Zᵀ Z Λ^(−½); the largest, 1, belongs to a constant.
+    V and Σ are eigenvectors and eigenvalues of Λ^(−½) Zᵀ Z Λ^(−½) but for the constant function's, of eigenvalue 1,
+    which is taken out by name: a graph in several pieces has more than one of that eigenvalue.
     """
     degree = weights.sum(axis=0)
     scale = np.where(degree > 0, 1 / np.sqrt(np.maximum(degree, 1e-300)), 0)  # an anchor that nobody is tied to
-    values, vectors = np.linalg.eigh(scale[:, None] * (weights.T @ weights) * scale)
-    values, vectors = values[::-1][1 : count + 1], vectors[:, ::-1][:, 1 : count + 1]
+    constant = np.sqrt(degree / degree.sum())
+    matrix = scale[:, None] * (weights.T @ weights) * scale - np.outer(constant, constant)
+    values, vectors = np.linalg.eigh(matrix)
+    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
     if not values[-1] > 1e-9:
         raise ValueError(
             f"features: their anchor graph has fewer than {count} smooth functions beside the constant; choose shorter "

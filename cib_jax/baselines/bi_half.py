@@ -32,7 +32,7 @@ def fit(
         features,
         bits,
         key,
-        lambda logits: halves(logits, gamma),
+        lambda logits, batch: similarity.cosine_loss(halves(logits, gamma), batch),
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,

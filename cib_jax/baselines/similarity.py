@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from cib_jax.baselines import descent
 from cib_jax.baselines.hyperplanes import Hyperplanes
 
-Binary = Callable[[Float[Array, "batch bits"]], Float[Array, "batch bits"]]
+Loss = Callable[[Float[Array, "batch bits"], Float[Array, "batch features"]], Float[Array, ""]]
+"""Of logits and of the features that they were made of."""
 
 
 def cosine_loss(codes: Float[Array, "batch bits"], features: Float[Array, "batch features"]) -> Float[Array, ""]:
@@ -33,13 +34,13 @@ def fit_linear(
     features: Float[np.ndarray, "n features"],
     bits: int,
     key: PRNGKeyArray,
-    binary: Binary,
+    loss: Loss,
     *,
     epochs: int,
     batch_size: int,
     learning_rate: float,
 ) -> Hyperplanes:
-    """Returns a linear head trained so that `binary` of its logits keeps the cosines of features.
+    """Returns a linear head trained by a loss of its logits and the features.
 
     Features are centred and divided by one number, their overall deviation, so that one learning rate suits any
     network's. The cosines are those of centred features too: the published code takes them from the origin, where
@@ -48,21 +49,23 @@ def fit_linear(
     """
     start_key, descent_key = jax.random.split(key)
     mean = np.mean(features, axis=0, dtype=np.float64)
-    scale = max(float(np.sqrt(np.square(features - mean).mean())), 1e-12)
+    # In float32, like what is trained on: a float64 copy of all features could be larger than memory.
+    centred = np.asarray(features, np.float32) - mean.astype(np.float32)
+    scale = max(float(np.sqrt(np.mean([np.square(row).mean(dtype=np.float64) for row in centred]))), 1e-12)
     bound = features.shape[1] ** -0.5
     params = {
         "kernel": jax.random.uniform(start_key, (features.shape[1], bits), jnp.float32, -bound, bound),
         "bias": jnp.zeros(bits),
     }
 
-    def loss(params, batch, key):
+    def of_batch(params, batch, key):
         del key
-        return cosine_loss(binary(batch @ params["kernel"] + params["bias"]), batch)
+        return loss(batch @ params["kernel"] + params["bias"], batch)
 
     found = descent.minimise(
         params,
-        loss,
-        jnp.asarray((features - mean) / scale, jnp.float32),
+        of_batch,
+        jnp.asarray(centred / np.float32(scale)),
         descent_key,
         epochs=epochs,
         batch_size=batch_size,

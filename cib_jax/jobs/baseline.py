@@ -39,10 +39,11 @@ def measure(
     """
     config_lib.check(config)
     chosen = BASELINES[method]
-    with workdir_lib.claim(workdir):
+    with workdir_lib.claim(workdir, baseline=True):
         if (workdir / "results.json").exists():
             return workdir_lib.read_json(workdir / "results.json")
         run = setting.prepare(config, workdir, console)
+        workdir_lib.write_json(workdir / workdir_lib.BASELINE, {"method": method, "source": chosen.source})
         workdir_lib.write_json(workdir / "config.json", config.to_dict())
         train = np.concatenate(list(features.before_hashing(run, run.splits.train, "Features, training")))
         begun = time.perf_counter()

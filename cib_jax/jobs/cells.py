@@ -1,6 +1,7 @@
 """The cells of a comparison or a search: one run each, in a folder of its own, taken by whoever is free."""
 
 import difflib
+import hashlib
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -39,8 +40,12 @@ class Method(NamedTuple):
     @property
     def slug(self) -> str:
         """As its folder is named: different for different rows."""
+        if not self.fields:
+            return self.name
         told = "-".join([self.name, *(f"{name}={value}" for name, value in self.fields.items())])
-        return re.sub(r"[^\w.=+-]", "_", told)
+        # What cannot stand in a file's name becomes "_"; the digest keeps rows apart that differ in such letters alone.
+        digest = hashlib.sha256(told.encode()).hexdigest()[:6]
+        return re.sub(r"[^\w.=+-]", "_", told) + f"-{digest}"
 
 
 class Cell(NamedTuple):
@@ -82,8 +87,8 @@ def _assigned(method: str, words: str) -> tuple[str, Any]:
     where = f"config.compare.methods: {method} {words}"
     if not sign:
         raise config_lib.ConfigError(f"{where}: after a method come fields with values, such as temperature=0.5")
-    if name in {"bits", "seed", "objective"}:
-        raise config_lib.ConfigError(f"{where}: rows differ in other fields; this one is the table's own")
+    if name in {"bits", "seed", "objective", "k"} or name.startswith("data."):
+        raise config_lib.ConfigError(f"{where}: all rows share this field, or their figures would not compare")
     if name not in config_lib.FIELDS or name in config_lib.AROUND:
         near = difflib.get_close_matches(name, config_lib.FIELDS, 1)
         raise config_lib.ConfigError(f"{where}: no field has this name{f'; did you mean {near[0]}?' if near else ''}")
@@ -102,7 +107,7 @@ def cell(base: ml_collections.ConfigDict, method: Method, bits: int, seed: int, 
       ConfigError: its config cannot work.
     """
     config = base.copy_and_resolve_references()
-    # A report of each would take longer than some of the methods; --mode=evaluate draws that of any one cell.
+    # A report of each would take longer than some of the methods; --mode=evaluate draws that of a trained cell.
     config.update_from_flattened_dict({"report.write": False} | method.fields | {"bits": bits, "seed": seed})
     if method.name in OBJECTIVES:
         config.objective = method.name

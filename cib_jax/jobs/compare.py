@@ -10,6 +10,7 @@ import rich.console
 import rich.table
 
 from cib_jax import config as config_lib
+from cib_jax import from_config
 from cib_jax.jobs import cells, report, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.cells import Cell
@@ -46,10 +47,21 @@ def compare(
         f"{len(wanted)} cells, {sum(cells.finished(one) is not None for one in wanted)} of them measured already; "
         f"{processes} process{'es' if processes > 1 else ''} at work in {workdir}",
         soft_wrap=True,
+        markup=False,
         highlight=False,
     )
-    workers.run(_work, (config.to_dict(), str(workdir)), processes)
-    return _conclude(config, workdir, wanted, console)
+    broken = None
+    try:
+        workers.run(_work, (config.to_dict(), str(workdir)), processes)
+    except workers.WorkerError as error:
+        broken = error
+    # What a process was at that broke down, or that was passed by.
+    _work(config.to_dict(), str(workdir), True)
+    with workdir_lib.alone(workdir / ".lock", wait=True):
+        comparison = _conclude(config, workdir, wanted, console)
+    if broken and comparison["missing"]:
+        raise broken
+    return comparison
 
 
 def _cells(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Cell]:
@@ -75,13 +87,25 @@ def _work(fields: dict[str, Any], workdir: str, shows: bool) -> None:
             results = cells.measure(one)
         except workdir_lib.BusyError:
             continue
+        _check_alike([found for other in wanted if (found := cells.finished(other))], pathlib.Path(workdir))
         done = sum(cells.finished(other) is not None for other in wanted)
         told = f"MAP {_shown(results['map'])}" if results else cells.refused(one)
         console.print(
             f"{done} of {len(wanted)}: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {told}",
             soft_wrap=True,
+            markup=False,
             highlight=False,
         )
+
+
+def _check_alike(found: list[dict[str, Any]], workdir: pathlib.Path) -> None:
+    """Refuses cells that were measured on several data, or with several weights: they make no table."""
+    for name, field in (("data", "data.dir"), ("backbone_fingerprint", "backbone_weights")):
+        if len({results[name] for results in found if name in results}) > 1:
+            raise workdir_lib.WorkdirError(
+                f"{workdir}: config.{field} leads to others than those that some of its cells were measured on; put "
+                "them back, or choose another --workdir"
+            )
 
 
 def _shown(value: float | None) -> str:
@@ -91,6 +115,7 @@ def _shown(value: float | None) -> str:
 def _conclude(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, wanted: list[Cell], console: rich.console.Console
 ) -> dict[str, Any]:
+    _check_alike([results for one in wanted if (results := cells.finished(one))], workdir)
     records = [_record(one, results) for one in wanted if (results := cells.finished(one)) is not None]
     missing = [one for one in wanted if cells.finished(one) is None]
     made = _tables(config, wanted, records)
@@ -117,13 +142,17 @@ def _conclude(
             console.print(
                 f"Refused: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {why}",
                 soft_wrap=True,
+                markup=False,
                 highlight=False,
             )
     if waiting := sum(not cells.refused(one) for one in missing):
-        console.print(f"{waiting} cells are with other processes; run again when they are done", highlight=False)
+        console.print(
+            f"{waiting} cells are with other processes; run again when they are done", highlight=False, markup=False
+        )
     console.print(
         f"Written to {workdir}: comparison.csv, .md, .tex and .json; pictured in {page}",
         soft_wrap=True,
+        markup=False,
         highlight=False,
     )
     return comparison
@@ -153,12 +182,13 @@ def _tables(config: ml_collections.ConfigDict, wanted: list[Cell], records: list
     lengths = cells.numbers(config.compare.bits)
     methods = list(dict.fromkeys((one.method.title, one.method.name) for one in wanted))
     seeds = len(cells.numbers(config.compare.seeds))
-    k = next((record["k"] for record in records), "k")
+    k = next((record["k"] for record in records), 0)
+    protocol = from_config.protocol(config)
     where = f"{config.data.name}, {config.data.protocol}, {config.backbone}"
     over = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
     quoted = [
         tables.Row(f"{row.title}, published", [tables.Cell(row.values.get(bits, ())) for bits in lengths], True)
-        for row in published.rows(config.data.protocol, k)
+        for row in ([] if protocol.changed else published.rows(protocol.name, k))
     ]
 
     def rows(chosen: list[str]) -> list[tables.Row]:
@@ -183,9 +213,9 @@ def _tables(config: ml_collections.ConfigDict, wanted: list[Cell], records: list
     # As in the paper, the first table has of this project's objectives the whole one alone, if it is there.
     last = [title for title, name in methods if name == "cibhash"] or ablated
     first = [title for title, name in methods if name not in ABLATION] + last
-    made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, [*rows(first), *quoted])]
+    made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, [*rows(first), *quoted], seeds)]
     if len(ablated) > 1:
-        made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, rows(ablated)))
+        made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, rows(ablated), seeds))
     return made
 
 
@@ -223,7 +253,7 @@ def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, made: list
             Grid(
                 table.title,
                 ("method", *(f"{bits} bits" for bits in table.bits)),
-                [(row.title, *(tables.text(cell) for cell in row.cells)) for row in table.rows],
+                [(row.title, *tables.texts(table, row)) for row in table.rows],
             )
             for table in made
         ],
@@ -240,5 +270,5 @@ def _on_screen(table: tables.Table) -> rich.table.Table:
     for bits in table.bits:
         shown.add_column(f"{bits} bits", justify="right")
     for row in table.rows:
-        shown.add_row(row.title, *(tables.text(cell) for cell in row.cells), style="dim" if row.published else "")
+        shown.add_row(row.title, *tables.texts(table, row), style="dim" if row.published else "")
     return shown

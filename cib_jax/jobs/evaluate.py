@@ -62,9 +62,10 @@ def _evaluate(
         console.print(
             f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; measuring its last checkpoint",
             soft_wrap=True,
+            markup=False,
         )
     if changed := setting_lib.changed_data(setting, extra):
-        console.print(f"{workdir}: {changed}; measuring on those of now", soft_wrap=True)
+        console.print(f"{workdir}: {changed}; measuring on those of now", soft_wrap=True, markup=False)
     # results.json is the finished run's own: other figures stand beside it.
     whole = progress.finished and config.k == trained_k and not changed
     name = "results.json" if whole else f"results-epoch{progress.epoch}-k{setting.protocol.k or 'all'}.json"
@@ -158,18 +159,20 @@ def judge(
             "unreadable": len(setting.source.unreadable),
         },
         "classes": list(setting.source.classes),
+        "data": setting_lib.known_data(setting)["digest"],
+        "backbone_fingerprint": setting.fingerprint,
         "seconds": {part: round(value, 2) for part, value in seconds.items()},
         "metrics": figures,
         "versions": versions(),
     }
     workdir_lib.write_json(workdir / name, results)
     _print(results, setting)
-    setting.console.print(f"Written to {workdir / name}", soft_wrap=True)
+    setting.console.print(f"Written to {workdir / name}", soft_wrap=True, markup=False)
     if config.report.write:
         # Beside results.json lies report/, beside another file a folder of its own.
         folder = workdir / name.removesuffix(".json").replace("results", "report")
         page = report.write(setting, query, database, results, folder)
-        setting.console.print(f"Pictured in {page}", soft_wrap=True, highlight=False)
+        setting.console.print(f"Pictured in {page}", soft_wrap=True, markup=False, highlight=False)
     return results
 
 

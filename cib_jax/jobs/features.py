@@ -1,5 +1,6 @@
 """What a frozen backbone gives in a job: read from the cache where it is there, computed and kept where it is not."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.resources
@@ -59,7 +60,7 @@ def of_views(setting: Setting, images: ImageSet, views: int, what: str) -> Float
         batches,
     )
     shape = (len(images), setting.encoder.backbone.features)
-    with progress.bar(setting.console, what, len(images) * views) as moved:
+    with kept.alone(), progress.bar(setting.console, what, len(images) * views) as moved:
         made = view_bank.build(
             key,
             setting.encoder,
@@ -86,15 +87,19 @@ def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.nd
         for start in range(0, len(images), PART):
             stop = min(start + PART, len(images))
             name, shape = f"plain-{start:09}", (stop - start, setting.encoder.backbone.features)
-            features = kept.read(name, shape, np.float32)
-            if features is None:
-                rows = encoding.map_batches(
-                    lambda batch, first: compute(batch), batches(start, stop), lambda count: moved(count, ""), size=size
-                )
-                features = np.concatenate([np.asarray(row) for row in rows])
-                kept.write(name, features)
-            else:
-                moved(len(features), "")
+            with kept.alone():
+                features = kept.read(name, shape, np.float32)
+                if features is None:
+                    of_batches = encoding.map_batches(
+                        lambda batch, first: compute(batch),
+                        batches(start, stop),
+                        lambda count: moved(count, ""),
+                        size=size,
+                    )
+                    features = np.concatenate([np.asarray(rows) for rows in of_batches])
+                    kept.write(name, features)
+                else:
+                    moved(len(features), "")
             yield features
     kept.tell(what)
 
@@ -102,7 +107,7 @@ def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.nd
 def before_hashing(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
     """Yields what a way to hash that learns no network gets of images: a frozen backbone's features, or the pixels.
 
-    As `plain` does; pixels, where the backbone learns from scratch, are those that it sees, one after another.
+    As `plain` does; the pixels, where the backbone learns, are those that it sees, one after another.
     """
     if setting.frozen or setting.standard is not None:
         yield from plain(setting, images, what)
@@ -174,7 +179,7 @@ class _Kept:
         try:
             features = self.cache.read(part, shape, dtype)
         except DamagedError as error:
-            self.console.print(f"{error}; it is computed again", soft_wrap=True)
+            self.console.print(f"{error}; it is computed again", soft_wrap=True, markup=False)
             return None
         except OSError as error:
             self._give_up(error)
@@ -191,18 +196,23 @@ class _Kept:
         except OSError as error:
             self._give_up(error)
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from computing the same features at the same time."""
+        return self.cache.alone() if self.cache is not None else contextlib.nullcontext()
+
     def _give_up(self, error: OSError) -> None:
         assert self.cache is not None
         self.console.print(
             f"Features are not kept for later runs: {error.filename or self.cache.folder}: {error.strerror or error}; "
             "this run goes on without, --config.cache.dir=DIR names another place",
             soft_wrap=True,
+            markup=False,
         )
         self.cache = None
 
     def tell(self, what: str) -> None:
         if self.cache is not None and self.found:
-            self.console.print(f"{what}: read from {self.cache.folder}", soft_wrap=True, highlight=False)
+            self.console.print(f"{what}: read from {self.cache.folder}", soft_wrap=True, markup=False, highlight=False)
 
 
 @functools.cache

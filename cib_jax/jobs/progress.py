@@ -34,7 +34,7 @@ def bar(console: rich.console.Console, what: str, total: int, done: int = 0) -> 
         done += more
         if time.monotonic() - told > LINE_EVERY or done >= total:
             told = time.monotonic()
-            console.print(f"{what}: {done:,} of {total:,}, {words}", highlight=False, soft_wrap=True)
+            console.print(f"{what}: {done:,} of {total:,}, {words}", highlight=False, soft_wrap=True, markup=False)
 
     yield _rated(line)
 

@@ -1,5 +1,6 @@
 """The report of a run: its numbers gathered, drawn, and written into one folder."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -88,7 +89,10 @@ def picture(name: str, drawn: Figure, note: str = "") -> Picture:
 
 def _training(workdir: pathlib.Path) -> list[Picture]:
     path = workdir / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a line cut short when the run was killed
+            records.append(json.loads(line))
     if not records:
         return []
     return [picture("training", figures.training(records), "Means over each epoch's steps, from metrics.jsonl")]
@@ -239,6 +243,12 @@ def _notes(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return [
         "Average precision at k divides by the number of relevant images among the first k, and is 0 without any; two "
-        "images are relevant to each other when they share a label. Labels served to measure, never to train.",
+        "images are relevant to each other when they share a label.",
+        "No loss sees a label. Labels measure, draw as many training images of each class where the protocol says so, "
+        + (
+            "and chose the checkpoint here, by validation MAP."
+            if results.get("best_validation_map") is not None
+            else "and chose nothing else here."
+        ),
         f"Made with {versions}.",
     ]

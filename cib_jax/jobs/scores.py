@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, UInt8
 
 from cib_jax import binary, encoding, from_config
 from cib_jax.data.images import ImageSet
@@ -36,7 +36,9 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
     codes_health = health.code_health(packed)
     last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {
-        "neighbour_agreement": label_free.neighbour_agreement(packed, before),
+        "neighbour_agreement": label_free.neighbour_agreement(
+            packed, before, neighbours=min(label_free.NEIGHBOURS, len(packed) - 2)
+        ),
         "view_agreement": label_free.view_agreement(*_views(run, params, some)),
         "entropy": codes_health["entropy"],
         "decorrelation": 1 - codes_health["mean_abs_correlation"],
@@ -54,18 +56,15 @@ def _views(run: Setting, params: Params, images: ImageSet) -> Iterator[UInt8[np.
     size = min(run.config.encode_batch, len(images))
 
     @jax.jit
-    def packed(batch: Array, first: Array, key: PRNGKeyArray) -> UInt8[Array, "batch bytes"]:
-        views = _view(run, jax.random.fold_in(key, first), batch)
-        return binary.pack_bits(run.encoder.logits(params, run.frozen, views))
+    def packed(batch: Array, first: Array) -> tuple[UInt8[Array, "batch bytes"], ...]:
+        # Both views by one key: of stored ones, two different.
+        views = run.encoder.two_views(jax.random.fold_in(key, first), batch, family=run.config.augment)
+        return tuple(binary.pack_bits(run.encoder.logits(params, run.frozen, view)) for view in views)
 
     for view in (0, 1):
         rows = encoding.map_batches(
-            lambda batch, first, view=view: packed(jnp.asarray(batch), first, jax.random.fold_in(key, view)),  # type: ignore[misc]
+            lambda batch, first, view=view: packed(jnp.asarray(batch), first)[view],  # type: ignore[misc]
             run.batches(images),
             size=size,
         )
         yield np.concatenate([np.asarray(row) for row in rows])
-
-
-def _view(run: Setting, key: PRNGKeyArray, batch: Array) -> Float[Array, "batch ..."]:
-    return run.encoder.two_views(key, batch, family=run.config.augment)[0]

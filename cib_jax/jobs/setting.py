@@ -144,7 +144,7 @@ def _tell(
       DataError: more than `data.max_bad_fraction` could not be.
     """
     for note in source.notes:
-        console.print(note, soft_wrap=True, highlight=False)
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
     path = workdir / "unreadable.csv"
     bad = source.unreadable
     if not bad:
@@ -163,7 +163,7 @@ def _tell(
             f"config.data.dir: {told} (the first: {shown}: {bad[0].reason}), more than config.data.max_bad_fraction="
             f"{config.data.max_bad_fraction}; mend or remove them, or raise that limit"
         )
-    console.print(f"{told}; the others are used", soft_wrap=True, highlight=False)
+    console.print(f"{told}; the others are used", soft_wrap=True, markup=False, highlight=False)
 
 
 def known_data(setting: Setting) -> dict[str, Any]:

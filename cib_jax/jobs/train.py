@@ -57,11 +57,13 @@ def train(
     )
     with workdir_lib.claim(workdir):
         workdir_lib.check_owner(workdir, config)
-        if (workdir / "results.json").exists():
+        pictured = not config.report.write or (workdir / "report" / "index.html").exists()
+        if (workdir / "results.json").exists() and pictured:
             results = workdir_lib.read_json(workdir / "results.json")
             console.print(
                 f"{workdir} holds a finished run of this config; --mode=evaluate --workdir={workdir} measures it again",
                 soft_wrap=True,
+                markup=False,
             )
             return results
         run = setting.prepare(config, workdir, console)
@@ -74,6 +76,7 @@ def train(
             f"{len(splits.database):,} in the database; {network}, "
             f"{config.bits} bits, {config.objective}; in {workdir}\n{evaluate.protocol_in_words(run)}",
             soft_wrap=True,
+            markup=False,
             highlight=False,
         )
         bank_seconds = _train(run)
@@ -113,7 +116,7 @@ def _train(run: Setting) -> float:
 
 
 def _told_by(run: Setting) -> Callable[[str], None]:
-    return lambda words: run.console.print(words, soft_wrap=True, highlight=False)
+    return lambda words: run.console.print(words, soft_wrap=True, markup=False, highlight=False)
 
 
 def _loop(

@@ -62,10 +62,21 @@ def tune(
         f"{trials} trials, {done} of them done already, {tuned.sampler} over {', '.join(drawn_from)}; best by "
         f"{tuned.score}; {processes} process{'es' if processes > 1 else ''} at work in {workdir}",
         soft_wrap=True,
+        markup=False,
         highlight=False,
     )
-    workers.run(_work, (config.to_dict(), str(workdir)), processes)
-    return _conclude(config, workdir, trials, console)
+    broken = None
+    try:
+        workers.run(_work, (config.to_dict(), str(workdir)), processes)
+    except workers.WorkerError as error:
+        broken = error
+    # What a process was at that broke down, or that was passed by.
+    _work(config.to_dict(), str(workdir), True)
+    with workdir_lib.alone(workdir / ".lock", wait=True):
+        search = _conclude(config, workdir, trials, console)
+    if broken and len(search["trials"]) < trials:
+        raise broken
+    return search
 
 
 def _validates(config: ml_collections.ConfigDict) -> bool:
@@ -100,12 +111,20 @@ def _work(fields: dict[str, Any], folder: str, shows: bool) -> None:
         if tuned.sampler == "tpe" and len(earlier) < number:
             return  # another process is at an earlier one; this would draw something else without it
         params = space.suggest(drawn_from, tuned.sampler, config.seed, number, earlier)
+        place = _folder(workdir, number)
         try:
-            trial = _run(config, params, number, _folder(workdir, number))
+            # Held over training, scoring and writing; the run inside holds its own lock while it trains.
+            with workdir_lib.alone(place.with_suffix(".lock")):
+                trial = _read(workdir, number) or _run(config, params, number, place)
         except workdir_lib.BusyError:
             continue
         told = f"{tuned.score} {trial['value']:.4f}" if trial["value"] is not None else trial["error"]
-        console.print(f"Trial {number + 1} of {trials}: {_in_words(params)}: {told}", soft_wrap=True, highlight=False)
+        console.print(
+            f"Trial {number + 1} of {trials}: {_in_words(params)}: {told}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, folder: pathlib.Path) -> Trial:
@@ -123,8 +142,16 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
         results = train(config, folder, console=rich.console.Console(quiet=True))
         found: dict[str, float | None] = dict(scores.label_free_scores(folder, base.tune.images))
         found |= {"validation_map": results["best_validation_map"], "map": results["map"]}
-        trial |= {"scores": found, "value": found[base.tune.score]}
+        trial |= {"scores": found, "value": found[base.tune.score], "data": results["data"]}
+        if trial["value"] is None:
+            raise config_lib.ConfigError(
+                "config.tune.score: 'validation_map' wants images to validate on, but the list has none with the split "
+                "'validation'; give it some, or set the score to one that needs no labels"
+            )
     except (config_lib.ConfigError, TrainingError, BankError) as error:
+        # What was drawn cannot work; another draw may. Anything else would be the same for every trial.
+        if not (isinstance(error, TrainingError) or any(f"config.{name}:" in str(error) for name in params)):
+            raise
         trial["error"] = str(error)
     folder.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_json(folder / TRIAL, trial)
@@ -144,9 +171,20 @@ def _conclude(
     good = [trial for trial in done if trial["value"] is not None]
     for trial in done:
         if trial["error"]:
-            console.print(f"Trial {trial['number'] + 1} failed: {trial['error']}", soft_wrap=True)
+            console.print(f"Trial {trial['number'] + 1} failed: {trial['error']}", soft_wrap=True, markup=False)
+    if waiting := trials - len(done):
+        console.print(
+            f"{waiting} trials are with other processes; run again when they are done", highlight=False, markup=False
+        )
+    if not good and waiting:
+        return {"score": config.tune.score, "best": None, "rank_correlation": {}, "trials": done}
     if not good:
         raise config_lib.ConfigError("config.tune.space: no trial could be scored; the reasons stand above")
+    if len({trial["data"] for trial in good}) > 1:
+        raise workdir_lib.WorkdirError(
+            f"{workdir}: config.data.dir leads to other data than some of its trials were run on; put them back, or "
+            "choose another --workdir"
+        )
     best = max(good, key=lambda trial: trial["value"])
     search = {
         "score": config.tune.score,
@@ -162,12 +200,18 @@ def _conclude(
     for against, found in search["rank_correlation"].items():
         told = ", ".join(f"{name} {value:+.2f}" for name, value in found.items())
         console.print(
-            f"Rank correlation with {against} over {len(good)} trials: {told}", soft_wrap=True, highlight=False
+            f"Rank correlation with {against} over {len(good)} trials: {told}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
         )
     flags = " ".join(f"--config.{name}={value}" for name, value in best["params"].items())
-    console.print(f"Best by {config.tune.score}: {flags}", soft_wrap=True, highlight=False)
+    console.print(f"Best by {config.tune.score}: {flags}", soft_wrap=True, markup=False, highlight=False)
     console.print(
-        f"Written to {workdir}: search.csv and search.json; pictured in {page}", soft_wrap=True, highlight=False
+        f"Written to {workdir}: search.csv and search.json; pictured in {page}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
     )
     return search
 
@@ -213,6 +257,8 @@ def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, search: di
         pictures.append(_sensitivity(good, values, score))
     scored: list[Picture] = []
     for against, ranked in search["rank_correlation"].items():
+        if not ranked:
+            continue
         of = {"map": "test MAP", "validation_map": "validation MAP"}[against]
         scored.append(
             report.picture(f"label_free_{against}", many_runs.rank_correlations(ranked, of=of, trials=len(good)))

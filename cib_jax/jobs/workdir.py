@@ -33,13 +33,18 @@ class BusyError(WorkdirError):
     """Another process is at work in it."""
 
 
+BASELINE = "baseline.json"
+"""By which the folder of a baseline is known, and which one."""
+
 KINDS = {"comparison": "cells", "search": "trials"}
 """What holds many runs, and the folder inside by which it is known."""
 
 
 @contextlib.contextmanager
-def claim(workdir: pathlib.Path) -> Iterator[None]:
+def claim(workdir: pathlib.Path, *, baseline: bool = False) -> Iterator[None]:
     """Keeps other processes out of a run's folder, which is made if need be, while the context lasts.
+
+    `baseline` says that it may be a baseline's, which is no run to be gone on with or evaluated.
 
     Raises:
       BusyError: another process is at work in it.
@@ -51,6 +56,10 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         if inside and not inside & {".lock", "config.json"}:
             raise WorkdirError(
                 f"{workdir}: it holds files, but none of a run ({sorted(inside)[0]}, …); choose another --workdir"
+            )
+        if BASELINE in inside and not baseline:
+            raise WorkdirError(
+                f"{workdir}: it holds the figures of a baseline, which has no checkpoint; they are in results.json"
             )
         for kind, folder in KINDS.items():
             if folder in inside:
@@ -71,6 +80,21 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
             raise WorkdirError(
                 f"{workdir}: the file system cannot lock it ({error.strerror}); choose a --workdir on a local disk"
             ) from None
+        yield
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out of what stands under the name of a lock file while the context lasts.
+
+    Raises:
+      BusyError: another process is in it, and `wait` is False.
+    """
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise BusyError(f"{path}: another process is at work here; wait for it to end") from None
         yield
 
 
@@ -129,10 +153,20 @@ def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file atomically."""
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    """Writes a file atomically; of several processes that write it at once, one wins."""
+    with _replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path of this process's own, whose file takes the place of `path` when it is whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -159,7 +193,5 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:
     """Writes a .npy file atomically."""
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with _replacing(path) as part, part.open("wb") as file:
         np.save(file, array)
-    os.replace(part, path)

@@ -41,6 +41,8 @@ def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> Shown:
     counts = hot.sum(axis=0)
     most = np.argsort(-counts, kind="stable")[:CLASSES]
     most = most[counts[most] > 0]
+    if not len(most):
+        return Shown(np.full(len(labels), -1), [])
     shown = np.full(len(labels), -1)
     for number, name in enumerate(most):  # from the most frequent on: a rarer one is written over it
         shown[hot[:, name]] = number

@@ -1,5 +1,6 @@
 """The figures of one run, each from numbers, each under a title that says what those numbers show."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,10 +63,11 @@ def precision_recall(
       recall: the same.
       chance: the share of pairs that are relevant.
     """
-    half = float(np.interp(0.5, recall, precision))
-    made, (axis,) = style.figure(
-        f"With half of all relevant images found, precision is {half:.2f}, where chance gives {chance:.2f}"
-    )
+    title = f"Precision is {precision[-1]:.2f} where recall ends, at {recall[-1]:.2f}; chance gives {chance:.2f}"
+    if recall[0] <= 0.5 <= recall[-1]:
+        half = float(np.interp(0.5, recall, precision))
+        title = f"With half of all relevant images found, precision is {half:.2f}, where chance gives {chance:.2f}"
+    made, (axis,) = style.figure(title)
     axis.plot(recall, precision, color=style.BLUE, marker="o", markersize=3, label="within Hamming radius 0, 1, 2, …")
     axis.axhline(chance, color=style.GREY, linestyle="--", label="chance")
     # Labelled where there is room between two.
@@ -116,10 +118,15 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
     """Returns how far apart relevant and irrelevant pairs are, from their shares at each distance."""
     bits = np.arange(len(relevant))
     means = [float(bits @ share) for share in (relevant, irrelevant)]
-    made, (axis,) = style.figure(
+    title = (
         f"Relevant pairs are {means[0]:.1f} bits apart on average, irrelevant ones {means[1]:.1f}; "
         f"the two overlap by {np.minimum(relevant, irrelevant).sum():.0%}"
     )
+    if not relevant.any() or not irrelevant.any():
+        title = (
+            f"All pairs are {'relevant' if relevant.any() else 'irrelevant'}, {max(means):.1f} bits apart on average"
+        )
+    made, (axis,) = style.figure(title)
     for share, colour, hatch, words, mean in (
         (relevant, style.BLUE, "", "pairs that share a label", means[0]),
         (irrelevant, style.RUST, "///", "pairs that share none", means[1]),
@@ -177,7 +184,7 @@ def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
         f"in theirs, {counts[0]:,} share the fullest"
     )
     axis.plot(np.arange(1, len(counts) + 1), counts, color=style.BLUE, linewidth=2, label="these codes")
-    even = total / 2.0**bits
+    even = math.ldexp(total, -bits)
     if even >= 1:
         axis.axhline(even, color=style.GREY, linestyle="--", label=f"spread evenly over 2^{bits} codes")
         axis.legend()
@@ -223,7 +230,7 @@ def embedding(
             linewidths=0.3,
             edgecolors="white",
             alpha=0.85,
-            label=name,
+            label=style.words(name),
         )
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=1.6)
     return made

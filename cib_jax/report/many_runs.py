@@ -67,10 +67,12 @@ def methods(
     known = np.isfinite(mean)
     overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
     order = np.argsort(overall, kind="stable")
+    titles = [style.words(title) for title in titles]
+    measured = [length for length, column in zip(bits, mean.T, strict=True) if np.isfinite(column).any()]
     leaders = [titles[int(np.nanargmax(column))] for column in mean.T if np.isfinite(column).any()]
     lead = f"{leaders[0]} leads" if len(set(leaders)) == 1 else " and ".join(dict.fromkeys(leaders)) + " lead"
     made, (axis,) = style.figure(
-        f"{lead} in {score} at {', '.join(map(str, bits))} bits", width=7.4, height=1.4 + 0.36 * len(titles)
+        f"{lead} in {score} at {', '.join(map(str, measured))} bits", width=7.4, height=1.4 + 0.36 * len(titles)
     )
     spread = np.linspace(-0.22, 0.22, len(bits)) if len(bits) > 1 else [0.0]
     for place, (length, shift) in enumerate(zip(bits, spread, strict=True)):
@@ -112,7 +114,7 @@ def parameters(
     """Returns a score over each hyper-parameter of a search."""
     best = int(np.argmax(values))
     told = ", ".join(
-        f"{name} {column[best]:.3g}" if isinstance(column[best], float) else f"{name} {column[best]}"
+        f"{name} {column[best]:.3g}" if isinstance(column[best], float) else style.words(f"{name} {column[best]}")
         for name, column in drawn.items()
     )
     made, axes = style.figure(
@@ -132,7 +134,7 @@ def parameters(
         else:
             names = sorted({str(value) for value in column})
             positions = [float(names.index(str(value))) for value in column]
-            axis.set_xticks(range(len(names)), names)
+            axis.set_xticks(range(len(names)), [style.words(name) for name in names])
         axis.plot(positions, values, "o", color=style.BLUE, markersize=4)
         axis.plot(positions[best], values[best], "*", color=style.RUST, markersize=13)
         axis.set(xlabel=name, ylabel=score if axis is axes[0] else "")

@@ -20,9 +20,9 @@ _CIBHASH = {
 """CIBHash, IJCAI 2021, table 1, by protocol and k: CIBHash, TBH and ITQ, on VGG-16's fc7 features."""
 
 
-def rows(protocol: str, k: int | str) -> list[Published]:
+def rows(protocol: str, k: int) -> list[Published]:
     """Returns what was published under a protocol, by its name, and a k; nothing where no table is known."""
-    lines = _CIBHASH.get((protocol, k), ()) if isinstance(k, int) else ()
+    lines = _CIBHASH.get((protocol, k), ())
     titles = ("CIBHash (VGG-16)", "TBH (VGG-16)", "ITQ (VGG-16)")
     return [
         Published(title, {bits: (value,) for bits, value in zip((16, 32, 64), line, strict=True)})

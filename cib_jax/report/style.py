@@ -40,6 +40,12 @@ _RULES: Any = {
 }
 
 
+def words(text: object) -> str:
+    """Returns text of a user's as Matplotlib shows it letter by letter: no formula, no hidden label, valid Unicode."""
+    shown = str(text).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 

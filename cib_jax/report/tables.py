@@ -38,6 +38,8 @@ class Table(NamedTuple):
     title: str
     bits: Sequence[int]
     rows: Sequence[Row]
+    seeds: int = 0
+    """How many seeds make a cell; cells of fewer say so. 0: not said."""
 
 
 def markdown(table: Table) -> str:
@@ -49,7 +51,7 @@ def markdown(table: Table) -> str:
         f"| --- |{' ---: |' * len(table.bits)}",
     ]
     for row, bold in _with_best(table):
-        cells = [f"**{text}**" if best else text for text, best in zip(_texts(row, " ± "), bold, strict=True)]
+        cells = [f"**{text}**" if best else text for text, best in zip(texts(table, row), bold, strict=True)]
         lines.append(f"| {_in_markdown(row.title)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -67,7 +69,8 @@ def latex(table: Table) -> str:
     ]
     for row, bold in _with_best(table):
         cells = [
-            rf"\textbf{{{text}}}" if best else text for text, best in zip(_texts(row, r" $\pm$ "), bold, strict=True)
+            rf"\textbf{{{text}}}" if best else text
+            for text, best in zip(texts(table, row, r" $\pm$ "), bold, strict=True)
         ]
         cells = [cell.replace("–", "--") for cell in cells]
         lines.append(rf"    {_in_latex(row.title)} & {' & '.join(cells)} \\")
@@ -85,15 +88,16 @@ def comma_separated(records: Sequence[dict[str, object]]) -> str:
     return file.getvalue()
 
 
-def text(cell: Cell, between: str = " ± ") -> str:
-    """Returns mean and deviation with three decimals; a dash where nothing was measured."""
+def texts(table: Table, row: Row, between: str = " ± ") -> list[str]:
+    """Returns mean and deviation of each cell of a row with three decimals; a dash where nothing was measured."""
+    return [_text(cell, between, 0 if row.published else table.seeds) for cell in row.cells]
+
+
+def _text(cell: Cell, between: str, seeds: int) -> str:
     if cell.mean is None:
         return "–"
-    return f"{cell.mean:.3f}" + (f"{between}{cell.deviation:.3f}" if cell.deviation is not None else "")
-
-
-def _texts(row: Row, between: str) -> list[str]:
-    return [text(cell, between) for cell in row.cells]
+    deviation = f"{between}{cell.deviation:.3f}" if cell.deviation is not None else ""
+    return f"{cell.mean:.3f}{deviation}" + (f" ({len(cell.values)} of {seeds})" if len(cell.values) < seeds else "")
 
 
 def _with_best(table: Table) -> list[tuple[Row, list[bool]]]:

@@ -70,6 +70,19 @@ def test_the_second_layer_cuts_where_the_graph_is_cut_least(features):
         assert abs(z.sum()) < 1e-2 * total
 
 
+def test_a_graph_in_pieces_loses_its_constant_and_nothing_else():
+    """Three clusters far apart: 1 is an eigenvalue three times, and two functions tell the clusters apart."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 40)
+    points = (1e3 * np.eye(3)[labels] + generator.normal(size=(120, 3))).astype(np.float32)
+    graph = anchor_graph.fit(points, 2, jax.random.key(0), anchors=12, layers=1)
+    heights = np.asarray(graph(points), np.float64)
+    np.testing.assert_allclose(heights.mean(axis=0), 0, atol=1e-3)
+    for name in range(3):  # constant on each piece
+        assert np.ptp(heights[labels == name], axis=0).max() < 1e-2
+    assert np.linalg.matrix_rank(np.stack([heights[labels == name].mean(axis=0) for name in range(3)]), tol=0.1) == 2
+
+
 def test_bits_beyond_what_the_graph_gives_are_refused(features):
     with pytest.raises(ValueError, match="bits: 64 is more than 58"):
         anchor_graph.fit(features, 64, jax.random.key(0), anchors=30)

@@ -36,6 +36,15 @@ def test_greedy_signs_pass_the_gradient_unchanged():
     np.testing.assert_array_equal(back(gradient)[0], gradient)
 
 
+def test_greedy_hash_also_draws_logits_to_one():
+    """The published loss: cosines of signs, plus a tenth of the mean cube of ||h| − 1|."""
+    generator = np.random.default_rng(5)
+    logits, features = generator.normal(size=(6, 8)), generator.normal(size=(6, 5))
+    expected = float(similarity.cosine_loss(jnp.sign(logits), jnp.asarray(features)))
+    expected += 0.1 * sum(abs(abs(h) - 1) ** 3 for h in logits.ravel()) / logits.size
+    assert float(greedy_hash.loss(jnp.asarray(logits), jnp.asarray(features))) == pytest.approx(expected, rel=1e-5)
+
+
 @given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 1000))
 def test_bi_half_codes_are_the_nearest_balanced_ones(batch, bits, seed):
     """Optimal transport by SciPy: each bit assigns its logits to ⌊n/2⌋ places of +1 and the rest of −1."""

@@ -49,6 +49,23 @@ def test_principal_axes_do_not_depend_on_the_blocks(features, monkeypatch):
     np.testing.assert_allclose(parts.project(features), whole.project(features), atol=1e-7)
 
 
+def test_more_features_than_items_give_the_same_axes(features):
+    """By the smaller matrix of products of items; against scikit-learn, which decomposes the features themselves."""
+    wide = np.random.default_rng(2).normal(size=(30, 200)).astype(np.float32)
+    found = principal.axes(wide, 10)
+    theirs = sklearn.decomposition.PCA(10, svd_solver="full").fit(wide.astype(np.float64))
+    np.testing.assert_allclose(np.abs(np.sum(found.axes * theirs.components_.T, axis=0)), 1, atol=1e-6)
+    np.testing.assert_allclose(found.variance, theirs.explained_variance_ * 29 / 30, rtol=1e-6)
+    every = principal.axes(wide, 64)  # more than the rank: the last ones carry nothing
+    assert every.axes.shape == (200, 64) and np.isfinite(every.axes).all() and np.all(every.variance[30:] == 0)
+
+
+def test_what_is_too_large_to_decompose_is_refused(monkeypatch, features):
+    monkeypatch.setattr(principal, "MOST", 10)
+    with pytest.raises(ValueError, match="12 features of 400 items are too many for principal axes"):
+        principal.axes(features, 2)
+
+
 def test_itq_is_scipys_procrustes_in_turns_and_no_worse_than_faiss():
     golden = np.load(GOLDEN)
     projected, expected = golden["projected"].astype(np.float64), golden["start"]

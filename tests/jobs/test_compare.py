@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 import statistics
 
 import numpy as np
@@ -131,7 +132,11 @@ def test_rows_may_set_fields(tmp_path):
     assert [row.title for row in rows] == ["ITQ", "CIBHash", "CIBHash temperature=0.5 beta=0.0"]
     made = cells.cell(many.config(tmp_path), rows[2], 16, 3, tmp_path)
     assert (made.config.temperature, made.config.beta, made.config.bits, made.config.seed) == (0.5, 0.0, 16, 3)
-    assert made.config.objective == "cibhash" and made.workdir.parent.name == "cibhash-temperature=0.5-beta=0.0"
+    assert made.config.objective == "cibhash" and made.workdir.parent.name.startswith(
+        "cibhash-temperature=0.5-beta=0.0-"
+    )
+    slugs = {row.slug for row in cells.methods("lsh cache.dir=a/b, lsh cache.dir=a_b, lsh")}
+    assert len(slugs) == 3 and all("/" not in slug for slug in slugs)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,9 @@ def test_rows_may_set_fields(tmp_path):
         ("cibhash temperature", r"after a method come fields with values"),
         ("cibhash temperature=hot", r"'hot' is no float"),
         ("cibhash temperature=-1", r"-1.0 must be greater than 0"),
-        ("cibhash bits=16", r"this one is the table's own"),
+        ("cibhash bits=16", r"all rows share this field"),
+        ("lsh k=10", r"all rows share this field"),
+        ("lsh data.train_images=10", r"all rows share this field"),
         ("cibhash frozen=yes", r"'yes' is no bool"),
         ("cibhash compare.bits=8", r"no field has this name"),
     ],
@@ -204,6 +211,51 @@ def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
     assert baseline.measure(config, "pca_sign", tmp_path / "b", console=QUIET) == json.loads(
         (tmp_path / "b" / "results.json").read_text()
     )
+
+
+def test_cells_of_several_data_make_no_table(tmp_path):
+    config = compared(tmp_path, "lsh", compare__seeds="0", compare__bits="8")
+    compare(config, tmp_path / "t", console=QUIET)
+    features = np.load(tmp_path / "features.npy")
+    np.save(tmp_path / "other.npy", features[:200])
+    np.save(tmp_path / "other.labels.npy", np.arange(200) % 3)
+    config.data.dir, config.compare.methods = str(tmp_path / "other.npy"), "lsh, itq"
+    with pytest.raises(WorkdirError, match=r"config.data.dir leads to others than those that some of its cells"):
+        compare(config, tmp_path / "t", console=QUIET)
+
+
+def test_a_baselines_folder_is_no_run(done):
+    folder, _ = done
+    place = folder / "table" / "cells" / "lsh" / "8-bits-seed-0"
+    with pytest.raises(WorkdirError, match="it holds the figures of a baseline, which has no checkpoint"):
+        evaluate(place, console=QUIET)
+    with pytest.raises(WorkdirError, match="it holds the figures of a baseline"):
+        train(many.config(folder, bits=8), place, console=QUIET)
+
+
+def test_published_rows_need_the_whole_protocol(tmp_path):
+    """Quoted figures beside a run that departs from their protocol would invite a comparison that cannot be made."""
+    from cib_jax.jobs.compare import _tables
+    from configs import cifar
+
+    config = cifar.get_config()
+    records = [{"method": "ITQ", "bits": 16, "map": 0.5, "k": 1000}]
+    wanted = [cells.Cell(cells.methods("itq")[0], config, tmp_path)]
+    assert sum(row.published for row in _tables(config, wanted, records)[0].rows) == 3
+    config.data.train_per_class = 100
+    assert not any(row.published for row in _tables(config, wanted, records)[0].rows)
+
+
+def _write_many(folder, first):
+    for number in range(200):
+        workdir_lib.write_bytes(pathlib.Path(folder) / "table.csv", b"csv" * 1000)
+        workdir_lib.write_bytes(pathlib.Path(folder) / "table.md", b"md" * 1000)
+        assert set((pathlib.Path(folder) / "table.csv").read_bytes()) == set(b"csv"), number
+
+
+def test_processes_that_write_the_same_files_do_not_mix_them(tmp_path):
+    workers.run(_write_many, (str(tmp_path),), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md"]
 
 
 def test_room_is_by_cores_and_memory(monkeypatch):

@@ -115,6 +115,25 @@ def test_a_run_of_an_earlier_version_is_measured_and_reported(run):
     path.write_text(whole)
 
 
+def test_a_run_that_was_stopped_before_its_report_draws_it(run):
+    workdir, results = run
+    (workdir / "report" / "index.html").unlink()
+    config = small.config(
+        report__write=True, report__embedded=200, data__validation="query_half", train__validate_every=1
+    )
+    assert train(config, workdir, console=QUIET)["map"] == results["map"]
+    assert (workdir / "report" / "index.html").exists()
+
+
+def test_a_log_cut_short_does_not_end_the_report(run):
+    workdir, _ = run
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 16, "epo')
+    evaluate(workdir, console=QUIET)
+    path.write_text(whole)
+
+
 def test_figures_that_are_no_more_drawn_are_removed(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "stale.png").write_bytes(b"")

@@ -11,6 +11,7 @@ import scipy.stats
 import cib_jax as cib
 from cib_jax.config import ConfigError
 from cib_jax.jobs import scores, space, tune
+from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import train
 from cib_jax.jobs.workdir import WorkdirError
 from tests import small
@@ -107,6 +108,32 @@ def test_people_without_labels_choose_by_a_score(tmp_path):
     assert search["rank_correlation"] == {}
     assert search["best"]["value"] == max(trial["scores"]["neighbour_agreement"] for trial in search["trials"])
     assert all(trial["scores"]["map"] is None for trial in search["trials"])
+
+
+def test_what_is_wrong_with_every_trial_is_told_at_the_first(tmp_path):
+    config = searched(tmp_path, k=500)
+    with pytest.raises(cib.Refusal, match=r"config.k: 500 is larger than the database"):
+        tune.tune(config, tmp_path / "s", console=QUIET)
+    config.k = 50  # mended, the search goes on
+    assert len(tune.tune(searched(tmp_path, tune__trials=1, epochs=1), tmp_path / "t", console=QUIET)["trials"]) == 1
+
+
+def test_trials_that_another_process_is_at_are_left_to_it(tmp_path):
+    config = searched(tmp_path, tune__trials=2, tune__sampler="tpe", epochs=1)
+    (tmp_path / "s" / "trials").mkdir(parents=True)
+    console = rich.console.Console(record=True, width=200)
+    with workdir_lib.alone(tmp_path / "s" / "trials" / "0000.lock"):
+        assert tune.tune(config, tmp_path / "s", console=console)["best"] is None
+    assert "2 trials are with other processes" in console.export_text()
+
+
+def test_two_stored_views_are_two_different_ones(tmp_path):
+    """Unrelated vectors: as each other's views they find each other by chance alone."""
+    generator = np.random.default_rng(0)
+    np.save(tmp_path / "stored.npy", generator.normal(size=(240, 2, 24)).astype(np.float32))
+    config = many.config(tmp_path, data__dir=str(tmp_path / "stored.npy"), augment="stored", bits=64, epochs=1)
+    train(config, tmp_path / "run", console=QUIET)
+    assert scores.label_free_scores(tmp_path / "run", 200)["view_agreement"] < 0.2
 
 
 def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):

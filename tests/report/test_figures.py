@@ -50,6 +50,31 @@ def test_precision_recall_interpolates_between_radii():
     assert drawn(figure) == "With half of all relevant images found, precision is 0.50, where chance gives 0.10"
 
 
+def test_titles_of_rankings_without_a_middle():
+    few = figures.precision_recall(np.array([0.0, 0.3]), np.array([0.0, 0.3]), 0.1)
+    assert drawn(few) == "Precision is 0.30 where recall ends, at 0.30; chance gives 0.10"
+    none = figures.distances(np.zeros(9), np.eye(9)[4])
+    assert drawn(none) == "All pairs are irrelevant, 4.0 bits apart on average"
+
+
+def test_names_are_shown_letter_by_letter():
+    points = np.random.default_rng(0).normal(size=(4, 2))
+    names = ["$_$", "_hidden", b"caf\xe9".decode("utf-8", "surrogateescape"), "a_b^c"]
+    figure = figures.embedding(points, np.arange(4), names, 0.5)
+    drawn(figure)
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == [r"\$_\$", " _hidden", r"caf\udce9", "a_b^c"]
+    mean = np.array([[0.1], [0.2]])
+    drawn(many_runs.methods(["$x", "y$"], [8], mean, 0 * mean, score="MAP"))
+    drawn(many_runs.parameters({"data.name": ["$a", "_b"]}, np.array([0.1, 0.2]), score="MAP"))
+
+
+def test_long_codes_and_images_without_labels():
+    assert "1 share the fullest" in drawn(figures.occupancy(np.ones(5, int), 4096))
+    assert embedding.classes(np.full(4, -1), []).names == []
+    assert embedding.classes(np.zeros((4, 3)), ["a", "b", "c"]).labels.tolist() == [-1] * 4
+
+
 def test_bits():
     assert drawn(figures.bit_balance([0.5, 0.25, 1.0])) == "Bits are one in 25% to 100% of the images; 1 never change"
     dead = np.zeros((9, 1), np.uint8)
@@ -85,6 +110,9 @@ def test_a_heat_map_leaves_out_what_was_not_tried():
 
 def test_methods_are_sorted_and_gaps_left_open():
     mean = np.array([[0.1, 0.2], [0.5, np.nan], [0.3, 0.4]])
+    unmeasured = np.array([[0.1, np.nan], [0.5, np.nan]])
+    figure = many_runs.methods(["a", "b"], [16, 32], unmeasured, 0 * unmeasured, score="MAP")
+    assert drawn(figure) == "b leads in MAP at 16 bits"
     figure = many_runs.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
     assert drawn(figure) == "b and c lead in MAP at 16, 32 bits"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "c", "b"]

@@ -49,6 +49,12 @@ def test_latex_by_hand():
     assert made.count("{") == made.count("}")
 
 
+def test_cells_of_fewer_seeds_say_so():
+    table = Table("t", [8], [Row("a", [Cell([0.1, 0.3])]), Row("b", [Cell([0.2, 0.2, 0.2])])], seeds=3)
+    assert "| a | **0.200 ± 0.141 (2 of 3)** |" in tables.markdown(table)
+    assert "| b | **0.200 ± 0.000** |" in tables.markdown(table)
+
+
 def test_equal_as_printed_are_both_the_best():
     table = Table("t", [8], [Row("a", [Cell([0.50001])]), Row("b", [Cell([0.50002])])])
     assert tables.markdown(table).count("**0.500**") == 2
