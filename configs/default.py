@@ -106,7 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.tune.trials = 30
     c.tune.sampler = "tpe"  # tpe (learns from earlier trials) | random | grid (every pair of choices, once)
     # What is made as large as can be: validation_map (wants data.validation), or a score that needs no labels:
-    # neighbour_agreement | view_agreement | entropy | decorrelation | contrast (cib_jax/retrieval/label_free.py)
+    # separation (the one that orders runs as MAP does) | neighbour_agreement | view_agreement | entropy | decorrelation
+    # | contrast (cib_jax/retrieval/label_free.py, docs/results.md).
     c.tune.score = "validation_map"
     c.tune.images = 2000  # images of the database, at random, on which scores without labels are taken
     c.tune.workers = 0  # as compare.workers; tpe, which waits for earlier trials, takes 1

@@ -17,13 +17,13 @@ def fit(
     *,
     epochs: int = 60,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-4,
 ) -> Hyperplanes:
     """Returns a linear head whose codes keep the cosines of features.
 
     Su et al., Greedy Hash: Towards fast optimization for accurate hash coding in CNN, NeurIPS 2018 (section 4.3), with
-    the linear layer and the loss of its published code, mean squared difference of cosines + 0.1 · mean ||h| − 1|³ on
-    logits h; Adam for its SGD.
+    the linear layer, the learning rate and the loss of its published code, mean squared difference of cosines
+    + 0.1 · mean ||h| − 1|³ on logits h; Adam for its SGD.
 
     Raises:
       ValueError: features or bits are malformed.

@@ -45,7 +45,7 @@ def fit_linear(
     Features are centred and divided by one number, their overall deviation, so that one learning rate suits any
     network's. The cosines are those of centred features too: the published code takes them from the origin, where
     features behind a ReLU are all at sharp angles and codes that keep those share most bits. On CIFAR-10 with 32 bits,
-    MAP@1000 of GreedyHash is 0.365 from the origin and 0.441 from the mean.
+    the MAP@1000 of GreedyHash's first term alone is 0.290 from the origin and 0.431 from the mean.
     """
     start_key, descent_key = jax.random.split(key)
     mean = np.mean(features, axis=0, dtype=np.float64)

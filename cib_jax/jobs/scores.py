@@ -36,6 +36,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
     codes_health = health.code_health(packed)
     last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {
+        "separation": label_free.separation(packed),
         "neighbour_agreement": label_free.neighbour_agreement(
             packed, before, neighbours=min(label_free.NEIGHBOURS, len(packed) - 2)
         ),

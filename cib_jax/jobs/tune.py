@@ -142,7 +142,7 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
         results = train(config, folder, console=rich.console.Console(quiet=True))
         found: dict[str, float | None] = dict(scores.label_free_scores(folder, base.tune.images))
         found |= {"validation_map": results["best_validation_map"], "map": results["map"]}
-        trial |= {"scores": found, "value": found[base.tune.score], "data": results["data"]}
+        trial |= {"scores": found, "value": found[base.tune.score], "data": results.get("data", "")}
         if trial["value"] is None:
             raise config_lib.ConfigError(
                 "config.tune.score: 'validation_map' wants images to validate on, but the list has none with the split "

@@ -11,6 +11,7 @@ from cib_jax.retrieval import ranking
 from cib_jax.retrieval.tie_aware import expected_average_precision
 
 SCORES = {
+    "separation": "how far an image's nearest codes stand out from all others, in deviations of the distances",
     "neighbour_agreement": "codes find an image's nearest neighbours by the features before hashing",
     "view_agreement": "the code of one view of an image finds that of another view among all images",
     "entropy": "the codes' entropy, in bits: many codes, evenly used",
@@ -20,6 +21,33 @@ SCORES = {
 """What can be scored, in words."""
 
 NEIGHBOURS = 20
+
+SHARE = 0.04
+"""Of the other images, those that count as nearest for `separation`."""
+
+
+def separation(packed: UInt8[np.ndarray, "n bytes"], *, share: float = SHARE) -> float:
+    """Returns (mean distance of all pairs − mean distance to the nearest ones) / standard deviation over all pairs.
+
+    It looks at codes alone. Where they fall into groups, the nearest are much nearer than others are to each other;
+    codes that only spread, or only repeat themselves, gain nothing, as distances are measured by their own deviation.
+    Nearest are the `share` of the other images at the least distance. 0 where all codes are the same. docs/results.md
+    says how it orders runs.
+
+    Raises:
+      ValueError: codes are malformed, or there are fewer than 3.
+    """
+    n = len(packed)
+    if n < 3:
+        raise ValueError(f"packed has {n} rows, but at least 3 images are wanted; take more")
+    distances = ranking.hamming_distances(packed, packed)
+    count = max(1, round(share * (n - 1)))
+    # Each is at distance 0 of itself, and so among its own nearest: one more is taken, which adds nothing to the sum.
+    nearest = np.partition(distances, count, axis=1)[:, : count + 1].sum(dtype=np.float64) / (n * count)
+    pairs = n * (n - 1)
+    mean = distances.sum(dtype=np.float64) / pairs
+    variance = np.square(distances, dtype=np.float64).sum() / pairs - mean**2
+    return float((mean - nearest) / np.sqrt(variance)) if variance > 1e-12 else 0.0
 
 
 def neighbour_agreement(

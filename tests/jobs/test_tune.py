@@ -57,7 +57,7 @@ def test_the_report_has_the_heat_map_and_what_tracks_map(done):
     drawn = {path.stem for path in (folder / "s" / "report").glob("*.png")}
     assert drawn == {"search", "parameters", "sensitivity", "label_free_map", "label_free_validation_map"}
     rows = (folder / "s" / "search.csv").read_text().splitlines()
-    assert len(rows) == 5 and rows[0].startswith("trial,temperature,beta,batch_size,neighbour_agreement")
+    assert len(rows) == 5 and rows[0].startswith("trial,temperature,beta,batch_size,separation")
 
 
 def test_rank_correlations_are_scipys(done):
@@ -100,13 +100,13 @@ def test_people_without_labels_choose_by_a_score(tmp_path):
         tmp_path,
         data__validation="none",
         data__labelled=False,
-        tune__score="neighbour_agreement",
+        tune__score="separation",
         tune__trials=3,
         epochs=1,
     )
     search = tune.tune(config, tmp_path / "s", console=QUIET)
     assert search["rank_correlation"] == {}
-    assert search["best"]["value"] == max(trial["scores"]["neighbour_agreement"] for trial in search["trials"])
+    assert search["best"]["value"] == max(trial["scores"]["separation"] for trial in search["trials"])
     assert all(trial["scores"]["map"] is None for trial in search["trials"])
 
 

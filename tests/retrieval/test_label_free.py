@@ -36,6 +36,29 @@ def test_view_agreement_is_the_expected_reciprocal_rank(seed):
     assert label_free.view_agreement(one, other) == pytest.approx(np.mean(expected), abs=1e-9)
 
 
+@given(st.integers(0, 1000), st.integers(3, 12))
+def test_separation_is_the_plain_loops(seed, n):
+    packed = np.random.default_rng(seed).integers(0, 256, (n, 1), np.uint8)
+    every = [[distance(a, b) for j, b in enumerate(packed) if j != i] for i, a in enumerate(packed)]
+    count = max(1, round(0.3 * (n - 1)))
+    nearest = np.mean([sorted(row)[:count] for row in every])
+    deviation = np.std(every)
+    expected = (np.mean(every) - nearest) / deviation if deviation else 0
+    assert label_free.separation(packed, share=0.3) == pytest.approx(expected, abs=1e-9)
+
+
+def test_separation_rewards_groups_and_nothing_else():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 40)
+    groups = generator.integers(0, 256, (10, 4), np.uint8)[labels]
+    noisy = groups ^ (1 << generator.integers(0, 8, (400, 4))).astype(np.uint8)
+    random = generator.integers(0, 256, (400, 4), np.uint8)
+    assert label_free.separation(noisy) > label_free.separation(random) + 0.3
+    assert label_free.separation(np.zeros((50, 4), np.uint8)) == 0
+    with pytest.raises(ValueError, match="at least 3 images"):
+        label_free.separation(np.zeros((2, 4), np.uint8))
+
+
 def test_perfect_and_useless_codes():
     codes = np.arange(64, dtype=np.uint8)[:, None]
     assert label_free.view_agreement(codes, codes) == 1
