@@ -12,4 +12,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.backbone = "efficientnet_lite0"
     c.image_size = 128
     c.train.views = 10
+    c.tune.space += ", train.views=2..10"
     return c
