@@ -87,7 +87,7 @@ def _check_fields(path: str, arguments: Sequence[str]) -> None:
         name = match.group(1)
         if name in groups:
             refuse(f"--config.{name}: it is a group; set one of its fields, such as {_first_of(fields, name)}")
-        near = difflib.get_close_matches(name, fields, 1) or [full for full in fields if full.endswith("." + name)][:1]
+        near = [full for full in fields if full.endswith("." + name)] or difflib.get_close_matches(name, fields, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         refuse(f"--config.{name}: there is no such field; {hint}Fields: {', '.join(sorted(fields))}")
 
