@@ -5,6 +5,7 @@ CIFAR-10, adds EfficientNet-Lite0's features of unaugmented images at 128 px, in
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import sklearn.datasets
 
 import cib_jax as cib
 from benchmarks import measuring
+from cib_jax.baselines import BASELINES
 from cib_jax.data import loader, sources, splits
 from cib_jax.data.protocols import PROTOCOLS
 from cib_jax.hasher import plain_features
@@ -57,26 +59,15 @@ def make_cifar(directory: str) -> Task:
     return Task("CIFAR-10, EfficientNet-Lite0", *made, drawn.query.labels, drawn.database.labels)
 
 
-def lsh(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns packed codes by random planes through the mean (Charikar 2002)."""
-    planes = np.random.default_rng(seed).normal(size=(task.train.shape[1], bits))
-    mean = task.train.mean(axis=0)
-    query, database = (np.packbits((part - mean) @ planes > 0, axis=1) for part in (task.query, task.database))
-    return query, database
+def baseline(name: str) -> Callable[[Task, int, int], tuple[np.ndarray, np.ndarray]]:
+    """Returns a function of a task, bits and a seed that gives packed codes by one of `cib_jax.baselines`."""
 
+    def codes(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        encode = BASELINES[name].fit(task.train, bits, jax.random.key(seed))
+        query, database = (np.asarray(cib.pack_bits(encode(part))) for part in (task.query, task.database))
+        return query, database
 
-def itq(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns packed codes by iterative quantisation, 50 iterations (Gong and Lazebnik 2011)."""
-    mean = task.train.mean(axis=0)
-    centred = (task.train - mean).astype(np.float64)
-    axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :bits]
-    projected = centred @ axes
-    rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(bits, bits)))[0]
-    for _ in range(50):
-        left, _, right = np.linalg.svd(np.sign(projected @ rotation).T @ projected)
-        rotation = (left @ right).T
-    query, database = (np.packbits((part - mean) @ axes @ rotation > 0, axis=1) for part in (task.query, task.database))
-    return query, database
+    return codes
 
 
 def ours(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +86,7 @@ def main() -> None:
     print(measuring.machine("jax", "numpy"), end="\n\n")
     rows = []
     for task in [make_digits(), *([make_cifar(flags.data_dir)] if flags.data_dir else [])]:
-        for name, method in (("LSH", lsh), ("ITQ", itq), ("cib_jax, noise", ours)):
+        for name, method in (("LSH", baseline("lsh")), ("ITQ", baseline("itq")), ("cib_jax, noise", ours)):
             cells, seconds = [], []
             for bits in flags.bits:
                 found = []

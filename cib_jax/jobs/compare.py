@@ -50,18 +50,13 @@ def compare(
         markup=False,
         highlight=False,
     )
-    broken = None
-    try:
-        workers.run(_work, (config.to_dict(), str(workdir)), processes)
-    except workers.WorkerError as error:
-        broken = error
-    # What a process was at that broke down, or that was passed by.
-    _work(config.to_dict(), str(workdir), True)
-    with workdir_lib.alone(workdir / ".lock", wait=True):
+
+    def conclude() -> tuple[dict[str, Any], bool]:
         comparison = _conclude(config, workdir, wanted, console)
-    if broken and comparison["missing"]:
-        raise broken
-    return comparison
+        return comparison, not comparison["missing"]
+
+    arguments = (config.to_dict(), str(workdir))
+    return workers.to_the_end(_work, arguments, processes, workdir / ".lock", conclude)
 
 
 def _cells(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Cell]:

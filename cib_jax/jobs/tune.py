@@ -65,18 +65,13 @@ def tune(
         markup=False,
         highlight=False,
     )
-    broken = None
-    try:
-        workers.run(_work, (config.to_dict(), str(workdir)), processes)
-    except workers.WorkerError as error:
-        broken = error
-    # What a process was at that broke down, or that was passed by.
-    _work(config.to_dict(), str(workdir), True)
-    with workdir_lib.alone(workdir / ".lock", wait=True):
+
+    def conclude() -> tuple[dict[str, Any], bool]:
         search = _conclude(config, workdir, trials, console)
-    if broken and len(search["trials"]) < trials:
-        raise broken
-    return search
+        return search, len(search["trials"]) == trials
+
+    arguments = (config.to_dict(), str(workdir))
+    return workers.to_the_end(_work, arguments, processes, workdir / ".lock", conclude)
 
 
 def _validates(config: ml_collections.ConfigDict) -> bool:

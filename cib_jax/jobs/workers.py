@@ -7,14 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from cib_jax.errors import Refusal
+from cib_jax.jobs import workdir
 
 WORKER_BYTES = 4 << 30
 """Memory that a process is reckoned to need; a run on CIFAR-10 takes 3 GB at most."""
+
+
+Concluded = TypeVar("Concluded")
 
 
 class WorkerError(Refusal):
@@ -38,6 +42,39 @@ def _free_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def to_the_end(
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    processes: int,
+    lock: pathlib.Path,
+    conclude: Callable[[], tuple[Concluded, bool]],
+) -> Concluded:
+    """Does all work that nobody else is at, and returns what `conclude` makes of what is there then.
+
+    Args:
+      work: see `run`.
+      arguments: the same.
+      processes: the same.
+      lock: a file; of several processes that come to the end together, one concludes at a time.
+      conclude: tells also whether everything is there.
+
+    Raises:
+      WorkerError: a process broke down and something is missing; what is there was concluded.
+    """
+    broken = None
+    try:
+        run(work, arguments, processes)
+    except WorkerError as error:
+        broken = error
+    # What a process was at that broke down, or that was passed by while another was at it.
+    work(*arguments, True)
+    with workdir.alone(lock, wait=True):
+        concluded, whole = conclude()
+    if broken and not whole:
+        raise broken
+    return concluded
 
 
 def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
