@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import pathlib
 import re
+import time
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -121,10 +122,13 @@ def finished(one: Cell) -> dict[str, Any] | None:
     return workdir_lib.read_json(path) if path.exists() else None
 
 
-def refused(one: Cell) -> str:
-    """Returns why a cell could not be measured; "" where nothing speaks against it."""
+def refused(one: Cell, since: float = 0.0) -> str:
+    """Returns why a cell could not be measured, if that was `since` a time; "" where nothing speaks against it."""
     path = one.workdir / REFUSED
-    return str(workdir_lib.read_json(path)["error"]) if path.exists() else ""
+    if not path.exists():
+        return ""
+    note = workdir_lib.read_json(path)
+    return str(note["error"]) if note["when"] >= since else ""
 
 
 def measure(one: Cell) -> dict[str, Any] | None:
@@ -147,7 +151,7 @@ def measure(one: Cell) -> dict[str, Any] | None:
         if not (one.method.fields or isinstance(error, baseline.BaselineError | TrainingError)):
             raise
         one.workdir.mkdir(parents=True, exist_ok=True)
-        workdir_lib.write_json(note, {"error": str(error)})
+        workdir_lib.write_json(note, {"error": str(error), "when": time.time()})
         return None
     note.unlink(missing_ok=True)
     return results

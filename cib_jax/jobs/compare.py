@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 from typing import Any
 
 import ml_collections
@@ -55,7 +56,7 @@ def compare(
         comparison = _conclude(config, workdir, wanted, console)
         return comparison, not comparison["missing"]
 
-    arguments = (config.to_dict(), str(workdir))
+    arguments = (config.to_dict(), str(workdir), time.time())
     return workers.to_the_end(_work, arguments, processes, workdir / ".lock", conclude)
 
 
@@ -71,12 +72,12 @@ def _cells(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Cel
     ]
 
 
-def _work(fields: dict[str, Any], workdir: str, shows: bool) -> None:
-    """Measures the cells that nobody else is at, telling of each where it `shows`."""
+def _work(fields: dict[str, Any], workdir: str, begun: float, shows: bool) -> None:
+    """Measures the cells that nobody else is at, none refused since `begun`; `shows` says whether to tell of each."""
     wanted = _cells(ml_collections.ConfigDict(fields), pathlib.Path(workdir))
     console = rich.console.Console(quiet=not shows)
     for one in wanted:
-        if cells.finished(one) is not None:
+        if cells.finished(one) is not None or cells.refused(one, since=begun):
             continue
         try:
             results = cells.measure(one)

@@ -11,12 +11,14 @@ import rich.table
 import scipy.stats
 
 from cib_jax import config as config_lib
+from cib_jax import from_config
 from cib_jax.jobs import report, scores, space, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import TrainingError, train
 from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval.label_free import SCORES
+from cib_jax.training.parallel import DevicesError
 from cib_jax.training.view_bank import BankError
 
 TRIAL = "trial.json"
@@ -75,8 +77,6 @@ def tune(
 
 
 def _validates(config: ml_collections.ConfigDict) -> bool:
-    from cib_jax import from_config
-
     return from_config.protocol(config).validation != "none" or config.data.name == "list"
 
 
@@ -143,7 +143,7 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
                 "config.tune.score: 'validation_map' wants images to validate on, but the list has none with the split "
                 "'validation'; give it some, or set the score to one that needs no labels"
             )
-    except (config_lib.ConfigError, TrainingError, BankError) as error:
+    except (config_lib.ConfigError, TrainingError, BankError, DevicesError) as error:
         # What was drawn cannot work; another draw may. Anything else would be the same for every trial.
         if not (isinstance(error, TrainingError) or any(f"config.{name}:" in str(error) for name in params)):
             raise

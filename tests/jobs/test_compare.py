@@ -122,7 +122,15 @@ def test_a_method_that_cannot_is_told_and_the_others_go_on(tmp_path):
         ("LSH", 32),
     ]
     assert "bits: 32 is more than 24, the number of features" in comparison["missing"][0]["why"]
-    assert "Refused: PCA sign, 32 bits, seed 0" in console.export_text()
+    said = console.export_text()
+    assert (
+        said.count("Refused: PCA sign, 32 bits, seed 0") == 1 and said.count("PCA sign, 32 bits, seed 0: config") == 2
+    )
+    # Told as it happens and at the end, tried once; and again by the same command, as the reason may be gone.
+    note = tmp_path / "t" / "cells" / "pca_sign" / "32-bits-seed-0" / cells.REFUSED
+    before = json.loads(note.read_text())["when"]
+    compare(config, tmp_path / "t", console=QUIET)
+    assert json.loads(note.read_text())["when"] > before
     assert "| PCA sign | " in (tmp_path / "t" / "comparison.md").read_text()
     assert "–" in (tmp_path / "t" / "comparison.md").read_text()
 
