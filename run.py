@@ -1,6 +1,7 @@
 """The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train`; fields by --config.FIELD=VALUE."""
 
 import difflib
+import os
 import pathlib
 import re
 import runpy
@@ -142,7 +143,10 @@ def main(arguments: Sequence[str]) -> None:
             f"\nInterrupted; --workdir={workdir} with the same config goes on from the last checkpoint.",
             file=sys.stderr,
         )
-        sys.exit(130)
+        # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 if __name__ == "__main__":

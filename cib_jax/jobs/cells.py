@@ -1,4 +1,4 @@
-"""The cells of a comparison or a search: one run each, in a folder of its own, taken by whoever is free."""
+"""The cells of a comparison: one run each, in a folder of its own, taken by whoever is free."""
 
 import difflib
 import hashlib
@@ -108,7 +108,8 @@ def cell(base: ml_collections.ConfigDict, method: Method, bits: int, seed: int, 
       ConfigError: its config cannot work.
     """
     config = base.copy_and_resolve_references()
-    # A report of each would take longer than some of the methods; --mode=evaluate draws that of a trained cell.
+    # A report of each would take longer than some of the methods; --mode=evaluate --config.report.write=True draws that
+    # of a trained cell.
     config.update_from_flattened_dict({"report.write": False} | method.fields | {"bits": bits, "seed": seed})
     if method.name in OBJECTIVES:
         config.objective = method.name

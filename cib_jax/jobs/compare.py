@@ -19,8 +19,6 @@ from cib_jax.objective import OBJECTIVES
 from cib_jax.report import many_runs, published, tables
 from cib_jax.report.page import Grid, Section, render
 
-ABLATION = tuple(OBJECTIVES)
-
 
 def compare(
     config: ml_collections.ConfigDict, workdir: pathlib.Path | str, *, console: rich.console.Console | None = None
@@ -83,11 +81,11 @@ def _work(fields: dict[str, Any], workdir: str, begun: float, shows: bool) -> No
             results = cells.measure(one)
         except workdir_lib.BusyError:
             continue
-        _check_alike([found for other in wanted if (found := cells.finished(other))], pathlib.Path(workdir))
-        done = sum(cells.finished(other) is not None for other in wanted)
+        done = [found for other in wanted if (found := cells.finished(other))]
+        _check_alike(done, pathlib.Path(workdir))
         told = f"MAP {_shown(results['map'])}" if results else cells.refused(one)
         console.print(
-            f"{done} of {len(wanted)}: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {told}",
+            f"{len(done)} of {len(wanted)}: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {told}",
             soft_wrap=True,
             markup=False,
             highlight=False,
@@ -111,9 +109,10 @@ def _shown(value: float | None) -> str:
 def _conclude(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, wanted: list[Cell], console: rich.console.Console
 ) -> dict[str, Any]:
-    _check_alike([results for one in wanted if (results := cells.finished(one))], workdir)
-    records = [_record(one, results) for one in wanted if (results := cells.finished(one)) is not None]
-    missing = [one for one in wanted if cells.finished(one) is None]
+    found = [(one, cells.finished(one)) for one in wanted]
+    _check_alike([results for _, results in found if results], workdir)
+    records = [_record(one, results) for one, results in found if results]
+    missing = [one for one, results in found if not results]
     made = _tables(config, wanted, records)
     comparison = {
         "tables": [_plain(table) for table in made],
@@ -205,10 +204,10 @@ def _tables(config: ml_collections.ConfigDict, wanted: list[Cell], records: list
             for title in chosen
         ]
 
-    ablated = [title for title, name in methods if name in ABLATION]
+    ablated = [title for title, name in methods if name in OBJECTIVES]
     # As in the paper, the first table has of this project's objectives the whole one alone, if it is there.
     last = [title for title, name in methods if name == "cibhash"] or ablated
-    first = [title for title, name in methods if name not in ABLATION] + last
+    first = [title for title, name in methods if name not in OBJECTIVES] + last
     made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, [*rows(first), *quoted], seeds)]
     if len(ablated) > 1:
         made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, rows(ablated), seeds))

@@ -141,7 +141,9 @@ def _embedded(setting: Setting, database: UInt8[np.ndarray, "database bytes"]) -
     if points is None:
         return None
     labels = setting.splits.database.labels
-    note = f"{len(some):,} random images of the database, drawn from data.seed; perplexity 30"
+    note = (
+        f"{len(some):,} random images of the database, drawn from data.seed; perplexity 30, or a third of fewer than 90"
+    )
     if labels is None:
         return picture("tsne", figures.embedding(points, None, [], None), note)
     shown = embedding.classes(labels[some], setting.source.classes)

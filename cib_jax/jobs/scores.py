@@ -57,15 +57,11 @@ def _views(run: Setting, params: Params, images: ImageSet) -> Iterator[UInt8[np.
     size = min(run.config.encode_batch, len(images))
 
     @jax.jit
-    def packed(batch: Array, first: Array) -> tuple[UInt8[Array, "batch bytes"], ...]:
+    def packed(batch: Array, first: Array) -> UInt8[Array, "batch 2 bytes"]:
         # Both views by one key: of stored ones, two different.
         views = run.encoder.two_views(jax.random.fold_in(key, first), batch, family=run.config.augment)
-        return tuple(binary.pack_bits(run.encoder.logits(params, run.frozen, view)) for view in views)
+        return jnp.stack([binary.pack_bits(run.encoder.logits(params, run.frozen, view)) for view in views], axis=1)
 
-    for view in (0, 1):
-        rows = encoding.map_batches(
-            lambda batch, first, view=view: packed(jnp.asarray(batch), first)[view],  # type: ignore[misc]
-            run.batches(images),
-            size=size,
-        )
-        yield np.concatenate([np.asarray(row) for row in rows])
+    rows = encoding.map_batches(lambda batch, first: packed(jnp.asarray(batch), first), run.batches(images), size=size)
+    both = np.concatenate([np.asarray(row) for row in rows])
+    yield from (both[:, 0], both[:, 1])

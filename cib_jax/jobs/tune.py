@@ -130,7 +130,7 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
       Refusal: what is wrong is not in what was drawn: the data, the weights, the folder.
     """
     config = base.copy_and_resolve_references()
-    # A report of each would take longer than a short trial; --mode=evaluate draws that of any one.
+    # A report of each would take longer than a short trial; --mode=evaluate --config.report.write=True draws any one's.
     config.update_from_flattened_dict({"report.write": False} | params)
     trial: Trial = {"number": number, "params": params, "value": None, "scores": {}, "error": ""}
     try:

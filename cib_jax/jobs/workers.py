@@ -1,12 +1,14 @@
 """Many runs on one machine: as many processes as there is room for, each taking what nobody else is at."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -92,15 +94,15 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         context.Process(target=_other, args=(work, arguments, cache, os.getpid()), daemon=True)
         for _ in range(processes - 1)
     ]
-    for process in others:
-        process.start()
+    with _deaf_to_interruption():
+        for process in others:
+            process.start()
     try:
         work(*arguments, True)
         for process in others:
             process.join()
     finally:
-        for process in others:
-            process.terminate()
+        _end(others)
     if any(process.exitcode for process in others):
         raise WorkerError(
             "a process that was at work beside this one broke down, out of memory if nothing else is told above; the "
@@ -108,7 +110,37 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         )
 
 
+@contextlib.contextmanager
+def _deaf_to_interruption() -> Iterator[None]:
+    """Has processes that start meanwhile ignore Ctrl-C, which a terminal sends to all: this one will end them.
+
+    Only the main thread may say so; started from another, they hear it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """Ends processes that are still at work: asked first, so that they give back what they hold, then made to."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=10)
+        process.kill()
+
+
+def _asked_to_end(*_: object) -> None:
+    sys.exit(0)
+
+
 def _other(work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, parent: int) -> None:
+    signal.signal(signal.SIGTERM, _asked_to_end)
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

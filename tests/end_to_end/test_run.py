@@ -159,3 +159,40 @@ def test_a_mistake_is_told_in_one_sentence(arguments, message, tmp_path):
     assert "Traceback" not in out + error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
+    """As by Ctrl-C on a terminal: every process of the group is told at once."""
+    many.config(tmp_path)
+    fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "epochs": 300}
+    arguments = small.flags(
+        **fields, compare__methods="lsh, cibhash, cl_hash", compare__bits="8", compare__seeds="0, 1"
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "run.py",
+            "--mode=compare",
+            *arguments,
+            "--config.compare.workers=2",
+            f"--workdir={tmp_path / 't'}",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "t").glob("cells/c*/*/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, error = finish(process)
+    assert code == 130
+    assert (
+        error.strip()
+        == f"Interrupted; --workdir={tmp_path / 't'} with the same config goes on from the last checkpoint."
+    )

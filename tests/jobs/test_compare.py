@@ -89,8 +89,10 @@ def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
     alone = train(many.config(folder, bits=16, seed=1, objective="cibhash"), tmp_path / "alone", console=QUIET)
     of_cell = [c for c in comparison["cells"] if (c["method"], c["bits"], c["seed"]) == ("CIBHash", 16, 1)]
     assert of_cell[0]["map"] == alone["map"]
-    # And a cell is a run like any other.
-    assert evaluate(of_cell[0]["workdir"], console=QUIET)["map"] == alone["map"]
+    # And a cell is a run like any other, with a report for the asking.
+    again = evaluate(of_cell[0]["workdir"], overrides={"report.write": True, "report.embedded": 0}, console=QUIET)
+    assert again["map"] == alone["map"]
+    assert (pathlib.Path(of_cell[0]["workdir"]) / "report" / "index.html").exists()
 
 
 def test_several_processes_share_the_cells(tmp_path):

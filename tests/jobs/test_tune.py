@@ -114,8 +114,7 @@ def test_what_is_wrong_with_every_trial_is_told_at_the_first(tmp_path):
     config = searched(tmp_path, k=500)
     with pytest.raises(cib.Refusal, match=r"config.k: 500 is larger than the database"):
         tune.tune(config, tmp_path / "s", console=QUIET)
-    config.k = 50  # mended, the search goes on
-    assert len(tune.tune(searched(tmp_path, tune__trials=1, epochs=1), tmp_path / "t", console=QUIET)["trials"]) == 1
+    assert not list((tmp_path / "s").glob("trials/*/trial.json"))
 
 
 def test_trials_that_another_process_is_at_are_left_to_it(tmp_path):
