@@ -123,7 +123,7 @@ def _deaf_to_interruption() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.signal(signal.SIGINT, heard or signal.SIG_DFL)
 
 
 def _end(processes: Sequence[Any]) -> None:

@@ -162,7 +162,14 @@ def test_a_mistake_is_told_in_one_sentence(arguments, message, tmp_path):
 
 
 def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
-    """As by Ctrl-C on a terminal: every process of the group is told at once."""
+    """As by Ctrl-C on a terminal: every process of the group is told at once.
+
+    The tests themselves may run where Ctrl-C is ignored, which processes inherit: it is set back as a terminal has it.
+    """
+    listening = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
     many.config(tmp_path)
     fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "epochs": 300}
     arguments = small.flags(
@@ -171,6 +178,8 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
     process = subprocess.Popen(
         [
             sys.executable,
+            "-c",
+            listening,
             "run.py",
             "--mode=compare",
             *arguments,
