@@ -8,13 +8,13 @@ import numpy as np
 import optax
 from jaxtyping import Float, UInt8
 
-from cib_jax import feature_views
+from cib_jax import feature_views, parallel
 from cib_jax.augment import FAMILIES
 from cib_jax.encoder import Params, create_encoder
 from cib_jax.feature_views import Standard
 from cib_jax.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
-from cib_jax.training import feed, loop, parallel, view_bank
+from cib_jax.training import feed, loop, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
 

@@ -26,11 +26,16 @@ class CheckpointError(Refusal):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands at the end of an epoch. With the config and the state, the rest of the run follows from it."""
+    """Where a run stands between two chunks of steps. With the config and the state, the rest of the run follows."""
 
     epoch: int = 0
-    """Epochs finished; the data position, since order and views follow from seed, epoch and step."""
+    """Epochs finished; with the steps since, the data position, since order and views follow from seed, epoch, step."""
     step: int = 0
+    """Steps done in all."""
+    steps_of_epoch: int = 0
+    """Steps done of the epoch that is not finished."""
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of each loss term over those steps."""
     best_step: int = 0
     """Step of the best validation so far; 0 before the first."""
     best_map: float = -1.0

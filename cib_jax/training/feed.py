@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from cib_jax import parallel
 from cib_jax.data import loader
 from cib_jax.data.images import Images
 from cib_jax.encoder import Params
-from cib_jax.training import parallel, view_bank
-from cib_jax.training.loop import Steps
+from cib_jax.training import view_bank
+from cib_jax.training.loop import Chunks, Steps
 from cib_jax.training.state import TrainState
 from cib_jax.training.step import Terms, train_step, train_step_on_features
 
@@ -29,7 +30,7 @@ class Feed(NamedTuple):
     """A program of some steps and the chunks it takes, an epoch's at a time; what does not fill a batch is left out."""
 
     steps: Steps
-    epoch_chunks: Callable[[int], Iterable[Any]]
+    epoch_chunks: Chunks
 
 
 def from_bank(
@@ -49,7 +50,7 @@ def from_bank(
       method: the keyword arguments of `train_step_on_features`.
       mesh: the devices that share each batch; None: one.
     """
-    axis = parallel.AXIS if mesh else None
+    axis = parallel.axis_of(mesh)
 
     def step(state: TrainState, held: Array, indices: Array, key: PRNGKeyArray) -> Stepped:
         # A third part of the step's key: `train_step_on_features` splits the same key for its bits.
@@ -73,7 +74,7 @@ def from_device(
     Images one step a program, features an epoch, as there are no convolutions in it; `method`: the keyword arguments of
     `train_step`; `mesh` as in `from_bank`.
     """
-    axis = parallel.AXIS if mesh else None
+    axis = parallel.axis_of(mesh)
 
     def step(state: TrainState, held: tuple[Params, Array], indices: Array, key: PRNGKeyArray) -> Stepped:
         frozen, images = held
@@ -97,28 +98,36 @@ def from_stream(
     mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds images decoded on the host as they are needed, one step a program: the batches of `from_device`."""
-    axis = parallel.AXIS if mesh else None
+    axis = parallel.axis_of(mesh)
 
     def step(state: TrainState, frozen: Params, images: Array, key: PRNGKeyArray) -> Stepped:
         return train_step(state, frozen, images, key, axis=axis, **method)
 
-    def chunks(epoch: int) -> Iterable[np.ndarray]:
-        order = loader.epoch_order(seed, epoch, len(images))
-        batches = loader.stream(images, order, batch_size, stored_size=stored_size, drop_remainder=True)
-        return (batch[None] for batch in batches)
+    rows = parallel.rows_here(mesh, batch_size)
+
+    def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
+        # Of each batch, what this process's devices hold: it decodes no other image.
+        order = _batches(seed, epoch, len(images), batch_size)[first:, rows].reshape(-1)
+        parts = loader.stream(images, order, len(rows), stored_size=stored_size)
+        return (parallel.batch_of(part, rows, mesh, batch_size) for part in parts)
 
     return Feed(_bound(_alone(step), frozen, mesh), chunks)
 
 
-def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> Callable[[int], Iterable[np.ndarray]]:
+def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> Chunks:
     """Returns a function from an epoch to its order, as arrays [steps, batch_size] of up to `longest` steps."""
 
-    def chunks(epoch: int) -> Iterable[np.ndarray]:
-        steps = count // batch_size
-        order = loader.epoch_order(seed, epoch, count)[: steps * batch_size].reshape(steps, batch_size)
-        return (order[start : start + longest] for start in range(0, steps, longest))
+    def chunks(epoch: int, first: int = 0) -> Iterable[np.ndarray]:
+        batches = _batches(seed, epoch, count, batch_size)
+        return (batches[start : start + longest] for start in range(first, len(batches), longest))
 
     return chunks
+
+
+def _batches(seed: int, epoch: int, count: int, batch_size: int) -> Int[np.ndarray, "steps batch"]:
+    """Returns which images make each step of an epoch."""
+    steps = count // batch_size
+    return loader.epoch_order(seed, epoch, count)[: steps * batch_size].reshape(steps, batch_size)
 
 
 def _scan(step: Step) -> Callable[..., Stepped]:
@@ -154,6 +163,6 @@ def _bound(program: Callable[..., Stepped], held: Any, mesh: Mesh | None) -> Ste
     # What never changes is an argument of the program, not a constant inside it: a bank of gigabytes would be copied
     # into the executable.
     if mesh is not None:
-        program, held = parallel.spread(program, mesh), parallel.everywhere(held, mesh)
+        program, held = parallel.steps(program, mesh), parallel.everywhere(held, mesh)
     jitted = jax.jit(program, donate_argnums=0)
     return lambda state, chunk, first, key: jitted(state, held, chunk, first, key)

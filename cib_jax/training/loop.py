@@ -19,6 +19,9 @@ LOOK_EVERY = 32
 Steps = Callable[[TrainState, Any, int, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, " steps"]]]]
 """A jitted program of some steps: (state, chunk, number of its first step, root key) → (state, each step's terms)."""
 
+Chunks = Callable[[int, int], Iterable[Any]]
+"""Gives the chunks of an epoch from one of its steps on, the first one of a chunk: (epoch, step) → chunks."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """A loss term became NaN or infinite; the message names the step and the terms."""
@@ -41,7 +44,7 @@ def run(
     progress: Progress,
     *,
     steps: Steps,
-    epoch_chunks: Callable[[int], Iterable[Any]],
+    epoch_chunks: Chunks,
     key: PRNGKeyArray,
     epochs: int,
     batch_size: int,
@@ -50,18 +53,19 @@ def run(
     patience: int = 6,
     on_steps: Callable[[int, dict[str, float]], None] = lambda steps, terms: None,
     on_epoch: Callable[[TrainState, EpochReport], None] = lambda state, report: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, Progress]:
-    """Trains from `progress` to the end and returns the last state.
+    """Trains from `progress` to the end, or to where `stop` says so, and returns the last state.
 
-    A function of its arguments alone: step s uses `key` folded with s, epoch e the chunks `epoch_chunks(e)`, so a run
-    cut in two anywhere between epochs comes to the same bits as one that was not. Steps are dispatched ahead and their
-    terms read late: inside an epoch, the device never waits for the host.
+    A function of its arguments alone: step s uses `key` folded with s, epoch e the chunks `epoch_chunks(e, 0)`, so a
+    run cut in two anywhere between chunks comes to the same bits as one that was not. Steps are dispatched ahead and
+    their terms read late: inside an epoch, the device never waits for the host.
 
     Args:
       state: to start from; it may be donated.
       progress: how far `state` has come.
       steps: takes the steps of one chunk.
-      epoch_chunks: an epoch's chunks.
+      epoch_chunks: an epoch's chunks, from one of its steps on.
       key: the root key of all steps.
       epochs: how many in all.
       batch_size: images per step, for the rate.
@@ -70,20 +74,23 @@ def run(
       patience: validations without a better MAP after which training stops.
       on_steps: told now and then of the steps done since, and of the terms of the last.
       on_epoch: told of every epoch's end; the state it gets is only good until it returns.
+      stop: asked after every chunk.
 
     Raises:
       NonFiniteLossError: a term became NaN or infinite.
     """
     while not progress.finished and progress.epoch < epochs:
         begun = time.perf_counter()
-        first_step = progress.step
         under_way: list[dict[str, Array]] = []
-        sums: dict[str, float] = {}
-        done = seen = first_step
-        for chunk in epoch_chunks(progress.epoch):
+        sums = dict(progress.sums)
+        done = seen = progress.step
+        stopped = False
+        for chunk in epoch_chunks(progress.epoch, progress.steps_of_epoch):
             state, terms = steps(state, chunk, done, key)
             under_way.append(terms)
             done += _count(terms)
+            if stopped := stop():
+                break
             if done - seen > LOOK_EVERY and len(under_way) > 1:
                 # The newer half is left running while the older one is looked at.
                 half = len(under_way) // 2
@@ -92,12 +99,16 @@ def run(
         if under_way:
             _look(under_way, seen, sums, on_steps)
         seconds = time.perf_counter() - begun
-        taken = done - first_step
+        rate = (done - progress.step) * batch_size / seconds
+        taken = progress.steps_of_epoch + done - progress.step
+        progress = dataclasses.replace(progress, step=done, seconds=progress.seconds + seconds)
+        if stopped:
+            return state, dataclasses.replace(progress, steps_of_epoch=taken, sums=sums)
         progress = dataclasses.replace(
             progress,
             epoch=progress.epoch + 1,
-            step=done,
-            seconds=progress.seconds + seconds,
+            steps_of_epoch=0,
+            sums={},
             finished=progress.epoch + 1 == epochs,
         )
         validation_map = None
@@ -107,7 +118,7 @@ def run(
         report = EpochReport(
             progress,
             {name: total / taken for name, total in sums.items()},
-            taken * batch_size / seconds,
+            rate,
             validation_map,
         )
         on_epoch(state, report)

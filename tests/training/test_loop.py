@@ -24,10 +24,10 @@ def steps(state, chunk, first, key):
     return TrainState(state.step + len(chunk), {"x": x}, ()), {"loss": jnp.asarray(chunk[:, 0])}
 
 
-def chunks(epoch, sizes=(2, 3)):
+def chunks(epoch, first):
     """Five batches of two numbers, in chunks of two and three."""
     batches = np.array([[epoch, index] for index in range(5)], np.float32)
-    return iter(np.split(batches, np.cumsum(sizes)[:-1]))
+    return iter([batches[start:stop] for start, stop in ((0, 2), (2, 5)) if start >= first])
 
 
 def run(state, progress, epochs, **options):
@@ -52,6 +52,29 @@ def test_a_run_cut_between_any_two_epochs_comes_to_the_same_bits():
         assert (progress.epoch, progress.step, progress.finished) == (4, 20, True)
 
 
+def test_a_run_stopped_after_any_chunk_goes_on_to_the_same_bits_and_means():
+    told = []
+    whole, _ = run(start(), Progress(), 4, on_epoch=lambda state, report: told.append(report.terms))
+    for cut in range(1, 8):
+        asked, reports = iter([False] * (cut - 1) + [True]), []
+        state, progress = run(
+            start(),
+            Progress(),
+            4,
+            stop=lambda asked=asked: next(asked),
+            on_epoch=lambda state, report, reports=reports: reports.append(report.terms),
+        )
+        assert progress.step == (cut // 2) * 5 + (cut % 2) * 2 and not progress.finished
+        # An epoch that was stopped at its very end is still to be reported.
+        assert (progress.epoch, progress.steps_of_epoch) == ((cut - 1) // 2, (5, 2)[cut % 2])
+        state, progress = run(
+            state, progress, 4, on_epoch=lambda state, report, reports=reports: reports.append(report.terms)
+        )
+        assert np.array_equal(state.params["x"], whole.params["x"])
+        assert reports == told
+        assert (progress.epoch, progress.step, progress.steps_of_epoch, progress.sums) == (4, 20, 0, {})
+
+
 def test_a_step_is_keyed_by_the_root_key_folded_with_its_number():
     state, _ = run(start(), Progress(), 2)
     expected = np.zeros(3, np.float32)
@@ -67,7 +90,7 @@ def test_an_epochs_report_holds_the_mean_of_its_terms():
         start(),
         Progress(),
         2,
-        epoch_chunks=lambda epoch: (np.array([[epoch * 100 + i]], np.float32) for i in range(70)),
+        epoch_chunks=lambda epoch, first: (np.array([[epoch * 100 + i]], np.float32) for i in range(70)),
         on_epoch=lambda state, report: reports.append(report),
     )
     assert [report.terms["loss"] for report in reports] == [34.5, 134.5]
@@ -106,7 +129,7 @@ def test_validations_come_every_n_epochs_and_at_the_end():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(bad):
-    def poisoned(epoch):
+    def poisoned(epoch, first):
         losses = np.array([[bad if (epoch, i) == (1, 2) else 1.5] for i in range(5)], np.float32)
         return iter((losses[:1], losses[1:]))
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from cib_jax.training import parallel
+from cib_jax import parallel
 from tests.conftest import CACHE
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 # One process with 8 devices, since their number is fixed when JAX starts; it tells everything that the tests look at.
 PROGRAM = """
@@ -21,8 +21,8 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import PartitionSpec as P
 import cib_jax as cib
-from cib_jax import objective, binary, spread
-from cib_jax.training import feed, loop, parallel, state
+from cib_jax import objective, binary, parallel, spread
+from cib_jax.training import feed, loop, state
 from cib_jax.training.checkpoint import Progress
 
 told = {"devices": jax.local_device_count()}

@@ -1,0 +1,183 @@
+"""The processes that work at one run together: how they find each other, who writes, what they agree on.
+
+Alone, a process is the first of one, and everything here costs nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Shaped
+
+from cib_jax.errors import Refusal
+
+HEARTBEAT_SECONDS = 60
+"""After which silence a process counts as dead where no exchange shows it at once."""
+
+Result = TypeVar("Result")
+
+JOINING_SECONDS = 300
+"""How long the others are waited for."""
+
+
+class ProcessesError(Refusal):
+    """Several processes cannot work together; the message says why."""
+
+
+class SharedRefusal(Refusal):  # noqa: N818 - as its parent
+    """What one process refused, raised in all of them."""
+
+
+class Place(NamedTuple):
+    """Which process this is, of how many."""
+
+    process: int
+    processes: int
+
+
+def told_by_environment() -> Place | None:
+    """Returns this process's place where SLURM's srun or Open MPI's mpirun started several tasks, None elsewhere."""
+    for process, processes, step in (
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    ):
+        # An interactive shell inside an allocation has the job's count, but is a step of one task.
+        if os.environ.get(step, "1") != "1" and process in os.environ and processes in os.environ:
+            return Place(int(os.environ[process]), int(os.environ[processes]))
+    return None
+
+
+def join(coordinator: str = "", process: int = -1, processes: int = 0, *, detect: bool = False) -> None:
+    """Has this process work together with others, before JAX is used for anything else.
+
+    Args:
+      coordinator: "HOST:PORT" where the first process can be reached by all; "": as the environment says.
+      process: which one this is, from 0; -1: as the environment says.
+      processes: how many there are; 0: as the environment says.
+      detect: whether there must be several. Without, and without a `coordinator`, a process that no environment
+        tells of others stays alone.
+
+    Raises:
+      ProcessesError: they do not fit, or the others could not be found.
+    """
+    wanted = Place(process, processes)
+    if not coordinator and not detect:
+        if wanted != (-1, 0):
+            raise ProcessesError("--coordinator: it is missing; give HOST:PORT of the first process to all of them")
+        if told_by_environment() is None:
+            return
+    if coordinator and told_by_environment() is None and not 0 <= process < processes:
+        raise ProcessesError(
+            f"--process: {process} of {processes} makes no sense; --processes=N says how many there are to all of them "
+            "and --process=I, from 0 to N - 1, to each which it is"
+        )
+    if coordinator and ":" not in coordinator:
+        raise ProcessesError(f"--coordinator: {coordinator!r} has no port; give HOST:PORT of the first process")
+    try:
+        jax.distributed.initialize(
+            coordinator or None,
+            processes or None,
+            None if process < 0 else process,
+            initialization_timeout=JOINING_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except Exception as error:
+        raise ProcessesError(
+            f"--coordinator: the processes did not find each other ({str(error).splitlines()[0]}); every one must be "
+            "started with the same --coordinator and --processes and a --process of its own"
+        ) from error
+
+
+def several() -> bool:
+    """Returns whether other processes work at the same run."""
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Returns whether this is the process that writes, reports and decides."""
+    return jax.process_index() == 0
+
+
+def share(count: int) -> slice:
+    """Returns the part of `count` things that is this process's; the parts are contiguous and differ by 1 at most."""
+    return share_of(count, Place(jax.process_index(), jax.process_count()))
+
+
+def share_of(count: int, place: Place) -> slice:
+    """Returns the part of `count` things that is a process's."""
+    return slice(count * place.process // place.processes, count * (place.process + 1) // place.processes)
+
+
+def gather(rows: Shaped[np.ndarray, "rows ..."]) -> list[Shaped[np.ndarray, "rows ..."]]:
+    """Returns every process's rows, of any number each, in the order of the processes."""
+    if not several():
+        return [rows]
+    parts = _gather_bytes(np.ascontiguousarray(rows).tobytes())
+    return [np.frombuffer(part, rows.dtype).reshape(-1, *rows.shape[1:]) for part in parts]
+
+
+def gather_texts(text: str) -> list[str]:
+    """Returns every process's text, in the order of the processes."""
+    return [part.decode() for part in _gather_bytes(text.encode())] if several() else [text]
+
+
+def from_first(text: str) -> str:
+    """Returns what the first process says here, in all of them."""
+    return gather_texts(text)[0]
+
+
+def _gather_bytes(content: bytes) -> list[bytes]:
+    # As bytes, since JAX would make 32 bits of 64; all of one length, since that is what can be exchanged.
+    sizes = multihost_utils.process_allgather(np.frombuffer(np.int64(len(content)).tobytes(), np.uint8))
+    lengths = np.ascontiguousarray(sizes).view(np.int64)[:, 0]
+    if not lengths.max():
+        return [b""] * len(lengths)
+    padded = np.frombuffer(content.ljust(int(lengths.max()), b"\0"), np.uint8)
+    return [
+        part[:length].tobytes()
+        for part, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+    ]
+
+
+def wait(name: str) -> None:
+    """Returns when every process has come here."""
+    if several():
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """Has what one process refuses in this step end the step in all of them, with its words.
+
+    Raises:
+      SharedRefusal: one of several processes refused.
+    """
+    if not several():
+        yield
+        return
+    refused = ""
+    try:
+        yield
+    except Refusal as error:
+        refused = str(error)
+    words = gather_texts(refused)
+    if any(words):
+        raise SharedRefusal(next(filter(None, words)))
+
+
+def first_then_others(work: Callable[[], Result]) -> Result:
+    """Returns what `work` does, in the first process and then in the others, which find what that one left.
+
+    Raises:
+      SharedRefusal: one of several processes refused.
+    """
+    done: list[Result] = []
+    for turn in (True, False):
+        with agreed():
+            if first() is turn:
+                done.append(work())
+    return done[0]
