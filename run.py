@@ -6,6 +6,7 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -25,6 +26,21 @@ _MODE = flags.DEFINE_enum(
     "train (and then evaluate); evaluate a trained run; compare methods, code lengths and "
     "seeds; tune hyper-parameters.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "Several processes, one run: HOST:PORT of the first one, given to all of them with --processes and --process.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Refuses to run alone: the other processes are those that the environment tells of (a TPU pod, SLURM, Open MPI).",
+)
+
+JOINED = ("train", "evaluate")
+"""Modes in which several processes work at one run; in the others, each takes what nobody else is at."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -110,8 +126,10 @@ def keep_compilations() -> None:
 def main(arguments: Sequence[str]) -> None:
     """Starts one job; `arguments` are what `parse` returned."""
     logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and Grain tell much that no user asked for
+    from cib_jax import processes
     from cib_jax.config import flatten
     from cib_jax.errors import Refusal
+    from cib_jax.jobs import preemption
     from cib_jax.jobs.compare import compare
     from cib_jax.jobs.evaluate import evaluate
     from cib_jax.jobs.train import train
@@ -124,6 +142,9 @@ def main(arguments: Sequence[str]) -> None:
     keep_compilations()
     jobs = {"train": train, "compare": compare, "tune": tune}
     try:
+        if _MODE.value in JOINED:
+            processes.join(_COORDINATOR.value, _PROCESS.value, _PROCESSES.value, detect=_DISTRIBUTED.value)
+        preemption.listen()
         if _MODE.value in jobs:
             workdir = workdir or default_name(_CONFIG.value, _MODE.value)
             jobs[_MODE.value](_CONFIG.value, workdir)
@@ -134,19 +155,45 @@ def main(arguments: Sequence[str]) -> None:
             named = {name: flatten(_CONFIG.value)[name] for name in ("data.name", "backbone")}
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
             evaluate(workdir, overrides=(named if arguments[1:] else {}) | overrides)
+    except processes.SharedRefusal as error:
+        if processes.first():
+            refuse(str(error))
+        sys.exit(2)
     except Refusal as error:
-        refuse(str(error))
+        end(2, f"run.py: {error}", at_once=processes.several())
     except OSError as error:
-        refuse(f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole")
+        told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
+        end(2, f"run.py: {told}", at_once=processes.several())
+    except preemption.Preempted as error:
+        if not processes.first():
+            sys.exit(preemption.CODE)
+        told = f"--workdir={workdir} with the same config goes on"
+        end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {told}.", at_once=not processes.several())
     except KeyboardInterrupt:
-        print(
-            f"\nInterrupted; --workdir={workdir} with the same config goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
         # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
+        told = f"--workdir={workdir} with the same config goes on from the last checkpoint"
+        end(130, f"\nInterrupted; {told}.", at_once=True)
+    except Exception as error:
+        if not processes.several():
+            raise
+        # An orderly end would wait for the others, who wait for this one.
+        if not processes.is_loss_of_another(error):
+            traceback.print_exc()
+            end(1, "run.py: this process broke down, and the others with it", at_once=True)
+        told = f"another process of this run ended ({str(error).splitlines()[0]})"
+        end(
+            preemption.CODE, f"run.py: {told}; the same commands, for all, go on from the last checkpoint", at_once=True
+        )
+
+
+def end(code: int, message: str, *, at_once: bool) -> NoReturn:
+    """Ends the program with a message and an exit code; `at_once` without taking Python down first."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if at_once:
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,11 @@ def fit(
             bank_key,
             encoder,
             unchanging,
-            lambda: (images[start : start + size] for start in range(0, len(images), size)),
+            lambda start, stop: (images[at : min(at + size, stop)] for at in range(start, stop, size)),
             count=len(images),
             views=views,
             family=augment,
+            over=parallel.local_mesh(devices),
         )
         fed = feed.from_bank(bank, seed=seed, batch_size=batch_size, method=method, mesh=mesh)
     else:
@@ -157,7 +158,7 @@ def fit(
         batch_size=batch_size,
         on_epoch=lambda state, report: on_epoch(report),
     )
-    return Hasher(encoder, state.params, unchanging, ENCODE_BATCH)
+    return Hasher(encoder, parallel.here(state.params), unchanging, ENCODE_BATCH, devices=devices)
 
 
 def _standard(features: np.ndarray) -> Standard:

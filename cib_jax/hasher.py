@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from cib_jax import binary, encoding, from_config
+from cib_jax import binary, encoding, from_config, parallel
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
@@ -30,9 +31,11 @@ class Hasher:
     params: Params
     frozen: Params
     batch_size: int = 100
-    """Images encoded at once."""
+    """Images that a device encodes at once."""
     stored_size: int = 0
     """Side to which images are resized on the host first, as they were for training; 0: they are not."""
+    devices: int = 0
+    """Of this machine that encode a batch each at the same time; 0: all."""
 
     @classmethod
     def load(cls, workdir: pathlib.Path | str, *, backbone_weights: str = "") -> "Hasher":
@@ -55,7 +58,7 @@ class Hasher:
         )
         params, _, extra = restore_best(workdir, params, config)
         check_fingerprint(fingerprint, extra, workdir)
-        return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size)
+        return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size, config.devices)
 
     def encode(
         self,
@@ -92,7 +95,8 @@ class Hasher:
     def _encode(self, whole: Shaped[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n bytes"]:
         # One of a few batch sizes, not any: each is compiled once.
         size = min(self.batch_size, 1 << (len(whole) - 1).bit_length())
-        return self.encode_batches((whole[start : start + size] for start in range(0, len(whole), size)), size=size)
+        batches = (whole[start : start + size] for start in range(0, len(whole), size))
+        return self._encode_batches(batches, size=size, over=self._mesh if len(whole) > size else None)
 
     def encode_batches(
         self,
@@ -102,14 +106,34 @@ class Hasher:
         size: int = 0,
     ) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of all images of `batches`, none larger than `size` (0: than the first)."""
+        return self._encode_batches(batches, on_images, size=size, over=self._mesh)
+
+    def _encode_batches(
+        self,
+        batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
+        on_images: Callable[[int], None] = lambda images: None,
+        *,
+        size: int,
+        over: Mesh | None,
+    ) -> UInt8[np.ndarray, "n bytes"]:
+        params, frozen = self._on_mesh if over else (self.params, self.frozen)
 
         def compute(images: np.ndarray, first: int) -> Array:
             # Two programs, as where features are computed once and kept: the same codes to the last bit.
-            features = plain_features(self.encoder, self.params, self.frozen, images)
-            return packed_of_features(self.encoder, self.params, features)
+            features = plain_features(self.encoder, params, frozen, images, over)
+            return packed_of_features(self.encoder, params, features, over)
 
-        rows = encoding.map_batches(compute, batches, on_images, size=size)
+        rows = encoding.map_batches(compute, batches, on_images, size=size, over=over)
         return np.concatenate([np.asarray(row) for row in rows])
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh | None:
+        return parallel.local_mesh(self.devices)
+
+    @functools.cached_property
+    def _on_mesh(self) -> tuple[Params, Params]:
+        # Once, not at every call: a deep network has half a gigabyte.
+        return parallel.everywhere((self.params, self.frozen), self._mesh)
 
 
 def _resized(
@@ -118,20 +142,24 @@ def _resized(
     return np.stack([resize(np.asarray(image), side) for image in images])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def plain_features(
-    encoder: Encoder, params: Params, frozen: Params, images: Shaped[Array, "batch ..."]
+    encoder: Encoder, params: Params, frozen: Params, images: Shaped[Array, "batch ..."], over: Mesh | None = None
 ) -> Float[Array, "batch features"]:
-    """Returns the backbone's features of images as at test time, unaugmented."""
-    return encoder.features(params, frozen, encoder.preprocess(images))
+    """Returns the backbone's features of images as at test time, unaugmented; the rows spread `over` devices."""
+
+    def features(held: tuple[Params, Params], images: Array) -> Array:
+        return encoder.features(*held, encoder.preprocess(images))
+
+    return parallel.by_rows(features, over)((params, frozen), images)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def packed_of_features(
-    encoder: Encoder, params: Params, features: Float[Array, "batch features"]
+    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
 ) -> UInt8[Array, "batch bytes"]:
-    """Returns the packed codes of features."""
-    return binary.pack_bits(encoder.head(params, features))
+    """Returns the packed codes of features; the rows spread `over` devices."""
+    return parallel.by_rows(lambda params, rows: binary.pack_bits(encoder.head(params, rows)), over)(params, features)
 
 
 def _check_features(features: Any, wanted: int) -> None:
@@ -190,7 +218,12 @@ def restore_best(
       CheckpointError: there is no checkpoint, it is unusable, or it was made under another config.
     """
     _need_checkpoints(workdir)
-    template = jax.eval_shape(lambda: create_train_state(params, from_config.optimiser(config)))
+    # On one device of this process: it may have been trained on others, which are not there now.
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(lambda: create_train_state(params, from_config.optimiser(config))),
+    )
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         theirs = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
         told = differences(flatten(config), theirs, MAY_CHANGE | MEASURING)

@@ -134,7 +134,7 @@ def batch_of(
         return rows[None]
     shape = (1, batch_size, *rows.shape[1:])
 
-    def part(place: tuple[slice, ...]) -> np.ndarray:
+    def part(place: Any) -> np.ndarray:
         return rows[None, np.searchsorted(here, np.arange(batch_size)[place[1]])]
 
     return jax.make_array_from_callback(shape, NamedSharding(over, ROWS_OF_STEPS), part)

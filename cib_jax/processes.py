@@ -28,7 +28,7 @@ class ProcessesError(Refusal):
     """Several processes cannot work together; the message says why."""
 
 
-class SharedRefusal(Refusal):  # noqa: N818 - as its parent
+class SharedRefusal(Refusal):
     """What one process refused, raised in all of them."""
 
 
@@ -130,6 +130,11 @@ def from_first(text: str) -> str:
     return gather_texts(text)[0]
 
 
+def all_of(flag: bool) -> bool:
+    """Returns whether something is so in every process."""
+    return bool(np.concatenate(gather(np.array([flag]))).all())
+
+
 def _gather_bytes(content: bytes) -> list[bytes]:
     # As bytes, since JAX would make 32 bits of 64; all of one length, since that is what can be exchanged.
     sizes = multihost_utils.process_allgather(np.frombuffer(np.int64(len(content)).tobytes(), np.uint8))
@@ -138,9 +143,14 @@ def _gather_bytes(content: bytes) -> list[bytes]:
         return [b""] * len(lengths)
     padded = np.frombuffer(content.ljust(int(lengths.max()), b"\0"), np.uint8)
     return [
-        part[:length].tobytes()
-        for part, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+        part[:length].tobytes() for part, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
     ]
+
+
+def is_loss_of_another(error: Exception) -> bool:
+    """Returns whether an error is what an exchange with other processes ends in when one of them is gone."""
+    # Of several types; by the words of Gloo, NCCL and JAX's coordination service.
+    return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"))
 
 
 def wait(name: str) -> None:

@@ -15,9 +15,10 @@ from jaxtyping import UInt8
 
 import cib_jax
 from cib_jax import config as config_lib
+from cib_jax import processes
 from cib_jax.encoder import Params
 from cib_jax.hasher import check_fingerprint, read_config, restore_best
-from cib_jax.jobs import features, report
+from cib_jax.jobs import features, over_processes, report
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -44,7 +45,8 @@ def evaluate(
       CheckpointError: there is no trained run there.
       ConfigError, DataError, WeightsError: as in training.
     """
-    workdir, console = pathlib.Path(workdir), console or rich.console.Console()
+    workdir = pathlib.Path(workdir)
+    console = (console or rich.console.Console()) if processes.first() else rich.console.Console(quiet=True)
     trained = read_config(workdir)
     config = _overridden(trained.copy_and_resolve_references(), overrides or {})
     config_lib.check(config)
@@ -55,7 +57,7 @@ def evaluate(
 def _evaluate(
     config: ml_collections.ConfigDict, trained_k: int, workdir: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any]:
-    setting = setting_lib.prepare(config, workdir, console, trained=True)
+    setting = processes.first_then_others(lambda: setting_lib.prepare(config, workdir, console, trained=True))
     params, progress, extra = restore_best(workdir, setting.initial, config)
     check_fingerprint(setting.fingerprint, extra, workdir)
     if not progress.finished:
@@ -121,21 +123,55 @@ def judge(
       seconds: what the steps up to here took.
       name: of the file in the run's folder.
     """
-    config, splits, workdir = setting.config, setting.splits, setting.workdir
+    splits = setting.splits
     begun = time.perf_counter()
     k = setting.protocol.k or len(database)
     figures: dict[str, Any] = {"map": None, "map_tie_aware": None}
     if splits.query.labels is not None and splits.database.labels is not None:
-        figures = metrics.evaluate(query, database, splits.query.labels, splits.database.labels, k)
+        labels = splits.query.labels, splits.database.labels
+        figures = over_processes.mean(
+            lambda mine: metrics.evaluate(query[mine], database, labels[0][mine], labels[1], k), len(query)
+        ) | {"queries": len(query)}
     figures["code_health"] = health.code_health(database)
     seconds = seconds | {"metrics": time.perf_counter() - begun}
+    results = _results(setting, figures, about, k, seconds)
+    if processes.first():
+        _write(setting, query, database, results, name)
+    processes.wait("the results are written")
+    return results
+
+
+def _write(
+    setting: Setting,
+    query: UInt8[np.ndarray, "queries bytes"],
+    database: UInt8[np.ndarray, "database bytes"],
+    results: dict[str, Any],
+    name: str,
+) -> None:
+    """Writes codes/, `name` and the report, and prints the table."""
+    config, splits, workdir = setting.config, setting.splits, setting.workdir
     for side, codes, images in (("query", query, splits.query), ("database", database, splits.database)):
         workdir_lib.write_array(workdir / "codes" / f"{side}_codes.npy", codes)
         if images.labels is not None:
             workdir_lib.write_array(workdir / "codes" / f"{side}_labels.npy", images.labels)
         if images.names is not None:
             workdir_lib.write_json(workdir / "codes" / f"{side}_names.json", list(images.names))
-    results = {
+    workdir_lib.write_json(workdir / name, results)
+    _print(results, setting)
+    setting.console.print(f"Written to {workdir / name}", soft_wrap=True, markup=False)
+    if config.report.write:
+        # Beside results.json lies report/, beside another file a folder of its own.
+        folder = workdir / name.removesuffix(".json").replace("results", "report")
+        page = report.write(setting, query, database, results, folder)
+        setting.console.print(f"Pictured in {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _results(
+    setting: Setting, figures: dict[str, Any], about: dict[str, Any], k: int, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Returns what results.json holds."""
+    config, splits = setting.config, setting.splits
+    return {
         "dataset": config.data.name,
         "protocol": {
             "name": setting.protocol.name,
@@ -165,15 +201,6 @@ def judge(
         "metrics": figures,
         "versions": versions(),
     }
-    workdir_lib.write_json(workdir / name, results)
-    _print(results, setting)
-    setting.console.print(f"Written to {workdir / name}", soft_wrap=True, markup=False)
-    if config.report.write:
-        # Beside results.json lies report/, beside another file a folder of its own.
-        folder = workdir / name.removesuffix(".json").replace("results", "report")
-        page = report.write(setting, query, database, results, folder)
-        setting.console.print(f"Pictured in {page}", soft_wrap=True, markup=False, highlight=False)
-    return results
 
 
 def protocol_in_words(setting: Setting) -> str:

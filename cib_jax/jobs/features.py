@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Shaped, UInt8
 
-from cib_jax import encoding, feature_cache, from_config
+from cib_jax import encoding, feature_cache, from_config, parallel, processes
 from cib_jax.data.images import ImageSet, identity
 from cib_jax.encoder import Params
 from cib_jax.feature_cache import DamagedError, FeatureCache
@@ -23,8 +22,8 @@ from cib_jax.jobs import progress
 from cib_jax.jobs.setting import Batches, Setting
 from cib_jax.training import view_bank
 
-PART = 8192
-"""Images whose features make one file: what an interrupted run can lose, and what is held at a time."""
+PART = 4096
+"""Images whose features make one file, about: what an interrupted run can lose, and what is held at a time."""
 
 # What makes features of images: another text of one of these files may mean other features.
 _CODE = (
@@ -60,7 +59,8 @@ def of_views(setting: Setting, images: ImageSet, views: int, what: str) -> Float
         batches,
     )
     shape = (len(images), setting.encoder.backbone.features)
-    with kept.alone(), progress.bar(setting.console, what, len(images) * views) as moved:
+    mine = processes.share(len(images))
+    with kept.alone(), progress.bar(setting.console, what, (mine.stop - mine.start) * views) as moved:
         made = view_bank.build(
             key,
             setting.encoder,
@@ -72,29 +72,39 @@ def of_views(setting: Setting, images: ImageSet, views: int, what: str) -> Float
             on_images=lambda count: moved(count, ""),
             read=lambda view: kept.read(f"view-{view:04}", shape, view_bank.STORED),
             write=lambda view, features: kept.write(f"view-{view:04}", features),
+            over=setting.mesh,
         )
     kept.tell(what)
     return made
 
 
-def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
-    """Yields the features of unaugmented images, in order, `PART` images at a time, with a bar named `what`."""
+def plain(
+    setting: Setting, images: ImageSet, what: str, *, shared: bool = False
+) -> Iterator[Float[np.ndarray, "rows features"]]:
+    """Yields the features of unaugmented images, in order, about `PART` images at a time, with a bar named `what`.
+
+    With `shared`, of several processes each gets its own part of the images; see `joined`.
+    """
     batches = setting.repeatable_batches(images)
     kept = _Kept(setting, {"views": "none"}, images, batches)
-    compute = functools.partial(plain_features, setting.encoder, {}, setting.frozen)
+    over = setting.mesh
+    frozen = parallel.everywhere(setting.frozen, over)
     size = min(setting.config.encode_batch, len(images))
-    with progress.bar(setting.console, what, len(images)) as moved:
-        for start in range(0, len(images), PART):
-            stop = min(start + PART, len(images))
+    parts = _parts(setting, len(images))
+    if shared:
+        parts = parts[jax.process_index() :: jax.process_count()]
+    with progress.bar(setting.console, what, sum(stop - start for start, stop in parts)) as moved:
+        for start, stop in parts:
             name, shape = f"plain-{start:09}", (stop - start, setting.encoder.backbone.features)
             with kept.alone():
                 features = kept.read(name, shape, np.float32)
                 if features is None:
                     of_batches = encoding.map_batches(
-                        lambda batch, first: compute(batch),
+                        lambda batch, first: plain_features(setting.encoder, {}, frozen, batch, over),
                         batches(start, stop),
                         lambda count: moved(count, ""),
                         size=size,
+                        over=over,
                     )
                     features = np.concatenate([np.asarray(rows) for rows in of_batches])
                     kept.write(name, features)
@@ -102,6 +112,30 @@ def plain(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.nd
                     moved(len(features), "")
             yield features
     kept.tell(what)
+
+
+def _parts(setting: Setting, count: int) -> list[tuple[int, int]]:
+    """Returns where the parts of `count` images begin and end: whole batches, but for the last."""
+    size = setting.config.encode_batch
+    height = size * max(1, PART // size)
+    return [(start, min(start + height, count)) for start in range(0, count, height)]
+
+
+def joined(
+    setting: Setting, count: int, mine: list[UInt8[np.ndarray, "rows bytes"]]
+) -> UInt8[np.ndarray, "count bytes"]:
+    """Returns the codes of all `count` images, of which this process made those of its parts, `mine`."""
+    if not processes.several():
+        return np.concatenate(mine)
+    parts = _parts(setting, count)
+    whole = np.empty((count, setting.encoder.bits // 8), np.uint8)
+    # Of more processes than parts, some have none.
+    for process, rows in enumerate(processes.gather(np.concatenate([whole[:0], *mine]))):
+        done = 0
+        for start, stop in parts[process :: jax.process_count()]:
+            whole[start:stop] = rows[done : done + stop - start]
+            done += stop - start
+    return whole
 
 
 def before_hashing(setting: Setting, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
@@ -125,11 +159,18 @@ def before_hashing(setting: Setting, images: ImageSet, what: str) -> Iterator[Fl
 
 def codes(setting: Setting, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of a set, with a bar named `what`; they are those of `Hasher.encode`."""
-    if not setting.frozen:  # the backbone was trained, or there is none
-        with progress.bar(setting.console, what, len(images)) as moved:
-            hasher = Hasher(setting.encoder, params, setting.frozen)
-            return hasher.encode_batches(setting.batches(images), lambda count: moved(count, ""))
-    return np.concatenate([codes_of_features(setting, params, part) for part in plain(setting, images, what)])
+    if setting.frozen:
+        features = plain(setting, images, what, shared=True)
+        return joined(setting, len(images), [codes_of_features(setting, params, part) for part in features])
+    # The backbone was trained, or there is none.
+    hasher = Hasher(setting.encoder, params, setting.frozen, devices=parallel.size(setting.mesh))
+    parts, mine = _parts(setting, len(images))[jax.process_index() :: jax.process_count()], []
+    size = min(setting.config.encode_batch, len(images))
+    with progress.bar(setting.console, what, sum(stop - start for start, stop in parts)) as moved:
+        for start, stop in parts:
+            batches = setting.batches(images, start, stop)
+            mine.append(hasher.encode_batches(batches, lambda count: moved(count, ""), size=size))
+    return joined(setting, len(images), mine)
 
 
 def codes_of_features(
@@ -137,12 +178,15 @@ def codes_of_features(
 ) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of features of unaugmented images."""
     size = min(setting.config.encode_batch, len(features))
-    packed = []
-    for start in range(0, len(features), size):
-        batch = features[start : start + size]
-        whole = np.pad(batch, ((0, size - len(batch)), (0, 0)))
-        packed.append(packed_of_features(setting.encoder, params, jnp.asarray(whole))[: len(batch)])
-    return np.concatenate([np.asarray(rows) for rows in packed])
+    over = setting.mesh
+    params = parallel.everywhere(params, over)
+    rows = encoding.map_batches(
+        lambda batch, first: packed_of_features(setting.encoder, params, batch, over),
+        (features[start : start + size] for start in range(0, len(features), size)),
+        size=size,
+        over=over,
+    )
+    return np.concatenate([np.asarray(row) for row in rows])
 
 
 class _Kept:
@@ -197,8 +241,11 @@ class _Kept:
             self._give_up(error)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from computing the same features at the same time."""
-        return self.cache.alone() if self.cache is not None else contextlib.nullcontext()
+        """Keeps other runs from computing the same features at the same time.
+
+        Of several processes of one run the first does: they wait for each other.
+        """
+        return self.cache.alone() if self.cache is not None and processes.first() else contextlib.nullcontext()
 
     def _give_up(self, error: OSError) -> None:
         assert self.cache is not None

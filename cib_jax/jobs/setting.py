@@ -14,9 +14,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 import rich.console
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from cib_jax import feature_cache, feature_views, from_config
+from cib_jax import feature_cache, feature_views, from_config, parallel, processes
 from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.protocols import Protocol
@@ -48,6 +49,11 @@ class Setting:
     frozen: Params
     fingerprint: str
     """Of the backbone weights that were loaded; "" if none were."""
+
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices of this process that compute side by side where no other process is needed."""
+        return parallel.local_mesh(0 if processes.several() else self.config.devices)
 
     def batches(self, images: ImageSet, start: int = 0, stop: int | None = None) -> Batches:
         """Returns images `start` to `stop` of a set, in order, in batches for encoding."""

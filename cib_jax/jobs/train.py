@@ -1,23 +1,26 @@
 """The main job: train an encoder without labels, then measure it."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import rich.console
+from jax.sharding import Mesh
 
 from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax import from_config, parallel, processes
 from cib_jax.data import loader
 from cib_jax.data.images import DataError
 from cib_jax.errors import Refusal
 from cib_jax.hasher import check_fingerprint, restore_best
-from cib_jax.jobs import evaluate, features, progress, setting, validation
+from cib_jax.jobs import evaluate, features, preemption, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
-from cib_jax.training import feed, loop, parallel
+from cib_jax.training import feed, loop
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
 from cib_jax.training.logging import MetricLog
@@ -48,27 +51,29 @@ def train(
       ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: refused, before anything heavy starts.
       DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
       TrainingError: the loss became NaN or infinite.
+      Preempted: SIGTERM asked it to stop, and it is saved; the same call goes on.
+
+    Several processes that were joined (`processes.join`) share the work; the first writes and reports.
     """
     config_lib.check(config)
     parallel.mesh(config.devices, config.batch_size)
-    workdir, console = (
-        pathlib.Path(workdir or workdir_lib.default_name(config)),
-        console or rich.console.Console(),
-    )
+    console = (console or rich.console.Console()) if processes.first() else rich.console.Console(quiet=True)
+    workdir = pathlib.Path(processes.from_first(str(workdir or workdir_lib.default_name(config))))
     with workdir_lib.claim(workdir):
-        workdir_lib.check_owner(workdir, config)
-        pictured = not config.report.write or (workdir / "report" / "index.html").exists()
-        if (workdir / "results.json").exists() and pictured:
-            results = workdir_lib.read_json(workdir / "results.json")
+        with processes.agreed():
+            workdir_lib.check_owner(workdir, config)
+        if results := _finished(workdir, config):
             console.print(
                 f"{workdir} holds a finished run of this config; --mode=evaluate --workdir={workdir} measures it again",
                 soft_wrap=True,
                 markup=False,
             )
             return results
-        run = setting.prepare(config, workdir, console)
-        # Only now: a config that was refused has claimed nothing.
-        workdir_lib.write_json(workdir / "config.json", config.to_dict())
+        # What the first process downloads, decodes and keeps is there for the others.
+        run = processes.first_then_others(lambda: setting.prepare(config, workdir, console))
+        if processes.first():
+            # Only now: a config that was refused has claimed nothing.
+            workdir_lib.write_json(workdir / "config.json", config.to_dict())
         splits = run.splits
         network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
         console.print(
@@ -79,15 +84,29 @@ def train(
             markup=False,
             highlight=False,
         )
+        if processes.several():
+            console.print(f"{jax.process_count()} processes with {jax.device_count()} devices share each batch")
         bank_seconds = _train(run)
         params, now, _ = restore_best(workdir, run.initial, config)
         return evaluate.measure(run, params, now, bank_seconds)
 
 
+def _finished(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+    """Returns the results of a run that needs nothing more, None for one that does."""
+    path = workdir / "results.json"
+    pictured = not config.report.write or (workdir / "report" / "index.html").exists()
+    # As the first process sees it: it may be at work on them already while another looks.
+    if processes.from_first("yes" if path.exists() and pictured else "no") == "no":
+        return None
+    return workdir_lib.read_json(path)
+
+
 def _train(run: Setting) -> float:
     """Trains to the end, or goes on to it, leaving checkpoints; returns the seconds that the view bank took."""
     config = run.config
+    over = parallel.mesh(config.devices, config.batch_size)
     state, now = create_train_state(run.initial, from_config.optimiser(config)), Progress()
+    state = parallel.everywhere(state, over)
     extra: dict[str, Any] = {
         "config": config.to_dict(),
         "backbone_fingerprint": run.fingerprint,
@@ -101,18 +120,23 @@ def _train(run: Setting) -> float:
             checkpoints.save(state, now, extra)
         else:
             state, now, extra = checkpoints.restore_newest(state, _told_by(run))
-            check_fingerprint(run.fingerprint, extra, run.workdir)
-            if changed := setting.changed_data(run, extra):
-                raise DataError(
-                    f"config.data.dir: {changed}, so it cannot go on to the same result; put the data back, or train "
-                    "again in another --workdir"
-                )
-            run.console.print(f"Going on after epoch {now.epoch} of {config.epochs}, step {now.step}")
+            with processes.agreed():
+                check_fingerprint(run.fingerprint, extra, run.workdir)
+                if changed := setting.changed_data(run, extra):
+                    raise DataError(
+                        f"config.data.dir: {changed}, so it cannot go on to the same result; put the data back, or "
+                        "train again in another --workdir"
+                    )
+            run.console.print(f"Going on after {_place(now, config)}")
         if not now.finished:
-            fed, bank_seconds = _feed(run)
+            fed, bank_seconds = _feed(run, over)
             extra = extra | {"bank_seconds": bank_seconds}
             _loop(run, state, now, fed, checkpoints, extra)
         return float(extra["bank_seconds"])
+
+
+def _place(now: Progress, config: ml_collections.ConfigDict) -> str:
+    return f"epoch {now.epoch} of {config.epochs}, step {now.step}"
 
 
 def _told_by(run: Setting) -> Callable[[str], None]:
@@ -126,8 +150,9 @@ def _loop(
     config = run.config
     images = config.epochs * (len(run.splits.train) // config.batch_size) * config.batch_size
     with (
-        MetricLog(run.workdir, now.step) as log,
+        MetricLog(run.workdir, now.step) if processes.first() else contextlib.nullcontext() as log,
         progress.bar(run.console, "Training", images, now.step * config.batch_size) as moved,
+        preemption.noted() as stop,
     ):
 
         def on_steps(steps: int, terms: dict[str, float]) -> None:
@@ -141,13 +166,14 @@ def _loop(
             if report.validation_map is not None:
                 record["validation_map"] = report.validation_map
                 run.console.print(f"Epoch {at.epoch}: validation MAP {report.validation_map:.4f}")
-            log.write(at.step, record)
+            if log is not None:
+                log.write(at.step, record)
             due = at.epoch % config.train.checkpoint_every == 0
             if due or at.finished or report.validation_map is not None:
                 checkpoints.save(state, at, extra)
 
         try:
-            loop.run(
+            state, now = loop.run(
                 state,
                 now,
                 steps=fed.steps,
@@ -160,6 +186,7 @@ def _loop(
                 patience=config.train.patience,
                 on_steps=on_steps,
                 on_epoch=on_epoch,
+                stop=stop,
             )
         except loop.NonFiniteLossError as error:
             checkpoints.wait()
@@ -167,15 +194,19 @@ def _loop(
                 f"{error}; the last good checkpoint is {checkpoints.directory / str(checkpoints.latest_step)}; train "
                 "again in another --workdir with a lower config.learning_rate or a higher config.temperature"
             ) from None
+        if not now.finished:
+            checkpoints.save(state, now, extra)
+            checkpoints.wait()
+            raise preemption.Preempted(f"{_place(now, config)} is saved in {checkpoints.directory}")
 
 
-def _feed(run: Setting) -> tuple[Feed, float]:
+def _feed(run: Setting, over: Mesh | None) -> tuple[Feed, float]:
     """Returns what feeds the steps, and the seconds that the view bank took (0 without one)."""
     config, images = run.config, run.splits.train
     order: dict[str, Any] = {
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "mesh": parallel.mesh(config.devices, config.batch_size),
+        "mesh": over,
     }
     method = {
         "encoder": run.encoder,

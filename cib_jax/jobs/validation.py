@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from cib_jax import parallel
 from cib_jax.data.images import ImageSet
 from cib_jax.encoder import Params
-from cib_jax.jobs import features
+from cib_jax.jobs import features, over_processes
 from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import metrics
 from cib_jax.training.state import TrainState
@@ -24,22 +25,24 @@ def validator(setting: Setting) -> Callable[[TrainState], float] | None:
     if query.labels is None or database.labels is None:
         raise AssertionError("splits.draw lets nothing validate without labels")
     labels = query.labels, database.labels
-    kept: dict[str, Float[np.ndarray, "n features"]] = {}
+    kept: dict[str, list[Float[np.ndarray, "part features"]]] = {}
 
     def codes(params: Params, images: ImageSet, name: str) -> UInt8[np.ndarray, "n bytes"]:
         if not setting.frozen:
             return features.codes(setting, params, images, f"Validation, {name}")
         if name not in kept:
-            kept[name] = np.concatenate(list(features.plain(setting, images, f"Validation, {name}")))
-        return features.codes_of_features(setting, params, kept[name])
+            kept[name] = list(features.plain(setting, images, f"Validation, {name}", shared=True))
+        mine = [features.codes_of_features(setting, params, part) for part in kept[name]]
+        return features.joined(setting, len(images), mine)
 
     def validate(state: TrainState) -> float:
-        return metrics.mean_average_precision(
-            codes(state.params, query, "query"),
-            codes(state.params, database, "database"),
-            labels[0],
-            labels[1],
-            setting.protocol.k or len(database),
-        )
+        params = parallel.here(state.params)
+        found, searched = codes(params, query, "query"), codes(params, database, "database")
+        k = setting.protocol.k or len(database)
+
+        def of_queries(mine: slice) -> float:
+            return metrics.mean_average_precision(found[mine], searched, labels[0][mine], labels[1], k)
+
+        return over_processes.mean(of_queries, len(found))
 
     return validate

@@ -6,12 +6,15 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
+from cib_jax import processes
 from cib_jax.config import MAY_CHANGE, differences, flatten
 from cib_jax.errors import Refusal
 from cib_jax.training.checkpoint import Checkpoints
@@ -42,14 +45,47 @@ KINDS = {"comparison": "cells", "search": "trials"}
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path, *, baseline: bool = False) -> Iterator[None]:
-    """Keeps other processes out of a run's folder, which is made if need be, while the context lasts.
+    """Keeps other runs out of a run's folder, which is made if need be, while the context lasts.
+
+    Of several processes that work together, the first claims it for all.
 
     `baseline` says that it may be a baseline's, which is no run to be gone on with or evaluated.
 
     Raises:
       BusyError: another process is at work in it.
-      WorkdirError: it holds something else than a run, or it cannot be written to.
+      WorkdirError: it holds something else than a run, it cannot be written to, or not all processes see it.
     """
+    with contextlib.ExitStack() as held:
+        with processes.agreed():
+            if processes.first():
+                held.enter_context(_claim(workdir, baseline))
+        with processes.agreed():
+            _check_seen(workdir)
+        yield
+
+
+def _check_seen(workdir: pathlib.Path) -> None:
+    """Checks that what the first process wrote into the folder is there for this one."""
+    if not processes.several():
+        return
+    token = processes.from_first(secrets.token_hex(8))
+    mark = workdir / ".seen"
+    if processes.first():
+        write_bytes(mark, token.encode())
+    processes.wait("the workdir is marked")
+    try:
+        seen = mark.read_text() == token
+    except OSError:
+        seen = False
+    if not seen:
+        raise WorkdirError(
+            f"{workdir}: process {jax.process_index()} does not find there what the first process wrote; choose a "
+            "--workdir on a disk that all machines share"
+        )
+
+
+@contextlib.contextmanager
+def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         inside = {path.name for path in workdir.iterdir()}

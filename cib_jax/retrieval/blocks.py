@@ -1,4 +1,4 @@
-"""Going over queries in blocks of bounded memory, on all cores, with results in the order of the queries."""
+"""Going over queries in blocks of bounded memory, on all cores and devices, with results in the queries' order."""
 
 import collections
 import os
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, UInt, UInt8
 
@@ -27,10 +27,11 @@ def over_blocks(
     """Yields `work(rows, distances)` of block after block, in order, while later ones are worked at.
 
     `rows` names the block's queries. Of the distances, rows beyond those are filling, and so are columns beyond the
-    database; see `distances.hamming`. `work` runs in several threads at once.
+    database; see `distances.hamming`. `work` runs in several threads at once; the blocks go round this process's
+    devices, each of which holds the database.
     """
     padded = distances.padded_size(len(database))
-    words = jnp.asarray(distances.as_words(database, padded))
+    words = [jax.device_put(distances.as_words(database, padded), device) for device in jax.local_devices()]
     query_words = distances.as_words(queries)
     height = block_height(len(queries), padded)
 
@@ -38,7 +39,8 @@ def over_blocks(
         block = query_words[:, start : start + height]
         rows = block.shape[1]
         whole = np.pad(block, ((0, 0), (0, height - rows)))
-        return work(slice(start, start + rows), distances.hamming(whole, words, len(database)))
+        near = words[start // height % len(words)]
+        return work(slice(start, start + rows), distances.hamming(whole, near, len(database)))
 
     yield from _in_order(one, range(0, len(queries), height))
 

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from cib_jax import processes
 from cib_jax.errors import Refusal
 from cib_jax.training.state import TrainState
 
@@ -86,7 +87,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        # Where something broke in one of several processes, what the others would have to do for a save never comes.
+        if exception[0] is None or not processes.several():
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -125,28 +128,38 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step, before in zip(steps, [*steps[1:], None], strict=True):
+            restored, wrong = None, ""
             try:
-                return self.restore(template, step)
+                restored = self.restore(template, step)
             except CheckpointError as error:
-                if before is None:
-                    raise
-                what_is_wrong = str(error).partition(";")[0]
-                tell(f"{what_is_wrong}; it is moved into damaged/, and the one before, of step {before}, is taken")
-                self._set_aside(step)
+                wrong = str(error)
+            # What one of several processes cannot read, none takes.
+            wrong = next(filter(None, processes.gather_texts(wrong)), "")
+            if restored and not wrong:
+                return restored
+            if before is None:
+                raise CheckpointError(wrong)
+            tell(
+                f"{wrong.partition(';')[0]}; it is moved into damaged/, and the one before, of step {before}, is taken"
+            )
+            self._set_aside(step)
         return self.restore(template)
 
     def _set_aside(self, step: int) -> None:
-        place = self.directory.parent / "damaged"
-        place.mkdir(exist_ok=True)
-        shutil.rmtree(place / str(step), ignore_errors=True)
-        (self.directory / str(step)).rename(place / str(step))
+        if processes.first():
+            place = self.directory.parent / "damaged"
+            place.mkdir(exist_ok=True)
+            shutil.rmtree(place / str(step), ignore_errors=True)
+            (self.directory / str(step)).rename(place / str(step))
+        processes.wait("a damaged checkpoint is set aside")
         self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the state of `step` (None: the newest), its progress and what was kept beside it.
 
         Args:
-          template: a state of the same structure, shapes and types.
+          template: a state of the same structure, shapes and types, laid out on the devices where it is wanted,
+            whatever devices it was saved from.
           step: which checkpoint.
 
         Raises:

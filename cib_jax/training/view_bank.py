@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
-from cib_jax import encoding, spread
+from cib_jax import encoding, parallel, processes, spread
 from cib_jax.encoder import Encoder, Params
 from cib_jax.errors import Refusal
 from cib_jax.spread import Axis
@@ -26,7 +27,7 @@ def build(
     key: PRNGKeyArray,
     encoder: Encoder,
     frozen: Params,
-    batches: Callable[[], Iterable[UInt8[np.ndarray, "batch height width 3"]]],
+    batches: Callable[[int, int], Iterable[UInt8[np.ndarray, "batch height width 3"]]],
     *,
     count: int,
     views: int,
@@ -34,6 +35,7 @@ def build(
     on_images: Callable[[int], None] = lambda images: None,
     read: Callable[[int], Float16[np.ndarray, "images features"] | None] = lambda view: None,
     write: Callable[[int, Float16[np.ndarray, "images features"]], None] = lambda view, features: None,
+    over: Mesh | None = None,
 ) -> Float16[Array, "views images features"]:
     """Returns features of `views` views of every image, drawn from the same family as in training.
 
@@ -41,30 +43,41 @@ def build(
       key: a random key; view k of image i depends on it, k and i alone, not on the batch size.
       encoder: whose backbone is frozen.
       frozen: the backbone's parameters.
-      batches: gives all images in order at each call.
+      batches: gives the images from one to before another, in order, at each call.
       count: how many images there are.
       views: how many per image.
       family: of the augmentation.
-      on_images: told the number of views done after each batch.
+      on_images: told the number of views done after each batch, of those that this process computes.
       read: gives a view's features where they were kept earlier, else None.
       write: is given each view's features that were computed now, as soon as they are there.
+      over: this process's devices that compute a batch each at the same time; None: one.
+
+    Of several processes, each computes its share of the images; every one gets all features.
 
     Raises:
       BankError: a feature is not finite or beyond float16's range, ±65,504.
     """
-    compute = jax.jit(functools.partial(_features, encoder=encoder, family=family))
+    axis, mine = parallel.axis_of(over), processes.share(count)
+    compute = jax.jit(parallel.by_rows(functools.partial(_features, encoder=encoder, family=family, axis=axis), over))
+    frozen = parallel.everywhere(frozen, over)
+
+    def of_view(view: int) -> Callable[[np.ndarray, int], Array]:
+        drawn_by = jax.random.fold_in(key, view)
+        return lambda images, first: compute(frozen, images, first, drawn_by)
+
     bank = np.empty((views, count, encoder.backbone.features), STORED)
     for view, rows in enumerate(bank):
         kept = read(view)
-        if kept is not None:
+        if processes.all_of(kept is not None):
             rows[:] = kept
-            on_images(count)
+            on_images(mine.stop - mine.start)
             continue
-        of_view = functools.partial(compute, frozen, jax.random.fold_in(key, view))
-        start = 0
-        for features in encoding.map_batches(of_view, batches(), on_images):
+        start, part = mine.start, batches(mine.start, mine.stop)
+        for features in encoding.map_batches(of_view(view), part, on_images, first=start, over=over):
             rows[start : start + len(features)] = features
             start += len(features)
+        if processes.several():
+            rows[:] = np.concatenate(processes.gather(rows[mine]))
         if not np.isfinite(rows).all():
             raise BankError(
                 f"config.train.views: features of {encoder.backbone.name} are not finite or beyond ±65,504, the range "
@@ -76,14 +89,17 @@ def build(
 
 def _features(
     frozen: Params,
-    key: PRNGKeyArray,
     images: UInt8[Array, "batch height width 3"],
     first: Int[Array, ""],
+    key: PRNGKeyArray,
     *,
     encoder: Encoder,
     family: str,
+    axis: Axis,
 ) -> Float16[Array, "batch features"]:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(images.shape[0]))
+    rows = images.shape[0]
+    numbers = first + spread.first_row(rows, axis) + jnp.arange(rows)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
     return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
 
 

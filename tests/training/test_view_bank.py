@@ -22,7 +22,7 @@ def build(encoder, frozen, size, views=3, **hooks):
         jax.random.key(1),
         encoder,
         frozen,
-        lambda: (IMAGES[start : start + size] for start in range(0, len(IMAGES), size)),
+        lambda first, stop: (IMAGES[start : min(start + size, stop)] for start in range(first, stop, size)),
         count=len(IMAGES),
         views=views,
         family="digits",
