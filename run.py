@@ -6,6 +6,7 @@ import pathlib
 import re
 import runpy
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -123,9 +124,25 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(feature_cache.home() / "jax"))
 
 
+def quieten_background() -> None:
+    """Has what breaks in a library's own thread told in a line: the main thread meets it too, and says what to do."""
+    told = set()
+
+    def tell(kind: type[BaseException], error: BaseException | None, trace: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(kind, error, trace)
+        elif str(error) not in told:
+            told.add(str(error))
+            print(f"run.py: in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+
+    sys.excepthook = tell
+    threading.excepthook = lambda thrown: tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Starts one job; `arguments` are what `parse` returned."""
-    logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and Grain tell much that no user asked for
+    quieten_background()
+    logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and Grain tell much that no user asked for, errors included
     from cib_jax import processes
     from cib_jax.config import flatten
     from cib_jax.errors import Refusal
@@ -135,6 +152,7 @@ def main(arguments: Sequence[str]) -> None:
     from cib_jax.jobs.train import train
     from cib_jax.jobs.tune import tune
     from cib_jax.jobs.workdir import default_name
+    from cib_jax.training.checkpoint import SaveError
 
     if _WORKDIR.value == "":
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
@@ -160,10 +178,11 @@ def main(arguments: Sequence[str]) -> None:
             refuse(str(error))
         sys.exit(2)
     except Refusal as error:
-        end(2, f"run.py: {error}", at_once=processes.several())
+        # What is left of a save that failed, too, would tell of it while Python is taken down.
+        end(2, f"run.py: {error}", at_once=processes.several() or isinstance(error, SaveError))
     except OSError as error:
         told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
-        end(2, f"run.py: {told}", at_once=processes.several())
+        end(2, f"run.py: {told}", at_once=True)  # libraries would try to write once more
     except preemption.Preempted as error:
         if not processes.first():
             sys.exit(preemption.CODE)

@@ -134,6 +134,7 @@ def fit(
             unchanging,
             lambda start, stop: (images[at : min(at + size, stop)] for at in range(start, stop, size)),
             count=len(images),
+            batch_size=size,
             views=views,
             family=augment,
             over=parallel.local_mesh(devices),

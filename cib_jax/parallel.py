@@ -91,7 +91,7 @@ def steps(program: Callable[..., Any], over: Mesh) -> Callable[..., Any]:
 def by_rows(program: Callable[..., Array], over: Mesh | None) -> Callable[..., Array]:
     """Returns a program (held, rows, …) → rows that computes each device's rows there, and no row from another.
 
-    Every device runs the program that one alone would run on as many rows: the same results to the last bit.
+    Every device runs what one alone would run on as many rows: the same results, up to rounding.
     """
     if over is None:
         return program

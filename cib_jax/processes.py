@@ -4,6 +4,7 @@ Alone, a process is the first of one, and everything here costs nothing.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -12,16 +13,22 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
+from orbax.checkpoint import multihost
 
 from cib_jax.errors import Refusal
+
+Result = TypeVar("Result")
 
 HEARTBEAT_SECONDS = 60
 """After which silence a process counts as dead where no exchange shows it at once."""
 
-Result = TypeVar("Result")
-
 JOINING_SECONDS = 300
 """How long the others are waited for."""
+
+LONGEST_WAIT_SECONDS = 7 * 24 * 3600
+"""After which a process that waits for the others gives up."""
+
+_WAITS = itertools.count()
 
 
 class ProcessesError(Refusal):
@@ -107,6 +114,12 @@ def share(count: int) -> slice:
     return share_of(count, Place(jax.process_index(), jax.process_count()))
 
 
+def share_of_batches(count: int, batch_size: int) -> slice:
+    """Returns this process's part of `count` things, in whole batches but for the last one's end."""
+    mine = share(-(-count // batch_size))
+    return slice(min(mine.start * batch_size, count), min(mine.stop * batch_size, count))
+
+
 def share_of(count: int, place: Place) -> slice:
     """Returns the part of `count` things that is a process's."""
     return slice(count * place.process // place.processes, count * (place.process + 1) // place.processes)
@@ -136,6 +149,7 @@ def all_of(flag: bool) -> bool:
 
 
 def _gather_bytes(content: bytes) -> list[bytes]:
+    wait()
     # As bytes, since JAX would make 32 bits of 64; all of one length, since that is what can be exchanged.
     sizes = multihost_utils.process_allgather(np.frombuffer(np.int64(len(content)).tobytes(), np.uint8))
     lengths = np.ascontiguousarray(sizes).view(np.int64)[:, 0]
@@ -153,10 +167,11 @@ def is_loss_of_another(error: Exception) -> bool:
     return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"))
 
 
-def wait(name: str) -> None:
-    """Returns when every process has come here."""
+def wait() -> None:
+    """Returns when every process has come here, however long one of them downloads or decodes."""
     if several():
-        multihost_utils.sync_global_devices(name)
+        # Not by an exchange between devices, which gives up after half an hour.
+        multihost.get_barrier_sync_fn()(key=f"cib_jax-{next(_WAITS)}", timeout_ms=LONGEST_WAIT_SECONDS * 1000)
 
 
 @contextlib.contextmanager

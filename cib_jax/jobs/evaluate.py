@@ -137,7 +137,7 @@ def judge(
     results = _results(setting, figures, about, k, seconds)
     if processes.first():
         _write(setting, query, database, results, name)
-    processes.wait("the results are written")
+    processes.wait()
     return results
 
 

@@ -59,7 +59,7 @@ def of_views(setting: Setting, images: ImageSet, views: int, what: str) -> Float
         batches,
     )
     shape = (len(images), setting.encoder.backbone.features)
-    mine = processes.share(len(images))
+    mine = processes.share_of_batches(len(images), config.encode_batch)
     with kept.alone(), progress.bar(setting.console, what, (mine.stop - mine.start) * views) as moved:
         made = view_bank.build(
             key,
@@ -67,6 +67,7 @@ def of_views(setting: Setting, images: ImageSet, views: int, what: str) -> Float
             setting.frozen,
             batches,
             count=len(images),
+            batch_size=config.encode_batch,
             views=views,
             family=config.augment,
             on_images=lambda count: moved(count, ""),
@@ -212,6 +213,7 @@ class _Kept:
                 "dtype": config.backbone_dtype,
                 "batch": config.encode_batch,
                 "device": jax.devices()[0].device_kind,
+                "devices": parallel.size(setting.mesh),
                 "jax": jax.__version__,
                 "code": _digest_of_code(),
             },

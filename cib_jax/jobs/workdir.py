@@ -69,10 +69,10 @@ def _check_seen(workdir: pathlib.Path) -> None:
     if not processes.several():
         return
     token = processes.from_first(secrets.token_hex(8))
-    mark = workdir / ".seen"
+    mark = workdir / ".lock"
     if processes.first():
-        write_bytes(mark, token.encode())
-    processes.wait("the workdir is marked")
+        mark.write_text(token)
+    processes.wait()
     try:
         seen = mark.read_text() == token
     except OSError:

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,10 @@ CHECKSUM = "checksum"
 
 class CheckpointError(Refusal):
     """There is no checkpoint, or it cannot be read; the message names the folder and what to do."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Checkpoints:
                     read_only=read_only,
                     create=not read_only,
                     save_interval_steps=0 if read_only else 1,
+                    # What a killed or refused save left: on a full disk, it would be in the way of the next.
+                    cleanup_tmp_directories=not read_only,
                 ),
             )
         finally:
@@ -87,9 +93,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Where something broke in one of several processes, what the others would have to do for a save never comes.
-        if exception[0] is None or not processes.several():
+        if exception[0] is None:
+            self.wait()
             self._manager.close()
+        elif not processes.several():
+            # The exception says more than what closing finds. Of several processes, the others may be gone, without
+            # whom a save never ends.
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -97,23 +108,55 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress, extra: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; `extra` is kept beside it as JSON (config, versions, …)."""
+        """Starts writing a checkpoint; `extra` is kept beside it as JSON (config, versions, …).
+
+        Raises:
+          SaveError: there is no room for it, or the one before could not be written.
+        """
+        self._check_room(progress.step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._policy.best_step = progress.best_step
         # The next step donates the state's buffers while they are still being written: write a copy.
         copy = jax.tree.map(lambda leaf: leaf.copy(), _as_dict(state))
-        self._manager.save(
-            progress.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(copy),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-                extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy)}),
-            ),
-            force=True,
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(copy),
+            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy)}),
         )
+        with self._told_if_not_written():
+            self._manager.save(progress.step, args=arguments, force=True)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on disk.
+
+        Raises:
+          SaveError: it could not be written.
+        """
+        with self._told_if_not_written():
+            self._manager.wait_until_finished()
+
+    def _check_room(self, step: int, size: int) -> None:
+        """Checks that a checkpoint fits on the disk before Orbax tries, whose threads tell of a full one at length."""
+        if not processes.first():
+            return
+        # Besides the numbers, a dozen small files.
+        room, wanted = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
+        if room < wanted:
+            raise SaveError(
+                f"{self.directory / str(step)}: the disk has no room for the checkpoint ({wanted / 2**20:,.1f} MiB are "
+                f"needed, {room / 2**20:,.1f} are free); make room, and the same command goes on"
+            )
+
+    @contextlib.contextmanager
+    def _told_if_not_written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and tensorstore raise many kinds
+            full = "No space left" in str(error)
+            raise SaveError(
+                f"{self.directory}: the last checkpoint could not be written "
+                f"({'the disk is full' if full else f'{type(error).__name__}: {error}'.splitlines()[0]}); "
+                "mend that, and the same command goes on from the one before"
+            ) from error
 
     def restore_newest(
         self, template: TrainState, tell: Callable[[str], None] = lambda words: None
@@ -151,7 +194,7 @@ class Checkpoints:
             place.mkdir(exist_ok=True)
             shutil.rmtree(place / str(step), ignore_errors=True)
             (self.directory / str(step)).rename(place / str(step))
-        processes.wait("a damaged checkpoint is set aside")
+        processes.wait()
         self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:

@@ -30,6 +30,7 @@ def build(
     batches: Callable[[int, int], Iterable[UInt8[np.ndarray, "batch height width 3"]]],
     *,
     count: int,
+    batch_size: int,
     views: int,
     family: str = "photo",
     on_images: Callable[[int], None] = lambda images: None,
@@ -45,6 +46,7 @@ def build(
       frozen: the backbone's parameters.
       batches: gives the images from one to before another, in order, at each call.
       count: how many images there are.
+      batch_size: how many of them a batch holds.
       views: how many per image.
       family: of the augmentation.
       on_images: told the number of views done after each batch, of those that this process computes.
@@ -52,12 +54,13 @@ def build(
       write: is given each view's features that were computed now, as soon as they are there.
       over: this process's devices that compute a batch each at the same time; None: one.
 
-    Of several processes, each computes its share of the images; every one gets all features.
+    Of several processes, each computes its share of the batches; every one gets all features.
 
     Raises:
       BankError: a feature is not finite or beyond float16's range, ±65,504.
     """
-    axis, mine = parallel.axis_of(over), processes.share(count)
+    axis, mine = parallel.axis_of(over), processes.share_of_batches(count, batch_size)
+    size = min(batch_size, count)
     compute = jax.jit(parallel.by_rows(functools.partial(_features, encoder=encoder, family=family, axis=axis), over))
     frozen = parallel.everywhere(frozen, over)
 
@@ -73,7 +76,7 @@ def build(
             on_images(mine.stop - mine.start)
             continue
         start, part = mine.start, batches(mine.start, mine.stop)
-        for features in encoding.map_batches(of_view(view), part, on_images, first=start, over=over):
+        for features in encoding.map_batches(of_view(view), part, on_images, size=size, first=start, over=over):
             rows[start : start + len(features)] = features
             start += len(features)
         if processes.several():

@@ -1,8 +1,11 @@
 """run.py as a user starts it: one job from start to end, kill -9 and resume, and every mistake told in one sentence."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,3 +208,65 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
         error.strip()
         == f"Interrupted; --workdir={tmp_path / 't'} with the same config goes on from the last checkpoint."
     )
+
+
+def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_the_same(tmp_path):
+    """As by a scheduler that takes the machine back."""
+    # One checkpoint in 100 epochs, so that only what SIGTERM saved can be gone on with; 15 steps an epoch.
+    arguments = small.flags(epochs=5, train__checkpoint_every=100, data__train_per_class=50)
+    process = start(*arguments, f"--workdir={tmp_path / 'ended'}")
+    deadline = time.monotonic() + 200
+    while epochs_logged(tmp_path / "ended") < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    code, _, error = finish(process)
+    assert code == 75
+    stopped = re.search(r"Stopped by SIGTERM: epoch (\d+) of 5, step (\d+) is saved in ", error)
+    assert stopped and len(error.strip().splitlines()) == 1
+    code, out, error = finish(start(*arguments, f"--workdir={tmp_path / 'ended'}"))
+    assert code == 0, error
+    assert f"Going on after epoch {stopped.group(1)} of 5, step {stopped.group(2)}" in out
+    code, _, error = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
+    assert code == 0, error
+    config = small.config(**{"epochs": 5, "train__checkpoint_every": 100, "data__train_per_class": 50})
+    pairs = zip(params_of(tmp_path / "ended", config), params_of(tmp_path / "whole", config), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ended", "whole")
+    ]
+    assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], abs=1e-12)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path):
+    """On a disk of 48 MiB, filled up while training."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        arguments = small.flags(epochs=40)
+        process = start(*arguments, f"--workdir={disk / 'run'}")
+        deadline = time.monotonic() + 200
+        while epochs_logged(disk / "run") < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        with contextlib.suppress(OSError), (disk / "filling").open("wb", buffering=0) as filling:
+            while True:
+                filling.write(b"\1" * 4096)
+        code, out, error = finish(process)
+        assert code == 2 and "Traceback" not in error, error
+        assert re.search(r"the disk (is full|has no room)|No space left", error.strip().splitlines()[-1]), error
+        (disk / "filling").unlink()
+        code, out, error = finish(start(*arguments, f"--workdir={disk / 'run'}"))
+        assert code == 0, error
+        assert "Going on after epoch" in out
+        code, _, error = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
+        assert code == 0, error
+        config = small.config(epochs=40)
+        pairs = zip(params_of(disk / "run", config), params_of(tmp_path / "whole", config), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs)
+    finally:
+        subprocess.run(["umount", disk], check=False)

@@ -24,6 +24,7 @@ def build(encoder, frozen, size, views=3, **hooks):
         frozen,
         lambda first, stop: (IMAGES[start : min(start + size, stop)] for start in range(first, stop, size)),
         count=len(IMAGES),
+        batch_size=size,
         views=views,
         family="digits",
         **hooks,

@@ -1,0 +1,68 @@
+"""Several processes of run.py on this machine, as a cluster would start them."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+from tests.conftest import CACHE
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "120"}
+
+
+def with_devices(count):
+    """Returns an environment in which a process has so many simulated devices."""
+    return ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def start(count, *arguments, environment=None, program=("run.py",)):
+    """Starts `count` processes that work together; one of them alone."""
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    joined = [[address, f"--processes={count}", f"--process={number}"] if count > 1 else [] for number in range(count)]
+    return [
+        subprocess.Popen(
+            [sys.executable, *program, *more, *map(str, arguments)],
+            cwd=ROOT,
+            env=environment or ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for more in joined
+    ]
+
+
+def finish(processes, timeout=300):
+    """Waits for all; returns each one's exit code, output and errors."""
+    told = []
+    for process in processes:
+        out, error = process.communicate(timeout=timeout)
+        told.append((process.returncode, out, error))
+    return told
+
+
+def run(count, *arguments, environment=None):
+    """Starts processes that must all end well; returns what the first one printed."""
+    told = finish(start(count, *arguments, environment=environment))
+    assert [code for code, _, _ in told] == [0] * count, told
+    return told[0][1]
+
+
+def wait_until(processes, holds, timeout=200):
+    """Returns when `holds()`, unless a process ends before."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

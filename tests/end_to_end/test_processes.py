@@ -1,0 +1,138 @@
+"""Several processes at one run: the bits of one process, whatever ends any of them, wherever it goes on."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from cib_jax.hasher import Hasher
+from tests import small
+from tests.end_to_end.processes import finish, run, start, wait_until, with_devices
+from tests.jobs import many
+
+# Images decoded as they are needed, so that each process reads its part of every batch, and validated while training.
+STREAMED = {"data__resident_mb": 0, "epochs": 4, "data__validation": "database", "data__validation_queries": 100}
+LONG = {"data__resident_mb": 0, "epochs": 30, "train__checkpoint_every": 2}
+
+
+def trained(workdir):
+    """Returns the parameters of a run."""
+    return jax.tree.leaves(Hasher.load(workdir).params)
+
+
+def same_parameters(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(trained(one), trained(other), strict=True))
+
+
+def epochs_logged(workdir):
+    log = workdir / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def results(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The long run on one process with two devices."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2))
+    return workdir
+
+
+def test_two_processes_come_to_the_bits_of_one_with_two_devices(tmp_path):
+    for count in (1, 2):
+        arguments = [*small.flags(**STREAMED), f"--workdir={tmp_path / str(count)}"]
+        said = run(count, *arguments, environment=with_devices(2 // count))
+    assert "2 processes with 2 devices share each batch" in said
+    assert same_parameters(tmp_path / "2", tmp_path / "1")
+    for name in ("query_codes", "database_codes"):
+        codes = [np.load(tmp_path / count / "codes" / f"{name}.npy") for count in "12"]
+        assert np.array_equal(*codes)
+    alone, mine = results(tmp_path / "1"), results(tmp_path / "2")
+    assert mine["map"] == pytest.approx(alone["map"], abs=1e-12)
+    for curve in ("precision", "recall"):
+        lists = [told["metrics"]["precision_recall"][curve] for told in (mine, alone)]
+        np.testing.assert_allclose(*lists, rtol=1e-12)
+    assert mine["metrics"]["queries"] == alone["metrics"]["queries"] == mine["counts"]["query"]
+    assert mine["best_validation_map"] == pytest.approx(alone["best_validation_map"], abs=1e-12)
+    assert epochs_logged(tmp_path / "2") == 4
+    # Measured again by one process alone, on one device.
+    out = run(1, "--mode=evaluate", f"--workdir={tmp_path / '2'}", "--config.k=50")
+    assert "MAP@50 " in out
+
+
+def test_four_processes_come_to_the_losses_and_parameters_of_one_device(tmp_path):
+    """On features, whose gradients no rounding near zero makes whole steps of."""
+    many.config(tmp_path)  # writes the features
+    fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "epochs": 3}
+    for count in (1, 4):
+        run(count, *small.flags(**fields), f"--workdir={tmp_path / str(count)}")
+    for mine, alone in zip(trained(tmp_path / "4"), trained(tmp_path / "1"), strict=True):
+        np.testing.assert_allclose(mine, alone, atol=1e-5)
+    logs = [(tmp_path / count / "metrics.jsonl").read_text().splitlines() for count in "14"]
+    for mine, alone in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert mine["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_same(tmp_path, undisturbed, victim):
+    arguments = [*small.flags(**LONG), f"--workdir={tmp_path / 'run'}"]
+    processes = start(2, *arguments)
+    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 5)
+    processes[victim].send_signal(signal.SIGKILL)
+    told = finish(processes, timeout=120)
+    assert told[victim][0] == -signal.SIGKILL
+    # Usually our own sentence; JAX's own watch over the first process may come before it.
+    code, _, error = told[1 - victim]
+    assert code in (75, -signal.SIGABRT) and (
+        "another process of this run ended" in error or "JAX distributed" in error
+    )
+    assert not (tmp_path / "run" / "results.json").exists()
+    # On two processes again, or on one.
+    out = run(2 - victim, *arguments, environment=with_devices(1 + victim))
+    assert "Going on after epoch" in out
+    assert same_parameters(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_to_one_process_saves_at_one_step_in_all_and_one_process_goes_on(tmp_path, undisturbed):
+    arguments = [*small.flags(**LONG), f"--workdir={tmp_path / 'run'}"]
+    processes = start(2, *arguments)
+    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 3)
+    processes[1].send_signal(signal.SIGTERM)
+    told = finish(processes)
+    assert [code for code, _, _ in told] == [75, 75], told
+    assert "Stopped by SIGTERM: epoch " in told[0][2] and "is saved in" in told[0][2]
+    out = run(1, *arguments, environment=with_devices(2))
+    assert "Going on after epoch" in out
+    assert same_parameters(tmp_path / "run", undisturbed)
+
+
+def test_a_workdir_in_use_and_a_batch_that_does_not_divide_are_told_once_by_the_first(tmp_path):
+    arguments = [*small.flags(**LONG | {"epochs": 1000}), f"--workdir={tmp_path / 'run'}"]
+    at_work = start(1, *arguments)
+    wait_until(at_work, lambda: epochs_logged(tmp_path / "run") >= 1)
+    told = finish(start(2, *arguments))
+    at_work[0].kill()
+    finish(at_work)
+    assert [code for code, _, _ in told] == [2, 2], told
+    assert told[0][2].count("another process is at work in it") == 1
+    assert "Traceback" not in told[0][2] + told[1][2] and "at work" not in told[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_the_same(tmp_path, undisturbed, moment):
+    draws = np.random.default_rng(moment)
+    arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
+    processes = start(2, *arguments)
+    try:
+        processes[moment % 2].wait(timeout=draws.uniform(0, 25))
+    except Exception:
+        processes[moment % 2].send_signal(signal.SIGKILL)
+    finish(processes, timeout=400)
+    run(2, *arguments)
+    assert same_parameters(tmp_path / "run", undisturbed)
