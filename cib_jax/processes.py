@@ -71,13 +71,15 @@ def join(coordinator: str = "", process: int = -1, processes: int = 0, *, detect
     Raises:
       ProcessesError: they do not fit, or the others could not be found.
     """
-    wanted = Place(process, processes)
+    told = told_by_environment()
     if not coordinator and not detect:
-        if wanted != (-1, 0):
+        if (process, processes) != (-1, 0):
             raise ProcessesError("--coordinator: it is missing; give HOST:PORT of the first process to all of them")
-        if told_by_environment() is None:
+        if told is None:
             return
-    if coordinator and told_by_environment() is None and not 0 <= process < processes:
+    if coordinator and told and (process, processes) == (-1, 0):
+        process, processes = told
+    if coordinator and not 0 <= process < processes:
         raise ProcessesError(
             f"--process: {process} of {processes} makes no sense; --processes=N says how many there are to all of them "
             "and --process=I, from 0 to N - 1, to each which it is"

@@ -24,21 +24,27 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def start(count, *arguments, environment=None, program=("run.py",)):
-    """Starts `count` processes that work together; one of them alone."""
+def start(count, *arguments, environment=ENVIRONMENT, slurm=False):
+    """Starts `count` processes that work together, as by hand or as SLURM's srun does; one of them alone."""
     address = f"--coordinator=127.0.0.1:{free_port()}"
-    joined = [[address, f"--processes={count}", f"--process={number}"] if count > 1 else [] for number in range(count)]
+    joined = [
+        [address, f"--processes={count}", f"--process={number}"] if count > 1 and not slurm else []
+        for number in range(count)
+    ]
+    # By the job's number, SLURM's processes choose their port.
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+    job["SLURM_STEP_NUM_TASKS"] = str(count)
     return [
         subprocess.Popen(
-            [sys.executable, *program, *more, *map(str, arguments)],
+            [sys.executable, "run.py", *more, *map(str, arguments)],
             cwd=ROOT,
-            env=environment or ENVIRONMENT,
+            env=environment | (job | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} if slurm else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        for more in joined
+        for number, more in enumerate(joined)
     ]
 
 
@@ -51,9 +57,9 @@ def finish(processes, timeout=300):
     return told
 
 
-def run(count, *arguments, environment=None):
+def run(count, *arguments, **started):
     """Starts processes that must all end well; returns what the first one printed."""
-    told = finish(start(count, *arguments, environment=environment))
+    told = finish(start(count, *arguments, **started))
     assert [code for code, _, _ in told] == [0] * count, told
     return told[0][1]
 

@@ -70,7 +70,7 @@ def test_four_processes_come_to_the_losses_and_parameters_of_one_device(tmp_path
     many.config(tmp_path)  # writes the features
     fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "epochs": 3}
     for count in (1, 4):
-        run(count, *small.flags(**fields), f"--workdir={tmp_path / str(count)}")
+        run(count, *small.flags(**fields), f"--workdir={tmp_path / str(count)}", slurm=count > 1)
     for mine, alone in zip(trained(tmp_path / "4"), trained(tmp_path / "1"), strict=True):
         np.testing.assert_allclose(mine, alone, atol=1e-5)
     logs = [(tmp_path / count / "metrics.jsonl").read_text().splitlines() for count in "14"]
