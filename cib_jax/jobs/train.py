@@ -17,7 +17,7 @@ from cib_jax.hasher import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, features, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
-from cib_jax.training import feed, loop, parallel
+from cib_jax.training import accumulation, feed, loop, parallel
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
 from cib_jax.training.logging import MetricLog
@@ -47,10 +47,12 @@ def train(
     Raises:
       ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: refused, before anything heavy starts.
       DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
+      PartsError: what a device holds of a batch cannot be cut into parts of `config.micro_batch`.
       TrainingError: the loss became NaN or infinite.
     """
     config_lib.check(config)
-    parallel.mesh(config.devices, config.batch_size)
+    over = parallel.mesh(config.devices, config.batch_size)
+    accumulation.check(config.micro_batch, parallel.rows_of_one(config.batch_size, over))
     workdir, console = (
         pathlib.Path(workdir or workdir_lib.default_name(config)),
         console or rich.console.Console(),
@@ -188,7 +190,7 @@ def _feed(run: Setting) -> tuple[Feed, float]:
     if config.train.views:
         bank, seconds = features.bank(run)
         return feed.from_bank(bank, **order, method=method), seconds
-    method["augment"] = config.augment
+    method |= {"augment": config.augment, "micro_batch": config.micro_batch}
     stored_size = config.data.stored_size
     if loader.size_in_bytes(images.images, stored_size=stored_size) <= config.data.resident_mb * 2**20:
         resident = jnp.asarray(loader.materialise(images.images, stored_size=stored_size))

@@ -38,6 +38,11 @@ def mesh(devices: int, batch_size: int) -> Mesh | None:
     return Mesh(local[:count], (AXIS,)) if count > 1 else None
 
 
+def rows_of_one(batch_size: int, over: Mesh | None) -> int:
+    """Returns how many images of a batch each device holds."""
+    return batch_size // (over.size if over else 1)
+
+
 def spread(program: Callable[..., Any], over: Mesh) -> Callable[..., Any]:
     """Returns a program (state, held, chunk, first, key) → (state, terms) with the rows of its batches spread.
 
