@@ -73,8 +73,7 @@ def two_views(
     """
     _check(images, image_size)
     batch = images.shape[0]
-    first = spread.first_row(batch, axis)
-    keys = jnp.concatenate([image_keys(jax.random.fold_in(key, number), batch, first) for number in range(2)])
+    keys = jnp.concatenate(two_view_keys(key, batch, axis))
     images = jnp.concatenate((images, images))
     views = view_each(keys, images, image_size=image_size, family=family, mean=mean, deviation=deviation)
     return views[:batch], views[batch:]
@@ -143,6 +142,13 @@ def resize_and_normalise(
 def image_keys(key: PRNGKeyArray, batch: int, first: Int[Array, ""] | int = 0) -> PRNGKeyArray:
     """Returns the keys of `batch` images from the `first` on, each folded from `key` and the image's index."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(batch))
+
+
+def two_view_keys(key: PRNGKeyArray, batch: int, axis: Axis = None) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """Returns the keys of `two_views`: of every image's first view, and of its second."""
+    first = spread.first_row(batch, axis)
+    one, other = (image_keys(jax.random.fold_in(key, number), batch, first) for number in range(2))
+    return one, other
 
 
 def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> Photo:

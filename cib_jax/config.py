@@ -78,6 +78,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
         int,
         (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
     ),
+    "micro_batch": (int, _at_least(0)),
     "devices": (int, _at_least(0)),
     "epochs": (int, _at_least(1)),
     "learning_rate": (float, _POSITIVE),
@@ -150,6 +151,7 @@ MAY_CHANGE = AROUND | frozenset(
         "data.max_bad_fraction",
         "backbone_weights",
         "train.bank_mb",
+        "micro_batch",
         "devices",
         "report.write",
         "report.embedded",
@@ -163,7 +165,7 @@ Weights are compared by their fingerprint, wherever they lie.
 """
 
 
-ADDED: dict[str, Any] = {"devices": 0, "report.write": True, "report.embedded": 2000}
+ADDED: dict[str, Any] = {"micro_batch": 0, "devices": 0, "report.write": True, "report.embedded": 2000}
 """Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
 
 MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})
@@ -248,7 +250,7 @@ def _check_without_network(config: ml_collections.ConfigDict) -> None:
     for name, neutral in (("image_size", 0), ("backbone_weights", ""), ("frozen", True)):
         if config[name] != neutral:
             raise ConfigError(f"config.{name}: features go through no network; leave it at {neutral!r}")
-    for name in ("train.views", "data.stored_size"):
+    for name in ("train.views", "data.stored_size", "micro_batch"):
         if flatten(config)[name]:
             raise ConfigError(f"config.{name}: it is for images; set it to 0 for features")
 
@@ -270,6 +272,11 @@ def _check_network(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.train.views: features can be computed once only while the backbone is frozen; set it to 0, or "
             "config.frozen to True"
+        )
+    if config.train.views and config.micro_batch:
+        raise ConfigError(
+            "config.micro_batch: features of config.train.views go through no backbone while training, so parts save "
+            "nothing; set it to 0"
         )
 
 

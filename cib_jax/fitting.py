@@ -14,7 +14,7 @@ from cib_jax.encoder import Params, create_encoder
 from cib_jax.feature_views import Standard
 from cib_jax.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
-from cib_jax.training import feed, loop, view_bank
+from cib_jax.training import accumulation, feed, loop, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
 
@@ -43,6 +43,7 @@ def fit(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     views: int = 0,
+    micro_batch: int = 0,
     devices: int = 0,
     seed: int = 0,
     on_epoch: Callable[[loop.EpochReport], None] = lambda report: None,
@@ -72,13 +73,14 @@ def fit(
       batch_size: images per step.
       learning_rate: of Adam.
       views: computes the features of this many views per image once, for a frozen backbone; 0 draws fresh ones.
+      micro_batch: images of one device that go through the backbone at a time, for less memory; 0: all of them.
       devices: of this machine that share each batch; 0: all.
       seed: of everything random.
       on_epoch: told of each epoch's end.
 
     Raises:
       ValueError: a value is out of range, there are fewer images than `batch_size`, or a batch cannot be spread evenly
-        over the devices.
+        over the devices or cut evenly into parts.
       NonFiniteLossError: the loss became NaN or infinite.
     """
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
@@ -102,6 +104,9 @@ def fit(
     if augment not in families:
         raise ValueError(f"augment: {augment!r} is not one of {', '.join(families)}")
     mesh = parallel.mesh(devices, batch_size)
+    accumulation.check(micro_batch, batch_size // parallel.size(mesh))
+    if micro_batch and (views or standard is not None):
+        raise ValueError(f"micro_batch: {micro_batch} images at a time save nothing where features train; set it to 0")
     init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
     encoder, params, unchanging = create_encoder(
         init_key,
@@ -146,7 +151,7 @@ def fit(
             unchanging,
             seed=seed,
             batch_size=batch_size,
-            method=method | {"augment": augment},
+            method=method | {"augment": augment, "micro_batch": micro_batch},
             mesh=mesh,
         )
     state, _ = loop.run(

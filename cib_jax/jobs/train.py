@@ -20,7 +20,7 @@ from cib_jax.hasher import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, features, preemption, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
-from cib_jax.training import feed, loop
+from cib_jax.training import accumulation, feed, loop
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
 from cib_jax.training.logging import MetricLog
@@ -50,13 +50,16 @@ def train(
     Raises:
       ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: refused, before anything heavy starts.
       DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
+      PartsError: what a device holds of a batch cannot be cut into parts of `config.micro_batch`.
       TrainingError: the loss became NaN or infinite.
       Preempted: SIGTERM asked it to stop, and it is saved; the same call goes on.
 
     Several processes that were joined (`processes.join`) share the work; the first writes and reports.
     """
-    config_lib.check(config)
-    parallel.mesh(config.devices, config.batch_size)
+    with processes.agreed():
+        config_lib.check(config)
+        over = parallel.mesh(config.devices, config.batch_size)
+        accumulation.check(config.micro_batch, config.batch_size // parallel.size(over))
     console = (console or rich.console.Console()) if processes.first() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(processes.from_first(str(workdir or workdir_lib.default_name(config))))
     with workdir_lib.claim(workdir):
@@ -86,7 +89,7 @@ def train(
         )
         if processes.several():
             console.print(f"{jax.process_count()} processes with {jax.device_count()} devices share each batch")
-        bank_seconds = _train(run)
+        bank_seconds = _train(run, over)
         params, now, _ = restore_best(workdir, run.initial, config)
         return evaluate.measure(run, params, now, bank_seconds)
 
@@ -101,10 +104,9 @@ def _finished(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[
     return workdir_lib.read_json(path)
 
 
-def _train(run: Setting) -> float:
+def _train(run: Setting, over: Mesh | None) -> float:
     """Trains to the end, or goes on to it, leaving checkpoints; returns the seconds that the view bank took."""
     config = run.config
-    over = parallel.mesh(config.devices, config.batch_size)
     state, now = create_train_state(run.initial, from_config.optimiser(config)), Progress()
     state = parallel.everywhere(state, over)
     extra: dict[str, Any] = {
@@ -219,7 +221,7 @@ def _feed(run: Setting, over: Mesh | None) -> tuple[Feed, float]:
     if config.train.views:
         bank, seconds = features.bank(run)
         return feed.from_bank(bank, **order, method=method), seconds
-    method["augment"] = config.augment
+    method |= {"augment": config.augment, "micro_batch": config.micro_batch}
     stored_size = config.data.stored_size
     if loader.size_in_bytes(images.images, stored_size=stored_size) <= config.data.resident_mb * 2**20:
         resident = jnp.asarray(loader.materialise(images.images, stored_size=stored_size))

@@ -71,8 +71,8 @@ def from_device(
 ) -> Feed:
     """Feeds images, or features, that live on the device.
 
-    Images one step a program, features an epoch, as there are no convolutions in it; `method`: the keyword arguments of
-    `train_step`; `mesh` as in `from_bank`.
+    Images one step a program, features an epoch, whose steps are too short to be started one by one; `method`: the
+    keyword arguments of `train_step`; `mesh` as in `from_bank`.
     """
     axis = parallel.axis_of(mesh)
 
@@ -145,7 +145,7 @@ def _scan(step: Step) -> Callable[..., Stepped]:
 
 
 def _alone(step: Step) -> Callable[..., Stepped]:
-    """Returns the same for chunks of one step, without a loop, in which XLA's CPU convolutions take 30 times longer."""
+    """Returns the same for chunks of one step, without a loop: with images, a step takes long enough."""
 
     def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
         state, terms = step(state, held, chunk[0], jax.random.fold_in(key, first))

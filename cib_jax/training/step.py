@@ -1,5 +1,6 @@
 """One step of training, as a pure function; `jax.jit` it with the state donated."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from cib_jax import spread
 from cib_jax.encoder import Encoder, Params
 from cib_jax.objective import cib_loss
 from cib_jax.spread import Axis
+from cib_jax.training import accumulation
 from cib_jax.training.state import TrainState
 
 Terms = dict[str, Float[Array, ""]]
@@ -31,6 +33,7 @@ def train_step(
     beta: float = 0.001,
     stochastic: bool = True,
     augment: str = "photo",
+    micro_batch: int = 0,
     axis: Axis = None,
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of images, two fresh views of each, and the loss terms.
@@ -38,13 +41,27 @@ def train_step(
     Algorithm of CIBHash (https://arxiv.org/abs/2105.06138, section 3): views, logits, codes, contrast plus bottleneck,
     gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
     Inside `jax.shard_map`, `axis` names the mesh axis over which the batch is spread; the result is that of the whole
-    batch on every device.
+    batch on every device. With a `micro_batch`, that many of a device's images go through the backbone at a time, which
+    takes less memory and a second pass, and comes to the same up to rounding; see `accumulation`.
+
+    Raises:
+      PartsError: `micro_batch` is no divisor of the device's images, or the encoder takes features.
     """
     view_key, code_key = jax.random.split(key)
-    both = jnp.concatenate(encoder.two_views(view_key, jnp.asarray(images), family=augment, axis=axis))
+    images = jnp.asarray(images)
+    if micro_batch not in (0, len(images)):
+        in_parts = functools.partial(
+            accumulation.features_of_two_views, encoder=encoder, micro_batch=micro_batch, family=augment, axis=axis
+        )
 
-    def logits(params: Params) -> Array:
-        return encoder.logits(params, frozen, both)
+        def logits(params: Params) -> Array:
+            return encoder.head(params, in_parts(params, frozen, images, view_key))
+
+    else:
+        both = jnp.concatenate(encoder.two_views(view_key, images, family=augment, axis=axis))
+
+        def logits(params: Params) -> Array:
+            return encoder.logits(params, frozen, both)
 
     return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic, axis)
 

@@ -1,5 +1,7 @@
 """Both forms of every convolution against SciPy and loops in float64, and their gradients against each other."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,33 @@ def test_the_platform_decides(name):
     cpu, cuda = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
     assert not any(operation in cpu for operation in windowed)
     assert any(operation in cuda for operation in windowed)
+
+
+@pytest.mark.parametrize(("k", "stride", "padding"), [*CASES, (3, 3, "VALID"), (1, 2, "SAME")])
+def test_gradients_of_the_form_for_loops_are_those_that_jax_derives(k, stride, padding):
+    x, kernel = jnp.float32(draw(0, 2, *SIZE, 3)), jnp.float32(draw(1, k, k, 3, 4))
+    pads = convolution.explicit_padding(SIZE, (k, k), stride, padding)
+
+    def gradients(form):
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(form(x, k, stride, pads))), argnums=(0, 1)))(x, kernel)
+
+    for ours, theirs in zip(gradients(convolution.conv_for_loops), gradients(convolution.conv_plain), strict=True):
+        assert np.abs(theirs).max() > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_loop_has_only_convolutions_that_a_cpu_is_quick_at():
+    """Eigen's take images [batch, h, w, …] and kernels [kh, kw, …]; those that JAX derives are in another order."""
+
+    def orders(form):
+        def of_kernel(x, kernel):
+            return jax.lax.map(lambda x: jax.grad(lambda k: jnp.sum(jnp.sin(form(x, k, 1, TORCH))))(kernel), x)
+
+        program = jax.jit(of_kernel).lower(jnp.ones((2, 4, 8, 8, 3)), jnp.ones((3, 3, 3, 5))).compile().as_text()
+        return set(re.findall(r" convolution\(.*dim_labels=(\S+?),", program))
+
+    assert orders(convolution.conv_for_loops) == {"b01f_01io->b01f"}
+    assert orders(convolution.conv_plain) > {"b01f_01io->b01f"}
 
 
 WIDE = convolution.WINOGRAD_CHANNELS

@@ -216,6 +216,16 @@ def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_pa
     assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
 
 
+def test_parts_of_a_batch_train_to_the_same_losses(trained, tmp_path, console):
+    """Up to rounding, so that a run may also be taken up again with other parts."""
+    train(small.config(micro_batch=8), tmp_path, console=console)
+    mine, whole = (
+        [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (tmp_path, trained[0])
+    )
+    assert mine == pytest.approx(whole, rel=1e-3)
+
+
 def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
     scores = iter([0.2, 0.6, 0.5, 0.4])
     monkeypatch.setattr(train_job.validation, "validator", lambda run: lambda state: next(scores))
