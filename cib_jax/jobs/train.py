@@ -14,8 +14,9 @@ from cib_jax.data import loader
 from cib_jax.data.images import DataError
 from cib_jax.errors import Refusal
 from cib_jax.hasher import check_fingerprint, restore_best
-from cib_jax.jobs import evaluate, features, progress, setting, validation
+from cib_jax.jobs import evaluate, features, ownership, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.ownership import Owned
 from cib_jax.jobs.setting import Setting
 from cib_jax.training import feed, loop, parallel
 from cib_jax.training.checkpoint import Checkpoints, Progress
@@ -45,9 +46,11 @@ def train(
       console: where to report.
 
     Raises:
-      ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: refused, before anything heavy starts.
+      ConfigError, DataError, WeightsError, WorkdirError, PlaceError, CheckpointError: refused, before anything heavy
+        starts.
       DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
       TrainingError: the loss became NaN or infinite.
+      WorkdirError: another run has taken over its checkpoints.
     """
     config_lib.check(config)
     parallel.mesh(config.devices, config.batch_size)
@@ -56,6 +59,7 @@ def train(
         console or rich.console.Console(),
     )
     with workdir_lib.claim(workdir):
+        ownership.look(workdir, config)
         workdir_lib.check_owner(workdir, config)
         pictured = not config.report.write or (workdir / "report" / "index.html").exists()
         if (workdir / "results.json").exists() and pictured:
@@ -95,7 +99,8 @@ def _train(run: Setting) -> float:
         "data": setting.known_data(run),
         "standard": run.standard.to_lists() if run.standard else None,
     }
-    with Checkpoints(run.workdir / "checkpoints") as checkpoints:
+    owned = ownership.take(run.workdir, config)
+    with Checkpoints(owned.directory) as checkpoints:
         if checkpoints.latest_step is None:
             # Saved untrained, so that a run which breaks down at once still has a last good checkpoint.
             checkpoints.save(state, now, extra)
@@ -111,7 +116,7 @@ def _train(run: Setting) -> float:
         if not now.finished:
             fed, bank_seconds = _feed(run)
             extra = extra | {"bank_seconds": bank_seconds}
-            _loop(run, state, now, fed, checkpoints, extra)
+            _loop(run, state, now, fed, owned, checkpoints, extra)
         return float(extra["bank_seconds"])
 
 
@@ -120,7 +125,13 @@ def _told_by(run: Setting) -> Callable[[str], None]:
 
 
 def _loop(
-    run: Setting, state: TrainState, now: Progress, fed: Feed, checkpoints: Checkpoints, extra: dict[str, Any]
+    run: Setting,
+    state: TrainState,
+    now: Progress,
+    fed: Feed,
+    owned: Owned,
+    checkpoints: Checkpoints,
+    extra: dict[str, Any],
 ) -> None:
     """Trains to the end, with a bar, a log and checkpoints."""
     config = run.config
@@ -144,6 +155,7 @@ def _loop(
             log.write(at.step, record)
             due = at.epoch % config.train.checkpoint_every == 0
             if due or at.finished or report.validation_map is not None:
+                owned.check()
                 checkpoints.save(state, at, extra)
 
         try:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from cib_jax.errors import Refusal
 from cib_jax.training.state import TrainState
@@ -56,11 +55,12 @@ class _LastAndBest:
 class Checkpoints:
     """The checkpoints under `directory`: written in the background, each appears whole or not at all.
 
+    `directory` is an absolute path or a gs:// URI (see `place`).
     A context manager; leaving it waits for what is still being written.
     """
 
-    def __init__(self, directory: pathlib.Path | str, *, read_only: bool = False):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: epath.PathLike, *, read_only: bool = False):
+        self.directory = epath.Path(directory)
         self._policy = _LastAndBest()
         told = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # Orbax warns of a folder that is opened only to be read
@@ -112,8 +112,7 @@ class Checkpoints:
     ) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the newest checkpoint that can be read; see `restore`.
 
-        Where one is damaged, the one before is taken, `tell` is told, and the damaged one is moved out of the way, into
-        damaged/ beside the checkpoints.
+        Where one is damaged, the one before is taken, `tell` is told, and the damaged one is renamed to damaged-STEP.
 
         Raises:
           CheckpointError: there is none that can be read.
@@ -126,15 +125,17 @@ class Checkpoints:
                 if before is None:
                     raise
                 what_is_wrong = str(error).partition(";")[0]
-                tell(f"{what_is_wrong}; it is moved into damaged/, and the one before, of step {before}, is taken")
+                tell(
+                    f"{what_is_wrong}; it is renamed to damaged-{step}, and the one before, of step {before}, is taken"
+                )
                 self._set_aside(step)
         return self.restore(template)
 
     def _set_aside(self, step: int) -> None:
-        place = self.directory.parent / "damaged"
-        place.mkdir(exist_ok=True)
-        shutil.rmtree(place / str(step), ignore_errors=True)
-        (self.directory / str(step)).rename(place / str(step))
+        # In a bucket a folder is there only with a file in it, so nothing can be moved into a new one.
+        aside = self.directory / f"damaged-{step}"
+        aside.rmtree(missing_ok=True)
+        (self.directory / str(step)).rename(aside)
         self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
