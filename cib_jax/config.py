@@ -16,6 +16,7 @@ from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
+from cib_jax.training import place
 
 
 class ConfigError(Refusal):
@@ -122,6 +123,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "train.validate_every": (int, _at_least(1)),
     "train.patience": (int, _at_least(1)),
     "train.checkpoint_every": (int, _at_least(1)),
+    "train.checkpoint_dir": (str, (place.fits, place.CHOICES)),
     "encode_batch": (int, _at_least(1)),
     "cache.dir": (str, _ANYTHING),
     "cache.mb": (int, _at_least(0)),
@@ -151,6 +153,7 @@ MAY_CHANGE = AROUND | frozenset(
         "data.max_bad_fraction",
         "backbone_weights",
         "train.bank_mb",
+        "train.checkpoint_dir",
         "micro_batch",
         "devices",
         "report.write",
@@ -165,7 +168,13 @@ Weights are compared by their fingerprint, wherever they lie.
 """
 
 
-ADDED: dict[str, Any] = {"micro_batch": 0, "devices": 0, "report.write": True, "report.embedded": 2000}
+ADDED: dict[str, Any] = {
+    "micro_batch": 0,
+    "devices": 0,
+    "report.write": True,
+    "report.embedded": 2000,
+    "train.checkpoint_dir": "",
+}
 """Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
 
 MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})

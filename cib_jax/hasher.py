@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
@@ -19,6 +20,7 @@ from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, fla
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
 from cib_jax.feature_views import Standard
+from cib_jax.training import place
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
 
@@ -38,12 +40,15 @@ class Hasher:
     """Of this machine that encode a batch each at the same time; 0: all."""
 
     @classmethod
-    def load(cls, workdir: pathlib.Path | str, *, backbone_weights: str = "") -> "Hasher":
+    def load(
+        cls, workdir: pathlib.Path | str, *, backbone_weights: str = "", checkpoint_dir: str | None = None
+    ) -> "Hasher":
         """Returns the hasher of a run: of its best checkpoint where it was validated, of its last one elsewhere.
 
         Args:
           workdir: the run's folder.
           backbone_weights: where the frozen backbone's weights lie now; "" takes the place that the run had them from.
+          checkpoint_dir: where its checkpoints lie now, as `train.checkpoint_dir`; None: where the run wrote them.
 
         Raises:
           CheckpointError: `workdir` is no run's folder, or its checkpoint is missing or unusable.
@@ -53,6 +58,9 @@ class Hasher:
         config = read_config(workdir)
         if backbone_weights:
             config.backbone_weights = backbone_weights
+        if checkpoint_dir is not None:
+            config.train.checkpoint_dir = checkpoint_dir
+            check(config)
         encoder, params, frozen, fingerprint = from_config.encoder(
             config, trained=True, standard=read_standard(workdir, config)
         )
@@ -216,15 +224,16 @@ def restore_best(
 
     Raises:
       CheckpointError: there is no checkpoint, it is unusable, or it was made under another config.
+      PlaceError: the place of its checkpoints cannot be reached.
     """
-    _need_checkpoints(workdir)
+    directory = _checkpoints_of(workdir, config)
     # On one device of this process: it may have been trained on others, which are not there now.
-    place = SingleDeviceSharding(jax.local_devices()[0])
+    device = SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         jax.eval_shape(lambda: create_train_state(params, from_config.optimiser(config))),
     )
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints:
         theirs = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
         told = differences(flatten(config), theirs, MAY_CHANGE | MEASURING)
         if told:
@@ -246,14 +255,15 @@ def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> S
     """
     if config.backbone != "none":
         return None
-    _need_checkpoints(workdir)
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(_checkpoints_of(workdir, config), read_only=True) as checkpoints:
         return Standard.from_lists(checkpoints.extra()["standard"])
 
 
-def _need_checkpoints(workdir: pathlib.Path) -> None:
-    if not (workdir / "checkpoints").is_dir():
-        raise CheckpointError(f"{workdir / 'checkpoints'}: there is no checkpoint here; train first, with --mode=train")
+def _checkpoints_of(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> epath.Path:
+    directory = place.of_run(config.train.checkpoint_dir, workdir)
+    if not place.exists(directory):
+        raise CheckpointError(f"{directory}: there is no checkpoint here; train first, with --mode=train")
+    return directory
 
 
 def check_fingerprint(fingerprint: str, extra: dict[str, Any], workdir: pathlib.Path) -> None:

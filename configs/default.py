@@ -75,6 +75,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.validate_every = 20  # epochs between validations, where data.validation is not "none"
     c.train.patience = 6  # validations without a better MAP before training stops
     c.train.checkpoint_every = 1  # epochs between checkpoints
+    # Where they lie: "" = checkpoints/ in the workdir, or an absolute folder, or gs://BUCKET/FOLDER (wants the extra
+    # "gcs"). One run's alone; each run of a comparison or a search gets a folder of its own in it.
+    c.train.checkpoint_dir = ""
 
     c.encode_batch = 100  # images per batch where nothing is learnt: the view bank, the evaluation
 

@@ -17,6 +17,7 @@ from cib_jax.jobs import baseline
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import TrainingError, train
 from cib_jax.objective import OBJECTIVES
+from cib_jax.training import place
 
 TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash"} | {
     name: known.title for name, known in BASELINES.items()
@@ -111,10 +112,12 @@ def cell(base: ml_collections.ConfigDict, method: Method, bits: int, seed: int, 
     # A report of each would take longer than some of the methods; --mode=evaluate --config.report.write=True draws that
     # of a trained cell.
     config.update_from_flattened_dict({"report.write": False} | method.fields | {"bits": bits, "seed": seed})
+    folder = f"{bits}-bits-seed-{seed}"
+    config.train.checkpoint_dir = place.within(config.train.checkpoint_dir, method.slug, folder)
     if method.name in OBJECTIVES:
         config.objective = method.name
     config_lib.check(config)
-    return Cell(method, config, root / method.slug / f"{bits}-bits-seed-{seed}")
+    return Cell(method, config, root / method.slug / folder)
 
 
 def finished(one: Cell) -> dict[str, Any] | None:

@@ -17,8 +17,9 @@ from cib_jax.data import loader
 from cib_jax.data.images import DataError
 from cib_jax.errors import Refusal
 from cib_jax.hasher import check_fingerprint, restore_best
-from cib_jax.jobs import evaluate, features, preemption, progress, setting, validation
+from cib_jax.jobs import evaluate, features, ownership, preemption, progress, setting, validation
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.ownership import Owned
 from cib_jax.jobs.setting import Setting
 from cib_jax.training import accumulation, feed, loop
 from cib_jax.training.checkpoint import Checkpoints, Progress
@@ -48,10 +49,12 @@ def train(
       console: where to report.
 
     Raises:
-      ConfigError, DataError, WeightsError, WorkdirError, CheckpointError: refused, before anything heavy starts.
+      ConfigError, DataError, WeightsError, WorkdirError, PlaceError, CheckpointError: refused, before anything heavy
+        starts.
       DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
       PartsError: what a device holds of a batch cannot be cut into parts of `config.micro_batch`.
       TrainingError: the loss became NaN or infinite.
+      WorkdirError: another run has taken over its checkpoints.
       Preempted: SIGTERM asked it to stop, and it is saved; the same call goes on.
 
     Several processes that were joined (`processes.join`) share the work; the first writes and reports.
@@ -64,6 +67,7 @@ def train(
     workdir = pathlib.Path(processes.from_first(str(workdir or workdir_lib.default_name(config))))
     with workdir_lib.claim(workdir):
         with processes.agreed():
+            ownership.look(workdir, config)
             workdir_lib.check_owner(workdir, config)
         if results := _finished(workdir, config):
             console.print(
@@ -116,7 +120,9 @@ def _train(run: Setting, over: Mesh | None) -> float:
         "data": setting.known_data(run),
         "standard": run.standard.to_lists() if run.standard else None,
     }
-    with Checkpoints(run.workdir / "checkpoints") as checkpoints:
+    with processes.agreed():
+        owned = ownership.take(run.workdir, config)
+    with Checkpoints(owned.directory) as checkpoints:
         if checkpoints.latest_step is None:
             # Saved untrained, so that a run which breaks down at once still has a last good checkpoint.
             checkpoints.save(state, now, extra)
@@ -133,7 +139,7 @@ def _train(run: Setting, over: Mesh | None) -> float:
         if not now.finished:
             fed, bank_seconds = _feed(run, over)
             extra = extra | {"bank_seconds": bank_seconds}
-            _loop(run, state, now, fed, checkpoints, extra)
+            _loop(run, state, now, fed, owned, checkpoints, extra)
         return float(extra["bank_seconds"])
 
 
@@ -146,7 +152,13 @@ def _told_by(run: Setting) -> Callable[[str], None]:
 
 
 def _loop(
-    run: Setting, state: TrainState, now: Progress, fed: Feed, checkpoints: Checkpoints, extra: dict[str, Any]
+    run: Setting,
+    state: TrainState,
+    now: Progress,
+    fed: Feed,
+    owned: Owned,
+    checkpoints: Checkpoints,
+    extra: dict[str, Any],
 ) -> None:
     """Trains to the end, with a bar, a log and checkpoints."""
     config = run.config
@@ -172,6 +184,7 @@ def _loop(
                 log.write(at.step, record)
             due = at.epoch % config.train.checkpoint_every == 0
             if due or at.finished or report.validation_map is not None:
+                owned.check()
                 checkpoints.save(state, at, extra)
 
         try:
@@ -197,6 +210,7 @@ def _loop(
                 "again in another --workdir with a lower config.learning_rate or a higher config.temperature"
             ) from None
         if not now.finished:
+            owned.check()
             checkpoints.save(state, now, extra)
             checkpoints.wait()
             raise preemption.Preempted(f"{_place(now, config)} is saved in {checkpoints.directory}")

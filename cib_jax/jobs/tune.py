@@ -19,6 +19,7 @@ from cib_jax.parallel import DevicesError
 from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval.label_free import SCORES
+from cib_jax.training import place
 from cib_jax.training.view_bank import BankError
 
 TRIAL = "trial.json"
@@ -132,6 +133,7 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
     config = base.copy_and_resolve_references()
     # A report of each would take longer than a short trial; --mode=evaluate --config.report.write=True draws any one's.
     config.update_from_flattened_dict({"report.write": False} | params)
+    config.train.checkpoint_dir = place.within(config.train.checkpoint_dir, "trials", folder.name)
     trial: Trial = {"number": number, "params": params, "value": None, "scores": {}, "error": ""}
     try:
         results = train(config, folder, console=rich.console.Console(quiet=True))

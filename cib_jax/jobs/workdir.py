@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from cib_jax import processes
 from cib_jax.config import MAY_CHANGE, differences, flatten
 from cib_jax.errors import Refusal
+from cib_jax.training import place
 from cib_jax.training.checkpoint import Checkpoints
 
 
@@ -171,13 +173,19 @@ def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
     """Checks that a run that was started in `workdir` has this config; one that has no checkpoint yet may have any.
 
     Raises:
-      WorkdirError: it belongs to another config.
+      WorkdirError: it belongs to another config, or its checkpoints lie elsewhere.
+      PlaceError: the place of its checkpoints cannot be reached.
     """
-    if not (workdir / "checkpoints").is_dir():
+    directory = place.of_run(config.train.checkpoint_dir, workdir)
+    if not _steps(directory):
+        before = place.of_run(_checkpoint_dir_before(workdir), workdir)
+        if before != directory and _steps(before):
+            raise WorkdirError(
+                f"config.train.checkpoint_dir: the checkpoints of {workdir} lie in {before}, and there are none in "
+                f"{directory}; copy them there first, or leave the field as it was"
+            )
         return
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        if checkpoints.latest_step is None:
-            return
+    with Checkpoints(directory, read_only=True) as checkpoints:
         # By the checkpoint, not by config.json, which could be lost or edited.
         theirs = checkpoints.extra()["config"]
     told = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)))
@@ -186,6 +194,20 @@ def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
             f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give the "
             "config that it was started with"
         )
+
+
+def _steps(directory: epath.Path) -> bool:
+    if not place.exists(directory):
+        return False
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.latest_step is not None
+
+
+def _checkpoint_dir_before(workdir: pathlib.Path) -> str:
+    """Returns the field as a run was last started with it; "" where that is not known, as in earlier versions."""
+    with contextlib.suppress(OSError, WorkdirError, KeyError, TypeError):
+        return str(read_json(workdir / "config.json")["train"]["checkpoint_dir"])
+    return ""
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:

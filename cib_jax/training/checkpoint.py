@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,9 +11,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from cib_jax import processes
 from cib_jax.errors import Refusal
+from cib_jax.training import place
 from cib_jax.training.state import TrainState
 
 CHECKSUM = "checksum"
@@ -66,11 +67,12 @@ class _LastAndBest:
 class Checkpoints:
     """The checkpoints under `directory`: written in the background, each appears whole or not at all.
 
+    `directory` is an absolute path or a gs:// URI (see `place`).
     A context manager; leaving it waits for what is still being written.
     """
 
-    def __init__(self, directory: pathlib.Path | str, *, read_only: bool = False):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: epath.PathLike, *, read_only: bool = False):
+        self.directory = epath.Path(directory)
         self._policy = _LastAndBest()
         told = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # Orbax warns of a folder that is opened only to be read
@@ -136,7 +138,7 @@ class Checkpoints:
 
     def _check_room(self, step: int, size: int) -> None:
         """Checks that a checkpoint fits on the disk before Orbax tries, whose threads tell of a full one at length."""
-        if not processes.first():
+        if not processes.first() or not place.is_local(self.directory):
             return
         # Besides the numbers, a dozen small files.
         room, wanted = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
@@ -163,8 +165,7 @@ class Checkpoints:
     ) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the newest checkpoint that can be read; see `restore`.
 
-        Where one is damaged, the one before is taken, `tell` is told, and the damaged one is moved out of the way, into
-        damaged/ beside the checkpoints.
+        Where one is damaged, the one before is taken, `tell` is told, and the damaged one is renamed to damaged-STEP.
 
         Raises:
           CheckpointError: there is none that can be read.
@@ -182,18 +183,17 @@ class Checkpoints:
                 return restored
             if before is None:
                 raise CheckpointError(wrong)
-            tell(
-                f"{wrong.partition(';')[0]}; it is moved into damaged/, and the one before, of step {before}, is taken"
-            )
+            what_is_wrong = wrong.partition(";")[0]
+            tell(f"{what_is_wrong}; it is renamed to damaged-{step}, and the one before, of step {before}, is taken")
             self._set_aside(step)
         return self.restore(template)
 
     def _set_aside(self, step: int) -> None:
         if processes.first():
-            place = self.directory.parent / "damaged"
-            place.mkdir(exist_ok=True)
-            shutil.rmtree(place / str(step), ignore_errors=True)
-            (self.directory / str(step)).rename(place / str(step))
+            # In a bucket a folder is there only with a file in it, so nothing can be moved into a new one.
+            aside = self.directory / f"damaged-{step}"
+            aside.rmtree(missing_ok=True)
+            (self.directory / str(step)).rename(aside)
         processes.wait()
         self._manager.reload()
 

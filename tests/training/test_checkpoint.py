@@ -110,7 +110,7 @@ def test_a_flipped_bit_or_a_missing_file_anywhere_is_seen_or_harmless(tmp_path):
             if told:
                 seen += 1
                 assert "/2: the checkpoint cannot be read" in told[0] and "of step 1, is taken" in told[0]
-                assert (copy / "damaged" / "2").is_dir() and not (copy / "checkpoints" / "2").exists()
+                assert (copy / "checkpoints" / "damaged-2").is_dir() and not (copy / "checkpoints" / "2").exists()
     assert seen > 2
 
 
