@@ -47,9 +47,10 @@ def evaluate(
     """
     workdir = pathlib.Path(workdir)
     console = (console or rich.console.Console()) if processes.first() else rich.console.Console(quiet=True)
-    trained = read_config(workdir)
-    config = _overridden(trained.copy_and_resolve_references(), overrides or {})
-    config_lib.check(config)
+    with processes.agreed():
+        trained = read_config(workdir)
+        config = _overridden(trained.copy_and_resolve_references(), overrides or {})
+        config_lib.check(config)
     with workdir_lib.claim(workdir):
         return _evaluate(config, trained.k, workdir, console)
 
@@ -58,8 +59,9 @@ def _evaluate(
     config: ml_collections.ConfigDict, trained_k: int, workdir: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any]:
     setting = processes.first_then_others(lambda: setting_lib.prepare(config, workdir, console, trained=True))
-    params, progress, extra = restore_best(workdir, setting.initial, config)
-    check_fingerprint(setting.fingerprint, extra, workdir)
+    with processes.agreed():
+        params, progress, extra = restore_best(workdir, setting.initial, config)
+        check_fingerprint(setting.fingerprint, extra, workdir)
     if not progress.finished:
         console.print(
             f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; measuring its last checkpoint",

@@ -124,6 +124,22 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, mom
         killed_and_resumed(tmp_path, 40, lambda workdir: time.monotonic() - begun > wait)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(8))
+def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, moment):
+    """Some milliseconds after the folder of a save has appeared that is not whole yet."""
+    draws = np.random.default_rng(moment)
+    epoch, wait = int(draws.integers(0, 20)), draws.uniform(0, 0.02)
+
+    def saving(workdir):
+        if epochs_logged(workdir) < epoch or not list(workdir.glob("checkpoints/*tmp*")):
+            return False
+        time.sleep(wait)
+        return True
+
+    killed_and_resumed(tmp_path, 40, saving)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
