@@ -32,9 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Images of one device that go through the network at a time: less memory for a second pass; 0 = all of them. The
     # whole batch is still one of negatives.
     c.micro_batch = 0
-    c.devices = (
-        0  # devices of this machine that share each batch, all its codes being negatives; 0 = all, of all processes
-    )
+    c.devices = 0  # devices that share each batch, all its codes being negatives; 0 = all, of all processes
     c.epochs = 60  # passes over the training images; the paper takes 80 for 16 bits
     c.learning_rate = 1e-3
 

@@ -71,12 +71,15 @@ class Setting:
             return functools.partial(self.batches, images)
         size = self.config.encode_batch
 
-        @functools.cache
-        def whole() -> UInt8[np.ndarray, "images height width 3"]:
-            return loader.materialise(images.images, stored_size=stored_size)
+        @functools.lru_cache(maxsize=1)
+        def decoded(start: int, stop: int) -> UInt8[np.ndarray, "images height width 3"]:
+            some = images.images if stop - start == len(images) else images.take(np.arange(start, stop)).images
+            return loader.materialise(some, stored_size=stored_size)
 
         def batches(start: int = 0, stop: int | None = None) -> Batches:
-            part = whole()[start:stop]
+            stop = len(images) if stop is None else stop
+            # Of several processes, each decodes what it is asked for and not what the others are.
+            part = decoded(start, stop) if processes.several() else decoded(0, len(images))[start:stop]
             return (part[at : at + size] for at in range(0, len(part), size))
 
         return batches

@@ -125,6 +125,9 @@ class Checkpoints:
             extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy)}),
         )
         with self._told_if_not_written():
+            if progress.step in self._manager.all_steps():
+                # Stopped after an epoch's last step, and now that epoch is told of. Killed here, the one before serves.
+                self._manager.delete(progress.step)
             self._manager.save(progress.step, args=arguments, force=True)
 
     def wait(self) -> None:

@@ -16,6 +16,7 @@ from cib_jax.hasher import restore_best
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.train import train
+from cib_jax.training.checkpoint import Progress
 from tests import small
 from tests.data import pictures, published
 from tests.retrieval import reference
@@ -224,7 +225,7 @@ def test_changed_features_are_not_gone_on_with(tmp_path, console, monkeypatch):
     features, _ = clusters()
     np.save(tmp_path / "mine.npy", features)
     config = small.config(**FEATURES, data__dir=str(tmp_path / "mine.npy"))
-    monkeypatch.setattr("cib_jax.training.loop.run", lambda state, now, **_: (state, now))
+    monkeypatch.setattr("cib_jax.training.loop.run", lambda state, now, **_: (state, Progress(finished=True)))
     monkeypatch.setattr("cib_jax.jobs.evaluate.measure", lambda *_: {})
     train(config, tmp_path / "run", console=console)
     np.save(tmp_path / "mine.npy", features + 1)

@@ -1,5 +1,6 @@
 """The main job on a few digits: what it leaves behind, resuming, validation, refusals."""
 
+import contextlib
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from cib_jax import config as config_lib
 from cib_jax import from_config
 from cib_jax.data.images import DataError
 from cib_jax.hasher import restore_best
+from cib_jax.jobs import preemption
 from cib_jax.jobs import train as train_job
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.evaluate import evaluate
@@ -67,6 +69,29 @@ def reference_map(workdir, k):
 def test_the_figures_are_those_of_the_codes_on_disk(trained):
     workdir, results = trained
     np.testing.assert_allclose(results["map"], reference_map(workdir, 100), rtol=1e-12)
+
+
+@pytest.mark.parametrize("after", [1, 4, 10, 12])
+def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
+    trained, tmp_path, console, monkeypatch, after
+):
+    """Four steps an epoch: in the middle of one, after its last, and after the last of all."""
+    asked = iter([False] * (after - 1) + [True])
+    with monkeypatch.context() as patched:
+        patched.setattr("cib_jax.jobs.preemption.noted", lambda: contextlib.nullcontext(lambda: next(asked)))
+        with pytest.raises(preemption.Preempted) as stopped:
+            train(small.config(), tmp_path / "run", console=console)
+    assert stopped.value.code == preemption.CODE == 75
+    assert f"step {after} is saved in {tmp_path}" in stopped.value.message
+    results = train(small.config(), tmp_path / "run", console=console)
+    assert f"Going on after epoch {(after - 1) // 4} of 3, step {after}" in console.export_text()
+    assert results["map"] == trained[1]["map"] and results["epochs"] == 3
+    assert_same(params_of(tmp_path / "run", small.config()), params_of(trained[0], small.config()))
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", trained[0])]
+    for mine, whole in zip(*(map(json.loads, part) for part in lines), strict=True):
+        assert {k: v for k, v in mine.items() if "second" not in k} == pytest.approx(
+            {k: v for k, v in whole.items() if "second" not in k}, abs=1e-12
+        )
 
 
 def test_a_workdir_describes_itself(trained):
