@@ -21,10 +21,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "compare", "tune"],
+    ["train", "evaluate", "compare", "tune", "encode"],
     "train (and then evaluate); evaluate a trained run; compare methods, code lengths and "
-    "seeds; tune hyper-parameters.",
+    "seeds; tune hyper-parameters; encode a corpus with a trained run.",
 )
+_IMAGES = flags.DEFINE_string("images", None, "encode: a folder of photos, a .csv or .parquet list of them, or a .npy.")
+_CODES = flags.DEFINE_string("codes", None, "encode: the folder for the codes.")
+_PART = flags.DEFINE_integer("part", 8192, "encode: files in a part, which one process makes.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "encode: how many processes share the parts; by default as srun or mpirun says, or 1."
+)
+_PROCESS = flags.DEFINE_integer("process", None, "encode: which of them this is, from 0.")
 
 
 def refuse(message: str) -> NoReturn:
@@ -113,7 +120,9 @@ def main(arguments: Sequence[str]) -> None:
     from cib_jax.config import flatten
     from cib_jax.errors import Refusal
     from cib_jax.jobs.compare import compare
+    from cib_jax.jobs.encode import encode
     from cib_jax.jobs.evaluate import evaluate
+    from cib_jax.jobs.share import share
     from cib_jax.jobs.train import train
     from cib_jax.jobs.tune import tune
     from cib_jax.jobs.workdir import default_name
@@ -121,6 +130,9 @@ def main(arguments: Sequence[str]) -> None:
     if _WORKDIR.value == "":
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
     workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+    for flag in (_IMAGES, _CODES, _PART, _PROCESSES, _PROCESS):
+        if flag.present and _MODE.value != "encode":
+            refuse(f"--{flag.name}: it is for --mode=encode; leave it out of --mode={_MODE.value}")
     keep_compilations()
     jobs = {"train": train, "compare": compare, "tune": tune}
     try:
@@ -128,21 +140,29 @@ def main(arguments: Sequence[str]) -> None:
             workdir = workdir or default_name(_CONFIG.value, _MODE.value)
             jobs[_MODE.value](_CONFIG.value, workdir)
         elif workdir is None:
-            refuse("--workdir: --mode=evaluate wants the folder of a trained run; give --workdir=DIR")
+            refuse(f"--workdir: --mode={_MODE.value} wants the folder of a trained run; give --workdir=DIR")
         else:
             # The config is the run's own; of an experiment named beside it, what says which run this is must agree.
             named = {name: flatten(_CONFIG.value)[name] for name in ("data.name", "backbone")}
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
-            evaluate(workdir, overrides=(named if arguments[1:] else {}) | overrides)
+            overrides = (named if arguments[1:] else {}) | overrides
+            if _MODE.value == "evaluate":
+                evaluate(workdir, overrides=overrides)
+            else:
+                if not _CODES.value:
+                    refuse("--codes: --mode=encode wants a folder for the codes; give --codes=DIR")
+                processes, process = share(_PROCESSES.value, _PROCESS.value)
+                shared = {"part": _PART.value, "processes": processes, "process": process}
+                encode(workdir, _IMAGES.value, _CODES.value, **shared, overrides=overrides)
     except Refusal as error:
         refuse(str(error))
     except OSError as error:
         refuse(f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole")
     except KeyboardInterrupt:
-        print(
-            f"\nInterrupted; --workdir={workdir} with the same config goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        goes_on = f"--workdir={workdir} with the same config goes on from the last checkpoint"
+        if _MODE.value == "encode":
+            goes_on = "the same command goes on after the parts that are there"
+        print(f"\nInterrupted; {goes_on}.", file=sys.stderr)
         # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
         sys.stdout.flush()
         sys.stderr.flush()
