@@ -216,6 +216,12 @@ def tally(corpus: Corpus) -> Tally:
     return Tally(files, unreadable, missing)
 
 
+def tidy(corpus: Corpus) -> None:
+    """Deletes what killed processes left of parts of a whole corpus; one that is at a part now finds it made."""
+    for left in corpus.folder.glob(".part-*"):
+        left.unlink(missing_ok=True)
+
+
 def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray, "readable bytes"]]:
     """Returns the paths of all files of a finished corpus that have a code, in order, and their packed codes.
 

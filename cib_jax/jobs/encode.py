@@ -29,7 +29,7 @@ from cib_jax.data.items import Items, Read
 from cib_jax.hasher import Hasher, read_config
 from cib_jax.jobs import progress
 from cib_jax.jobs.evaluate import overridden
-from cib_jax.jobs.share import parts_of
+from cib_jax.jobs.share import parts_of, share
 
 PART = 8192
 """Files whose codes make one file: what a killed process can lose."""
@@ -80,6 +80,7 @@ def encode(
 
     Raises:
       CorpusError: `codes` holds something else, or cannot be written.
+      ShareError: there is no such process.
       CheckpointError, WeightsError: there is no trained run in `workdir`, or its backbone is not to be had.
       ConfigError, DataError: a field cannot be changed; `images` cannot be read.
     """
@@ -87,6 +88,7 @@ def encode(
     console = console or rich.console.Console()
     if part < 1:
         raise CorpusError(f"--part: {part} must be 1 or more files")
+    processes, process = share(processes, process)
     trained = read_config(workdir)
     config = overridden(trained.copy_and_resolve_references(), overrides or {})
     config_lib.check(config)
@@ -107,9 +109,8 @@ def encode(
             there = False
         if not there:
             missing.append(number)
-    if missing:
-        _make(corpus, missing, items, hasher, console)
-    return _concluded(corpus, len(missing), items.words, console)
+    made = _make(corpus, missing, items, hasher, console) if missing else 0
+    return _concluded(corpus, made, items.words, console)
 
 
 def _items(
@@ -156,7 +157,9 @@ def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
     return known | {"standard": weights.fingerprint({"mean": backbone.mean, "deviation": backbone.deviation})}
 
 
-def _make(corpus: Corpus, missing: list[int], items: Items, hasher: Hasher, console: rich.console.Console) -> None:
+def _make(corpus: Corpus, missing: list[int], items: Items, hasher: Hasher, console: rich.console.Console) -> int:
+    """Makes parts, but for those that another process makes meanwhile; returns how many."""
+    made = 0
     made_with = {
         "cib-jax": __version__,
         "jax": jax.__version__,
@@ -186,6 +189,8 @@ def _make(corpus: Corpus, missing: list[int], items: Items, hasher: Hasher, cons
             files = [file._replace(path=name) for file, name in zip(files, names, strict=True)]
             corpus.check()
             corpus_parts.write(corpus.path(number), corpus.identity, files, codes, made_with)
+            made += 1
+    return made
 
 
 def _batches(
@@ -219,19 +224,24 @@ def _encoded(
 def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Console) -> Encoded:
     counted = corpus_lib.tally(corpus)
     if counted.missing:
-        what = "part is" if len(counted.missing) == 1 else "parts are"
+        are = "is" if len(counted.missing) == 1 else "are"
         _say(
             console,
-            f"{made:,} parts made; {len(counted.missing):,} of {corpus.parts:,} {what} missing in {corpus.folder}, "
-            "which other processes make; the last of them finds the corpus whole",
+            f"{_parts(made)} made; {len(counted.missing):,} of {_parts(corpus.parts)} {are} missing in "
+            f"{corpus.folder}, which other processes make; the last of them finds the corpus whole",
         )
     else:
+        corpus_lib.tidy(corpus)
         _say(
             console,
-            f"{counted.files:,} {words} in {corpus.parts:,} parts, {counted.unreadable:,} unreadable; the corpus in "
+            f"{counted.files:,} {words} in {_parts(corpus.parts)}, {counted.unreadable:,} unreadable; the corpus in "
             f"{corpus.folder} is whole",
         )
     return Encoded(corpus.parts, made, len(counted.missing), counted.files, counted.unreadable)
+
+
+def _parts(number: int) -> str:
+    return f"{number:,} part" if number == 1 else f"{number:,} parts"
 
 
 def _say(console: rich.console.Console, sentence: str) -> None:

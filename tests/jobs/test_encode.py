@@ -16,6 +16,7 @@ from cib_jax.corpus import CorpusError, read_corpus
 from cib_jax.data import photos
 from cib_jax.data.images import DataError
 from cib_jax.jobs.encode import encode
+from cib_jax.jobs.share import ShareError
 from cib_jax.jobs.train import train
 from tests import small
 from tests.data import pictures
@@ -190,6 +191,15 @@ def test_vectors_are_encoded_by_a_run_on_vectors(tmp_path, console):
     assert not (tmp_path / "others").exists()
 
 
+def test_a_run_on_images_of_one_size_takes_photos_at_the_side_of_its_network(root, wanted, tmp_path, console):
+    train(small.config(epochs=1), tmp_path / "run", console=console)
+    encode(tmp_path / "run", root, tmp_path / "codes", console=console)
+    hasher = cib.Hasher.load(tmp_path / "run")
+    side = hasher.encoder.image_size
+    squares = np.stack([photos.decode(os.path.join(root, name), side) for name in wanted[0]])
+    check(tmp_path / "codes", (wanted[0], hasher.encode(squares)))
+
+
 def test_fields_that_change_the_run_are_refused_and_others_are_not(run, root, wanted, tmp_path, console):
     encode(run, root, tmp_path / "codes", overrides={"encode_batch": 16}, console=console)
     check(tmp_path / "codes", wanted)
@@ -228,6 +238,8 @@ def test_what_cannot_be_encoded_is_refused_before_anything_is_written(run, tmp_p
         encode(run, str(tmp_path / images) if images else images, tmp_path / "codes", console=console)
     with pytest.raises(CorpusError, match="--part: 0 must be 1 or more"):
         encode(run, tmp_path, tmp_path / "codes", part=0, console=console)
+    with pytest.raises(ShareError, match="--process: 2 must be from 0 to 1"):
+        encode(run, tmp_path, tmp_path / "codes", processes=2, process=2, console=console)
     assert not (tmp_path / "codes").exists()
 
 
