@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cib_jax import corpus_parts
+from cib_jax import corpus_list, corpus_parts
 from cib_jax.corpus_parts import CorpusError, DamagedPartError, Part
 
 FORMAT = 1
@@ -129,7 +128,7 @@ def begin(
     Raises:
       CorpusError: it holds something else, another corpus, or cannot be written to.
     """
-    corpus = Corpus(folder, encoder, part, len(names), _listed(names), images)
+    corpus = Corpus(folder, encoder, part, len(names), corpus_list.digest(names), images)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inside = sorted(os.listdir(folder))
@@ -144,14 +143,19 @@ def begin(
                 f"--codes: {folder} holds files, but no codes of a corpus ({foreign[0]}, …); choose another folder"
             )
         if keep_list:
-            _write_list(folder / LIST, names)
+            corpus_list.write(folder / LIST, names)
         text = json.dumps(corpus.described(), indent=2) + "\n"
         corpus_parts.write_bytes(folder / ABOUT, text.encode())
     # Also of what was just written: another process may have written another corpus at the same moment. It checks again
     # before each part, and a part says which corpus it is of.
     theirs = described(folder)
     if keep_list and (theirs.encoder, theirs.part) == (encoder, part) and theirs.listed != corpus.listed:
-        raise CorpusError(_told_of_list(theirs, names))
+        changed = corpus_list.changes(read_list(theirs), names)
+        raise CorpusError(
+            f"--images: the files are others than when {folder} was begun: {changed}; leave --images out to finish the "
+            "list as it was and name what came in a list, --images=NEW.csv, for a folder of its own, or give another "
+            "--codes"
+        )
     corpus.check()
     return corpus
 
@@ -259,50 +263,7 @@ def read_list(corpus: Corpus) -> list[str]:
     Raises:
       CorpusError: they were not kept, or the file that keeps them is damaged.
     """
-    import pyarrow.parquet
-
-    path = corpus.folder / LIST
-    try:
-        names = [os.fsdecode(name) for name in pyarrow.parquet.read_table(path).column("raw_path").to_pylist()]
-        if _listed(names) != corpus.listed:
-            raise ValueError("it names other files")
-    except Exception as error:  # whatever damaged bytes make Parquet's reader raise
-        raise CorpusError(
-            f"--codes: {path}, which keeps the list of files, cannot be read ({error}); give --images"
-        ) from error
-    return names
-
-
-def _write_list(path: pathlib.Path, names: Sequence[str]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"raw_path": pyarrow.array([os.fsencode(name) for name in names], pyarrow.binary())})
-    content = io.BytesIO()
-    pyarrow.parquet.write_table(table, content, compression="zstd", use_dictionary=False)
-    corpus_parts.write_bytes(path, content.getbuffer())
-
-
-def _listed(names: Sequence[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()
-
-
-def _told_of_list(theirs: Corpus, names: Sequence[str]) -> str:
-    then, now = read_list(theirs), set(names)
-    came, went = sorted(now.difference(then)), [name for name in then if name not in now]
-    told = [
-        f"{len(some):,} {word} (the first: {some[0].encode('utf-8', 'backslashreplace').decode()})"
-        for some, word in ((came, "came"), (went, "went"))
-        if some
-    ]
-    what_came = ", then name those that came in a list, --images=NEW.csv, for a folder of their own" if came else ""
-    return (
-        f"--images: the files are others than when {theirs.folder} was begun: {' and '.join(told)}; leave --images out "
-        f"to finish the list as it was{what_came}, or give another --codes"
-    )
+    return corpus_list.read(corpus.folder / LIST, corpus.listed)
 
 
 def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
