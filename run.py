@@ -1,5 +1,6 @@
 """The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train`; fields by --config.FIELD=VALUE."""
 
+import contextlib
 import difflib
 import os
 import pathlib
@@ -8,7 +9,7 @@ import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -23,25 +24,37 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "compare", "tune"],
+    ["train", "evaluate", "compare", "tune", "encode"],
     "train (and then evaluate); evaluate a trained run; compare methods, code lengths and "
-    "seeds; tune hyper-parameters.",
+    "seeds; tune hyper-parameters; encode a corpus with a trained run.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
-    "Several processes, one run: HOST:PORT of the first one, given to all of them with --processes and --process.",
+    "train, evaluate: HOST:PORT of the first of several processes that share one run, given to all of them.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "train, evaluate, encode: how many processes there are; by default as srun or mpirun says, or 1."
+)
+_PROCESS = flags.DEFINE_integer("process", None, "train, evaluate, encode: which of them this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Refuses to run alone: the other processes are those that the environment tells of (a TPU pod, SLURM, Open MPI).",
+    "train, evaluate: refuses to run alone; the other processes are those that a TPU pod, SLURM or Open MPI tells of.",
 )
+_IMAGES = flags.DEFINE_string("images", None, "encode: a folder of photos, a .csv or .parquet list of them, or a .npy.")
+_CODES = flags.DEFINE_string("codes", None, "encode: the folder for the codes.")
+_PART = flags.DEFINE_integer("part", 8192, "encode: files in a part, which one process makes.")
 
-JOINED = ("train", "evaluate")
-"""Modes in which several processes work at one run; in the others, each takes what nobody else is at."""
+FLAGS_OF = {
+    "train": ("coordinator", "processes", "process", "distributed"),
+    "evaluate": ("coordinator", "processes", "process", "distributed"),
+    "encode": ("processes", "process", "images", "codes", "part"),
+}
+"""Flags that a mode takes besides --config, --workdir and --mode.
+
+A comparison's processes and a search's need none: each takes what nobody else is at.
+"""
 
 
 def refuse(message: str) -> NoReturn:
@@ -144,35 +157,68 @@ def main(arguments: Sequence[str]) -> None:
     quieten_background()
     logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and Grain tell much that no user asked for, errors included
     from cib_jax import processes
-    from cib_jax.config import flatten
-    from cib_jax.errors import Refusal
     from cib_jax.jobs import preemption
     from cib_jax.jobs.compare import compare
-    from cib_jax.jobs.evaluate import evaluate
     from cib_jax.jobs.train import train
     from cib_jax.jobs.tune import tune
     from cib_jax.jobs.workdir import default_name
-    from cib_jax.training.checkpoint import SaveError
 
+    mode = _MODE.value
     if _WORKDIR.value == "":
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
     workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
-    keep_compilations()
+    for name in sorted({name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF.get(mode, ())}):
+        if flags.FLAGS[name].present:
+            modes = " and ".join(f"--mode={other}" for other, names in FLAGS_OF.items() if name in names)
+            refuse(f"--{name}: it is for {modes}; leave it out of --mode={mode}")
     jobs = {"train": train, "compare": compare, "tune": tune}
-    try:
-        if _MODE.value in JOINED:
+    if mode in jobs:
+        workdir = workdir or default_name(_CONFIG.value, mode)
+    elif workdir is None:
+        refuse(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
+    goes_on = f"--workdir={workdir} with the same config goes on from the last checkpoint"
+    if mode == "encode":
+        goes_on = "the same command goes on after the parts that are there"
+    keep_compilations()
+    with ended_in_words(goes_on):
+        if "coordinator" in FLAGS_OF.get(mode, ()):
             processes.join(_COORDINATOR.value, _PROCESS.value, _PROCESSES.value, detect=_DISTRIBUTED.value)
         preemption.listen()
-        if _MODE.value in jobs:
-            workdir = workdir or default_name(_CONFIG.value, _MODE.value)
-            jobs[_MODE.value](_CONFIG.value, workdir)
-        elif workdir is None:
-            refuse("--workdir: --mode=evaluate wants the folder of a trained run; give --workdir=DIR")
+        if mode in jobs:
+            jobs[mode](_CONFIG.value, workdir)
         else:
-            # The config is the run's own; of an experiment named beside it, what says which run this is must agree.
-            named = {name: flatten(_CONFIG.value)[name] for name in ("data.name", "backbone")}
-            overrides = config_flags.get_override_values(flags.FLAGS["config"])
-            evaluate(workdir, overrides=(named if arguments[1:] else {}) | overrides)
+            use(mode, workdir, config_named=bool(arguments[1:]))
+
+
+def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
+    """Starts a job on a trained run, whose config is its own."""
+    from cib_jax import processes
+    from cib_jax.config import flatten
+    from cib_jax.jobs.encode import encode
+    from cib_jax.jobs.evaluate import evaluate
+
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    if config_named:  # of an experiment named beside the run, what says which run this is must agree
+        overrides = {name: flatten(_CONFIG.value)[name] for name in ("data.name", "backbone")} | overrides
+    if mode == "evaluate":
+        evaluate(workdir, overrides=overrides)
+        return
+    if not _CODES.value:
+        refuse("--codes: --mode=encode wants a folder for the codes; give --codes=DIR")
+    place = processes.place(_PROCESS.value, _PROCESSES.value)
+    encode(workdir, _IMAGES.value, _CODES.value, part=_PART.value, place=place, overrides=overrides)
+
+
+@contextlib.contextmanager
+def ended_in_words(goes_on: str) -> Iterator[None]:
+    """Ends the program in a sentence and an exit code where a job cannot go on; `goes_on` says what takes it up."""
+    from cib_jax import processes
+    from cib_jax.errors import Refusal
+    from cib_jax.jobs import preemption
+    from cib_jax.training.checkpoint import SaveError
+
+    try:
+        yield
     except processes.SharedRefusal as error:
         if processes.first():
             refuse(str(error))
@@ -186,12 +232,10 @@ def main(arguments: Sequence[str]) -> None:
     except preemption.Preempted as error:
         if not processes.first():
             sys.exit(preemption.CODE)
-        told = f"--workdir={workdir} with the same config goes on"
-        end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {told}.", at_once=not processes.several())
+        end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not processes.several())
     except KeyboardInterrupt:
         # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
-        told = f"--workdir={workdir} with the same config goes on from the last checkpoint"
-        end(130, f"\nInterrupted; {told}.", at_once=True)
+        end(130, f"\nInterrupted; {goes_on}.", at_once=True)
     except Exception as error:
         if not processes.several():
             raise
@@ -200,9 +244,7 @@ def main(arguments: Sequence[str]) -> None:
             traceback.print_exc()
             end(1, "run.py: this process broke down, and the others with it", at_once=True)
         told = f"another process of this run ended ({str(error).splitlines()[0]})"
-        end(
-            preemption.CODE, f"run.py: {told}; the same commands, for all, go on from the last checkpoint", at_once=True
-        )
+        end(preemption.CODE, f"run.py: {told}; the same commands go on from the last checkpoint", at_once=True)
 
 
 def end(code: int, message: str, *, at_once: bool) -> NoReturn:

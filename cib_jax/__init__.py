@@ -12,6 +12,7 @@ function, for use under `jax.jit`, `jax.vmap` and `jax.grad`; codes are ±1 floa
 from cib_jax.augment import resize_and_normalise, two_views
 from cib_jax.backbones.weights import load_pretrained
 from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
+from cib_jax.corpus import read_corpus
 from cib_jax.encoder import Encoder, create_encoder
 from cib_jax.errors import Refusal
 from cib_jax.fitting import fit
@@ -55,6 +56,7 @@ __all__ = [
     "precision_recall_curve",
     "precision_within_radius",
     "rank",
+    "read_corpus",
     "recall_at_k",
     "resize_and_normalise",
     "sample_codes",

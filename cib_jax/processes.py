@@ -6,7 +6,7 @@ Alone, a process is the first of one, and everything here costs nothing.
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -46,51 +46,83 @@ class Place(NamedTuple):
     processes: int
 
 
-def told_by_environment() -> Place | None:
-    """Returns this process's place where SLURM's srun or Open MPI's mpirun started several tasks, None elsewhere."""
-    for process, processes, step in (
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"),
-    ):
-        # An interactive shell inside an allocation has the job's count, but is a step of one task.
-        if os.environ.get(step, "1") != "1" and process in os.environ and processes in os.environ:
-            return Place(int(os.environ[process]), int(os.environ[processes]))
+# Variables of a process's number and of how many there are, in the order in which they are believed: under Slurm,
+# mpirun itself runs as a step. A step of one task, such as a shell in an allocation, is alone.
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+def told_by_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Returns this process's place where Open MPI's mpirun, Slurm's srun or a TPU pod tell of several, else None."""
+    for process, processes in _LAUNCHERS:
+        if environment.get(processes, "1").isdigit() and int(environment.get(processes, "1")) > 1:
+            return Place(int(environment[process]), int(environment[processes]))
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if len(hosts) > 1 and "TPU_WORKER_ID" in environment:
+        return Place(int(environment["TPU_WORKER_ID"]), len(hosts))
     return None
 
 
-def join(coordinator: str = "", process: int = -1, processes: int = 0, *, detect: bool = False) -> None:
+def place(process: int | None, processes: int | None, environment: Mapping[str, str] = os.environ) -> Place:
+    """Returns this process's place among those that share work without a word between them.
+
+    Args:
+      process: which it is, from 0, as the user says; None where nothing is said.
+      processes: how many there are, the same.
+      environment: see `told_by_environment`; believed where the user says nothing. Without a word, it is alone.
+
+    Raises:
+      ProcessesError: one of the two is missing, or out of range.
+    """
+    if processes is None and process is None:
+        return told_by_environment(environment) or Place(0, 1)
+    if processes is None:
+        raise ProcessesError(f"--processes: it is missing beside --process={process}; give how many there are in all")
+    if process is None:
+        raise ProcessesError(
+            f"--process: it is missing beside --processes={processes}; give each its number, from 0 to {processes - 1}"
+        )
+    if processes < 1:
+        raise ProcessesError(f"--processes: {processes} must be 1 or more")
+    if not 0 <= process < processes:
+        raise ProcessesError(f"--process: {process} must be from 0 to {processes - 1}, one of --processes={processes}")
+    return Place(process, processes)
+
+
+def join(
+    coordinator: str = "", process: int | None = None, processes: int | None = None, *, detect: bool = False
+) -> None:
     """Has this process work together with others, before JAX is used for anything else.
 
     Args:
       coordinator: "HOST:PORT" where the first process can be reached by all; "": as the environment says.
-      process: which one this is, from 0; -1: as the environment says.
-      processes: how many there are; 0: as the environment says.
+      process: which one this is, from 0; None: as the environment says.
+      processes: how many there are; None: as the environment says.
       detect: whether there must be several. Without, and without a `coordinator`, a process that no environment
         tells of others stays alone.
 
     Raises:
       ProcessesError: they do not fit, or the others could not be found.
     """
-    told = told_by_environment()
-    if not coordinator and not detect:
-        if (process, processes) != (-1, 0):
-            raise ProcessesError("--coordinator: it is missing; give HOST:PORT of the first process to all of them")
-        if told is None:
-            return
-    if coordinator and told and (process, processes) == (-1, 0):
-        process, processes = told
-    if coordinator and not 0 <= process < processes:
-        raise ProcessesError(
-            f"--process: {process} of {processes} makes no sense; --processes=N says how many there are to all of them "
-            "and --process=I, from 0 to N - 1, to each which it is"
-        )
+    mine = place(process, processes)
+    if not coordinator and process is not None:
+        raise ProcessesError("--coordinator: it is missing; give HOST:PORT of the first process to all of them")
     if coordinator and ":" not in coordinator:
         raise ProcessesError(f"--coordinator: {coordinator!r} has no port; give HOST:PORT of the first process")
+    if coordinator and mine.processes == 1:
+        raise ProcessesError(
+            "--coordinator: there is nobody to share with; --processes=N says how many there are and --process=I which "
+            "one each is"
+        )
+    if not coordinator and not detect and mine.processes == 1:
+        return
     try:
         jax.distributed.initialize(
             coordinator or None,
-            processes or None,
-            None if process < 0 else process,
+            mine.processes if coordinator else None,
+            mine.process if coordinator else None,
             initialization_timeout=JOINING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
@@ -99,6 +131,11 @@ def join(coordinator: str = "", process: int = -1, processes: int = 0, *, detect
             f"--coordinator: the processes did not find each other ({str(error).splitlines()[0]}); every one must be "
             "started with the same --coordinator and --processes and a --process of its own"
         ) from error
+
+
+def parts_of(parts: int, place: Place) -> range:
+    """Returns which of `parts` are a process's: every one whose number leaves its own when divided by their count."""
+    return range(place.process, parts, place.processes)
 
 
 def several() -> bool:

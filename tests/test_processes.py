@@ -150,31 +150,67 @@ def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, processe
     assert max(sizes) - min(sizes) <= 1
 
 
+@given(parts=st.integers(0, 500), count=st.integers(1, 64))
+def test_every_part_is_one_processs(parts, count):
+    taken = [part for process in range(count) for part in processes.parts_of(parts, Place(process, count))]
+    assert sorted(taken) == list(range(parts))
+    sizes = [len(processes.parts_of(parts, Place(process, count))) for process in range(count)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, (0, 1)),
+        (SLURM, (3, 8)),
+        (OPEN_MPI, (1, 2)),
+        (OPEN_MPI | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, (1, 2)),  # mpirun's own step, one task a node
+        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, (2, 4)),
+        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, (0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script itself, outside srun
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),  # a shell
+    ],
+)
+def test_a_launcher_says_which_process_this_is(environment, wanted):
+    assert processes.place(None, None, environment) == wanted
+    assert processes.told_by_environment(environment) == (None if wanted == (0, 1) else wanted)
+    assert processes.place(4, 5, environment) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("count", "process", "message"),
+    [
+        (None, 1, "--processes: it is missing beside --process=1"),
+        (3, None, "--process: it is missing beside --processes=3; give each its number, from 0 to 2"),
+        (0, 0, "--processes: 0 must be 1 or more"),
+        (3, 3, "--process: 3 must be from 0 to 2"),
+        (3, -1, "--process: -1 must be from 0 to 2"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(count, process, message):
+    with pytest.raises(processes.ProcessesError, match=message):
+        processes.place(process, count, {})
+
+
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
         (("", 1, 2), "--coordinator: it is missing"),
         (("localhost", 0, 2), "'localhost' has no port"),
-        (("localhost:1", 2, 2), "--process: 2 of 2 makes no sense"),
-        (("localhost:1", -1, 0), "--process: -1 of 0 makes no sense"),
+        (("localhost:1", 2, 2), "--process: 2 must be from 0 to 1"),
+        (("localhost:1", None, None), "--coordinator: there is nobody to share with"),
     ],
 )
-def test_a_place_that_makes_no_sense_is_refused(given_, message, monkeypatch):
-    monkeypatch.setattr(os, "environ", {})
+def test_joining_nobody_is_refused(given_, message):
     with pytest.raises(processes.ProcessesError, match=message):
         processes.join(*given_)
 
 
-def test_the_environment_tells_of_others_only_where_several_tasks_were_started(monkeypatch):
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
-    monkeypatch.setattr(os, "environ", slurm)
-    assert processes.told_by_environment() == (3, 8)
-    # A shell in an allocation of 8 tasks is one task.
-    monkeypatch.setattr(os, "environ", slurm | {"SLURM_STEP_NUM_TASKS": "1"})
-    assert processes.told_by_environment() is None
-    monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
-    assert processes.told_by_environment() == (0, 2)
-    monkeypatch.setattr(os, "environ", {})
-    assert processes.told_by_environment() is None
-    processes.join()  # alone
-    assert not processes.several() and processes.share(5) == slice(0, 5)
+def test_alone_a_process_is_the_first_of_one():
+    processes.join()
+    assert processes.first() and not processes.several() and processes.share(5) == slice(0, 5)
+    assert processes.gather_texts("mine") == ["mine"] and processes.from_first("mine") == "mine"

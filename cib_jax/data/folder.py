@@ -40,7 +40,7 @@ def load(
     _check(directory)
     paths, others, unreadable = walk(directory)
     if not paths:
-        seen = f"only {_counted(others)}" if others else "nothing"
+        seen = f"only {counted(others)}" if others else "nothing"
         raise DataError(
             f"config.data.dir: {directory} holds no photos ({seen}); give a folder with files named "
             f"{', '.join(sorted(photos.EXTENSIONS))}"
@@ -55,7 +55,7 @@ def load(
     notes = [*made.notes, note]
     if others:
         hint = "; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else ""
-        notes.append(f"Not photos by name, left out: {_counted(others)}{hint}")
+        notes.append(f"Not photos by name, left out: {counted(others)}{hint}")
     return Source(
         ImageSet(made.images, labels, names),
         None,
@@ -165,7 +165,8 @@ def _printable(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def _counted(others: collections.Counter[str]) -> str:
+def counted(others: collections.Counter[str]) -> str:
+    """Returns how many files of which extensions, in words."""
     return ", ".join(f"{count:,} {_printable(extension)}" for extension, count in others.most_common(5)) + (
         f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
     )

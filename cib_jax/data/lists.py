@@ -45,10 +45,7 @@ def load(
     """
     path = os.path.expanduser(path)
     columns = _columns(path)
-    names = _texts(path, columns, "path")
-    if len(set(names)) < len(names):
-        twice = collections.Counter(names).most_common(1)[0][0]
-        raise DataError(f"config.data.dir: {path} names {twice!r} twice; leave one of the two rows out")
+    named = _names(path, columns)
     labels, classes = _labels(path, columns) if labelled else (None, [])
     split = _texts(path, columns, "split") if "split" in columns else None
     for number, role in enumerate(split or ()):
@@ -58,16 +55,33 @@ def load(
             )
     root = os.path.dirname(os.path.abspath(path))
     made = prepared.prepare(
-        names, root=root, owner=path, size=size, cache=cache, max_megapixels=max_megapixels, bar=bar
+        named, root=root, owner=path, size=size, cache=cache, max_megapixels=max_megapixels, bar=bar
     )
     folder.check_enough(path, len(made.kept), made.unreadable)
     kept: Int[np.ndarray, " images"] = made.kept
-    whole = ImageSet(made.images, None if labels is None else labels[kept], [names[index] for index in kept])
+    whole = ImageSet(made.images, None if labels is None else labels[kept], [named[index] for index in kept])
     roles = None
     if split is not None:
         of_kept = np.array(split)[kept]
         roles = {role: whole.take(np.flatnonzero(of_kept == role)) for role in ROLES if (of_kept == role).any()}
     return Source(whole, None, classes, roles, made.unreadable, made.notes)
+
+
+def names(path: str) -> list[str]:
+    """Returns the paths that a list names, in its order.
+
+    Raises:
+      DataError: the list cannot be read, or names no photo, or one twice.
+    """
+    return _names(path, _columns(path))
+
+
+def _names(path: str, columns: dict[str, list[Any]]) -> list[str]:
+    found = _texts(path, columns, "path")
+    if len(set(found)) < len(found):
+        twice = collections.Counter(found).most_common(1)[0][0]
+        raise DataError(f"config.data.dir: {path} names {twice!r} twice; leave one of the two rows out")
+    return found
 
 
 def _columns(path: str) -> dict[str, list[Any]]:

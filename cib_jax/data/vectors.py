@@ -68,20 +68,8 @@ def load(path: str, *, labelled: bool = True, cache: pathlib.Path | None = None,
       DataError: the file cannot be read, or a value in it cannot be.
     """
     path = os.path.expanduser(path)
-    if not os.path.isfile(path):
-        raise DataError(f"config.data.dir: there is no file {path or 'named'}; give one of {', '.join(_READERS)}")
-    extension = os.path.splitext(path)[1].lower()
-    if extension not in _READERS:
-        raise DataError(f"config.data.dir: {path} is none of {', '.join(_READERS)}; write the features as one of them")
-    try:
-        read = _READERS[extension](path, cache)
-    except DataError:
-        raise
-    except Exception as error:  # each reader's own kinds; all mean that the file is not what its name says
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise DataError(
-            f"config.data.dir: {path} cannot be read as {extension} ({type(error).__name__}: {first}); write it again"
-        ) from error
+    read = _read(path, cache)
+    _check_kind(path, read.features)
     _check(path, read.features, bar)
     ids = _ids(path, read)
     labels, classes = _labels(path, read) if labelled else (None, [])
@@ -89,6 +77,40 @@ def load(path: str, *, labelled: bool = True, cache: pathlib.Path | None = None,
     known = repr((found.st_size, found.st_mtime_ns, read.features.shape, str(read.features.dtype)))
     identity = f"vectors-{hashlib.blake2b(known.encode(), digest_size=16).hexdigest()}"
     return Source(ImageSet(Vectors(read.features, identity), labels, ids), None, classes)
+
+
+def mapped(path: str) -> tuple[Shaped[np.ndarray, "items ..."], Sequence[str] | None]:
+    """Returns the features of a file without reading them, and the names of its items, where they have any.
+
+    Raises:
+      DataError: it is neither .npy nor .safetensors, which alone can be mapped, or holds no features.
+    """
+    path = os.path.expanduser(path)
+    if (extension := os.path.splitext(path)[1].lower()) not in (".npy", ".safetensors"):
+        raise DataError(
+            f"config.data.dir: {path} is {extension or 'of no known kind'}; features are read from .npy or "
+            ".safetensors, which can be mapped; write them as one of these"
+        )
+    read = _read(path, None)
+    _check_kind(path, read.features)
+    return read.features, _ids(path, read)
+
+
+def _read(path: str, cache: pathlib.Path | None) -> _Read:
+    if not os.path.isfile(path):
+        raise DataError(f"config.data.dir: there is no file {path or 'named'}; give one of {', '.join(_READERS)}")
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in _READERS:
+        raise DataError(f"config.data.dir: {path} is none of {', '.join(_READERS)}; write the features as one of them")
+    try:
+        return _READERS[extension](path, cache)
+    except DataError:
+        raise
+    except Exception as error:  # each reader's own kinds; all mean that the file is not what its name says
+        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise DataError(
+            f"config.data.dir: {path} cannot be read as {extension} ({type(error).__name__}: {first}); write it again"
+        ) from error
 
 
 def _npy(path: str, cache: pathlib.Path | None) -> _Read:
@@ -154,8 +176,8 @@ def _need(path: str, names: Sequence[str]) -> None:
         raise DataError(f"config.data.dir: {path} has no 'features', but {', '.join(names) or 'nothing'}; name them so")
 
 
-def _check(path: str, features: Any, bar: Bar) -> None:
-    """Refuses features of another shape or type, and those that are not finite."""
+def _check_kind(path: str, features: Any) -> None:
+    """Refuses features of another shape or type."""
     if features.ndim not in (2, 3) or 0 in features.shape[1:]:
         raise DataError(
             f"config.data.dir: {path} holds an array {list(features.shape)}; [items, features] or [items, views, "
@@ -166,6 +188,10 @@ def _check(path: str, features: Any, bar: Bar) -> None:
             f"config.data.dir: {path} holds {features.dtype}, not floating-point numbers; convert them, for example "
             "with .astype('float32')"
         )
+
+
+def _check(path: str, features: Any, bar: Bar) -> None:
+    """Refuses too few features, and those that are not finite or all the same."""
     if len(features) < FEWEST:
         raise DataError(
             f"config.data.dir: {path} holds {len(features)} items; at least {FEWEST} are needed, and some hundred to "

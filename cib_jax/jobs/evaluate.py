@@ -49,7 +49,7 @@ def evaluate(
     console = (console or rich.console.Console()) if processes.first() else rich.console.Console(quiet=True)
     with processes.agreed():
         trained = read_config(workdir)
-        config = _overridden(trained.copy_and_resolve_references(), overrides or {})
+        config = overridden(trained.copy_and_resolve_references(), overrides or {})
         config_lib.check(config)
     with workdir_lib.claim(workdir):
         return _evaluate(config, trained.k, workdir, console)
@@ -76,14 +76,19 @@ def _evaluate(
     return measure(setting, params, progress, float(extra["bank_seconds"]), name)
 
 
-def _overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
+def overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Returns the config of a trained run with other values of the fields that do not change the run.
+
+    Raises:
+      ConfigError: a field changes it.
+    """
     for name, value in overrides.items():
         known = config_lib.flatten(config)
         if name in known and known[name] == value:
             continue
         if name not in config_lib.MEASURING | config_lib.MAY_CHANGE:
             raise config_lib.ConfigError(
-                f"config.{name}: the run was trained with {known.get(name)!r}, which an evaluation cannot change to "
+                f"config.{name}: the run was trained with {known.get(name)!r}, which can no longer be changed to "
                 f"{value!r}; leave it out, or train again in another --workdir"
             )
         config.update_from_flattened_dict({name: value})

@@ -1,6 +1,7 @@
 """What a job shows while it works: bars on a terminal, a line now and then in a log."""
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Iterator
 
@@ -27,14 +28,19 @@ def bar(console: rich.console.Console, what: str, total: int, done: int = 0) -> 
             moved = _rated(lambda more, words: progress.update(task, advance=more, words=words))
             yield moved
         return
-    told = time.monotonic()
+    told = begun = time.monotonic()
+    before = done
 
     def line(more: int, words: str) -> None:
         nonlocal done, told
         done += more
         if time.monotonic() - told > LINE_EVERY or done >= total:
             told = time.monotonic()
-            console.print(f"{what}: {done:,} of {total:,}, {words}", highlight=False, soft_wrap=True, markup=False)
+            seconds = (told - begun) * (total - done) / max(done - before, 1)
+            left = f", {datetime.timedelta(seconds=round(seconds))} left" if done < total else ""
+            console.print(
+                f"{what}: {done:,} of {total:,}, {words}{left}", highlight=False, soft_wrap=True, markup=False
+            )
 
     yield _rated(line)
 

@@ -1,0 +1,215 @@
+"""What there is to encode: photos of a folder or a list, or rows of a file of features, each read when it is due."""
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Shaped
+
+from cib_jax.data import folder, lists, photos, vectors
+from cib_jax.data.all_cores import in_order
+from cib_jax.data.images import DataError, Item
+
+# What the system answers where the file itself is not to blame: codes made without it would lack good photos for ever.
+_OF_THE_SYSTEM = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH}
+)
+
+
+class Read(NamedTuple):
+    """What came of one item."""
+
+    content: Item | None
+    reason: str = ""
+    """Why there is no content."""
+    size: int | None = None
+    """Of the file, in bytes, where the item is one."""
+    modified_ns: int | None = None
+    """When the file was last changed, in nanoseconds since 1970."""
+
+
+class Items(Protocol):
+    """Named items in a fixed order."""
+
+    words: str
+    """What they are, in the plural."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all, in order."""
+
+    @property
+    def place(self) -> str:
+        """Where they lie, absolute."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should be told of how they were found, a sentence each."""
+
+    def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
+        """Yields (number, what came of it) of the items that `ranges` name, in order, a few read ahead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Photos:
+    """Photos, decoded to squares on all cores."""
+
+    place: str
+    """The folder, or the list, that they were asked for by."""
+    names: Sequence[str]
+    """Their paths, relative to `root` or absolute."""
+    root: str
+    size: int
+    """Side of the squares in pixels."""
+    max_megapixels: int = photos.MAX_MEGAPIXELS
+    notes: Sequence[str] = ()
+    words = "photos"
+
+    def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
+        """Yields (number, photo or why there is none), in order, some photos being decoded ahead.
+
+        Raises:
+          DataError: they cannot be reached any more, which is no photo's own fault.
+        """
+        return in_order(self._read, itertools.chain.from_iterable(ranges))
+
+    def _read(self, number: int) -> Read:
+        path = os.path.join(self.root, self.names[number])
+        size = modified = None
+        try:
+            found = os.stat(path)
+            size, modified = found.st_size, found.st_mtime_ns
+            return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
+        except OSError as error:
+            self._check_system(error, path)
+            return Read(None, (error.strerror or str(error)).lower(), size, modified)
+        except photos.BadPhotoError as error:
+            self._check_system(error.__cause__, path)
+            return Read(None, _printable(str(error)), size, modified)
+
+    def _check_system(self, error: BaseException | None, path: str) -> None:
+        if isinstance(error, FileNotFoundError) and not _holds_something(self.root):
+            raise DataError(f"--images: {self.root} is gone or empty; mount it again, and the same command goes on")
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
+            told = getattr(error, "strerror", None) or "out of memory"
+            raise DataError(
+                f"--images: {_printable(path)} cannot be read now ({told.lower()}), which is not the photo's own "
+                "fault; mend that, and the same command goes on"
+            )
+
+
+def _holds_something(root: str) -> bool:
+    try:
+        with os.scandir(root) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a file of features, which is mapped."""
+
+    place: str
+    names: Sequence[str]
+    """Their ids, or their numbers where they have none."""
+    features: Shaped[np.ndarray, "items ..."]
+    notes: Sequence[str] = ()
+    words = "vectors"
+
+    def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
+        """Yields (number, row or why it cannot be used), in order."""
+        for numbers in ranges:
+            for start in range(numbers.start, numbers.stop, vectors.BLOCK):
+                block = np.asarray(self.features[start : min(start + vectors.BLOCK, numbers.stop)])
+                finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+                for row, good in enumerate(finite):
+                    yield start + row, Read(block[row]) if good else Read(None, "values that are not finite")
+
+
+def find(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS) -> Items:
+    """Returns what `images` names: a folder of photos, a .csv or .parquet list of them, or a .npy of features.
+
+    Photos come in the order of their paths, rows in that of the file.
+
+    Args:
+      images: the path.
+      takes: "images" or "features": what the encoder was trained on.
+      size: side of the photos' squares in pixels.
+      max_megapixels: larger photos are unreadable.
+
+    Raises:
+      DataError: it is not there, holds nothing, or is something else than the encoder takes.
+    """
+    if not images:
+        raise DataError("--images: it is empty; give a folder of photos, a list of them, or features")
+    images = os.path.abspath(os.path.expanduser(images))
+    if not os.path.exists(images):
+        raise DataError(f"--images: there is no {images}; give a folder of photos, a list of them, or features")
+    with _asked_for_as_images():
+        if takes == "features":
+            if os.path.isdir(images):
+                raise DataError(
+                    f"--images: {images} is a folder, but the run was trained on features; give a .npy of the same kind"
+                )
+            features, ids = vectors.mapped(images)
+            if not len(features):
+                raise DataError(f"--images: {images} holds no row; give features [items, {features.shape[-1]}]")
+            return Rows(images, ids if ids is not None else [str(row) for row in range(len(features))], features)
+        if os.path.isdir(images):
+            return _of_folder(images, size, max_megapixels)
+        if os.path.splitext(images)[1].lower() not in (".csv", ".parquet"):
+            raise DataError(
+                f"--images: {images} is neither a folder nor a .csv or .parquet list, but the run was trained on "
+                "images; give one of these"
+            )
+        return Photos(images, sorted(lists.names(images)), os.path.dirname(images), size, max_megapixels)
+
+
+def listed(place: str, names: Sequence[str], *, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS) -> Photos:
+    """Returns photos whose names are known already, of what `find` was given as `place`.
+
+    Raises:
+      DataError: their folder is not there any more.
+    """
+    root = place if os.path.isdir(place) else os.path.dirname(place)
+    if not _holds_something(root):
+        raise DataError(f"--images: {root} is gone or empty; mount it again, or say by --images where it is now")
+    return Photos(place, names, root, size, max_megapixels)
+
+
+def _of_folder(directory: str, size: int, max_megapixels: int) -> Photos:
+    paths, others, closed = folder.walk(directory)
+    if not paths:
+        why = f"{closed[0].path or directory}: {closed[0].reason}" if closed else f"{others.total():,} other files"
+        raise DataError(
+            f"--images: {directory} holds no photos ({_printable(why)}); give a folder with files named "
+            f"{', '.join(sorted(photos.EXTENSIONS))}"
+        )
+    notes = []
+    if others:
+        notes.append(f"Not photos by name, left out: {folder.counted(others)}")
+    if closed:
+        notes.append(
+            f"{len(closed):,} folders cannot be entered, what is in them is left out; the first: "
+            f"{_printable(closed[0].path)}: {closed[0].reason}"
+        )
+    return Photos(directory, paths, directory, size, max_megapixels, notes)
+
+
+@contextlib.contextmanager
+def _asked_for_as_images() -> Iterator[None]:
+    """Names in errors what the user named: a flag here, a field of the config where a run is trained."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("config.data.dir:", "--images:")) from error
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
