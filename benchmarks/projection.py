@@ -7,6 +7,7 @@ and that storage, decoding and sending may not overlap with computing.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks import measuring
@@ -179,8 +180,9 @@ def memory() -> list[list[str]]:
     ]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables."""
+    measuring.parser(__doc__ or "").parse_args(arguments)
     print(f"Estimates for {IMAGES:,} images, {BITS} bits, {BATCH:,} images a step\n")
     found = networks()
     for machine in MACHINES:

@@ -174,7 +174,7 @@ def main() -> None:
     if flags.project:
         from benchmarks import projection
 
-        projection.main()
+        projection.main([])
         return
     print(f"{measuring.machine('jax')}\n")
     many = flags.devices
