@@ -74,10 +74,11 @@ def _share(codes: Float[Array, "2*batch bits"], axis: Axis) -> Float[Array, ""]:
     batch = len(codes) // 2
     everything, place = codes, jnp.arange(2 * batch)
     if axis is not None:
-        views = [jax.lax.all_gather(view, axis, tiled=True) for view in jnp.split(codes, 2)]
-        everything = jnp.concatenate(views)
+        # Both views in one exchange; then all first views, as without devices, and all second ones.
+        views = jax.lax.all_gather(codes.reshape(2, batch, -1), axis, axis=1, tiled=True)
+        everything = views.reshape(-1, codes.shape[1])
         first = spread.first_row(batch, axis) + jnp.arange(batch)
-        place = jnp.concatenate([first, len(views[0]) + first])
+        place = jnp.concatenate([first, views.shape[1] + first])
     sums = contrast.log_sum_exp_of_others(codes, everything, place)
     # Both codes of an image have the other as their positive, at the same similarity.
     positive = jnp.sum(codes[:batch] * codes[batch:], axis=-1)

@@ -60,8 +60,10 @@ class _LastAndBest:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
-        last = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
-        return [checkpoint.step in last or checkpoint.step == self.best_step for checkpoint in checkpoints]
+        kept = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
+        if self.best_step:  # 0: none was validated yet, and the untrained one is not the best
+            kept.append(self.best_step)
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -127,6 +129,7 @@ class Checkpoints:
         with self._told_if_not_written():
             if progress.step in self._manager.all_steps():
                 # Stopped after an epoch's last step, and now that epoch is told of. Killed here, the one before serves.
+                self._manager.wait_until_finished()
                 self._manager.delete(progress.step)
             self._manager.save(progress.step, args=arguments, force=True)
 

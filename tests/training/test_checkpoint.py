@@ -58,6 +58,19 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [3, 6, 7]
 
 
+def test_without_a_validation_the_untrained_one_goes_like_any_other(tmp_path):
+    saved(tmp_path, range(0, 4))
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [2, 3]
+
+
+def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_of(1.0), Progress(step=1, steps_of_epoch=1, sums={"loss": 0.5}), {})
+        checkpoints.save(state_of(1.0), Progress(step=1, epoch=1), {})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state_of(0.0))[1] == Progress(step=1, epoch=1)
+
+
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     saved(tmp_path, [1, 2])
     shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")

@@ -1,0 +1,197 @@
+"""What large machines would do on a billion images: estimates, each computed here from counts and published figures.
+
+`python -m benchmarks.scaling --project`. Nothing here was run on such a machine. FLOPs are counted by XLA in the
+program as it is lowered for a TPU; bytes between devices follow the closed form that `benchmarks.scaling` checks
+against compiled programs; the rate of decoding is the one measured in docs/performance.md. Not counted: augmentation,
+and that storage, decoding and sending may not overlap with computing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks import measuring
+from benchmarks.collectives import Collective
+
+IMAGES = 10**9
+VIEWS = 2
+BITS = 64
+BATCH = 1 << 16
+"""Images per step, over all devices."""
+
+UTILISATION = (1.0, 0.3)
+"""Parts of the peak: what no program exceeds, and an assumption, which only a run on the machine can replace."""
+
+JPEG_BYTES = 100_000
+"""Of a photo of 640 × 480 in storage: an assumption."""
+
+DECODED = {128: 622, 224: 535}
+"""JPEGs of 640 × 480 decoded and resized a second by one core, measured (docs/performance.md; 224 px: its 256 px)."""
+
+PASSES = 6
+"""Of bfloat16 that a TPU takes for a product of float32 at the highest precision, as the contrast's are."""
+
+
+class Machine(NamedTuple):
+    """A machine's published figures."""
+
+    name: str
+    devices: int
+    flops: float
+    """Peak of a device in bfloat16, without sparsity, per second."""
+    memory: float
+    """Bytes a second that a device reads and writes in its own memory."""
+    inside: float
+    """Bytes a second that a device sends to its neighbours over the fast links, one way."""
+    across: float
+    """Bytes a second that a device sends beyond them, one way; `inside` where nothing lies beyond."""
+    price: float | None
+    """Dollars an hour and device; None where no source could be read."""
+
+
+MACHINES = (
+    # https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 819 GBps, ICI 400 GBps both ways, 256 chips in one torus.
+    # Its price stands in https://cloud.google.com/tpu/pricing, which could not be read when this was written.
+    Machine("TPU v5e-256", 256, 197e12, 819e9, 200e9, 200e9, None),
+    # 989.4 TFLOPS, 3.35 TB/s, NVLink 900 GB/s both ways: https://glennklockwood.com/garden/processors/h100.
+    # 3,200 Gbit/s for 8 GPUs, 4.916 dollars: https://aws.amazon.com/ec2/capacityblocks/pricing, late in 2024.
+    Machine("64 × H100 SXM", 64, 989.4e12, 3.35e12, 450e9, 50e9, 4.916),
+)
+
+
+class Network(NamedTuple):
+    """A backbone with the hash head."""
+
+    name: str
+    pixels: int
+    flops: float
+    """Of one view's features, forward."""
+    bytes: float
+    """That all its operations read and write, in bfloat16, were none fused with the next."""
+    features: int
+
+
+def networks() -> list[Network]:
+    """Returns the networks, with their FLOPs as XLA counts them in the forms that an accelerator runs."""
+    import jax
+    import jax.numpy as jnp
+
+    import cib_jax as cib
+
+    found = []
+    for name, pixels in (("efficientnet_lite0", 128), ("vgg16", 224)):
+        encoder, params, frozen = cib.create_encoder(
+            jax.random.key(0), backbone=name, bits=BITS, frozen=True, pretrained=False, image_size=pixels
+        )
+        traced = jax.jit(encoder.features).trace
+        one, two = (
+            traced(params, frozen, jax.ShapeDtypeStruct((views, pixels, pixels, 3), jnp.float32))
+            .lower(lowering_platforms=("tpu",))
+            .cost_analysis()
+            for views in (1, 2)
+        )
+        # What a second view adds: the weights are read once for many. Half of float32's bytes.
+        moved = (two["bytes accessed"] - one["bytes accessed"]) / 2
+        found.append(Network(name, pixels, two["flops"] - one["flops"], moved, encoder.backbone.features))
+    return found
+
+
+def head_parameters(features: int, hidden: int = 1024) -> int:
+    """Returns how many numbers the hash head has."""
+    return features * hidden + hidden + hidden * BITS + BITS
+
+
+def sent(devices: int, parameters: int) -> int:
+    """Returns the bytes that a device sends in a step, by rings."""
+    codes = VIEWS * BATCH * BITS * 4
+    return sum(
+        one.sent
+        for one in (
+            Collective("all-gather", codes, devices, 1, ""),
+            Collective("reduce-scatter", codes // devices, devices, 1, ""),
+            Collective("all-reduce", 4 * (parameters + 3), devices, 1, ""),
+        )
+    )
+
+
+def epoch(machine: Machine, network: Network) -> list[list[str]]:
+    """Returns rows of what an epoch of training the head on fresh views takes, and encoding all images once."""
+    parameters, devices = head_parameters(network.features), machine.devices
+    steps = IMAGES // BATCH
+    # Backward costs twice the forward pass, but for the frozen backbone, which has none.
+    contrast = PASSES * 3 * 2 * (VIEWS * BATCH) ** 2 * BITS / BATCH
+    trained = VIEWS * (network.flops + 3 * 2 * parameters) + contrast
+    encoded = network.flops + 2 * parameters
+    per_step = sent(devices, parameters)
+    rows = [
+        ["FLOPs an image, training, two views", f"{trained / 1e9:,.2f} G", f"of it contrast {contrast / trained:.1%}"],
+        ["FLOPs an image, encoding", f"{encoded / 1e9:,.2f} G", ""],
+        [
+            "an epoch, were memory the limit",
+            f"{IMAGES * VIEWS * network.bytes / machine.memory / devices / 60:,.1f} min",
+            f"{network.bytes / 1e6:,.0f} MB a view, nothing fused",
+        ],
+    ]
+    for part in UTILISATION:
+        rate = machine.flops * devices * part
+        hours, coding = IMAGES * trained / rate / 3600, IMAGES * encoded / rate / 3600
+        cores = IMAGES / (hours * 3600) / DECODED[network.pixels]
+        at = f"at {part:.0%} of the peak"
+        cost = f"; {hours * devices * machine.price:,.0f} dollars" if machine.price else ""
+        rows += [
+            [f"an epoch, {at}", f"{hours * 60:,.1f} min", f"{hours * devices:,.1f} device hours{cost}"],
+            [f"encoding, {at}", f"{coding * 60:,.1f} min", f"{coding * devices:,.1f} device hours"],
+            [f"cores that decode as fast, {at}", f"{cores:,.0f}", f"{cores / devices:,.0f} a device"],
+            [f"read from storage, {at}", f"{IMAGES * JPEG_BYTES / hours / 3600 / 1e9:,.0f} GB/s", "in an epoch"],
+        ]
+    links = [("the fast links", machine.inside)]
+    links += [("the network between hosts", machine.across)] if machine.across < machine.inside else []
+    rows.append([f"sent by a device in a step of {BATCH:,}", f"{per_step / 1e6:,.1f} MB", f"{steps:,} steps an epoch"])
+    for name, bandwidth in links:
+        share = per_step / bandwidth / (BATCH * trained / (machine.flops * devices * UTILISATION[1]))
+        told = f"{share:.1%} of a step at {UTILISATION[1]:.0%} of the peak"
+        rows.append([f"… over {name}", f"{per_step / bandwidth * 1e3:,.2f} ms", told])
+    return rows
+
+
+def memory() -> list[list[str]]:
+    """Returns rows of what must be held, where, whatever the machine."""
+    from cib_jax import contrast
+
+    rows = []
+    for machine in MACHINES:
+        mine = VIEWS * BATCH // machine.devices * VIEWS * BATCH
+        blocks = math.ceil(mine / contrast.ENTRIES)
+        rows.append(
+            [
+                f"NT-Xent's similarities of a device, {machine.name}",
+                f"{4 * mine / 1e9:.2f} GB",
+                f"{4 * min(mine, contrast.ENTRIES) / 1e6:.0f} MB held, in {blocks} block{'s' if blocks > 1 else ''}",
+            ]
+        )
+    return [
+        *rows,
+        ["order of an epoch, int64", f"{8 * IMAGES / 1e9:.0f} GB", "in every process (loader.epoch_order)"],
+        ["codes", f"{BITS // 8 * IMAGES / 1e9:.0f} GB", f"{BITS} bits an image"],
+        ["names of 60 letters, as Python strings", f"{IMAGES * (49 + 60 + 8) / 1e9:.0f} GB", "in every process"],
+        ["JPEGs in storage", f"{IMAGES * JPEG_BYTES / 1e12:.0f} TB", f"{JPEG_BYTES:,} bytes each: an assumption"],
+        ["photos prepared at 160 px", f"{IMAGES * 160 * 160 * 3 / 1e12:.0f} TB", "raw, as `holding` keeps them"],
+        ["one view of a bank, float16", f"{IMAGES * 1280 * 2 / 1e12:.2f} TB", "1,280 features; whole on every device"],
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables."""
+    measuring.parser(__doc__ or "").parse_args(arguments)
+    print(f"Estimates for {IMAGES:,} images, {BITS} bits, {BATCH:,} images a step\n")
+    found = networks()
+    for machine in MACHINES:
+        for network in found:
+            parameters = head_parameters(network.features)
+            print(f"{machine.name}, {network.name} at {network.pixels} px, head of {parameters:,} parameters\n")
+            measuring.print_table(["estimate", "value", ""], epoch(machine, network))
+    measuring.print_table(["held", "size", ""], memory())
+
+
+if __name__ == "__main__":
+    main()
