@@ -156,7 +156,6 @@ def main(arguments: Sequence[str]) -> None:
     """Starts one job; `arguments` are what `parse` returned."""
     quieten_background()
     logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and Grain tell much that no user asked for, errors included
-    from cib_jax import processes
     from cib_jax.jobs import preemption
     from cib_jax.jobs.compare import compare
     from cib_jax.jobs.train import train
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
     keep_compilations()
     with ended_in_words(goes_on):
         if "coordinator" in FLAGS_OF.get(mode, ()):
-            processes.join(_COORDINATOR.value, _PROCESS.value, _PROCESSES.value, detect=_DISTRIBUTED.value)
+            join(mode)
         preemption.listen()
         if mode in jobs:
             jobs[mode](_CONFIG.value, workdir)
@@ -190,9 +189,23 @@ def main(arguments: Sequence[str]) -> None:
             use(mode, workdir, config_named=bool(arguments[1:]))
 
 
+def join(mode: str) -> None:
+    """Has this process work together with others where the flags or the environment tell of some."""
+    from cib_jax import processes, rendezvous
+    from cib_jax.config import WHERE, flatten
+
+    def tell(words: str) -> None:
+        print(f"run.py: {words}", file=sys.stderr, flush=True)
+
+    rendezvous.join(_COORDINATOR.value, _PROCESS.value, _PROCESSES.value, detect=_DISTRIBUTED.value, tell=tell)
+    if processes.several():
+        fields = {f"--config.{name}": value for name, value in flatten(_CONFIG.value).items() if name not in WHERE}
+        processes.check_alike({"--mode": mode, "--workdir": _WORKDIR.value} | fields)
+
+
 def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     """Starts a job on a trained run, whose config is its own."""
-    from cib_jax import processes
+    from cib_jax import rendezvous
     from cib_jax.config import flatten
     from cib_jax.jobs.encode import encode
     from cib_jax.jobs.evaluate import evaluate
@@ -205,7 +218,7 @@ def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
         return
     if not _CODES.value:
         refuse("--codes: --mode=encode wants a folder for the codes; give --codes=DIR")
-    place = processes.place(_PROCESS.value, _PROCESSES.value)
+    place = rendezvous.place(_PROCESS.value, _PROCESSES.value)
     encode(workdir, _IMAGES.value, _CODES.value, part=_PART.value, place=place, overrides=overrides)
 
 

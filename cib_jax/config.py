@@ -145,22 +145,25 @@ FIELDS: dict[str, tuple[type, Check]] = {
 AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] in ("compare", "tune"))
 """Fields of what is done with many runs, which make no difference to any one; a run's config may lack them."""
 
-MAY_CHANGE = AROUND | frozenset(
-    {
-        "data.dir",
-        "data.raw_dir",
-        "data.resident_mb",
-        "data.max_bad_fraction",
-        "backbone_weights",
-        "train.bank_mb",
-        "train.checkpoint_dir",
-        "micro_batch",
-        "devices",
-        "report.write",
-        "report.embedded",
-        "cache.dir",
-        "cache.mb",
-    }
+WHERE = frozenset({"data.dir", "data.raw_dir", "backbone_weights", "cache.dir"})
+"""Fields that say where something lies on a machine, which may be elsewhere on the next."""
+
+MAY_CHANGE = (
+    AROUND
+    | WHERE
+    | frozenset(
+        {
+            "data.resident_mb",
+            "data.max_bad_fraction",
+            "train.bank_mb",
+            "train.checkpoint_dir",
+            "micro_batch",
+            "devices",
+            "report.write",
+            "report.embedded",
+            "cache.mb",
+        }
+    )
 )
 """Fields that say where and how data are held, not what is learnt: they may differ when a run is taken up again.
 

@@ -1,13 +1,13 @@
-"""The processes that work at one run together: how they find each other, who writes, what they agree on.
+"""The processes that work at one run together: their shares, what they exchange, and refusing together.
 
 Alone, a process is the first of one, and everything here costs nothing.
 """
 
 import contextlib
 import itertools
-import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -18,12 +18,6 @@ from orbax.checkpoint import multihost
 from cib_jax.errors import Refusal
 
 Result = TypeVar("Result")
-
-HEARTBEAT_SECONDS = 60
-"""After which silence a process counts as dead where no exchange shows it at once."""
-
-JOINING_SECONDS = 300
-"""How long the others are waited for."""
 
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600
 """After which a process that waits for the others gives up."""
@@ -44,93 +38,6 @@ class Place(NamedTuple):
 
     process: int
     processes: int
-
-
-# Variables of a process's number and of how many there are, in the order in which they are believed: under Slurm,
-# mpirun itself runs as a step. A step of one task, such as a shell in an allocation, is alone.
-_LAUNCHERS = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
-
-
-def told_by_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Returns this process's place where Open MPI's mpirun, Slurm's srun or a TPU pod tell of several, else None."""
-    for process, processes in _LAUNCHERS:
-        if environment.get(processes, "1").isdigit() and int(environment.get(processes, "1")) > 1:
-            return Place(int(environment[process]), int(environment[processes]))
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if len(hosts) > 1 and "TPU_WORKER_ID" in environment:
-        return Place(int(environment["TPU_WORKER_ID"]), len(hosts))
-    return None
-
-
-def place(process: int | None, processes: int | None, environment: Mapping[str, str] = os.environ) -> Place:
-    """Returns this process's place among those that share work without a word between them.
-
-    Args:
-      process: which it is, from 0, as the user says; None where nothing is said.
-      processes: how many there are, the same.
-      environment: see `told_by_environment`; believed where the user says nothing. Without a word, it is alone.
-
-    Raises:
-      ProcessesError: one of the two is missing, or out of range.
-    """
-    if processes is None and process is None:
-        return told_by_environment(environment) or Place(0, 1)
-    if processes is None:
-        raise ProcessesError(f"--processes: it is missing beside --process={process}; give how many there are in all")
-    if process is None:
-        raise ProcessesError(
-            f"--process: it is missing beside --processes={processes}; give each its number, from 0 to {processes - 1}"
-        )
-    if processes < 1:
-        raise ProcessesError(f"--processes: {processes} must be 1 or more")
-    if not 0 <= process < processes:
-        raise ProcessesError(f"--process: {process} must be from 0 to {processes - 1}, one of --processes={processes}")
-    return Place(process, processes)
-
-
-def join(
-    coordinator: str = "", process: int | None = None, processes: int | None = None, *, detect: bool = False
-) -> None:
-    """Has this process work together with others, before JAX is used for anything else.
-
-    Args:
-      coordinator: "HOST:PORT" where the first process can be reached by all; "": as the environment says.
-      process: which one this is, from 0; None: as the environment says.
-      processes: how many there are; None: as the environment says.
-      detect: whether there must be several. Without, and without a `coordinator`, a process that no environment
-        tells of others stays alone.
-
-    Raises:
-      ProcessesError: they do not fit, or the others could not be found.
-    """
-    mine = place(process, processes)
-    if not coordinator and process is not None:
-        raise ProcessesError("--coordinator: it is missing; give HOST:PORT of the first process to all of them")
-    if coordinator and ":" not in coordinator:
-        raise ProcessesError(f"--coordinator: {coordinator!r} has no port; give HOST:PORT of the first process")
-    if coordinator and mine.processes == 1:
-        raise ProcessesError(
-            "--coordinator: there is nobody to share with; --processes=N says how many there are and --process=I which "
-            "one each is"
-        )
-    if not coordinator and not detect and mine.processes == 1:
-        return
-    try:
-        jax.distributed.initialize(
-            coordinator or None,
-            mine.processes if coordinator else None,
-            mine.process if coordinator else None,
-            initialization_timeout=JOINING_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-    except Exception as error:
-        raise ProcessesError(
-            f"--coordinator: the processes did not find each other ({str(error).splitlines()[0]}); every one must be "
-            "started with the same --coordinator and --processes and a --process of its own"
-        ) from error
 
 
 def parts_of(parts: int, place: Place) -> range:
@@ -231,6 +138,25 @@ def agreed() -> Iterator[None]:
     words = gather_texts(refused)
     if any(words):
         raise SharedRefusal(next(filter(None, words)))
+
+
+def check_alike(words: dict[str, Any]) -> None:
+    """Checks that all processes were told the same.
+
+    Args:
+      words: what this one was told, by name, in values that JSON has.
+
+    Raises:
+      SharedRefusal: one was told something else than the first.
+    """
+    firsts = json.loads(from_first(json.dumps(words)))
+    with agreed():
+        for name in firsts | words:
+            if words.get(name) != firsts.get(name):
+                raise ProcessesError(
+                    f"{name}: process {jax.process_index()} was started with {words.get(name)!r}, the first one with "
+                    f"{firsts.get(name)!r}; give all the same, but for --process"
+                )
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:

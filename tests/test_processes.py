@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cib_jax as cib
-from cib_jax import processes
+from cib_jax import processes, rendezvous
 from cib_jax.processes import Place
 from cib_jax.training import view_bank
 from tests.conftest import CACHE
@@ -24,12 +24,12 @@ PROGRAM = """
 import json, sys
 import jax, numpy as np
 import cib_jax as cib
-from cib_jax import parallel, processes
+from cib_jax import parallel, processes, rendezvous
 from cib_jax.errors import Refusal
 from cib_jax.training import view_bank
 
 number, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-processes.join(f"127.0.0.1:{port}", number, count)
+rendezvous.join(f"127.0.0.1:{port}", number, count)
 told = {"several": processes.several(), "first": processes.first()}
 rows = np.arange(number * 2, dtype=np.float64)[:, None] / 3 + number  # 0, 2 and 4 rows; no float32 holds them
 told["gathered"] = [part.tolist() for part in processes.gather(rows)]
@@ -43,6 +43,11 @@ try:
             raise Refusal("one of them")
 except processes.SharedRefusal as error:
     told["refused"] = str(error)
+try:
+    processes.check_alike({"--seed": 3, "--bits": 16 + number // 2})
+except processes.SharedRefusal as error:
+    told["unlike"] = str(error)
+processes.check_alike({"--seed": 3})
 order = folder + "/order"
 def note():
     with open(order, "a") as file:
@@ -111,6 +116,11 @@ def test_what_one_refuses_all_refuse(told):
     assert [one["refused"] for one in told] == ["one of them"] * COUNT
 
 
+def test_what_one_was_told_otherwise_is_refused_in_all(told):
+    words = "--bits: process 2 was started with 17, the first one with 16; give all the same, but for --process"
+    assert [one["unlike"] for one in told] == [words] * COUNT
+
+
 def test_the_first_goes_first(told):
     assert [one["first saw"] for one in told] == ["0"] * COUNT
     assert sorted(told[0]["order"]) == ["0", "1", "2"] and told[0]["order"][0] == "0"
@@ -158,59 +168,7 @@ def test_every_part_is_one_processs(parts, count):
     assert max(sizes) - min(sizes) <= 1
 
 
-SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "wanted"),
-    [
-        ({}, (0, 1)),
-        (SLURM, (3, 8)),
-        (OPEN_MPI, (1, 2)),
-        (OPEN_MPI | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, (1, 2)),  # mpirun's own step, one task a node
-        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, (2, 4)),
-        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, (0, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script itself, outside srun
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),  # a shell
-    ],
-)
-def test_a_launcher_says_which_process_this_is(environment, wanted):
-    assert processes.place(None, None, environment) == wanted
-    assert processes.told_by_environment(environment) == (None if wanted == (0, 1) else wanted)
-    assert processes.place(4, 5, environment) == (4, 5)
-
-
-@pytest.mark.parametrize(
-    ("count", "process", "message"),
-    [
-        (None, 1, "--processes: it is missing beside --process=1"),
-        (3, None, "--process: it is missing beside --processes=3; give each its number, from 0 to 2"),
-        (0, 0, "--processes: 0 must be 1 or more"),
-        (3, 3, "--process: 3 must be from 0 to 2"),
-        (3, -1, "--process: -1 must be from 0 to 2"),
-    ],
-)
-def test_numbers_that_do_not_go_together_are_refused(count, process, message):
-    with pytest.raises(processes.ProcessesError, match=message):
-        processes.place(process, count, {})
-
-
-@pytest.mark.parametrize(
-    ("given_", "message"),
-    [
-        (("", 1, 2), "--coordinator: it is missing"),
-        (("localhost", 0, 2), "'localhost' has no port"),
-        (("localhost:1", 2, 2), "--process: 2 must be from 0 to 1"),
-        (("localhost:1", None, None), "--coordinator: there is nobody to share with"),
-    ],
-)
-def test_joining_nobody_is_refused(given_, message):
-    with pytest.raises(processes.ProcessesError, match=message):
-        processes.join(*given_)
-
-
 def test_alone_a_process_is_the_first_of_one():
-    processes.join()
+    rendezvous.join()
     assert processes.first() and not processes.several() and processes.share(5) == slice(0, 5)
     assert processes.gather_texts("mine") == ["mine"] and processes.from_first("mine") == "mine"

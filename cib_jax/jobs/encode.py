@@ -72,7 +72,7 @@ def encode(
         on with the list that `codes` was begun with.
       codes: the folder for the codes.
       part: files in a part.
-      place: which process this is, of how many that share the work; see `processes.place`.
+      place: which process this is, of how many that share the work; see `rendezvous.place`.
       overrides: config fields by dotted name, of those that do not change the run.
       console: where to report.
 

@@ -59,6 +59,7 @@ def _evaluate(
     config: ml_collections.ConfigDict, trained_k: int, workdir: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any]:
     setting = processes.first_then_others(lambda: setting_lib.prepare(config, workdir, console, trained=True))
+    setting_lib.check_alike(setting)
     with processes.agreed():
         params, progress, extra = restore_best(workdir, setting.initial, config)
         check_fingerprint(setting.fingerprint, extra, workdir)

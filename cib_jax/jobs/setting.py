@@ -175,6 +175,17 @@ def _tell(
     console.print(f"{told}; the others are used", soft_wrap=True, markup=False, highlight=False)
 
 
+def check_alike(setting: Setting) -> None:
+    """Checks that all processes of a run found the same data and weights, wherever these lie on each machine.
+
+    Raises:
+      SharedRefusal: one found others.
+    """
+    processes.check_alike(
+        {"config.data.dir": known_data(setting), "config.backbone_weights": setting.fingerprint or "none"}
+    )
+
+
 def known_data(setting: Setting) -> dict[str, Any]:
     """Returns what a checkpoint keeps of the data that it was made on."""
     counts = {"train": len(setting.splits.train), "database": len(setting.splits.database)}

@@ -78,6 +78,7 @@ def train(
             return results
         # What the first process downloads, decodes and keeps is there for the others.
         run = processes.first_then_others(lambda: setting.prepare(config, workdir, console))
+        setting.check_alike(run)
         if processes.first():
             # Only now: a config that was refused has claimed nothing.
             workdir_lib.write_json(workdir / "config.json", config.to_dict())

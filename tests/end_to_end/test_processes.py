@@ -14,7 +14,7 @@ from tests.jobs import many
 
 # Images decoded as they are needed, so that each process reads its part of every batch, and validated while training.
 STREAMED = {"data__resident_mb": 0, "epochs": 4, "data__validation": "database", "data__validation_queries": 100}
-LONG = {"data__resident_mb": 0, "epochs": 30, "train__checkpoint_every": 2}
+LONG = {"data__resident_mb": 0, "epochs": 16, "train__checkpoint_every": 2}
 
 
 def trained(workdir):
@@ -78,7 +78,7 @@ def test_four_processes_come_to_the_losses_and_parameters_of_one_device(tmp_path
         assert mine["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_same(tmp_path, undisturbed, victim):
     arguments = [*small.flags(**LONG), f"--workdir={tmp_path / 'run'}"]
     processes = start(2, *arguments)
