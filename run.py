@@ -1,15 +1,13 @@
 """The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train`; fields by --config.FIELD=VALUE."""
 
-import contextlib
 import difflib
 import os
 import pathlib
 import re
 import runpy
+import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -137,31 +135,17 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(feature_cache.home() / "jax"))
 
 
-def quieten_background() -> None:
-    """Has what breaks in a library's own thread told in a line: the main thread meets it too, and says what to do."""
-    told = set()
-
-    def tell(kind: type[BaseException], error: BaseException | None, trace: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            sys.__excepthook__(kind, error, trace)
-        elif str(error) not in told:
-            told.add(str(error))
-            print(f"run.py: in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-
-    sys.excepthook = tell
-    threading.excepthook = lambda thrown: tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Starts one job; `arguments` are what `parse` returned."""
-    quieten_background()
     logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and Grain tell much that no user asked for, errors included
-    from cib_jax.jobs import preemption
+    from cib_jax import rendezvous
+    from cib_jax.jobs import endings, preemption
     from cib_jax.jobs.compare import compare
     from cib_jax.jobs.train import train
     from cib_jax.jobs.tune import tune
     from cib_jax.jobs.workdir import default_name
 
+    endings.quieten_background()
     mode = _MODE.value
     if _WORKDIR.value == "":
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
@@ -175,13 +159,16 @@ def main(arguments: Sequence[str]) -> None:
         workdir = workdir or default_name(_CONFIG.value, mode)
     elif workdir is None:
         refuse(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
-    goes_on = f"--workdir={workdir} with the same config goes on from the last checkpoint"
-    if mode == "encode":
-        goes_on = "the same command goes on after the parts that are there"
+    goes_on = {
+        "train": f"--workdir={workdir} with the same config goes on from the last checkpoint",
+        "evaluate": "the same command measures again",
+        "encode": "the same command goes on after the parts that are there",
+    }.get(mode, f"--mode={mode} --workdir={workdir} with the same config goes on with what is not done")
     keep_compilations()
-    with ended_in_words(goes_on):
+    with endings.in_words(goes_on, _WORKDIR.value or ""):
         if "coordinator" in FLAGS_OF.get(mode, ()):
             join(mode)
+        rendezvous.check_alone()
         preemption.listen()
         if mode in jobs:
             jobs[mode](_CONFIG.value, workdir)
@@ -191,14 +178,23 @@ def main(arguments: Sequence[str]) -> None:
 
 def join(mode: str) -> None:
     """Has this process work together with others where the flags or the environment tell of some."""
+    import jax
+
     from cib_jax import processes, rendezvous
     from cib_jax.config import WHERE, flatten
+    from cib_jax.jobs import endings
 
     def tell(words: str) -> None:
         print(f"run.py: {words}", file=sys.stderr, flush=True)
 
     rendezvous.join(_COORDINATOR.value, _PROCESS.value, _PROCESSES.value, detect=_DISTRIBUTED.value, tell=tell)
     if processes.several():
+        if not processes.first():
+            tell(f"process {jax.process_index()} of {jax.process_count()} has joined; the first one reports")
+        if not _WORKDIR.value:
+            raise processes.ProcessesError("--workdir: several processes need one folder; give it to all of them")
+        if processes.first():
+            endings.forget(_WORKDIR.value)
         fields = {f"--config.{name}": value for name, value in flatten(_CONFIG.value).items() if name not in WHERE}
         processes.check_alike({"--mode": mode, "--workdir": _WORKDIR.value} | fields)
 
@@ -222,53 +218,12 @@ def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     encode(workdir, _IMAGES.value, _CODES.value, part=_PART.value, place=place, overrides=overrides)
 
 
-@contextlib.contextmanager
-def ended_in_words(goes_on: str) -> Iterator[None]:
-    """Ends the program in a sentence and an exit code where a job cannot go on; `goes_on` says what takes it up."""
-    from cib_jax import processes
-    from cib_jax.errors import Refusal
-    from cib_jax.jobs import preemption
-    from cib_jax.training.checkpoint import SaveError
-
-    try:
-        yield
-    except processes.SharedRefusal as error:
-        if processes.first():
-            refuse(str(error))
-        sys.exit(2)
-    except Refusal as error:
-        # What is left of a save that failed, too, would tell of it while Python is taken down.
-        end(2, f"run.py: {error}", at_once=processes.several() or isinstance(error, SaveError))
-    except OSError as error:
-        told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
-        end(2, f"run.py: {told}", at_once=True)  # libraries would try to write once more
-    except preemption.Preempted as error:
-        if not processes.first():
-            sys.exit(preemption.CODE)
-        end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not processes.several())
-    except KeyboardInterrupt:
-        # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
-        end(130, f"\nInterrupted; {goes_on}.", at_once=True)
-    except Exception as error:
-        if not processes.several():
-            raise
-        # An orderly end would wait for the others, who wait for this one.
-        if not processes.is_loss_of_another(error):
-            traceback.print_exc()
-            end(1, "run.py: this process broke down, and the others with it", at_once=True)
-        told = f"another process of this run ended ({str(error).splitlines()[0]})"
-        end(preemption.CODE, f"run.py: {told}; the same commands go on from the last checkpoint", at_once=True)
-
-
-def end(code: int, message: str, *, at_once: bool) -> NoReturn:
-    """Ends the program with a message and an exit code; `at_once` without taking Python down first."""
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if at_once:
-        os._exit(code)
-    sys.exit(code)
+def end_early(*_: object) -> NoReturn:
+    """Ends the program on SIGTERM while nothing is begun."""
+    os.write(2, b"run.py: Stopped by SIGTERM before anything began; the same command starts again.\n")
+    os._exit(75)  # as `preemption.CODE`, which is not imported yet
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_early)
     app.run(main, flags_parser=parse)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from cib_jax import augment, feature_views
+from cib_jax import augment, feature_views, place
 from cib_jax.backbones import registry
 from cib_jax.data import photos
 from cib_jax.data.protocols import AS_NAMED, PROTOCOLS
@@ -16,7 +16,6 @@ from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
-from cib_jax.training import place
 
 
 class ConfigError(Refusal):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -68,7 +69,7 @@ class FeatureCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         made_of, path = self.folder / MADE_OF, self._path(part)
-        own = f".{os.getpid()}.part"
+        own = f".{secrets.token_hex(4)}.part"
         if not made_of.exists():
             made_of.with_suffix(own).write_text(self._made_of, encoding="utf-8")
             os.replace(made_of.with_suffix(own), made_of)

@@ -15,12 +15,11 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from cib_jax import binary, encoding, from_config, parallel
+from cib_jax import binary, encoding, from_config, parallel, place
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
 from cib_jax.feature_views import Standard
-from cib_jax.training import place
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
 

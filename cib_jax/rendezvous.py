@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
@@ -90,18 +92,19 @@ def join(
     mine = place(process, processes)
     if not coordinator and process is not None:
         raise ProcessesError("--coordinator: it is missing; give HOST:PORT of the first process to all of them")
-    if coordinator and ":" not in coordinator:
-        raise ProcessesError(f"--coordinator: {coordinator!r} has no port; give HOST:PORT of the first process")
     if coordinator and mine.processes == 1:
         raise ProcessesError(
-            "--coordinator: there is nobody to share with; --processes=N says how many there are and --process=I which "
-            "one each is"
+            "--coordinator: --processes=N, how many there are, and --process=I, which one this is, are missing beside "
+            "it; give both, or leave it out"
         )
+    if coordinator:
+        _check_address(coordinator, mine)
     if not coordinator and not detect and mine.processes == 1:
         return
-    others = f"{mine.processes - 1} of {mine.processes} processes" if mine.processes > 1 else "the others"
+    first = mine.process == 0 or mine.processes == 1
+    others = f"the others of {mine.processes} processes" if first else f"the first of {mine.processes} processes"
     at = f" at {coordinator}" if coordinator else ""
-    alike = "every one must be started with the same --coordinator and --processes and a --process of its own"
+    alike = "every one must be started with the same --coordinator and --processes and a --process that no other has"
     waiting = f"Waiting for {others}{at}, at most {JOINING_SECONDS} s"
     with (
         _after(NOTICE_SECONDS, lambda: tell(waiting)),
@@ -112,13 +115,72 @@ def join(
                 coordinator or None,
                 mine.processes if coordinator else None,
                 mine.process if coordinator else None,
+                local_device_ids=local_devices(),
                 initialization_timeout=JOINING_SECONDS + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         except Exception as error:
+            if not coordinator and mine.processes == 1:
+                raise ProcessesError(
+                    "--distributed: neither a TPU pod nor srun nor mpirun tells of other processes here; give "
+                    "--coordinator, --processes and --process, or leave it out"
+                ) from error
             raise ProcessesError(
                 f"--coordinator: the processes did not find each other ({str(error).splitlines()[0]}); {alike}"
             ) from error
+
+    if jax.process_count() == 1:
+        raise ProcessesError("--distributed: nothing tells of other processes here; start several, or leave it out")
+
+
+def _check_address(coordinator: str, mine: Place) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ProcessesError(
+            f"--coordinator: {coordinator!r} has no host or no port; give HOST:PORT of the first process, such as "
+            "10.0.0.1:9876"
+        )
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise ProcessesError(f"--coordinator: {host} is no machine that is known here ({error.strerror})") from None
+    if mine.process:
+        return
+    # JAX would share the port with a program that is at it, and wait for processes that go there.
+    with socket.socket() as trial:
+        try:
+            trial.bind(("", int(port)))
+        except OSError as error:
+            raise ProcessesError(
+                f"--coordinator: port {port} cannot be had on this machine ({(error.strerror or '').lower()}), perhaps "
+                "because another --process=0 is at it; choose another port for all"
+            ) from None
+
+
+def check_alone() -> None:
+    """Checks that JAX counts no other processes for a job that works by itself, as it does on a TPU pod.
+
+    Raises:
+      ProcessesError: it does.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ProcessesError(
+            f"--distributed: JAX counts {jax.process_count()} hosts here; give --distributed to --mode=train and "
+            "--mode=evaluate, and set TPU_PROCESS_BOUNDS=1,1,1 and TPU_VISIBLE_CHIPS for other modes, each of whose "
+            "processes works by itself"
+        )
+
+
+def local_devices(environment: Mapping[str, str] = os.environ) -> list[int] | None:
+    """Returns which of the GPUs that this process may see are its own, None where JAX knows.
+
+    JAX takes, under Slurm and Open MPI, the one of the task's number on its machine. That is wrong where each task sees
+    only its own (`srun --gpus-per-task=1`), and leaves all but one idle where a machine has one task.
+    """
+    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    tasks = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    alone = re.match(r"1(?!\d)", tasks) is not None
+    return list(range(len(visible))) if visible and (alone or len(visible) == 1) else None
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Which process this is, by flags or by what started it; and who is waited for in vain."""
 
+import socket
 import subprocess
 import sys
 
@@ -50,9 +51,12 @@ def test_numbers_that_do_not_go_together_are_refused(count, process, message):
     ("given_", "message"),
     [
         (("", 1, 2), "--coordinator: it is missing"),
-        (("localhost", 0, 2), "'localhost' has no port"),
+        (("localhost", 0, 2), "'localhost' has no host or no port"),
+        (("localhost:abc", 0, 2), "'localhost:abc' has no host or no port"),
+        (("localhost:70000", 0, 2), "has no host or no port"),
+        (("no.such.host.invalid:1234", 1, 2), "no.such.host.invalid is no machine that is known here"),
         (("localhost:1", 2, 2), "--process: 2 must be from 0 to 1"),
-        (("localhost:1", None, None), "--coordinator: there is nobody to share with"),
+        (("localhost:1", None, None), "--process=I, which one this is, are missing beside it"),
     ],
 )
 def test_joining_nobody_is_refused(given_, message):
@@ -69,5 +73,34 @@ def test_who_does_not_come_is_told_of_and_ends_the_program():
     done = subprocess.run([sys.executable, "-uc", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     waiting, in_vain = done.stdout.splitlines()
-    assert waiting.startswith("Waiting for 2 of 3 processes at 127.0.0.1:") and waiting.endswith("at most 1 s")
-    assert "2 of 3 processes did not come at 127.0.0.1:" in in_vain and "--process of its own" in in_vain
+    assert waiting.startswith("Waiting for the first of 3 processes at 127.0.0.1:") and waiting.endswith("at most 1 s")
+    assert "the first of 3 processes did not come at 127.0.0.1:" in in_vain and "that no other has" in in_vain
+
+
+def test_a_port_that_is_taken_is_told_of():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        with pytest.raises(processes.ProcessesError, match=r"cannot be had on this machine .*address already in use"):
+            rendezvous.join(f"127.0.0.1:{other.getsockname()[1]}", 0, 2)
+
+
+def test_without_word_of_others_distributed_refuses_to_run_alone():
+    program = "from cib_jax import rendezvous as r; r.join(detect=True)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "ProcessesError: --distributed: neither a TPU pod nor srun nor mpirun tells" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),  # JAX takes the task's own
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, [0, 1, 2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "3", "SLURM_STEP_TASKS_PER_NODE": "4"}, [0]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, [0, 1]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "OMPI_COMM_WORLD_LOCAL_SIZE": "16"}, None),
+    ],
+)
+def test_a_task_takes_all_gpus_that_no_other_task_of_its_machine_takes(environment, devices):
+    assert rendezvous.local_devices(environment) == devices

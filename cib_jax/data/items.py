@@ -17,7 +17,16 @@ from cib_jax.data.images import DataError, Item
 
 # What the system answers where the file itself is not to blame: codes made without it would lack good photos for ever.
 _OF_THE_SYSTEM = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH}
+    {
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.EHOSTUNREACH,
+    }
 )
 
 
@@ -93,8 +102,13 @@ class Photos:
             return Read(None, _printable(str(error)), size, modified)
 
     def _check_system(self, error: BaseException | None, path: str) -> None:
-        if isinstance(error, FileNotFoundError) and not _holds_something(self.root):
-            raise DataError(f"--images: {self.root} is gone or empty; mount it again, and the same command goes on")
+        # A file of its own may go; one that goes with its whole folder was on a disk that did.
+        gone = next((at for at in (self.root, os.path.dirname(path)) if not _holds_something(at)), None)
+        if isinstance(error, FileNotFoundError) and gone:
+            raise DataError(
+                f"--images: {_printable(gone)} is gone or empty; mount it again, and the same command goes on, or name "
+                "the photos that are still there in a list"
+            )
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
             told = getattr(error, "strerror", None) or "out of memory"
             raise DataError(

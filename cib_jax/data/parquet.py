@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,7 +70,7 @@ def copied(path: str, file: Any, cache: pathlib.Path) -> pathlib.Path:
 def _copy(path: str, file: Any, folder: pathlib.Path) -> None:
     """Writes the features of a .parquet as features.npy: by no map, in which a full disk would end the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"features.{os.getpid()}.part"
+    part = folder / f"features.{secrets.token_hex(4)}.part"
     begun = False
     try:
         with part.open("wb") as out:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
@@ -198,7 +199,7 @@ def _entries(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{secrets.token_hex(4)}.part")
     try:
         part.write_bytes(content)
         os.replace(part, path)
@@ -210,7 +211,7 @@ def _append(folder: pathlib.Path, shard: list[tuple[_Stamp, Any]]) -> dict[_Stam
     """Writes a shard, pixels first: its entries make it count."""
     number = 1 + max((int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()), default=-1)
     good = [pixels for _, pixels in shard if not isinstance(pixels, str)]
-    part = folder / f"{number:06}.{os.getpid()}.part"
+    part = folder / f"{number:06}.{secrets.token_hex(4)}.part"
     try:
         with part.open("wb") as file:
             np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))

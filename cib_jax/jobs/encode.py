@@ -224,7 +224,7 @@ def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Cons
         _say(
             console,
             f"{_parts(made)} made; {len(counted.missing):,} of {_parts(corpus.parts)} {are} missing in "
-            f"{corpus.folder}, which other processes make; the last of them finds the corpus whole",
+            f"{corpus.folder}, which other processes make; where one of them was killed, start the same command again",
         )
     else:
         corpus_lib.tidy(corpus)

@@ -17,7 +17,7 @@ import cib_jax
 from cib_jax import config as config_lib
 from cib_jax import processes
 from cib_jax.encoder import Params
-from cib_jax.hasher import check_fingerprint, read_config, restore_best
+from cib_jax.hasher import check_fingerprint, read_config, read_standard, restore_best
 from cib_jax.jobs import features, over_processes, report
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
@@ -58,7 +58,11 @@ def evaluate(
 def _evaluate(
     config: ml_collections.ConfigDict, trained_k: int, workdir: pathlib.Path, console: rich.console.Console
 ) -> dict[str, Any]:
-    setting = processes.first_then_others(lambda: setting_lib.prepare(config, workdir, console, trained=True))
+    with processes.agreed():
+        standard = read_standard(workdir, config)
+    setting = processes.first_then_others(
+        lambda: setting_lib.prepare(config, workdir, console, trained=True, standard=standard)
+    )
     setting_lib.check_alike(setting)
     with processes.agreed():
         params, progress, extra = restore_best(workdir, setting.initial, config)
@@ -137,9 +141,12 @@ def judge(
     figures: dict[str, Any] = {"map": None, "map_tie_aware": None}
     if splits.query.labels is not None and splits.database.labels is not None:
         labels = splits.query.labels, splits.database.labels
-        figures = over_processes.mean(
-            lambda mine: metrics.evaluate(query[mine], database, labels[0][mine], labels[1], k), len(query)
-        ) | {"queries": len(query)}
+
+        def of_queries(mine: slice) -> dict[str, Any]:
+            figures = metrics.evaluate(query[mine], database, labels[0][mine], labels[1], k)
+            return figures | {"queries": len(query)}
+
+        figures = over_processes.mean(of_queries, len(query))
     figures["code_health"] = health.code_health(database)
     seconds = seconds | {"metrics": time.perf_counter() - begun}
     results = _results(setting, figures, about, k, seconds)

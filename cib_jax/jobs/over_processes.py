@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cib_jax import processes
 
@@ -24,12 +24,15 @@ def mean(of_queries: Callable[[slice], Figures], count: int) -> Figures:
     return _mean([(weight / count, theirs) for weight, theirs in told if weight])
 
 
-def _mean(parts):
+def _mean(parts: list[tuple[float, Any]]) -> Any:
+    """Returns the mean of what several processes found, each with the weight that its part has in the whole."""
     _, like = parts[0]
     if isinstance(like, dict):
         return {name: _mean([(weight, theirs[name]) for weight, theirs in parts]) for name in like}
     if isinstance(like, list):
         return [_mean([(weight, theirs[at]) for weight, theirs in parts]) for at in range(len(like))]
-    if isinstance(like, int):  # a count, the same in every part
+    if isinstance(like, int):  # of what all of them searched, or a setting
+        if any(theirs != like for _, theirs in parts):
+            raise AssertionError(f"a count that differs between processes has no mean: {[found for _, found in parts]}")
         return like
     return sum(weight * theirs for weight, theirs in parts)

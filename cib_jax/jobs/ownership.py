@@ -14,10 +14,9 @@ from typing import NamedTuple
 import ml_collections
 from etils import epath
 
-from cib_jax import processes
+from cib_jax import place, processes
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.workdir import WorkdirError
-from cib_jax.training import place
 
 OWNER = "owner.json"
 """Beside the checkpoints: the workdir and the session that they belong to."""
@@ -70,6 +69,17 @@ def look(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
             f"{owner.get('workdir')}; choose another place, or remove {directory / OWNER} if that run is over and this "
             "one goes on with it"
         )
+
+
+def check_seen(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that all processes of a run see the same place for its checkpoints.
+
+    Raises:
+      SharedRefusal: one does not.
+    """
+    directory = place.of_run(config.train.checkpoint_dir, workdir)
+    if _outside(directory, workdir) and place.is_local(directory):
+        workdir_lib.check_seen(pathlib.Path(directory) / ".seen", "config.train.checkpoint_dir")
 
 
 def take(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Owned:

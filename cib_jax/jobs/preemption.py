@@ -56,3 +56,5 @@ def noted() -> Iterator[Callable[[], bool]]:
         yield told.is_set
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    if told.is_set():  # too late for the loop to hear
+        raise Preempted("the loop had come to its end, which is saved")

@@ -13,7 +13,7 @@ from jaxtyping import Array, UInt8
 from cib_jax import binary, encoding, from_config
 from cib_jax.data.images import ImageSet
 from cib_jax.encoder import Params
-from cib_jax.hasher import read_config, restore_best
+from cib_jax.hasher import read_config, read_standard, restore_best
 from cib_jax.jobs import features, setting
 from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import health, label_free
@@ -26,7 +26,8 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
       CheckpointError, DataError, WeightsError: as in evaluation.
     """
     config = read_config(workdir)
-    run = setting.prepare(config, workdir, rich.console.Console(quiet=True), trained=True)
+    quiet = rich.console.Console(quiet=True)
+    run = setting.prepare(config, workdir, quiet, trained=True, standard=read_standard(workdir, config))
     params, _, _ = restore_best(workdir, run.initial, config)
     database = run.splits.database
     draws = np.random.default_rng((config.data.seed, 6))

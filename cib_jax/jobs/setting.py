@@ -24,7 +24,6 @@ from cib_jax.data.protocols import Protocol
 from cib_jax.data.splits import Splits
 from cib_jax.encoder import Encoder, Params
 from cib_jax.feature_views import Standard
-from cib_jax.hasher import read_standard
 from cib_jax.jobs import progress
 from cib_jax.jobs import workdir as workdir_lib
 
@@ -100,11 +99,17 @@ class Setting:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: rich.console.Console, *, trained: bool = False
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    console: rich.console.Console,
+    *,
+    trained: bool = False,
+    standard: Standard | None = None,
 ) -> Setting:
     """Draws the splits and makes the encoder; `trained` says that its parameters will be those of a checkpoint.
 
-    Files that cannot be read are listed in unreadable.csv.
+    A run on features that was trained comes with the `standard` of its checkpoint (`hasher.read_standard`), since a
+    trained head knows no other. Files that cannot be read are listed in unreadable.csv.
 
     Raises:
       ConfigError, DataError, WeightsError: something cannot be had or does not fit.
@@ -115,10 +120,8 @@ def prepare(
     feature_cache.prune(photos, config.cache.mb * 2**20, holding.in_use)
     _tell(config, source, workdir, console)
     splits = from_config.draw_splits(config, source)
-    standard = None
-    if config.backbone == "none":
-        # As it was in training: a trained head knows no other.
-        standard = read_standard(workdir, config) if trained else feature_views.standard(_blocks(splits.train))
+    if config.backbone == "none" and not trained:
+        standard = feature_views.standard(_blocks(splits.train))
     encoder, initial, frozen, fingerprint = from_config.encoder(config, trained=trained, standard=standard)
     return Setting(config, workdir, console, protocol, source, splits, standard, encoder, initial, frozen, fingerprint)
 

@@ -68,6 +68,8 @@ def train(
     with workdir_lib.claim(workdir):
         with processes.agreed():
             ownership.look(workdir, config)
+        ownership.check_seen(workdir, config)
+        with processes.agreed():
             workdir_lib.check_owner(workdir, config)
         if results := _finished(workdir, config):
             console.print(
@@ -92,8 +94,9 @@ def train(
             markup=False,
             highlight=False,
         )
-        if processes.several():
-            console.print(f"{jax.process_count()} processes with {jax.device_count()} devices share each batch")
+        if over:
+            several = f"{jax.process_count()} processes with " if processes.several() else ""
+            console.print(f"{several}{over.size} devices share each batch")
         bank_seconds = _train(run, over)
         params, now, _ = restore_best(workdir, run.initial, config)
         return evaluate.measure(run, params, now, bank_seconds)
@@ -124,11 +127,17 @@ def _train(run: Setting, over: Mesh | None) -> float:
     with processes.agreed():
         owned = ownership.take(run.workdir, config)
     with Checkpoints(owned.directory) as checkpoints:
+        if checkpoints.latest_step is not None:
+            untrained = state
+            state, now, kept = checkpoints.restore_newest(state, _told_by(run))
+            if checkpoints.without_best(state, now, _told_by(run)):
+                state, now = untrained, Progress()
+            else:
+                extra = kept
         if checkpoints.latest_step is None:
             # Saved untrained, so that a run which breaks down at once still has a last good checkpoint.
             checkpoints.save(state, now, extra)
         else:
-            state, now, extra = checkpoints.restore_newest(state, _told_by(run))
             with processes.agreed():
                 check_fingerprint(run.fingerprint, extra, run.workdir)
                 if changed := setting.changed_data(run, extra):
@@ -136,7 +145,7 @@ def _train(run: Setting, over: Mesh | None) -> float:
                         f"config.data.dir: {changed}, so it cannot go on to the same result; put the data back, or "
                         "train again in another --workdir"
                     )
-            run.console.print(f"Going on after {_place(now, config)}")
+            run.console.print(f"Going on after {_place(now, config).rstrip(',')}")
         if not now.finished:
             fed, bank_seconds = _feed(run, over)
             extra = extra | {"bank_seconds": bank_seconds}
@@ -145,6 +154,8 @@ def _train(run: Setting, over: Mesh | None) -> float:
 
 
 def _place(now: Progress, config: ml_collections.ConfigDict) -> str:
+    if now.steps_of_epoch:
+        return f"step {now.step}, in epoch {now.epoch + 1} of {config.epochs},"
     return f"epoch {now.epoch} of {config.epochs}, step {now.step}"
 
 
@@ -165,7 +176,7 @@ def _loop(
     config = run.config
     images = config.epochs * (len(run.splits.train) // config.batch_size) * config.batch_size
     with (
-        MetricLog(run.workdir, now.step) if processes.first() else contextlib.nullcontext() as log,
+        MetricLog(run.workdir, now.step, now.epoch) if processes.first() else contextlib.nullcontext() as log,
         progress.bar(run.console, "Training", images, now.step * config.batch_size) as moved,
         preemption.noted() as stop,
     ):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from cib_jax import processes
+from cib_jax import place, processes
 from cib_jax.config import MAY_CHANGE, differences, flatten
 from cib_jax.errors import Refusal
-from cib_jax.training import place
 from cib_jax.training.checkpoint import Checkpoints
 
 
@@ -38,11 +38,18 @@ class BusyError(WorkdirError):
     """Another process is at work in it."""
 
 
+LAST_WORDS = ".last-words"
+"""Exit code and sentence of a process that ended of itself, so that those that work with it end alike."""
+
 BASELINE = "baseline.json"
 """By which the folder of a baseline is known, and which one."""
 
 KINDS = {"comparison": "cells", "search": "trials"}
 """What holds many runs, and the folder inside by which it is known."""
+
+
+SEEN_AFTER = 10
+"""Seconds in which a network's file system must show what another machine wrote."""
 
 
 @contextlib.contextmanager
@@ -61,36 +68,47 @@ def claim(workdir: pathlib.Path, *, baseline: bool = False) -> Iterator[None]:
         with processes.agreed():
             if processes.first():
                 held.enter_context(_claim(workdir, baseline))
-        with processes.agreed():
-            _check_seen(workdir)
+        check_seen(workdir / ".lock", "--workdir")
         yield
 
 
-def _check_seen(workdir: pathlib.Path) -> None:
-    """Checks that what the first process wrote into the folder is there for this one."""
+def check_seen(mark: pathlib.Path, field: str) -> None:
+    """Checks that what the first of several processes writes into a file is there for all.
+
+    Raises:
+      SharedRefusal: it is not; `field` names what is to be changed.
+    """
     if not processes.several():
         return
     token = processes.from_first(secrets.token_hex(8))
-    mark = workdir / ".lock"
-    if processes.first():
-        mark.write_text(token)
-    processes.wait()
-    try:
-        seen = mark.read_text() == token
-    except OSError:
-        seen = False
-    if not seen:
-        raise WorkdirError(
-            f"{workdir}: process {jax.process_index()} does not find there what the first process wrote; choose a "
-            "--workdir on a disk that all machines share"
-        )
+    with processes.agreed():
+        if processes.first():
+            try:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.write_text(token)
+            except OSError as error:
+                raise WorkdirError(f"{field}: {mark.parent} cannot be written to ({error.strerror})") from None
+    with processes.agreed():
+        if not any(_reads(mark, token) for _ in range(SEEN_AFTER)):
+            raise WorkdirError(
+                f"{field}: process {jax.process_index()} does not find in {mark.parent} what the first process wrote "
+                "there; choose a folder on a disk that all machines share"
+            )
+
+
+def _reads(mark: pathlib.Path, token: str) -> bool:
+    with contextlib.suppress(OSError):
+        if mark.read_text() == token:
+            return True
+    time.sleep(1)
+    return False
 
 
 @contextlib.contextmanager
 def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        inside = {path.name for path in workdir.iterdir()}
+        inside = {path.name for path in workdir.iterdir()} - {LAST_WORDS}
         if inside and not inside & {".lock", "config.json"}:
             raise WorkdirError(
                 f"{workdir}: it holds files, but none of a run ({sorted(inside)[0]}, …); choose another --workdir"
@@ -102,7 +120,7 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
         for kind, folder in KINDS.items():
             if folder in inside:
                 raise WorkdirError(f"{workdir}: it holds a {kind} of many runs; choose another --workdir")
-        lock = (workdir / ".lock").open("w")
+        lock = (workdir / ".lock").open("a")
     except OSError as error:
         raise WorkdirError(
             f"{workdir}: cannot be used as a workdir ({error.strerror}); choose another --workdir"
@@ -197,7 +215,8 @@ def check_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
 
 
 def _steps(directory: epath.Path) -> bool:
-    if not place.exists(directory):
+    # As the first of several processes sees it: to open checkpoints takes all of them.
+    if processes.from_first("there" if place.exists(directory) else "") == "":
         return False
     with Checkpoints(directory, read_only=True) as checkpoints:
         return checkpoints.latest_step is not None
@@ -219,7 +238,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a path of this process's own, whose file takes the place of `path` when it is whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
         os.replace(part, path)

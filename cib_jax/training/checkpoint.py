@@ -13,9 +13,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from cib_jax import processes
+from cib_jax import place, processes
 from cib_jax.errors import Refusal
-from cib_jax.training import place
 from cib_jax.training.state import TrainState
 
 CHECKSUM = "checksum"
@@ -68,6 +67,8 @@ class _LastAndBest:
 
 class Checkpoints:
     """The checkpoints under `directory`: written in the background, each appears whole or not at all.
+
+    Of several processes, all must open them, save and restore together: each waits for the others.
 
     `directory` is an absolute path or a gs:// URI (see `place`).
     A context manager; leaving it waits for what is still being written.
@@ -159,6 +160,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and tensorstore raise many kinds
+            if processes.several() and processes.is_loss_of_another(error):
+                raise
             full = "No space left" in str(error)
             raise SaveError(
                 f"{self.directory}: the last checkpoint could not be written "
@@ -193,6 +196,25 @@ class Checkpoints:
             tell(f"{what_is_wrong}; it is renamed to damaged-{step}, and the one before, of step {before}, is taken")
             self._set_aside(step)
         return self.restore(template)
+
+    def without_best(self, template: TrainState, progress: Progress, tell: Callable[[str], None]) -> bool:
+        """Returns whether the best checkpoint cannot be read; all are then set aside, and `tell` is told.
+
+        The parameters that a run is judged by are gone with it, and only its whole way leads to them again.
+        """
+        if not progress.best_step or progress.best_step == progress.step:
+            return False
+        wrong = ""
+        try:
+            self.restore(template, progress.best_step)
+        except CheckpointError as error:
+            wrong = str(error).partition(";")[0]
+        wrong = next(filter(None, processes.gather_texts(wrong)), "")
+        if wrong:
+            tell(f"{wrong}; it was the best one, so training begins again, to the same result; all are set aside")
+            for step in self._manager.all_steps():
+                self._set_aside(step)
+        return bool(wrong)
 
     def _set_aside(self, step: int) -> None:
         if processes.first():
@@ -257,7 +279,11 @@ class Checkpoints:
             )
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and tensorstore raise many kinds; all mean that this one is unusable
+        except (MemoryError, PermissionError):
+            raise  # no damage, for which a checkpoint would be set aside
+        except Exception as error:  # Orbax and tensorstore raise many kinds; all else means that this one is unusable
+            if processes.several() and processes.is_loss_of_another(error):
+                raise
             raise CheckpointError(
                 f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to go on from "
                 "the one before, or use another workdir"

@@ -71,6 +71,24 @@ def test_the_figures_are_those_of_the_codes_on_disk(trained):
     np.testing.assert_allclose(results["map"], reference_map(workdir, 100), rtol=1e-12)
 
 
+def test_a_run_whose_best_checkpoint_is_damaged_begins_again_to_the_same(tmp_path, console, monkeypatch):
+    """What it would be judged by is gone; the whole way leads there again."""
+    scores = iter([0.5, 0.4, 0.3, 0.5, 0.4, 0.3])
+    monkeypatch.setattr("cib_jax.retrieval.metrics.mean_average_precision", lambda *_, **__: next(scores))
+    config = small.config(data__validation="query_half", train__validate_every=1)
+    train(config, tmp_path / "run", console=rich.console.Console(quiet=True))
+    judged = params_of(tmp_path / "run", config)
+    (tmp_path / "run" / "results.json").unlink()
+    for file in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-9])
+    results = train(config, tmp_path / "run", console=console)
+    assert "/4: the checkpoint cannot be read" in console.export_text(clear=False)
+    assert "it was the best one, so training begins again" in console.export_text()
+    assert results["best_validation_map"] == 0.5
+    assert_same(params_of(tmp_path / "run", config), judged)
+
+
 @pytest.mark.parametrize("after", [1, 4, 10, 12])
 def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
     trained, tmp_path, console, monkeypatch, after
@@ -82,9 +100,9 @@ def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
         with pytest.raises(preemption.Preempted) as stopped:
             train(small.config(), tmp_path / "run", console=console)
     assert stopped.value.code == preemption.CODE == 75
-    assert f"step {after} is saved in {tmp_path}" in stopped.value.message
+    assert f"step {after}, in epoch {(after - 1) // 4 + 1} of 3, is saved in {tmp_path}" in stopped.value.message
     results = train(small.config(), tmp_path / "run", console=console)
-    assert f"Going on after epoch {(after - 1) // 4} of 3, step {after}" in console.export_text()
+    assert f"Going on after step {after}, in epoch {(after - 1) // 4 + 1} of 3" in console.export_text()
     assert results["map"] == trained[1]["map"] and results["epochs"] == 3
     assert_same(params_of(tmp_path / "run", small.config()), params_of(trained[0], small.config()))
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", trained[0])]

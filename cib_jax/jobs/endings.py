@@ -1,0 +1,101 @@
+"""How a program ends: in a sentence and an exit code, alike in all processes of a run."""
+
+import contextlib
+import os
+import pathlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NoReturn
+
+from cib_jax import processes
+from cib_jax.errors import Refusal
+from cib_jax.jobs import preemption
+from cib_jax.jobs.workdir import LAST_WORDS
+from cib_jax.training.checkpoint import SaveError
+
+
+def quieten_background() -> None:
+    """Has what breaks in a library's own thread told in a line: the main thread meets it too, and says what to do."""
+    told = set()
+
+    def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(kind, error or kind(), trace)
+        elif str(error) not in told:
+            told.add(str(error))
+            print(f"run.py: in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+
+    sys.excepthook = tell
+    threading.excepthook = lambda thrown: tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
+
+
+@contextlib.contextmanager
+def in_words(goes_on: str, workdir: str) -> Iterator[None]:
+    """Ends the program in a sentence and an exit code where a job cannot go on; `goes_on` says what takes it up.
+
+    Args:
+      goes_on: told to a user who interrupted it.
+      workdir: where several processes leave word to each other; "" for one alone.
+    """
+    try:
+        yield
+    except processes.SharedRefusal as error:
+        print(f"run.py: {error if processes.first() else 'refused; the first process says why'}", file=sys.stderr)
+        sys.exit(2)
+    except Refusal as error:
+        # What is left of a save that failed, too, would tell of it while Python is taken down.
+        _end(2, f"run.py: {error}", at_once=processes.several() or isinstance(error, SaveError), workdir=workdir)
+    except OSError as error:
+        told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
+        _end(2, f"run.py: {told}", at_once=True, workdir=workdir)  # libraries would try to write once more
+    except preemption.Preempted as error:
+        _end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not processes.several())
+    except KeyboardInterrupt:
+        # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
+        _end(130, f"\nInterrupted; {goes_on}.", at_once=True, workdir=workdir)
+    except Exception as error:
+        if not processes.several():
+            raise
+        # An orderly end would wait for the others, who wait for this one.
+        if not processes.is_loss_of_another(error):
+            traceback.print_exc()
+            _end(1, "run.py: this process broke down, and the others with it", at_once=True, workdir=workdir)
+        time.sleep(1)  # what it ended with may be on its way
+        code, told = _last_words(workdir) or (preemption.CODE, "it was killed, or its machine is gone")
+        again = "; the same commands go on from the last checkpoint" if code == preemption.CODE else ""
+        _end(code, f"run.py: another process of this run ended: {told}{again}", at_once=True)
+
+
+def forget(workdir: str) -> None:
+    """Removes what processes of an earlier start ended with; for the first process, before the others go on."""
+    (pathlib.Path(workdir) / LAST_WORDS).unlink(missing_ok=True)
+
+
+def _last_words(workdir: str) -> tuple[int, str] | None:
+    """Returns what another process ended with, None where it could say nothing."""
+    try:
+        code, told = (pathlib.Path(workdir) / LAST_WORDS).read_text(encoding="utf-8").split(" ", 1)
+        return int(code), told
+    except (OSError, ValueError):
+        return None
+
+
+def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoReturn:
+    """Ends the program with a message and an exit code; `at_once` without taking Python down first.
+
+    Where several processes share `workdir`, the first that ends leaves word there.
+    """
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not at_once:
+        sys.exit(code)
+    if processes.several() and _last_words(workdir) is None:
+        with contextlib.suppress(OSError):
+            words = message.strip().removeprefix("run.py: ")
+            (pathlib.Path(workdir) / LAST_WORDS).write_text(f"{code} {words}", encoding="utf-8")
+    os._exit(code)
