@@ -197,6 +197,7 @@ def join(mode: str) -> None:
             endings.forget(_WORKDIR.value)
         fields = {f"--config.{name}": value for name, value in flatten(_CONFIG.value).items() if name not in WHERE}
         processes.check_alike({"--mode": mode, "--workdir": _WORKDIR.value} | fields)
+        endings.watch(_WORKDIR.value)
 
 
 def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:

@@ -14,8 +14,14 @@ from typing import NoReturn
 from cib_jax import processes
 from cib_jax.errors import Refusal
 from cib_jax.jobs import preemption
+from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.workdir import LAST_WORDS
 from cib_jax.training.checkpoint import SaveError
+
+_ENDING = threading.Event()
+
+LOOK_EVERY = 1.0
+"""Seconds after which a process looks whether another has ended."""
 
 
 def quieten_background() -> None:
@@ -75,6 +81,21 @@ def forget(workdir: str) -> None:
     (pathlib.Path(workdir) / LAST_WORDS).unlink(missing_ok=True)
 
 
+def watch(workdir: str) -> None:
+    """Ends this process, from now on, with the words of another that ends of itself: it may wait for that one."""
+
+    def look() -> None:
+        while (found := _last_words(workdir)) is None:
+            time.sleep(LOOK_EVERY)
+        if _ENDING.is_set():
+            return  # they are this one's own
+        code, told = found
+        print(f"run.py: another process of this run ended: {told}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 def _last_words(workdir: str) -> tuple[int, str] | None:
     """Returns what another process ended with, None where it could say nothing."""
     try:
@@ -94,8 +115,11 @@ def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRetu
     sys.stderr.flush()
     if not at_once:
         sys.exit(code)
+    _ENDING.set()
     if processes.several() and _last_words(workdir) is None:
         with contextlib.suppress(OSError):
             words = message.strip().removeprefix("run.py: ")
-            (pathlib.Path(workdir) / LAST_WORDS).write_text(f"{code} {words}", encoding="utf-8")
+            workdir_lib.write_bytes(pathlib.Path(workdir) / LAST_WORDS, f"{code} {words}".encode())
+            if processes.first():
+                time.sleep(3 * LOOK_EVERY)  # JAX aborts the others as soon as the first one is gone
     os._exit(code)
