@@ -15,6 +15,9 @@ _FIRST = 1 << 14
 _BLOCK = 1 << 20
 # Codes that one thread looks at before it takes new work.
 _TASK = 1 << 18
+_COUNTED_BYTES = 1 << 20
+# Hits for which FAISS takes memory; its 262,144 are 3 MB, which the system clears anew for every query that finds one.
+_HITS_AT_ONCE = 1 << 11
 
 
 class Hits(NamedTuple):
@@ -105,14 +108,19 @@ def _first(parts: list[Hits], k: int) -> Hits:
 
 def _counted(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"]) -> Int32[np.ndarray, " n"]:
     words = np.uint64 if codes.shape[1] % 8 == 0 else np.uint8
-    differing = np.bitwise_count(codes.view(words) ^ query.view(words))
-    return differing[:, 0].astype(np.int32) if differing.shape[1] == 1 else differing.sum(1, dtype=np.int32)
+    rows = max(1, _COUNTED_BYTES // codes.shape[1])
+    counted = np.empty(len(codes), np.int32)
+    for start in range(0, len(codes), rows):
+        differing = np.bitwise_count(codes[start : start + rows].view(words) ^ query.view(words))
+        np.sum(differing, axis=1, dtype=np.int32, out=counted[start : start + rows])
+    return counted
 
 
 def _nearer(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], distance: int) -> Hits:
     """Returns all codes that differ from the query in fewer than `distance` bits, in no order that FAISS promises."""
     faiss = faiss_threads.load()
     found = faiss.RangeSearchResult(1)
+    found.buffer_size = _HITS_AT_ONCE
     faiss.hamming_range_search(
         faiss.swig_ptr(query), faiss.swig_ptr(codes), 1, len(codes), distance, codes.shape[1], found
     )

@@ -46,6 +46,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 4)
     monkeypatch.setattr(exact_search, "_BLOCK", 16)
     monkeypatch.setattr(exact_search, "_TASK", 8)
+    monkeypatch.setattr(exact_search, "_COUNTED_BYTES", 7)
+    monkeypatch.setattr(exact_search, "_HITS_AT_ONCE", 2)
     monkeypatch.setattr(near_duplicates, "_BLOCK_BYTES", 64)
     monkeypatch.setattr(near_duplicates, "_MOST_PAIRS", 5)
 
