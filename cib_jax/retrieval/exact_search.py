@@ -10,10 +10,13 @@ from jaxtyping import Int32, Int64, UInt8
 
 from cib_jax.retrieval import faiss_threads
 
-# Codes that bound the k-th distance before FAISS is asked, and codes of one question: results come block by block.
+# Codes that bound the k-th distance before FAISS is asked.
 _FIRST = 1 << 14
-_BLOCK = 1 << 20
-# Codes that one thread looks at before it takes new work.
+# Queries that go through the database together, and codes that stay in a core's cache meanwhile: else a large database
+# comes from memory once for each query.
+_ROWS = 16
+_BLOCK_BYTES = 1 << 21
+# Codes worth a thread.
 _TASK = 1 << 18
 _COUNTED_BYTES = 1 << 20
 # Hits for which FAISS takes memory; its 262,144 are 3 MB, which the system clears anew for every query that finds one.
@@ -49,54 +52,58 @@ def within(codes: UInt8[np.ndarray, "n bytes"], queries: UInt8[np.ndarray, "quer
 def _each(
     queries: UInt8[np.ndarray, "queries bytes"],
     codes: UInt8[np.ndarray, "n bytes"],
-    one: Callable[[UInt8[np.ndarray, "1 bytes"], UInt8[np.ndarray, "part bytes"]], Hits],
+    some: Callable[[UInt8[np.ndarray, "rows bytes"], UInt8[np.ndarray, "part bytes"]], list[Hits]],
 ) -> list[list[Hits]]:
-    """Returns `one(query, part)` of each query and each part of the database, positions counted from its start."""
-    rows = max(1, min(_TASK // len(codes), -(-len(queries) // faiss_threads.cores())))
+    """Returns what `some` finds for each query, in the whole database or, where queries are few, in each part of it."""
+    rows = max(1, min(max(_ROWS, _TASK // len(codes)), -(-len(queries) // faiss_threads.cores())))
     parts = max(1, min(faiss_threads.cores() // len(queries), len(codes) // _TASK))
+
+    def piece(start: int, begin: int, end: int) -> list[Hits]:
+        return [
+            Hits(hits.distances, hits.ids + begin) for hits in some(queries[start : start + rows], codes[begin:end])
+        ]
+
     bounds = [len(codes) * part // parts for part in range(parts + 1)]
-
-    def task(start: int) -> list[list[Hits]]:
-        return [[one(queries[row : row + 1], codes)] for row in range(start, min(start + rows, len(queries)))]
-
-    def part(row: int, begin: int, end: int) -> Hits:
-        distances, ids = one(queries[row : row + 1], codes[begin:end])
-        return Hits(distances, ids + begin)
-
-    if parts == 1:
-        calls = [functools.partial(task, start) for start in range(0, len(queries), rows)]
-        return [hits for several in faiss_threads.in_order(calls) for hits in several]
     pieces = [
-        functools.partial(part, row, begin, end)
-        for row in range(len(queries))
+        [functools.partial(piece, start, begin, end) for start in range(0, len(queries), rows)]
         for begin, end in itertools.pairwise(bounds)
     ]
-    found = faiss_threads.in_order(pieces)
-    return [found[start : start + parts] for start in range(0, len(found), parts)]
+    found = faiss_threads.in_order(itertools.chain.from_iterable(pieces))
+    # One list of hits for each query, part after part.
+    by_query = list(itertools.chain.from_iterable(found))
+    return [by_query[row :: len(queries)] for row in range(len(queries))]
 
 
-def _nearest(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], k: int) -> Hits:
+def _nearest(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, "n bytes"], k: int) -> list[Hits]:
     begin = min(len(codes), max(_FIRST, 4 * k))
-    distances = _counted(query, codes[:begin])
-    bound = np.partition(distances, min(k, begin) - 1)[min(k, begin) - 1]
-    ids = np.flatnonzero(distances <= bound)
-    found = _first([Hits(distances[ids], ids)], k)
-    while begin < len(codes) and found.distances[-1] > 0:
-        end = min(len(codes), begin + min(begin, _BLOCK))
-        # A later code as far as the k-th comes after it.
-        nearer = _nearer(query, codes[begin:end], int(found.distances[-1]))
-        if len(nearer.ids):
-            found = _first([found, Hits(nearer.distances, nearer.ids + begin)], k)
-        begin = end
+    found = [_nearest_of_first(query, codes[:begin], k) for query in queries[:, None]]
+    most = max(_FIRST, _BLOCK_BYTES // codes.shape[1])
+    while begin < len(codes):
+        block = codes[begin : begin + min(begin, most)]
+        for row, hits in enumerate(found):
+            # A later code as far as the k-th comes after it.
+            if bound := int(hits.distances[-1]):
+                nearer = _nearer(queries[row : row + 1], block, bound)
+                if len(nearer.ids):
+                    found[row] = _first([hits, Hits(nearer.distances, nearer.ids + begin)], k)
+        begin += len(block)
     return found
 
 
-def _within(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], radius: int) -> Hits:
-    found = []
-    for begin in range(0, len(codes), _BLOCK):
-        distances, ids = _nearer(query, codes[begin : begin + _BLOCK], radius + 1)
-        found.append(Hits(distances, ids + begin))
-    return Hits(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+def _nearest_of_first(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], k: int) -> Hits:
+    distances, k = _counted(query, codes), min(k, len(codes))
+    ids = np.flatnonzero(distances <= np.partition(distances, k - 1)[k - 1])
+    return _first([Hits(distances[ids], ids)], k)
+
+
+def _within(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Hits]:
+    most = max(_FIRST, _BLOCK_BYTES // codes.shape[1])
+    found: list[list[Hits]] = [[] for _ in queries]
+    for begin in range(0, len(codes), most):
+        for row, several in enumerate(found):
+            distances, ids = _nearer(queries[row : row + 1], codes[begin : begin + most], radius + 1)
+            several.append(Hits(distances, ids + begin))
+    return [Hits(*(np.concatenate(parts) for parts in zip(*several, strict=True))) for several in found]
 
 
 def _first(parts: list[Hits], k: int) -> Hits:

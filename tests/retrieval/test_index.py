@@ -44,7 +44,8 @@ def clustered_codes(n, width, seed=0, centres=8):
 def small_blocks(monkeypatch):
     """Blocks of a few codes, so that a small database goes through every stage of a large one."""
     monkeypatch.setattr(exact_search, "_FIRST", 4)
-    monkeypatch.setattr(exact_search, "_BLOCK", 16)
+    monkeypatch.setattr(exact_search, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(exact_search, "_ROWS", 2)
     monkeypatch.setattr(exact_search, "_TASK", 8)
     monkeypatch.setattr(exact_search, "_COUNTED_BYTES", 7)
     monkeypatch.setattr(exact_search, "_HITS_AT_ONCE", 2)
