@@ -19,6 +19,7 @@ from cib_jax.fitting import fit
 from cib_jax.hasher import Hasher
 from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
 from cib_jax.retrieval.health import code_health
+from cib_jax.retrieval.index import Index
 from cib_jax.retrieval.metrics import (
     evaluate,
     mean_average_precision,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Encoder",
     "Hasher",
+    "Index",
     "Refusal",
     "TrainState",
     "bernoulli_kl",

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from cib_jax import binary, encoding, from_config, parallel, place
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
@@ -22,6 +22,13 @@ from cib_jax.encoder import Encoder, Params
 from cib_jax.feature_views import Standard
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
+
+Items = (
+    UInt8[np.ndarray, "n height width 3"]
+    | Sequence[UInt8[np.ndarray, "height width 3"]]
+    | Float[np.ndarray, "n *views features"]
+)
+"""What there is to encode: images of one size, images of several, or features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +74,7 @@ class Hasher:
         check_fingerprint(fingerprint, extra, workdir)
         return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size, config.devices)
 
-    def encode(
-        self,
-        images: UInt8[np.ndarray, "n height width 3"]
-        | Sequence[UInt8[np.ndarray, "height width 3"]]
-        | Float[np.ndarray, "n *views features"],
-    ) -> UInt8[np.ndarray, "n bytes"]:
+    def encode(self, images: Items) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of RGB images, or of features if it was trained on such, `bits` / 8 bytes each.
 
         Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
@@ -85,10 +87,23 @@ class Hasher:
         """
         if not len(images):
             return np.zeros((0, self.encoder.bits // 8), np.uint8)
+        return self._of_all(self._checked(images), packed_of_features)
+
+    def logits(self, images: Items) -> Float32[np.ndarray, "n bits"]:
+        """Returns the logits whose signs are the bits of `encode`, which see, for `Index.rerank`.
+
+        The two are programs of their own: a logit within rounding of 0 may be on the other side.
+        """
+        if not len(images):
+            return np.zeros((0, self.encoder.bits), np.float32)
+        return self._of_all(self._checked(images), logits_of_features)
+
+    def _checked(self, images: Items) -> Shaped[np.ndarray, "n ..."]:
+        """Returns images, or features, as one array, resized on the host where they are of several sizes."""
         if self.encoder.backbone.takes == "features":
             features: Any = images if hasattr(images, "dtype") else np.asarray(images)
             _check_features(features, self.encoder.backbone.features)
-            return self._encode(features)
+            return features
         if hasattr(images, "dtype"):
             _check_images(np.asarray(images), 4)
         else:
@@ -97,13 +112,14 @@ class Hasher:
         side = self.stored_size
         if len({np.shape(image) for image in images}) > 1:
             side = side or self.encoder.image_size
-        return self._encode(_resized(images, side) if side else np.asarray(images))
+        return np.stack([resize(np.asarray(image), side) for image in images]) if side else np.asarray(images)
 
-    def _encode(self, whole: Shaped[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n bytes"]:
+    def _of_all(self, whole: Shaped[np.ndarray, "n ..."], of_features: Callable[..., Array]) -> np.ndarray:
         # One of a few batch sizes, not any: each is compiled once.
         size = min(self.batch_size, 1 << (len(whole) - 1).bit_length())
         batches = (whole[start : start + size] for start in range(0, len(whole), size))
-        return self._encode_batches(batches, size=size, over=self._mesh if len(whole) > size else None)
+        over = self._mesh if len(whole) > size else None
+        return self._of_batches(batches, size=size, over=over, of_features=of_features)
 
     def encode_batches(
         self,
@@ -113,22 +129,23 @@ class Hasher:
         size: int = 0,
     ) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of all images of `batches`, none larger than `size` (0: than the first)."""
-        return self._encode_batches(batches, on_images, size=size, over=self._mesh)
+        return self._of_batches(batches, on_images, size=size, over=self._mesh, of_features=packed_of_features)
 
-    def _encode_batches(
+    def _of_batches(
         self,
         batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
         on_images: Callable[[int], None] = lambda images: None,
         *,
         size: int,
         over: Mesh | None,
-    ) -> UInt8[np.ndarray, "n bytes"]:
+        of_features: Callable[..., Array],
+    ) -> np.ndarray:
         params, frozen = self._on_mesh if over else (self.params, self.frozen)
 
         def compute(images: np.ndarray, first: int) -> Array:
             # Two programs, as where features are computed once and kept: the same codes to the last bit.
             features = plain_features(self.encoder, params, frozen, images, over)
-            return packed_of_features(self.encoder, params, features, over)
+            return of_features(self.encoder, params, features, over)
 
         rows = encoding.map_batches(compute, batches, on_images, size=size, over=over)
         return np.concatenate([np.asarray(row) for row in rows])
@@ -141,12 +158,6 @@ class Hasher:
     def _on_mesh(self) -> tuple[Params, Params]:
         # Once, not at every call: a deep network has half a gigabyte.
         return parallel.everywhere((self.params, self.frozen), self._mesh)
-
-
-def _resized(
-    images: Sequence[UInt8[np.ndarray, "height width 3"]] | np.ndarray, side: int
-) -> UInt8[np.ndarray, "n side side 3"]:
-    return np.stack([resize(np.asarray(image), side) for image in images])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -167,6 +178,14 @@ def packed_of_features(
 ) -> UInt8[Array, "batch bytes"]:
     """Returns the packed codes of features; the rows spread `over` devices."""
     return parallel.by_rows(lambda params, rows: binary.pack_bits(encoder.head(params, rows)), over)(params, features)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def logits_of_features(
+    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
+) -> Float[Array, "batch bits"]:
+    """Returns the logits of features; the rows spread `over` devices."""
+    return parallel.by_rows(encoder.head, over)(params, features)
 
 
 def _check_features(features: Any, wanted: int) -> None:

@@ -25,6 +25,16 @@ def test_codes_are_the_signs_of_the_logits(hasher):
     assert np.array_equal(codes, np.packbits(np.asarray(logits) > 0, axis=-1))
 
 
+def test_logits_are_the_encoders(hasher):
+    encoder = hasher.encoder
+    expected = encoder.logits(hasher.params, hasher.frozen, encoder.preprocess(IMAGES))
+    logits = hasher.logits(IMAGES)
+    assert (logits.dtype, logits.shape) == (np.float32, (23, 16))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hasher.logits(list(IMAGES)), logits)
+    assert hasher.logits(IMAGES[:0]).shape == (0, 16)
+
+
 def test_a_sequence_of_images_of_one_size_is_encoded_as_the_array_is(hasher):
     assert np.array_equal(hasher.encode(list(IMAGES)), hasher.encode(IMAGES))
 
@@ -55,6 +65,8 @@ def test_a_sequence_of_uneven_images_is_resized_by_pillow(hasher):
 def test_other_images_are_refused(hasher, images):
     with pytest.raises(ValueError, match=r"images: wanted uint8 .* in RGB, got"):
         hasher.encode(images)
+    with pytest.raises(ValueError, match=r"images: wanted uint8 .* in RGB, got"):
+        hasher.logits(images)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -1,0 +1,265 @@
+"""Searching packed codes: `Index` beside bare FAISS; time, how it grows, memory, and what approximate kinds find.
+
+`python -m benchmarks.search` measures a million codes, `--growth` exact search up to 16 million, `--approximate` the
+other kinds at 10 million (`--size`), `--groups` near-duplicates, `--rerank` what ranking
+the first hits by logits brings, `--memory 100000000` the peak memory of that many.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+import cib_jax as cib
+from benchmarks import growth, measuring
+
+QUERIES = 200
+# Of millions of codes; below, each kind's defaults.
+SETTINGS: list[tuple[str, dict[str, int]]] = [
+    ("ivf", {"nlist": 4096, "nprobe": 16}),
+    ("ivf", {"nlist": 4096, "nprobe": 64}),
+    ("ivf", {"nlist": 1024, "nprobe": 128}),
+    ("mih", {"nhash": 2, "b": 22, "nflip": 2}),
+    ("mih", {"nhash": 3, "b": 21, "nflip": 1}),
+    ("mih", {"nhash": 2, "b": 24, "nflip": 3}),
+]
+
+
+def uniform(n: int, bits: int, seed: int = 0) -> np.ndarray:
+    """Returns codes without any structure: the hardest that there are."""
+    return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), np.uint8)
+
+
+def clustered(n: int, bits: int, seed: int = 0) -> np.ndarray:
+    """Returns codes as a hash head gives them: signs of projected features, which lie around 1,000 centres.
+
+    Features have 24 dimensions, half of whose deviation is between the centres; each bit is some direction's sign.
+    """
+    shared = np.random.default_rng(1)
+    centres = shared.normal(size=(1000, 24)).astype(np.float32)
+    directions = shared.normal(size=(24, bits)).astype(np.float32)
+    generator, codes = np.random.default_rng(seed), np.empty((n, bits // 8), np.uint8)
+    for start in range(0, n, 1 << 17):
+        count = min(1 << 17, n - start)
+        features = centres[generator.integers(0, 1000, count)]
+        features += generator.standard_normal(features.shape, np.float32)
+        codes[start : start + count] = np.packbits(features @ directions > 0, axis=1)
+    return codes
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps FAISS's own searches of this thread on one core."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def compare(size: int, bits: int, rounds: int, k: int = 20) -> list[list[object]]:
+    """Returns rows of the table of exact searches."""
+    import faiss
+
+    codes, queries = clustered(size, bits), clustered(QUERIES, bits, 2)
+    bare = faiss.IndexBinaryFlat(bits)
+    built = measuring.in_turns(
+        {"bare": lambda: (bare.reset(), bare.add(codes)), "index": lambda: cib.Index.of(codes)}, rounds=rounds
+    )
+    index = cib.Index.of(codes)
+
+    def one_by_one(search: Callable[..., object], count: int) -> None:
+        for row in range(count):
+            search(queries[row : row + 1], k)
+
+    def on_one_core() -> None:
+        with one_thread():
+            one_by_one(bare.search, 50)
+
+    alone = measuring.in_turns(
+        {
+            "bare": lambda: one_by_one(bare.search, 50),
+            "one core": on_one_core,
+            "index": lambda: one_by_one(index.search, 50),
+        },
+        rounds=rounds,
+    )
+    batch = measuring.in_turns(
+        {"bare": lambda: bare.search(queries, k), "index": lambda: index.search(queries, k)}, rounds=rounds
+    )
+    faiss_distances, faiss_ids = bare.search(queries, k)
+    distances, ids = index.search(queries, k)
+    assert np.array_equal(faiss_distances, distances)
+    print(f"FAISS's order of ties is the database's in {np.mean(faiss_ids == ids):.1%} of the places\n")
+    row = functools.partial(_row, size)
+    return [
+        row("build, s", built["bare"], built["index"], 1),
+        row("one by one, ms a query", alone["bare"], alone["index"], 1000 / 50),
+        row("the same, FAISS told to use one core", alone["one core"], alone["index"], 1000 / 50),
+        row(f"batches of {QUERIES}, ms a query", batch["bare"], batch["index"], 1000 / QUERIES),
+    ]
+
+
+def _row(size: int, name: str, bare: measuring.Seconds, index: measuring.Seconds, scale: float) -> list[object]:
+    figures = [f"{side.median * scale:.4g} (least {min(side.rounds) * scale:.4g})" for side in (bare, index)]
+    return [f"{size:,}", name, *figures, measuring.told_ratio(bare, index)]
+
+
+def grow(bits: int, rounds: int) -> tuple[list[list[object]], float]:
+    """Returns rows of exact searches by number of codes, and the power of that number with which the time grows."""
+    codes, queries = clustered(16_000_000, bits), clustered(20, bits, 2)
+    sizes = [1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000]
+    indices = {size: cib.Index.of(codes[:size]) for size in sizes}
+    sides = {str(size): functools.partial(index.search, queries, 20) for size, index in indices.items()}
+    found = measuring.in_turns(sides, rounds=rounds)
+    least = [min(found[str(size)].rounds) / len(queries) for size in sizes]
+    rows = [
+        [f"{size:,}", f"{found[str(size)].median / len(queries) * 1000:.3f}", f"{seconds * 1000:.3f}"]
+        for size, seconds in zip(sizes, least, strict=True)
+    ]
+    return rows, growth.exponent(sizes, least)
+
+
+def approximate(kind_of_codes: str, size: int, bits: int, rounds: int, k: int = 10) -> list[list[object]]:
+    """Returns rows of what approximate kinds find and take, in turns with the exact kind, queries in one batch."""
+    make = {"clustered": clustered, "uniform": uniform}[kind_of_codes]
+    codes, queries = make(size, bits), make(QUERIES, bits, 2)
+    exact = cib.Index.of(codes)
+    farthest = exact.search(queries, k)[0][:, -1:]
+    rows: list[list[object]] = []
+    for kind, settings in SETTINGS if size > 2_000_000 else [("hnsw", {}), ("ivf", {}), ("mih", {})]:
+        begun = time.perf_counter()
+        index = cib.Index.of(codes, kind, **settings)
+        built = time.perf_counter() - begun
+        taken = measuring.in_turns(
+            {"exact": lambda: exact.search(queries, k), "index": functools.partial(index.search, queries, k)},
+            rounds=rounds,
+        )
+        distances, _ = index.search(queries, k)
+        rows.append(
+            [
+                f"{kind_of_codes}, {size:,}",
+                " ".join([kind, *(f"{name}={value}" for name, value in settings.items())]),
+                f"{built:.0f}",
+                f"{np.mean(distances <= farthest):.3f}",
+                *(f"{taken[side].median / QUERIES * 1000:.3f}" for side in ("exact", "index")),
+                measuring.told_ratio(taken["exact"], taken["index"]),
+            ]
+        )
+    return rows
+
+
+def group(size: int, bits: int) -> list[list[object]]:
+    """Returns rows of the table of near-duplicate groups."""
+    rows: list[list[object]] = []
+    for name, make in {"clustered": clustered, "uniform": uniform}.items():
+        index = cib.Index.of(make(size, bits))
+        for radius in (0, 1, 2, 3):
+            begun = time.perf_counter()
+            found = index.groups(radius)
+            seconds = time.perf_counter() - begun
+            rows.append([f"{name}, {size:,}", radius, f"{seconds:.1f}", f"{len(found):,}", f"{sum(map(len, found)):,}"])
+    return rows
+
+
+def rerank(bits: int, seeds: int = 3, first: int = 100) -> list[list[object]]:
+    """Returns rows of MAP@100 of digits before and after the first hits are ranked anew by the queries' logits."""
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    images = (digits.images[..., None] * 15.9).astype(np.uint8).repeat(3, axis=-1)
+    labels, rows = digits.target, []
+    for seed in range(seeds):
+        trained = {"bits": bits, "image_size": 16, "augment": "digits", "temperature": 0.5, "epochs": 20, "seed": seed}
+        hasher = cib.fit(images[:1500], **trained)
+        index, logits = cib.Index.of(hasher.encode(images[:1500])), hasher.logits(images[1500:])
+        _, ids = index.search(hasher.encode(images[1500:]), first)
+        _, again = index.rerank(logits, ids)
+        before, after = (_mean_average_precision(labels[found] == labels[1500:, None]) for found in (ids, again))
+        rows.append([bits, seed, f"{before:.4f}", f"{after:.4f}"])
+    return rows
+
+
+def _mean_average_precision(relevant: np.ndarray) -> float:
+    found = np.cumsum(relevant, axis=1)
+    precision = found / np.arange(1, relevant.shape[1] + 1) * relevant
+    return float(np.mean(precision.sum(axis=1) / np.maximum(found[:, -1], 1)))
+
+
+def peak(size: int, bits: int) -> dict[str, float]:
+    """Returns this process's peak memory in MiB, before any code, with the codes, and after ten searches."""
+    start = _peak()
+    codes = np.empty((size, bits // 8), np.uint8)
+    generator = np.random.default_rng(0)
+    for begin in range(0, size, 1 << 20):
+        rows = codes[begin : begin + (1 << 20)]
+        rows[:] = generator.integers(0, 256, rows.shape, np.uint8)
+    held, begun = _peak(), time.perf_counter()
+    index = cib.Index.of(codes)
+    built, begun = time.perf_counter() - begun, time.perf_counter()
+    index.search(codes[:10], 20)
+    searched = time.perf_counter() - begun
+    return {"start": start, "codes": held, "searched": _peak(), "built s": built, "ms a query": searched * 100}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = measuring.parser("Searching packed codes.", "faiss")
+    parser.add_argument("--bits", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=10_000_000, help="of --approximate")
+    parser.add_argument("--growth", action="store_true", help="exact search of 1 to 16 million codes")
+    parser.add_argument("--approximate", action="store_true", help="what other kinds find, and how fast")
+    parser.add_argument("--groups", action="store_true", help="near-duplicates of a million codes")
+    parser.add_argument("--rerank", action="store_true", help="what ranking by logits brings on digits")
+    parser.add_argument("--memory", type=int, metavar="SIZE", help="peak memory of an index of so many codes")
+    parser.add_argument("--peak", type=int, metavar="SIZE", help="that, in this process, as JSON")
+    flags = parser.parse_args()
+    if flags.peak:
+        print(json.dumps(peak(flags.peak, flags.bits)))
+        return
+    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    print(f"{measuring.machine('faiss-cpu', 'numpy')}; {flags.bits} bits; load before: {load}\n")
+    if flags.memory:
+        # First of all: a process passes its own peak on to those that it starts.
+        command = [sys.executable, "-m", "benchmarks.search", "--peak", str(flags.memory), "--bits", str(flags.bits)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        point = json.loads(done.stdout.splitlines()[-1])
+        header = ["codes", "MiB before", "MiB with the codes", "MiB at most", "build, s", "ms a query, batch of 10"]
+        figures = (f"{value:,.0f}" if value >= 1 else f"{value:.2g}" for value in point.values())
+        measuring.print_table(header, [[f"{flags.memory:,}", *figures]])
+        return
+    if flags.growth:
+        rows, power = grow(flags.bits, flags.rounds)
+        measuring.print_table(["codes", "ms a query, batch of 20", "least"], rows)
+        print(f"time grows with the {power:.2f}th power of the number of codes")
+    elif flags.approximate:
+        header = ["codes", "kind", "build, s", "recall@10", "exact, ms a query", "kind, ms a query", "times faster"]
+        for name in ("clustered", "uniform"):
+            measuring.print_table(header, approximate(name, flags.size, flags.bits, flags.rounds))
+    elif flags.rerank:
+        for bits in (16, flags.bits):
+            measuring.print_table(["bits", "seed", "MAP@100 by Hamming distance", "by logits"], rerank(bits))
+    elif flags.groups:
+        measuring.print_table(["codes", "radius", "s", "groups", "codes in them"], group(1_000_000, flags.bits))
+    else:
+        header = ["codes", "work", "FAISS's IndexBinaryFlat", "Index", "times faster"]
+        measuring.print_table(header, compare(1_000_000, flags.bits, flags.rounds))
+
+
+if __name__ == "__main__":
+    main()
