@@ -15,7 +15,8 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from cib_jax import binary, encoding, from_config, parallel
+from cib_jax import encoding, from_config, parallel
+from cib_jax.coding import packed_of_features, plain_features
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
@@ -127,7 +128,6 @@ class Hasher:
         params, frozen = self._on_mesh if over else (self.params, self.frozen)
 
         def compute(images: np.ndarray, first: int) -> Array:
-            # Two programs, as where features are computed once and kept: the same codes to the last bit.
             features = plain_features(self.encoder, params, frozen, images, over)
             return packed_of_features(self.encoder, params, features, over)
 
@@ -148,26 +148,6 @@ def _resized(
     images: Sequence[UInt8[np.ndarray, "height width 3"]] | np.ndarray, side: int
 ) -> UInt8[np.ndarray, "n side side 3"]:
     return np.stack([resize(np.asarray(image), side) for image in images])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def plain_features(
-    encoder: Encoder, params: Params, frozen: Params, images: Shaped[Array, "batch ..."], over: Mesh | None = None
-) -> Float[Array, "batch features"]:
-    """Returns the backbone's features of images as at test time, unaugmented; the rows spread `over` devices."""
-
-    def features(held: tuple[Params, Params], images: Array) -> Array:
-        return encoder.features(*held, encoder.preprocess(images))
-
-    return parallel.by_rows(features, over)((params, frozen), images)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def packed_of_features(
-    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
-) -> UInt8[Array, "batch bytes"]:
-    """Returns the packed codes of features; the rows spread `over` devices."""
-    return parallel.by_rows(lambda params, rows: binary.pack_bits(encoder.head(params, rows)), over)(params, features)
 
 
 def _check_features(features: Any, wanted: int) -> None:
