@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from cib_jax import encoding, from_config, parallel
+from cib_jax import encoding, from_config, parallel, saved
 from cib_jax.coding import packed_of_features, plain_features
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
@@ -24,6 +24,9 @@ from cib_jax.feature_views import Standard
 from cib_jax.training import place
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
 from cib_jax.training.state import create_train_state
+
+SETTINGS = ("batch_size", "stored_size", "devices")
+"""Of a hasher, beside its encoder and parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +49,24 @@ class Hasher:
     ) -> "Hasher":
         """Returns the hasher of a run: of its best checkpoint where it was validated, of its last one elsewhere.
 
+        Or the one that `save` wrote, which holds all its weights.
+
         Args:
-          workdir: the run's folder.
+          workdir: the run's folder, or that of `save`.
           backbone_weights: where the frozen backbone's weights lie now; "" takes the place that the run had them from.
           checkpoint_dir: where its checkpoints lie now, as `train.checkpoint_dir`; None: where the run wrote them.
 
         Raises:
           CheckpointError: `workdir` is no run's folder, or its checkpoint is missing or unusable.
           WeightsError: the frozen backbone's weights are missing, or not those that the run was trained with.
+          SavedError: what `save` wrote is damaged, of another version, or told where weights lie that it holds itself.
         """
         workdir = pathlib.Path(workdir)
+        if saved.is_saved(workdir):
+            if backbone_weights or checkpoint_dir is not None:
+                raise saved.SavedError(f"{workdir}: a saved hasher holds all its weights; give its folder alone")
+            encoder, params, frozen, settings = saved.read(workdir)
+            return cls(encoder, params, frozen, **settings)
         config = read_config(workdir)
         if backbone_weights:
             config.backbone_weights = backbone_weights
@@ -68,6 +79,17 @@ class Hasher:
         params, _, extra = restore_best(workdir, params, config)
         check_fingerprint(fingerprint, extra, workdir)
         return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size, config.devices)
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        """Writes the hasher to a folder, from which `load` returns it with the same codes, bit for bit.
+
+        With all its weights, also those of a frozen backbone. Atomic; a hasher that was saved there before is replaced.
+
+        Raises:
+          SavedError: the folder is a run's, or cannot be written to.
+        """
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        saved.write(pathlib.Path(folder), self.encoder, self.params, self.frozen, settings)
 
     def encode(
         self,
@@ -102,8 +124,7 @@ class Hasher:
         return self._encode(_resized(images, side) if side else np.asarray(images))
 
     def _encode(self, whole: Shaped[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n bytes"]:
-        # One of a few batch sizes, not any: each is compiled once.
-        size = min(self.batch_size, 1 << (len(whole) - 1).bit_length())
+        size = _size(len(whole), self.batch_size)
         batches = (whole[start : start + size] for start in range(0, len(whole), size))
         return self._encode_batches(batches, size=size, over=self._mesh if len(whole) > size else None)
 
@@ -142,6 +163,11 @@ class Hasher:
     def _on_mesh(self) -> tuple[Params, Params]:
         # Once, not at every call: a deep network has half a gigabyte.
         return parallel.everywhere((self.params, self.frozen), self._mesh)
+
+
+def _size(count: int, most: int) -> int:
+    """Returns the batch size for `count` images: one of a few, not any, since each is compiled once."""
+    return min(most, 1 << (count - 1).bit_length())
 
 
 def _resized(
