@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from cib_jax import encoding, from_config, parallel, saved
+from cib_jax import encoding, exporting, from_config, parallel, saved
 from cib_jax.coding import packed_of_features, plain_features
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
@@ -90,6 +90,19 @@ class Hasher:
         """
         settings = {name: getattr(self, name) for name in SETTINGS}
         saved.write(pathlib.Path(folder), self.encoder, self.params, self.frozen, settings)
+
+    def export(self, path: pathlib.Path | str) -> None:
+        """Writes the encoder as one file that `cib_jax.exported.load` runs by JAX and NumPy alone.
+
+        It holds programs for CPUs, CUDA and TPUs, and all weights, and gives the codes of `encode` on one device, bit
+        for bit, of images that have the side `stored_size`, or the network's where that is 0. Atomic.
+
+        Raises:
+          ExportedError: the file cannot be written.
+        """
+        side = self.stored_size or self.encoder.image_size
+        sizes = sorted({_size(count, self.batch_size) for count in range(1, self.batch_size + 1)})
+        exporting.write(pathlib.Path(path), self.encoder, self.params, self.frozen, side=side, batch_sizes=sizes)
 
     def encode(
         self,
