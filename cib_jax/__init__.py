@@ -9,29 +9,33 @@ function, for use under `jax.jit`, `jax.vmap` and `jax.grad`; codes are ±1 floa
     codes = hasher.encode(images)
 """
 
-from cib_jax.augment import resize_and_normalise, two_views
-from cib_jax.backbones.weights import load_pretrained
-from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
-from cib_jax.corpus import read_corpus
-from cib_jax.encoder import Encoder, create_encoder
-from cib_jax.errors import Refusal
-from cib_jax.fitting import fit
-from cib_jax.hasher import Hasher
-from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
-from cib_jax.retrieval.health import code_health
-from cib_jax.retrieval.index import Index
-from cib_jax.retrieval.metrics import (
-    evaluate,
-    mean_average_precision,
-    precision_at_k,
-    precision_recall_curve,
-    precision_within_radius,
-    recall_at_k,
-    tie_aware_map,
-)
-from cib_jax.retrieval.ranking import hamming_distances, rank
-from cib_jax.training.state import TrainState, create_train_state
-from cib_jax.training.step import train_step, train_step_on_features
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cib_jax.augment import resize_and_normalise, two_views
+    from cib_jax.backbones.weights import load_pretrained
+    from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
+    from cib_jax.corpus import read_corpus
+    from cib_jax.encoder import Encoder, create_encoder
+    from cib_jax.errors import Refusal
+    from cib_jax.fitting import fit
+    from cib_jax.hasher import Hasher
+    from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
+    from cib_jax.retrieval.health import code_health
+    from cib_jax.retrieval.index import Index
+    from cib_jax.retrieval.metrics import (
+        evaluate,
+        mean_average_precision,
+        precision_at_k,
+        precision_recall_curve,
+        precision_within_radius,
+        recall_at_k,
+        tie_aware_map,
+    )
+    from cib_jax.retrieval.ranking import hamming_distances, rank
+    from cib_jax.training.state import TrainState, create_train_state
+    from cib_jax.training.step import train_step, train_step_on_features
 
 __version__ = "0.1.0"
 
@@ -68,3 +72,57 @@ __all__ = [
     "two_views",
     "unpack_bits",
 ]
+
+# Imported when they are asked for: `cib_jax.exported` runs where nothing of training is installed.
+_HOMES = {
+    "Encoder": "encoder",
+    "Hasher": "hasher",
+    "Index": "retrieval.index",
+    "Refusal": "errors",
+    "TrainState": "training.state",
+    "bernoulli_kl": "objective",
+    "binarize": "binary",
+    "cib_loss": "objective",
+    "code_health": "retrieval.health",
+    "create_encoder": "encoder",
+    "create_train_state": "training.state",
+    "evaluate": "retrieval.metrics",
+    "fit": "fitting",
+    "hamming_distances": "retrieval.ranking",
+    "load_pretrained": "backbones.weights",
+    "mean_average_precision": "retrieval.metrics",
+    "nt_xent": "objective",
+    "pack_bits": "binary",
+    "precision_at_k": "retrieval.metrics",
+    "precision_recall_curve": "retrieval.metrics",
+    "precision_within_radius": "retrieval.metrics",
+    "rank": "retrieval.ranking",
+    "read_corpus": "corpus",
+    "recall_at_k": "retrieval.metrics",
+    "resize_and_normalise": "augment",
+    "sample_codes": "binary",
+    "tie_aware_map": "retrieval.metrics",
+    "train_step": "training.step",
+    "train_step_on_features": "training.step",
+    "two_views": "augment",
+    "unpack_bits": "binary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,8 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from cib_jax import binary, encoding, from_config, parallel, place
+from cib_jax import encoding, exporting, from_config, parallel, place, saved
+from cib_jax.coding import logits_of_features, packed_of_features, plain_features
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
 from cib_jax.encoder import Encoder, Params
@@ -29,6 +30,9 @@ Items = (
     | Float[np.ndarray, "n *views features"]
 )
 """What there is to encode: images of one size, images of several, or features."""
+
+SETTINGS = ("batch_size", "stored_size", "devices")
+"""Of a hasher, beside its encoder and parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +55,24 @@ class Hasher:
     ) -> "Hasher":
         """Returns the hasher of a run: of its best checkpoint where it was validated, of its last one elsewhere.
 
+        Or the one that `save` wrote, which holds all its weights.
+
         Args:
-          workdir: the run's folder.
+          workdir: the run's folder, or that of `save`.
           backbone_weights: where the frozen backbone's weights lie now; "" takes the place that the run had them from.
           checkpoint_dir: where its checkpoints lie now, as `train.checkpoint_dir`; None: where the run wrote them.
 
         Raises:
           CheckpointError: `workdir` is no run's folder, or its checkpoint is missing or unusable.
           WeightsError: the frozen backbone's weights are missing, or not those that the run was trained with.
+          SavedError: what `save` wrote is damaged, of another version, or told where weights lie that it holds itself.
         """
         workdir = pathlib.Path(workdir)
+        if saved.is_saved(workdir):
+            if backbone_weights or checkpoint_dir is not None:
+                raise saved.SavedError(f"{workdir}: a saved hasher holds all its weights; give its folder alone")
+            encoder, params, frozen, settings = saved.read(workdir)
+            return cls(encoder, params, frozen, **settings)
         config = read_config(workdir)
         if backbone_weights:
             config.backbone_weights = backbone_weights
@@ -73,6 +85,30 @@ class Hasher:
         params, _, extra = restore_best(workdir, params, config)
         check_fingerprint(fingerprint, extra, workdir)
         return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size, config.devices)
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        """Writes the hasher to a folder, from which `load` returns it with the same codes, bit for bit.
+
+        With all its weights, also those of a frozen backbone. Atomic; a hasher that was saved there before is replaced.
+
+        Raises:
+          SavedError: the folder is a run's, or cannot be written to.
+        """
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        saved.write(pathlib.Path(folder), self.encoder, self.params, self.frozen, settings)
+
+    def export(self, path: pathlib.Path | str) -> None:
+        """Writes the encoder as one file that `cib_jax.exported.load` runs by JAX and NumPy alone.
+
+        It holds programs for CPUs, CUDA and TPUs, and all weights, and gives the codes of `encode` on one device, bit
+        for bit, of images that have the side `stored_size`, or the network's where that is 0. Atomic.
+
+        Raises:
+          ExportedError: the file cannot be written.
+        """
+        side = self.stored_size or self.encoder.image_size
+        sizes = sorted({_size(count, self.batch_size) for count in range(1, self.batch_size + 1)})
+        exporting.write(pathlib.Path(path), self.encoder, self.params, self.frozen, side=side, batch_sizes=sizes)
 
     def encode(self, images: Items) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of RGB images, or of features if it was trained on such, `bits` / 8 bytes each.
@@ -115,8 +151,7 @@ class Hasher:
         return np.stack([resize(np.asarray(image), side) for image in images]) if side else np.asarray(images)
 
     def _of_all(self, whole: Shaped[np.ndarray, "n ..."], of_features: Callable[..., Array]) -> np.ndarray:
-        # One of a few batch sizes, not any: each is compiled once.
-        size = min(self.batch_size, 1 << (len(whole) - 1).bit_length())
+        size = _size(len(whole), self.batch_size)
         batches = (whole[start : start + size] for start in range(0, len(whole), size))
         over = self._mesh if len(whole) > size else None
         return self._of_batches(batches, size=size, over=over, of_features=of_features)
@@ -143,7 +178,6 @@ class Hasher:
         params, frozen = self._on_mesh if over else (self.params, self.frozen)
 
         def compute(images: np.ndarray, first: int) -> Array:
-            # Two programs, as where features are computed once and kept: the same codes to the last bit.
             features = plain_features(self.encoder, params, frozen, images, over)
             return of_features(self.encoder, params, features, over)
 
@@ -160,32 +194,9 @@ class Hasher:
         return parallel.everywhere((self.params, self.frozen), self._mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def plain_features(
-    encoder: Encoder, params: Params, frozen: Params, images: Shaped[Array, "batch ..."], over: Mesh | None = None
-) -> Float[Array, "batch features"]:
-    """Returns the backbone's features of images as at test time, unaugmented; the rows spread `over` devices."""
-
-    def features(held: tuple[Params, Params], images: Array) -> Array:
-        return encoder.features(*held, encoder.preprocess(images))
-
-    return parallel.by_rows(features, over)((params, frozen), images)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def packed_of_features(
-    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
-) -> UInt8[Array, "batch bytes"]:
-    """Returns the packed codes of features; the rows spread `over` devices."""
-    return parallel.by_rows(lambda params, rows: binary.pack_bits(encoder.head(params, rows)), over)(params, features)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def logits_of_features(
-    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
-) -> Float[Array, "batch bits"]:
-    """Returns the logits of features; the rows spread `over` devices."""
-    return parallel.by_rows(encoder.head, over)(params, features)
+def _size(count: int, most: int) -> int:
+    """Returns the batch size for `count` images: one of a few, not any, since each is compiled once."""
+    return min(most, 1 << (count - 1).bit_length())
 
 
 def _check_features(features: Any, wanted: int) -> None:

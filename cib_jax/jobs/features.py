@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Shaped, UInt8
 
 from cib_jax import encoding, feature_cache, from_config, parallel, processes
+from cib_jax.coding import packed_of_features, plain_features
 from cib_jax.data.images import ImageSet, identity
 from cib_jax.encoder import Params
 from cib_jax.feature_cache import DamagedError, FeatureCache
-from cib_jax.hasher import Hasher, packed_of_features, plain_features
+from cib_jax.hasher import Hasher
 from cib_jax.jobs import progress
 from cib_jax.jobs.setting import Batches, Setting
 from cib_jax.training import view_bank

@@ -1,0 +1,228 @@
+"""An exported encoder: the codes of the hasher, in a process that has nothing of training, or a refusal."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+import cib_jax as cib
+from cib_jax import coding, exported, feature_views
+
+RNG = np.random.default_rng(0)
+BATCH = 4
+COUNTS = (1, 3, 4, 11)
+
+
+def images(size: int, count: int = max(COUNTS)) -> np.ndarray:
+    return RNG.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def hasher(backbone: str, size: int = 0, batch_size: int = BATCH, **options) -> cib.Hasher:
+    encoder, params, frozen = cib.create_encoder(
+        jax.random.key(0), backbone=backbone, bits=16, image_size=size, hidden=32, **options
+    )
+    return cib.Hasher(encoder, params, frozen, batch_size=batch_size, devices=1)
+
+
+@pytest.fixture(scope="module")
+def convnet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "encoder.zip"
+    made = hasher("convnet", 16)
+    made.export(path)
+    return made, path
+
+
+def test_codes_are_those_of_the_hasher(convnet):
+    made, path = convnet
+    loaded, given = exported.load(path), images(16)
+    for count in (0, *COUNTS):
+        assert np.array_equal(loaded.encode(given[:count]), made.encode(given[:count]))
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    """From random weights, of the spread that the pretrained ones have."""
+    pretrained = cib.load_pretrained("efficientnet_lite0")
+    return jax.tree.map(lambda w: RNG.normal(0, w.std(), w.shape).astype(np.float32), pretrained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # .npy has no name for the second
+def test_codes_of_a_frozen_network_are_those_of_the_hasher(tmp_path, lite0, dtype):
+    made = hasher("efficientnet_lite0", 32, 2, frozen=True, backbone_dtype=dtype, backbone_params=lite0)
+    made.export(tmp_path / "encoder.zip")
+    loaded, given = exported.load(tmp_path / "encoder.zip"), images(32)
+    assert np.array_equal(loaded.encode(given), made.encode(given))
+    program = jax.export.deserialize(bytearray(loaded.programs[exported.part_of("features", "cpu", 2)]))
+    features = coding.plain_features(made.encoder, made.params, made.frozen, given[:2])
+    assert np.array_equal(jax.jit(program.call)(loaded.weights, given[:2]), features)
+
+
+def test_codes_of_features_are_those_of_the_hasher(tmp_path):
+    features = RNG.normal(3, 2, (11, 2, 24)).astype(np.float32)
+    made = hasher("none", standard=feature_views.standard([features]))
+    made.export(tmp_path / "encoder.zip")
+    loaded = exported.load(tmp_path / "encoder.zip")
+    assert loaded.signature["input"] == {"dtype": "float32", "shape": ["n", 24]}
+    for given in (features, features[:, 0], features[:3].astype(np.float64), features[:2, 1].astype(np.float16)):
+        assert np.array_equal(loaded.encode(given), made.encode(given))
+    with pytest.raises(
+        ValueError, match=r"images: wanted features in floating point \[n, 24\], got float32 \[11, 2, 23\]"
+    ):
+        loaded.encode(features[..., 1:])
+
+
+def test_images_of_the_stored_size_are_taken_and_resized_inside(tmp_path, convnet):
+    small = convnet[0]
+    made = cib.Hasher(small.encoder, small.params, small.frozen, batch_size=2, stored_size=20, devices=1)
+    made.export(tmp_path / "encoder.zip")
+    loaded, given = exported.load(tmp_path / "encoder.zip"), images(20, 3)
+    assert loaded.signature["input"]["shape"] == ["n", 20, 20, 3]
+    assert np.array_equal(loaded.encode(given), made.encode(given))
+
+
+def test_the_signature_says_what_goes_in_and_out(convnet):
+    signature = exported.load(convnet[1]).signature
+    assert signature["bits"] == 16
+    assert signature["input"] == {"dtype": "uint8", "shape": ["n", 16, 16, 3]}
+    assert signature["output"] == {"dtype": "uint8", "shape": ["n", 2]}
+    assert signature["batch_sizes"] == [1, 2, 4]
+    assert signature["made_with"] == {"cib_jax": cib.__version__, "jax": jax.__version__}
+    assert set(signature["fingerprints"]) == {"backbone", "head"}
+    assert "mean [0.5, 0.5, 0.5]" in signature["preprocessing"]
+
+
+def test_each_platform_has_its_own_forms(tmp_path, lite0):
+    """EfficientNet on a CPU is products and sums, elsewhere 49 convolutions: a stem, 16 blocks of 3 less 1, a head."""
+    hasher("efficientnet_lite0", 32, 1, backbone_params=lite0).export(tmp_path / "encoder.zip")
+    programs = exported.load(tmp_path / "encoder.zip").programs
+    found = {}
+    for form, platforms in exported.FORMS.items():
+        program = jax.export.deserialize(bytearray(programs[exported.part_of("features", form, 1)]))
+        assert program.platforms == platforms
+        convolutions = re.findall(r"stablehlo\.convolution.*feature_group_count = (\d+)", program.mlir_module())
+        # A program for two platforms may say the same form once for each.
+        found[form] = (len(convolutions) % 49, len(convolutions) > 0, any(int(groups) > 1 for groups in convolutions))
+    assert found == {"cpu": (0, False, False), "accelerator": (0, True, True)}
+
+
+def test_the_file_is_the_same_each_time_and_names_no_place_of_this_machine(tmp_path, convnet):
+    made, path = convnet
+    made.export(tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        assert not any(
+            b".py\0" in archive.read(name) or b"cib_jax/" in archive.read(name) for name in archive.namelist()
+        )
+
+
+def test_it_runs_without_anything_of_training(tmp_path, convnet):
+    """In a fresh process, which then says what it imported."""
+    made, path = convnet
+    given = images(16, 3)
+    np.save(tmp_path / "images.npy", given)
+    program = (
+        "import sys, numpy\n"
+        "from cib_jax import exported\n"
+        f"codes = exported.load({str(path)!r}).encode(numpy.load({str(tmp_path / 'images.npy')!r}))\n"
+        "print(codes.tolist())\n"
+        "print(' '.join(sys.modules))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    codes, modules = ran.stdout.splitlines()
+    assert json.loads(codes) == made.encode(given).tolist()
+    assert {name for name in modules.split() if name.startswith("cib_jax")} == {
+        "cib_jax",
+        "cib_jax.errors",
+        "cib_jax.exported",
+    }
+    training = "flax optax orbax grain tensorflow_datasets ml_collections safetensors jaxtyping PIL sklearn pyarrow"
+    assert not {name.partition(".")[0] for name in modules.split()} & set(training.split())
+
+
+def test_every_name_of_the_package_is_found_where_type_checkers_find_it():
+    for name in cib.__all__:
+        assert getattr(cib, name).__name__ == name
+    assert set(cib.__all__) <= set(dir(cib))
+    assert cib.feature_views.standard is feature_views.standard
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        cib.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.zeros((2, 17, 16, 3), np.uint8), np.zeros((2, 16, 16, 3), np.float32), np.zeros((16, 16, 3), np.uint8)],
+)
+def test_other_images_are_refused(convnet, given):
+    with pytest.raises(ValueError, match=r"images: wanted uint8 \[n, 16, 16, 3\], got"):
+        exported.load(convnet[1]).encode(given)
+
+
+def test_every_damage_is_refused(tmp_path, convnet):
+    whole = convnet[1].read_bytes()
+    path = tmp_path / "damaged.zip"
+    places = np.linspace(0, len(whole) - 1, 40).astype(int)
+    for place in places:
+        altered = bytearray(whole)
+        altered[place] ^= 0x10
+        path.write_bytes(altered)
+        try:
+            loaded = exported.load(path)
+        except exported.ExportedError as error:
+            assert "damaged" in str(error)
+        else:  # a byte that zip does not read, such as a part's time
+            assert loaded.signature == exported.load(convnet[1]).signature
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(cib.Refusal, match=r"damaged.zip: the file is damaged, or none that Hasher.export wrote"):
+            exported.load(path)
+
+
+def rewritten(path, target, change):
+    """Writes the file again with another signature, whose checksum holds."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == exported.SIGNATURE:
+                signature = json.loads(content)
+                change(signature)
+                signature["checksum"] = exported.checksum(signature)
+                content = json.dumps(signature).encode()
+            new.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "it is of version 2, this package reads version 1; export it again"),
+        ({"format": "other"}, "its signature.json is another format's"),
+        ({"batch_sizes": [1, 2, 4, 8]}, "programs are missing"),
+        ({"parts": {}}, "the file is damaged"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path, convnet, change, message):
+    rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature.update(change))
+    with pytest.raises(exported.ExportedError, match=message):
+        exported.load(tmp_path / "other.zip")
+
+
+def test_platforms_that_it_was_not_exported_for_are_refused(tmp_path, convnet):
+    rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature["platforms"].update(cpu=["tpu"]))
+    with pytest.raises(exported.ExportedError, match=r"platforms: it was exported for tpu, cuda, tpu, not for cpu"):
+        exported.load(tmp_path / "other.zip").encode(images(16, 1))
+
+
+def test_what_is_no_file_is_refused(tmp_path, convnet):
+    with pytest.raises(exported.ExportedError, match=r"nothing: it cannot be read \(No such file"):
+        exported.load(tmp_path / "nothing")
+    with pytest.raises(exported.ExportedError, match=r"it cannot be written \(no such file"):
+        convnet[0].export(tmp_path / "nowhere" / "encoder.zip")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(exported.ExportedError, match=r"it cannot be written \(is a directory"):
+        convnet[0].export(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
