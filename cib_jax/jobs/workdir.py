@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import pathlib
 import secrets
 import time
@@ -16,7 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from cib_jax import place, processes
+from cib_jax import atomic, place, processes
 from cib_jax.config import MAY_CHANGE, differences, flatten
 from cib_jax.errors import Refusal
 from cib_jax.training.checkpoint import Checkpoints
@@ -231,19 +230,8 @@ def _checkpoint_dir_before(workdir: pathlib.Path) -> str:
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file atomically; of several processes that write it at once, one wins."""
-    with _replacing(path) as part:
+    with atomic.replacing(path) as part:
         part.write_bytes(content)
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path of this process's own, whose file takes the place of `path` when it is whole."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -270,5 +258,5 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:
     """Writes a .npy file atomically."""
     path.parent.mkdir(exist_ok=True)
-    with _replacing(path) as part, part.open("wb") as file:
+    with atomic.replacing(path) as part, part.open("wb") as file:
         np.save(file, array)

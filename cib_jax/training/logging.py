@@ -1,11 +1,12 @@
 """What a run writes down while it trains: metrics.jsonl and TensorBoard events."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
 import tensorboardX
+
+from cib_jax import atomic
 
 
 class MetricLog:
@@ -49,6 +50,5 @@ def _truncate(path: pathlib.Path, last_step: int, last_epoch: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # a line cut short when the run was killed
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+    with atomic.replacing(path) as part:
+        part.write_text("".join(kept), encoding="utf-8")
