@@ -28,14 +28,20 @@ def quieten_background() -> None:
     """Has what breaks in a library's own thread told in a line: the main thread meets it too, and says what to do."""
     told = set()
 
-    def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-        if threading.current_thread() is threading.main_thread():
-            sys.__excepthook__(kind, error or kind(), trace)
-        elif str(error) not in told:
+    def line(kind: type[BaseException], error: BaseException | None) -> None:
+        if str(error) not in told:
             told.add(str(error))
             print(f"run.py: in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
 
+    def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(kind, error or kind(), trace)
+        else:
+            line(kind, error)
+
     sys.excepthook = tell
+    # Of callbacks that nobody waits for, as of a save that failed.
+    sys.unraisablehook = lambda thrown: line(thrown.exc_type, thrown.exc_value)
     threading.excepthook = lambda thrown: tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
 
 

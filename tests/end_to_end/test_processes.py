@@ -114,6 +114,7 @@ def test_sigterm_to_one_process_saves_at_one_step_in_all_and_one_process_goes_on
     assert same_parameters(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_workdir_in_use_and_a_batch_that_does_not_divide_are_told_once_by_the_first(tmp_path):
     arguments = [*small.flags(**LONG | {"epochs": 1000}), f"--workdir={tmp_path / 'run'}"]
     at_work = start(1, *arguments)
