@@ -40,6 +40,8 @@ class Read(NamedTuple):
     """Of the file, in bytes, where the item is one."""
     modified_ns: int | None = None
     """When the file was last changed, in nanoseconds since 1970."""
+    seen: photos.Seen | None = None
+    """The photo as people see it, where that was asked for."""
 
 
 class Items(Protocol):
@@ -77,6 +79,10 @@ class Photos:
     """Side of the squares in pixels."""
     max_megapixels: int = photos.MAX_MEGAPIXELS
     notes: Sequence[str] = ()
+    closed: Sequence[str] = ()
+    """Folders under `root` that cannot be entered: what is in them may be there nevertheless."""
+    see: bool = False
+    """Whether thumbnails are made, too."""
     words = "photos"
 
     def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
@@ -93,6 +99,9 @@ class Photos:
         try:
             found = os.stat(path)
             size, modified = found.st_size, found.st_mtime_ns
+            if self.see:
+                seen = photos.see(path, self.size, max_megapixels=self.max_megapixels)
+                return Read(seen.square, "", size, modified, seen)
             return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
         except OSError as error:
             self._check_system(error, path)
@@ -213,7 +222,8 @@ def _of_folder(directory: str, size: int, max_megapixels: int) -> Photos:
             f"{len(closed):,} folders cannot be entered, what is in them is left out; the first: "
             f"{_printable(closed[0].path)}: {closed[0].reason}"
         )
-    return Photos(directory, paths, directory, size, max_megapixels, notes)
+    inside = [folder.path for folder in closed]
+    return Photos(directory, paths, directory, size, max_megapixels, notes, inside)
 
 
 @contextlib.contextmanager

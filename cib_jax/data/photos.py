@@ -6,7 +6,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -39,10 +39,27 @@ _UPRIGHT = {
     8: _TRANSPOSE.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_LYING = range(5, 9)  # width and height change places
+
+THUMBNAIL = 192
+"""Longer side of a thumbnail in pixels."""
+_THUMBNAIL_QUALITY = 78
 
 
 class BadPhotoError(ValueError):
     """A photo cannot be used; the message is the reason, in a few words."""
+
+
+class Seen(NamedTuple):
+    """A photo as a network and as people see it."""
+
+    square: UInt8[np.ndarray, "size size 3"]
+    thumbnail: bytes
+    """A JPEG without any metadata, its longer side `THUMBNAIL` pixels or, if the photo is smaller, the photo's."""
+    width: int
+    """Of the photo, upright, in pixels."""
+    height: int
+    """The same."""
 
 
 def decode(
@@ -61,6 +78,46 @@ def decode(
     Raises:
       BadPhotoError: it cannot be read, is no image, is damaged or too large.
     """
+    with _image(content, max_megapixels) as image:
+        return np.asarray(_square(image, size))
+
+
+def see(content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> Seen:
+    """Returns what `decode` does, a thumbnail and the photo's own size, of one file and, mostly, of one decoding.
+
+    Raises:
+      BadPhotoError: as `decode`.
+    """
+    with _image(content, max_megapixels) as image:
+        width, height = image.size
+        square = _square(image, size)
+        orientation = _orientation(image)
+        # Decoded for a small square, a JPEG may have fewer pixels left than a thumbnail has.
+        again = max(image.size) < min(THUMBNAIL, max(width, height))
+        thumbnail = b"" if again else _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
+    if again:
+        with _image(content, max_megapixels) as image:
+            image.draft(None, (THUMBNAIL, THUMBNAIL))
+            image.load()
+            thumbnail = _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
+    return Seen(np.asarray(square), thumbnail, *((height, width) if orientation in _LYING else (width, height)))
+
+
+def reduced(content: bytes | str | os.PathLike[str], longest: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
+    """Returns a photo as a JPEG without any metadata, upright, its longer side at most `longest` pixels.
+
+    Raises:
+      BadPhotoError: as `decode`.
+    """
+    with _image(content, max_megapixels) as image:
+        image.draft(None, (longest, longest))
+        image.load()
+        return _jpeg(image, longest, _orientation(image), 88)
+
+
+@contextlib.contextmanager
+def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iterator[Any]:
+    """Yields an image whose pixels are not read yet; turns whatever goes wrong with it into a BadPhotoError."""
     try:
         with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
@@ -70,7 +127,7 @@ def decode(
                 )
             # One at a time: a few of them at once could take all memory.
             with _one_large if pixels > _LARGE_PIXELS else contextlib.nullcontext():
-                return np.asarray(_square(image, size))
+                yield image
     except BadPhotoError:
         raise
     except Exception as error:  # whatever a crafted or damaged file makes Pillow raise, it is a reason to leave it out
@@ -101,10 +158,25 @@ def _square(image: Any, size: int) -> PIL.Image.Image:
     orientation = _orientation(image)
     if not size:
         return _turned(_rgb(image), orientation)
-    if image.mode not in ("RGB", "L") or "transparency" in image.info:
-        image = _rgb(image)
-    image = image.resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
+    image = _colour_or_grey(image).resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
     return _turned(image if image.mode == "RGB" else image.convert("RGB"), orientation)
+
+
+def _colour_or_grey(image: Any) -> Any:
+    return image if image.mode in ("RGB", "L") and "transparency" not in image.info else _rgb(image)
+
+
+def _jpeg(image: Any, longest: int, orientation: int, quality: int) -> bytes:
+    image = _colour_or_grey(image)
+    scale = longest / max(image.size)
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    image = _turned(image, orientation).copy()
+    image.info = {}  # among it are comments and colour profiles, which would be written, too
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def _orientation(image: PIL.Image.Image) -> int:
