@@ -114,7 +114,7 @@ def _items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = items_lib.find(str(images), takes=takes, size=_side(hasher), max_megapixels=limit)
+        items = items_lib.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         wanted = hasher.encoder.backbone.features
         if isinstance(items, items_lib.Rows) and items.features.shape[-1] != wanted:
             raise DataError(
@@ -127,12 +127,7 @@ def _items(
     if not (folder / corpus_lib.ABOUT).exists():
         raise CorpusError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
     begun = corpus_lib.described(folder)
-    return items_lib.listed(begun.images, corpus_lib.read_list(begun), size=_side(hasher), max_megapixels=limit)
-
-
-def _side(hasher: Hasher) -> int:
-    """Returns the side of the squares to which photos are decoded: as for training, else as `Hasher.encode` does it."""
-    return hasher.stored_size or hasher.encoder.image_size
+    return items_lib.listed(begun.images, corpus_lib.read_list(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -149,7 +144,7 @@ def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
     backbone = hasher.encoder.backbone
     if backbone.takes == "images":
-        return known | {"side": _side(hasher), "decoder": photos.VERSION}
+        return known | {"side": hasher.side, "decoder": photos.VERSION}
     return known | {"standard": weights.fingerprint({"mean": backbone.mean, "deviation": backbone.deviation})}
 
 
