@@ -11,7 +11,8 @@ from jaxtyping import Float32, UInt8
 from cib_jax import saved
 from cib_jax.backbones import weights
 from cib_jax.hasher import Hasher
-from cib_jax.photo_table import PhotoTable, Snapshot, key_of, path_of
+from cib_jax.photo_rows import key_of, path_of
+from cib_jax.photo_table import PhotoTable, Snapshot
 from cib_jax.retrieval import index as index_lib
 from cib_jax.retrieval.index import Index
 
@@ -58,7 +59,7 @@ class Collection:
 
     @classmethod
     def open(
-        cls, uri: str | pathlib.Path, *, kind: str = index_lib.EXACT, settings: Mapping[str, int] = {}
+        cls, uri: str | pathlib.Path, *, kind: str = index_lib.EXACT, settings: Mapping[str, int] | None = None
     ) -> "Collection":
         """Returns the collection of an index as it is now.
 
@@ -74,7 +75,7 @@ class Collection:
         """
         table = PhotoTable.open(str(uri))
         snapshot = table.snapshot()
-        index = Index.of(snapshot.codes, kind, **settings) if len(snapshot.codes) else None
+        index = Index.of(snapshot.codes, kind, **settings or {}) if len(snapshot.codes) else None
         return cls(table, snapshot, hasher_of(table), index)
 
     def __len__(self) -> int:
@@ -129,15 +130,10 @@ class Collection:
         """
         if self._index is None:
             return [[] for _ in codes]
-        distances, ids = self._index.search(codes, min(k, len(self)) if k > 0 else k)
-        return [
-            [
-                Hit(*pair)
-                for pair in zip(*(side[row].tolist() for side in (distances, ids)), strict=True)
-                if pair[1] >= 0
-            ]
-            for row in range(len(codes))
-        ]
+        found = self._index.search(codes, min(k, len(self)) if k > 0 else k)
+        rows = zip(*(side.tolist() for side in found), strict=True)
+        # An approximate kind may find fewer than k.
+        return [[Hit(*pair) for pair in zip(*row, strict=True) if pair[1] >= 0] for row in rows]
 
     def within(self, codes: UInt8[np.ndarray, "queries bytes"], radius: int) -> list[list[Hit]]:
         """Returns, for each code, all photos that differ in at most `radius` bits, nearest first.
