@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cib_jax import saved
+from cib_jax import lance, saved
 from cib_jax.backbones import weights
 from cib_jax.hasher import Hasher
 from cib_jax.photo_rows import key_of, path_of
@@ -73,7 +73,7 @@ class Collection:
           SavedError: its encoder is damaged.
           SearchError: FAISS is not installed, or the kind or a setting is unknown.
         """
-        table = PhotoTable.open(str(uri))
+        table = PhotoTable.open(lance.place_of(uri))
         snapshot = table.snapshot()
         index = Index.of(snapshot.codes, kind, **settings or {}) if len(snapshot.codes) else None
         return cls(table, snapshot, hasher_of(table), index)

@@ -1,6 +1,7 @@
 """Reaching LanceDB, and what goes wrong with it told in a sentence."""
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,14 @@ def tables(connection: Any, uri: str) -> list[str]:
             found += answer.tables
             if len(answer.tables) < 100:
                 return found
+
+
+def place_of(uri: pathlib.Path | str) -> str:
+    """Returns the place that a user named, a folder as an absolute path."""
+    text = os.fspath(uri)
+    if not text:
+        raise TableError("--index: it is empty; give a folder, or what else LanceDB takes, such as s3://bucket/folder")
+    return os.path.abspath(os.path.expanduser(text)) if local(text) else text
 
 
 def local(uri: str) -> bool:

@@ -5,7 +5,9 @@ second, `photos`, has a row for each photo, under a digest of its path. That key
 writers of the same photo one wins and none is there twice.
 """
 
+import datetime
 import json
+import os
 import pathlib
 import time
 from collections.abc import Iterable, Sequence
@@ -15,10 +17,13 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from cib_jax import lance, photo_rows
+from cib_jax.data import items
 from cib_jax.photo_rows import Row
 
 VERSION = 1
 ENCODER, PHOTOS = "encoder", "photos"
+KEPT = datetime.timedelta(days=1)
+"""How long what was read before a change can still be read after it."""
 _CONFLICTS = 20
 """How often a change that met another writer's is tried again."""
 
@@ -26,10 +31,15 @@ _CONFLICTS = 20
 class About(NamedTuple):
     """What an index is known by."""
 
-    root: str
-    """The folder that its photos lie in, absolute."""
+    images: str
+    """The folder of its photos, or the list of them, absolute."""
     encoder: dict[str, Any]
     """Of the encoder: its network, the length of its codes, a fingerprint of its weights."""
+
+    @property
+    def root(self) -> str:
+        """The folder that paths are relative to."""
+        return os.path.dirname(self.images) if self.images.lower().endswith(items.LISTS) else self.images
 
 
 class State(NamedTuple):
@@ -101,7 +111,7 @@ class PhotoTable:
                 f"--index: {uri} is of version {about['version']}, this package reads version {VERSION}; index the "
                 "photos again in another folder, or use the package that made it"
             )
-        return cls(uri, About(about["root"], about["encoder"]), connection, _photos(connection, uri, about))
+        return cls(uri, About(about["images"], about["encoder"]), connection, _photos(connection, uri, about))
 
     @classmethod
     def create(cls, uri: str, about: About, encoder: bytes) -> "PhotoTable":
@@ -118,8 +128,7 @@ class PhotoTable:
         import pyarrow
 
         connection = lance.connected(uri)
-        told = {"version": VERSION, "root": about.root, "encoder": about.encoder}
-        row = pyarrow.table({"about": [json.dumps(told)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())})
+        row = pyarrow.table({"about": [_told(about)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())})
         if ENCODER not in lance.tables(connection, uri):
             try:
                 connection.create_table(ENCODER, row)
@@ -137,16 +146,16 @@ class PhotoTable:
         with lance.told(self.uri, "read"):
             return _rows(self._connection.open_table(ENCODER).search().select(["hasher"]))["hasher"][0].as_py()
 
-    def move(self, root: str) -> None:
-        """Notes that all photos lie in another folder now.
+    def move(self, images: str) -> None:
+        """Notes that the photos, under the same names, lie in another folder now.
 
         Raises:
           TableError: it cannot be written.
         """
-        told = {"version": VERSION, "root": root, "encoder": self.about.encoder}
+        about = self.about._replace(images=images)
         with lance.told(self.uri, "written"):
-            self._connection.open_table(ENCODER).update(values={"about": json.dumps(told)})
-        self.about = self.about._replace(root=root)
+            self._connection.open_table(ENCODER).update(values={"about": _told(about)})
+        self.about = about
 
     @property
     def version(self) -> int:
@@ -207,13 +216,26 @@ class PhotoTable:
         if listed:
             self._commit(lambda: self._photos.delete(f"key IN ({listed})"))
 
+    def paths(self, keys: Iterable[int]) -> list[str]:
+        """Returns the paths of some files.
+
+        Raises:
+          TableError: they cannot be read.
+        """
+        listed = ", ".join(str(int(key)) for key in keys)
+        if not listed:
+            return []
+        with lance.told(self.uri, "read"):
+            found = _rows(self._photos.search().select(["path", "raw_path"]).where(f"key IN ({listed})"))
+        return [photo_rows.path_of(row) for row in found.to_pylist()]
+
     def tidy(self) -> None:
-        """Joins what many commits left in small pieces.
+        """Joins what many commits left in small pieces, and forgets how things were more than a day ago.
 
         Raises:
           TableError: it cannot be written.
         """
-        self._commit(self._photos.optimize)
+        self._commit(lambda: self._photos.optimize(cleanup_older_than=KEPT))
 
     def snapshot(self) -> Snapshot:
         """Returns the photos that have codes now; what is read by it later is as of now, too.
@@ -259,6 +281,10 @@ class PhotoTable:
                 if "conflict" not in str(error).lower() or attempt == _CONFLICTS - 1:
                     raise lance.refused(self.uri, "written", error) from error
                 time.sleep(0.05 * (attempt + 1))  # another writer was faster
+
+
+def _told(about: About) -> str:
+    return json.dumps({"version": VERSION} | about._asdict())
 
 
 def _rows(query: Any) -> Any:
