@@ -1,6 +1,7 @@
 """The one door: `python run.py --config=configs/NAME.py --workdir=DIR --mode=train`; fields by --config.FIELD=VALUE."""
 
 import difflib
+import importlib
 import os
 import pathlib
 import re
@@ -84,6 +85,10 @@ FLAGS_OF = {
 
 A comparison's processes and a search's need none: each takes what nobody else is at.
 """
+
+
+BEGINNING = ("train", "compare", "tune")
+"""Modes that begin something: jobs of the same name, each a function of the config and the workdir."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -170,34 +175,35 @@ def keep_compilations() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(feature_cache.home() / "jax"))
+        # JAX's second leaves out programs that take longer together than those it keeps.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Starts one job; `arguments` are what `parse` returned."""
     logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and Grain tell much that no user asked for, errors included
-    from cib_jax import rendezvous
-    from cib_jax.jobs import endings, preemption
-    from cib_jax.jobs.compare import compare
-    from cib_jax.jobs.train import train
-    from cib_jax.jobs.tune import tune
-    from cib_jax.jobs.workdir import default_name
-
-    endings.quieten_background()
     mode = _MODE.value
+    begins = mode in BEGINNING
     if _WORKDIR.value == "":
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
-    workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
     for name in sorted({name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF.get(mode, ())}):
         if flags.FLAGS[name].present:
             modes = " and ".join(f"--mode={other}" for other, names in FLAGS_OF.items() if name in names)
             refuse(f"--{name}: it is for {modes}; leave it out of --mode={mode}")
-    jobs = {"train": train, "compare": compare, "tune": tune}
-    if mode in jobs:
-        workdir = workdir or default_name(_CONFIG.value, mode)
-    elif mode in ("evaluate", "encode") and workdir is None:
+    if mode in ("evaluate", "encode") and _WORKDIR.value is None:
         refuse(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
-    elif "index" in FLAGS_OF[mode]:
+    if "index" in FLAGS_OF[mode]:
         check_index(mode, config_named=bool(arguments[1:]))
+
+    # Only now, so that a mistake in the flags is told at once.
+    from cib_jax import rendezvous
+    from cib_jax.jobs import endings, preemption
+    from cib_jax.jobs.workdir import default_name
+
+    endings.quieten_background()
+    workdir = pathlib.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+    if begins and workdir is None:
+        workdir = default_name(_CONFIG.value, mode)
     goes_on = {
         "train": f"--workdir={workdir} with the same config goes on from the last checkpoint",
         "evaluate": "the same command measures again",
@@ -213,8 +219,8 @@ def main(arguments: Sequence[str]) -> None:
             join(mode)
         rendezvous.check_alone()
         preemption.listen()
-        if mode in jobs:
-            jobs[mode](_CONFIG.value, workdir)
+        if begins:
+            getattr(importlib.import_module(f"cib_jax.jobs.{mode}"), mode)(_CONFIG.value, workdir)
         elif "index" in FLAGS_OF[mode]:
             look_up(mode, workdir)
         else:

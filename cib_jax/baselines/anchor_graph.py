@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sklearn.cluster
 import threadpoolctl
 from jaxtyping import Array, Float, Float64, PRNGKeyArray
 
@@ -83,6 +82,8 @@ def fit(
     mean = np.mean(features, axis=0, dtype=np.float64)
     points = np.asarray(features, np.float32) - mean.astype(np.float32)
     seed = int(fitting.generator(key).integers(2**31))
+    import sklearn.cluster  # half a second, which no other method needs
+
     # In one thread: with more, the order of its sums, and so the last digits, change from call to call.
     with threadpoolctl.threadpool_limits(1):
         means = sklearn.cluster.KMeans(anchors, n_init=1, max_iter=20, random_state=seed).fit(points)

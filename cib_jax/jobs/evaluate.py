@@ -18,7 +18,7 @@ from cib_jax import config as config_lib
 from cib_jax import processes
 from cib_jax.encoder import Params
 from cib_jax.hasher import check_fingerprint, read_config, read_standard, restore_best
-from cib_jax.jobs import features, over_processes, report
+from cib_jax.jobs import features, over_processes
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -175,6 +175,8 @@ def _write(
     _print(results, setting)
     setting.console.print(f"Written to {workdir / name}", soft_wrap=True, markup=False)
     if config.report.write:
+        from cib_jax.jobs import report  # with Matplotlib, which takes a while
+
         # Beside results.json lies report/, beside another file a folder of its own.
         folder = workdir / name.removesuffix(".json").replace("results", "report")
         page = report.write(setting, query, database, results, folder)

@@ -58,11 +58,14 @@ def _views(run: Setting, params: Params, images: ImageSet) -> Iterator[UInt8[np.
     size = min(run.config.encode_batch, len(images))
 
     @jax.jit
-    def packed(batch: Array, first: Array) -> UInt8[Array, "batch 2 bytes"]:
+    def packed(params: Params, frozen: Params, batch: Array, first: Array) -> UInt8[Array, "batch 2 bytes"]:
         # Both views by one key: of stored ones, two different.
         views = run.encoder.two_views(jax.random.fold_in(key, first), batch, family=run.config.augment)
-        return jnp.stack([binary.pack_bits(run.encoder.logits(params, run.frozen, view)) for view in views], axis=1)
+        return jnp.stack([binary.pack_bits(run.encoder.logits(params, frozen, view)) for view in views], axis=1)
 
-    rows = encoding.map_batches(lambda batch, first: packed(jnp.asarray(batch), first), run.batches(images), size=size)
+    # Parameters are arguments, so that the next trial finds the program compiled.
+    rows = encoding.map_batches(
+        lambda batch, first: packed(params, run.frozen, jnp.asarray(batch), first), run.batches(images), size=size
+    )
     both = np.concatenate([np.asarray(row) for row in rows])
     yield from (both[:, 0], both[:, 1])

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import CACHE
-
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "120"}
+ENVIRONMENT = os.environ | {"COLUMNS": "120"}
 
 
 def with_devices(count):

@@ -14,15 +14,20 @@ import time
 import jax
 import numpy as np
 import pytest
+import rich.console
 
 from cib_jax import from_config
 from cib_jax.hasher import restore_best
+from cib_jax.jobs.compare import compare
+from cib_jax.jobs.train import train
 from tests import small
-from tests.conftest import CACHE
 from tests.jobs import many
 
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "120"}
+ENVIRONMENT = os.environ | {"COLUMNS": "120"}
+QUIET = rich.console.Console(quiet=True)
+MANY = 40
+"""Epochs of a run that is stopped before its end."""
 
 
 def start(*arguments):
@@ -45,9 +50,22 @@ def params_of(workdir, config):
     return jax.tree.leaves(restore_best(workdir, from_config.encoder(config)[1], config)[0])
 
 
-def killed_and_resumed(tmp_path, epochs, after):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of many epochs that was left alone."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train(small.config(epochs=MANY), workdir, console=QUIET)
+    return workdir
+
+
+def same_parameters(workdir, other, config):
+    pairs = zip(params_of(workdir, config), params_of(other, config), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def killed_and_resumed(tmp_path, whole, after):
     """Kills a run when `after(workdir)` holds, resumes it, and compares it with one that was left alone."""
-    arguments = small.flags(epochs=epochs)
+    arguments = small.flags(epochs=MANY)
     process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
     deadline = time.monotonic() + 200
     while not after(tmp_path / "killed"):
@@ -59,14 +77,10 @@ def killed_and_resumed(tmp_path, epochs, after):
     assert not (tmp_path / "killed" / "results.json").exists()
     code, out, error = finish(start(*arguments, f"--workdir={tmp_path / 'killed'}"))
     assert code == 0, error
-    code, whole, error = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
-    assert code == 0, error
-    config = small.config(epochs=epochs)
-    pairs = zip(params_of(tmp_path / "killed", config), params_of(tmp_path / "whole", config), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
+    assert same_parameters(tmp_path / "killed", whole, small.config(epochs=MANY))
+    results = [json.loads((workdir / "results.json").read_text()) for workdir in (tmp_path / "killed", whole)]
     assert results[0]["map"] == results[1]["map"]
-    return out, whole
+    return out
 
 
 def epochs_logged(workdir):
@@ -74,23 +88,20 @@ def epochs_logged(workdir):
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path):
-    resumed, whole = killed_and_resumed(tmp_path, 12, lambda workdir: epochs_logged(workdir) >= 3)
-    assert "Going on after epoch" in resumed
-    assert "MAP@100" in whole
-    code, out, error = finish(start("--mode=evaluate", f"--workdir={tmp_path / 'whole'}", "--config.k=7"))
+def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path, whole):
+    resumed = killed_and_resumed(tmp_path, whole, lambda workdir: epochs_logged(workdir) >= 3)
+    assert "Going on after epoch" in resumed and "MAP@100" in resumed
+    code, out, error = finish(start("--mode=evaluate", f"--workdir={tmp_path / 'killed'}", "--config.k=7"))
     assert code == 0, error
     assert "MAP@7 " in out
-    assert "Traceback" not in resumed + whole
+    assert "Traceback" not in resumed
 
 
 def test_a_comparison_killed_in_the_middle_goes_on_to_the_same(tmp_path):
     """Killed hard with another process beside it, which must end too and leave its cell to the next."""
-    many.config(tmp_path)  # writes the features
-    fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "epochs": 20}
-    arguments = small.flags(
-        **fields, compare__methods="lsh, itq, cibhash, cl_hash", compare__bits="8", compare__seeds="0, 1"
-    )
+    rows = {"compare__methods": "lsh, itq, cibhash", "compare__bits": "8", "compare__seeds": "0, 1", "epochs": 20}
+    config = many.config(tmp_path, **rows, compare__workers=1)  # writes the features
+    arguments = small.flags(**many.FEATURES | rows, data__dir=tmp_path / "features.npy")
     process = start("--mode=compare", *arguments, "--config.compare.workers=2", f"--workdir={tmp_path / 'killed'}")
     deadline = time.monotonic() + 200
     while len(list((tmp_path / "killed").glob("cells/*/*/results.json"))) < 3:
@@ -102,31 +113,28 @@ def test_a_comparison_killed_in_the_middle_goes_on_to_the_same(tmp_path):
     time.sleep(3)  # by then the process beside it has seen that it is alone
     code, out, error = finish(start("--mode=compare", *arguments, f"--workdir={tmp_path / 'killed'}"))
     assert code == 0, error
-    assert "8 cells, " in out and ", 0 of them measured" not in out and "with other processes" not in out
-    code, out, error = finish(
-        start("--mode=compare", *arguments, "--config.compare.workers=1", f"--workdir={tmp_path / 'whole'}")
-    )
-    assert code == 0, error
+    assert "6 cells, " in out and ", 0 of them measured" not in out and "with other processes" not in out
+    compare(config, tmp_path / "whole", console=QUIET)
     tables = [(tmp_path / name / "comparison.md").read_text() for name in ("killed", "whole")]
     assert tables[0] == tables[1] and "–" not in tables[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(12))
-def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, moment):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, whole, moment):
     """At moments spread over start-up, steps and saves."""
     begun = time.monotonic()
     wait = np.random.default_rng(moment).uniform(0.0, 6.0)
     if moment % 2:
         epochs = int(np.random.default_rng(moment).integers(0, 30))
-        killed_and_resumed(tmp_path, 40, lambda workdir: epochs_logged(workdir) >= epochs)
+        killed_and_resumed(tmp_path, whole, lambda workdir: epochs_logged(workdir) >= epochs)
     else:
-        killed_and_resumed(tmp_path, 40, lambda workdir: time.monotonic() - begun > wait)
+        killed_and_resumed(tmp_path, whole, lambda workdir: time.monotonic() - begun > wait)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(8))
-def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, moment):
+def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, whole, moment):
     """Some milliseconds after the folder of a save has appeared that is not whole yet."""
     draws = np.random.default_rng(moment)
     epoch, wait = int(draws.integers(0, 20)), draws.uniform(0, 0.02)
@@ -137,7 +145,7 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, mom
         time.sleep(wait)
         return True
 
-    killed_and_resumed(tmp_path, 40, saving)
+    killed_and_resumed(tmp_path, whole, saving)
 
 
 @pytest.mark.parametrize(
@@ -166,18 +174,22 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, mom
         (["bits=32"], "'bits=32' is no flag"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(arguments, message, tmp_path):
+def test_a_mistake_is_told_in_one_sentence(refusal, arguments, message, tmp_path):
     workdir = [] if any("workdir" in argument for argument in arguments) else [f"--workdir={tmp_path / 'run'}"]
     if arguments == ["--mode=evaluate"]:
         workdir = []
     elif arguments == ["--config"]:
         workdir, arguments = [], ["--config.bits=16", "--config"]
-    code, out, error = finish(start(*arguments, *workdir))
-    assert code == 2
-    assert message in error
-    assert "Traceback" not in out + error
-    assert len(error.strip().splitlines()) == 1
+    assert message in refusal(*arguments, *workdir)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("mistake", ["--config.bitz=32", "--config.bits=12"])
+def test_a_mistake_ends_the_program_without_a_traceback(mistake, tmp_path):
+    """One that the flags show, and one that the job refuses."""
+    code, out, error = finish(start(mistake, f"--workdir={tmp_path / 'run'}"))
+    assert (code, out) == (2, "")
+    assert error.startswith("run.py: ") and len(error.strip().splitlines()) == 1
 
 
 def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
@@ -229,7 +241,8 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
 def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_the_same(tmp_path):
     """As by a scheduler that takes the machine back."""
     # One checkpoint in 100 epochs, so that only what SIGTERM saved can be gone on with; 15 steps an epoch.
-    arguments = small.flags(epochs=5, train__checkpoint_every=100, data__train_per_class=50)
+    fields = {"epochs": 5, "train__checkpoint_every": 100, "data__train_per_class": 50}
+    arguments = small.flags(**fields)
     process = start(*arguments, f"--workdir={tmp_path / 'ended'}")
     deadline = time.monotonic() + 200
     while epochs_logged(tmp_path / "ended") < 2:
@@ -243,11 +256,8 @@ def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_
     code, out, error = finish(start(*arguments, f"--workdir={tmp_path / 'ended'}"))
     assert code == 0, error
     assert f"Going on after {stopped.group(1)}" in out
-    code, _, error = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
-    assert code == 0, error
-    config = small.config(**{"epochs": 5, "train__checkpoint_every": 100, "data__train_per_class": 50})
-    pairs = zip(params_of(tmp_path / "ended", config), params_of(tmp_path / "whole", config), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)
+    train(small.config(**fields), tmp_path / "whole", console=QUIET)
+    assert same_parameters(tmp_path / "ended", tmp_path / "whole", small.config(**fields))
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("ended", "whole")
@@ -256,14 +266,14 @@ def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="only root can make a small disk")
-def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path, whole):
     """On a disk of 48 MiB, filled up while training."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], check=False).returncode:
         pytest.skip("this machine mounts nothing")
     try:
-        arguments = small.flags(epochs=40)
+        arguments = small.flags(epochs=MANY)
         process = start(*arguments, f"--workdir={disk / 'run'}")
         deadline = time.monotonic() + 200
         while epochs_logged(disk / "run") < 2:
@@ -279,10 +289,6 @@ def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path):
         code, out, error = finish(start(*arguments, f"--workdir={disk / 'run'}"))
         assert code == 0, error
         assert "Going on after epoch" in out
-        code, _, error = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
-        assert code == 0, error
-        config = small.config(epochs=40)
-        pairs = zip(params_of(disk / "run", config), params_of(tmp_path / "whole", config), strict=True)
-        assert all(np.array_equal(a, b) for a, b in pairs)
+        assert same_parameters(disk / "run", whole, small.config(epochs=MANY))
     finally:
         subprocess.run(["umount", disk], check=False)

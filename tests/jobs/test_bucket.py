@@ -16,7 +16,6 @@ import urllib.request
 import pytest
 
 from tests import small
-from tests.conftest import CACHE
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,7 +58,6 @@ def environment():
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         "GOOGLE_CLOUD_PROJECT": "none",
         "EPATH_USE_TF": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PLATFORMS": "cpu",
         "COLUMNS": "120",
     }

@@ -17,6 +17,7 @@ from cib_jax.jobs.workdir import WorkdirError
 from tests import small
 from tests.jobs import many
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 QUIET = rich.console.Console(quiet=True)
 
 
@@ -69,14 +70,33 @@ def test_rank_correlations_are_scipys(done):
     assert list(search["rank_correlation"]) == ["validation_map", "map"]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_search_taken_up_again_comes_to_the_same(tmp_path, sampler):
-    config = searched(tmp_path, tune__sampler=sampler, tune__trials=9 if sampler == "tpe" else 4, epochs=1)
+def cut_in(folder, number, trials):
+    """Makes a search look as if it had been killed in a trial, after its training."""
+    for later in range(number + 1, trials):
+        shutil.rmtree(folder / "trials" / f"{later:04}")
+    (folder / "trials" / f"{number:04}" / tune.TRIAL).unlink()
+
+
+def test_a_search_taken_up_again_comes_to_the_same(done, tmp_path):
+    folder, search, _ = done
+    shutil.copytree(folder / "s", tmp_path / "cut")
+    cut_in(tmp_path / "cut", 2, 4)
+    assert tune.tune(searched(folder), tmp_path / "cut", console=QUIET)["trials"] == search["trials"]
+
+
+def test_a_search_that_learns_from_earlier_trials_comes_to_the_same(tmp_path, monkeypatch):
+    """With a formula for the score, since only draws and files are looked at."""
+
+    def trained(config, folder, **_):
+        value = -abs(config.temperature - 0.4) - config.beta
+        return {"best_validation_map": value, "map": value}
+
+    monkeypatch.setattr(tune, "train", trained)
+    monkeypatch.setattr(tune.scores, "label_free_scores", lambda *_: dict.fromkeys(tune.SCORES, 0.0))
+    config = searched(tmp_path, tune__sampler="tpe", tune__trials=16)
     whole = tune.tune(config, tmp_path / "whole", console=QUIET)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for number in range(3, 10):  # as if killed in trial 3, after its training
-        shutil.rmtree(tmp_path / "cut" / "trials" / f"{number + 1:04}", ignore_errors=True)
-    (tmp_path / "cut" / "trials" / "0003" / tune.TRIAL).unlink()
+    cut_in(tmp_path / "cut", 3, 16)
     assert tune.tune(config, tmp_path / "cut", console=QUIET)["trials"] == whole["trials"]
 
 
