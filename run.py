@@ -188,7 +188,8 @@ def main(arguments: Sequence[str]) -> None:
         refuse("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
     for name in sorted({name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF.get(mode, ())}):
         if flags.FLAGS[name].present:
-            modes = " and ".join(f"--mode={other}" for other, names in FLAGS_OF.items() if name in names)
+            *others, last = (f"--mode={other}" for other, names in FLAGS_OF.items() if name in names)
+            modes = f"{', '.join(others)} and {last}" if others else last
             refuse(f"--{name}: it is for {modes}; leave it out of --mode={mode}")
     if mode in ("evaluate", "encode") and _WORKDIR.value is None:
         refuse(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
