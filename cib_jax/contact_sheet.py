@@ -25,8 +25,8 @@ class Tile(NamedTuple):
     """Whether it is relevant to the query; None: not known."""
 
 
-def draw(title: str, rows: Sequence[tuple[Tile, Sequence[Tile]]]) -> PIL.Image.Image:
-    """Returns a picture with the title and, row by row, each query and its results in order.
+def draw(title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> PIL.Image.Image:
+    """Returns a picture with the title and, row by row, each query, if there is one, and its results in order.
 
     Raises:
       ValueError: there is no row.
@@ -36,7 +36,8 @@ def draw(title: str, rows: Sequence[tuple[Tile, Sequence[Tile]]]) -> PIL.Image.I
     font = PIL.ImageFont.load_default(13)
     columns = max(len(results) for _, results in rows)
     step = SIDE + _GAP
-    width = _GAP + step + _QUERY_GAP + columns * step
+    left = _GAP + (step + _QUERY_GAP if any(query for query, _ in rows) else 0)
+    width = left + columns * step
     width = max(width, int(font.getlength(title)) + 2 * _GAP)
     head = 30
     sheet = PIL.Image.new("RGB", (width, head + len(rows) * (step + _CAPTION)), _PAPER)
@@ -44,9 +45,10 @@ def draw(title: str, rows: Sequence[tuple[Tile, Sequence[Tile]]]) -> PIL.Image.I
     pen.text((_GAP, _GAP), title, _INK, font)
     for number, (query, results) in enumerate(rows):
         y = head + number * (step + _CAPTION)
-        _put(sheet, pen, font, query, _GAP, y)
+        if query:
+            _put(sheet, pen, font, query, _GAP, y)
         for place, result in enumerate(results):
-            _put(sheet, pen, font, result, _GAP + step + _QUERY_GAP + place * step, y)
+            _put(sheet, pen, font, result, left + place * step, y)
     return sheet
 
 
@@ -57,7 +59,10 @@ def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: 
     how = PIL.Image.Resampling.NEAREST if max(picture.size) * 2 <= inside else PIL.Image.Resampling.BILINEAR
     if tile.hit is not None:
         pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), _HIT if tile.hit else _MISS)
-    sheet.paste(picture.resize((inside, inside), how), (x + _FRAME, y + _FRAME))
+    scale = inside / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    corner = (x + _FRAME + (inside - size[0]) // 2, y + _FRAME + (inside - size[1]) // 2)
+    sheet.paste(picture.resize(size, how), corner)
     if tile.hit is False:
         pen.line((x, y + SIDE - 1, x + 20, y + SIDE - 21), _MISS, _FRAME)
     pen.text((x + _FRAME, y + SIDE + 2), tile.caption, _INK, font)

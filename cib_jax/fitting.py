@@ -46,6 +46,7 @@ def fit(
     micro_batch: int = 0,
     devices: int = 0,
     seed: int = 0,
+    on_views: Callable[[int], None] = lambda views: None,
     on_epoch: Callable[[loop.EpochReport], None] = lambda report: None,
 ) -> Hasher:
     """Returns a hasher trained on `images`, without labels.
@@ -76,6 +77,7 @@ def fit(
       micro_batch: images of one device that go through the backbone at a time, for less memory; 0: all of them.
       devices: of this machine that share each batch; 0: all.
       seed: of everything random.
+      on_views: told how many more of the `views` are done.
       on_epoch: told of each epoch's end.
 
     Raises:
@@ -142,6 +144,7 @@ def fit(
             batch_size=size,
             views=views,
             family=augment,
+            on_images=on_views,
             over=parallel.local_mesh(devices),
         )
         fed = feed.from_bank(bank, seed=seed, batch_size=batch_size, method=method, mesh=mesh)

@@ -106,9 +106,13 @@ class Hasher:
         Raises:
           ExportedError: the file cannot be written.
         """
-        side = self.stored_size or self.encoder.image_size
         sizes = sorted({_size(count, self.batch_size) for count in range(1, self.batch_size + 1)})
-        exporting.write(pathlib.Path(path), self.encoder, self.params, self.frozen, side=side, batch_sizes=sizes)
+        exporting.write(pathlib.Path(path), self.encoder, self.params, self.frozen, side=self.side, batch_sizes=sizes)
+
+    @property
+    def side(self) -> int:
+        """Side of the squares to which photos are decoded: as for training, else as `encode` does it."""
+        return self.stored_size or self.encoder.image_size
 
     def encode(self, images: Items) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of RGB images, or of features if it was trained on such, `bits` / 8 bytes each.

@@ -30,6 +30,10 @@ _OF_THE_SYSTEM = frozenset(
 )
 
 
+LISTS = (".csv", ".parquet")
+"""Extensions of lists of photos."""
+
+
 class Read(NamedTuple):
     """What came of one item."""
 
@@ -85,7 +89,7 @@ class Photos:
     """Whether thumbnails are made, too."""
     words = "photos"
 
-    def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
+    def read(self, ranges: Iterable[Iterable[int]]) -> Iterator[tuple[int, Read]]:
         """Yields (number, photo or why there is none), in order, some photos being decoded ahead.
 
         Raises:
@@ -186,7 +190,7 @@ def find(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX
             return Rows(images, ids if ids is not None else [str(row) for row in range(len(features))], features)
         if os.path.isdir(images):
             return _of_folder(images, size, max_megapixels)
-        if os.path.splitext(images)[1].lower() not in (".csv", ".parquet"):
+        if os.path.splitext(images)[1].lower() not in LISTS:
             raise DataError(
                 f"--images: {images} is neither a folder nor a .csv or .parquet list, but the run was trained on "
                 "images; give one of these"

@@ -29,6 +29,7 @@ from cib_jax.data.items import Items, Read
 from cib_jax.hasher import Hasher, read_config
 from cib_jax.jobs import progress
 from cib_jax.jobs.evaluate import overridden
+from cib_jax.jobs.presenting import say
 from cib_jax.processes import Place, parts_of
 
 PART = 8192
@@ -92,7 +93,7 @@ def encode(
     hasher = dataclasses.replace(hasher, batch_size=config.encode_batch)
     items = _items(images, folder, hasher, config)
     for note in items.notes:
-        _say(console, note)
+        say(console, note)
     keep = isinstance(items, items_lib.Photos)
     corpus = corpus_lib.begin(folder, known(hasher, config), part, items.names, items.place, keep_list=keep)
     missing = []
@@ -100,7 +101,7 @@ def encode(
         try:
             there = corpus.find(number) is not None
         except DamagedPartError as error:
-            _say(console, f"{corpus.path(number)} is damaged ({error}) and is made again")
+            say(console, f"{corpus.path(number)} is damaged ({error}) and is made again")
             corpus.path(number).unlink(missing_ok=True)
             there = False
         if not there:
@@ -114,7 +115,7 @@ def _items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = items_lib.find(str(images), takes=takes, size=_side(hasher), max_megapixels=limit)
+        items = items_lib.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         wanted = hasher.encoder.backbone.features
         if isinstance(items, items_lib.Rows) and items.features.shape[-1] != wanted:
             raise DataError(
@@ -127,12 +128,7 @@ def _items(
     if not (folder / corpus_lib.ABOUT).exists():
         raise CorpusError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
     begun = corpus_lib.described(folder)
-    return items_lib.listed(begun.images, corpus_lib.read_list(begun), size=_side(hasher), max_megapixels=limit)
-
-
-def _side(hasher: Hasher) -> int:
-    """Returns the side of the squares to which photos are decoded: as for training, else as `Hasher.encode` does it."""
-    return hasher.stored_size or hasher.encoder.image_size
+    return items_lib.listed(begun.images, corpus_lib.read_list(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -149,7 +145,7 @@ def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
     backbone = hasher.encoder.backbone
     if backbone.takes == "images":
-        return known | {"side": _side(hasher), "decoder": photos.VERSION}
+        return known | {"side": hasher.side, "decoder": photos.VERSION}
     return known | {"standard": weights.fingerprint({"mean": backbone.mean, "deviation": backbone.deviation})}
 
 
@@ -221,14 +217,14 @@ def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Cons
     counted = corpus_lib.tally(corpus)
     if counted.missing:
         are = "is" if len(counted.missing) == 1 else "are"
-        _say(
+        say(
             console,
             f"{_parts(made)} made; {len(counted.missing):,} of {_parts(corpus.parts)} {are} missing in "
             f"{corpus.folder}, which other processes make; where one of them was killed, start the same command again",
         )
     else:
         corpus_lib.tidy(corpus)
-        _say(
+        say(
             console,
             f"{counted.files:,} {words} in {_parts(corpus.parts)}, {counted.unreadable:,} unreadable; the corpus in "
             f"{corpus.folder} is whole",
@@ -238,7 +234,3 @@ def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Cons
 
 def _parts(number: int) -> str:
     return f"{number:,} part" if number == 1 else f"{number:,} parts"
-
-
-def _say(console: rich.console.Console, sentence: str) -> None:
-    console.print(sentence, soft_wrap=True, markup=False, highlight=False)

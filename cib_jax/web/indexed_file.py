@@ -14,7 +14,8 @@ def read(root: str, photo: Photo, most: int) -> bytes:
     """Returns the content of a photo's file.
 
     It is opened first and judged by what was opened, so that nothing put in its place meanwhile is read: it must be a
-    regular file inside the folder of the photos, whatever links lead there, of the size and time that were indexed.
+    regular file inside the folder of the photos, whatever links lead there, of the size and time that were indexed. One
+    that a list named elsewhere must be in the folder that it was named in.
 
     Args:
       root: the folder of the photos.
@@ -48,6 +49,8 @@ def read(root: str, photo: Photo, most: int) -> bytes:
 
 def _inside(root: str, path: str, found: os.stat_result) -> bool:
     """Returns whether what was opened is the file that `path`, without any link, names inside `root` now."""
+    if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
+        root = os.path.dirname(path)
     try:
         real, folder = os.path.realpath(path, strict=True), os.path.realpath(root, strict=True)
         there = os.stat(real, follow_symlinks=False)

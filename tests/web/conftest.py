@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import socket
 import threading
 import time
 
@@ -39,6 +40,25 @@ class Running:
     def json(self, path, **how):
         status, _, content = self.ask(path, **how)
         return status, json.loads(content)
+
+
+def raw(served, *parts: bytes, wait: float = 0.0, timeout: float = 20) -> bytes:
+    """Returns all that the server says to bytes, sent with pauses, until it closes the connection."""
+    said = b""
+    with socket.create_connection(("127.0.0.1", served.port), timeout) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait)
+            while more := connection.recv(1 << 16):
+                said += more
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    return said
+
+
+def status_of(said: bytes) -> int:
+    return int(said.split(b" ", 2)[1]) if said else 0
 
 
 @contextlib.contextmanager

@@ -239,6 +239,23 @@ def test_a_link_inside_the_folder_is_followed(tmp_path):
         assert served.ask(f"/image/{photo.id}")[0] == 200
 
 
+def test_a_photo_that_a_list_names_elsewhere_is_shown_unless_it_is_a_link(tmp_path):
+    root, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    fake.fill(root, 2)
+    fake.fill(elsewhere, 2)
+    collection = fake.FakeCollection(root)
+    for number, name in enumerate((str(elsewhere / "f0" / "0.jpg"), "../elsewhere/f1/1.jpg")):
+        found = (root / name).stat()
+        known = {"path": name, "size": found.st_size, "modified_ns": found.st_mtime_ns}
+        collection._photos[number] = collection._photos[number]._replace(**known)
+    with running(collection) as served:
+        paths = [f"/image/{photo.id}" for photo in collection._photos]
+        assert [served.ask(path)[0] for path in paths] == [200, 200]
+        (elsewhere / "f0" / "0.jpg").rename(tmp_path / "0.jpg")
+        (elsewhere / "f0" / "0.jpg").symlink_to(tmp_path / "0.jpg")
+        assert [served.ask(path)[0] for path in paths] == [410, 200]
+
+
 def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff\xfe.jpg"
     with open(name, "wb") as file:

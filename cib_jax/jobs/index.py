@@ -1,0 +1,309 @@
+"""Photos indexed for searching: what came, changed or went since the last time is found, and only that redone."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+import rich.console
+from jaxtyping import Bool, Int64
+
+from cib_jax import collection, lance
+from cib_jax import config as config_lib
+from cib_jax.data import items as items_lib
+from cib_jax.data.all_cores import in_order
+from cib_jax.data.images import DataError
+from cib_jax.data.items import Photos, Read
+from cib_jax.hasher import Hasher
+from cib_jax.jobs import progress
+from cib_jax.jobs.learn import learn
+from cib_jax.jobs.presenting import printable, say
+from cib_jax.lance import TableError
+from cib_jax.photo_rows import Row, key_of
+from cib_jax.photo_table import About, PhotoTable, State
+
+BLOCK = 512
+"""Files in a commit: what a killed process can lose."""
+_TIDY_EVERY = 256
+"""Commits after which small pieces are joined."""
+_SHOWN = 5
+
+OF_ENCODING = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
+"""Fields that can be set where the encoder is trained already."""
+
+
+class Indexed(NamedTuple):
+    """What a run of the job did."""
+
+    photos: int
+    """In the index now, that can be searched."""
+    added: int
+    changed: int
+    removed: int
+    unreadable: int
+    """Files in the index that are no readable photos."""
+
+
+class Changes(NamedTuple):
+    """What is to be done."""
+
+    missing: list[int]
+    """Files of which nothing is known."""
+    changed: list[int]
+    """Files that have another size or time than they had."""
+    gone: list[int]
+    """Keys of files that are not there any more."""
+    absent: list[int]
+    """Files that are listed, but not there."""
+
+
+def index(
+    uri: pathlib.Path | str,
+    images: pathlib.Path | str | None = None,
+    *,
+    workdir: pathlib.Path | str | None = None,
+    config: ml_collections.ConfigDict,
+    overrides: dict[str, Any] | None = None,
+    console: rich.console.Console | None = None,
+) -> Indexed:
+    """Brings an index in step with the photos; makes it if there is none.
+
+    Each block of photos is one commit. Killed at any moment, the same call goes on; several processes that index the
+    same photos at once share the work.
+
+    Args:
+      uri: of the index: a folder, or what else LanceDB takes.
+      images: a folder of photos, or a .csv or .parquet list of them; None: that of the index.
+      workdir: of a trained run, or the folder of a saved hasher; None: the index's own encoder, or for a new index one
+        that is learnt from the photos.
+      config: of the experiment by which that is learnt.
+      overrides: which fields of `config` were set, by dotted name.
+      console: where to report.
+
+    Raises:
+      TableError: the index cannot be read or written, was made by another encoder, or of other photos.
+      DataError: there are no photos, or they cannot be reached.
+      ConfigError: a field cannot be set.
+      CheckpointError, SavedError, WeightsError: there is no encoder in `workdir`.
+    """
+    uri, console = lance.place_of(uri), console or rich.console.Console()
+    config_lib.check(config)
+    given = _given(workdir, config, overrides or {}) if workdir is not None else None
+    table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
+    if table is None and images is None:
+        raise TableError(f"--images: there is no index at {uri} yet; give the folder of photos to make one")
+    if table is not None and given is not None:
+        _check_same(table, given, workdir)
+    place = str(images) if images is not None else table.about.images if table is not None else ""
+    say(console, f"Looking through {place}")
+    found = items_lib.find(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
+    assert isinstance(found, Photos)
+    for note in found.notes:
+        say(console, note)
+    if table is None:
+        made = given or learn(found, config, console)
+        about = About(found.place, collection.known_by(made))
+        table = PhotoTable.create(uri, about, collection.file_of(made))
+    elif given is None:
+        _check_overrides(overrides or {}, f"the encoder of {uri}")
+    _check_images(table, found, console)
+    # As it is kept there: another process may have made the index meanwhile.
+    hasher = dataclasses.replace(collection.hasher_of(table), batch_size=config.encode_batch, devices=config.devices)
+    return _Run(table, hasher, dataclasses.replace(found, size=hasher.side, see=True), console).go()
+
+
+class _Run:
+    def __init__(self, table: PhotoTable, hasher: Hasher, found: Photos, console: rich.console.Console):
+        self.table, self.hasher, self.found, self.console = table, hasher, found, console
+        self.keys = np.array([key_of(name) for name in found.names], np.int64)
+        if len(np.unique(self.keys)) != len(self.keys):
+            raise DataError(
+                f"--images: two paths of {found.place} have the same key, or one is listed twice; list each file once"
+            )
+
+    def go(self) -> Indexed:
+        sizes, modified = self._looked_at()
+        changes = self._changes(self.table.state(), sizes, modified)
+        self._remove(changes.gone)
+        self.sizes, self.modified = sizes, modified
+        todo = sorted([*changes.missing, *changes.changed])
+        if todo:
+            self._make(todo)
+            self.table.tidy()
+        if changes.absent:
+            first = printable(self.found.names[changes.absent[0]])
+            say(self.console, f"{len(changes.absent):,} listed files are not there, the first: {first}")
+        unreadable = self.table.unreadable()
+        for path, reason in unreadable[:_SHOWN]:
+            say(self.console, f"Cannot be read: {path}: {reason}")
+        if len(unreadable) > _SHOWN:
+            say(self.console, f"… and {len(unreadable) - _SHOWN:,} more")
+        done = Indexed(
+            len(self.table) - len(unreadable),
+            len(changes.missing),
+            len(changes.changed),
+            len(changes.gone),
+            len(unreadable),
+        )
+        say(
+            self.console,
+            f"{done.photos:,} photos in {self.table.uri}: {done.added:,} files new, {done.changed:,} changed, "
+            f"{done.removed:,} gone, {done.unreadable:,} unreadable",
+        )
+        return done
+
+    def _looked_at(self) -> tuple[Int64[np.ndarray, " files"], Int64[np.ndarray, " files"]]:
+        """Returns size and time of change of every file, -1 where it is not there."""
+        sizes, modified = np.full((2, len(self.keys)), -1, np.int64)
+        paths = [os.path.join(self.found.root, name) for name in self.found.names]
+        chunks = [range(start, min(start + 1000, len(paths))) for start in range(0, len(paths), 1000)]
+
+        def look(numbers: range) -> list[tuple[int, int]]:
+            return [_size_and_time(paths[number]) for number in numbers]
+
+        for numbers, pairs in in_order(look, chunks):
+            sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
+        return sizes, modified
+
+    def _changes(
+        self, state: State, sizes: Int64[np.ndarray, " files"], modified: Int64[np.ndarray, " files"]
+    ) -> Changes:
+        known, same = _compared(state, self.keys, sizes, modified)
+        there = sizes >= 0
+        gone = state.keys[~np.isin(state.keys, self.keys[there])].tolist()
+        if self.found.closed:
+            # What is in a folder that cannot be entered now may be there tomorrow.
+            closed = tuple(f"{folder}/" for folder in self.found.closed)
+            gone = [key_of(path) for path in self.table.paths(gone) if not path.startswith(closed)]
+        numbers = [np.flatnonzero(some).tolist() for some in (there & ~known, there & known & ~same, ~there)]
+        return Changes(numbers[0], numbers[1], gone, numbers[2])
+
+    def _remove(self, gone: list[int]) -> None:
+        for start in range(0, len(gone), 10_000):
+            self.table.remove(gone[start : start + 10_000])
+
+    def _make(self, todo: list[int]) -> None:
+        """Encodes and commits files, but for those that another process did meanwhile."""
+        blocks = [todo[start : start + BLOCK] for start in range(0, len(todo), BLOCK)]
+        # Each process begins somewhere else, so that several meet late.
+        first = secrets.randbelow(len(blocks))
+        blocks = blocks[first:] + blocks[:first]
+        version, commits = self.table.version, 0
+        with progress.bar(self.console, "Encoding photos", len(todo)) as bar:
+
+            def due() -> Iterator[list[int]]:
+                nonlocal version
+                for block in blocks:
+                    if self.table.version != version:
+                        version = self.table.version
+                        left = self._not_done(block)
+                        bar(len(block) - len(left), "")
+                        block = left  # noqa: PLW2901 - what is left of it
+                    yield block
+
+            # One stream over all blocks: the first photos of one are decoded while the last of another are encoded.
+            of_block = {number: at for at, block in enumerate(blocks) for number in block}
+            stream = self.found.read(due())
+            for _, reads in itertools.groupby(stream, key=lambda pair: of_block[pair[0]]):
+                rows = self._rows(list(reads))
+                self.table.put(rows)
+                version, commits = self.table.version, commits + 1
+                bar(len(rows), "")
+                if commits % _TIDY_EVERY == 0:
+                    self.table.tidy()
+                    version = self.table.version
+
+    def _not_done(self, block: Sequence[int]) -> list[int]:
+        numbers = np.asarray(block)
+        _, same = _compared(self.table.state(), self.keys[numbers], self.sizes[numbers], self.modified[numbers])
+        return numbers[~same].tolist()
+
+    def _rows(self, reads: Sequence[tuple[int, Read]]) -> list[Row]:
+        seen = [read.seen for _, read in reads if read.seen is not None]
+        # Of one size everywhere, so that a code does not depend on how the files are cut into blocks.
+        size = self.hasher.batch_size
+        batches = (np.stack([one.square for one in seen[at : at + size]]) for at in range(0, len(seen), size))
+        codes = iter(self.hasher.encode_batches(batches, size=size) if seen else ())
+        rows = []
+        for number, read in reads:
+            name = self.found.names[number]
+            size_now = read.size if read.size is not None else int(self.sizes[number])
+            time_now = read.modified_ns if read.modified_ns is not None else int(self.modified[number])
+            if read.seen is None:
+                rows.append(Row(name, size_now, time_now, reason=read.reason))
+            else:
+                code = next(codes).tobytes()
+                rows.append(Row(name, size_now, time_now, code, read.seen.width, read.seen.height, read.seen.thumbnail))
+        return rows
+
+
+def _compared(
+    state: State,
+    keys: Int64[np.ndarray, " files"],
+    sizes: Int64[np.ndarray, " files"],
+    modified: Int64[np.ndarray, " files"],
+) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
+    """Returns which files are known, and which of them are as they were."""
+    if not len(state.keys):
+        return np.zeros(len(keys), bool), np.zeros(len(keys), bool)
+    places = np.minimum(np.searchsorted(state.keys, keys), len(state.keys) - 1)
+    known = state.keys[places] == keys
+    return known, known & (state.sizes[places] == sizes) & (state.modified_ns[places] == modified)
+
+
+def _given(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> Hasher:
+    workdir = pathlib.Path(workdir).expanduser()
+    _check_overrides(overrides, f"the encoder in {workdir}")
+    # Of one saved without its run, all weights lie beside it.
+    hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
+    if hasher.encoder.backbone.takes != "images":
+        raise TableError(
+            f"--workdir: {workdir} was trained on features, and an index holds photos; give a run on images, or search "
+            "features by cib_jax.Index"
+        )
+    return hasher
+
+
+def _check_overrides(overrides: dict[str, Any], whose: str) -> None:
+    for name in overrides:
+        if name not in OF_ENCODING:
+            raise config_lib.ConfigError(
+                f"config.{name}: {whose} is trained already; leave it out (what can be set: {', '.join(OF_ENCODING)})"
+            )
+
+
+def _check_same(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
+    ours, theirs = collection.known_by(hasher), table.about.encoder
+    other = [f"{name}: {theirs.get(name)} → {value}" for name, value in ours.items() if theirs.get(name) != value]
+    if other:
+        raise TableError(
+            f"--workdir: {workdir} holds another encoder than the one that made {table.uri} ({'; '.join(other)}), so "
+            "codes cannot be compared; leave it out to go on with the index's own, or give another --index"
+        )
+
+
+def _check_images(table: PhotoTable, found: Photos, console: rich.console.Console) -> None:
+    """Takes up photos that were moved; refuses others."""
+    before = table.about.images
+    if before == found.place:
+        return
+    if os.path.exists(before):
+        raise TableError(
+            f"--images: {table.uri} is the index of {before}, which is still there; leave --images out to go on with "
+            f"it, or give another --index for {found.place}"
+        )
+    say(console, f"The photos of {before} are taken to lie in {found.place} now, under the same names")
+    table.move(found.place)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
