@@ -1,8 +1,8 @@
 """Many clients at once, each sending photos, asking by id, and being shown pictures: `python -m benchmarks.serving`.
 
 Without `--index`, one is made of crops of the two photos that scikit-learn ships, by a pretrained EfficientNet-Lite0
-with a head of random weights, which computes what a trained one does. The server is a process of its own with its limits
-as they are, but for the rates, which all clients here would share. `--seconds 60 --clients 50`.
+with a head of random weights, which computes what a trained one does. The server is a process of its own with its usual
+limits but for the rates, which all clients here would share. `--seconds 60 --clients 50`.
 """
 
 import argparse
