@@ -15,6 +15,8 @@ from ml_collections import config_flags
 
 HERE = pathlib.Path(__file__).resolve().parent
 DEFAULT_CONFIG = str(HERE / "configs" / "digits.py")
+INDEX_CONFIG = str(HERE / "configs" / "index.py")
+"""By which --mode=index learns where no --config is given."""
 
 # Its default is given in `parse`: here it would read the fields' overrides, and fail, before anything can be told.
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"The experiment's file; by default {DEFAULT_CONFIG}.")
@@ -22,9 +24,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "compare", "tune", "encode"],
+    ["train", "evaluate", "compare", "tune", "encode", "index", "search", "duplicates", "serve"],
     "train (and then evaluate); evaluate a trained run; compare methods, code lengths and "
-    "seeds; tune hyper-parameters; encode a corpus with a trained run.",
+    "seeds; tune hyper-parameters; encode a corpus with a trained run; index photos for searching; search an index; "
+    "find near duplicates in it; serve a page to search it.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -40,16 +43,44 @@ _DISTRIBUTED = flags.DEFINE_bool(
     False,
     "train, evaluate: refuses to run alone; the other processes are those that a TPU pod, SLURM or Open MPI tells of.",
 )
-_IMAGES = flags.DEFINE_string("images", None, "encode: a folder of photos, a .csv or .parquet list of them, or a .npy.")
+_IMAGES = flags.DEFINE_string(
+    "images", None, "index, encode: a folder of photos, a .csv or .parquet list of them; encode: or a .npy of features."
+)
 _CODES = flags.DEFINE_string("codes", None, "encode: the folder for the codes.")
 _PART = flags.DEFINE_integer("part", 8192, "encode: files in a part, which one process makes.")
 
+_INDEX = flags.DEFINE_string(
+    "index", None, "index, search, duplicates, serve: the index: a folder, or s3://, gs://, az:// or db:// of LanceDB."
+)
+_QUERY = flags.DEFINE_string("query", None, "search: a photo, or a folder of photos.")
+_K = flags.DEFINE_integer("k", None, "search: how many photos to each query; by default 20, with --radius all.")
+_RADIUS = flags.DEFINE_integer(
+    "radius", None, "search, duplicates: in how many bits photos may differ; duplicates: by default a sixteenth."
+)
+_KIND = flags.DEFINE_string(
+    "kind", "exact", "search: exact, or approximately by hnsw, ivf or mih; settings follow it: --kind='ivf nprobe=64'."
+)
+_RERANK = flags.DEFINE_bool("rerank", False, "search: orders the first hits anew by the query's logits.")
+_CONFIRM = flags.DEFINE_bool(
+    "confirm", True, "duplicates: False groups photos of like things, too, not only copies of one picture."
+)
+_FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "search, duplicates: json prints a line for each.")
+_SHOW = flags.DEFINE_string(
+    "show", None, "search, duplicates: the PNG for a contact sheet; without a name search.png or duplicates.png."
+)
+
 FLAGS_OF = {
-    "train": ("coordinator", "processes", "process", "distributed"),
-    "evaluate": ("coordinator", "processes", "process", "distributed"),
-    "encode": ("processes", "process", "images", "codes", "part"),
+    "train": ("workdir", "coordinator", "processes", "process", "distributed"),
+    "evaluate": ("workdir", "coordinator", "processes", "process", "distributed"),
+    "compare": ("workdir",),
+    "tune": ("workdir",),
+    "encode": ("workdir", "processes", "process", "images", "codes", "part"),
+    "index": ("workdir", "images", "index"),
+    "search": ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
+    "duplicates": ("index", "radius", "confirm", "format", "show"),
+    "serve": ("index",),
 }
-"""Flags that a mode takes besides --config, --workdir and --mode.
+"""Flags that a mode takes besides --config and --mode.
 
 A comparison's processes and a search's need none: each takes what nobody else is at.
 """
@@ -67,10 +98,12 @@ def parse(arguments: Sequence[str]) -> list[str]:
     A mistake in them ends the program with one sentence that names the flag.
     """
     path, others = _without_config(arguments)
-    _check_fields(path or DEFAULT_CONFIG, arguments)
+    default = INDEX_CONFIG if _mode_of(others) == "index" else DEFAULT_CONFIG
+    others = [f"--show={_mode_of(others)}.png" if argument in ("--show", "-show") else argument for argument in others]
+    _check_fields(path or default, arguments)
     # First of all, wherever the user put it: its fields can be set only once it is read.
     # ml_collections looks for the fields in sys.argv itself.
-    sys.argv[:] = [others[0], f"--config={path or DEFAULT_CONFIG}", *others[1:]]
+    sys.argv[:] = [others[0], f"--config={path or default}", *others[1:]]
     try:
         rest = flags.FLAGS(sys.argv)
     except (flags.Error, ValueError, TypeError) as error:
@@ -78,6 +111,10 @@ def parse(arguments: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         refuse(f"{rest[1]!r} is no flag; flags start with --, such as --config.bits=64")
     return [rest[0], *([path] if path else [])]
+
+
+def _mode_of(arguments: Sequence[str]) -> str:
+    return next((argument.partition("=")[2] for argument in arguments if re.match("--?mode=", argument)), "train")
 
 
 def _without_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -157,12 +194,18 @@ def main(arguments: Sequence[str]) -> None:
     jobs = {"train": train, "compare": compare, "tune": tune}
     if mode in jobs:
         workdir = workdir or default_name(_CONFIG.value, mode)
-    elif workdir is None:
+    elif mode in ("evaluate", "encode") and workdir is None:
         refuse(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
+    elif "index" in FLAGS_OF[mode]:
+        check_index(mode, config_named=bool(arguments[1:]))
     goes_on = {
         "train": f"--workdir={workdir} with the same config goes on from the last checkpoint",
         "evaluate": "the same command measures again",
         "encode": "the same command goes on after the parts that are there",
+        "index": "the same command goes on with what is not indexed",
+        "search": "the same command searches again",
+        "duplicates": "the same command searches again",
+        "serve": "the same command serves again",
     }.get(mode, f"--mode={mode} --workdir={workdir} with the same config goes on with what is not done")
     keep_compilations()
     with endings.in_words(goes_on, _WORKDIR.value or ""):
@@ -172,6 +215,8 @@ def main(arguments: Sequence[str]) -> None:
         preemption.listen()
         if mode in jobs:
             jobs[mode](_CONFIG.value, workdir)
+        elif "index" in FLAGS_OF[mode]:
+            look_up(mode, workdir)
         else:
             use(mode, workdir, config_named=bool(arguments[1:]))
 
@@ -217,6 +262,44 @@ def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
         refuse("--codes: --mode=encode wants a folder for the codes; give --codes=DIR")
     place = rendezvous.place(_PROCESS.value, _PROCESSES.value)
     encode(workdir, _IMAGES.value, _CODES.value, part=_PART.value, place=place, overrides=overrides)
+
+
+def check_index(mode: str, *, config_named: bool) -> None:
+    """Refuses a job on an index whose flags cannot work."""
+    if not _INDEX.value:
+        refuse(f"--index: --mode={mode} wants the index; give its folder, --index=DIR")
+    if mode != "index" and (config_named or config_flags.get_override_values(flags.FLAGS["config"])):
+        refuse(f"--config: an index has its own encoder; leave --config and its fields out of --mode={mode}")
+    if mode == "search" and not _QUERY.value:
+        refuse("--query: --mode=search wants a photo or a folder of photos; give --query=FILE")
+
+
+def look_up(mode: str, workdir: pathlib.Path | None) -> None:
+    """Starts a job on an index."""
+    from cib_jax.jobs.duplicates import duplicates
+    from cib_jax.jobs.index import index
+    from cib_jax.jobs.search import search
+    from cib_jax.retrieval.index import kind_of
+
+    place = _INDEX.value
+    if mode == "index":
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        index(place, _IMAGES.value, workdir=workdir, config=_CONFIG.value, overrides=overrides)
+    elif mode == "duplicates":
+        duplicates(place, radius=_RADIUS.value, confirm=_CONFIRM.value, form=_FORMAT.value, show=_SHOW.value)
+    elif mode == "search":
+        kind, settings = kind_of(_KIND.value)
+        search(
+            place,
+            _QUERY.value,
+            k=_K.value,
+            radius=_RADIUS.value,
+            kind=kind,
+            settings=settings,
+            rerank=_RERANK.value,
+            form=_FORMAT.value,
+            show=_SHOW.value,
+        )
 
 
 def end_early(*_: object) -> NoReturn:

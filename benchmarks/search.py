@@ -1,8 +1,8 @@
 """Searching packed codes: `Index` beside bare FAISS; time, how it grows, memory, and what approximate kinds find.
 
 `python -m benchmarks.search` measures a million codes, `--growth` exact search up to 16 million, `--approximate` the
-other kinds at 10 million (`--size`), `--groups` near-duplicates, `--rerank` what ranking
-the first hits by logits brings, `--memory 100000000` the peak memory of that many.
+other kinds at 10 million (`--size`), `--groups` near-duplicates, `--rerank` what ranking the first hits by logits
+brings, `--table` a million photos in a table on disk, `--memory 100000000` the peak memory of that many.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -196,6 +197,56 @@ def _mean_average_precision(relevant: np.ndarray) -> float:
     return float(np.mean(precision.sum(axis=1) / np.maximum(found[:, -1], 1)))
 
 
+def table(size: int, bits: int, rounds: int) -> list[list[object]]:
+    """Returns rows of what a table of photos on disk takes: to load its codes, to tell of 20 hits, to change."""
+    from cib_jax.photo_rows import Row
+    from cib_jax.photo_table import About, PhotoTable
+
+    codes, generator = clustered(size, bits), np.random.default_rng(3)
+    with tempfile.TemporaryDirectory() as folder:
+        made = PhotoTable.create(folder, About("/photos", {"bits": bits, "side": 128}), b"no encoder")
+        for start in range(0, size, 1 << 15):
+            some = codes[start : start + (1 << 15)]
+            thumbnails = generator.bytes(2000 * len(some))
+            made.put(
+                [
+                    Row(
+                        f"album {at % 100}/IMG_{start + at:08d}.jpg",
+                        size=3_000_000 + at,
+                        modified_ns=10**18 + at,
+                        code=code.tobytes(),
+                        width=640,
+                        height=480,
+                        thumbnail=thumbnails[2000 * at : 2000 * (at + 1)],
+                    )
+                    for at, code in enumerate(some)
+                ]
+            )
+        made.tidy()
+
+        def load() -> tuple[PhotoTable, object, cib.Index]:
+            opened = PhotoTable.open(folder)
+            snapshot = opened.snapshot()
+            return opened, snapshot, cib.Index.of(snapshot.codes)
+
+        opened, snapshot, index = load()
+        hits = index.search(clustered(1, bits, 2), 20)[1][0].tolist()
+        rows = [Row(f"new/{number}.jpg", 1, number, codes[0].tobytes(), 1, 1, b"") for number in range(512)]
+        taken = measuring.in_turns(
+            {
+                "open the table, load all codes, index them": load,
+                "path, size and dimensions of 20 hits": lambda: opened.read(
+                    snapshot, hits, ["path", "width", "height"]
+                ),
+                "the same and their thumbnails": lambda: opened.read(snapshot, hits, ["path", "thumbnail"]),
+                "sizes and times of all, as to find what changed": opened.state,
+                "commit 512 photos": lambda: opened.put(rows),
+            },
+            rounds=rounds,
+        )
+    return [[f"{size:,}", name, f"{some.median:.4f}", f"{min(some.rounds):.4f}"] for name, some in taken.items()]
+
+
 def peak(size: int, bits: int) -> dict[str, float]:
     """Returns this process's peak memory in MiB, before any code, with the codes, and after ten searches."""
     start = _peak()
@@ -226,6 +277,7 @@ def main() -> None:
     parser.add_argument("--approximate", action="store_true", help="what other kinds find, and how fast")
     parser.add_argument("--groups", action="store_true", help="near-duplicates of a million codes")
     parser.add_argument("--rerank", action="store_true", help="what ranking by logits brings on digits")
+    parser.add_argument("--table", action="store_true", help="a million photos in a table on disk")
     parser.add_argument("--memory", type=int, metavar="SIZE", help="peak memory of an index of so many codes")
     parser.add_argument("--peak", type=int, metavar="SIZE", help="that, in this process, as JSON")
     flags = parser.parse_args()
@@ -251,6 +303,8 @@ def main() -> None:
         header = ["codes", "kind", "build, s", "recall@10", "exact, ms a query", "kind, ms a query", "times faster"]
         for name in ("clustered", "uniform"):
             measuring.print_table(header, approximate(name, flags.size, flags.bits, flags.rounds))
+    elif flags.table:
+        measuring.print_table(["photos", "work", "s", "least"], table(1_000_000, flags.bits, flags.rounds))
     elif flags.rerank:
         for bits in (16, flags.bits):
             measuring.print_table(["bits", "seed", "MAP@100 by Hamming distance", "by logits"], rerank(bits))

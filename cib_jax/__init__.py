@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from cib_jax.augment import resize_and_normalise, two_views
     from cib_jax.backbones.weights import load_pretrained
     from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
+    from cib_jax.collection import Collection
     from cib_jax.corpus import read_corpus
     from cib_jax.encoder import Encoder, create_encoder
     from cib_jax.errors import Refusal
     from cib_jax.fitting import fit
     from cib_jax.hasher import Hasher
     from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
+    from cib_jax.photo_codes import encode_photos
     from cib_jax.retrieval.health import code_health
     from cib_jax.retrieval.index import Index
     from cib_jax.retrieval.metrics import (
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Collection",
     "Encoder",
     "Hasher",
     "Index",
@@ -51,6 +54,7 @@ __all__ = [
     "code_health",
     "create_encoder",
     "create_train_state",
+    "encode_photos",
     "evaluate",
     "fit",
     "hamming_distances",
@@ -75,6 +79,7 @@ __all__ = [
 
 # Imported when they are asked for: `cib_jax.exported` runs where nothing of training is installed.
 _HOMES = {
+    "Collection": "collection",
     "Encoder": "encoder",
     "Hasher": "hasher",
     "Index": "retrieval.index",
@@ -86,6 +91,7 @@ _HOMES = {
     "code_health": "retrieval.health",
     "create_encoder": "encoder",
     "create_train_state": "training.state",
+    "encode_photos": "photo_codes",
     "evaluate": "retrieval.metrics",
     "fit": "fitting",
     "hamming_distances": "retrieval.ranking",

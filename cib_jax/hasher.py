@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -168,6 +169,10 @@ class Hasher:
         size: int = 0,
     ) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the packed codes of all images of `batches`, none larger than `size` (0: than the first)."""
+        first = next(batches := iter(batches), None)
+        if first is None:
+            return np.zeros((0, self.encoder.bits // 8), np.uint8)
+        batches = itertools.chain([first], batches)
         return self._of_batches(batches, on_images, size=size, over=self._mesh, of_features=packed_of_features)
 
     def _of_batches(

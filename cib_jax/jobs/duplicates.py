@@ -8,32 +8,36 @@ import rich.markup
 import rich.table
 
 from cib_jax.collection import Collection, Photo
-from cib_jax.jobs import presenting
+from cib_jax.data.all_cores import in_order
+from cib_jax.data.difference_hash import BITS, difference_hash
+from cib_jax.jobs import presenting, progress
 from cib_jax.jobs.presenting import printable
+from cib_jax.retrieval import near_duplicates
 
-_AT_ONCE = 1000
-"""Groups whose photos are read at once."""
-
-
-class DuplicatesError(presenting.PresentingError):
-    """Groups cannot be made as it was asked for; the message names the flag and what to do."""
+_AT_ONCE = 500
+"""Groups, or photos, that are read at once."""
+_ALIKE = 6
+"""Bits of 64 in which the looks of two copies may differ."""
 
 
 def duplicates(
     uri: pathlib.Path | str,
     *,
     radius: int | None = None,
+    confirm: bool = True,
     form: str = "table",
     show: pathlib.Path | str | None = None,
     console: rich.console.Console | None = None,
 ) -> list[list[tuple[int, Photo]]]:
     """Prints, and returns, groups of photos that chains of near codes join, the largest first.
 
-    Each photo comes with its distance in bits from the first of its group.
+    Each photo comes with its distance in bits from the first of its group. Codes say that photos show like things;
+    whether they are copies of one picture, saved or resized otherwise, their thumbnails confirm.
 
     Args:
       uri: of the index.
       radius: how many bits two neighbours of a chain may differ in; None: a sixteenth of the code's.
+      confirm: False leaves thumbnails aside, so that photos of like things are grouped, too.
       form: table or json: a line for each group.
       show: a PNG file for a contact sheet.
       console: where to print.
@@ -45,12 +49,15 @@ def duplicates(
     """
     console = console or rich.console.Console()
     if radius is not None and radius < 0:
-        raise DuplicatesError(f"--radius: {radius} must be 0 or more bits")
+        raise presenting.PresentingError(f"--radius: {radius} must be 0 or more bits")
     presenting.check_format(form)
     sheet = presenting.check_sheet(show)
     collection = Collection.open(uri)
     radius = collection.bits // 16 if radius is None else radius
-    groups = sorted(collection.groups(radius), key=len, reverse=True)
+    groups = collection.groups(radius)
+    if confirm:
+        groups = _confirmed(collection, groups, console if form == "table" else rich.console.Console(quiet=True))
+    groups.sort(key=len, reverse=True)
     found: list[list[tuple[int, Photo]]] = []
     for start in range(0, len(groups), _AT_ONCE):
         some = groups[start : start + _AT_ONCE]
@@ -60,11 +67,11 @@ def duplicates(
             found.append([(distance, next(photos)) for distance in distances])
             _print(found[-1], len(found), form, console)
     if form == "table":
-        count = sum(map(len, found))
+        kind = "copies of one picture" if confirm else "photos of like things"
         presenting.say(
             console,
-            f"{len(found):,} groups of {count:,} photos, of {len(collection):,}, whose neighbours differ in at most "
-            f"{presenting.bits_of(radius)}",
+            f"{len(found):,} groups of {kind}, {sum(map(len, found)):,} photos of {len(collection):,}; codes of "
+            f"neighbours differ in at most {presenting.bits_of(radius)}",
         )
     if sheet is not None and groups:
         rows = []
@@ -75,6 +82,28 @@ def duplicates(
         if form == "table":
             presenting.say(console, f"Drawn in {sheet}")
     return found
+
+
+def _confirmed(collection: Collection, groups: list[list[int]], console: rich.console.Console) -> list[list[int]]:
+    """Returns the groups, each cut into those whose thumbnails look alike."""
+    members = [number for group in groups for number in group]
+    looks = np.empty((len(members), BITS // 8), np.uint8)
+    starts = range(0, len(members), _AT_ONCE)
+
+    def look(start: int) -> list[np.ndarray]:
+        photos = collection.photos(members[start : start + _AT_ONCE])
+        return [difference_hash(presenting.pixels(photo.thumbnail)) for photo in photos]
+
+    with progress.bar(console, "Looking at photos with near codes", len(members)) as moved:
+        for start, rows in in_order(look, starts):
+            looks[start : start + len(rows)] = rows
+            moved(len(rows), "")
+    confirmed, begin = [], 0
+    for group in groups:
+        alike = near_duplicates.groups(looks[begin : begin + len(group)], _ALIKE)
+        confirmed += [[group[at] for at in some.tolist()] for some in alike]
+        begin += len(group)
+    return confirmed
 
 
 def _print(group: list[tuple[int, Photo]], number: int, form: str, console: rich.console.Console) -> None:

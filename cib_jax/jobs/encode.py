@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import PIL
 import rich.console
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 
 from cib_jax import __version__, corpus_parts
 from cib_jax import config as config_lib
@@ -176,7 +176,8 @@ def _make(corpus: Corpus, missing: list[int], items: Items, hasher: Hasher, cons
         for number, rows in itertools.groupby(stream, key=lambda pair: pair[0] // corpus.part):
             files: list[File] = []
             batches = _batches(map(operator.itemgetter(1), rows), hasher.batch_size, files, moved)
-            codes = _encoded(hasher, batches, moved)
+            # Of one size everywhere, so that a code does not depend on how the files are cut into parts.
+            codes = hasher.encode_batches(batches, moved, size=hasher.batch_size)
             names = (items.names[index] for index in corpus.of_part(number))
             files = [file._replace(path=name) for file, name in zip(files, names, strict=True)]
             corpus.check()
@@ -201,16 +202,6 @@ def _batches(
             batch = []
     if batch:
         yield np.stack(batch)
-
-
-def _encoded(
-    hasher: Hasher, batches: Iterator[Shaped[np.ndarray, "batch ..."]], moved: Callable[[int], None]
-) -> UInt8[np.ndarray, "readable bytes"]:
-    first = next(batches, None)
-    if first is None:
-        return np.zeros((0, hasher.encoder.bits // 8), np.uint8)
-    # Of one size everywhere, so that a code does not depend on how the files are cut into parts.
-    return hasher.encode_batches(itertools.chain([first], batches), moved, size=hasher.batch_size)
 
 
 def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Console) -> Encoded:

@@ -1,6 +1,7 @@
 """Photos indexed for searching: what came, changed or went since the last time is found, and only that redone."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -112,14 +113,15 @@ def index(
     elif given is None:
         _check_overrides(overrides or {}, f"the encoder of {uri}")
     _check_images(table, found, console)
-    # As it is kept there: another process may have made the index meanwhile.
-    hasher = dataclasses.replace(collection.hasher_of(table), batch_size=config.encode_batch, devices=config.devices)
-    return _Run(table, hasher, dataclasses.replace(found, size=hasher.side, see=True), console).go()
+    found = dataclasses.replace(found, size=table.about.encoder["side"], see=True)
+    return _Run(table, found, config, console).go()
 
 
 class _Run:
-    def __init__(self, table: PhotoTable, hasher: Hasher, found: Photos, console: rich.console.Console):
-        self.table, self.hasher, self.found, self.console = table, hasher, found, console
+    def __init__(
+        self, table: PhotoTable, found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console
+    ):
+        self.table, self.found, self.config, self.console = table, found, config, console
         self.keys = np.array([key_of(name) for name in found.names], np.int64)
         if len(np.unique(self.keys)) != len(self.keys):
             raise DataError(
@@ -186,6 +188,12 @@ class _Run:
     def _remove(self, gone: list[int]) -> None:
         for start in range(0, len(gone), 10_000):
             self.table.remove(gone[start : start + 10_000])
+
+    @functools.cached_property
+    def hasher(self) -> Hasher:
+        # As it is kept there: another process may have made the index meanwhile.
+        kept = collection.hasher_of(self.table)
+        return dataclasses.replace(kept, batch_size=self.config.encode_batch, devices=self.config.devices)
 
     def _make(self, todo: list[int]) -> None:
         """Encodes and commits files, but for those that another process did meanwhile."""

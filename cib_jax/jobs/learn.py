@@ -1,7 +1,9 @@
 """An encoder learnt from a sample of the photos that are to be indexed, where none is given."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import ml_collections
 import numpy as np
@@ -54,10 +56,15 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
     )
     side = images.shape[1]
     views = config.train.views if config.frozen else 0
-    with (
-        progress.bar(console, "Learning: views", views * len(images)) as on_views,
-        progress.bar(console, "Learning: epochs", config.epochs * len(images)) as on_epoch,
-    ):
+    # Another bar for the epochs once the views are there: its images per second are of others.
+    with contextlib.ExitStack() as bars:
+        on_views = bars.enter_context(progress.bar(console, "Learning: views", views * len(images)))
+
+        @functools.cache
+        def on_epoch() -> Callable[[int, str], None]:
+            bars.close()
+            return bars.enter_context(progress.bar(console, "Learning: epochs", config.epochs * len(images)))
+
         hasher = fitting.fit(
             images,
             bits=config.bits,
@@ -79,7 +86,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
             devices=config.devices,
             seed=config.seed,
             on_views=lambda more: on_views(more, ""),
-            on_epoch=lambda report: on_epoch(len(images), ""),
+            on_epoch=lambda report: on_epoch()(len(images), ""),
         )
     return dataclasses.replace(hasher, stored_size=side, batch_size=config.encode_batch)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import rich.console
+import rich.markup
 import rich.table
 from jaxtyping import UInt8
 
@@ -101,7 +102,7 @@ def search(
         for one, code, some in zip(queries, codes, hits, strict=True):
             known = collection.photos([hit.number for hit in some], thumbnails=sheet is not None)
             answer = Found(one.path, code, [(hit.distance, photo) for hit, photo in zip(some, known, strict=True)])
-            _print(answer, collection, form, console)
+            _print(answer, form, console, ", ordered by the query's logits" if rerank else "")
             if sheet is not None and len(rows) < presenting.ROWS:
                 rows.append((Tile(presenting.pixels(one.thumbnail), "query"), presenting.tiles(answer.hits)))
             # Not the thumbnails of all, which thousands of queries would heap up.
@@ -185,7 +186,7 @@ def _hits(
     return [some[:k] for some in hits]
 
 
-def _print(answer: Found, collection: Collection, form: str, console: rich.console.Console) -> None:
+def _print(answer: Found, form: str, console: rich.console.Console, note: str) -> None:
     if form == "json":
         hits = [
             {"path": printable(photo.path), "distance": distance}
@@ -194,7 +195,7 @@ def _print(answer: Found, collection: Collection, form: str, console: rich.conso
         ]
         presenting.line(console, {"query": printable(answer.query), "code": answer.code.tobytes().hex(), "hits": hits})
         return
-    table = rich.table.Table(title=rich.markup.escape(printable(answer.query)), title_justify="left")
+    table = rich.table.Table(title=rich.markup.escape(printable(answer.query)) + note, title_justify="left")
     table.add_column("", justify="right")
     table.add_column("bits", justify="right")
     table.add_column("photo", overflow="fold")

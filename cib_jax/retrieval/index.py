@@ -14,6 +14,22 @@ from cib_jax.retrieval.ranking import check_codes, check_k, check_packed
 EXACT = "exact"
 
 
+def kind_of(text: str) -> tuple[str, dict[str, int]]:
+    """Returns the kind of an index and its settings, as `Index.of` takes them, of words such as "ivf nprobe=64".
+
+    Raises:
+      SearchError: a word is none.
+    """
+    kind, *words = text.split() or [""]
+    settings = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not value.isdecimal():
+            raise SearchError(f"kind: {word!r} is no setting; write them as in 'ivf nlist=4096 nprobe=64'")
+        settings[name] = int(value)
+    return kind, settings
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
     """Packed codes that can be searched; an id is a position among them. Any number of threads may search at once.

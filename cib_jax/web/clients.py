@@ -13,6 +13,7 @@ from limits.strategies import MovingWindowRateLimiter
 from cib_jax.errors import Refusal
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_TIDY_EVERY = 1000
 _NEIGHBOURS = 64  # one house has a whole /64 of IPv6
 
 
@@ -67,17 +68,27 @@ class Rates:
 
     def __init__(self, per_minute: dict[str, int], at_once: int) -> None:
         self._items = {kind: limits_lib.RateLimitItemPerMinute(amount) for kind, amount in per_minute.items()}
-        self._strategy = MovingWindowRateLimiter(MemoryStorage())
-        self._at_once = at_once
+        self._storage = MemoryStorage()
+        self._strategy = MovingWindowRateLimiter(self._storage)
+        self._hits, self._at_once = 0, at_once
         self._now: collections.Counter[str] = collections.Counter()
 
     def seconds_to_wait(self, kind: str, client: str) -> int:
         """Returns 0, and counts the request, or the seconds after which the client may ask again."""
         item = self._items[kind]
+        self._hits += 1
+        if self._hits % _TIDY_EVERY == 0:
+            self._forget_idle()
         if self._strategy.hit(item, kind, client):
             return 0
         reset, _ = self._strategy.get_window_stats(item, kind, client)
         return max(1, math.ceil(reset - time.time()))
+
+    def _forget_idle(self) -> None:
+        # The library empties what it counted of a client but keeps the client, and goes through all of them each time.
+        storage = self._storage
+        for key in [key for key, events in storage.events.copy().items() if not events]:
+            storage.clear(key)
 
     def enter(self, client: str) -> bool:
         """Returns whether a request may begin; if so, `leave` must follow."""

@@ -31,7 +31,7 @@ class DecoderError(Exception):
 class Decoding:
     """What decoding may take."""
 
-    processes: int = 2
+    processes: int = dataclasses.field(default_factory=lambda: min(4, max(2, os.cpu_count() or 1)))
     """That decode at the same time."""
     seconds: float = 10.0
     """For one photo."""

@@ -1,7 +1,9 @@
 """What every request passes before anything answers it, and every answer before it leaves."""
 
 import asyncio
+import ipaddress
 import json
+import socket
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -53,19 +55,24 @@ class Guard:
     Errors are JSON, {"error": a sentence}, with no traceback and no path of this machine.
     """
 
-    def __init__(self, app: App, limits: Limits, *, loopback: bool) -> None:
+    def __init__(self, app: App, limits: Limits, *, loopback: bool, name: str = "localhost") -> None:
         """Stands before an app.
 
         Args:
           app: any of ASGI.
           limits: of what is taken.
           loopback: whether the server can be reached from this machine alone.
+          name: under which it listens, and may be asked.
 
         Raises:
           ProxyError: a proxy is no address.
         """
         self._app, self._limits = app, limits
-        self._hosts = {host.lower() for host in limits.hosts} | set(LOCAL_HOSTS if loopback or limits.hosts else ())
+        self._hosts = {name.lower(), *LOCAL_HOSTS, *(host.lower() for host in limits.hosts)}
+        self._addresses = not loopback and not limits.hosts
+        if self._addresses:
+            own = socket.gethostname().lower()
+            self._hosts |= {own, f"{own}.local", socket.getfqdn().lower()}
         self._clients = Clients(limits.proxies)
         amounts = {routes.SEARCH: limits.searches, routes.IMAGE: limits.images, routes.OTHER: limits.others}
         self._rates = Rates(amounts, limits.at_once)
@@ -130,10 +137,9 @@ class Guard:
         route = routes.find(scope["path"])
         if wait := self._rates.seconds_to_wait(route.kind if route else routes.OTHER, client):
             raise _RefusedError(429, f"Too many requests; try again in {wait} s.", after=wait, close=True)
-        host = _host(scope)
-        # A page of a stranger whose name was made to point here would else read everything as its own.
-        if self._hosts and host not in self._hosts:
-            raise _RefusedError(421, "This server is not known by the name that was asked for.", close=True)
+        if not self._is_known(_host(scope)):
+            told = "This server is not known by the name that was asked for; ask by its address, or have it added."
+            raise _RefusedError(421, told, close=True)
         if route is None:
             raise _RefusedError(404, "There is nothing here.")
         if scope["method"] not in route.methods:
@@ -142,6 +148,10 @@ class Guard:
         if scope["method"] not in ("GET", "HEAD") and not _same_origin(scope):
             raise _RefusedError(403, "A page of another origin may not ask for this.", close=True)
         return route
+
+    def _is_known(self, host: str) -> bool:
+        # No name server can make an address point elsewhere.
+        return host in self._hosts or "*" in self._hosts or (self._addresses and _is_address(host))
 
     async def _answer(self, route: routes.Route, scope: Scope, receive: Receive, send: Send) -> None:
         begun, silent = False, False
@@ -228,6 +238,14 @@ def _host(scope: Scope) -> str:
         return (urlsplit(f"//{values[0]}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _same_origin(scope: Scope) -> bool:

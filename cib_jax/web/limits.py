@@ -54,4 +54,7 @@ class Limits:
     proxies: tuple[str, ...] = ()
     """Addresses or networks of reverse proxies, whose X-Forwarded-For is believed."""
     hosts: tuple[str, ...] = ()
-    """Names under which the server may be asked; none: any, on loopback only localhost, 127.0.0.1 and ::1."""
+    """Names under which it may be asked, beside localhost; "*": any. None: its own, and on a network any address.
+
+    A page of a stranger whose name was made to point here would else read everything as its own.
+    """

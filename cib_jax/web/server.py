@@ -66,7 +66,7 @@ def serve(
         try:
             if page is not None:
                 page(app, collection)
-            server = server_of(Guard(app, limits, loopback=loopback), limits)
+            server = server_of(Guard(app, limits, loopback=loopback, name=host), limits)
             for line in told(listener, collection, loopback=loopback):
                 tell(line)
             with _quiet_ending():

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import socket
+import threading
 import time
+
+from starlette.responses import PlainTextResponse
 
 from tests.web import fake
 from tests.web.conftest import MANY, raw, running, status_of
@@ -118,3 +121,58 @@ def test_behind_a_proxy_clients_are_told_apart(photos):
         assert [search("192.0.2.2") for _ in range(3)] == [200, 200, 429]
         assert [search(f"2001:db8:1:2::{n}") for n in range(3)] == [200, 200, 429]
         assert search("2001:db8:1:3::1") == 200
+
+
+def test_one_client_behind_a_proxy_has_so_many_requests_at_once(photos, few):
+    limits = dataclasses.replace(few, at_once=2, bodies=100, proxies=("127.0.0.1",))
+    slow = post("1000", "X-Forwarded-For: 192.0.2.1")
+    with running(fake.FakeCollection(photos), limits) as served:
+        held = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2)]
+        for connection in held:
+            connection.sendall(slow)
+        time.sleep(0.3)
+        assert served.ask("/health", headers={"X-Forwarded-For": "192.0.2.1"})[0] == 429
+        assert served.ask("/health", headers={"X-Forwarded-For": "192.0.2.2"})[0] == 200
+        for connection in held:
+            connection.close()
+        time.sleep(0.3)
+        assert served.ask("/health", headers={"X-Forwarded-For": "192.0.2.1"})[0] == 200
+
+
+def test_what_cannot_be_done_now_is_told_at_once(photos):
+    collection = fake.FakeCollection(photos)
+    limits = dataclasses.replace(MANY, threads=1, waiting=0)
+    content, first = fake.encoded(fake.picture(1)), []
+    with running(collection, limits) as served:
+        with collection.encoding:
+            asking = threading.Thread(
+                target=lambda: first.append(served.ask("/search", method="POST", body=content)[0])
+            )
+            asking.start()
+            while served.app.state.api._searches._count == 0:
+                time.sleep(0.01)
+            status, headers, told = served.ask("/search", method="POST", body=content)
+            assert (status, headers["retry-after"]) == (503, "2")
+            assert "too much to do" in json.loads(told)["error"]
+            assert served.ask("/search?k=1")[0] == 200  # what needs no encoder goes on
+        asking.join()
+        assert first == [200]
+
+
+def test_a_client_that_takes_no_answer_is_cut_off(photos):
+    def page(app, collection):
+        app.add_route("/config", lambda request: PlainTextResponse(bytes(50_000_000)))
+
+    limits = dataclasses.replace(MANY, taking_seconds=1)
+    with running(fake.FakeCollection(photos), limits, page=page) as served:
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(b"GET /config HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(2.5)
+            came = 0
+            try:
+                while more := connection.recv(1 << 20):
+                    came += len(more)
+            except ConnectionResetError:
+                pass
+        assert came < 50_000_000
+        assert len(served.ask("/config")[2]) == 50_000_000  # who takes it gets it all

@@ -46,4 +46,19 @@ def test_the_window_moves(monkeypatch):
     assert [rates.enter("x"), rates.enter("x"), rates.enter("x"), rates.enter("y")] == [True, True, False, True]
     rates.leave("x")
     assert rates.enter("x")
-    assert Rates({}, 1)._now == {}
+
+
+def test_who_asks_no_more_is_forgotten(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    rates = Rates({"a": 10**9}, at_once=2)
+    for number in range(5000):
+        rates.seconds_to_wait("a", f"10.0.{number // 256}.{number % 256}")
+    assert len(rates._storage.events) == 5000
+    now[0] += 61
+    deadline = time.monotonic() + 20
+    while len(rates._storage.events) > 1 and time.monotonic() < deadline:
+        for _ in range(1000):
+            rates.seconds_to_wait("a", "x")
+        time.sleep(0.02)
+    assert len(rates._storage.events) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 
 import pytest
 from starlette.responses import FileResponse, PlainTextResponse
@@ -161,8 +162,16 @@ def test_names_can_be_given(photos):
     with running(fake.FakeCollection(photos), limits, loopback=False) as served:
         assert served.ask("/health", headers={"Host": "Photos.example"})[0] == 200
         assert served.ask("/health", headers={"Host": "evil.example"})[0] == 421
-    with running(fake.FakeCollection(photos), loopback=False) as served:
+    with running(fake.FakeCollection(photos), dataclasses.replace(MANY, hosts=("*",)), loopback=False) as served:
         assert served.ask("/health", headers={"Host": "anything.example"})[0] == 200
+
+
+def test_on_a_network_addresses_and_its_own_name_are_known(photos):
+    with running(fake.FakeCollection(photos), loopback=False) as served:
+        for host in ("192.0.2.1:7860", "[2001:db8::1]:7860", socket.gethostname(), "localhost"):
+            assert served.ask("/health", headers={"Host": host})[0] == 200
+        for host in ("evil.example", "192.0.2.1.nip.io", "1.2.3", "0x7f.1", ""):
+            assert served.ask("/health", headers={"Host": host})[0] == 421
 
 
 def test_errors_of_the_page_say_nothing(photos):

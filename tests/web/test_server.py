@@ -1,6 +1,7 @@
 """The server as a process: where it listens, what it says, how it ends."""
 
 import http.client
+import importlib.util
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import time
 
 import pytest
 
+from cib_jax import web
 from cib_jax.web import server
 from cib_jax.web.clients import ProxyError
 from cib_jax.web.limits import Limits
@@ -117,3 +119,10 @@ def test_it_says_where_it_is_and_what_that_means(photos, host, name, loopback):
     assert len(lines) == 1 + (not loopback)
     if not loopback:
         assert "reverse proxy with TLS" in lines[1]
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    web.check_installed()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else name)
+    with pytest.raises(web.WebError, match=r"the package gradio is not installed; pip install 'cib-jax\[web\]'"):
+        web.check_installed()
