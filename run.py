@@ -70,6 +70,15 @@ _SHOW = flags.DEFINE_string(
     "show", None, "search, duplicates: the PNG for a contact sheet; without a name search.png or duplicates.png."
 )
 
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at; 0.0.0.0 is all of this machine.")
+_PORT = flags.DEFINE_integer("port", 7860, "serve: the port; 0 takes a free one.")
+_NAMES = flags.DEFINE_list("names", [], "serve: names under which it may be asked on a network, or '*' for any.")
+_PROXIES = flags.DEFINE_list("proxies", [], "serve: addresses of reverse proxies, whose X-Forwarded-For is believed.")
+_BELOW = flags.DEFINE_string("below", "", "serve: the folder, such as /photos, that a reverse proxy serves it under.")
+_SEARCHES = flags.DEFINE_integer("searches", 120, "serve: searches of one client a minute.")
+_PHOTO_MB = flags.DEFINE_integer("photo_mb", 20, "serve: largest photo that is taken, in millions of bytes.")
+_MEGAPIXELS = flags.DEFINE_integer("megapixels", 50, "serve: largest photo that is taken, in millions of pixels.")
+
 FLAGS_OF = {
     "train": ("workdir", "coordinator", "processes", "process", "distributed"),
     "evaluate": ("workdir", "coordinator", "processes", "process", "distributed"),
@@ -79,7 +88,7 @@ FLAGS_OF = {
     "index": ("workdir", "images", "index"),
     "search": ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
     "duplicates": ("index", "radius", "confirm", "format", "show"),
-    "serve": ("index",),
+    "serve": ("index", "host", "port", "names", "proxies", "below", "searches", "photo_mb", "megapixels"),
 }
 """Flags that a mode takes besides --config and --mode.
 
@@ -286,6 +295,7 @@ def look_up(mode: str, workdir: pathlib.Path | None) -> None:
     from cib_jax.jobs.duplicates import duplicates
     from cib_jax.jobs.index import index
     from cib_jax.jobs.search import search
+    from cib_jax.jobs.serve import serve
     from cib_jax.retrieval.index import kind_of
 
     place = _INDEX.value
@@ -294,6 +304,18 @@ def look_up(mode: str, workdir: pathlib.Path | None) -> None:
         index(place, _IMAGES.value, workdir=workdir, config=_CONFIG.value, overrides=overrides)
     elif mode == "duplicates":
         duplicates(place, radius=_RADIUS.value, confirm=_CONFIRM.value, form=_FORMAT.value, show=_SHOW.value)
+    elif mode == "serve":
+        serve(
+            place,
+            host=_HOST.value,
+            port=_PORT.value,
+            below=_BELOW.value,
+            hosts=tuple(_NAMES.value),
+            proxies=tuple(_PROXIES.value),
+            searches=_SEARCHES.value,
+            photo_mb=_PHOTO_MB.value,
+            megapixels=_MEGAPIXELS.value,
+        )
     elif mode == "search":
         kind, settings = kind_of(_KIND.value)
         search(

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,27 +57,31 @@ class UnknownError(Refusal):
 
 
 class Answers:
-    """Answers about one collection. Any number of threads may ask. Close it."""
+    """Answers about the collection of the moment. Any number of threads may ask. Close it."""
 
-    def __init__(self, collection: Collection) -> None:
-        """Compiles the encoder's programs, which takes a while."""
-        self.collection = collection
+    def __init__(self, current: Callable[[], Collection]) -> None:
+        """Compiles the encoder's programs, which takes a while.
+
+        Args:
+          current: the collection as it is now; its encoder is always the same.
+        """
+        self.current = current
+        collection = current()
         self._batches = Batches(collection.encode, collection.side)
 
     def close(self) -> None:
         """Ends its thread."""
         self._batches.close()
 
-    def number(self, id: str) -> int:
-        """Returns the place of the photo with an id.
+    def photo(self, id: str, *, thumbnail: bool = False) -> Photo:
+        """Returns what is known of a photo.
 
         Raises:
-          UnknownError: there is none.
+          UnknownError: there is none with this id.
         """
-        number = self.collection.number_of(id) if _ID.fullmatch(id) else None
-        if number is None:
-            raise UnknownError("There is no photo with this id.")
-        return number
+        collection = self.current()
+        (photo,) = collection.photos([_number(collection, id)], thumbnails=thumbnail)
+        return photo
 
     def by_id(self, id: str, k: int = 20, *, radius: int | None = None) -> dict[str, Any]:
         """Returns the photos nearest to an indexed one, itself among them.
@@ -85,7 +90,8 @@ class Answers:
           UnknownError: there is no such photo.
           QueryError: k or the radius is out of range.
         """
-        return self._answer(self.collection.codes[self.number(id)], k, radius, id)
+        collection = self.current()
+        return _answer(collection, collection.codes[_number(collection, id)], k, radius, id)
 
     def by_code(self, code: str, k: int = 20, *, radius: int | None = None) -> dict[str, Any]:
         """Returns the photos nearest to a code, two hexadecimal digits a byte.
@@ -93,10 +99,11 @@ class Answers:
         Raises:
           QueryError: it is no such code, or k or the radius is out of range.
         """
-        digits = self.collection.bits // 4
+        collection = self.current()
+        digits = collection.bits // 4
         if not re.fullmatch(rf"[0-9a-fA-F]{{{digits}}}", code):
-            raise QueryError(f"code: wanted {digits} hexadecimal digits, for {self.collection.bits} bits.")
-        return self._answer(np.frombuffer(bytes.fromhex(code), np.uint8), k, radius, None)
+            raise QueryError(f"code: wanted {digits} hexadecimal digits, for {collection.bits} bits.")
+        return _answer(collection, np.frombuffer(bytes.fromhex(code), np.uint8), k, radius, None)
 
     def by_photo(
         self, square: UInt8[np.ndarray, "side side 3"], k: int = 20, *, radius: int | None = None
@@ -107,7 +114,7 @@ class Answers:
           QueryError: k or the radius is out of range.
         """
         check(k, radius)
-        return self._answer(self._batches.code(square), k, radius, None)
+        return _answer(self.current(), self._batches.code(square), k, radius, None)
 
     def random(self, k: int = 20, *, radius: int | None = None) -> dict[str, Any]:
         """Returns the answer for an indexed photo drawn by chance.
@@ -117,35 +124,46 @@ class Answers:
           QueryError: k or the radius is out of range.
         """
         check(k, radius)
-        if not len(self.collection):
+        collection = self.current()
+        if not len(collection):
             raise UnknownError("There is no photo in the index yet.")
-        number = secrets.randbelow(len(self.collection))
-        (photo,) = self.collection.photos([number], thumbnails=False)
-        return self._answer(self.collection.codes[number], k, radius, photo.id)
+        number = secrets.randbelow(len(collection))
+        (photo,) = collection.photos([number], thumbnails=False)
+        return _answer(collection, collection.codes[number], k, radius, photo.id)
 
-    def _answer(self, code: UInt8[np.ndarray, " bytes"], k: int, radius: int | None, id: str | None) -> dict[str, Any]:
-        check(k, radius)
-        # Those within the radius are the first of the nearest: asked for alone, they could be all photos at once.
-        hits = self.collection.nearest(code[None], min(k, len(self.collection)))[0] if len(self.collection) else []
-        hits = [hit for hit in hits if radius is None or hit.distance <= radius]
-        photos = self.collection.photos([hit.number for hit in hits], thumbnails=False) if hits else []
-        return {
-            "query": {"id": id, "code": code.tobytes().hex()},
-            "bits": self.collection.bits,
-            "results": [
-                {
-                    "id": photo.id,
-                    "path": shown(photo.path),
-                    "distance": int(hit.distance),
-                    "code": self.collection.codes[hit.number].tobytes().hex(),
-                    "width": photo.width,
-                    "height": photo.height,
-                    "thumbnail": f"/thumbnail/{photo.id}",
-                    "image": f"/image/{photo.id}",
-                }
-                for hit, photo in zip(hits, photos, strict=True)
-            ],
-        }
+
+def _number(collection: Collection, id: str) -> int:
+    number = collection.number_of(id) if _ID.fullmatch(id) else None
+    if number is None:
+        raise UnknownError("There is no photo with this id.")
+    return number
+
+
+def _answer(
+    collection: Collection, code: UInt8[np.ndarray, " bytes"], k: int, radius: int | None, id: str | None
+) -> dict[str, Any]:
+    check(k, radius)
+    # Those within the radius are the first of the nearest: asked for alone, they could be all photos at once.
+    hits = collection.nearest(code[None], min(k, len(collection)))[0] if len(collection) else []
+    hits = [hit for hit in hits if radius is None or hit.distance <= radius]
+    photos = collection.photos([hit.number for hit in hits], thumbnails=False) if hits else []
+    return {
+        "query": {"id": id, "code": code.tobytes().hex()},
+        "bits": collection.bits,
+        "results": [
+            {
+                "id": photo.id,
+                "path": shown(photo.path),
+                "distance": int(hit.distance),
+                "code": collection.codes[hit.number].tobytes().hex(),
+                "width": photo.width,
+                "height": photo.height,
+                "thumbnail": f"/thumbnail/{photo.id}",
+                "image": f"/image/{photo.id}",
+            }
+            for hit, photo in zip(hits, photos, strict=True)
+        ],
+    }
 
 
 def shown(path: str) -> str:

@@ -66,10 +66,10 @@ class Api:
     """What the routes do."""
 
     def __init__(self, collection: Collection, limits: Limits, *, work: str = "") -> None:
-        self._collection, self._limits = collection, limits
+        self.collection, self._limits = collection, limits
         self.decoders = Decoders(limits.decoding, work)
         try:
-            self.answers = Answers(collection)
+            self.answers = Answers(lambda: self.collection)
         except BaseException:
             self.decoders.close()
             raise
@@ -79,6 +79,10 @@ class Api:
         self._decoding = Threads(limits.decoding.processes, limits.waiting, "decode", patience=limits.decoding.patience)
         self._thumbnails = _Kept(limits.thumbnails_mb * 1_000_000)
         self._closed = False
+
+    def take(self, collection: Collection) -> None:
+        """Answers from another collection of the same encoder from now on."""
+        self.collection, self._thumbnails = collection, _Kept(self._limits.thumbnails_mb * 1_000_000)
 
     def close(self) -> None:
         """Ends threads and processes; more than once does no harm."""
@@ -92,7 +96,7 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         """Tells that the server answers."""
-        return _json({"status": "ok", "photos": len(self._collection), "bits": self._collection.bits})
+        return _json({"status": "ok", "photos": len(self.collection), "bits": self.collection.bits})
 
     async def search(self, request: Request) -> Response:
         """Answers by an id, a code, a photo, or by chance."""
@@ -121,37 +125,32 @@ class Api:
 
     async def thumbnail(self, request: Request) -> Response:
         """Shows a photo's thumbnail out of the index."""
-        number = self.answers.number(request.path_params["id"])
-        kept = self._thumbnails.get(number)
+        id = request.path_params["id"]
+        kept = self._thumbnails.get(id)
         if kept is None:
-            kept = await self._lookups.run(_client(request), self._thumbnail, number)
+            kept = await self._lookups.run(_client(request), self._thumbnail, id)
         tag, content = kept
         return _picture(request, tag, content)
 
     async def image(self, request: Request) -> Response:
         """Shows a photo itself, decoded and encoded again."""
-        number = self.answers.number(request.path_params["id"])
-        photo = await self._lookups.run(_client(request), self._photo, number)
+        photo = await self._lookups.run(_client(request), self.answers.photo, request.path_params["id"])
         tag = _tag(photo, "image")
         known = _known(request, tag)
         content = b"" if known else await self._decoding.run(_client(request), self._image, photo)
         return _picture(request, tag, content)
 
     def _seen(self, body: bytes, kind: str) -> Seen:
-        return self.decoders.see(upload.photo_of(body, kind), self._collection.side)
+        return self.decoders.see(upload.photo_of(body, kind), self.collection.side)
 
-    def _photo(self, number: int) -> Photo:
-        (photo,) = self._collection.photos([number], thumbnails=False)
-        return photo
-
-    def _thumbnail(self, number: int) -> tuple[str, bytes]:
-        (photo,) = self._collection.photos([number])
+    def _thumbnail(self, id: str) -> tuple[str, bytes]:
+        photo, thumbnails = self.answers.photo(id, thumbnail=True), self._thumbnails
         found = (_tag(photo, "thumbnail"), photo.thumbnail)
-        self._thumbnails.keep(number, found)
+        thumbnails.keep(id, found)
         return found
 
     def _image(self, photo: Photo) -> bytes:
-        content = indexed_file.read(self._collection.root, photo, self._limits.shown_mb * 1_000_000)
+        content = indexed_file.read(self.collection.root, photo, self._limits.shown_mb * 1_000_000)
         limits = self._limits
         return self.decoders.reduced(content, limits.shown_side, max_megapixels=limits.shown_megapixels)
 
@@ -161,20 +160,20 @@ class _Kept:
 
     def __init__(self, most: int) -> None:
         self._most, self._bytes = most, 0
-        self._found: collections.OrderedDict[int, tuple[str, bytes]] = collections.OrderedDict()
+        self._found: collections.OrderedDict[str, tuple[str, bytes]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, number: int) -> tuple[str, bytes] | None:
+    def get(self, id: str) -> tuple[str, bytes] | None:
         with self._lock:
-            if number in self._found:
-                self._found.move_to_end(number)
-            return self._found.get(number)
+            if id in self._found:
+                self._found.move_to_end(id)
+            return self._found.get(id)
 
-    def keep(self, number: int, found: tuple[str, bytes]) -> None:
+    def keep(self, id: str, found: tuple[str, bytes]) -> None:
         with self._lock:
-            if number in self._found:
+            if id in self._found:
                 return
-            self._found[number] = found
+            self._found[id] = found
             self._bytes += len(found[1])
             while self._bytes > self._most:
                 _, (_, content) = self._found.popitem(last=False)

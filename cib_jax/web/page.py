@@ -11,7 +11,7 @@ import fastapi
 import gradio as gr
 from fastapi.responses import JSONResponse
 
-from cib_jax.web.answers import Collection, shown
+from cib_jax.web.answers import Collection, UnknownError, shown
 from cib_jax.web.limits import Limits
 
 DEFAULT_K, MOST_RESULTS = 20, 100
@@ -46,10 +46,10 @@ def mount(
     @app.get("/photo", include_in_schema=False)
     def photo(id: str) -> JSONResponse:
         """Tells of a photo what a result of a search tells."""
-        number = collection.number_of(id)
-        if number is None:
-            return JSONResponse({"error": "There is no photo with this id."}, 404)
-        (found,) = collection.photos([number], thumbnails=False)
+        try:
+            found = app.state.api.answers.photo(id)
+        except UnknownError as error:
+            return JSONResponse({"error": str(error)}, 404)
         return JSONResponse({"id": found.id, "path": shown(found.path), "width": found.width, "height": found.height})
 
     gr.mount_gradio_app(

@@ -38,10 +38,10 @@ API = (
     Route(re.compile(r"/image/[0-9a-f]{16}"), _GET, IMAGE, False),
     Route(re.compile(r"/thumbnail/[0-9a-f]{16}"), _GET, OTHER, False),
     Route(re.compile(r"/health"), _GET, OTHER, False),
+    Route(re.compile(r"/photo"), _GET, OTHER, False),
 )
 PAGE = (
     Route(re.compile(r"/"), _GET, OTHER, True),
-    Route(re.compile(r"/photo"), _GET, OTHER, True),
     Route(re.compile(r"/(config|favicon\.ico|manifest\.json|robots\.txt|theme\.css)/?"), _GET, OTHER, True),
     Route(re.compile(r"/gradio_api/(theme\.css|startup-events|app_id)"), _GET, OTHER, True),
     Route(re.compile(rf"/(assets|static|svelte)/{_FILE}"), _GET, OTHER, True),

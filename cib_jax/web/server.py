@@ -29,6 +29,7 @@ Page = Callable[[fastapi.FastAPI, Collection], None]
 _HEAD = 16_384
 _KEEP_ALIVE = 10
 _GRACE = 3
+_RENEW_EVERY = 30.0
 
 
 class BindError(Refusal):
@@ -41,6 +42,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
     page: Page | None = None,
+    renew: Callable[[Collection], Collection] | None = None,
     limits: Limits | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
@@ -51,6 +53,7 @@ def serve(
       host: name or address to listen at; "0.0.0.0" and "::" are all of this machine.
       port: 0 takes one that is free.
       page: adds the search page.
+      renew: returns the collection as it is now, asked twice a minute; None: it never changes.
       limits: of what is taken; None: the defaults.
       tell: is told, in a few lines, where the server is and what that means.
 
@@ -69,10 +72,39 @@ def serve(
             server = server_of(Guard(app, limits, loopback=loopback, name=host), limits)
             for line in told(listener, collection, loopback=loopback):
                 tell(line)
-            with _quiet_ending():
+            with _quiet_ending(), _renewing(app.state.api, renew, tell):
                 server.run([listener])
         finally:
             app.state.api.close()
+
+
+@contextlib.contextmanager
+def _renewing(
+    served: api.Api, renew: Callable[[Collection], Collection] | None, tell: Callable[[str], None]
+) -> Iterator[None]:
+    """Has what is indexed meanwhile served, too, while the context lasts."""
+    ended = threading.Event()
+
+    def watch(renew: Callable[[Collection], Collection]) -> None:
+        while not ended.wait(_RENEW_EVERY):
+            try:
+                collection = renew(served.collection)
+            except Refusal as error:
+                tell(f"What was indexed meanwhile is not served yet: {error}")
+                continue
+            if collection is not served.collection:
+                served.take(collection)
+                tell(f"{len(collection):,} photos now")
+
+    watching = threading.Thread(target=watch, args=(renew,), daemon=True) if renew else None
+    if watching:
+        watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if watching:
+            watching.join(1)
 
 
 def server_of(app: Any, limits: Limits) -> uvicorn.Server:
