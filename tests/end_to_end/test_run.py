@@ -152,7 +152,7 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, mom
         (["--config"], "--config: it wants the path of an experiment"),
         (["--config.data.dir=/nope", "--config=configs/cifar.py"], "config.data.dir: there is no folder /nope"),
         (["--workdir="], "--workdir: it is empty"),
-        (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate|compare|tune|encode>"),
+        (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate|compare|tune|encode|"),
         (["--mode=evaluate"], "--mode=evaluate wants the folder of a trained run"),
         (["--mode=evaluate", "--workdir=nowhere"], "is no run's folder"),
         (
