@@ -59,6 +59,8 @@ def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: 
     how = PIL.Image.Resampling.NEAREST if max(picture.size) * 2 <= inside else PIL.Image.Resampling.BILINEAR
     if tile.hit is not None:
         pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), _HIT if tile.hit else _MISS)
+        # White beside a picture that is no square, so that the notch shows there, too.
+        pen.rectangle((x + _FRAME, y + _FRAME, x + SIDE - 1 - _FRAME, y + SIDE - 1 - _FRAME), _PAPER)
     scale = inside / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     corner = (x + _FRAME + (inside - size[0]) // 2, y + _FRAME + (inside - size[1]) // 2)
