@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 import rich.console
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 
 from cib_jax import collection, lance
 from cib_jax import config as config_lib
@@ -22,6 +22,7 @@ from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos, Read
 from cib_jax.hasher import Hasher
 from cib_jax.jobs import progress
+from cib_jax.jobs.changes import Changes, compared, size_and_time
 from cib_jax.jobs.learn import learn
 from cib_jax.jobs.presenting import printable, say
 from cib_jax.lance import TableError
@@ -48,21 +49,6 @@ class Indexed(NamedTuple):
     removed: int
     unreadable: int
     """Files in the index that are no readable photos."""
-
-
-class Changes(NamedTuple):
-    """What is to be done."""
-
-    missing: list[int]
-    """Files of which nothing is known."""
-    changed: list[int]
-    """Files that have another size or time than they had."""
-    again: list[int]
-    """Files that could not be read, which may have passed."""
-    gone: list[int]
-    """Keys of files that are not there any more."""
-    absent: list[int]
-    """Files that are listed, but not there."""
 
 
 def index(
@@ -179,7 +165,7 @@ class _Run:
         chunks = [range(start, min(start + 1000, len(paths))) for start in range(0, len(paths), 1000)]
 
         def look(numbers: range) -> list[tuple[int, int]]:
-            return [_size_and_time(paths[number]) for number in numbers]
+            return [size_and_time(paths[number]) for number in numbers]
 
         for numbers, pairs in in_order(look, chunks):
             sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
@@ -188,7 +174,7 @@ class _Run:
     def _changes(
         self, state: State, sizes: Int64[np.ndarray, " files"], modified: Int64[np.ndarray, " files"]
     ) -> Changes:
-        known, same = _compared(state, self.keys, sizes, modified)
+        known, same = compared(state, self.keys, sizes, modified)
         there = sizes >= 0
         gone = state.keys[~np.isin(state.keys, self.keys[there])].tolist()
         if self.found.closed:
@@ -245,7 +231,7 @@ class _Run:
 
     def _not_done(self, block: Sequence[int]) -> list[int]:
         numbers = np.asarray(block)
-        _, same = _compared(self.table.state(), self.keys[numbers], self.sizes[numbers], self.modified[numbers])
+        _, same = compared(self.table.state(), self.keys[numbers], self.sizes[numbers], self.modified[numbers])
         return numbers[~same].tolist()
 
     def _rows(self, reads: Sequence[tuple[int, Read]], on_images: Callable[[int], None]) -> list[Row]:
@@ -266,20 +252,6 @@ class _Run:
                 seen_as = (read.seen.width, read.seen.height, read.seen.thumbnail)
                 rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *seen_as))
         return rows
-
-
-def _compared(
-    state: State,
-    keys: Int64[np.ndarray, " files"],
-    sizes: Int64[np.ndarray, " files"],
-    modified: Int64[np.ndarray, " files"],
-) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
-    """Returns which files are known, and which of them are as they were."""
-    if not len(state.keys):
-        return np.zeros(len(keys), bool), np.zeros(len(keys), bool)
-    places = np.minimum(np.searchsorted(state.keys, keys), len(state.keys) - 1)
-    known = state.keys[places] == keys
-    return known, known & (state.sizes[places] == sizes) & (state.modified_ns[places] == modified)
 
 
 def _given(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> Hasher:
@@ -331,11 +303,3 @@ def _check_images(table: PhotoTable, found: Photos, console: rich.console.Consol
         )
     say(console, f"The photos of {before} are taken to lie in {found.place} now, under the same names")
     table.move(found.place)
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # the second where a list names what no file can be called
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
