@@ -2,13 +2,14 @@
 
 import difflib
 import importlib
+import itertools
 import os
 import pathlib
 import re
 import runpy
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -113,7 +114,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
     """
     path, others = _without_config(arguments)
     default = INDEX_CONFIG if _mode_of(others) == "index" else DEFAULT_CONFIG
-    others = [f"--show={_mode_of(others)}.png" if argument in ("--show", "-show") else argument for argument in others]
+    others = list(_with_show_named(others))
     _check_fields(path or default, arguments)
     # First of all, wherever the user put it: its fields can be set only once it is read.
     # ml_collections looks for the fields in sys.argv itself.
@@ -128,7 +129,19 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
 
 def _mode_of(arguments: Sequence[str]) -> str:
-    return next((argument.partition("=")[2] for argument in arguments if re.match("--?mode=", argument)), "train")
+    mode = "train"
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        match = re.fullmatch(r"--?mode(?:=(.*))?", argument)
+        if match:
+            mode = match.group(1) if match.group(1) is not None else after
+    return mode
+
+
+def _with_show_named(arguments: Sequence[str]) -> Iterator[str]:
+    """Yields the arguments, with a name for the contact sheet where --show has none."""
+    for argument, after in itertools.pairwise([*arguments, "--"]):
+        unnamed = argument in ("--show", "-show") and after.startswith("-")
+        yield f"--show={_mode_of(arguments)}.png" if unnamed else argument
 
 
 def _without_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -203,7 +216,7 @@ def main(arguments: Sequence[str]) -> None:
     if mode in ("evaluate", "encode") and _WORKDIR.value is None:
         refuse(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
     if "index" in FLAGS_OF[mode]:
-        check_index(mode, config_named=bool(arguments[1:]))
+        check_index(mode, _WORKDIR.value, config_named=bool(arguments[1:]))
 
     # Only now, so that a mistake in the flags is told at once.
     from cib_jax import rendezvous
@@ -232,7 +245,7 @@ def main(arguments: Sequence[str]) -> None:
         if begins:
             getattr(importlib.import_module(f"cib_jax.jobs.{mode}"), mode)(_CONFIG.value, workdir)
         elif "index" in FLAGS_OF[mode]:
-            look_up(mode, workdir)
+            look_up(mode, workdir, config_named=bool(arguments[1:]))
         else:
             use(mode, workdir, config_named=bool(arguments[1:]))
 
@@ -280,18 +293,21 @@ def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     encode(workdir, _IMAGES.value, _CODES.value, part=_PART.value, place=place, overrides=overrides)
 
 
-def check_index(mode: str, *, config_named: bool) -> None:
+def check_index(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> None:
     """Refuses a job on an index whose flags cannot work."""
     if not _INDEX.value:
         refuse(f"--index: --mode={mode} wants the index; give its folder, --index=DIR")
     if mode != "index" and (config_named or config_flags.get_override_values(flags.FLAGS["config"])):
         refuse(f"--config: an index has its own encoder; leave --config and its fields out of --mode={mode}")
+    if workdir and config_named:
+        refuse(f"--config: the encoder in {workdir} is trained already; leave --config or --workdir out")
     if mode == "search" and not _QUERY.value:
         refuse("--query: --mode=search wants a photo or a folder of photos; give --query=FILE")
 
 
-def look_up(mode: str, workdir: pathlib.Path | None) -> None:
+def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> None:
     """Starts a job on an index."""
+    from cib_jax.config import flatten
     from cib_jax.jobs.duplicates import duplicates
     from cib_jax.jobs.index import index
     from cib_jax.jobs.search import search
@@ -301,6 +317,8 @@ def look_up(mode: str, workdir: pathlib.Path | None) -> None:
     place = _INDEX.value
     if mode == "index":
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        if config_named:  # all of it was asked for
+            overrides = flatten(_CONFIG.value)
         index(place, _IMAGES.value, workdir=workdir, config=_CONFIG.value, overrides=overrides)
     elif mode == "duplicates":
         duplicates(place, radius=_RADIUS.value, confirm=_CONFIRM.value, form=_FORMAT.value, show=_SHOW.value)

@@ -58,6 +58,7 @@ def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: 
     # Small images, such as digits, stay sharp.
     how = PIL.Image.Resampling.NEAREST if max(picture.size) * 2 <= inside else PIL.Image.Resampling.BILINEAR
     if tile.hit is not None:
+        # White beside a picture that is no square, so that a notch shows there, too.
         pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), _PAPER, _HIT if tile.hit else _MISS, _FRAME)
     scale = inside / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -42,6 +42,22 @@ def tables(connection: Any, uri: str) -> list[str]:
                 return found
 
 
+def opens(connection: Any, uri: str, name: str) -> bool:
+    """Returns whether a table that `tables` names is whole: of one whose first writer was killed, pieces are listed.
+
+    Raises:
+      TableError: it cannot be read.
+    """
+    with told(uri, "read"):
+        try:
+            connection.open_table(name)
+        except Exception as error:  # LanceDB has no class of its own for any
+            if "was not found" in str(error):
+                return False
+            raise
+    return True
+
+
 def place_of(uri: pathlib.Path | str) -> str:
     """Returns the place that a user named, a folder as an absolute path."""
     text = os.fspath(uri)

@@ -15,9 +15,9 @@ class Row(NamedTuple):
     path: str
     """Relative to the root, or absolute."""
     size: int
-    """In bytes."""
+    """In bytes; −1: it may become readable without being changed."""
     modified_ns: int
-    """Time of the last change in nanoseconds since 1970."""
+    """Time of the last change in nanoseconds since 1970; −1: the same."""
     code: bytes | None = None
     """Packed; None: it cannot be read."""
     width: int = 0

@@ -24,6 +24,8 @@ VERSION = 1
 ENCODER, PHOTOS = "encoder", "photos"
 KEPT = datetime.timedelta(days=1)
 """How long what was read before a change can still be read after it."""
+AT_ONCE = 10_000
+"""Keys that are named in one command."""
 _CONFLICTS = 20
 """How often a change that met another writer's is tried again."""
 
@@ -35,6 +37,8 @@ class About(NamedTuple):
     """The folder of its photos, or the list of them, absolute."""
     encoder: dict[str, Any]
     """Of the encoder: its network, the length of its codes, a fingerprint of its weights."""
+    learnt: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    """The fields of the config by which it was learnt from the photos, by dotted name; of a given one none."""
 
     @property
     def root(self) -> str:
@@ -86,7 +90,16 @@ class PhotoTable:
                 )
             if not inside:
                 return False
-        return ENCODER in lance.tables(lance.connected(uri), uri)
+        connection = lance.connected(uri)
+        names = lance.tables(connection, uri)
+        if ENCODER not in names or lance.opens(connection, uri, ENCODER):
+            return ENCODER in names
+        if PHOTOS in names:
+            raise lance.TableError(
+                f"--index: {uri} is damaged, its encoder is gone; bring {ENCODER}.lance back from a copy, or index the "
+                "photos again in another folder"
+            )
+        return False
 
     @classmethod
     def open(cls, uri: str) -> "PhotoTable":
@@ -111,7 +124,9 @@ class PhotoTable:
                 f"--index: {uri} is of version {about['version']}, this package reads version {VERSION}; index the "
                 "photos again in another folder, or use the package that made it"
             )
-        return cls(uri, About(about["images"], about["encoder"]), connection, _photos(connection, uri, about))
+        return cls(
+            uri, About(about["images"], about["encoder"], about["learnt"]), connection, _photos(connection, uri, about)
+        )
 
     @classmethod
     def create(cls, uri: str, about: About, encoder: bytes) -> "PhotoTable":
@@ -129,12 +144,11 @@ class PhotoTable:
 
         connection = lance.connected(uri)
         row = pyarrow.table({"about": [_told(about)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())})
-        if ENCODER not in lance.tables(connection, uri):
-            try:
-                connection.create_table(ENCODER, row)
-            except Exception as error:  # LanceDB has no class of its own for any
-                if ENCODER not in lance.tables(connection, uri):
-                    raise lance.refused(uri, "written", error) from error
+        try:
+            connection.create_table(ENCODER, row)
+        except Exception as error:  # LanceDB has no class of its own for any
+            if not lance.opens(connection, uri, ENCODER):
+                raise lance.refused(uri, "written", error) from error
         return cls.open(uri)
 
     def encoder(self) -> bytes:
@@ -198,6 +212,8 @@ class PhotoTable:
         Raises:
           TableError: it cannot be written.
         """
+        if not rows:
+            return
         content = photo_rows.content(rows, self.about.encoder["bits"])
 
         def merge() -> None:
@@ -222,12 +238,13 @@ class PhotoTable:
         Raises:
           TableError: they cannot be read.
         """
-        listed = ", ".join(str(int(key)) for key in keys)
-        if not listed:
-            return []
-        with lance.told(self.uri, "read"):
-            found = _rows(self._photos.search().select(["path", "raw_path"]).where(f"key IN ({listed})"))
-        return [photo_rows.path_of(row) for row in found.to_pylist()]
+        wanted, paths = [int(key) for key in keys], []
+        for start in range(0, len(wanted), AT_ONCE):
+            listed = ", ".join(map(str, wanted[start : start + AT_ONCE]))
+            with lance.told(self.uri, "read"):
+                found = _rows(self._photos.search().select(["path", "raw_path"]).where(f"key IN ({listed})"))
+            paths += [photo_rows.path_of(row) for row in found.to_pylist()]
+        return paths
 
     def tidy(self) -> None:
         """Joins what many commits left in small pieces, and forgets how things were more than a day ago.

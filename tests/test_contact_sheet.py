@@ -45,3 +45,18 @@ def test_a_long_title_is_not_cut_off():
 def test_no_row_is_refused():
     with pytest.raises(ValueError, match="rows: there is none"):
         contact_sheet.draw("t", [])
+
+
+def test_pictures_keep_their_shape_in_the_middle_and_rows_need_no_query():
+    """One of 40 × 30, one of 3 × 400, which stays a line."""
+    thin = np.broadcast_to(np.array((0, 0, 200), np.uint8), (3, 400, 3))
+    sheet = np.asarray(contact_sheet.draw("t", [(None, [Tile(RED, ""), Tile(thin, "")]), (None, [Tile(GREEN, "")])]))
+    assert sheet.shape == (30 + 2 * (SIDE + 28), 8 + 2 * (SIDE + 8), 3)
+    for colour, width, height, left, top in [
+        ((200, 0, 0), 78, 104, 8 + 4 + 13, 30 + 4),
+        ((0, 0, 200), 104, 1, 8 + SIDE + 8 + 4, 30 + 4 + 51),
+        ((0, 200, 0), 78, 104, 8 + 4 + 13, 30 + SIDE + 28 + 4),
+    ]:
+        y, x = np.nonzero((sheet == colour).all(axis=-1))
+        assert (x.min(), x.max() - x.min() + 1, y.max() - y.min() + 1) == (left, width, height)
+        assert abs(y.min() - top) <= 1 and len(x) == width * height

@@ -46,6 +46,8 @@ class Read(NamedTuple):
     """When the file was last changed, in nanoseconds since 1970."""
     seen: photos.Seen | None = None
     """The photo as people see it, where that was asked for."""
+    may_pass: bool = False
+    """Whether the reason may be gone another time though the file stays as it is, such as a missing permission."""
 
 
 class Items(Protocol):
@@ -109,10 +111,13 @@ class Photos:
             return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
         except OSError as error:
             self._check_system(error, path)
-            return Read(None, (error.strerror or str(error)).lower(), size, modified)
+            return Read(None, (error.strerror or str(error)).lower(), size, modified, may_pass=True)
         except photos.BadPhotoError as error:
-            self._check_system(error.__cause__, path)
-            return Read(None, _printable(str(error)), size, modified)
+            cause = error.__cause__
+            self._check_system(cause, path)
+            # Pillow's own errors about a file's content have no number.
+            passing = isinstance(error, photos.TooLargeError) or (isinstance(cause, OSError) and bool(cause.errno))
+            return Read(None, _printable(str(error)), size, modified, may_pass=passing)
 
     def _check_system(self, error: BaseException | None, path: str) -> None:
         # A file of its own may go; one that goes with its whole folder was on a disk that did.

@@ -50,6 +50,10 @@ class BadPhotoError(ValueError):
     """A photo cannot be used; the message is the reason, in a few words."""
 
 
+class TooLargeError(BadPhotoError):
+    """A photo has more pixels than are allowed."""
+
+
 class Seen(NamedTuple):
     """A photo as a network and as people see it."""
 
@@ -122,7 +126,7 @@ def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iter
         with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
-                raise BadPhotoError(
+                raise TooLargeError(
                     f"{image.width} × {image.height} pixels, more than data.max_megapixels={max_megapixels}"
                 )
             # One at a time: a few of them at once could take all memory.

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 import rich.console
-import rich.markup
 import rich.table
+from jaxtyping import UInt8
 
 from cib_jax.collection import Collection, Photo
 from cib_jax.data.all_cores import in_order
@@ -56,7 +56,9 @@ def duplicates(
     radius = collection.bits // 16 if radius is None else radius
     groups = collection.groups(radius)
     if confirm:
-        groups = _confirmed(collection, groups, console if form == "table" else rich.console.Console(quiet=True))
+        groups = _confirmed(
+            collection, groups, radius, console if form == "table" else rich.console.Console(quiet=True)
+        )
     groups.sort(key=len, reverse=True)
     found: list[list[tuple[int, Photo]]] = []
     for start in range(0, len(groups), _AT_ONCE):
@@ -84,8 +86,10 @@ def duplicates(
     return found
 
 
-def _confirmed(collection: Collection, groups: list[list[int]], console: rich.console.Console) -> list[list[int]]:
-    """Returns the groups, each cut into those whose thumbnails look alike."""
+def _confirmed(
+    collection: Collection, groups: list[list[int]], radius: int, console: rich.console.Console
+) -> list[list[int]]:
+    """Returns the groups, each cut into those whose thumbnails look alike, too."""
     members = [number for group in groups for number in group]
     looks = np.empty((len(members), BITS // 8), np.uint8)
     starts = range(0, len(members), _AT_ONCE)
@@ -100,10 +104,25 @@ def _confirmed(collection: Collection, groups: list[list[int]], console: rich.co
             moved(len(rows), "")
     confirmed, begin = [], 0
     for group in groups:
-        alike = near_duplicates.groups(looks[begin : begin + len(group)], _ALIKE)
-        confirmed += [[group[at] for at in some.tolist()] for some in alike]
+        alike = _alike(collection.codes[group], looks[begin : begin + len(group)], radius)
+        confirmed += [[group[at] for at in some] for some in alike]
         begin += len(group)
     return confirmed
+
+
+def _alike(
+    codes: UInt8[np.ndarray, "photos bytes"], looks: UInt8[np.ndarray, "photos 8"], radius: int
+) -> list[list[int]]:
+    """Returns the groups that hang together both by codes and by looks: the ends of a long chain may have neither."""
+    waiting: list[np.ndarray] = [np.arange(len(codes))]
+    whole: list[np.ndarray] = []
+    while waiting:
+        group = waiting.pop()
+        for some in near_duplicates.groups(looks[group], _ALIKE):
+            for near in near_duplicates.groups(codes[group[some]], radius):
+                part = group[some][near]
+                (whole if len(part) == len(group) else waiting).append(part)
+    return sorted(part.tolist() for part in whole)
 
 
 def _print(group: list[tuple[int, Photo]], number: int, form: str, console: rich.console.Console) -> None:
@@ -116,5 +135,5 @@ def _print(group: list[tuple[int, Photo]], number: int, form: str, console: rich
     table.add_column("photo", overflow="fold")
     table.add_column("pixels", justify="right", no_wrap=True)
     for distance, photo in group:
-        table.add_row(str(distance), rich.markup.escape(printable(photo.path)), f"{photo.width} × {photo.height}")
+        table.add_row(str(distance), presenting.shown(photo.path), f"{photo.width} × {photo.height}")
     console.print(table)

@@ -6,13 +6,13 @@ import itertools
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 import rich.console
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64, UInt8
 
 from cib_jax import collection, lance
 from cib_jax import config as config_lib
@@ -22,14 +22,15 @@ from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos, Read
 from cib_jax.hasher import Hasher
 from cib_jax.jobs import progress
+from cib_jax.jobs.changes import Changes, compared, size_and_time
 from cib_jax.jobs.learn import learn
 from cib_jax.jobs.presenting import printable, say
 from cib_jax.lance import TableError
 from cib_jax.photo_rows import Row, key_of
-from cib_jax.photo_table import About, PhotoTable, State
+from cib_jax.photo_table import AT_ONCE, About, PhotoTable, State
 
 BLOCK = 512
-"""Files in a commit: what a killed process can lose."""
+"""Files in a commit, about: what a killed process can lose."""
 _TIDY_EVERY = 256
 """Commits after which small pieces are joined."""
 _SHOWN = 5
@@ -48,19 +49,6 @@ class Indexed(NamedTuple):
     removed: int
     unreadable: int
     """Files in the index that are no readable photos."""
-
-
-class Changes(NamedTuple):
-    """What is to be done."""
-
-    missing: list[int]
-    """Files of which nothing is known."""
-    changed: list[int]
-    """Files that have another size or time than they had."""
-    gone: list[int]
-    """Keys of files that are not there any more."""
-    absent: list[int]
-    """Files that are listed, but not there."""
 
 
 def index(
@@ -108,10 +96,16 @@ def index(
         say(console, note)
     if table is None:
         made = given or learn(found, config, console)
-        about = About(found.place, collection.known_by(made))
+        learnt = {} if given else config_lib.flatten(config)
+        about = About(found.place, collection.known_by(made), learnt)
         table = PhotoTable.create(uri, about, collection.file_of(made))
+        if table.about.encoder != about.encoder:  # another process was faster
+            if given:
+                _check_same(table, given, workdir)
+            _check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+            say(console, "Another process made the index meanwhile; its encoder is taken")
     elif given is None:
-        _check_overrides(overrides or {}, f"the encoder of {uri}")
+        _check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
     _check_images(table, found, console)
     found = dataclasses.replace(found, size=table.about.encoder["side"], see=True)
     return _Run(table, found, config, console).go()
@@ -130,10 +124,15 @@ class _Run:
 
     def go(self) -> Indexed:
         sizes, modified = self._looked_at()
+        if not (sizes >= 0).any():
+            raise DataError(
+                f"--images: not one of the photos of {self.found.place} is there; mount their disk again, and the same "
+                "command goes on"
+            )
         changes = self._changes(self.table.state(), sizes, modified)
         self._remove(changes.gone)
         self.sizes, self.modified = sizes, modified
-        todo = sorted([*changes.missing, *changes.changed])
+        todo = sorted([*changes.missing, *changes.changed, *changes.again])
         if todo:
             self._make(todo)
             self.table.tidy()
@@ -166,7 +165,7 @@ class _Run:
         chunks = [range(start, min(start + 1000, len(paths))) for start in range(0, len(paths), 1000)]
 
         def look(numbers: range) -> list[tuple[int, int]]:
-            return [_size_and_time(paths[number]) for number in numbers]
+            return [size_and_time(paths[number]) for number in numbers]
 
         for numbers, pairs in in_order(look, chunks):
             sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
@@ -175,19 +174,21 @@ class _Run:
     def _changes(
         self, state: State, sizes: Int64[np.ndarray, " files"], modified: Int64[np.ndarray, " files"]
     ) -> Changes:
-        known, same = _compared(state, self.keys, sizes, modified)
+        known, same = compared(state, self.keys, sizes, modified)
         there = sizes >= 0
         gone = state.keys[~np.isin(state.keys, self.keys[there])].tolist()
         if self.found.closed:
             # What is in a folder that cannot be entered now may be there tomorrow.
             closed = tuple(f"{folder}/" for folder in self.found.closed)
             gone = [key_of(path) for path in self.table.paths(gone) if not path.startswith(closed)]
-        numbers = [np.flatnonzero(some).tolist() for some in (there & ~known, there & known & ~same, ~there)]
-        return Changes(numbers[0], numbers[1], gone, numbers[2])
+        again = np.isin(self.keys, state.keys[state.sizes < 0])
+        which = (there & ~known, there & known & ~same & ~again, there & again, ~there)
+        missing, changed, tried, absent = (np.flatnonzero(some).tolist() for some in which)
+        return Changes(missing, changed, tried, gone, absent)
 
     def _remove(self, gone: list[int]) -> None:
-        for start in range(0, len(gone), 10_000):
-            self.table.remove(gone[start : start + 10_000])
+        for start in range(0, len(gone), AT_ONCE):
+            self.table.remove(gone[start : start + AT_ONCE])
 
     @functools.cached_property
     def hasher(self) -> Hasher:
@@ -197,7 +198,9 @@ class _Run:
 
     def _make(self, todo: list[int]) -> None:
         """Encodes and commits files, but for those that another process did meanwhile."""
-        blocks = [todo[start : start + BLOCK] for start in range(0, len(todo), BLOCK)]
+        # Whole batches, since part of one takes as long.
+        size = max(1, BLOCK // self.hasher.batch_size) * self.hasher.batch_size
+        blocks = [todo[start : start + size] for start in range(0, len(todo), size)]
         # Each process begins somewhere else, so that several meet late.
         first = secrets.randbelow(len(blocks))
         blocks = blocks[first:] + blocks[:first]
@@ -218,50 +221,50 @@ class _Run:
             of_block = {number: at for at, block in enumerate(blocks) for number in block}
             stream = self.found.read(due())
             for _, reads in itertools.groupby(stream, key=lambda pair: of_block[pair[0]]):
-                rows = self._rows(list(reads))
+                rows, unread = self._rows(reads, lambda more: bar(more, ""))
                 self.table.put(rows)
-                version, commits = self.table.version, commits + 1
-                bar(len(rows), "")
+                now, commits = self.table.version, commits + 1
+                # One more is this commit; of any other, what it did is to be found out.
+                version = now if now == version + 1 else version
+                bar(unread, "")
                 if commits % _TIDY_EVERY == 0:
                     self.table.tidy()
-                    version = self.table.version
 
     def _not_done(self, block: Sequence[int]) -> list[int]:
         numbers = np.asarray(block)
-        _, same = _compared(self.table.state(), self.keys[numbers], self.sizes[numbers], self.modified[numbers])
+        _, same = compared(self.table.state(), self.keys[numbers], self.sizes[numbers], self.modified[numbers])
         return numbers[~same].tolist()
 
-    def _rows(self, reads: Sequence[tuple[int, Read]]) -> list[Row]:
-        seen = [read.seen for _, read in reads if read.seen is not None]
+    def _rows(self, reads: Iterator[tuple[int, Read]], on_images: Callable[[int], None]) -> tuple[list[Row], int]:
+        """Returns the rows of a block, and how many of its files have no code; encodes while it reads."""
+        kept: list[tuple[int, Read]] = []
+
+        def batches() -> Iterator[UInt8[np.ndarray, "batch side side 3"]]:
+            squares = []
+            for number, read in reads:
+                kept.append((number, read._replace(content=None)))
+                if read.seen is not None:
+                    squares.append(read.seen.square)
+                    if len(squares) == self.hasher.batch_size:
+                        yield np.stack(squares)
+                        squares = []
+            if squares:
+                yield np.stack(squares)
+
         # Of one size everywhere, so that a code does not depend on how the files are cut into blocks.
-        size = self.hasher.batch_size
-        batches = (np.stack([one.square for one in seen[at : at + size]]) for at in range(0, len(seen), size))
-        codes = iter(self.hasher.encode_batches(batches, size=size) if seen else ())
-        rows = []
-        for number, read in reads:
+        encoded = self.hasher.encode_batches(batches(), on_images, size=self.hasher.batch_size)
+        codes, rows = iter(encoded), []
+        for number, read in kept:
             name = self.found.names[number]
-            size_now = read.size if read.size is not None else int(self.sizes[number])
-            time_now = read.modified_ns if read.modified_ns is not None else int(self.modified[number])
+            if read.size is None or read.modified_ns is None:
+                continue  # it went meanwhile, which the next run sees
             if read.seen is None:
-                rows.append(Row(name, size_now, time_now, reason=read.reason))
+                known = (-1, -1) if read.may_pass else (read.size, read.modified_ns)
+                rows.append(Row(name, *known, reason=read.reason))
             else:
-                code = next(codes).tobytes()
-                rows.append(Row(name, size_now, time_now, code, read.seen.width, read.seen.height, read.seen.thumbnail))
-        return rows
-
-
-def _compared(
-    state: State,
-    keys: Int64[np.ndarray, " files"],
-    sizes: Int64[np.ndarray, " files"],
-    modified: Int64[np.ndarray, " files"],
-) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
-    """Returns which files are known, and which of them are as they were."""
-    if not len(state.keys):
-        return np.zeros(len(keys), bool), np.zeros(len(keys), bool)
-    places = np.minimum(np.searchsorted(state.keys, keys), len(state.keys) - 1)
-    known = state.keys[places] == keys
-    return known, known & (state.sizes[places] == sizes) & (state.modified_ns[places] == modified)
+                seen_as = (read.seen.width, read.seen.height, read.seen.thumbnail)
+                rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *seen_as))
+        return rows, len(kept) - len(encoded)
 
 
 def _given(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> Hasher:
@@ -277,9 +280,15 @@ def _given(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overr
     return hasher
 
 
-def _check_overrides(overrides: dict[str, Any], whose: str) -> None:
-    for name in overrides:
-        if name not in OF_ENCODING:
+def _check_overrides(overrides: dict[str, Any], whose: str, learnt: dict[str, Any] | None = None) -> None:
+    """Refuses fields that would shape another encoder; the command that had it learnt may be given again."""
+    for name, value in overrides.items():
+        if learnt and name not in OF_ENCODING and learnt.get(name, value) != value:
+            raise config_lib.ConfigError(
+                f"config.{name}: {whose} was learnt with {learnt[name]!r}, not {value!r}; leave it out to go on with "
+                "that, or give another --index"
+            )
+        if not learnt and name not in OF_ENCODING:
             raise config_lib.ConfigError(
                 f"config.{name}: {whose} is trained already; leave it out (what can be set: {', '.join(OF_ENCODING)})"
             )
@@ -307,11 +316,3 @@ def _check_images(table: PhotoTable, found: Photos, console: rich.console.Consol
         )
     say(console, f"The photos of {before} are taken to lie in {found.place} now, under the same names")
     table.move(found.place)
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns

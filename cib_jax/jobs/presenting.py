@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import rich.console
+import rich.text
 from jaxtyping import UInt8
 
 from cib_jax import atomic, contact_sheet
@@ -27,7 +28,7 @@ class PresentingError(Refusal):
 
 def say(console: rich.console.Console, sentence: str) -> None:
     """Prints a sentence, whatever is in it, on one line."""
-    console.print(sentence, soft_wrap=True, markup=False, highlight=False)
+    console.print(shown(sentence), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def line(console: rich.console.Console, content: dict[str, Any]) -> None:
@@ -40,6 +41,12 @@ def line(console: rich.console.Console, content: dict[str, Any]) -> None:
 def printable(path: str) -> str:
     """Returns a path as valid Unicode, which names of files need not be."""
     return path.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(path: str) -> rich.text.Text:
+    """Returns a path, or words with one, as they are, but for characters that would command a terminal."""
+    plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in printable(path))
+    return rich.text.Text(plain)
 
 
 def bits_of(distance: int) -> str:

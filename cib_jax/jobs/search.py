@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import rich.console
-import rich.markup
 import rich.table
 from jaxtyping import UInt8
 
@@ -19,6 +18,7 @@ from cib_jax.data.items import Photos
 from cib_jax.errors import Refusal
 from cib_jax.jobs import presenting
 from cib_jax.jobs.presenting import printable
+from cib_jax.retrieval import approximate
 from cib_jax.retrieval import index as index_lib
 from cib_jax.retrieval.index import Index
 
@@ -100,13 +100,15 @@ def search(
         codes = collection.encode(squares)
         hits = _hits(collection, squares, codes, k, radius, rerank)
         for one, code, some in zip(queries, codes, hits, strict=True):
-            known = collection.photos([hit.number for hit in some], thumbnails=sheet is not None)
+            known = collection.photos([hit.number for hit in some], thumbnails=False)
             answer = Found(one.path, code, [(hit.distance, photo) for hit, photo in zip(some, known, strict=True)])
             _print(answer, form, console, ", ordered by the query's logits" if rerank else "")
             if sheet is not None and len(rows) < presenting.ROWS:
-                rows.append((Tile(presenting.pixels(one.thumbnail), "query"), presenting.tiles(answer.hits)))
-            # Not the thumbnails of all, which thousands of queries would heap up.
-            found.append(answer._replace(hits=[(bits, photo._replace(thumbnail=b"")) for bits, photo in answer.hits]))
+                # Only of what is drawn: a large radius may find thousands.
+                drawn = collection.photos([hit.number for hit in some[: presenting.COLUMNS]])
+                pairs = [(hit.distance, photo) for hit, photo in zip(some, drawn, strict=False)]
+                rows.append((Tile(presenting.pixels(one.thumbnail), "query"), presenting.tiles(pairs)))
+            found.append(answer)
     if sheet is not None:
         presenting.write_sheet(sheet, f"The nearest of {len(collection):,} photos", rows)
         note = f", the first {presenting.ROWS} queries" if len(found) > presenting.ROWS else ""
@@ -120,6 +122,8 @@ def _check(k: int | None, radius: int | None, kind: str) -> None:
         raise SearchJobError(f"--k: {k} must be 1 or more photos")
     if radius is not None and radius < 0:
         raise SearchJobError(f"--radius: {radius} must be 0 or more bits")
+    if kind not in (index_lib.EXACT, *approximate.KINDS):
+        raise SearchJobError(f"--kind: {kind!r} is not one of {index_lib.EXACT}, {', '.join(approximate.KINDS)}")
     if radius is not None and kind != index_lib.EXACT:
         raise SearchJobError(f"--radius: it is always searched exactly; leave --kind={kind} out")
 
@@ -195,17 +199,19 @@ def _print(answer: Found, form: str, console: rich.console.Console, note: str) -
         ]
         presenting.line(console, {"query": printable(answer.query), "code": answer.code.tobytes().hex(), "hits": hits})
         return
-    table = rich.table.Table(title=rich.markup.escape(printable(answer.query)) + note, title_justify="left")
+    presenting.say(console, answer.query + note)
+    if not answer.hits:
+        presenting.say(console, "nothing was found")
+        return
+    table = rich.table.Table()
     table.add_column("", justify="right")
     table.add_column("bits", justify="right")
     table.add_column("photo", overflow="fold")
     table.add_column("pixels", justify="right", no_wrap=True)
     for rank, (distance, photo) in enumerate(answer.hits, 1):
         size = f"{photo.width} × {photo.height}"
-        table.add_row(str(rank), str(distance), rich.markup.escape(printable(photo.path)), size)
+        table.add_row(str(rank), str(distance), presenting.shown(photo.path), size)
     console.print(table)
-    if not answer.hits:
-        presenting.say(console, "nothing within the radius")
 
 
 def _tell_recall(collection: Collection, k: int, console: rich.console.Console) -> None:

@@ -25,7 +25,7 @@ def kind_of(text: str) -> tuple[str, dict[str, int]]:
     for word in words:
         name, _, value = word.partition("=")
         if not value.isdecimal():
-            raise SearchError(f"kind: {word!r} is no setting; write them as in 'ivf nlist=4096 nprobe=64'")
+            raise SearchError(f"--kind: {word!r} is no setting; write them as in 'ivf nlist=4096 nprobe=64'")
         settings[name] = int(value)
     return kind, settings
 

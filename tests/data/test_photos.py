@@ -233,3 +233,145 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1] * 6
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "F"]
+
+
+def in_mode(mode, width=70, height=50):
+    if mode == "I;16":
+        return PIL.Image.fromarray(np.round(grey(width, height) * 65_535).astype(np.uint16)), "PNG"
+    if mode == "F":
+        return PIL.Image.fromarray(grey(width, height).astype(np.float32)), "TIFF"
+    image = pictures.smooth(width, height, seed=4).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(PIL.Image.fromarray(np.round(grey(width, height) * 255).astype(np.uint8)))
+    return image, "JPEG" if mode == "CMYK" else "PNG"
+
+
+def seen_alike(file, size):
+    """Checks what holds for every photo, and returns what was seen and its thumbnail."""
+    seen = photos.see(file, size)
+    assert np.array_equal(seen.square, decode(file, size)) and seen.square.dtype == np.uint8
+    upright = plainly(PIL.Image.open(io.BytesIO(file)), 0)
+    assert (seen.height, seen.width) == upright.shape[:2]
+    return seen, bare_jpeg(seen.thumbnail, photos.THUMBNAIL, seen.width, seen.height), upright
+
+
+def bare_jpeg(content, longest, width, height):
+    """Checks that a JPEG has the photo's shape, at most `longest`, and nothing in it but pixels; returns it."""
+    image = PIL.Image.open(io.BytesIO(content))
+    image.load()
+    scale = min(1, longest / max(width, height))
+    assert image.format == "JPEG" and max(image.size) == min(longest, max(width, height))
+    assert max(abs(image.width - width * scale), abs(image.height - height * scale)) <= 1
+    assert not image.getexif() and not {"exif", "icc_profile", "comment", "dpi", "photoshop"} & set(image.info)
+    # Markers: APP0 is JFIF's own; any other APPn or a comment could say where a photo was taken.
+    assert b"Exif\0" not in content and b"http" not in content and b"ICC_PROFILE" not in content
+    kinds = {kind for kind, _ in getattr(image, "applist", [])}
+    assert kinds <= {"APP0"}
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [0, 16, 64])
+def test_seen_every_format_has_the_same_square_and_a_thumbnail(form, size):
+    file = pictures.content(pictures.smooth(300, 200, seed=2), form)
+    seen, thumbnail, upright = seen_alike(file, size)
+    expected = PIL.Image.fromarray(upright).resize((seen.width * 192 // 300, 128), PIL.Image.Resampling.BILINEAR)
+    # A GIF's dots are harder for a JPEG than waves.
+    assert differ(thumbnail, np.asarray(expected)).mean() < (14 if form == "GIF" else 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_seen_every_mode_has_the_same_square_and_a_thumbnail(mode):
+    image, form = in_mode(mode)
+    file = pictures.content(image, form)
+    _, thumbnail, _ = seen_alike(file, 24)
+    assert differ(thumbnail, decode(file, 0)).mean() < (20 if mode in ("1", "P") else 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("width", [64, 1600])
+def test_seen_upright_with_nothing_of_the_exif(orientation, width):
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "http://maker"
+    file = pictures.content(pictures.smooth(width, width // 2, seed=3), "JPEG", exif=exif, quality=95)
+    seen, thumbnail, upright = seen_alike(file, 16)
+    assert (seen.width > seen.height) == (orientation < 5)
+    shape = (thumbnail.shape[1], thumbnail.shape[0])
+    expected = np.asarray(PIL.Image.fromarray(upright).resize(shape, PIL.Image.Resampling.BILINEAR))
+    assert differ(thumbnail, expected).mean() < 4
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 3), (1, 900), (1, 1), (192, 192), (193, 5), (400, 399)])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_seen_in_extreme_shapes(width, height, form):
+    image = PIL.Image.new("RGB", (width, height), (10, 200, 90))
+    _, thumbnail, _ = seen_alike(pictures.content(image, form), 8)
+    assert differ(thumbnail, np.array([10, 200, 90])).max() <= 3
+
+
+@hypothesis.given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([1, 8, 32, 160]))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_seen_in_any_size(width, height, size):
+    seen_alike(pictures.content(pictures.smooth(width, height), "JPEG"), size)
+
+
+def secretive():
+    """A photo with all that must not leave the house: place, maker, comment, profile, resolution, XMP."""
+    exif = PIL.Image.Exif()
+    exif[0x010F] = "http://maker"
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.0)})
+    file = pictures.content(
+        pictures.smooth(800, 600),
+        "JPEG",
+        exif=exif,
+        comment=b"http://comment",
+        icc_profile=b"http://profile" * 20,
+        dpi=(300, 300),
+        xmp=b"<x:xmpmeta>http://xmp</x:xmpmeta>",
+    )
+    opened = PIL.Image.open(io.BytesIO(file))
+    assert opened.getexif().get_ifd(0x8825) and {"comment", "icc_profile", "xmp"} <= set(opened.info)
+    return file
+
+
+def test_a_thumbnail_and_a_reduced_photo_tell_nothing_of_place_or_maker():
+    file = secretive()
+    bare_jpeg(photos.see(file, 64).thumbnail, 192, 800, 600)
+    bare_jpeg(photos.see(file, 16).thumbnail, 192, 800, 600)
+    bare_jpeg(photos.reduced(file, 400), 400, 800, 600)
+    bare_jpeg(photos.reduced(file, 5000), 5000, 800, 600)
+    for form in ("PNG", "TIFF", "WEBP"):
+        image = PIL.Image.open(io.BytesIO(file))
+        again = pictures.content(image, form, exif=image.getexif(), icc_profile=image.info["icc_profile"])
+        bare_jpeg(photos.see(again, 64).thumbnail, 192, 800, 600)
+        bare_jpeg(photos.reduced(again, 300), 300, 800, 600)
+
+
+@pytest.mark.parametrize("longest", [1, 64, 1024])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_photos_look_like_themselves(longest, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    file = pictures.content(pictures.smooth(1500, 900, seed=5), "JPEG", exif=exif, quality=95)
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(file)))
+    pixels = bare_jpeg(photos.reduced(file, longest), longest, *upright.size)
+    expected = np.asarray(upright.resize((pixels.shape[1], pixels.shape[0]), PIL.Image.Resampling.BILINEAR))
+    # A small JPEG has half the colours of a large one.
+    assert differ(pixels, expected).mean() < 6
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "TIFF"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_file_is_refused_alike_however_it_is_looked_at(form):
+    file = pictures.content(pictures.smooth(600, 400, seed=5), form)
+    for length in np.random.default_rng(0).integers(1, int(0.9 * len(file)), 5):
+        for look in (photos.see, photos.reduced):
+            with pytest.raises(BadPhotoError):
+                look(file[:length], 16)
+    with pytest.raises(photos.TooLargeError, match=r"more than data\.max_megapixels=50"):
+        photos.see(bomb(9_000, 9_000), 16, max_megapixels=50)
+    with pytest.raises(photos.TooLargeError, match=r"more than data\.max_megapixels=50"):
+        photos.reduced(bomb(9_000, 9_000), 16, max_megapixels=50)
