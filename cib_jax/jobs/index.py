@@ -226,7 +226,8 @@ class _Run:
                 now, commits = self.table.version, commits + 1
                 # One more is this commit; of any other, what it did is to be found out.
                 version = now if now == version + 1 else version
-                bar(unread, "")
+                if unread:
+                    bar(unread, "")
                 if commits % _TIDY_EVERY == 0:
                     self.table.tidy()
 
