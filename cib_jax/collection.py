@@ -110,11 +110,15 @@ class Collection:
         """Returns the collection as it is now, exact; itself, where nothing has changed.
 
         Raises:
-          TableError: it cannot be read.
+          TableError: it cannot be read, or another index is in its place.
         """
-        if self._table.version == self._snapshot.table.version:
-            return self
         table = PhotoTable.open(self.uri)
+        if table.about.encoder != self._table.about.encoder:
+            raise lance.TableError(
+                f"--index: {self.uri} was made anew by another encoder, so codes cannot be compared; open it again"
+            )
+        if table.about == self._table.about and table.version == self._snapshot.table.version:
+            return self
         snapshot = table.snapshot()
         return Collection(table, snapshot, self.hasher, Index.of(snapshot.codes) if len(snapshot.codes) else None)
 

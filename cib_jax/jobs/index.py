@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -17,26 +16,22 @@ from jaxtyping import Int64, UInt8
 from cib_jax import collection, lance
 from cib_jax import config as config_lib
 from cib_jax.data import items as items_lib
-from cib_jax.data.all_cores import in_order
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos, Read
 from cib_jax.hasher import Hasher
-from cib_jax.jobs import progress
-from cib_jax.jobs.changes import Changes, compared, size_and_time
+from cib_jax.jobs import agreement, progress
+from cib_jax.jobs.changes import changes, compared, look
 from cib_jax.jobs.learn import learn
 from cib_jax.jobs.presenting import printable, say
 from cib_jax.lance import TableError
 from cib_jax.photo_rows import Row, key_of
-from cib_jax.photo_table import AT_ONCE, About, PhotoTable, State
+from cib_jax.photo_table import AT_ONCE, About, PhotoTable
 
 BLOCK = 512
 """Files in a commit, about: what a killed process can lose."""
 _TIDY_EVERY = 256
 """Commits after which small pieces are joined."""
 _SHOWN = 5
-
-OF_ENCODING = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
-"""Fields that can be set where the encoder is trained already."""
 
 
 class Indexed(NamedTuple):
@@ -82,14 +77,16 @@ def index(
     """
     uri, console = lance.place_of(uri), console or rich.console.Console()
     config_lib.check(config)
-    given = _given(workdir, config, overrides or {}) if workdir is not None else None
+    given = agreement.given(workdir, config, overrides or {}) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
     if table is None and images is None:
         raise TableError(f"--images: there is no index at {uri} yet; give the folder of photos to make one")
     if table is not None and given is not None:
-        _check_same(table, given, workdir)
+        agreement.check_same(table, given, workdir)
     place = str(images) if images is not None else table.about.images if table is not None else ""
     say(console, f"Looking through {place}")
+    # Before the photos are looked for: what another process indexes while they are is not gone.
+    before = table.state().keys if table is not None else np.zeros(0, np.int64)
     found = items_lib.find(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
     assert isinstance(found, Photos)
     for note in found.notes:
@@ -101,21 +98,27 @@ def index(
         table = PhotoTable.create(uri, about, collection.file_of(made))
         if table.about.encoder != about.encoder:  # another process was faster
             if given:
-                _check_same(table, given, workdir)
-            _check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+                agreement.check_same(table, given, workdir)
+            agreement.check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
             say(console, "Another process made the index meanwhile; its encoder is taken")
     elif given is None:
-        _check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
-    _check_images(table, found, console)
+        agreement.check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+    agreement.check_images(table, found, before, console)
     found = dataclasses.replace(found, size=table.about.encoder["side"], see=True)
-    return _Run(table, found, config, console).go()
+    return _Run(table, found, before, config, console).go()
 
 
 class _Run:
     def __init__(
-        self, table: PhotoTable, found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console
+        self,
+        table: PhotoTable,
+        found: Photos,
+        before: Int64[np.ndarray, " known"],
+        config: ml_collections.ConfigDict,
+        console: rich.console.Console,
     ):
-        self.table, self.found, self.config, self.console = table, found, config, console
+        self.table, self.found, self.before = table, found, before
+        self.config, self.console = config, console
         self.keys = np.array([key_of(name) for name in found.names], np.int64)
         if len(np.unique(self.keys)) != len(self.keys):
             raise DataError(
@@ -123,22 +126,26 @@ class _Run:
             )
 
     def go(self) -> Indexed:
-        sizes, modified = self._looked_at()
+        sizes, modified = look(self.found.root, self.found.names)
         if not (sizes >= 0).any():
             raise DataError(
                 f"--images: not one of the photos of {self.found.place} is there; mount their disk again, and the same "
                 "command goes on"
             )
-        changes = self._changes(self.table.state(), sizes, modified)
-        self._remove(changes.gone)
+        found = changes(self.table, self.before, self.found, self.keys, sizes, modified)
+        self._remove(found.gone)
         self.sizes, self.modified = sizes, modified
-        todo = sorted([*changes.missing, *changes.changed, *changes.again])
+        todo = sorted([*found.missing, *found.changed, *found.again])
         if todo:
             self._make(todo)
             self.table.tidy()
-        if changes.absent:
-            first = printable(self.found.names[changes.absent[0]])
-            say(self.console, f"{len(changes.absent):,} listed files are not there, the first: {first}")
+        for some, are in (
+            (found.absent, "are not there"),
+            (found.untold, "cannot be reached now, what is known of them is kept"),
+        ):
+            if some:
+                first = printable(self.found.names[some[0]])
+                say(self.console, f"{len(some):,} listed files {are}, the first: {first}")
         unreadable = self.table.unreadable()
         for path, reason in unreadable[:_SHOWN]:
             say(self.console, f"Cannot be read: {path}: {reason}")
@@ -146,9 +153,9 @@ class _Run:
             say(self.console, f"… and {len(unreadable) - _SHOWN:,} more")
         done = Indexed(
             len(self.table) - len(unreadable),
-            len(changes.missing),
-            len(changes.changed),
-            len(changes.gone),
+            len(found.missing),
+            len(found.changed),
+            len(found.gone),
             len(unreadable),
         )
         say(
@@ -157,34 +164,6 @@ class _Run:
             f"{done.removed:,} gone, {done.unreadable:,} unreadable",
         )
         return done
-
-    def _looked_at(self) -> tuple[Int64[np.ndarray, " files"], Int64[np.ndarray, " files"]]:
-        """Returns size and time of change of every file, -1 where it is not there."""
-        sizes, modified = np.full((2, len(self.keys)), -1, np.int64)
-        paths = [os.path.join(self.found.root, name) for name in self.found.names]
-        chunks = [range(start, min(start + 1000, len(paths))) for start in range(0, len(paths), 1000)]
-
-        def look(numbers: range) -> list[tuple[int, int]]:
-            return [size_and_time(paths[number]) for number in numbers]
-
-        for numbers, pairs in in_order(look, chunks):
-            sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
-        return sizes, modified
-
-    def _changes(
-        self, state: State, sizes: Int64[np.ndarray, " files"], modified: Int64[np.ndarray, " files"]
-    ) -> Changes:
-        known, same = compared(state, self.keys, sizes, modified)
-        there = sizes >= 0
-        gone = state.keys[~np.isin(state.keys, self.keys[there])].tolist()
-        if self.found.closed:
-            # What is in a folder that cannot be entered now may be there tomorrow.
-            closed = tuple(f"{folder}/" for folder in self.found.closed)
-            gone = [key_of(path) for path in self.table.paths(gone) if not path.startswith(closed)]
-        again = np.isin(self.keys, state.keys[state.sizes < 0])
-        which = (there & ~known, there & known & ~same & ~again, there & again, ~there)
-        missing, changed, tried, absent = (np.flatnonzero(some).tolist() for some in which)
-        return Changes(missing, changed, tried, gone, absent)
 
     def _remove(self, gone: list[int]) -> None:
         for start in range(0, len(gone), AT_ONCE):
@@ -266,54 +245,3 @@ class _Run:
                 seen_as = (read.seen.width, read.seen.height, read.seen.thumbnail)
                 rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *seen_as))
         return rows, len(kept) - len(encoded)
-
-
-def _given(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> Hasher:
-    workdir = pathlib.Path(workdir).expanduser()
-    _check_overrides(overrides, f"the encoder in {workdir}")
-    # Of one saved without its run, all weights lie beside it.
-    hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
-    if hasher.encoder.backbone.takes != "images":
-        raise TableError(
-            f"--workdir: {workdir} was trained on features, and an index holds photos; give a run on images, or search "
-            "features by cib_jax.Index"
-        )
-    return hasher
-
-
-def _check_overrides(overrides: dict[str, Any], whose: str, learnt: dict[str, Any] | None = None) -> None:
-    """Refuses fields that would shape another encoder; the command that had it learnt may be given again."""
-    for name, value in overrides.items():
-        if learnt and name not in OF_ENCODING and learnt.get(name, value) != value:
-            raise config_lib.ConfigError(
-                f"config.{name}: {whose} was learnt with {learnt[name]!r}, not {value!r}; leave it out to go on with "
-                "that, or give another --index"
-            )
-        if not learnt and name not in OF_ENCODING:
-            raise config_lib.ConfigError(
-                f"config.{name}: {whose} is trained already; leave it out (what can be set: {', '.join(OF_ENCODING)})"
-            )
-
-
-def _check_same(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
-    ours, theirs = collection.known_by(hasher), table.about.encoder
-    other = [f"{name}: {theirs.get(name)} → {value}" for name, value in ours.items() if theirs.get(name) != value]
-    if other:
-        raise TableError(
-            f"--workdir: {workdir} holds another encoder than the one that made {table.uri} ({'; '.join(other)}), so "
-            "codes cannot be compared; leave it out to go on with the index's own, or give another --index"
-        )
-
-
-def _check_images(table: PhotoTable, found: Photos, console: rich.console.Console) -> None:
-    """Takes up photos that were moved; refuses others."""
-    before = table.about.images
-    if before == found.place:
-        return
-    if os.path.exists(before):
-        raise TableError(
-            f"--images: {table.uri} is the index of {before}, which is still there; leave --images out to go on with "
-            f"it, or give another --index for {found.place}"
-        )
-    say(console, f"The photos of {before} are taken to lie in {found.place} now, under the same names")
-    table.move(found.place)

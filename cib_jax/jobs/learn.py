@@ -11,7 +11,7 @@ import rich.console
 from jaxtyping import UInt8
 
 from cib_jax import config as config_lib
-from cib_jax import fitting
+from cib_jax import fitting, parallel
 from cib_jax.backbones import registry, weights
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
@@ -34,8 +34,9 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
       console: where to report.
 
     Raises:
-      ConfigError: the config is for features, or `batch_size` is larger than 16 where it need not be.
-      DataError: fewer than 16 photos can be read.
+      ConfigError: the config is for features.
+      DataError: fewer than 16 photos can be read, or fewer than devices share a batch.
+      DevicesError, PartsError: the devices, or parts of `micro_batch`, do not go into `batch_size`.
       WeightsError: the backbone's weights are not to be had.
     """
     if config.backbone == "none":
@@ -54,6 +55,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
         f"No --workdir of a trained run: learning {config.bits}-bit codes from {len(images):,} of the photos"
         f"{few if len(images) < FEW else ''}",
     )
+    batch_size, micro_batch = _batch(len(images), found, config)
     side = images.shape[1]
     views = config.train.views if config.frozen else 0
     # Another bar for the epochs once the views are there: its images per second are of others.
@@ -79,16 +81,33 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
             stochastic=config.binary == "stochastic",
             augment=config.augment,
             epochs=config.epochs,
-            batch_size=min(config.batch_size, len(images)),
+            batch_size=batch_size,
             learning_rate=config.learning_rate,
             views=views,
-            micro_batch=config.micro_batch,
+            micro_batch=micro_batch,
             devices=config.devices,
             seed=config.seed,
             on_views=lambda more: on_views(more, ""),
             on_epoch=lambda report: on_epoch()(len(images), ""),
         )
     return dataclasses.replace(hasher, stored_size=side, batch_size=config.encode_batch)
+
+
+def _batch(count: int, found: Photos, config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """Returns batch size and images of a device at a time: as the config says, or as so few photos allow."""
+    if config.batch_size <= count:
+        return config.batch_size, config.micro_batch
+    devices = parallel.size(parallel.local_mesh(config.devices))
+    # Whole parts on each device; all at once, where even one part is more than there are.
+    part = config.micro_batch if devices * config.micro_batch <= count else 0
+    unit = devices * max(part, 1)
+    size = count // unit * unit
+    if not size:
+        raise DataError(
+            f"--images: {found.place} has {count} photos that can be read, fewer than the {devices} devices that share "
+            "a batch; set --config.devices=1, or give more photos"
+        )
+    return size, part
 
 
 def _drawn(

@@ -4,6 +4,7 @@
 | --- | --- |
 | `GET /search?id=ID` or `?code=HEX`, with `&k=` and `&radius=` | the nearest; without both, of a random photo |
 | `POST /search?k=`, a photo's bytes or a form with one file | the nearest to that photo, of which nothing is kept |
+| `GET /photo?id=ID` | path and size of a photo, as a search tells them of its results |
 | `GET /thumbnail/ID`, `GET /image/ID` | a JPEG; the second at most 2,048 pixels long, made anew, without metadata |
 | `GET /health` | how many photos there are |
 """
@@ -23,7 +24,7 @@ from starlette.responses import Response
 
 from cib_jax.data.photos import BadPhotoError, Seen
 from cib_jax.web import indexed_file, upload
-from cib_jax.web.answers import Answers, Collection, Photo, QueryError, UnknownError, check
+from cib_jax.web.answers import Answers, Collection, Photo, QueryError, UnknownError, check, shown
 from cib_jax.web.clients import CLIENT
 from cib_jax.web.decoding import BusyError, DecoderError, Decoders
 from cib_jax.web.indexed_file import ChangedError
@@ -56,6 +57,7 @@ def create(collection: Collection, limits: Limits, *, work: str = "") -> fastapi
     app = fastapi.FastAPI(title="cib_jax", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.api = api
     app.add_route("/search", _told(api.search), methods=["GET", "POST"])
+    app.add_route("/photo", _told(api.photo), methods=["GET"])
     app.add_route("/thumbnail/{id}", _told(api.thumbnail), methods=["GET"])
     app.add_route("/image/{id}", _told(api.image), methods=["GET"])
     app.add_route("/health", _told(api.health), methods=["GET"])
@@ -123,6 +125,12 @@ class Api:
 
         return _json(await self._lookups.run(_client(request), answered))
 
+    async def photo(self, request: Request) -> Response:
+        """Tells of a photo what a result of a search tells."""
+        id = request.query_params.get("id", "")
+        found = await self._lookups.run(_client(request), self.answers.photo, id)
+        return _json({"id": found.id, "path": shown(found.path), "width": found.width, "height": found.height})
+
     async def thumbnail(self, request: Request) -> Response:
         """Shows a photo's thumbnail out of the index."""
         id = request.path_params["id"]
@@ -144,7 +152,9 @@ class Api:
         return self.decoders.see(upload.photo_of(body, kind), self.collection.side)
 
     def _thumbnail(self, id: str) -> tuple[str, bytes]:
-        photo, thumbnails = self.answers.photo(id, thumbnail=True), self._thumbnails
+        # First, so that a photo of the collection before is not kept for the one that may come meanwhile.
+        thumbnails = self._thumbnails
+        photo = self.answers.photo(id, thumbnail=True)
         found = (_tag(photo, "thumbnail"), photo.thumbnail)
         thumbnails.keep(id, found)
         return found

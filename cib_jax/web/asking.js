@@ -23,6 +23,8 @@ async function get(path, options) {
 async function ask({ id, code, k, photo, butNot }, signal) {
   if (photo) {
     const answer = await get(`search?k=${k}`, { method: "POST", body: photo, signal });
+    // The same photo again: its earlier address is of no use any more, and would keep the file in memory.
+    URL.revokeObjectURL(uploaded.get(answer.query.code)?.url ?? "");
     uploaded.set(answer.query.code, { name: photo.name || "Pasted photo", url: URL.createObjectURL(photo) });
     return { id: null, code: answer.query.code, k, answer };
   }

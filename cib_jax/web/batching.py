@@ -8,6 +8,8 @@ from concurrent.futures import Future
 import numpy as np
 from jaxtyping import UInt8
 
+from cib_jax.web.decoding import BusyError
+
 SIZES = (1, 4, 16)
 """Of batches; each is compiled once, at the start."""
 
@@ -22,20 +24,30 @@ class Batches:
         self._encode = encode
         self._waiting: queue.SimpleQueue[tuple[UInt8[np.ndarray, "side side 3"], Future[np.ndarray]] | None]
         self._waiting = queue.SimpleQueue()
+        self._closing, self._closed = threading.Lock(), False
         for size in SIZES:
             encode(np.zeros((size, side, side, 3), np.uint8))
         self._thread = threading.Thread(target=self._work, name="encoding", daemon=True)
         self._thread.start()
 
     def code(self, square: UInt8[np.ndarray, "side side 3"]) -> UInt8[np.ndarray, " bytes"]:
-        """Returns the packed code of a photo."""
+        """Returns the packed code of a photo.
+
+        Raises:
+          BusyError: it is closed.
+        """
         future: Future[np.ndarray] = Future()
-        self._waiting.put((square, future))
+        with self._closing:
+            if self._closed:
+                raise BusyError("The server is stopping.")
+            self._waiting.put((square, future))
         return future.result()
 
     def close(self) -> None:
         """Ends the thread once all that waits is encoded."""
-        self._waiting.put(None)
+        with self._closing:  # behind what is asked after this, nobody would be left to answer
+            self._closed = True
+            self._waiting.put(None)
         self._thread.join()
 
     def _work(self) -> None:

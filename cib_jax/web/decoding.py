@@ -176,7 +176,12 @@ class Decoders:
         if closed:
             process.end()
             raise BusyError("The server is stopping.")
-        process.wait_until_ready()
+        try:
+            process.wait_until_ready()
+        except DecoderError:
+            with self._change:
+                self._all.discard(process)
+            raise
         return process
 
 

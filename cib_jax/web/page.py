@@ -9,9 +9,8 @@ from importlib import resources
 
 import fastapi
 import gradio as gr
-from fastapi.responses import JSONResponse
 
-from cib_jax.web.answers import Collection, UnknownError, shown
+from cib_jax.web.answers import Collection
 from cib_jax.web.limits import Limits
 
 DEFAULT_K, MOST_RESULTS = 20, 100
@@ -32,26 +31,16 @@ _ICON = (
 def mount(
     app: fastapi.FastAPI, collection: Collection, *, limits: Limits | None = None, root_path: str | None = None
 ) -> None:
-    """Adds the page at `/` and the route that it needs beside those of the API, `/photo`.
+    """Adds the page at `/`.
 
     Must come after the API's routes: what no route takes is asked of Gradio.
 
     Args:
-      app: answers `/search`, `/thumbnail/ID` and `/image/ID`.
+      app: answers `/search`, `/photo`, `/thumbnail/ID` and `/image/ID`.
       collection: whose photos are shown.
       limits: of what is taken; a photo that is too large is refused before it is sent. None: the defaults.
       root_path: the folder, such as "/photos", from which a reverse proxy passes on what is asked below it.
     """
-
-    @app.get("/photo", include_in_schema=False)
-    def photo(id: str) -> JSONResponse:
-        """Tells of a photo what a result of a search tells."""
-        try:
-            found = app.state.api.answers.photo(id)
-        except UnknownError as error:
-            return JSONResponse({"error": str(error)}, 404)
-        return JSONResponse({"id": found.id, "path": shown(found.path), "width": found.width, "height": found.height})
-
     gr.mount_gradio_app(
         app,
         _blocks(collection, (limits or Limits()).photo_mb * 1_000_000),

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,6 +92,9 @@ def _renewing(
                 collection = renew(served.collection)
             except Refusal as error:
                 tell(f"What was indexed meanwhile is not served yet: {error}")
+                continue
+            except Exception:  # else nothing would be renewed any more
+                traceback.print_exc()
                 continue
             if collection is not served.collection:
                 served.take(collection)

@@ -1,6 +1,7 @@
 """The index job: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
 
 import collections
+import errno
 import os
 import shutil
 import threading
@@ -169,6 +170,45 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
     assert "1 folders cannot be entered, what is in them is left out; the first: a: permission denied" in told
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_listed_photos_that_cannot_be_reached_are_kept(tmp_path, root, encoder, hasher, monkeypatch, number):
+    """Simulated: root may enter everything."""
+    names = [str(path.relative_to(root)) for path in sorted(root.rglob("*.*"))]
+    place, original = root / "list.csv", os.stat
+    place.write_text("path\n" + "\n".join(names) + "\n")
+    run(tmp_path / "i", place, workdir=encoder)
+
+    def stat(path, *arguments, **options):
+        if str(path).startswith(str(root / "a")):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    done, told = run(tmp_path / "i")
+    monkeypatch.undo()
+    assert done == Indexed(24, 0, 0, 0, 0) and held(tmp_path / "i") == expected(root, hasher)
+    assert "8 listed files cannot be reached now, what is known of them is kept, the first: a/00.jpg" in told
+
+
+def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
+    tmp_path, root, encoder, hasher, monkeypatch
+):
+    run(tmp_path / "i", root, workdir=encoder)
+    original = folder_lib.walk
+
+    def walk(directory):
+        found = original(directory)
+        monkeypatch.setattr(folder_lib, "walk", original)
+        pictures.write(root / "a" / "late.jpg", pictures.smooth(40, 50, seed=96))
+        run(tmp_path / "i")
+        return found
+
+    monkeypatch.setattr(folder_lib, "walk", walk)
+    done, _ = run(tmp_path / "i")
+    assert done.removed == 0 and held(tmp_path / "i") == expected(root, hasher)
+    assert "a/late.jpg" in held(tmp_path / "i")
+
+
 @pytest.mark.parametrize("extension", ["csv", "parquet"])
 def test_a_list_of_photos(tmp_path, root, encoder, hasher, extension):
     names = [str(path.relative_to(root)) for path in sorted(root.rglob("*.*"))][::2]
@@ -213,6 +253,12 @@ def test_photos_that_moved_are_taken_up_and_others_refused(tmp_path, root, encod
     with pytest.raises(TableError, match=r"is the index of .*photos, which is still there; leave --images out"):
         run(tmp_path / "i", tmp_path / "others")
     root.rename(tmp_path / "moved")
+    before = held(tmp_path / "i")
+    for path in (tmp_path / "others").rglob("*.*"):
+        path.rename(path.with_stem(f"other {path.stem}"))
+    with pytest.raises(TableError, match=r"and none of its photos is in .*others; give the place where they lie now"):
+        run(tmp_path / "i", tmp_path / "others")
+    assert held(tmp_path / "i") == before
     looked.clear()
     done, told = run(tmp_path / "i", tmp_path / "moved")
     assert done == Indexed(24, 0, 0, 0, 0) and not looked and "are taken to lie in" in told

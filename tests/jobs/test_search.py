@@ -206,6 +206,20 @@ def test_a_collection_answers_by_id_and_path_and_is_renewed(place, tmp_path):
     assert len(renewed) == COUNT and renewed.number_of_path("1/004.png") is None
     assert collection.photos([collection.number_of_path("1/004.png")])[0].width == 40
     assert collection.photos([]) == []
+    # The photos lie elsewhere now, and nothing else is new.
+    PhotoTable.open(str(tmp_path / "i")).move("/elsewhere")
+    moved = renewed.renewed()
+    assert moved.root == "/elsewhere" and len(moved) == COUNT and moved.renewed() is moved
+
+
+def test_an_index_made_anew_by_another_encoder_is_not_searched_by_the_old_one(place, tmp_path):
+    shutil.copytree(place / "i", tmp_path / "i")
+    collection = Collection.open(tmp_path / "i")
+    shutil.rmtree(tmp_path / "i")
+    indexing.save_hasher(tmp_path / "other", bits=8, seed=1)
+    indexing.run(tmp_path / "i", place / "queries", workdir=tmp_path / "other")
+    with pytest.raises(TableError, match=r"--index: .* was made anew by another encoder, .* open it again"):
+        collection.renewed()
 
 
 def test_an_empty_index_is_refused(tmp_path, place):

@@ -162,6 +162,14 @@ def test_thumbnails_are_those_of_the_index_and_may_be_kept(served):
         assert served.ask(f"/thumbnail/{photo.id}", method="HEAD")[::2] == (200, b"")
 
 
+def test_a_photo_is_told_of_by_its_id(served):
+    (result,) = served.json("/search?k=1")[1]["results"]
+    known = {name: result[name] for name in ("id", "path", "width", "height")}
+    assert served.json(f"/photo?id={result['id']}") == (200, known)
+    for path in ("/photo", "/photo?id=", "/photo?id=..%2f..", f"/photo?id={'0' * 16}"):
+        assert served.json(path) == (404, {"error": "There is no photo with this id."})
+
+
 def test_an_image_is_made_anew_without_what_is_not_pixels(served, photos):
     for photo in served.collection._photos[:3]:
         assert b"SECRET-PLACE" in (photos / photo.path).read_bytes()

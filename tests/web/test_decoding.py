@@ -11,7 +11,8 @@ import pytest
 
 from cib_jax.data import photos
 from cib_jax.data.photos import BadPhotoError
-from cib_jax.web.decoding import BusyError, Decoders, Decoding
+from cib_jax.web import decoding
+from cib_jax.web.decoding import BusyError, DecoderError, Decoders, Decoding
 from tests.web import hostile
 from tests.web.fake import encoded, picture
 
@@ -152,6 +153,18 @@ def test_closing_ends_those_at_work():
     assert not process.alive()
     with pytest.raises(BusyError, match="stopping"):
         decoders.see(encoded(picture(1)), 16)
+
+
+def test_processes_that_cannot_be_started_are_not_counted(monkeypatch):
+    decoders = Decoders(Decoding(processes=1), "tests.web.hostile:by_content")
+    monkeypatch.setattr(decoding, "_STARTING", 0.0)
+    for _ in range(3):
+        with pytest.raises((BadPhotoError, DecoderError)):
+            decoders.see(b"crash ", 16)
+    assert len(decoders._all) <= 1
+    monkeypatch.undo()
+    assert decoders.see(encoded(picture(1)), 16).width == 60
+    decoders.close()
 
 
 def test_many_threads_at_once(decoders):

@@ -79,6 +79,42 @@ def test_what_is_indexed_meanwhile_is_served_without_a_new_start(tmp_path, monke
     assert told[-1] == "20 photos now"
 
 
+def test_a_thumbnail_of_the_collection_before_is_not_kept_for_the_next(photos):
+    before, after = fake.FakeCollection(photos), fake.FakeCollection(photos)
+    after._photos = [photo._replace(thumbnail=b"\xff\xd8\xffnew") for photo in after._photos]
+    original = before.photos
+    with running(before) as served:
+        api = served.app.state.api
+
+        def meanwhile(numbers, *, thumbnails=True):
+            found = original(numbers, thumbnails=thumbnails)
+            api.take(after)
+            return found
+
+        before.photos = meanwhile
+        path = f"/thumbnail/{after.photos([0])[0].id}"
+        served.ask(path)
+        assert served.ask(path)[2] == b"\xff\xd8\xffnew"
+
+
+def test_what_goes_wrong_once_ends_no_renewing(collection, capfd):
+    told, tried = [], []
+
+    def renew(served):
+        tried.append(True)
+        if len(tried) == 1:
+            raise RuntimeError("once")
+        raise TableError("--index: again")
+
+    with running(collection) as served, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "_RENEW_EVERY", 0.01)
+        with server._renewing(served.app.state.api, renew, told.append):
+            deadline = time.monotonic() + 30
+            while not told and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert told and "RuntimeError: once" in capfd.readouterr().err
+
+
 def test_an_index_that_cannot_be_read_anew_is_told_and_served_as_it_was(collection):
     told = []
 
