@@ -22,7 +22,11 @@ INDEX_CONFIG = str(HERE / "configs" / "index.py")
 
 # Its default is given in `parse`: here it would read the fields' overrides, and fail, before anything can be told.
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"The experiment's file; by default {DEFAULT_CONFIG}.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default a new one under runs/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "The run's folder; by default a new one under runs/. index: the trained run whose encoder is taken.",
+)
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -62,18 +66,20 @@ _RADIUS = flags.DEFINE_integer(
 _KIND = flags.DEFINE_string(
     "kind", "exact", "search: exact, or approximately by hnsw, ivf or mih; settings follow it: --kind='ivf nprobe=64'."
 )
-_RERANK = flags.DEFINE_bool("rerank", False, "search: orders the first hits anew by the query's logits.")
+_RERANK = flags.DEFINE_bool("rerank", False, "search: orders the first 100 hits, or k, anew by the query's logits.")
 _CONFIRM = flags.DEFINE_bool(
     "confirm", True, "duplicates: False groups photos of like things, too, not only copies of one picture."
 )
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "search, duplicates: json prints a line for each.")
 _SHOW = flags.DEFINE_string(
-    "show", None, "search, duplicates: the PNG for a contact sheet; without a name search.png or duplicates.png."
+    "show", None, "search, duplicates: a contact sheet, --show=FILE.png; --show alone: search.png or duplicates.png."
 )
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at; 0.0.0.0 is all of this machine.")
 _PORT = flags.DEFINE_integer("port", 7860, "serve: the port; 0 takes a free one.")
-_NAMES = flags.DEFINE_list("names", [], "serve: names under which it may be asked on a network, or '*' for any.")
+_NAMES = flags.DEFINE_list(
+    "names", [], "serve: on a network, names that a browser may ask it by, such as photos.example.org; '*': any."
+)
 _PROXIES = flags.DEFINE_list("proxies", [], "serve: addresses of reverse proxies, whose X-Forwarded-For is believed.")
 _BELOW = flags.DEFINE_string("below", "", "serve: the folder, such as /photos, that a reverse proxy serves it under.")
 _SEARCHES = flags.DEFINE_integer("searches", 120, "serve: searches of one client a minute.")

@@ -65,7 +65,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
         @functools.cache
         def on_epoch() -> Callable[[int, str], None]:
             bars.close()
-            return bars.enter_context(progress.bar(console, "Learning: epochs", config.epochs * len(images)))
+            return bars.enter_context(progress.bar(console, "Learning: codes", config.epochs * len(images)))
 
         hasher = fitting.fit(
             images,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
-LINE_EVERY = 30.0
-"""Seconds between lines where the output is no terminal."""
+LINE_EVERY = 10.0
+"""Seconds between lines where the output is no terminal; the first comes after a third of them."""
 
 
 @contextlib.contextmanager
@@ -29,13 +29,13 @@ def bar(console: rich.console.Console, what: str, total: int, done: int = 0) -> 
             yield moved
         return
     told = begun = time.monotonic()
-    before = done
+    before, wait = done, LINE_EVERY / 3
 
     def line(more: int, words: str) -> None:
-        nonlocal done, told
+        nonlocal done, told, wait
         done += more
-        if time.monotonic() - told > LINE_EVERY or done >= total:
-            told = time.monotonic()
+        if time.monotonic() - told > wait or done >= total:
+            told, wait = time.monotonic(), LINE_EVERY
             seconds = (told - begun) * (total - done) / max(done - before, 1)
             left = f", {datetime.timedelta(seconds=round(seconds))} left" if done < total else ""
             console.print(

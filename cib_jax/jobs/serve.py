@@ -47,6 +47,8 @@ def serve(
             raise web.WebError(f"--{name}: {limits[name]} must be 1 or more")
     decoding = Decoding(megapixels=limits.pop("megapixels", Decoding.megapixels))
     chosen = Limits(decoding=decoding, **limits)
+    server.check_free(host, port)
+    say(console, f"Opening {uri}")
     collection = Collection.open(uri)
 
     def renewed(_: object) -> Collection:

@@ -70,7 +70,7 @@ def _hnsw(codes: UInt8[np.ndarray, "n bytes"], *, m: int, ef_construction: int, 
 
 def _ivf_settings(n: int, width: int) -> dict[str, int]:
     nlist = 1 << max(0, round(math.log2(n) / 2))
-    return {"nlist": nlist, "nprobe": max(1, nlist // 64)}
+    return {"nlist": nlist, "nprobe": min(nlist, max(8, nlist // 64))}
 
 
 def _ivf(codes: UInt8[np.ndarray, "n bytes"], *, nlist: int, nprobe: int) -> Built:

@@ -103,6 +103,8 @@ class Api:
     async def search(self, request: Request) -> Response:
         """Answers by an id, a code, a photo, or by chance."""
         asked = request.query_params
+        if strange := set(asked) - {"id", "code", "k", "radius"}:
+            raise QueryError(f"{min(strange)[:20]!r} is none of id, code, k and radius.")
         k = _whole(asked, "k", 20)
         radius = _whole(asked, "radius", -1) if "radius" in asked else None
         if request.method == "POST":

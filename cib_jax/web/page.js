@@ -56,7 +56,8 @@ async function show(next, to) {
   } catch (error) {
     if (mine !== running || error.name === "AbortError") return;
     if (to === null || shown === null) clear();
-    say(error.message);
+    // Named, since another photo may still be shown.
+    say(next.photo?.name ? `${next.photo.name}: ${error.message}` : error.message);
   } finally {
     if (mine === running) {
       part("stage").classList.remove("busy");
@@ -69,6 +70,7 @@ function take(files) {
   const photo = files[0];
   if (!photo) return say("There was no file in that. Save the photo first, then drop the file.");
   if (photo.type && !photo.type.startsWith("image/")) return say(`${photo.name} is not a photo.`);
+  if (!photo.size) return say(`${photo.name} is empty.`);
   if (photo.size > props.most_bytes) {
     return say(`${photo.name} has ${megabytes(photo.size)}; a photo may have ${megabytes(props.most_bytes)} at most.`);
   }

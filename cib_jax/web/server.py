@@ -143,13 +143,13 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
       BindError: it cannot be.
     """
     if not 0 <= port <= 65_535:
-        raise BindError(f"port: {port} is none; give one from 1 to 65535, or 0 for any that is free")
+        raise BindError(f"--port: {port} is none; give one from 1 to 65535, or 0 for any that is free")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError):
-        raise BindError(f"host: {host!r} is not known; give an address of this machine, such as 127.0.0.1") from None
+        raise BindError(f"--host: {host!r} is not known; give an address of this machine, such as 127.0.0.1") from None
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -160,11 +160,22 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
+def check_free(host: str, port: int) -> None:
+    """Checks, before anything is prepared, that the server can listen there.
+
+    Raises:
+      BindError: it cannot.
+    """
+    with listening(host, port):
+        pass
+
+
 def told(listener: socket.socket, collection: Collection, *, loopback: bool) -> list[str]:
     """Returns what is told at the start."""
     host, port = listener.getsockname()[:2]
     everywhere = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
-    name = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
+    host = _outward(listener.family) or host if everywhere else host
+    name = f"[{host}]" if ":" in host else host
     lines = [f"{len(collection):,} photos at http://{name}:{port}/ ; Ctrl-C ends."]
     if not loopback:
         lines.append(
@@ -174,12 +185,21 @@ def told(listener: socket.socket, collection: Collection, *, loopback: bool) -> 
     return lines
 
 
+def _outward(family: int) -> str:
+    """Returns the address by which others reach this machine, as far as it can tell; "" where it cannot."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        # Nothing is sent: only the way there is looked up. Both are kept for documentation (RFC 5737, RFC 3849).
+        probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
 def _why(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port: {port} is in use by another program; give another port, or end that program"
+        return f"--port: {port} is in use by another program; give another port, or end that program"
     if error.errno == errno.EACCES:
-        return f"port: {port} may be used by the system's own programs alone; give one from 1024 on"
-    return f"host: {host!r} is no address of this machine ({error.strerror}); give one, such as 127.0.0.1"
+        return f"--port: {port} may be used by the system's own programs alone; give one from 1024 on"
+    return f"--host: {host!r} is no address of this machine ({error.strerror}); give one, such as 127.0.0.1"
 
 
 def _is_loopback(listener: socket.socket) -> bool:

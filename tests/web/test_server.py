@@ -93,14 +93,14 @@ def test_where_it_cannot_listen_is_told_in_a_sentence(photos):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(BindError, match=f"^port: {port} is in use by another program; give another port"):
+        with pytest.raises(BindError, match=f"^--port: {port} is in use by another program; give another port"):
             server.serve(collection, port=port)
-    with pytest.raises(BindError, match=r"^host: '192\.0\.2\.1' is no address of this machine"):
+    with pytest.raises(BindError, match=r"^--host: '192\.0\.2\.1' is no address of this machine"):
         server.serve(collection, host="192.0.2.1", port=0)
     for port in (-1, 65_536):
-        with pytest.raises(BindError, match=f"^port: {port} is none; give one from 1 to 65535"):
+        with pytest.raises(BindError, match=f"^--port: {port} is none; give one from 1 to 65535"):
             server.serve(collection, port=port)
-    with pytest.raises(BindError, match=r"^host: 'a\.\.b' is not known"):
+    with pytest.raises(BindError, match=r"^--host: 'a\.\.b' is not known"):
         server.serve(collection, host="a..b", port=0)
     with pytest.raises(ProxyError):
         server.serve(collection, port=0, limits=Limits(proxies=("x",)))
