@@ -12,6 +12,8 @@ from jaxtyping import UInt8
 SIDE = 112
 _GAP, _CAPTION, _FRAME = 8, 20, 4
 _QUERY_GAP = 24
+_NOTE = 16
+_COLUMNS = 10  # results in a line
 # Okabe and Ito's colours, which most colour-blind readers can tell apart; a miss is crossed out, too, for print.
 _HIT, _MISS, _INK, _PAPER = (0, 114, 178), (213, 94, 0), (40, 40, 40), (255, 255, 255)
 
@@ -23,6 +25,8 @@ class Tile(NamedTuple):
     caption: str
     hit: bool | None = None
     """Whether it is relevant to the query; None: not known."""
+    note: str = ""
+    """A second line, which is cut from the left where it is too long: of a path, the end tells most."""
 
 
 def draw(title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> PIL.Image.Image:
@@ -34,17 +38,19 @@ def draw(title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> PIL.
     if not rows:
         raise ValueError("rows: there is none; give at least one query with its results")
     font = PIL.ImageFont.load_default(13)
+    rows = [line for query, results in rows for line in _lines(query, results)]
+    caption = _CAPTION + (_NOTE if any(tile and tile.note for query, some in rows for tile in (query, *some)) else 0)
     columns = max(len(results) for _, results in rows)
     step = SIDE + _GAP
     left = _GAP + (step + _QUERY_GAP if any(query for query, _ in rows) else 0)
     width = left + columns * step
     width = max(width, int(font.getlength(title)) + 2 * _GAP)
     head = 30
-    sheet = PIL.Image.new("RGB", (width, head + len(rows) * (step + _CAPTION)), _PAPER)
+    sheet = PIL.Image.new("RGB", (width, head + len(rows) * (step + caption)), _PAPER)
     pen = PIL.ImageDraw.Draw(sheet)
     pen.text((_GAP, _GAP), title, _INK, font)
     for number, (query, results) in enumerate(rows):
-        y = head + number * (step + _CAPTION)
+        y = head + number * (step + caption)
         if query:
             _put(sheet, pen, font, query, _GAP, y)
         for place, result in enumerate(results):
@@ -67,3 +73,19 @@ def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: 
     if tile.hit is False:
         pen.line((x, y + SIDE - 1, x + 20, y + SIDE - 21), _MISS, _FRAME)
     pen.text((x + _FRAME, y + SIDE + 2), tile.caption, _INK, font)
+    pen.text((x + _FRAME, y + SIDE + 2 + _NOTE), _cut(tile.note, font), _INK, font)
+
+
+def _lines(query: Tile | None, results: Sequence[Tile]) -> list[tuple[Tile | None, Sequence[Tile]]]:
+    """Returns a query's results in lines that fit a screen, the query before the first."""
+    parts = [results[start : start + _COLUMNS] for start in range(0, len(results), _COLUMNS)] or [results]
+    return [(query if number == 0 else None, part) for number, part in enumerate(parts)]
+
+
+def _cut(note: str, font: Any) -> str:
+    note = note.encode("utf-8", "replace").decode()
+    if font.getlength(note) <= SIDE:
+        return note
+    while note and font.getlength("…" + note) > SIDE:
+        note = note[1:]
+    return "…" + note

@@ -8,6 +8,7 @@ import numpy as np
 
 from cib_jax.data import photos, prepared
 from cib_jax.data.images import Bar, DataError, ImageSet, Labels, Source, Unreadable, no_bar
+from cib_jax.data.names import printable
 
 FEWEST = 3
 
@@ -40,7 +41,7 @@ def load(
     _check(directory)
     paths, others, unreadable = walk(directory)
     if not paths:
-        seen = f"only {counted(others)}" if others else "nothing"
+        seen = f"only {counted(others)}{heic_hint(others)}" if others else "nothing"
         raise DataError(
             f"config.data.dir: {directory} holds no photos ({seen}); give a folder with files named "
             f"{', '.join(sorted(photos.EXTENSIONS))}"
@@ -54,8 +55,7 @@ def load(
     labels, classes, note = _classes(names) if labelled else (None, [], "")
     notes = [*made.notes, note]
     if others:
-        hint = "; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else ""
-        notes.append(f"Not photos by name, left out: {counted(others)}{hint}")
+        notes.append(f"Not photos by name, left out: {counted(others)}{heic_hint(others)}")
     return Source(
         ImageSet(made.images, labels, names),
         None,
@@ -72,7 +72,7 @@ def check_enough(where: str, count: int, unreadable: list[Unreadable]) -> None:
       DataError: there are fewer than three.
     """
     if count < FEWEST:
-        first = f" (the first: {_printable(unreadable[0].path)}: {unreadable[0].reason})" if unreadable else ""
+        first = f" (the first: {printable(unreadable[0].path)}: {unreadable[0].reason})" if unreadable else ""
         raise DataError(
             f"config.data.dir: {where} has {count} readable photos and {len(unreadable)} unreadable ones{first}; at "
             f"least {FEWEST} readable ones are needed, and some hundred to learn anything from"
@@ -151,7 +151,7 @@ def _classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
         return (
             None,
             [],
-            f"All photos lie in one sub-folder, {_printable(classes[0])}, which is no class: nothing to measure by",
+            f"All photos lie in one sub-folder, {printable(classes[0])}, which is no class: nothing to measure by",
         )
     numbers = {name: number for number, name in enumerate(classes)}
     note = (
@@ -161,12 +161,13 @@ def _classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
     return np.array([numbers[name] for name in first], np.int64), classes, note
 
 
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
 def counted(others: collections.Counter[str]) -> str:
     """Returns how many files of which extensions, in words."""
-    return ", ".join(f"{count:,} {_printable(extension)}" for extension, count in others.most_common(5)) + (
+    return ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5)) + (
         f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
     )
+
+
+def heic_hint(others: collections.Counter[str]) -> str:
+    """Returns what to do about photos of formats that are not read; "" where there is none."""
+    return "; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else ""

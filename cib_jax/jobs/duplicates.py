@@ -10,8 +10,8 @@ from jaxtyping import UInt8
 from cib_jax.collection import Collection, Photo
 from cib_jax.data.all_cores import in_order
 from cib_jax.data.difference_hash import BITS, difference_hash
+from cib_jax.data.names import printable
 from cib_jax.jobs import presenting, progress
-from cib_jax.jobs.presenting import printable
 from cib_jax.retrieval import near_duplicates
 
 _AT_ONCE = 500
@@ -49,7 +49,7 @@ def duplicates(
     """
     console = console or rich.console.Console()
     if radius is not None and radius < 0:
-        raise presenting.PresentingError(f"--radius: {radius} must be 0 or more bits")
+        raise presenting.PresentingError(f"--radius: wanted 0 bits or more, got {radius}")
     presenting.check_format(form)
     sheet = presenting.check_sheet(show)
     collection = Collection.open(uri)
@@ -68,8 +68,8 @@ def duplicates(
             distances = np.bitwise_count(collection.codes[group] ^ collection.codes[group[0]]).sum(axis=1).tolist()
             found.append([(distance, next(photos)) for distance in distances])
             _print(found[-1], len(found), form, console)
+    kind = "copies of one picture" if confirm else "photos of like things"
     if form == "table":
-        kind = "copies of one picture" if confirm else "photos of like things"
         presenting.say(
             console,
             f"{len(found):,} groups of {kind}, {sum(map(len, found)):,} photos of {len(collection):,}; codes of "
@@ -80,9 +80,11 @@ def duplicates(
         for group, known in list(zip(groups, found, strict=True))[: presenting.ROWS]:
             seen = collection.photos(group[: presenting.COLUMNS])
             rows.append((None, presenting.tiles([(known[at][0], photo) for at, photo in enumerate(seen)])))
-        presenting.write_sheet(sheet, "Photos that are nearly the same", rows)
+        presenting.write_sheet(sheet, f"Groups of {kind}", rows)
+        cut = len(groups) > len(rows) or any(len(group) > presenting.COLUMNS for group in groups)
+        note = f", the first {presenting.ROWS} groups, {presenting.COLUMNS} photos of each at most" if cut else ""
         if form == "table":
-            presenting.say(console, f"Drawn in {sheet}")
+            presenting.say(console, f"Drawn in {sheet}{note}")
     return found
 
 
@@ -127,7 +129,11 @@ def _alike(
 
 def _print(group: list[tuple[int, Photo]], number: int, form: str, console: rich.console.Console) -> None:
     if form == "json":
-        photos = [{"path": printable(photo.path), "distance": distance, "id": photo.id} for distance, photo in group]
+        photos = [
+            {"path": printable(photo.path), "distance": distance}
+            | {"id": photo.id, "width": photo.width, "height": photo.height}
+            for distance, photo in group
+        ]
         presenting.line(console, {"group": number, "photos": photos})
         return
     table = rich.table.Table(title=f"Group {number}: {len(group)} photos", title_justify="left")

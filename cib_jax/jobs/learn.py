@@ -47,7 +47,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
     if len(images) < FEWEST:
         raise DataError(
             f"--images: {found.place} has {len(images)} photos that can be read, but at least {FEWEST} are needed to "
-            "learn from; give --workdir=RUN, a trained run's folder"
+            "learn from; add some, or give --workdir=RUN, a trained run's folder"
         )
     few = ", which are few: more photos, or --workdir=RUN of a trained run, give better codes"
     say(

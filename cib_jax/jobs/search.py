@@ -15,9 +15,9 @@ from cib_jax.contact_sheet import Tile
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
+from cib_jax.data.names import printable
 from cib_jax.errors import Refusal
 from cib_jax.jobs import presenting
-from cib_jax.jobs.presenting import printable
 from cib_jax.retrieval import approximate
 from cib_jax.retrieval import index as index_lib
 from cib_jax.retrieval.index import Index
@@ -102,7 +102,7 @@ def search(
         for one, code, some in zip(queries, codes, hits, strict=True):
             known = collection.photos([hit.number for hit in some], thumbnails=False)
             answer = Found(one.path, code, [(hit.distance, photo) for hit, photo in zip(some, known, strict=True)])
-            _print(answer, form, console, ", ordered by the query's logits" if rerank else "")
+            _print(answer, collection.root, form, console, ", ordered by the query's logits" if rerank else "")
             if sheet is not None and len(rows) < presenting.ROWS:
                 # Only of what is drawn: a large radius may find thousands.
                 drawn = collection.photos([hit.number for hit in some[: presenting.COLUMNS]])
@@ -119,9 +119,9 @@ def search(
 
 def _check(k: int | None, radius: int | None, kind: str) -> None:
     if k is not None and k < 1:
-        raise SearchJobError(f"--k: {k} must be 1 or more photos")
+        raise SearchJobError(f"--k: wanted 1 photo or more, got {k}")
     if radius is not None and radius < 0:
-        raise SearchJobError(f"--radius: {radius} must be 0 or more bits")
+        raise SearchJobError(f"--radius: wanted 0 bits or more, got {radius}")
     if kind not in (index_lib.EXACT, *approximate.KINDS):
         raise SearchJobError(f"--kind: {kind!r} is not one of {index_lib.EXACT}, {', '.join(approximate.KINDS)}")
     if radius is not None and kind != index_lib.EXACT:
@@ -133,24 +133,22 @@ def _queries(query: str, collection: Collection, console: rich.console.Console, 
     path = pathlib.Path(query).expanduser()
     if not path.exists():
         raise DataError(f"--query: there is no {path}; give a photo or a folder of photos")
-    if path.is_dir():
-        try:
+    readable = 0
+    with items_lib.asked_for_as("--query"):
+        if path.is_dir():
             found = items_lib.find(query, takes="images", size=collection.side)
-        except DataError as error:
-            raise DataError(str(error).replace("--images:", "--query:")) from error
-        assert isinstance(found, Photos)
-    else:
-        found = Photos(str(path), [path.name], str(path.parent), collection.side)
-    found, readable = dataclasses.replace(found, see=True), 0
-    for number, read in found.read([range(len(found.names))]):
-        name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
-        if read.seen is None:
-            if not path.is_dir():
-                raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo")
-            _tell_unreadable(name, read.reason, form, console)
-            continue
-        readable += 1
-        yield Query(name, read.seen.square, read.seen.thumbnail)
+            assert isinstance(found, Photos)
+        else:
+            found = Photos(str(path), [path.name], str(path.parent), collection.side)
+        for number, read in dataclasses.replace(found, see=True).read([range(len(found.names))]):
+            name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
+            if read.seen is None:
+                if not path.is_dir():
+                    raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo")
+                _tell_unreadable(name, read.reason, form, console)
+                continue
+            readable += 1
+            yield Query(name, read.seen.square, read.seen.thumbnail)
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder")
 
@@ -190,14 +188,15 @@ def _hits(
     return [some[:k] for some in hits]
 
 
-def _print(answer: Found, form: str, console: rich.console.Console, note: str) -> None:
+def _print(answer: Found, root: str, form: str, console: rich.console.Console, note: str) -> None:
     if form == "json":
         hits = [
             {"path": printable(photo.path), "distance": distance}
             | {"id": photo.id, "width": photo.width, "height": photo.height}
             for distance, photo in answer.hits
         ]
-        presenting.line(console, {"query": printable(answer.query), "code": answer.code.tobytes().hex(), "hits": hits})
+        about = {"query": printable(answer.query), "code": answer.code.tobytes().hex(), "root": printable(root)}
+        presenting.line(console, about | {"hits": hits})
         return
     presenting.say(console, answer.query + note)
     if not answer.hits:

@@ -139,7 +139,7 @@ class Guard:
         if wait := self._rates.seconds_to_wait(route.kind if route else routes.OTHER, client):
             raise _RefusedError(429, f"Too many requests; try again in {wait} s.", after=wait, close=True)
         if not self._is_known(_host(scope)):
-            told = "This server does not know the name that it was asked by; ask by its address, or start it with --names."
+            told = "This server does not know the name it was asked by; ask by its address, or start it with --names."
             raise _RefusedError(421, told, close=True)
         if route is None:
             raise _RefusedError(404, "There is nothing here.")

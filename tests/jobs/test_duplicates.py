@@ -111,7 +111,7 @@ def test_a_sixteenth_of_the_bits_is_the_default_and_json_says_the_same(place, mo
 
 def test_a_contact_sheet_has_a_row_for_each_group(place, tmp_path):
     _, told = find(place, radius=6, show=tmp_path / "sheet.png")
-    assert PIL.Image.open(tmp_path / "sheet.png").size == (8 + 4 * 120, 30 + 3 * 140)
+    assert PIL.Image.open(tmp_path / "sheet.png").size == (8 + 4 * 120, 30 + 3 * 156)
     assert f"Drawn in {tmp_path / 'sheet.png'}" in told
 
 
@@ -123,7 +123,7 @@ def test_where_there_are_none_it_says_so(place, tmp_path):
 
 
 def test_mistakes_are_refused(place):
-    with pytest.raises(PresentingError, match="--radius: -1 must be 0 or more bits"):
+    with pytest.raises(PresentingError, match="--radius: wanted 0 bits or more, got -1"):
         find(place, radius=-1)
     with pytest.raises(PresentingError, match="--format: 'x' is not one of"):
         find(place, form="x")

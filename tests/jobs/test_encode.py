@@ -225,8 +225,8 @@ def test_codes_of_another_run_are_refused(run, root, tmp_path, console):
     [
         ("", "--images: it is empty"),
         ("nowhere", "--images: there is no .*nowhere"),
-        ("text", r"holds no photos \(1 other files\)"),
-        ("x.npy", "is neither a folder nor a .csv or .parquet list, but the run was trained on images"),
+        ("text", r"holds no photos \(1 \.txt\)"),
+        ("x.npy", "is neither a folder nor a .csv or .parquet list; give one of these"),
         ("x.csv", "--images: .* has no column 'path'"),
         (None, "--images: it is missing; give the folder of photos"),
     ],

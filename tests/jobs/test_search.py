@@ -163,7 +163,8 @@ def test_a_contact_sheet_has_a_row_for_each_query(place, tmp_path):
     _, told = ask(place, place / "queries", k=3, show=sheet)
     image = PIL.Image.open(sheet)
     step = SIDE + 8
-    assert image.format == "PNG" and image.size == (8 + step + 24 + 3 * step, 30 + 5 * (step + 20))
+    line = step + 20 + 16  # with the distance and the name
+    assert image.format == "PNG" and image.size == (8 + step + 24 + 3 * step, 30 + 5 * line)
     assert f"Drawn in {sheet}" in told and [path.name for path in sheet.parent.iterdir()] == ["sheet.PNG"]
     # The query itself stands before what it finds.
     ask(place, place / "photos" / "0" / "000.png", radius=0, show=sheet)
@@ -171,7 +172,8 @@ def test_a_contact_sheet_has_a_row_for_each_query(place, tmp_path):
     query, first = (rows[30 : 30 + SIDE, left : left + SIDE] for left in (8, 8 + step + 24))
     assert np.abs(query - first).mean() < 40
     wide, _ = ask(place, place / "queries" / "0.jpg", radius=8, show=sheet)
-    assert len(wide[0].hits) == COUNT + 1 and PIL.Image.open(sheet).width == 8 + step + 24 + 20 * step
+    # Twenty, ten in a line.
+    assert len(wide[0].hits) == COUNT + 1 and PIL.Image.open(sheet).size == (8 + step + 24 + 10 * step, 30 + 2 * line)
     _, told = ask(place, place / "queries", k=1, form="json", show=sheet)
     assert "Drawn" not in told
 
@@ -237,8 +239,8 @@ def test_an_empty_index_is_refused(tmp_path, place):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"k": 0}, SearchJobError, "--k: 0 must be 1 or more"),
-        ({"radius": -1}, SearchJobError, "--radius: -1 must be 0 or more"),
+        ({"k": 0}, SearchJobError, "--k: wanted 1 photo or more, got 0"),
+        ({"radius": -1}, SearchJobError, "--radius: wanted 0 bits or more, got -1"),
         ({"radius": 1, "kind": "mih"}, SearchJobError, "it is always searched exactly; leave --kind=mih out"),
         ({"kind": "x"}, SearchJobError, "--kind: 'x' is not one of exact, hnsw, ivf, mih"),
         ({"kind": "ivf", "settings": {"links": 3}}, SearchError, "links: an index of kind 'ivf' has no such setting"),
