@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from cib_jax.corpus_parts import CorpusError, write_bytes
+from cib_jax.data.names import printable
 
 
 def digest(names: Sequence[str]) -> str:
@@ -58,7 +59,7 @@ def changes(then: Sequence[str], now: Sequence[str]) -> str:
     before, after = set(then), set(now)
     came, went = [name for name in now if name not in before], [name for name in then if name not in after]
     return " and ".join(
-        f"{len(some):,} {word} (the first: {some[0].encode('utf-8', 'backslashreplace').decode()})"
+        f"{len(some):,} {word} (the first: {printable(some[0])})"
         for some, word in ((came, "came"), (went, "went"))
         if some
     )

@@ -37,7 +37,11 @@ def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str 
     """
     if hasher.encoder.backbone.takes != "images":
         raise ValueError("hasher: it was trained on features; pass those to its encode")
-    found = _found(photos, hasher.side)
+    with items.asked_for_as("photos"):
+        return _encoded(hasher, _found(photos, hasher.side))
+
+
+def _encoded(hasher: Hasher, found: Photos) -> PhotoCodes:
     paths: list[str] = []
     unreadable: list[tuple[str, str]] = []
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cib_jax.data.names import printable
+
 # By it LanceDB sees that two writers add the same photo.
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
@@ -47,7 +49,7 @@ def content(rows: Sequence[Row], bits: int) -> Any:
     return pyarrow.table(
         {
             "key": [key_of(path) for path in paths],
-            "path": [path.encode("utf-8", "backslashreplace").decode() for path in paths],
+            "path": [printable(path) for path in paths],
             "raw_path": [None if good else os.fsencode(path) for good, path in zip(valid, paths, strict=True)],
             "code": codes,
             "size": [row.size for row in rows],

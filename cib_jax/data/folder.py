@@ -8,6 +8,7 @@ import numpy as np
 
 from cib_jax.data import photos, prepared
 from cib_jax.data.images import Bar, DataError, ImageSet, Labels, Source, Unreadable, no_bar
+from cib_jax.data.names import printable
 
 FEWEST = 3
 
@@ -72,7 +73,7 @@ def check_enough(where: str, count: int, unreadable: list[Unreadable]) -> None:
       DataError: there are fewer than three.
     """
     if count < FEWEST:
-        first = f" (the first: {_printable(unreadable[0].path)}: {unreadable[0].reason})" if unreadable else ""
+        first = f" (the first: {printable(unreadable[0].path)}: {unreadable[0].reason})" if unreadable else ""
         raise DataError(
             f"config.data.dir: {where} has {count} readable photos and {len(unreadable)} unreadable ones{first}; at "
             f"least {FEWEST} readable ones are needed, and some hundred to learn anything from"
@@ -151,7 +152,7 @@ def _classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
         return (
             None,
             [],
-            f"All photos lie in one sub-folder, {_printable(classes[0])}, which is no class: nothing to measure by",
+            f"All photos lie in one sub-folder, {printable(classes[0])}, which is no class: nothing to measure by",
         )
     numbers = {name: number for number, name in enumerate(classes)}
     note = (
@@ -161,12 +162,8 @@ def _classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
     return np.array([numbers[name] for name in first], np.int64), classes, note
 
 
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
 def counted(others: collections.Counter[str]) -> str:
     """Returns how many files of which extensions, in words."""
-    return ", ".join(f"{count:,} {_printable(extension)}" for extension, count in others.most_common(5)) + (
+    return ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5)) + (
         f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
     )

@@ -14,6 +14,7 @@ from jaxtyping import Shaped
 from cib_jax.data import folder, lists, photos, vectors
 from cib_jax.data.all_cores import in_order
 from cib_jax.data.images import DataError, Item
+from cib_jax.data.names import printable
 
 # What the system answers where the file itself is not to blame: codes made without it would lack good photos for ever.
 _OF_THE_SYSTEM = frozenset(
@@ -117,20 +118,20 @@ class Photos:
             self._check_system(cause, path)
             # Pillow's own errors about a file's content have no number.
             passing = isinstance(error, photos.TooLargeError) or (isinstance(cause, OSError) and bool(cause.errno))
-            return Read(None, _printable(str(error)), size, modified, may_pass=passing)
+            return Read(None, printable(str(error)), size, modified, may_pass=passing)
 
     def _check_system(self, error: BaseException | None, path: str) -> None:
         # A file of its own may go; one that goes with its whole folder was on a disk that did.
         gone = next((at for at in (self.root, os.path.dirname(path)) if not _holds_something(at)), None)
         if isinstance(error, FileNotFoundError) and gone:
             raise DataError(
-                f"--images: {_printable(gone)} is gone or empty; mount it again, and the same command goes on, or name "
+                f"--images: {printable(gone)} is gone or empty; mount it again, and the same command goes on, or name "
                 "the photos that are still there in a list"
             )
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
             told = getattr(error, "strerror", None) or "out of memory"
             raise DataError(
-                f"--images: {_printable(path)} cannot be read now ({told.lower()}), which is not the photo's own "
+                f"--images: {printable(path)} cannot be read now ({told.lower()}), which is not the photo's own "
                 "fault; mend that, and the same command goes on"
             )
 
@@ -183,7 +184,7 @@ def find(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX
     images = os.path.abspath(os.path.expanduser(images))
     if not os.path.exists(images):
         raise DataError(f"--images: there is no {images}; give a folder of photos, a list of them, or features")
-    with _asked_for_as_images():
+    with asked_for_as("--images", instead="config.data.dir"):
         if takes == "features":
             if os.path.isdir(images):
                 raise DataError(
@@ -220,7 +221,7 @@ def _of_folder(directory: str, size: int, max_megapixels: int) -> Photos:
     if not paths:
         why = f"{closed[0].path or directory}: {closed[0].reason}" if closed else f"{others.total():,} other files"
         raise DataError(
-            f"--images: {directory} holds no photos ({_printable(why)}); give a folder with files named "
+            f"--images: {directory} holds no photos ({printable(why)}); give a folder with files named "
             f"{', '.join(sorted(photos.EXTENSIONS))}"
         )
     notes = []
@@ -229,20 +230,16 @@ def _of_folder(directory: str, size: int, max_megapixels: int) -> Photos:
     if closed:
         notes.append(
             f"{len(closed):,} folders cannot be entered, what is in them is left out; the first: "
-            f"{_printable(closed[0].path)}: {closed[0].reason}"
+            f"{printable(closed[0].path)}: {closed[0].reason}"
         )
     inside = [folder.path for folder in closed]
     return Photos(directory, paths, directory, size, max_megapixels, notes, inside)
 
 
 @contextlib.contextmanager
-def _asked_for_as_images() -> Iterator[None]:
-    """Names in errors what the user named: a flag here, a field of the config where a run is trained."""
+def asked_for_as(name: str, instead: str = "--images") -> Iterator[None]:
+    """Names in errors what the user named: another flag or argument `instead` of that which it is known by here."""
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("config.data.dir:", "--images:")) from error
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+        raise DataError(str(error).replace(f"{instead}:", f"{name}:")) from error

@@ -10,8 +10,8 @@ from jaxtyping import UInt8
 from cib_jax.collection import Collection, Photo
 from cib_jax.data.all_cores import in_order
 from cib_jax.data.difference_hash import BITS, difference_hash
+from cib_jax.data.names import printable
 from cib_jax.jobs import presenting, progress
-from cib_jax.jobs.presenting import printable
 from cib_jax.retrieval import near_duplicates
 
 _AT_ONCE = 500

@@ -18,11 +18,12 @@ from cib_jax import config as config_lib
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos, Read
+from cib_jax.data.names import printable
 from cib_jax.hasher import Hasher
 from cib_jax.jobs import agreement, progress
 from cib_jax.jobs.changes import changes, compared, look
 from cib_jax.jobs.learn import learn
-from cib_jax.jobs.presenting import printable, say
+from cib_jax.jobs.presenting import say
 from cib_jax.lance import TableError
 from cib_jax.photo_rows import Row, key_of
 from cib_jax.photo_table import AT_ONCE, About, PhotoTable

@@ -15,6 +15,7 @@ from cib_jax import atomic, contact_sheet
 from cib_jax.collection import Photo
 from cib_jax.contact_sheet import Tile
 from cib_jax.data import photos
+from cib_jax.data.names import printable
 from cib_jax.errors import Refusal
 
 FORMATS = ("table", "json")
@@ -36,11 +37,6 @@ def line(console: rich.console.Console, content: dict[str, Any]) -> None:
     # Past the console, which would break and colour it.
     console.file.write(json.dumps(content, ensure_ascii=False) + "\n")
     console.file.flush()
-
-
-def printable(path: str) -> str:
-    """Returns a path as valid Unicode, which names of files need not be."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(path: str) -> rich.text.Text:

@@ -15,9 +15,9 @@ from cib_jax.contact_sheet import Tile
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
+from cib_jax.data.names import printable
 from cib_jax.errors import Refusal
 from cib_jax.jobs import presenting
-from cib_jax.jobs.presenting import printable
 from cib_jax.retrieval import approximate
 from cib_jax.retrieval import index as index_lib
 from cib_jax.retrieval.index import Index
@@ -133,24 +133,22 @@ def _queries(query: str, collection: Collection, console: rich.console.Console, 
     path = pathlib.Path(query).expanduser()
     if not path.exists():
         raise DataError(f"--query: there is no {path}; give a photo or a folder of photos")
-    if path.is_dir():
-        try:
+    readable = 0
+    with items_lib.asked_for_as("--query"):
+        if path.is_dir():
             found = items_lib.find(query, takes="images", size=collection.side)
-        except DataError as error:
-            raise DataError(str(error).replace("--images:", "--query:")) from error
-        assert isinstance(found, Photos)
-    else:
-        found = Photos(str(path), [path.name], str(path.parent), collection.side)
-    found, readable = dataclasses.replace(found, see=True), 0
-    for number, read in found.read([range(len(found.names))]):
-        name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
-        if read.seen is None:
-            if not path.is_dir():
-                raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo")
-            _tell_unreadable(name, read.reason, form, console)
-            continue
-        readable += 1
-        yield Query(name, read.seen.square, read.seen.thumbnail)
+            assert isinstance(found, Photos)
+        else:
+            found = Photos(str(path), [path.name], str(path.parent), collection.side)
+        for number, read in dataclasses.replace(found, see=True).read([range(len(found.names))]):
+            name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
+            if read.seen is None:
+                if not path.is_dir():
+                    raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo")
+                _tell_unreadable(name, read.reason, form, console)
+                continue
+            readable += 1
+            yield Query(name, read.seen.square, read.seen.thumbnail)
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder")
 

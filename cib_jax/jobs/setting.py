@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from cib_jax import feature_cache, feature_views, from_config, parallel, processes
 from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
+from cib_jax.data.names import printable
 from cib_jax.data.protocols import Protocol
 from cib_jax.data.splits import Splits
 from cib_jax.encoder import Encoder, Params
@@ -170,7 +171,7 @@ def _tell(
     everything += len(bad) + (len(source.test) if source.test else 0)
     told = f"{len(bad):,} of {everything:,} images cannot be read; {path} lists them with the reasons"
     if len(bad) > config.data.max_bad_fraction * everything:
-        shown = bad[0].path.encode("utf-8", "backslashreplace").decode()
+        shown = printable(bad[0].path)
         raise DataError(
             f"config.data.dir: {told} (the first: {shown}: {bad[0].reason}), more than config.data.max_bad_fraction="
             f"{config.data.max_bad_fraction}; mend or remove them, or raise that limit"
