@@ -313,22 +313,22 @@ def check_index(mode: str, workdir: pathlib.Path | None, *, config_named: bool) 
 
 def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> None:
     """Starts a job on an index."""
-    from cib_jax.config import flatten
-    from cib_jax.jobs.duplicates import duplicates
-    from cib_jax.jobs.index import index
-    from cib_jax.jobs.search import search
-    from cib_jax.jobs.serve import serve
-    from cib_jax.retrieval.index import kind_of
-
     place = _INDEX.value
     if mode == "index":
+        from cib_jax.config import flatten
+        from cib_jax.jobs.index import index
+
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
         if config_named:  # all of it was asked for
             overrides = flatten(_CONFIG.value)
         index(place, _IMAGES.value, workdir=workdir, config=_CONFIG.value, overrides=overrides)
     elif mode == "duplicates":
+        from cib_jax.jobs.duplicates import duplicates
+
         duplicates(place, radius=_RADIUS.value, confirm=_CONFIRM.value, form=_FORMAT.value, show=_SHOW.value)
     elif mode == "serve":
+        from cib_jax.jobs.serve import serve
+
         serve(
             place,
             host=_HOST.value,
@@ -341,6 +341,9 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
             megapixels=_MEGAPIXELS.value,
         )
     elif mode == "search":
+        from cib_jax.jobs.search import search
+        from cib_jax.retrieval.index import kind_of
+
         kind, settings = kind_of(_KIND.value)
         search(
             place,

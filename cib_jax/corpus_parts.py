@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from cib_jax.data.names import printable
 from cib_jax.errors import Refusal
 
 
@@ -52,7 +53,6 @@ class Part(NamedTuple):
 
 
 _KEY = b"cib_jax"
-_ESCAPED = "backslashreplace"
 
 
 def name(number: int) -> str:
@@ -88,7 +88,7 @@ def write(
     following = iter(codes)
     packed = [None if file.reason else next(following).tobytes() for file in files]
     valid = [_valid(file.path) for file in files]
-    texts = [file.path.encode("utf-8", _ESCAPED).decode() for file in files]
+    texts = [printable(file.path) for file in files]
     raw = [None if good else os.fsencode(file.path) for file, good in zip(files, valid, strict=True)]
     times = pyarrow.array([file.modified_ns for file in files], pyarrow.int64())
     about = {

@@ -43,7 +43,8 @@ class About(NamedTuple):
     @property
     def root(self) -> str:
         """The folder that paths are relative to."""
-        return os.path.dirname(self.images) if self.images.lower().endswith(items.LISTS) else self.images
+        is_list = self.images.lower().endswith(items.LISTS) and not os.path.isdir(self.images)
+        return os.path.dirname(self.images) if is_list else self.images
 
 
 class State(NamedTuple):
@@ -125,7 +126,10 @@ class PhotoTable:
                 "photos again in another folder, or use the package that made it"
             )
         return cls(
-            uri, About(about["images"], about["encoder"], about["learnt"]), connection, _photos(connection, uri, about)
+            uri,
+            About(about["images"], about["encoder"], about.get("learnt", {})),
+            connection,
+            _photos(connection, uri, about),
         )
 
     @classmethod

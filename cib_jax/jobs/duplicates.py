@@ -75,6 +75,8 @@ def duplicates(
             f"{len(found):,} groups of {kind}, {sum(map(len, found)):,} photos of {len(collection):,}; codes of "
             f"neighbours differ in at most {presenting.bits_of(radius)}",
         )
+    if sheet is not None and not groups and form == "table":
+        presenting.say(console, f"Nothing to draw in {sheet}")
     if sheet is not None and groups:
         rows = []
         for group, known in list(zip(groups, found, strict=True))[: presenting.ROWS]:

@@ -1,5 +1,6 @@
 """The search job and the collection under it, against a plain loop over all codes."""
 
+import errno
 import io
 import json
 import shutil
@@ -155,6 +156,16 @@ def test_an_unreadable_photo_of_a_folder_is_told_and_left_out(place):
     (place / "some" / ":cat:.jpg").write_bytes(b"")
     found, told = ask(place, place / "some", k=1)
     assert len(found) == 5 and f"{place / 'some' / ':cat:.jpg'} cannot be read: 0 bytes" in told
+
+
+def test_what_is_the_systems_fault_is_told_of_the_query(place, monkeypatch):
+    def see(path, size, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(photos, "see", see)
+    for query in (place / "queries", place / "queries" / "0.jpg"):
+        with pytest.raises(DataError, match=r"^--query: .*0\.jpg cannot be read now \(input/output error\)"):
+            ask(place, query)
 
 
 def test_a_contact_sheet_has_a_row_for_each_query(place, tmp_path):
