@@ -38,6 +38,7 @@ def serve(
     """
     web.check_installed()
     from cib_jax.web import page, server
+    from cib_jax.web.clients import Clients
     from cib_jax.web.decoding import Decoding
     from cib_jax.web.limits import Limits
 
@@ -45,8 +46,11 @@ def serve(
     for name in ("searches", "photo_mb", "megapixels"):
         if limits.get(name, 1) < 1:
             raise web.WebError(f"--{name}: {limits[name]} must be 1 or more")
+    if below and not below.startswith("/"):
+        raise web.WebError(f"--below: {below!r} is no folder of a server; give it with its slash, such as /photos")
     decoding = Decoding(megapixels=limits.pop("megapixels", Decoding.megapixels))
     chosen = Limits(decoding=decoding, **limits)
+    Clients(chosen.proxies)  # told now, not once all is loaded
     server.check_free(host, port)
     say(console, f"Opening {uri}")
     collection = Collection.open(uri)

@@ -39,7 +39,7 @@ class Clients:
                 self._proxies.append(ipaddress.ip_network(proxy, strict=False))
             except ValueError:
                 raise ProxyError(
-                    f"--proxies: {proxy!r} is neither an address nor a network; give for example 10.0.0.2 or 10.0.0.0/24"
+                    f"--proxies: {proxy!r} is no address or network; give for example 10.0.0.2 or 10.0.0.0/24"
                 ) from None
 
     def is_proxy(self, peer: str) -> bool:

@@ -1,4 +1,4 @@
-"""A process that decodes photos of strangers, one after another, and can do nothing else.
+"""A process that decodes photos of strangers, one after another, with little left that it may do.
 
 `python -m cib_jax.web.decoder DESCRIPTOR MEMORY_MIB [MODULE:FUNCTION]`, started by `decoding`. It holds no secret,
 starts no process, writes no file, and ends rather than take more memory than it may.

@@ -1,4 +1,4 @@
-"""Photos of strangers, decoded in processes of their own, where a crafted one can do no harm."""
+"""Photos of strangers, decoded in processes of their own, where a crafted one can do little harm."""
 
 import dataclasses
 import os

@@ -29,7 +29,7 @@ def test_who_a_client_is(peer, forwarded, name):
 
 
 def test_a_proxy_that_is_no_address_is_refused():
-    with pytest.raises(ProxyError, match="proxies: 'nginx' is neither an address nor a network"):
+    with pytest.raises(ProxyError, match="--proxies: 'nginx' is no address or network"):
         Clients(["nginx"])
 
 
