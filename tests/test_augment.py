@@ -14,6 +14,7 @@ from scipy import stats
 
 from cib_jax import augment, colour, geometry
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "augment.npz")
 FAMILIES = ["photo", "digits"]
 MANY = 4000
@@ -189,7 +190,7 @@ def both_forms(family, chunk):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch, chunk", [(1, 4), (4, 4), (5, 4), (17, 4), (17, 1)])
+@pytest.mark.parametrize("batch, chunk", [(1, 4), (4, 4), (9, 4), (5, 1)])
 def test_the_form_for_a_cpu_gives_the_same_views(family, batch, chunk):
     """Batches that chunks fill, do not fill, or that are less than one; and images one by one."""
     whole, chunked = both_forms(family, chunk)(jax.random.key(16), noise(batch))

@@ -125,7 +125,7 @@ def test_any_size_becomes_a_square(width, height, size):
     assert off.mean() < 2 and off.max() <= (2 if max(width, height) < 3 * size else 40)
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_000, 3), (1, 9_000), (1, 1), (20_000, 1_000)])
+@pytest.mark.parametrize(("width", "height"), [(20_000, 3), (1, 9_000), (1, 1), (9_000, 400)])
 def test_extreme_shapes(width, height):
     for form in ("JPEG", "PNG"):
         image = PIL.Image.new("RGB", (width, height), (10, 200, 90))
@@ -292,7 +292,7 @@ def test_seen_every_mode_has_the_same_square_and_a_thumbnail(mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("width", [64, 1600])
+@pytest.mark.parametrize("width", [64, 800])
 def test_seen_upright_with_nothing_of_the_exif(orientation, width):
     exif = PIL.Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "http://maker"

@@ -14,7 +14,7 @@ from cib_jax.jobs import scores, space, tune
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import train
 from cib_jax.jobs.workdir import WorkdirError
-from tests import small
+from tests import pretrained, small
 from tests.jobs import many
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -84,8 +84,9 @@ def test_a_search_taken_up_again_comes_to_the_same(done, tmp_path):
     assert tune.tune(searched(folder), tmp_path / "cut", console=QUIET)["trials"] == search["trials"]
 
 
-def test_a_search_that_learns_from_earlier_trials_comes_to_the_same(tmp_path, monkeypatch):
-    """With a formula for the score, since only draws and files are looked at."""
+@pytest.fixture
+def formula(monkeypatch):
+    """A formula for the score, where only draws and files are looked at."""
 
     def trained(config, folder, **_):
         value = -abs(config.temperature - 0.4) - config.beta
@@ -93,6 +94,10 @@ def test_a_search_that_learns_from_earlier_trials_comes_to_the_same(tmp_path, mo
 
     monkeypatch.setattr(tune, "train", trained)
     monkeypatch.setattr(tune.scores, "label_free_scores", lambda *_: dict.fromkeys(tune.SCORES, 0.0))
+
+
+@pytest.mark.usefixtures("formula")
+def test_a_search_that_learns_from_earlier_trials_comes_to_the_same(tmp_path):
     config = searched(tmp_path, tune__sampler="tpe", tune__trials=16)
     whole = tune.tune(config, tmp_path / "whole", console=QUIET)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -108,6 +113,7 @@ def test_more_trials_go_on_from_those_there_are(done):
         tune.tune(searched(folder, tune__space="temperature=0.1..0.9"), folder / "s", console=QUIET)
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_grid_tries_every_pair_once(tmp_path):
     config = searched(tmp_path, tune__space="temperature=0.2|0.5, beta=0.0|0.1", tune__sampler="grid", epochs=1)
     search = tune.tune(config, tmp_path / "s", console=QUIET)
@@ -121,7 +127,7 @@ def test_people_without_labels_choose_by_a_score(tmp_path):
         data__validation="none",
         data__labelled=False,
         tune__score="separation",
-        tune__trials=3,
+        tune__trials=2,
         epochs=1,
     )
     search = tune.tune(config, tmp_path / "s", console=QUIET)
@@ -225,17 +231,11 @@ def test_tpe_learns_from_earlier_trials():
 
 
 @pytest.mark.parametrize("kind", ["from scratch", "frozen, bank", "frozen, fresh views"])
-def test_every_kind_of_network_is_scored(tmp_path, kind):
+def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
     config = small.config(epochs=1, encode_batch=50)
     if kind != "from scratch":
-        config = small.config(
-            epochs=1,
-            backbone="efficientnet_lite0",
-            frozen=True,
-            image_size=32,
-            augment="photo",
-            train__views=2 if "bank" in kind else 0,
-        )
+        fields = pretrained.convnet(monkeypatch, tmp_path, 8)
+        config = small.config(epochs=1, train__views=2 if "bank" in kind else 0, **fields)
     train(config, tmp_path / "run", console=QUIET)
     found = scores.label_free_scores(tmp_path / "run", 60)
     assert found.keys() == cib.retrieval.label_free.SCORES.keys()

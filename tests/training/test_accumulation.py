@@ -94,7 +94,6 @@ def expected(logits, objective, stochastic):
         ("cibhash", True, 1),
         ("cibhash", False, 3),
         ("cl_hash", True, 6),
-        ("cl_hash", False, 2),
         ("naive_cl", True, 4),
     ],
 )
