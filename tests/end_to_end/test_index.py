@@ -162,13 +162,19 @@ MISTAKES = [
     (["--mode=search", "--index=INDEX", "--query=x", "--show=x.jpg"], "--show: x.jpg is no name of a PNG"),
     (["--mode=search", "--index=INDEX", "--query=x", "--config.bits=8"], "--config: an index has its own encoder"),
     (["--mode=search", "--index=INDEX", "--query=x", "--config=configs/index.py"], "--config: an index has its own"),
-    (["--mode=search", "--index=INDEX", "--query=x", "--images=y"], "--images: it is for --mode=encode and --mode=ind"),
-    (["--mode=search", "--index=INDEX", "--query=x", "--workdir=y"], "--workdir: it is for --mode=train and "),
+    (
+        ["--mode=search", "--index=INDEX", "--query=x", "--images=y"],
+        "--images: it is for --mode=encode and --mode=ind",
+    ),
+    (
+        ["--mode=search", "--index=INDEX", "--query=x", "--workdir=y"],
+        "--workdir: it is for --mode=train, --mode=eval",
+    ),
     (["--mode=search", "--index=INDEX", "--query=x", "--noconfirm"], "--confirm: it is for --mode=duplicates"),
     (["--mode=duplicates", "--index=INDEX", "--query=x"], "--query: it is for --mode=search; leave it out"),
     (["--mode=duplicates", "--index=INDEX", "--show", "/nowhere/x.png"], "--show: there is no folder /nowhere"),
     (["--mode=duplicates", "--show", "--index=INDEX"], "--index: there is no index at INDEX"),
-    (["--mode=train", "--index=INDEX"], "--index: it is for --mode=index and --mode=search and --mode=duplicates"),
+    (["--mode=train", "--index=INDEX"], "--index: it is for --mode=index, --mode=search, --mode="),
 ]
 
 

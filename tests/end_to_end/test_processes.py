@@ -14,12 +14,14 @@ from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.train import train
 from tests import small
-from tests.end_to_end.processes import finish, run, start, wait_until, with_devices
+from tests.end_to_end.processes import ENVIRONMENT, OPTIMISED, finish, run, start, wait_until, with_devices
 from tests.jobs import many
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 QUIET = rich.console.Console(quiet=True)
 # Images decoded as they are needed, so that each process reads its part of every batch, and validated while training.
-STREAMED = {"data__resident_mb": 0, "epochs": 4, "data__validation": "database", "data__validation_queries": 100}
+STREAMED = {"data__resident_mb": 0, "epochs": 8, "data__validation": "database", "data__validation_queries": 100}
 LONG = {"data__resident_mb": 0, "epochs": 16, "train__checkpoint_every": 2}
 
 
@@ -41,34 +43,66 @@ def results(workdir):
     return json.loads((workdir / "results.json").read_text())
 
 
+def killed(tmp_path, victim, fields, epochs, environment=ENVIRONMENT):
+    """Kills one of two processes when epochs are logged; returns how a user goes on."""
+    arguments = [*small.flags(**fields), f"--workdir={tmp_path / 'run'}"]
+    processes = start(2, *arguments, environment=environment)
+    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= epochs)
+    processes[victim].send_signal(signal.SIGKILL)
+    told = finish(processes, timeout=120)
+    assert told[victim][0] == -signal.SIGKILL
+    # Usually our own sentence; JAX's own watch over the first process may come before it.
+    code, _, error = told[1 - victim]
+    assert code in (75, -signal.SIGABRT) and (
+        "another process of this run ended" in error or "JAX distributed" in error
+    )
+    assert not (tmp_path / "run" / "results.json").exists()
+    return arguments
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The long run on one process with two devices."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2))
-    return workdir
+def ended(tmp_path_factory):
+    """A run of two processes, one of them told to end, that one process with two devices finished.
+
+    The run below is cut at another moment and goes on elsewhere: both come to the same bits only if cuts show in none.
+    """
+    workdir = tmp_path_factory.mktemp("ended") / "run"
+    arguments = [*small.flags(**STREAMED), f"--workdir={workdir}"]
+    processes = start(2, *arguments)
+    wait_until(processes, lambda: epochs_logged(workdir) >= 1)
+    processes[1].send_signal(signal.SIGTERM)
+    told = finish(processes)
+    left = epochs_logged(workdir)
+    return workdir, told, left, run(1, *arguments, environment=with_devices(2))
 
 
-def test_two_processes_come_to_the_bits_of_one_with_two_devices(tmp_path):
-    for count in (1, 2):
-        arguments = [*small.flags(**STREAMED), f"--workdir={tmp_path / str(count)}"]
-        said = run(count, *arguments, environment=with_devices(2 // count))
-    assert "2 processes with 2 devices share each batch" in said
-    assert same_parameters(tmp_path / "2", tmp_path / "1")
+def test_sigterm_to_one_process_saves_at_one_step_in_all_and_one_process_goes_on(ended):
+    _, told, left, out = ended
+    assert [code for code, _, _ in told] == [75, 75], told
+    assert "Stopped by SIGTERM: " in told[0][2] and "is saved in" in told[0][2]
+    assert left < 8 and "Going on after " in out
+
+
+def test_killed_hard_one_process_ends_the_other_and_two_come_to_the_bits_of_one(tmp_path, ended):
+    """To its parameters, codes and figures."""
+    arguments = killed(tmp_path, 1, STREAMED, epochs=2)
+    said = run(2, *arguments)
+    assert "Going on after " in said and "2 processes with 2 devices share each batch" in said
+    mine, alone = tmp_path / "run", ended[0]
+    assert same_parameters(mine, alone)
     for name in ("query_codes", "database_codes"):
-        codes = [np.load(tmp_path / count / "codes" / f"{name}.npy") for count in "12"]
-        assert np.array_equal(*codes)
-    alone, mine = results(tmp_path / "1"), results(tmp_path / "2")
-    assert mine["map"] == pytest.approx(alone["map"], abs=1e-12)
+        assert np.array_equal(*(np.load(workdir / "codes" / f"{name}.npy") for workdir in (mine, alone)))
+    figures, others = results(mine), results(alone)
+    assert figures["map"] == pytest.approx(others["map"], abs=1e-12)
     for curve in ("precision", "recall"):
-        lists = [told["metrics"]["precision_recall"][curve] for told in (mine, alone)]
+        lists = [told["metrics"]["precision_recall"][curve] for told in (figures, others)]
         np.testing.assert_allclose(*lists, rtol=1e-12)
-    assert mine["metrics"]["queries"] == alone["metrics"]["queries"] == mine["counts"]["query"]
-    assert mine["best_validation_map"] == pytest.approx(alone["best_validation_map"], abs=1e-12)
-    assert epochs_logged(tmp_path / "2") == 4
+    assert figures["metrics"]["queries"] == others["metrics"]["queries"] == figures["counts"]["query"]
+    assert figures["best_validation_map"] == pytest.approx(others["best_validation_map"], abs=1e-12)
+    assert epochs_logged(mine) == 8
     # Measured again by one process alone, on one device.
-    again = evaluate(tmp_path / "2", console=QUIET)
-    assert again["map"] == pytest.approx(mine["map"], abs=1e-3)  # bits on the edge may fall to either side
+    again = evaluate(mine, console=QUIET)
+    assert again["map"] == pytest.approx(figures["map"], abs=1e-3)  # bits on the edge may fall to either side
 
 
 def test_four_processes_come_to_the_losses_and_parameters_of_one_device(tmp_path):
@@ -86,39 +120,6 @@ def test_four_processes_come_to_the_losses_and_parameters_of_one_device(tmp_path
     assert "MAP@20 " in out
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_same(tmp_path, undisturbed, victim):
-    arguments = [*small.flags(**LONG), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments)
-    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 5)
-    processes[victim].send_signal(signal.SIGKILL)
-    told = finish(processes, timeout=120)
-    assert told[victim][0] == -signal.SIGKILL
-    # Usually our own sentence; JAX's own watch over the first process may come before it.
-    code, _, error = told[1 - victim]
-    assert code in (75, -signal.SIGABRT) and (
-        "another process of this run ended" in error or "JAX distributed" in error
-    )
-    assert not (tmp_path / "run" / "results.json").exists()
-    # On two processes again, or on one.
-    out = run(2 - victim, *arguments, environment=with_devices(1 + victim))
-    assert "Going on after " in out
-    assert same_parameters(tmp_path / "run", undisturbed)
-
-
-def test_sigterm_to_one_process_saves_at_one_step_in_all_and_one_process_goes_on(tmp_path, undisturbed):
-    arguments = [*small.flags(**LONG), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments)
-    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 3)
-    processes[1].send_signal(signal.SIGTERM)
-    told = finish(processes)
-    assert [code for code, _, _ in told] == [75, 75], told
-    assert "Stopped by SIGTERM: " in told[0][2] and "is saved in" in told[0][2]
-    out = run(1, *arguments, environment=with_devices(2))
-    assert "Going on after " in out
-    assert same_parameters(tmp_path / "run", undisturbed)
-
-
 def test_a_workdir_in_use_is_told_of_by_the_first(tmp_path):
     with workdir_lib.claim(tmp_path / "run"):  # as another process does
         told = finish(start(2, *small.flags(**LONG), f"--workdir={tmp_path / 'run'}"))
@@ -127,12 +128,44 @@ def test_a_workdir_in_use_is_told_of_by_the_first(tmp_path):
     assert "Traceback" not in told[0][2] + told[1][2] and "at work" not in told[1][2]
 
 
+def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
+    """The checkpoints are taken over by somebody else, which the first process alone looks at."""
+    place = tmp_path / "checkpoints"
+    many.config(tmp_path)  # writes the features
+    fields = many.FEATURES | {"data__dir": str(tmp_path / "features.npy"), "train__checkpoint_dir": str(place)}
+    fields |= {"epochs": 3000}
+    processes = start(2, *small.flags(**fields), f"--workdir={tmp_path / 'run'}")
+    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 2)
+    (place / "owner.json").write_text(json.dumps({"workdir": "/elsewhere", "session": "another"}))
+    told = finish(processes)
+    assert [code for code, _, _ in told] == [2, 2], told
+    assert all("a run in /elsewhere has taken over the checkpoints" in error for _, _, error in told)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The long run on one process with two devices."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2, OPTIMISED))
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_undisturbed(tmp_path, undisturbed, victim):
+    arguments = killed(tmp_path, victim, LONG, epochs=5, environment=OPTIMISED)
+    # On two processes again, or on one.
+    out = run(2 - victim, *arguments, environment=with_devices(1 + victim, OPTIMISED))
+    assert "Going on after " in out
+    assert same_parameters(tmp_path / "run", undisturbed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_the_same(tmp_path, undisturbed, moment):
     draws = np.random.default_rng(moment)
     arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments)
+    processes = start(2, *arguments, environment=OPTIMISED)
     try:
         processes[moment % 2].wait(timeout=draws.uniform(0, 25))
     except subprocess.TimeoutExpired:
@@ -140,7 +173,7 @@ def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_th
     told = finish(processes, timeout=400)
     code, _, error = told[1 - moment % 2]
     assert code in (75, -signal.SIGABRT) or (code == 2 and "did not come" in error), told
-    run(2, *arguments)
+    run(2, *arguments, environment=OPTIMISED)
     assert same_parameters(tmp_path / "run", undisturbed)
 
 
@@ -149,7 +182,7 @@ def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_th
 def test_killed_during_a_save_one_of_two_processes_ends_the_other_with_75(tmp_path, undisturbed, moment):
     draws = np.random.default_rng(moment)
     arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments)
+    processes = start(2, *arguments, environment=OPTIMISED)
     epoch = draws.integers(1, 10)
     wait_until(
         processes,
@@ -158,17 +191,5 @@ def test_killed_during_a_save_one_of_two_processes_ends_the_other_with_75(tmp_pa
     processes[moment % 2].send_signal(signal.SIGKILL)
     told = finish(processes, timeout=400)
     assert told[1 - moment % 2][0] in (75, -signal.SIGABRT), told
-    run(2, *arguments)
+    run(2, *arguments, environment=OPTIMISED)
     assert same_parameters(tmp_path / "run", undisturbed)
-
-
-def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
-    """The checkpoints are taken over by somebody else, which the first process alone looks at."""
-    place = tmp_path / "checkpoints"
-    fields = LONG | {"train__checkpoint_every": 1, "train__checkpoint_dir": str(place), "epochs": 200}
-    processes = start(2, *small.flags(**fields), f"--workdir={tmp_path / 'run'}")
-    wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 2)
-    (place / "owner.json").write_text(json.dumps({"workdir": "/elsewhere", "session": "another"}))
-    told = finish(processes)
-    assert [code for code, _, _ in told] == [2, 2], told
-    assert all("a run in /elsewhere has taken over the checkpoints" in error for _, _, error in told)

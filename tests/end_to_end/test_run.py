@@ -91,9 +91,6 @@ def epochs_logged(workdir):
 def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path, whole):
     resumed = killed_and_resumed(tmp_path, whole, lambda workdir: epochs_logged(workdir) >= 3)
     assert "Going on after epoch" in resumed and "MAP@100" in resumed
-    code, out, error = finish(start("--mode=evaluate", f"--workdir={tmp_path / 'killed'}", "--config.k=7"))
-    assert code == 0, error
-    assert "MAP@7 " in out
     assert "Traceback" not in resumed
 
 
