@@ -22,6 +22,9 @@ def compiled_quickly():
 
     Not for what is compared with the bits that a started process comes to.
     """
+    # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
