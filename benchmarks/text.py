@@ -1,0 +1,237 @@
+"""Hashing embeddings of texts: what is left of the search by floats, in how many bytes, by this project and by others.
+
+`python -m benchmarks.text --data=wordnet.parquet` measures on a features file, such as `benchmarks.wordnet` writes, in
+the splits and with the settings of configs/text.py. `--ask "fear of spiders"` prints instead what a text finds, by
+codes and by floats; it embeds the text, which wants `pip install '.[text]'`.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, UInt8
+
+import cib_jax as cib
+from benchmarks import measuring, wordnet
+from cib_jax import from_config
+from cib_jax.baselines import BASELINES
+from cib_jax.data.images import ImageSet, gather
+from cib_jax.errors import Refusal
+from cib_jax.retrieval import asymmetric
+from configs import text
+
+METHODS = {"lsh": "LSH", "itq": "ITQ", "cib": "cib_jax"}
+NEAREST, AMONG = 10, 100
+"""Recall is of so many nearest floats among so many first codes."""
+ASKED = (
+    "a vehicle with two wheels that you pedal",
+    "fear of spiders",
+    "someone who repairs shoes",
+    "sweet food made by bees",
+    "the time between sunset and night",
+)
+
+
+class Task(NamedTuple):
+    """Embeddings that train, that ask and that are searched, with labels of the latter two and the texts searched."""
+
+    train: Float32[np.ndarray, "items features"]
+    query: Float32[np.ndarray, "queries features"]
+    database: Float32[np.ndarray, "n features"]
+    query_labels: np.ndarray
+    database_labels: np.ndarray
+    texts: Sequence[str] | None
+
+
+class Coded(NamedTuple):
+    """What a method makes of a task."""
+
+    query: UInt8[np.ndarray, "queries bytes"]
+    logits: Float[np.ndarray, "queries bits"]
+    database: UInt8[np.ndarray, "n bytes"]
+
+
+class Quality(NamedTuple):
+    """MAP and recall of the floats' nearest, of codes as they are and with the first hits in the order of logits."""
+
+    map: float
+    reranked_map: float
+    recall: float
+    reranked_recall: float
+
+
+def load(config: ml_collections.ConfigDict) -> Task:
+    """Returns the features of `config.data.dir` in the splits of a run with this config.
+
+    Raises:
+      DataError: the file cannot be read, has no labels, or is too small.
+    """
+    splits = from_config.draw_splits(config)
+    parts = (splits.train, splits.query, splits.database)
+    assert splits.query.labels is not None and splits.database.labels is not None  # or validation is refused
+    return Task(*map(_rows, parts), splits.query.labels, splits.database.labels, splits.database.names)
+
+
+def _rows(part: ImageSet) -> Float32[np.ndarray, "items features"]:
+    return np.asarray(gather(part.images, np.arange(len(part))), np.float32)
+
+
+def fit(method: str, config: ml_collections.ConfigDict, train: Float32[np.ndarray, "items features"]) -> Any:
+    """Returns a function of features [n, features] that gives packed codes and logits, fitted by one of `METHODS`."""
+    if method != "cib":
+        encoder = BASELINES[method].fit(train, config.bits, jax.random.key(config.seed))
+
+        def plain(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            logits = encoder(features)
+            return np.asarray(cib.pack_bits(logits)), np.asarray(logits)
+
+        return plain
+    hasher = cib.fit(
+        train,
+        bits=config.bits,
+        backbone="none",
+        hidden=config.hidden,
+        objective=config.objective,
+        temperature=config.temperature,
+        beta=config.beta,
+        stochastic=config.binary == "stochastic",
+        augment=config.augment,
+        feature_noise=config.feature_noise,
+        feature_dropout=config.feature_dropout,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+    )
+    return lambda features: (hasher.encode(features), hasher.logits(features))
+
+
+def nearest(
+    query: Float32[np.ndarray, "queries features"], database: Float32[np.ndarray, "n features"], k: int
+) -> Int[np.ndarray, "queries k"]:
+    """Returns the positions of the k rows of highest cosine with each query, highest first, ties in database order."""
+    unit = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (query, database)]
+    found = np.empty((len(query), k), np.int64)
+    for start in range(0, len(query), 100):
+        cosines = unit[0][start : start + 100] @ unit[1].T
+        # The k-th highest first: whoever is above it is found, and of those at it the first.
+        least = np.partition(cosines, -k, axis=1)[:, [-k]]
+        for row, (values, bound) in enumerate(zip(cosines, least, strict=True)):
+            some = np.flatnonzero(values >= bound)
+            found[start + row] = some[np.argsort(-values[some], kind="stable")[:k]]
+    return found
+
+
+def mean_average_precision(relevant: Bool[np.ndarray, "queries k"]) -> float:
+    """Returns MAP@k of what is relevant by rank, as `cib_jax.mean_average_precision` defines it."""
+    hits = np.cumsum(relevant, axis=1)
+    precision = hits / np.arange(1, relevant.shape[1] + 1)
+    return float(np.mean((precision * relevant).sum(axis=1) / np.maximum(hits[:, -1], 1)))
+
+
+def recall(wanted: Int[np.ndarray, "queries few"], found: Int[np.ndarray, "queries many"]) -> float:
+    """Returns the mean share of `wanted` that is in `found`."""
+    return float(np.mean([np.isin(few, many).mean() for few, many in zip(wanted, found, strict=True)]))
+
+
+def judge(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries k"]) -> Quality:
+    """Returns the quality of codes; the first k hits, as many as `by_float` has, are re-ranked."""
+    found = cib.rank(coded.query, coded.database, by_float.shape[1])
+    _, finer = asymmetric.rerank(coded.database, coded.logits, found)
+
+    def relevant(ids: np.ndarray) -> np.ndarray:
+        return task.database_labels[ids] == task.query_labels[:, None]
+
+    wanted = by_float[:, :NEAREST]
+    return Quality(
+        mean_average_precision(relevant(found)),
+        mean_average_precision(relevant(finer)),
+        recall(wanted, found[:, :AMONG]),
+        recall(wanted, finer[:, :AMONG]),
+    )
+
+
+def measure(
+    task: Task, config: ml_collections.ConfigDict, methods: Sequence[str], bits: Sequence[int], seeds: int
+) -> list[tuple[str, ...]]:
+    """Returns the table's rows: floats, then each method at each length, means and deviations of the seeds."""
+    by_float = nearest(task.query, task.database, config.k)
+    relevant = task.database_labels[by_float] == task.query_labels[:, None]
+    size = 4 * task.database.shape[1]
+    rows: list[tuple[str, ...]] = [
+        ("floats, cosine", "", f"{size:,}", "1", f"{mean_average_precision(relevant):.3f}", "", "1.000", "", "")
+    ]
+    for length in bits:
+        for method in methods:
+            found, seconds = [], []
+            for seed in range(seeds):
+                config.bits, config.seed = length, seed
+                begun = time.perf_counter()
+                encode = fit(method, config, task.train)
+                seconds.append(time.perf_counter() - begun)
+                found.append(judge(task, Coded(*encode(task.query), encode(task.database)[0]), by_float))
+            quality = (f"{np.mean(of):.3f} ± {np.std(of):.3f}" for of in zip(*found, strict=True))
+            size_of_code = length // 8
+            saving = f"{size / size_of_code:,.0f}"
+            told = f"{np.median(seconds):.1f} s"
+            rows.append((METHODS[method], str(length), str(size_of_code), saving, *quality, told))
+    return rows
+
+
+def ask(task: Task, config: ml_collections.ConfigDict, asked: Sequence[str], model: Any, hits: int = 5) -> str:
+    """Returns what each text finds, by floats and by codes of `config.bits` that are re-ranked, one hit a line."""
+    assert task.texts is not None
+    features = wordnet.embed(model, asked)
+    encode = fit("cib", config, task.train)
+    codes, logits = encode(features)
+    database = encode(task.database)[0]
+    by_code = cib.rank(codes, database, max(AMONG, hits))
+    _, by_code = asymmetric.rerank(database, logits, by_code)
+    by_float = nearest(features, task.database, hits)
+    told = []
+    for row, question in enumerate(asked):
+        told.append(f"“{question}”")
+        for title, ids in (("floats", by_float[row]), (f"{config.bits} bits", by_code[row, :hits])):
+            told += [f"  {title if not rank else '':8} {task.texts[index]}" for rank, index in enumerate(ids)]
+    return "\n".join(told)
+
+
+def main() -> None:
+    """Reads the flags and measures, or asks."""
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--data", required=True, help="features file, with labels")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 32, 64, 128], help="code lengths; --ask: the first")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--ask", nargs="*", help="texts to search with; none given: five of this file")
+    parser.add_argument("--model", default="", help="that made the embeddings, as for benchmarks.wordnet")
+    flags = parser.parse_args()
+    config = text.get_config()
+    config.data.dir = flags.data
+    try:
+        task = load(config)
+        model = wordnet.load_model(flags.model) if flags.ask is not None else None
+    except Refusal as refusal:
+        sys.exit(str(refusal))
+    if model is not None:
+        config.bits = flags.bits[0]
+        print(ask(task, config, flags.ask or ASKED, model))
+        return
+    print(measuring.machine("jax", "numpy"), end="\n\n")
+    counts = np.bincount(task.database_labels) / len(task.database)
+    print(
+        f"{len(task.query):,} queries on {len(task.database):,}, {len(task.train):,} of them train; by chance MAP is "
+        f"about {np.mean(counts[task.query_labels]):.3f}\n"
+    )
+    at = f"MAP@{config.k}"
+    of = f"{NEAREST} nearest in {AMONG}"
+    header = ("method", "bits", "bytes", "smaller", at, "re-ranked", of, "re-ranked", "fitting")
+    measuring.print_table(header, measure(task, config, flags.methods, flags.bits, flags.seeds))
+
+
+if __name__ == "__main__":
+    main()

