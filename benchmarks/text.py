@@ -30,9 +30,9 @@ NEAREST, AMONG = 10, 100
 ASKED = (
     "a vehicle with two wheels that you pedal",
     "fear of spiders",
-    "someone who repairs shoes",
-    "sweet food made by bees",
-    "the time between sunset and night",
+    "lying awake at night",
+    "a tool to open wine bottles",
+    "a large bird that cannot fly",
 )
 
 
@@ -182,21 +182,29 @@ def measure(
     return rows
 
 
-def ask(task: Task, config: ml_collections.ConfigDict, asked: Sequence[str], model: Any, hits: int = 5) -> str:
-    """Returns what each text finds, by floats and by codes of `config.bits` that are re-ranked, one hit a line."""
+def ask(
+    task: Task,
+    config: ml_collections.ConfigDict,
+    methods: Sequence[str],
+    asked: Sequence[str],
+    model: Any,
+    hits: int = 5,
+) -> str:
+    """Returns what each text finds, by floats and by each method's codes, re-ranked, of `config.bits`; a hit a line."""
     assert task.texts is not None
     features = wordnet.embed(model, asked)
-    encode = fit("cib", config, task.train)
-    codes, logits = encode(features)
-    database = encode(task.database)[0]
-    by_code = cib.rank(codes, database, max(AMONG, hits))
-    _, by_code = asymmetric.rerank(database, logits, by_code)
-    by_float = nearest(features, task.database, hits)
+    found = {"floats": nearest(features, task.database, hits)}
+    for method in methods:
+        encode = fit(method, config, task.train)
+        codes, logits = encode(features)
+        database = encode(task.database)[0]
+        _, ids = asymmetric.rerank(database, logits, cib.rank(codes, database, min(config.k, len(database))))
+        found[METHODS[method]] = ids[:, :hits]
     told = []
     for row, question in enumerate(asked):
         told.append(f"“{question}”")
-        for title, ids in (("floats", by_float[row]), (f"{config.bits} bits", by_code[row, :hits])):
-            told += [f"  {title if not rank else '':8} {task.texts[index]}" for rank, index in enumerate(ids)]
+        for name, ids in found.items():
+            told += [f"  {'' if rank else name:8} {task.texts[index]}" for rank, index in enumerate(ids[row])]
     return "\n".join(told)
 
 
@@ -204,7 +212,7 @@ def main() -> None:
     """Reads the flags and measures, or asks."""
     parser = measuring.parser(__doc__)
     parser.add_argument("--data", required=True, help="features file, with labels")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="to compare")
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 32, 64, 128], help="code lengths; --ask: the first")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--ask", nargs="*", help="texts to search with; none given: five of this file")
@@ -219,7 +227,7 @@ def main() -> None:
         sys.exit(str(refusal))
     if model is not None:
         config.bits = flags.bits[0]
-        print(ask(task, config, flags.ask or ASKED, model))
+        print(ask(task, config, flags.methods, flags.ask or ASKED, model))
         return
     print(measuring.machine("jax", "numpy"), end="\n\n")
     counts = np.bincount(task.database_labels) / len(task.database)

@@ -142,9 +142,10 @@ def test_what_is_asked_finds_itself(tmp_path):
     wordnet.write(path, [wordnet.Noun(word, word[0]) for word in words], [wordnet.embed(Letters(), words)])
     config = small_config(path)
     task = text.load(config)
-    told = text.ask(task, config, [task.texts[5]], Letters(), hits=2).splitlines()
+    told = text.ask(task, config, ["itq", "cib"], [task.texts[5]], Letters(), hits=2).splitlines()
     assert told[0] == f"“{task.texts[5]}”" and told[1].split() == ["floats", task.texts[5]]
-    assert told[3].startswith("  8 bits ") and len(told) == 5
+    assert [line[:9].strip() for line in told[1:]] == ["floats", "", "ITQ", "", "cib_jax", ""]
+    assert all(line[11:] in task.texts for line in told[1:])
 
 
 def test_what_embeds_is_named_where_it_is_missing():
