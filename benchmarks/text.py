@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 import cib_jax as cib
 from benchmarks import measuring, wordnet
+from cib_jax import config as config_lib
 from cib_jax import from_config
 from cib_jax.baselines import BASELINES
 from cib_jax.data.images import ImageSet, gather
@@ -64,16 +65,19 @@ class Quality(NamedTuple):
     reranked_recall: float
 
 
-def load(config: ml_collections.ConfigDict) -> Task:
+def load(config: ml_collections.ConfigDict, *, validation: bool = False) -> Task:
     """Returns the features of `config.data.dir` in the splits of a run with this config.
+
+    With `validation`, its validation queries ask, by which settings are chosen, and are not searched.
 
     Raises:
       DataError: the file cannot be read, has no labels, or is too small.
     """
     splits = from_config.draw_splits(config)
-    parts = (splits.train, splits.query, splits.database)
-    assert splits.query.labels is not None and splits.database.labels is not None  # or validation is refused
-    return Task(*map(_rows, parts), splits.query.labels, splits.database.labels, splits.database.names)
+    assert splits.validation is not None  # or the file has no labels and was refused
+    query, database = splits.validation if validation else (splits.query, splits.database)
+    assert query.labels is not None and database.labels is not None
+    return Task(*map(_rows, (splits.train, query, database)), query.labels, database.labels, database.names)
 
 
 def _rows(part: ImageSet) -> Float32[np.ndarray, "items features"]:
@@ -126,6 +130,11 @@ def nearest(
     return found
 
 
+def as_bytes(features: Float32[np.ndarray, "n features"]) -> Float32[np.ndarray, "n features"]:
+    """Returns features rounded to one of 255 levels, one scale for all, as whole numbers."""
+    return np.round(features * (127 / np.abs(features).max())).astype(np.float32)
+
+
 def mean_average_precision(relevant: Bool[np.ndarray, "queries k"]) -> float:
     """Returns MAP@k of what is relevant by rank, as `cib_jax.mean_average_precision` defines it."""
     hits = np.cumsum(relevant, axis=1)
@@ -165,6 +174,10 @@ def measure(
     rows: list[tuple[str, ...]] = [
         ("floats, cosine", "", f"{size:,}", "1", f"{mean_average_precision(relevant):.3f}", "", "1.000", "", "")
     ]
+    by_byte = nearest(task.query, as_bytes(task.database), config.k)
+    quality = mean_average_precision(task.database_labels[by_byte] == task.query_labels[:, None])
+    kept = recall(by_float[:, :NEAREST], by_byte[:, :AMONG])
+    rows.append(("int8, cosine", "", f"{size // 4:,}", "4", f"{quality:.3f}", "", f"{kept:.3f}", "", ""))
     for length in bits:
         for method in methods:
             found, seconds = [], []
@@ -174,11 +187,11 @@ def measure(
                 encode = fit(method, config, task.train)
                 seconds.append(time.perf_counter() - begun)
                 found.append(judge(task, Coded(*encode(task.query), encode(task.database)[0]), by_float))
-            quality = (f"{np.mean(of):.3f} ± {np.std(of):.3f}" for of in zip(*found, strict=True))
+            told = (f"{np.mean(of):.3f} ± {np.std(of):.3f}" for of in zip(*found, strict=True))
             size_of_code = length // 8
             saving = f"{size / size_of_code:,.0f}"
-            told = f"{np.median(seconds):.1f} s"
-            rows.append((METHODS[method], str(length), str(size_of_code), saving, *quality, told))
+            row = (METHODS[method], str(length), str(size_of_code), saving, *told, f"{np.median(seconds):.1f} s")
+            rows.append(row)
     return rows
 
 
@@ -217,11 +230,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--ask", nargs="*", help="texts to search with; none given: five of this file")
     parser.add_argument("--model", default="", help="that made the embeddings, as for benchmarks.wordnet")
+    parser.add_argument("--validation", action="store_true", help="the validation queries ask, not those of the table")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of configs/text.py")
     flags = parser.parse_args()
     config = text.get_config()
     config.data.dir = flags.data
     try:
-        task = load(config)
+        for name, _, value in (setting.partition("=") for setting in flags.set):
+            config[name] = type(config[name])(value)
+        config_lib.check(config)
+    except (KeyError, ValueError) as error:
+        sys.exit(f"--set: {error}; write fields of configs/default.py as in temperature=0.2")
+    try:
+        task = load(config, validation=flags.validation)
         model = wordnet.load_model(flags.model) if flags.ask is not None else None
     except Refusal as refusal:
         sys.exit(str(refusal))

@@ -113,6 +113,19 @@ def test_map_of_a_whole_ranking_is_scikit_learns_average_precision():
     assert text.mean_average_precision(relevant) == pytest.approx(wanted)
 
 
+def test_bytes_are_whole_numbers_at_one_scale():
+    features = np.array([[-2.0, 1.0], [0.5, 0.0]], np.float32)
+    np.testing.assert_array_equal(text.as_bytes(features), [[-127, 64], [32, 0]])
+
+
+def test_validation_queries_are_not_those_of_the_table(file):
+    config = small_config(file)
+    tested, validated = text.load(config), text.load(config, validation=True)
+    assert len(validated.query) == 20 and len(validated.database) == 190
+    asked = {row.tobytes() for row in validated.query}
+    assert not asked & {row.tobytes() for part in (tested.query, tested.train, validated.database) for row in part}
+
+
 def test_recall_counts_what_is_found():
     assert text.recall(np.array([[1, 2], [3, 4]]), np.array([[2, 9, 1], [9, 8, 4]])) == pytest.approx(0.75)
 
@@ -123,6 +136,7 @@ def test_the_table_measures_as_the_package_does(file):
     rows = text.measure(task, config, ["lsh", "cib"], [8, 16], 2)
     assert [row[:4] for row in rows] == [
         ("floats, cosine", "", "64", "1"),
+        ("int8, cosine", "", "16", "4"),
         ("LSH", "8", "1", "64"),
         ("cib_jax", "8", "1", "64"),
         ("LSH", "16", "2", "32"),
