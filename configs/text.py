@@ -10,7 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.k = 1000
     c.data.queries = 1000
     c.data.validation = "database"
-    # A quarter of the work of the defaults, for nearly their MAP.
+    # A fraction of the work of the defaults, for nearly their MAP: docs/text.md.
     c.hidden = 512
     c.batch_size = 128
     c.epochs = 20
