@@ -237,9 +237,11 @@ def main() -> None:
     config.data.dir = flags.data
     try:
         for name, _, value in (setting.partition("=") for setting in flags.set):
+            if name not in config:
+                raise ValueError(f"there is no field {name}")
             config[name] = type(config[name])(value)
         config_lib.check(config)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"--set: {error}; write fields of configs/default.py as in temperature=0.2")
     try:
         task = load(config, validation=flags.validation)
