@@ -1,5 +1,6 @@
 """Whether a configuration makes sense, told before anything heavy starts. configs/default.py documents the fields."""
 
+import dataclasses
 import difflib
 import math
 import re
@@ -16,6 +17,7 @@ from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
+from cib_jax.teacher import Teacher
 
 
 class ConfigError(Refusal):
@@ -71,6 +73,13 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "binary": (str, _one_of("stochastic", "deterministic")),
     "temperature": (float, _POSITIVE),
     "beta": (float, _at_least(0)),
+    "sharpness": (float, _POSITIVE),
+    "teacher.bits": (int, (lambda bits: bits >= 8 and bits % 8 == 0, "must be a multiple of 8, such as 128")),
+    "teacher.temperature": (float, _POSITIVE),
+    "teacher.epochs": (int, _at_least(1)),
+    "teacher.neighbours": (int, _at_least(1)),
+    "teacher.dimensions": (int, _at_least(2)),
+    "teacher.steps": (int, _at_least(1)),
     "augment": (str, _one_of(*augment.FAMILIES, *feature_views.FAMILIES)),
     "feature_noise": (float, _at_least(0)),
     "feature_dropout": (float, (lambda part: 0 <= part < 1, "must be from 0 to below 1")),
@@ -176,6 +185,8 @@ ADDED: dict[str, Any] = {
     "report.write": True,
     "report.embedded": 2000,
     "train.checkpoint_dir": "",
+    "sharpness": 6.0,
+    **{f"teacher.{field.name}": field.default for field in dataclasses.fields(Teacher)},
 }
 """Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
 

@@ -15,6 +15,8 @@ from cib_jax.data.images import Bar, no_bar
 from cib_jax.data.protocols import Protocol
 from cib_jax.encoder import Encoder, Params, create_encoder
 from cib_jax.feature_views import Standard
+from cib_jax.objective import OBJECTIVES
+from cib_jax.teacher import Teacher
 from cib_jax.training import view_bank
 
 STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2, "baseline": 3}
@@ -64,6 +66,11 @@ def encoder(
 def optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Returns Adam with the config's learning rate."""
     return optax.adam(config.learning_rate)
+
+
+def teacher(config: ml_collections.ConfigDict) -> Teacher:
+    """Returns how the teacher of a run is trained and used."""
+    return Teacher(**config.teacher.to_dict())
 
 
 def protocol(config: ml_collections.ConfigDict) -> Protocol:
@@ -140,6 +147,11 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: images.Source | N
             "config.augment: 'stored' draws two of several vectors per item, [items, views, features], but the file "
             "holds one for each; set it to 'noise'"
         )
+    if OBJECTIVES[config.objective].taught:
+        try:
+            teacher(config).check(len(drawn.train))
+        except ValueError as error:
+            raise ConfigError(f"config.{error}") from None
     if config.batch_size > len(drawn.train):
         raise ConfigError(
             f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)}; lower it"

@@ -1,8 +1,10 @@
-"""What training minimises: NT-Xent on codes, the KL bottleneck, and the paper's three objectives made of them.
+"""What training minimises: NT-Xent on codes, the KL bottleneck, the paper's three objectives made of them, and ours.
 
-CIBHash, https://arxiv.org/abs/2105.06138: L = L_contrast + β · L_KL (sections 3.2 and 3.3).
+CIBHash, https://arxiv.org/abs/2105.06138: L = L_contrast + β · L_KL (sections 3.2 and 3.3). "diffusion" puts a target
+that is learnt before, without labels, in the place of the contrast; docs/beyond.md says why.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,18 +16,21 @@ from cib_jax.spread import Axis
 
 
 class Objective(NamedTuple):
-    """What distinguishes one of the paper's objectives from another."""
+    """What distinguishes one objective from another."""
 
     binary: bool
     """Whether codes, not logits, are compared in training."""
     bottleneck: bool
     """Whether β · L_KL is added."""
+    taught: bool = False
+    """Whether codes learn how alike images are from a teacher's `diffusion.coordinates`, not from their views alone."""
 
 
 OBJECTIVES = {
     "naive_cl": Objective(binary=False, bottleneck=False),
     "cl_hash": Objective(binary=True, bottleneck=False),
     "cibhash": Objective(binary=True, bottleneck=True),
+    "diffusion": Objective(binary=True, bottleneck=True, taught=True),
 }
 
 
@@ -85,6 +90,55 @@ def _share(codes: Float[Array, "2*batch bits"], axis: Axis) -> Float[Array, ""]:
     return (jnp.sum(sums) - 2 * jnp.sum(positive)) / len(everything)
 
 
+def diffusion_match(
+    codes1: Float[Array, "batch bits"],
+    codes2: Float[Array, "batch bits"],
+    coordinates: Float[Array, "batch dimensions"],
+    *,
+    temperature: float = 0.1,
+    sharpness: float = 6.0,
+    axis: Axis = None,
+) -> Float[Array, ""]:
+    """Returns KL(which images a walk links with one ‖ which codes are like its code), a mean over images, in nats.
+
+    Each code of a first view ranks all codes of second views by softmax(cosine / `temperature`), and each of a second
+    those of first ones. What it should give an image is in proportion to (inner product of their coordinates) to the
+    power of `sharpness`, that is, to how much more often than by chance a random walk on the neighbour graph links the
+    two, sharpened. So there is no positive and no negative, but a weight for every pair; an image's own other view is
+    one pair of them.
+
+    Args:
+      codes1: of first views, ±1.
+      codes2: of second views, image by image.
+      coordinates: the images' own, `diffusion.coordinates`.
+      temperature: τ.
+      sharpness: 1 takes the walk's own odds; more keeps to the likeliest images.
+      axis: as in `nt_xent`.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if codes1.shape != codes2.shape or codes1.ndim != 2 or coordinates.ndim != 2 or len(coordinates) != len(codes1):
+        raise ValueError(
+            f"diffusion_match: codes1 {codes1.shape} and codes2 {codes2.shape} must both be [batch, bits], and "
+            f"coordinates {coordinates.shape} [batch, dimensions] with the same batch"
+        )
+    everything = codes1, codes2, coordinates
+    if axis is not None:
+        everything = jax.lax.all_gather(everything, axis, tiled=True)
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    # An inner product is negative where the cut to a few dimensions made it so: no link at all.
+    odds = jnp.log(jnp.maximum(exact(coordinates, everything[2].T), 1e-6))
+    target = jax.nn.log_softmax(sharpness * odds, axis=-1)
+    scale = codes1.shape[1] * temperature
+
+    def divergence(codes: Array, others: Array) -> Float[Array, ""]:
+        found = jax.nn.log_softmax(exact(codes, others.T) / scale, axis=-1)
+        return jnp.sum(jnp.exp(target) * (target - found)) / len(others)
+
+    return (divergence(codes1, everything[1]) + divergence(codes2, everything[0])) / 2
+
+
 def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array, "batch bits"]) -> Float[Array, ""]:
     """Returns KL(Bernoulli(σ(logits)) ‖ Bernoulli(σ(target_logits))), in nats, a sum over bits, a mean over the batch.
 
@@ -114,35 +168,47 @@ def cib_loss(
     temperature: float = 0.3,
     beta: float = 0.001,
     stochastic: bool = True,
+    coordinates: Float[Array, "batch dimensions"] | None = None,
+    sharpness: float = 6.0,
     axis: Axis = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of one batch and its terms, {"loss", "contrast", "kl"}, all in nats.
 
-    The KL term is reported under every objective and added to the loss, times `beta`, under "cibhash" alone.
+    The KL term is reported under every objective and added to the loss, times `beta`, under "cibhash" and "diffusion".
 
     Args:
       key: a random key; each view draws its bits from a fold of its own.
       logits1: the hash head's outputs for the first views.
       logits2: the same for the second views, image by image.
-      objective: "naive_cl" (contrast of the logits), "cl_hash" (contrast of codes) or "cibhash" (with bottleneck).
+      objective: "naive_cl" (contrast of the logits), "cl_hash" (contrast of codes), "cibhash" (with bottleneck) or
+        "diffusion" (`diffusion_match`, reported as the contrast, with bottleneck).
       temperature: τ of the contrast.
       beta: β, the weight of the bottleneck.
       stochastic: whether bits are drawn (the paper's layer) or thresholded (the published code's).
+      coordinates: of the images, for "diffusion".
+      sharpness: for "diffusion", see `diffusion_match`.
       axis: see `spread`; with one, the logits are this device's rows, and what is returned are its shares of the terms.
 
     Raises:
-      ValueError: `objective` is none of the three, or the shapes do not fit.
+      ValueError: `objective` is none of these, the shapes do not fit, or `coordinates` are missing or of no use.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
     chosen = OBJECTIVES[objective]
+    if chosen.taught != (coordinates is not None):
+        raise ValueError(
+            f"coordinates: {objective!r} {'needs' if chosen.taught else 'takes no'} diffusion coordinates of the images"
+        )
     compared = (logits1, logits2)
     if chosen.binary:
         compared = (
             binary.sample_codes(jax.random.fold_in(key, 1), logits1, stochastic=stochastic, axis=axis),
             binary.sample_codes(jax.random.fold_in(key, 2), logits2, stochastic=stochastic, axis=axis),
         )
-    contrasted = nt_xent(*compared, temperature=temperature, axis=axis)
+    if coordinates is None:
+        contrasted = nt_xent(*compared, temperature=temperature, axis=axis)
+    else:
+        contrasted = diffusion_match(*compared, coordinates, temperature=temperature, sharpness=sharpness, axis=axis)
     kl = 0.5 * (bernoulli_kl(logits1, logits2) + bernoulli_kl(logits2, logits1)) / spread.parts(axis)
     loss = contrasted + beta * kl if chosen.bottleneck else contrasted
     return loss, {"loss": loss, "contrast": contrasted, "kl": kl}

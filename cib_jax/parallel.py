@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
 
 from cib_jax.errors import Refusal
 from cib_jax.spread import Axis
@@ -126,18 +126,22 @@ def rows_here(over: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
     return np.sort(np.concatenate([rows[place] for place in places]))
 
 
-def batch_of(
-    rows: Shaped[np.ndarray, "rows ..."], here: Int[np.ndarray, " rows"], over: Mesh | None, batch_size: int
-) -> Shaped[Any, "1 batch ..."]:
-    """Returns a chunk of one batch of which this process holds the `rows` that `rows_here` named."""
+def batch_of(rows: Any, here: Int[np.ndarray, " rows"], over: Mesh | None, batch_size: int) -> Any:
+    """Returns a chunk [1, batch, …] of one batch of which this process holds the `rows` that `rows_here` named.
+
+    `rows` may be a tree of arrays [rows, …], each of which becomes such a chunk.
+    """
     if over is None or not _spans_processes(over):
-        return rows[None]
-    shape = (1, batch_size, *rows.shape[1:])
+        return jax.tree.map(lambda array: array[None], rows)
 
-    def part(place: Any) -> np.ndarray:
-        return rows[None, np.searchsorted(here, np.arange(batch_size)[place[1]])]
+    def spread(array: np.ndarray) -> Any:
+        def part(place: Any) -> np.ndarray:
+            return array[None, np.searchsorted(here, np.arange(batch_size)[place[1]])]
 
-    return jax.make_array_from_callback(shape, NamedSharding(over, ROWS_OF_STEPS), part)
+        shape = (1, batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(over, ROWS_OF_STEPS), part)
+
+    return jax.tree.map(spread, rows)
 
 
 def _spans_processes(over: Mesh) -> bool:

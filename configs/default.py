@@ -19,13 +19,23 @@ def get_config() -> ml_collections.ConfigDict:
     c.hidden = 1024  # width of the hash head's hidden layer
 
     # Method (CIBHash, https://arxiv.org/abs/2105.06138).
-    c.objective = "cibhash"  # naive_cl | cl_hash | cibhash
+    c.objective = "cibhash"  # naive_cl | cl_hash | cibhash | diffusion (docs/beyond.md)
     c.binary = "stochastic"  # stochastic: bits are drawn (the paper) | deterministic: thresholded (the published code)
     c.temperature = 0.3  # τ of the contrast
     c.beta = 0.001  # β, weight of the bottleneck term in nats
+    c.sharpness = 6.0  # "diffusion": power of the odds that a walk links two images, which codes learn
     c.augment = "photo"  # family of views: photo (the paper's) | digits | of features: noise | stored
     c.feature_noise = 0.7  # with "noise": deviation of the noise added to standardised features
     c.feature_dropout = 0.3  # with "noise": probability with which a feature is left out of a view
+
+    # "diffusion": its teacher, trained first by the contrast of views; the walk goes along its embeddings' neighbours.
+    c.teacher = ml_collections.ConfigDict()
+    c.teacher.bits = 128  # length of its embeddings, in real numbers
+    c.teacher.temperature = 0.2  # τ of its contrast
+    c.teacher.epochs = 10
+    c.teacher.neighbours = 10  # of each image in the graph
+    c.teacher.dimensions = 50  # of the walk's coordinates
+    c.teacher.steps = 20  # of the walk
 
     # Optimisation: Adam with a constant learning rate.
     c.batch_size = 64  # images per step; two views each

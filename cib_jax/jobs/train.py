@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import rich.console
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from cib_jax import config as config_lib
 from cib_jax import from_config, parallel, processes
@@ -17,10 +19,11 @@ from cib_jax.data import loader
 from cib_jax.data.images import DataError
 from cib_jax.errors import Refusal
 from cib_jax.hasher import check_fingerprint, restore_best
-from cib_jax.jobs import evaluate, features, ownership, preemption, progress, setting, validation
+from cib_jax.jobs import evaluate, features, ownership, preemption, progress, setting, teaching, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.ownership import Owned
 from cib_jax.jobs.setting import Setting
+from cib_jax.objective import OBJECTIVES
 from cib_jax.training import accumulation, feed, loop
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
@@ -147,10 +150,31 @@ def _train(run: Setting, over: Mesh | None) -> float:
                     )
             run.console.print(f"Going on after {_place(now, config).rstrip(',')}")
         if not now.finished:
-            fed, bank_seconds = _feed(run, over)
+            coordinates = _taught(run, over)
+            fed, bank_seconds = _feed(run, over, coordinates)
             extra = extra | {"bank_seconds": bank_seconds}
             _loop(run, state, now, fed, owned, checkpoints, extra)
         return float(extra["bank_seconds"])
+
+
+def _taught(run: Setting, over: Mesh | None) -> Float32[np.ndarray, "images dimensions"] | None:
+    """Returns what a run's teacher says of the training images, once it is trained; None for a run without one."""
+    if not OBJECTIVES[run.config.objective].taught:
+        return None
+    teacher = teaching.setting_of(run)
+    found = teaching.kept(teacher)
+    if not processes.all_of(found is not None):
+        if processes.first():
+            teacher.workdir.mkdir(exist_ok=True)
+            workdir_lib.write_json(teacher.workdir / "config.json", teacher.config.to_dict())
+        _told_by(run)(f"First a teacher of {teacher.config.epochs} epochs, in {teacher.workdir}")
+        _train(teacher, over)
+        # In one process: the others read what it leaves.
+        found = processes.first_then_others(
+            lambda: teaching.coordinates(teacher) if processes.first() else teaching.kept(teacher)
+        )
+        _told_by(run)("Now the codes, taught by it")
+    return found
 
 
 def _place(now: Progress, config: ml_collections.ConfigDict) -> str:
@@ -228,12 +252,15 @@ def _loop(
             raise preemption.Preempted(f"{_place(now, config)} is saved in {checkpoints.directory}")
 
 
-def _feed(run: Setting, over: Mesh | None) -> tuple[Feed, float]:
+def _feed(
+    run: Setting, over: Mesh | None, coordinates: Float32[np.ndarray, "images dimensions"] | None
+) -> tuple[Feed, float]:
     """Returns what feeds the steps, and the seconds that the view bank took (0 without one)."""
     config, images = run.config, run.splits.train
     order: dict[str, Any] = {
         "seed": config.seed,
         "batch_size": config.batch_size,
+        "coordinates": coordinates,
         "mesh": over,
     }
     method = {
@@ -243,6 +270,7 @@ def _feed(run: Setting, over: Mesh | None) -> tuple[Feed, float]:
         "temperature": config.temperature,
         "beta": config.beta,
         "stochastic": config.binary == "stochastic",
+        "sharpness": config.sharpness,
     }
     if config.train.views:
         bank, seconds = features.bank(run)

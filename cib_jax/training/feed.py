@@ -39,6 +39,7 @@ def from_bank(
     seed: int,
     batch_size: int,
     method: dict[str, Any],
+    coordinates: Float[np.ndarray, "images dimensions"] | None = None,
     mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds features of two different views of each image out of a bank; an epoch is one program, or a few.
@@ -48,16 +49,20 @@ def from_bank(
       seed: decides the order of images.
       batch_size: images per step.
       method: the keyword arguments of `train_step_on_features`.
+      coordinates: of the images, for the objective that learns from them.
       mesh: the devices that share each batch; None: one.
     """
     axis = parallel.axis_of(mesh)
 
-    def step(state: TrainState, held: Array, indices: Array, key: PRNGKeyArray) -> Stepped:
+    def step(state: TrainState, held: tuple[Array, Array | None], indices: Array, key: PRNGKeyArray) -> Stepped:
+        bank, known = held
         # A third part of the step's key: `train_step_on_features` splits the same key for its bits.
-        pairs = view_bank.draw_pairs(jax.random.fold_in(key, 2), held, indices, axis)
-        return train_step_on_features(state, *pairs, key, axis=axis, **method)
+        pairs = view_bank.draw_pairs(jax.random.fold_in(key, 2), bank, indices, axis)
+        return train_step_on_features(state, *pairs, key, coordinates=_of(known, indices), axis=axis, **method)
 
-    return Feed(_bound(_scan(step), bank, mesh), _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS))
+    return Feed(
+        _bound(_scan(step), (bank, coordinates), mesh), _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS)
+    )
 
 
 def from_device(
@@ -67,23 +72,25 @@ def from_device(
     seed: int,
     batch_size: int,
     method: dict[str, Any],
+    coordinates: Float[np.ndarray, "images dimensions"] | None = None,
     mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds images, or features, that live on the device.
 
     Images one step a program, features an epoch, whose steps are too short to be started one by one; `method`: the
-    keyword arguments of `train_step`; `mesh` as in `from_bank`.
+    keyword arguments of `train_step`; `coordinates` and `mesh` as in `from_bank`.
     """
     axis = parallel.axis_of(mesh)
 
-    def step(state: TrainState, held: tuple[Params, Array], indices: Array, key: PRNGKeyArray) -> Stepped:
-        frozen, images = held
-        return train_step(state, frozen, images[indices], key, axis=axis, **method)
+    def step(state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray) -> Stepped:
+        frozen, images, known = held
+        return train_step(state, frozen, images[indices], key, coordinates=_of(known, indices), axis=axis, **method)
 
     scans = method["encoder"].backbone.takes == "features"
     program, longest = (_scan, SCAN_STEPS) if scans else (_alone, 1)
     return Feed(
-        _bound(program(step), (frozen, images), mesh), _chunks_of_indices(seed, len(images), batch_size, longest)
+        _bound(program(step), (frozen, images, coordinates), mesh),
+        _chunks_of_indices(seed, len(images), batch_size, longest),
     )
 
 
@@ -95,13 +102,15 @@ def from_stream(
     batch_size: int,
     stored_size: int,
     method: dict[str, Any],
+    coordinates: Float[np.ndarray, "images dimensions"] | None = None,
     mesh: Mesh | None = None,
 ) -> Feed:
     """Feeds images decoded on the host as they are needed, one step a program: the batches of `from_device`."""
     axis = parallel.axis_of(mesh)
 
-    def step(state: TrainState, frozen: Params, images: Array, key: PRNGKeyArray) -> Stepped:
-        return train_step(state, frozen, images, key, axis=axis, **method)
+    def step(state: TrainState, frozen: Params, batch: tuple[Array, Array | None], key: PRNGKeyArray) -> Stepped:
+        images, known = batch
+        return train_step(state, frozen, images, key, coordinates=known, axis=axis, **method)
 
     rows = parallel.rows_here(mesh, batch_size)
 
@@ -109,9 +118,15 @@ def from_stream(
         # Of each batch, what this process's devices hold: it decodes no other image.
         order = _batches(seed, epoch, len(images), batch_size)[first:, rows].reshape(-1)
         parts = loader.stream(images, order, len(rows), stored_size=stored_size)
-        return (parallel.batch_of(part, rows, mesh, batch_size) for part in parts)
+        for number, part in enumerate(parts):
+            known = _of(coordinates, order[number * len(rows) :][: len(rows)])
+            yield parallel.batch_of((part, known), rows, mesh, batch_size)
 
     return Feed(_bound(_alone(step), frozen, mesh), chunks)
+
+
+def _of(known: Array | np.ndarray | None, indices: Array | np.ndarray) -> Any:
+    return None if known is None else known[indices]
 
 
 def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> Chunks:
@@ -148,7 +163,8 @@ def _alone(step: Step) -> Callable[..., Stepped]:
     """Returns the same for chunks of one step, without a loop: with images, a step takes long enough."""
 
     def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
-        state, terms = step(state, held, chunk[0], jax.random.fold_in(key, first))
+        only = jax.tree.map(lambda batch: batch[0], chunk)
+        state, terms = step(state, held, only, jax.random.fold_in(key, first))
         return state, _with_parameter_norm({name: value[None] for name, value in terms.items()}, state)
 
     return program

@@ -34,6 +34,8 @@ def train_step(
     stochastic: bool = True,
     augment: str = "photo",
     micro_batch: int = 0,
+    coordinates: Float[Array, "batch dimensions"] | None = None,
+    sharpness: float = 6.0,
     axis: Axis = None,
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of images, two fresh views of each, and the loss terms.
@@ -42,7 +44,8 @@ def train_step(
     gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
     Inside `jax.shard_map`, `axis` names the mesh axis over which the batch is spread; the result is that of the whole
     batch on every device. With a `micro_batch`, that many of a device's images go through the backbone at a time, which
-    takes less memory and a second pass, and comes to the same up to rounding; see `accumulation`.
+    takes less memory and a second pass, and comes to the same up to rounding; see `accumulation`. The objective
+    "diffusion" needs the images' `coordinates` (`diffusion.coordinates`).
 
     Raises:
       PartsError: `micro_batch` is no divisor of the device's images, or the encoder takes features.
@@ -63,7 +66,18 @@ def train_step(
         def logits(params: Params) -> Array:
             return encoder.logits(params, frozen, both)
 
-    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic, axis)
+    loss = functools.partial(
+        cib_loss,
+        code_key,
+        objective=objective,
+        temperature=temperature,
+        beta=beta,
+        stochastic=stochastic,
+        coordinates=coordinates,
+        sharpness=sharpness,
+        axis=axis,
+    )
+    return _update(state, logits, loss, optimiser, axis)
 
 
 def train_step_on_features(
@@ -78,6 +92,8 @@ def train_step_on_features(
     temperature: float = 0.3,
     beta: float = 0.001,
     stochastic: bool = True,
+    coordinates: Float[Array, "batch dimensions"] | None = None,
+    sharpness: float = 6.0,
     axis: Axis = None,
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of two views' features, for a frozen backbone, and the loss terms.
@@ -90,30 +106,30 @@ def train_step_on_features(
     def logits(params: Params) -> Array:
         return encoder.head(params, both)
 
-    return _update(state, logits, code_key, optimiser, objective, temperature, beta, stochastic, axis)
+    loss = functools.partial(
+        cib_loss,
+        code_key,
+        objective=objective,
+        temperature=temperature,
+        beta=beta,
+        stochastic=stochastic,
+        coordinates=coordinates,
+        sharpness=sharpness,
+        axis=axis,
+    )
+    return _update(state, logits, loss, optimiser, axis)
 
 
 def _update(
     state: TrainState,
     logits: Callable[[Params], Float[Array, "views bits"]],
-    key: PRNGKeyArray,
+    loss_of_logits: Callable[[Array, Array], tuple[Array, Terms]],
     optimiser: optax.GradientTransformation,
-    objective: str,
-    temperature: float,
-    beta: float,
-    stochastic: bool,
     axis: Axis,
 ) -> tuple[TrainState, Terms]:
     def loss(params: Params) -> tuple[Array, Terms]:
-        return cib_loss(
-            key,
-            *jnp.split(logits(params), 2),  # the first views, then the second: one pass reads the weights once
-            objective=objective,
-            temperature=temperature,
-            beta=beta,
-            stochastic=stochastic,
-            axis=axis,
-        )
+        # The first views, then the second: one pass reads the weights once.
+        return loss_of_logits(*jnp.split(logits(params), 2))
 
     # Of this device's share of the loss; through the gathered codes, also of what they do to other devices' shares.
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)

@@ -1,0 +1,116 @@
+"""Diffusion on the neighbour graph of embeddings: how much more likely a random walk links two items than chance does.
+
+An item's nearest neighbours are right more often than items at some distance are, and so are theirs: a walk of several
+steps on the graph of neighbours finds what belongs together along the shape of the data, where the cosine of two
+embeddings looks along a straight line. Coordinates in which such walks are inner products are diffusion maps (Coifman
+and Lafon 2006, https://doi.org/10.1016/j.acha.2006.04.006).
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+from jaxtyping import Float, Float32, Int
+
+from cib_jax.errors import Refusal
+
+
+class DiffusionError(Refusal, ValueError):
+    """Embeddings cannot be made a graph; the message says why."""
+
+
+BLOCK = 512
+"""Items whose similarities to all others are held at a time, by each thread."""
+
+ENOUGH = 1e-4
+"""Relative precision of the eigenvalues: far below what another draw of the embeddings changes."""
+
+
+def neighbours_of(
+    embeddings: Float[np.ndarray, "items features"],
+    count: int,
+    *,
+    on_items: Callable[[int], None] = lambda items: None,
+) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
+    """Returns the `count` nearest other items of each item by cosine, in no order, and the cosines.
+
+    Exact, by comparing all pairs: its time grows with the square of the items, its memory with their number.
+    `on_items` is told how many more are done.
+
+    Raises:
+      DiffusionError: there are not more than `count` items, an embedding is not finite, or one is all zeros.
+    """
+    items = len(embeddings)
+    if not 1 <= count < items:
+        raise DiffusionError(f"count: {count} neighbours are wanted of each of {items} items; choose 1 to {items - 1}")
+    unit = np.asarray(embeddings, np.float32)
+    norms = np.linalg.norm(unit, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or not norms.all():
+        raise DiffusionError("embeddings: some are not finite or all zeros, without a direction; leave those out")
+    unit = unit / norms
+    found, cosines = np.empty((items, count), np.int32), np.empty((items, count), np.float32)
+
+    def block(start: int) -> None:
+        rows = np.arange(start, min(start + BLOCK, items))
+        similarity = unit[rows] @ unit.T
+        similarity[np.arange(len(rows)), rows] = -np.inf
+        chosen = np.argpartition(similarity, items - count, axis=1)[:, items - count :]
+        found[rows], cosines[rows] = chosen, np.take_along_axis(similarity, chosen, axis=1)
+        on_items(len(rows))
+
+    # Selecting takes longer than the products do, and leaves the interpreter's lock alone.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(block, range(0, items, BLOCK)))
+    return found, cosines
+
+
+def coordinates(
+    embeddings: Float[np.ndarray, "items features"],
+    *,
+    neighbours: int = 10,
+    dimensions: int = 50,
+    steps: int = 20,
+    on_items: Callable[[int], None] = lambda items: None,
+) -> Float32[np.ndarray, "items dimensions"]:
+    """Returns coordinates whose inner product is p(x, y) / (p(x) p(y)) of a random walk's two ends `steps` apart.
+
+    That is 1 for items that the walk links as often as chance would, more for those that belong together, and never
+    less than 0 but for what the cut to `dimensions` changes. The walk goes from an item to one of its neighbours, or to
+    one whose neighbour it is, with the probability of their cosine, starting anywhere with the probability that it is
+    there after many steps. Items that no walk leaves, such as more than `neighbours` copies of one picture, take a
+    dimension of their own.
+
+    Args:
+      embeddings: of any length; only their directions count.
+      neighbours: of each item in the graph.
+      dimensions: how many of the walk's slowest modes are kept, the constant one among them.
+      steps: of the walk.
+      on_items: told of how many more items the neighbours are known.
+
+    Raises:
+      DiffusionError: there are not more than `neighbours` and `dimensions` items, a value is out of range, or an
+        embedding has no direction.
+    """
+    items = len(embeddings)
+    if not 2 <= dimensions < items:
+        raise DiffusionError(f"dimensions: {dimensions} of a walk on {items} items; choose from 2 to {items - 1}")
+    if steps < 1:
+        raise DiffusionError(f"steps: {steps} must be 1 or more")
+    found, cosines = neighbours_of(embeddings, neighbours, on_items=on_items)
+    # Opposite embeddings are linked by next to nothing, but every item keeps a way out.
+    weights = np.maximum(cosines.astype(np.float64), 1e-6).ravel()
+    places = (np.repeat(np.arange(items), neighbours), found.ravel())
+    graph = scipy.sparse.csr_matrix((weights, places), shape=(items, items))
+    graph = graph.maximum(graph.T)
+    degree = np.asarray(graph.sum(axis=1)).ravel()
+    root = np.sqrt(degree / degree.sum())
+    scale = scipy.sparse.diags(1 / np.sqrt(degree))
+    # Started from a fixed vector, so that the same embeddings give the same coordinates.
+    start = np.random.default_rng(0).standard_normal(items)
+    values, modes = scipy.sparse.linalg.eigsh(scale @ graph @ scale, k=dimensions, which="LA", v0=start, tol=ENOUGH)
+    order = np.argsort(-values, kind="stable")
+    kept = np.maximum(values[order], 0) ** (steps / 2)
+    return (modes[:, order] / root[:, None] * kept).astype(np.float32)

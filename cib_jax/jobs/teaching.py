@@ -1,0 +1,102 @@
+"""The teacher of a run: a run of its own in the folder teacher/, and what it says of the training images."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from cib_jax import diffusion, encoding, from_config, parallel, place
+from cib_jax.coding import logits_of_features, plain_features
+from cib_jax.hasher import restore_best
+from cib_jax.jobs import features, progress
+from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.setting import Setting
+
+FOLDER = "teacher"
+COORDINATES = "coordinates.npy"
+
+
+def setting_of(run: Setting) -> Setting:
+    """Returns the surroundings of a run's teacher: its data and backbone, another head and objective, no validation.
+
+    Without validation, since labels would choose its checkpoint.
+    """
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.objective = "naive_cl"
+        for name in ("bits", "temperature", "epochs"):
+            config[name] = config.teacher[name]
+        config.train.checkpoint_dir = place.within(config.train.checkpoint_dir, FOLDER)
+    encoder, initial, frozen, _ = from_config.encoder(config, standard=run.standard)
+    return dataclasses.replace(
+        run,
+        config=config,
+        workdir=run.workdir / FOLDER,
+        splits=dataclasses.replace(run.splits, validation=None),
+        encoder=encoder,
+        initial=initial,
+        # The run's own, so that a large network is held once.
+        frozen=run.frozen or frozen,
+    )
+
+
+def kept(teacher: Setting) -> Float32[np.ndarray, "images dimensions"] | None:
+    """Returns the coordinates that were computed earlier, None where there are none that can be read."""
+    shape = (len(teacher.splits.train), teacher.config.teacher.dimensions)
+    try:
+        found = np.load(_path(teacher), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == shape and found.dtype == np.float32 else None
+
+
+def coordinates(teacher: Setting) -> Float32[np.ndarray, "images dimensions"]:
+    """Returns the diffusion coordinates of the training images under a trained teacher, and keeps them.
+
+    Raises:
+      CheckpointError: the teacher's checkpoint is unusable.
+      DiffusionError: it gives no embedding of some image.
+    """
+    params, _, _ = restore_best(teacher.workdir, teacher.initial, teacher.config)
+    embeddings = _embeddings(teacher, params)
+    walk = from_config.teacher(teacher.config).walk
+    with progress.bar(teacher.console, "Neighbours", len(embeddings)) as moved:
+        found = diffusion.coordinates(embeddings, **walk, on_items=lambda count: moved(count, ""))
+    workdir_lib.write_array(_path(teacher), found)
+    return found
+
+
+def _path(teacher: Setting) -> pathlib.Path:
+    return teacher.workdir / COORDINATES
+
+
+def _embeddings(teacher: Setting, params) -> Float32[np.ndarray, "images features"]:
+    """Returns the teacher's logits of the unaugmented training images."""
+    images, what = teacher.splits.train, "Encoding for the teacher"
+    over, size = teacher.mesh, min(teacher.config.encode_batch, len(teacher.splits.train))
+    params = parallel.everywhere(params, over)
+    if teacher.features_stay:
+        rows = []
+        for part in features.plain(teacher, images, what):
+            batches = (part[start : start + size] for start in range(0, len(part), size))
+            of_part = encoding.map_batches(
+                lambda batch, first: logits_of_features(teacher.encoder, params, batch, over),
+                batches,
+                size=size,
+                over=over,
+            )
+            rows += [np.asarray(batch) for batch in of_part]
+        return np.concatenate(rows)
+    frozen = parallel.everywhere(teacher.frozen, over)
+
+    def compute(batch: np.ndarray, first: int) -> jax.Array:
+        return logits_of_features(
+            teacher.encoder, params, plain_features(teacher.encoder, params, frozen, batch, over), over
+        )
+
+    with progress.bar(teacher.console, what, len(images)) as moved:
+        batches = teacher.batches(images)
+        encoded = encoding.map_batches(compute, batches, lambda count: moved(count, ""), size=size, over=over)
+        return np.concatenate([np.asarray(batch) for batch in encoded])
