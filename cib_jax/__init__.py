@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cib_jax.corpus import read_corpus
     from cib_jax.encoder import Encoder, create_encoder
     from cib_jax.errors import Refusal
+    from cib_jax.fine_tuning import FineTune
     from cib_jax.fitting import fit
     from cib_jax.hasher import Hasher
     from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Collection",
     "Encoder",
+    "FineTune",
     "Hasher",
     "Index",
     "Refusal",
@@ -81,6 +83,7 @@ __all__ = [
 _HOMES = {
     "Collection": "collection",
     "Encoder": "encoder",
+    "FineTune": "fine_tuning",
     "Hasher": "hasher",
     "Index": "retrieval.index",
     "Refusal": "errors",

@@ -15,6 +15,8 @@ from cib_jax.data import photos
 from cib_jax.data.protocols import AS_NAMED, PROTOCOLS
 from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
+from cib_jax.fine_tuning import FineTune, FineTuneError
+from cib_jax.fine_tuning import check as check_fine_tune
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
 from cib_jax.teacher import Teacher
@@ -91,6 +93,11 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "devices": (int, _at_least(0)),
     "epochs": (int, _at_least(1)),
     "learning_rate": (float, _POSITIVE),
+    "fine_tune.blocks": (int, _at_least(0)),
+    "fine_tune.learning_rate": (float, _at_least(0)),
+    "fine_tune.checkpointing": (bool, _ANYTHING),
+    "fine_tune.lora_rank": (int, _at_least(0)),
+    "fine_tune.lora_alpha": (float, _POSITIVE),
     "data.seed": (int, _SEED),
     "data.name": (str, (bool, "must name a data set, such as cifar10")),
     "data.dir": (str, _ANYTHING),
@@ -165,6 +172,7 @@ MAY_CHANGE = (
             "data.max_bad_fraction",
             "train.bank_mb",
             "train.checkpoint_dir",
+            "fine_tune.checkpointing",
             "micro_batch",
             "devices",
             "report.write",
@@ -186,7 +194,8 @@ ADDED: dict[str, Any] = {
     "report.embedded": 2000,
     "train.checkpoint_dir": "",
     "sharpness": 6.0,
-    **{f"teacher.{field.name}": field.default for field in dataclasses.fields(Teacher)},
+    **{f"teacher.{name}": value for name, value in dataclasses.asdict(Teacher()).items()},
+    **{f"fine_tune.{name}": value for name, value in dataclasses.asdict(FineTune()).items()},
 }
 """Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
 
@@ -224,6 +233,11 @@ def parsed(name: str, text: str, where: str) -> Any:
     if not good(value):
         raise ConfigError(f"{where}: {value!r} {message}")
     return value
+
+
+def fine_tune(config: ml_collections.ConfigDict) -> FineTune:
+    """Returns how a backbone that is not frozen learns."""
+    return FineTune(**config.fine_tune.to_dict())
 
 
 def check(config: ml_collections.ConfigDict, *, around: bool = False) -> None:
@@ -272,9 +286,10 @@ def _check_without_network(config: ml_collections.ConfigDict) -> None:
     for name, neutral in (("image_size", 0), ("backbone_weights", ""), ("frozen", True)):
         if config[name] != neutral:
             raise ConfigError(f"config.{name}: features go through no network; leave it at {neutral!r}")
-    for name in ("train.views", "data.stored_size", "micro_batch"):
-        if flatten(config)[name]:
-            raise ConfigError(f"config.{name}: it is for images; set it to 0 for features")
+    of_images = ["train.views", "data.stored_size", "micro_batch"]
+    for name in of_images + [f"fine_tune.{name}" for name in fine_tune(config).asked]:
+        if value := flatten(config)[name]:
+            raise ConfigError(f"config.{name}: it is for images; set it to {type(value)(0)} for features")
 
 
 def _check_network(config: ml_collections.ConfigDict) -> None:
@@ -290,6 +305,12 @@ def _check_network(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.frozen: {backbone.name} starts from random weights and would learn nothing; set it to False"
         )
+    try:
+        check_fine_tune(
+            fine_tune(config), backbone, config.image_size, frozen=config.frozen, from_scratch=backbone.convert is None
+        )
+    except FineTuneError as error:
+        raise ConfigError(f"config.{error}") from None
     if config.train.views and not config.frozen:
         raise ConfigError(
             "config.train.views: features can be computed once only while the backbone is frozen; set it to 0, or "
@@ -304,6 +325,7 @@ def _check_network(config: ml_collections.ConfigDict) -> None:
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset[str] = MAY_CHANGE) -> list[str]:
     """Returns "field: theirs → mine" for each field in which two flat configs differ, but for the ignored ones."""
+    mine, theirs = ADDED | mine, ADDED | theirs
     names = sorted((mine.keys() | theirs.keys()) - ignored)
     missing = object()
     return [

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from cib_jax import augment, feature_views
+from cib_jax import augment, feature_views, fine_tuning
 from cib_jax.backbones import registry
 from cib_jax.feature_views import Standard
+from cib_jax.fine_tuning import FineTune
 from cib_jax.spread import Axis
 
 Params = dict[str, Any]
-"""A pytree of float32 arrays with the entries "head" and, where the backbone learns too, "backbone"."""
+"""A pytree of arrays. Of what training changes: "head" and, where the backbone learns too, "backbone" (its blocks that
+learn) or "lora" (their corrections). Of the rest: "backbone", what stays of it."""
 
 
 class HashHead(nnx.Module):
@@ -61,6 +63,10 @@ class Encoder:
     feature_noise: float = 0.0
     """Of the views of features, see `feature_views.two_views`; unused where the backbone takes images."""
     feature_dropout: float = 0.0
+    lora_scale: float = 0.0
+    """By which corrections of the backbone's kernels are multiplied, where there are any."""
+    checkpointing: bool = False
+    """See `FineTune`."""
 
     def preprocess(
         self, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"]
@@ -127,13 +133,16 @@ class Encoder:
         """Returns the backbone's features of normalised views."""
         if self.backbone.takes == "features":
             return views
-        state = params["backbone"] if "backbone" in params else frozen["backbone"]
         dtype = DTYPES[self.backbone_dtype]
-        return _apply(self.backbone_graph, _cast(state, dtype), views.astype(dtype)).astype(jnp.float32)
+        state = _cast(fine_tuning.backbone_state(params, frozen, self.lora_scale), dtype)
+        network = nnx.merge(self.backbone_graph, state)
+        if self.checkpointing:
+            fine_tuning.checkpoint_blocks(network)
+        return network(views.astype(dtype)).astype(jnp.float32)
 
     def head(self, params: Params, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns the hash head's logits of features."""
-        return _apply(self.head_graph, params["head"], features)
+        return nnx.merge(self.head_graph, params["head"])(features)
 
     def logits(self, params: Params, frozen: Params, views: Float[Array, "batch ..."]) -> Float[Array, "batch bits"]:
         """Returns one logit per bit of normalised views."""
@@ -142,10 +151,6 @@ class Encoder:
 
 def _cast(state: Params, dtype: jax.typing.DTypeLike) -> Params:
     return jax.tree.map(lambda array: array.astype(dtype), state)
-
-
-def _apply(graph: nnx.GraphDef, state: Params, inputs: Array) -> Array:
-    return nnx.merge(graph, state)(inputs)
 
 
 def create_encoder(
@@ -162,6 +167,7 @@ def create_encoder(
     standard: Standard | None = None,
     feature_noise: float = 0.0,
     feature_dropout: float = 0.0,
+    fine_tune: FineTune = FineTune(),  # noqa: B008 - it cannot be changed
 ) -> tuple[Encoder, Params, Params]:
     """Returns an encoder, the parameters that training changes, and those that it leaves alone.
 
@@ -170,7 +176,8 @@ def create_encoder(
       backbone: a name out of `cib_jax.backbones.registry.BACKBONES`.
       bits: the length of a code, a multiple of 8.
       image_size: side of the square input in pixels; 0 takes the backbone's usual size.
-      frozen: whether the backbone stays as it is; by default it does if it comes with pretrained weights.
+      frozen: whether the backbone stays as it is; by default it does if it comes with pretrained weights and
+        `fine_tune` asks for nothing.
       hidden: width of the hash head's hidden layer.
       backbone_params: the backbone's weights, as `cib_jax.load_pretrained(backbone)` returns them.
       pretrained: False starts a backbone that has pretrained weights from random ones.
@@ -178,8 +185,10 @@ def create_encoder(
       standard: for the backbone "none", which takes features: their `feature_views.standard`.
       feature_noise: the same, of their views; see `feature_views.two_views`.
       feature_dropout: the same.
+      fine_tune: which part of a backbone that is not frozen learns, and how; its learning rate is the optimiser's.
 
     Raises:
+      FineTuneError: `fine_tune` does not go with the backbone.
       ValueError: a value is out of range, or `backbone_params` are missing or do not fit the network.
     """
     chosen = registry.get(backbone)
@@ -207,24 +216,41 @@ def create_encoder(
     has_pretrained = chosen.convert is not None
     if backbone_dtype not in DTYPES:
         raise ValueError(f"backbone_dtype: {backbone_dtype!r} is not one of {', '.join(DTYPES)}")
-    if frozen and not has_pretrained and standard is None:
+    from_scratch = not has_pretrained and backbone_params is None
+    if frozen and from_scratch and standard is None:
         raise ValueError(f"frozen: {backbone} starts from random weights and would learn nothing; leave it trainable")
     if has_pretrained and pretrained and backbone_params is None:
         raise ValueError(
             f"backbone_params: {backbone} comes with pretrained weights; pass cib_jax.load_pretrained({backbone!r}), "
             "or pretrained=False to start from random ones"
         )
+    if frozen is None:
+        frozen = standard is not None or (has_pretrained and not fine_tune.asked)
+    fine_tuning.check(fine_tune, chosen, size, frozen=frozen, from_scratch=from_scratch)
     backbone_key, head_key = jax.random.split(key)
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
     head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))
-    encoder = Encoder(chosen, bits, size, graph, head_graph, backbone_dtype, feature_noise, feature_dropout)
+    encoder = Encoder(
+        chosen,
+        bits,
+        size,
+        graph,
+        head_graph,
+        backbone_dtype,
+        feature_noise,
+        feature_dropout,
+        fine_tune.lora_alpha / fine_tune.lora_rank if fine_tune.lora_rank else 0.0,
+        fine_tune.checkpointing,
+    )
     head_params = nnx.to_pure_dict(head)
     if standard is not None:
         return encoder, {"head": head_params}, {}
-    if has_pretrained if frozen is None else frozen:
-        # Cast once, here: a frozen backbone needs no float32 copy beside it.
-        return encoder, {"head": head_params}, {"backbone": _cast(state, DTYPES[backbone_dtype])}
-    return encoder, {"head": head_params, "backbone": state}, {}
+    learns: Params = {}
+    stays: Params = {"backbone": state}
+    if not frozen:
+        learns, stays = fine_tuning.create_parts(jax.random.fold_in(key, 2), fine_tune, chosen, size, state)
+    # Cast once, here: what is frozen needs no float32 copy beside it.
+    return encoder, {"head": head_params} | learns, _cast(stays, DTYPES[backbone_dtype])
 
 
 def _split_backbone(

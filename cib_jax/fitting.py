@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float, UInt8
 
-from cib_jax import feature_views, parallel
+from cib_jax import feature_views, fine_tuning, parallel
 from cib_jax.augment import FAMILIES
 from cib_jax.encoder import Params, create_encoder
 from cib_jax.feature_views import Standard
+from cib_jax.fine_tuning import FineTune
 from cib_jax.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
-from cib_jax.training import accumulation, feed, loop, view_bank
+from cib_jax.training import accumulation, feed, loop, optimiser, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
 
@@ -30,6 +30,7 @@ def fit(
     backbone: str = "convnet",
     backbone_params: Params | None = None,
     frozen: bool | None = None,
+    fine_tune: FineTune = FineTune(),  # noqa: B008 - it cannot be changed
     image_size: int = 0,
     hidden: int = 1024,
     objective: str = "cibhash",
@@ -61,6 +62,7 @@ def fit(
       backbone: "convnet" (from scratch), "efficientnet_lite0", "vgg16", or "none" for features.
       backbone_params: for the two in the middle, `cib_jax.load_pretrained(backbone)`.
       frozen: see `create_encoder`.
+      fine_tune: which part of a backbone that is not frozen learns, and how.
       image_size: side of the network's input in pixels; 0 takes the backbone's usual one.
       hidden: width of the hash head's hidden layer.
       objective: "naive_cl", "cl_hash" or "cibhash".
@@ -72,7 +74,7 @@ def fit(
       feature_dropout: the same.
       epochs: passes over the images.
       batch_size: images per step.
-      learning_rate: of Adam.
+      learning_rate: of Adam; the backbone's own is in `fine_tune`.
       views: computes the features of this many views per image once, for a frozen backbone; 0 draws fresh ones.
       micro_batch: images of one device that go through the backbone at a time, for less memory; 0: all of them.
       devices: of this machine that share each batch; 0: all.
@@ -83,6 +85,7 @@ def fit(
     Raises:
       ValueError: a value is out of range, there are fewer images than `batch_size`, or a batch cannot be spread evenly
         over the devices or cut evenly into parts.
+      FineTuneError: `fine_tune` does not go with the backbone.
       NonFiniteLossError: the loss became NaN or infinite.
     """
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
@@ -121,18 +124,19 @@ def fit(
         standard=standard,
         feature_noise=feature_noise,
         feature_dropout=feature_dropout,
+        fine_tune=fine_tune,
     )
-    optimiser = optax.adam(learning_rate)
+    adam = optimiser.adam(learning_rate, fine_tune.learning_rate)
     method = {
         "encoder": encoder,
-        "optimiser": optimiser,
+        "optimiser": adam,
         "objective": objective,
         "temperature": temperature,
         "beta": beta,
         "stochastic": stochastic,
     }
     if views:
-        if "backbone" in params or standard is not None:
+        if fine_tuning.features_learn(params) or standard is not None:
             raise ValueError(f"views: {views} views are computed once only of a frozen backbone; set it to 0")
         size = min(ENCODE_BATCH, len(images))
         bank = view_bank.build(
@@ -158,7 +162,7 @@ def fit(
             mesh=mesh,
         )
     state, _ = loop.run(
-        create_train_state(params, optimiser),
+        create_train_state(params, adam),
         Progress(),
         steps=fed.steps,
         epoch_chunks=fed.epoch_chunks,

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from cib_jax.backbones import registry, weights
-from cib_jax.config import ConfigError
+from cib_jax.config import ConfigError, fine_tune
 from cib_jax.data import images, protocols, sources, splits
 from cib_jax.data.images import Bar, no_bar
 from cib_jax.data.protocols import Protocol
@@ -17,6 +17,7 @@ from cib_jax.encoder import Encoder, Params, create_encoder
 from cib_jax.feature_views import Standard
 from cib_jax.objective import OBJECTIVES
 from cib_jax.teacher import Teacher
+from cib_jax.training import optimiser as optimisers
 from cib_jax.training import view_bank
 
 STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2, "baseline": 3}
@@ -44,7 +45,8 @@ def encoder(
     Raises:
       WeightsError: the backbone's weights are missing or unusable.
     """
-    pretrained = registry.get(config.backbone).convert is not None and (config.frozen or not trained)
+    how = fine_tune(config)
+    pretrained = registry.get(config.backbone).convert is not None and (config.frozen or how.keeps or not trained)
     loaded = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
     made, params, frozen = create_encoder(
         key(config, "initial weights"),
@@ -59,13 +61,14 @@ def encoder(
         standard=standard,
         feature_noise=config.feature_noise,
         feature_dropout=config.feature_dropout,
+        fine_tune=how,
     )
     return made, params, frozen, weights.fingerprint(loaded) if frozen and loaded else ""
 
 
 def optimiser(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Returns Adam with the config's learning rate."""
-    return optax.adam(config.learning_rate)
+    """Returns Adam with the config's learning rates."""
+    return optimisers.adam(config.learning_rate, config.fine_tune.learning_rate)
 
 
 def teacher(config: ml_collections.ConfigDict) -> Teacher:

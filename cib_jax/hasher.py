@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from cib_jax import encoding, exporting, from_config, parallel, place, saved
+from cib_jax import encoding, exporting, fine_tuning, from_config, parallel, place, saved
 from cib_jax.coding import logits_of_features, packed_of_features, plain_features
 from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.data.images import resize
@@ -38,7 +38,7 @@ SETTINGS = ("batch_size", "stored_size", "devices")
 
 @dataclasses.dataclass(frozen=True)
 class Hasher:
-    """A trained encoder with its parameters."""
+    """A trained encoder with its parameters; corrections of frozen kernels are taken into them, once, here."""
 
     encoder: Encoder
     params: Params
@@ -49,6 +49,12 @@ class Hasher:
     """Side to which images are resized on the host first, as they were for training; 0: they are not."""
     devices: int = 0
     """Of this machine that encode a batch each at the same time; 0: all."""
+
+    def __post_init__(self) -> None:
+        # So all that encodes, saves or exports knows nothing of how a backbone was trained, and gives the same bits.
+        params, frozen = fine_tuning.settled(self.params, self.frozen, self.encoder.lora_scale)
+        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "frozen", frozen)
 
     @classmethod
     def load(

@@ -46,6 +46,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.epochs = 60  # passes over the training images; the paper takes 80 for 16 bits
     c.learning_rate = 1e-3
 
+    # What learns of a backbone that is not frozen; see docs/fine-tuning.md.
+    c.fine_tune = ml_collections.ConfigDict()
+    c.fine_tune.blocks = 0  # its last blocks, with what comes after them; 0 = all of it
+    c.fine_tune.learning_rate = 0.0  # of the backbone; 0 = learning_rate, which is then the head's too
+    c.fine_tune.checkpointing = False  # True: blocks are computed again for their gradients, for less memory
+    c.fine_tune.lora_rank = 0  # of low-rank corrections that learn in place of the weights; 0 = the weights learn
+    c.fine_tune.lora_alpha = 8.0  # corrections count by this over their rank
+
     c.data = ml_collections.ConfigDict()
     c.data.seed = 0  # of the splits, and of the views in a bank, which runs with other seeds can so share
     # digits | folder (of photos) | list (CSV or Parquet of paths) | features (vectors of any model) | nuswide | mscoco

@@ -12,6 +12,16 @@ WIDTHS = (32, 64, 128)
 FEATURES = 256
 
 
+class Layer(Convolution):
+    """A 3×3 convolution, standardised, pooled, and a ReLU."""
+
+    def __call__(self, x: Float[Array, "batch h w inputs"]) -> Float[Array, "batch h//2 w//2 outputs"]:
+        """Applies the layer."""
+        x = _standardise(convolution.conv(x, *self.arrays))
+        # The pool comes before the ReLU: the result is the same and a quarter of the ReLUs remain.
+        return jax.nn.relu(convolution.max_pool_2x2(x))
+
+
 class ConvNet(nnx.Module):
     """Three 3×3 convolutions, each standardised per channel and halving the map, then one linear layer over all of it.
 
@@ -22,7 +32,7 @@ class ConvNet(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, image_size: int):
         channels = zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)
-        self.convolutions = nnx.List([Convolution(rngs, 3, 3, i, o) for i, o in channels])
+        self.convolutions = nnx.List([Layer(rngs, 3, 3, i, o) for i, o in channels])
         side = image_size // 2 ** len(WIDTHS)
         self.linear = Convolution(rngs, side * side * WIDTHS[-1], FEATURES)
         self.image_size = image_size
@@ -40,9 +50,7 @@ class ConvNet(nnx.Module):
             )
         x = images
         for layer in self.convolutions:
-            x = _standardise(convolution.conv(x, *layer.arrays))
-            # The pool comes before the ReLU: the result is the same and a quarter of the ReLUs remain.
-            x = jax.nn.relu(convolution.max_pool_2x2(x))
+            x = layer(x)
         kernel, bias = self.linear.arrays
         return jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
 

@@ -19,11 +19,25 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 PADDING = ((1, 1), (1, 1))
 
 
+class Layer(Convolution):
+    """A 3×3 convolution and a ReLU; a pool after them where it is the last of its stage."""
+
+    def __init__(self, rngs: nnx.Rngs, inputs: int, outputs: int, pools: bool):
+        super().__init__(rngs, 3, 3, inputs, outputs)
+        self.pools = pools
+
+    def __call__(self, x: Float[Array, "batch h w inputs"]) -> Float[Array, "batch h2 w2 outputs"]:
+        """Applies the layer."""
+        x = jax.nn.relu(convolution.conv(x, *self.arrays, padding=PADDING))
+        return convolution.max_pool_2x2(x) if self.pools else x
+
+
 class VGG16(nnx.Module):
     """The 13 convolutions, fc6 and fc7, without dropout; any size from 32 up works."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.convolutions = nnx.List([Convolution(rngs, 3, 3, i, o) for i, o in _channels()])
+        layers = enumerate(_channels())
+        self.convolutions = nnx.List([Layer(rngs, i, o, at in _last_of_stage()) for at, (i, o) in layers])
         self.fc6 = Convolution(rngs, GRID * GRID * STAGES[-1][-1], FEATURES)
         self.fc7 = Convolution(rngs, FEATURES, FEATURES)
 
@@ -43,9 +57,7 @@ class VGG16(nnx.Module):
         self, x: Float[Array, "batch h w inputs"], first: int, end: int
     ) -> Float[Array, "batch h2 w2 outputs"]:
         for i in range(first, end):
-            x = jax.nn.relu(convolution.conv(x, *self.convolutions[i].arrays, padding=PADDING))
-            if i in _last_of_stage():
-                x = convolution.max_pool_2x2(x)
+            x = self.convolutions[i](x)
         return x
 
 

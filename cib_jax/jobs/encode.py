@@ -137,6 +137,8 @@ def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
         name: value
         for name, value in config_lib.flatten(config).items()
         if name not in config_lib.MAY_CHANGE | config_lib.MEASURING
+        # What earlier versions had no field for, they called the same encoder.
+        and config_lib.ADDED.get(name) != value
     }
     known: dict[str, Any] = {
         "bits": hasher.encoder.bits,

@@ -32,6 +32,7 @@ _CODE = (
     "geometry.py",
     "colour.py",
     "encoder.py",
+    "fine_tuning.py",
     "encoding.py",
     "data/images.py",
     "data/loader.py",
@@ -145,7 +146,7 @@ def before_hashing(setting: Setting, images: ImageSet, what: str) -> Iterator[Fl
 
     As `plain` does; the pixels, where the backbone learns, are those that it sees, one after another.
     """
-    if setting.frozen or setting.standard is not None:
+    if setting.features_stay or setting.standard is not None:
         yield from plain(setting, images, what)
         return
     compute = jax.jit(lambda batch: setting.encoder.preprocess(batch).reshape(len(batch), -1))
@@ -161,7 +162,7 @@ def before_hashing(setting: Setting, images: ImageSet, what: str) -> Iterator[Fl
 
 def codes(setting: Setting, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of a set, with a bar named `what`; they are those of `Hasher.encode`."""
-    if setting.frozen:
+    if setting.features_stay:
         features = plain(setting, images, what, shared=True)
         return joined(setting, len(images), [codes_of_features(setting, params, part) for part in features])
     # The backbone was trained, or there is none.

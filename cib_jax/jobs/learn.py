@@ -73,6 +73,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
             backbone=config.backbone,
             backbone_params=params,
             frozen=config.frozen,
+            fine_tune=config_lib.fine_tune(config),
             image_size=config.image_size,
             hidden=config.hidden,
             objective=config.objective,

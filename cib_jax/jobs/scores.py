@@ -50,7 +50,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
 
 def _views(run: Setting, params: Params, images: ImageSet) -> Iterator[UInt8[np.ndarray, "n bytes"]]:
     """Yields the codes of a first and of a second augmented view of every image."""
-    if run.frozen:
+    if run.features_stay:
         for of_view in features.of_views(run, images, 2, "Views"):
             yield features.codes_of_features(run, params, np.asarray(of_view, np.float32))
         return

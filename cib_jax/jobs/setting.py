@@ -17,7 +17,7 @@ import rich.console
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from cib_jax import feature_cache, feature_views, from_config, parallel, processes
+from cib_jax import feature_cache, feature_views, fine_tuning, from_config, parallel, processes
 from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.names import printable
@@ -49,6 +49,11 @@ class Setting:
     frozen: Params
     fingerprint: str
     """Of the backbone weights that were loaded; "" if none were."""
+
+    @property
+    def features_stay(self) -> bool:
+        """Whether features are those of a network of which nothing learns."""
+        return bool(self.frozen) and not fine_tuning.features_learn(self.initial)
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:

@@ -28,7 +28,7 @@ def validator(setting: Setting) -> Callable[[TrainState], float] | None:
     kept: dict[str, list[Float[np.ndarray, "part features"]]] = {}
 
     def codes(params: Params, images: ImageSet, name: str) -> UInt8[np.ndarray, "n bytes"]:
-        if not setting.frozen:
+        if not setting.features_stay:
             return features.codes(setting, params, images, f"Validation, {name}")
         if name not in kept:
             kept[name] = list(features.plain(setting, images, f"Validation, {name}", shared=True))

@@ -81,7 +81,7 @@ def features_of_two_views(
     of_rows = (*augment.two_view_keys(key, rows, axis), images)
     parts = tuple(array.reshape(-1, micro_batch, *array.shape[1:]) for array in of_rows)
     # The head takes the whole batch, so that only what needs it is done twice.
-    trained = {"backbone": params["backbone"]} if "backbone" in params else {}
+    trained = {name: part for name, part in params.items() if name != "head"}
     found = _in_turn(of_part, trained, frozen, parts)
     return found.swapaxes(0, 1).reshape(2 * rows, -1)
 

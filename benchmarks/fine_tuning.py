@@ -1,0 +1,150 @@
+"""What training more than the hash head is worth: MAP@1000 of digits or CIFAR-10, by how much of the backbone learns.
+
+`python -m benchmarks.fine_tuning` takes scikit-learn's digits; `--data-dir=DIR`, a TFDS data_dir with CIFAR-10, takes
+that in the paper's splits. Rows: `pixels` (signs of random projections of them, no network), `frozen`, `last:N` (the
+last N blocks), `all`, `lora:R` (corrections of rank R of all kernels).
+"""
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import sklearn.datasets
+
+import cib_jax as cib
+from benchmarks import measuring
+from cib_jax.backbones import registry
+from cib_jax.baselines import BASELINES
+from cib_jax.data import loader, sources, splits
+from cib_jax.data.protocols import PROTOCOLS
+
+Part = tuple[np.ndarray, np.ndarray]
+"""Images and their labels."""
+
+
+class Task(NamedTuple):
+    """Images that train, that ask and that are searched."""
+
+    name: str
+    train: np.ndarray
+    query: Part
+    database: Part
+    augment: str
+    temperature: float
+
+
+def digits() -> Task:
+    """Returns digits, 297 queries on 1,500, which all train."""
+    loaded = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(loaded.images))
+    images = np.round(loaded.images[order] * 15.9375).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    labels = loaded.target[order]
+    database = images[297:], labels[297:]
+    return Task("digits", images[297:], (images[:297], labels[:297]), database, "digits", 0.5)
+
+
+def cifar(directory: str, train: int, queries: int, database: int) -> Task:
+    """Returns so many of CIFAR-10's images, drawn from the paper's splits."""
+    drawn = splits.draw(sources.load("cifar10", directory), PROTOCOLS["cifar10-10k-50k"], seed=0)
+
+    def some(part: splits.ImageSet, count: int) -> Part:
+        taken = part.take(np.sort(np.random.default_rng(1).permutation(len(part))[:count]))
+        assert taken.labels is not None
+        return loader.materialise(taken.images), taken.labels
+
+    return Task(
+        "CIFAR-10",
+        some(drawn.train, train)[0],
+        some(drawn.query, queries),
+        some(drawn.database, database),
+        "photo",
+        0.3,
+    )
+
+
+def pixels(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the codes of queries and of the database by random projections of pixels."""
+    flat = [(images / 255).reshape(len(images), -1).astype(np.float32) for images in (task.train, task.query[0])]
+    encode = BASELINES["lsh"].fit(flat[0], bits, jax.random.key(seed))
+    searched = (task.database[0] / 255).reshape(len(task.database[0]), -1).astype(np.float32)
+    query, database = (np.asarray(cib.pack_bits(encode(part))) for part in (flat[1], searched))
+    return query, database
+
+
+def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Hasher:
+    """Returns a hasher trained as a row says."""
+    backbone = registry.get(flags.backbone)
+    kind, _, number = row.partition(":")
+    options: dict[str, Any] = {"frozen": kind == "frozen"}
+    if kind != "frozen":
+        amount = {"last": "blocks", "lora": "lora_rank"}.get(kind)
+        given = {amount: int(number)} if amount else {}
+        options["fine_tune"] = cib.FineTune(learning_rate=flags.backbone_learning_rate, **given)
+    if backbone.convert is not None:
+        options["backbone_params"] = cib.load_pretrained(flags.backbone)
+    elif kind == "frozen":
+        # The weights that this seed would have begun with.
+        init_key, _, _ = jax.random.split(jax.random.key(seed), 3)
+        made = cib.create_encoder(init_key, backbone=flags.backbone, bits=flags.bits, image_size=flags.image_size)
+        options["backbone_params"] = made[1]["backbone"]
+    return cib.fit(
+        task.train,
+        bits=flags.bits,
+        backbone=flags.backbone,
+        image_size=flags.image_size,
+        augment=task.augment,
+        temperature=task.temperature,
+        epochs=flags.epochs,
+        seed=seed,
+        **options,
+    )
+
+
+def main() -> None:
+    """Reads the flags and measures."""
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--data-dir", help="TFDS data_dir with CIFAR-10")
+    parser.add_argument("--train", type=int, default=5000, help="training images of CIFAR-10")
+    parser.add_argument("--queries", type=int, default=10000)
+    parser.add_argument("--database", type=int, default=50000)
+    parser.add_argument(
+        "--backbone", default="efficientnet_lite0", choices=sorted(registry.BACKBONES.keys() - {"none"})
+    )
+    parser.add_argument("--image-size", type=int, default=32, help="pixels")
+    parser.add_argument("--rows", nargs="+", default=["frozen", "last:1", "last:3", "all", "lora:4"])
+    parser.add_argument("--backbone-learning-rate", type=float, default=1e-4, help="0: the head's, 1e-3")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--bits", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    flags = parser.parse_args()
+    task = cifar(flags.data_dir, flags.train, flags.queries, flags.database) if flags.data_dir else digits()
+    print(measuring.machine("jax"))
+    print(
+        f"{task.name}: {len(task.train):,} training images, {len(task.query[0]):,} queries on "
+        f"{len(task.database[0]):,}; {flags.backbone} at {flags.image_size} px, {flags.bits} bits, {flags.epochs} "
+        f"epochs, seeds 0 to {flags.seeds - 1}\n",
+        flush=True,
+    )
+    rows = []
+    for row in flags.rows:
+        found, seconds = [], []
+        for seed in range(flags.seeds):
+            begun = time.perf_counter()
+            if row == "pixels":
+                codes = pixels(task, flags.bits, seed)
+            else:
+                hasher = fitted(task, row, seed, flags)
+            seconds.append(time.perf_counter() - begun)
+            if row != "pixels":
+                codes = hasher.encode(task.query[0]), hasher.encode(task.database[0])
+            found.append(cib.mean_average_precision(*codes, task.query[1], task.database[1], k=1000))
+            print(f"{row}, seed {seed}: {found[-1]:.4f} after {seconds[-1]:.0f} s", flush=True)
+        rows.append((row, f"{np.mean(found):.3f} ± {np.std(found):.3f}", f"{np.median(seconds):.0f} s"))
+    print()
+    measuring.print_table(("what learns besides the head", "MAP@1000", "median time of training"), rows)
+
+
+if __name__ == "__main__":
+    main()
