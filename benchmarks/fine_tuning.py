@@ -141,7 +141,8 @@ def main() -> None:
                 codes = hasher.encode(task.query[0]), hasher.encode(task.database[0])
             found.append(cib.mean_average_precision(*codes, task.query[1], task.database[1], k=1000))
             print(f"{row}, seed {seed}: {found[-1]:.4f} after {seconds[-1]:.0f} s", flush=True)
-        rows.append((row, f"{np.mean(found):.3f} ± {np.std(found):.3f}", f"{np.median(seconds):.0f} s"))
+        spread = f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else ""
+        rows.append((row, f"{np.mean(found):.3f}{spread}", f"{np.median(seconds):.0f} s"))
     print()
     measuring.print_table(("what learns besides the head", "MAP@1000", "median time of training"), rows)
 
