@@ -96,8 +96,10 @@ def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Ha
         image_size=flags.image_size,
         augment=task.augment,
         temperature=task.temperature,
+        stochastic=not flags.deterministic,
         epochs=flags.epochs,
         seed=seed,
+        on_epoch=lambda report: print(f"  loss {report.terms['loss']:.3f}", flush=True) if flags.losses else None,
         **options,
     )
 
@@ -116,7 +118,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["frozen", "last:1", "last:3", "all", "lora:4"])
     parser.add_argument("--backbone-learning-rate", type=float, default=1e-4, help="0: the head's, 1e-3")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--deterministic", action="store_true", help="bits are thresholded in training, not drawn")
     parser.add_argument("--bits", type=int, default=32)
+    parser.add_argument("--losses", action="store_true", help="tells the loss of each epoch")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     flags = parser.parse_args()
     task = cifar(flags.data_dir, flags.train, flags.queries, flags.database) if flags.data_dir else digits()
@@ -141,7 +145,8 @@ def main() -> None:
                 codes = hasher.encode(task.query[0]), hasher.encode(task.database[0])
             found.append(cib.mean_average_precision(*codes, task.query[1], task.database[1], k=1000))
             print(f"{row}, seed {seed}: {found[-1]:.4f} after {seconds[-1]:.0f} s", flush=True)
-        rows.append((row, f"{np.mean(found):.3f} ± {np.std(found):.3f}", f"{np.median(seconds):.0f} s"))
+        spread = f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else ""
+        rows.append((row, f"{np.mean(found):.3f}{spread}", f"{np.median(seconds):.0f} s"))
     print()
     measuring.print_table(("what learns besides the head", "MAP@1000", "median time of training"), rows)
 

@@ -192,7 +192,7 @@ class Deep(nnx.Module):
 def test_checkpointing_takes_less_memory():
     """Of the compiled gradient: what goes into each block is kept, and of what is made in them one block's alone."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Deep(nnx.Rngs(0))))
-    images = jax.ShapeDtypeStruct((32, 64, 64, 4), jnp.float32)
+    images = jax.ShapeDtypeStruct((128, 64, 64, 4), jnp.float32)
 
     def taken(checkpointing):
         def total(state, images):
@@ -203,7 +203,7 @@ def test_checkpointing_takes_less_memory():
 
         return jax.jit(jax.grad(total)).lower(state, images).compile().memory_analysis().temp_size_in_bytes
 
-    assert taken(True) < taken(False) / 3
+    assert taken(True) < taken(False) / 2
 
 
 @pytest.mark.parametrize("how", [{"blocks": 1}, {"lora_rank": 2}])
