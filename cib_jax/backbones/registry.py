@@ -25,6 +25,7 @@ class Backbone:
     smallest: int  # the smallest input size that it takes
     build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) to the network, randomly initialised
     convert: Callable[[Mapping[str, np.ndarray]], Tree] | None  # named tensors to its state; None: from scratch
+    reads: tuple[str, ...] = ("",)  # how the names of its tensors begin, where a file of weights holds more than them
     takes: str = "images"  # or "features": there is no network, and they are standardised alone
 
 

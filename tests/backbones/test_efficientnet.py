@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cib_jax.backbones import efficientnet, registry, tensors, weights
+from cib_jax.backbones import efficientnet, registry, sources, tensors, weights
 from tests.golden import backbone_inputs
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> dict[str, np.ndarray]:
-    return weights.read_tensors(weights.SOURCES["efficientnet_lite0"]().path)
+    return weights.read_tensors(sources.locate("efficientnet_lite0").path)
 
 
 @pytest.fixture(scope="module")
