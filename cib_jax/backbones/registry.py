@@ -1,13 +1,14 @@
 """The backbones by name, each with what its input must look like."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import convnet, efficientnet, vgg
+from cib_jax.backbones import convnet, efficientnet, resnet, vgg
 from cib_jax.backbones.tensors import Tree
 
 Numbers = tuple[float, ...]
@@ -37,30 +38,25 @@ class _Nothing(nnx.Module):
 
 
 HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: int) -> Backbone:
+    return Backbone(
+        name=f"efficientnet_lite{number}",
+        features=efficientnet.FEATURES,
+        mean=HALF,
+        deviation=HALF,
+        image_size=image_size,
+        smallest=32,
+        build=lambda rngs, image_size: efficientnet.EfficientNetLite(rngs, scaling),
+        convert=functools.partial(efficientnet.convert, scaling=scaling),
+    )
+
 
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
-        Backbone(
-            name="vgg16",
-            features=vgg.FEATURES,
-            mean=(0.485, 0.456, 0.406),
-            deviation=(0.229, 0.224, 0.225),
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: vgg.VGG16(rngs),
-            convert=vgg.convert,
-        ),
-        Backbone(
-            name="efficientnet_lite0",
-            features=efficientnet.FEATURES,
-            mean=HALF,
-            deviation=HALF,
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: efficientnet.EfficientNetLite0(rngs),
-            convert=efficientnet.convert,
-        ),
         Backbone(
             name="convnet",
             features=convnet.FEATURES,
@@ -70,6 +66,29 @@ BACKBONES: dict[str, Backbone] = {
             smallest=8,
             build=convnet.ConvNet,
             convert=None,
+        ),
+        _efficientnet_lite(0, efficientnet.LITE0, 224),
+        _efficientnet_lite(1, efficientnet.LITE1, 240),
+        _efficientnet_lite(2, efficientnet.LITE2, 260),
+        Backbone(
+            name="resnet50",
+            features=resnet.FEATURES,
+            mean=IMAGENET_MEAN,
+            deviation=IMAGENET_DEVIATION,
+            image_size=224,
+            smallest=32,
+            build=lambda rngs, image_size: resnet.ResNet50(rngs),
+            convert=resnet.convert,
+        ),
+        Backbone(
+            name="vgg16",
+            features=vgg.FEATURES,
+            mean=IMAGENET_MEAN,
+            deviation=IMAGENET_DEVIATION,
+            image_size=224,
+            smallest=32,
+            build=lambda rngs, image_size: vgg.VGG16(rngs),
+            convert=vgg.convert,
         ),
         # How many features there are, their mean and deviation come from the data: `encoder.create_encoder` fills in.
         Backbone(
