@@ -279,6 +279,12 @@ def _check_network(config: ml_collections.ConfigDict) -> None:
             f"config.image_size: {config.image_size} is too small for {backbone.name}, which takes {backbone.smallest} "
             "pixels or more"
         )
+    if config.image_size % backbone.multiple:
+        near = round(config.image_size / backbone.multiple) * backbone.multiple
+        raise ConfigError(
+            f"config.image_size: {config.image_size} is not a multiple of {backbone.multiple}, the side of the patches "
+            f"that {backbone.name} cuts images into; try {near}"
+        )
     if backbone.convert is None and config.backbone_weights:
         raise ConfigError(f"config.backbone_weights: {backbone.name} is trained from scratch; leave the field empty")
     if backbone.convert is None and config.frozen:

@@ -70,6 +70,14 @@ REPOSITORIES = {
         licence="BSD-3-Clause",
         elsewhere="https://download.pytorch.org/models/resnet50-0676ba61.pth",
     ),
+    "dinov2_small": Repository("facebook/dinov2-small", licence="Apache-2.0"),
+    "dinov2_base": Repository("facebook/dinov2-base", licence="Apache-2.0"),
+    "dinov2_small_registers": Repository("facebook/dinov2-with-registers-small", licence="Apache-2.0"),
+    "dinov2_base_registers": Repository("facebook/dinov2-with-registers-base", licence="Apache-2.0"),
+    # The one file of weights that has always been in these two.
+    "clip_vit_b32": Repository("openai/clip-vit-base-patch32", licence="MIT", file="pytorch_model.bin"),
+    "clip_vit_b16": Repository("openai/clip-vit-base-patch16", licence="MIT", file="pytorch_model.bin"),
+    "siglip_base": Repository("google/siglip-base-patch16-224", licence="Apache-2.0"),
 }
 
 
