@@ -7,7 +7,9 @@ alone and with random weights, for the table of docs/backbones.md.
 
 import argparse
 import functools
+import pathlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +34,11 @@ VGG_LAYERS = (
     (28, 512, 512),
     (14, 512, 512),
 )
-BATCHES = {"efficientnet_lite0": (4, 8, 32)}
+TRANSFORMERS = (
+    *("dinov2_small", "dinov2_base", "dinov2_small_registers", "dinov2_base_registers"),
+    *("clip_vit_b32", "clip_vit_b16", "siglip_base"),
+)
+BATCHES = {"efficientnet_lite0": (4, 8, 32)} | dict.fromkeys(TRANSFORMERS, (8,))
 OTHER_BATCHES = (8, 32)
 # The convolutions of the other side and the batch norms after them, in the network and in its blocks.
 NORMS = (
@@ -99,11 +105,25 @@ def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
     return {"PyTorch": torch_side(model)}, state
 
 
+def transformer_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
+    """Returns the features of a vision transformer of `transformers` with random weights; and the same for ours."""
+    from tests.golden import make_transformers
+
+    del size
+    build, reader = make_transformers.NETWORKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        build().save_pretrained(folder)
+        model = reader.from_pretrained(folder).eval()
+        state = cib_jax.load_pretrained(name, str(pathlib.Path(folder) / "model.safetensors"))
+    return {"PyTorch": lambda images: make_transformers.features(name, model, images)}, state
+
+
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 SIDES = {
     **{name: functools.partial(efficientnet_sides, name) for name in LITE},
     "resnet50": resnet_sides,
     "vgg16": vgg_sides,
+    **{name: functools.partial(transformer_sides, name) for name in TRANSFORMERS},
 }
 
 
@@ -235,7 +255,7 @@ def noise(*shape: int) -> np.ndarray:
 
 def main() -> None:
     """Reads the flags and prints the tables."""
-    others = () if "--usual" in sys.argv else ("torch", "torchvision", "efficientnet_lite_pytorch")
+    others = () if "--usual" in sys.argv else ("torch", "torchvision", "transformers", "efficientnet_lite_pytorch")
     parser = measuring.parser("the frozen backbones against PyTorch, channels last, forward only", *others)
     parser.add_argument("--usual", action="store_true", help="time all backbones at their usual sizes, without PyTorch")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 224], help="for EfficientNet-Lite0")
