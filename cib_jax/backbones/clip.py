@@ -6,10 +6,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import convolution, layout
+from cib_jax.backbones import layout
 from cib_jax.backbones.layout import Layout, Part
 from cib_jax.backbones.tensors import Tree
-from cib_jax.backbones.transformer import Block, Design, LayerNorm, Linear, Stem, gelu_by_sigmoid
+from cib_jax.backbones.transformer import Block, Design, LayerNorm, Linear, Stem, gelu_by_sigmoid, in_chunks
 
 FEATURES = 512  # of the shared embedding
 READS = ("vision_model.", "visual_projection.")
@@ -40,6 +40,7 @@ class CLIP(nnx.Module):
         self.blocks = nnx.List([Block(rngs, design) for _ in range(design.depth)])
         self.norm = LayerNorm(design.width, design.epsilon)
         self.projection = Linear(rngs, design.width, FEATURES, bias=False)
+        self.design = design
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 512"]:
         """Returns the embeddings of normalised images, not of unit length, in their dtype if the parameters have it.
@@ -47,7 +48,7 @@ class CLIP(nnx.Module):
         Raises:
             ValueError: if the images cannot be cut into whole patches.
         """
-        return convolution.in_chunks(self._features, images)
+        return in_chunks(self._features, images, self.design)
 
     def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 512"]:
         x = self.first_norm(self.stem(images))

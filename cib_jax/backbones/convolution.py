@@ -109,14 +109,15 @@ def max_pool_3x3(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch c
 def in_chunks(
     function: Callable[[Float[Array, "images h w channels"]], Float[Array, "images ..."]],
     x: Float[Array, "batch h w channels"],
+    most: int | None = None,
 ) -> Float[Array, "batch ..."]:
     """Returns `function(x)`, which must treat every image by itself, on a CPU a few images at a time.
 
     The maps of a few images stay in the caches, and the memory for them is asked for once, not once per layer. A chunk
-    is the largest divisor of the batch within `CHUNK_PIXELS`.
+    is the largest divisor of the batch up to `most`, by default up to `CHUNK_PIXELS`.
     """
     batch, height, width, _ = x.shape
-    most = max(1, CHUNK_PIXELS // (height * width))
+    most = max(1, CHUNK_PIXELS // (height * width) if most is None else most)
     size = max((n for n in range(1, most + 1) if batch % n == 0 and n <= batch), default=batch)
     if size == batch:
         return function(x)

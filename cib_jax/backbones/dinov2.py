@@ -6,10 +6,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import convolution, layout
+from cib_jax.backbones import layout
 from cib_jax.backbones.layout import Layout, Part
 from cib_jax.backbones.tensors import Tree
-from cib_jax.backbones.transformer import Block, Design, LayerNorm, Stem, gelu
+from cib_jax.backbones.transformer import Block, Design, LayerNorm, Stem, gelu, in_chunks
 
 
 def _design(width: int, heads: int, registers: int) -> Design:
@@ -41,6 +41,7 @@ class DINOv2(nnx.Module):
         self.stem = Stem(rngs, design)
         self.blocks = nnx.List([Block(rngs, design) for _ in range(design.depth)])
         self.norm = LayerNorm(design.width, design.epsilon)
+        self.design = design
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch width"]:
         """Returns the features of normalised images, in their dtype if the parameters have it too.
@@ -48,7 +49,7 @@ class DINOv2(nnx.Module):
         Raises:
             ValueError: if the images are not multiples of 14 pixels high and wide.
         """
-        return convolution.in_chunks(self._features, images)
+        return in_chunks(self._features, images, self.design)
 
     def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch width"]:
         x = self.stem(images)

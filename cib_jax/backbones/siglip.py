@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import convolution, layout
+from cib_jax.backbones import layout
 from cib_jax.backbones.layout import Layout, Part
 from cib_jax.backbones.tensors import Tree
-from cib_jax.backbones.transformer import MLP, Attention, Block, Design, LayerNorm, Stem, drawn, gelu_by_tanh
+from cib_jax.backbones.transformer import MLP, Attention, Block, Design, LayerNorm, Stem, drawn, gelu_by_tanh, in_chunks
 
 READS = ("vision_model.",)
 BASE = Design(
@@ -49,6 +49,7 @@ class SigLIP(nnx.Module):
         self.blocks = nnx.List([Block(rngs, design) for _ in range(design.depth)])
         self.norm = LayerNorm(design.width, design.epsilon)
         self.pool = Pool(rngs, design)
+        self.design = design
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch width"]:
         """Returns the embeddings of normalised images, not of unit length, in their dtype if the parameters have it.
@@ -56,7 +57,7 @@ class SigLIP(nnx.Module):
         Raises:
             ValueError: if the images are not multiples of 16 pixels high and wide.
         """
-        return convolution.in_chunks(self._features, images)
+        return in_chunks(self._features, images, self.design)
 
     def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch width"]:
         x = self.stem(images)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import positions
+from cib_jax.backbones import convolution, positions
 
+CHUNK_TOKENS = 2**9  # that a CPU takes through a network together: fewer, and it waits for the weights to be read
 DEVIATION = 0.02  # of random weights, as in the paper's own code and those after it
 
 
@@ -57,6 +58,16 @@ def gelu_by_tanh(x: Array) -> Array:
 def gelu_by_sigmoid(x: Array) -> Array:
     """Returns the approximation x σ(1.702 x) of x Φ(x), which CLIP calls quick."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def in_chunks(
+    function: Callable[[Float[Array, "images h w 3"]], Float[Array, "images width"]],
+    images: Float[Array, "batch h w 3"],
+    design: Design,
+) -> Float[Array, "batch width"]:
+    """Returns `function(images)`, which must treat every image by itself, on a CPU a few images at a time."""
+    patches = images.shape[1] * images.shape[2] // design.patch**2
+    return convolution.in_chunks(function, images, CHUNK_TOKENS // max(1, patches))
 
 
 def attend(

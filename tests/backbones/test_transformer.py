@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cib_jax.backbones import clip, convolution, dinov2, siglip, transformer
+from cib_jax.backbones import clip, dinov2, siglip, transformer
 from tests.golden import transformer_inputs
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -54,7 +54,7 @@ def test_bfloat16_stays_bfloat16_and_close(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_every_parameter(family, monkeypatch):
     """But for the biases of keys, which move all logits of a query alike; images go through one by one."""
-    monkeypatch.setattr(convolution, "CHUNK_PIXELS", 16 * 12)
+    monkeypatch.setattr(transformer, "CHUNK_TOKENS", 12)
     apply, state = tiny(family)
     gradients = jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(apply(state, IMAGES)))))(state)
     for path, gradient in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(gradients)):
