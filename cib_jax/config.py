@@ -62,7 +62,13 @@ FIELDS: dict[str, tuple[type, Check]] = {
         ),
     ),
     "k": (int, _COUNT),
-    "backbone": (str, _one_of(*registry.BACKBONES)),
+    "backbone": (
+        str,
+        (
+            lambda name: name in registry.BACKBONES,
+            f"is not one of {', '.join(registry.BACKBONES)}; docs/backbones.md tells of each",
+        ),
+    ),
     "backbone_weights": (str, _ANYTHING),
     "backbone_dtype": (str, _one_of(*DTYPES)),
     "frozen": (bool, _ANYTHING),
@@ -298,6 +304,12 @@ def _check_network(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.image_size: {config.image_size} is too small for {backbone.name}, which takes {backbone.smallest} "
             "pixels or more"
+        )
+    if config.image_size % backbone.multiple:
+        near = round(config.image_size / backbone.multiple) * backbone.multiple
+        raise ConfigError(
+            f"config.image_size: {config.image_size} is not a multiple of {backbone.multiple}, the side of the patches "
+            f"that {backbone.name} cuts images into; try {near}"
         )
     if backbone.convert is None and config.backbone_weights:
         raise ConfigError(f"config.backbone_weights: {backbone.name} is trained from scratch; leave the field empty")

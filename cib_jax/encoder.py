@@ -213,6 +213,11 @@ def create_encoder(
         raise ValueError(
             f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more"
         )
+    if size % chosen.multiple:
+        raise ValueError(
+            f"image_size: {size} is not a multiple of {chosen.multiple}, the side of the patches that {backbone} cuts "
+            "images into"
+        )
     has_pretrained = chosen.convert is not None
     if backbone_dtype not in DTYPES:
         raise ValueError(f"backbone_dtype: {backbone_dtype!r} is not one of {', '.join(DTYPES)}")

@@ -59,8 +59,8 @@ def fit(
       images: in RGB, all of one size; or, with the backbone "none", features of any model, a vector or several views of
         one per item.
       bits: the length of a code, a multiple of 8.
-      backbone: "convnet" (from scratch), "efficientnet_lite0", "vgg16", or "none" for features.
-      backbone_params: for the two in the middle, `cib_jax.load_pretrained(backbone)`.
+      backbone: "convnet" (from scratch), "none" for features, or a network of docs/backbones.md with weights.
+      backbone_params: for the last, `cib_jax.load_pretrained(backbone)`.
       frozen: see `create_encoder`.
       fine_tune: which part of a backbone that is not frozen learns, and how.
       image_size: side of the network's input in pixels; 0 takes the backbone's usual one.

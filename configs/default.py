@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.k = -1  # how many ranked images MAP@k looks at; 0 = the whole database, -1 = as the protocol says
 
     # Network.
-    c.backbone = "efficientnet_lite0"  # vgg16 | efficientnet_lite0 | convnet | none (the data are features already)
+    c.backbone = "efficientnet_lite0"  # a network of docs/backbones.md; --config.backbone= lists them
     c.backbone_weights = ""  # a weight file (.safetensors, .pth); "" = the published ones of the backbone
     c.backbone_dtype = "float32"  # float32 | bfloat16: in what the backbone computes; the head is always float32
     c.frozen = True  # True: only the hash head learns; False: the backbone learns too

@@ -28,9 +28,10 @@ def test_the_experiments_are_valid(name):
         ({"bits": 8192}, r"config.bits: 8192"),
         ({"batch_size": 1}, r"config.batch_size: 1 must be 2 or more"),
         (
-            {"backbone": "resnet50"},
-            r"config.backbone: 'resnet50' is not one of vgg16, efficientnet_lite0, convnet, none",
+            {"backbone": "resnet"},
+            r"config.backbone: 'resnet' is not one of convnet, efficientnet_lite0, .*resnet50, .*vgg16, .*, none; docs",
         ),
+        ({"backbone": ""}, r"config.backbone: '' is not one of convnet, efficientnet_lite0"),
         ({"objective": "simclr"}, r"config.objective: 'simclr' is not one of naive_cl, cl_hash, cibhash"),
         ({"binary": "soft"}, r"config.binary: 'soft' is not one of stochastic, deterministic"),
         ({"augment": "none"}, r"config.augment: 'none' is not one of photo, digits"),

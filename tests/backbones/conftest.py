@@ -1,4 +1,4 @@
-"""The golden values of tests/golden/make_backbones.py."""
+"""The golden values of tests/golden/make_backbones.py and make_cnns.py."""
 
 import pathlib
 
@@ -11,6 +11,12 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "backbones.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="session")
+def golden_cnns() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "cnns.npz") as archive:
         return dict(archive)
 
 

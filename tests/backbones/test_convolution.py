@@ -1,5 +1,6 @@
 """Both forms of every convolution against SciPy and loops in float64, and their gradients against each other."""
 
+import functools
 import re
 
 import jax
@@ -86,6 +87,19 @@ def test_max_pool_against_loops(size):
         np.testing.assert_array_equal(half, jnp.bfloat16(expected))
 
 
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 2)])
+def test_max_pool_3x3_against_loops(size):
+    """All values are negative, so that zeros around the map would show."""
+    x = -np.abs(draw(0, 2, *size, 3)).astype(np.float32)
+    around = [[slice(max(2 * i - 1, 0), 2 * i + 2) for i in range(-(-n // 2))] for n in size]
+    expected = np.array([[[image[rows, columns].max((0, 1)) for columns in around[1]] for rows in around[0]]
+                         for image in x])  # fmt: skip
+    plain = functools.partial(convolution.max_pool_plain, window=3, pads=TORCH)
+    for pool in (convolution.max_pool_3x3, plain):
+        np.testing.assert_array_equal(pool(jnp.asarray(x)), expected)
+        np.testing.assert_array_equal(pool(jnp.bfloat16(x)), jnp.bfloat16(expected))
+
+
 PAIRS = {
     "conv of few inputs": (
         lambda x, k: convolution.conv(x, k, jnp.zeros(4), 2),
@@ -105,6 +119,11 @@ PAIRS = {
     "max_pool": (
         lambda x, k: convolution.max_pool_2x2(x * k),
         lambda x, k: convolution.max_pool_plain(x * k),
+        (3,),
+    ),
+    "max_pool_3x3": (
+        lambda x, k: convolution.max_pool_3x3(x * k),
+        lambda x, k: convolution.max_pool_plain(x * k, 3, TORCH),
         (3,),
     ),
 }

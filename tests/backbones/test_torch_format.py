@@ -102,6 +102,23 @@ def test_files_that_pytorch_wrote(golden_folder, golden, name):
         np.testing.assert_array_equal(array.astype(expected[key].dtype), expected[key])
 
 
+@pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
+def test_a_part_of_a_file_is_what_it_is_in_the_whole(tmp_path, golden_folder, name):
+    """And of the rest no number is read: one is damaged here, which a zip archive's checksum tells of."""
+    whole = weights.read_tensors(golden_folder / name)
+    data = (golden_folder / name).read_bytes()
+    damaged = bytearray(data)
+    damaged[data.index(np.float64(whole["double"][0, 0]).tobytes())] ^= 1
+    (tmp_path / name).write_bytes(damaged)
+    part = weights.read_tensors(tmp_path / name, prefixes=("shared.", "integers"))
+    assert part.keys() == {"shared.whole", "shared.part", "integers"}
+    for key, array in part.items():
+        np.testing.assert_array_equal(array, whole[key])
+    if name == "torch_zip.pth":
+        with pytest.raises(weights.WeightsError, match="Bad CRC"):
+            weights.read_tensors(tmp_path / name)
+
+
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_the_files_of_these_tests_are_sound(tmp_path, write):
     content = pickled({"a": tensor(), "b": tensor((3, 2), (1, 3))})

