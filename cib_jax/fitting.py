@@ -1,19 +1,21 @@
 """Training in one call, on images in memory: no files, no config."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, PRNGKeyArray, UInt8
 
-from cib_jax import feature_views, fine_tuning, parallel
+from cib_jax import diffusion, feature_views, fine_tuning, parallel
 from cib_jax.augment import FAMILIES
-from cib_jax.encoder import Params, create_encoder
+from cib_jax.encoder import Encoder, Params, create_encoder
 from cib_jax.feature_views import Standard
 from cib_jax.fine_tuning import FineTune
 from cib_jax.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
+from cib_jax.teacher import Teacher
 from cib_jax.training import accumulation, feed, loop, optimiser, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
@@ -37,6 +39,8 @@ def fit(
     temperature: float = 0.3,
     beta: float = 0.001,
     stochastic: bool = True,
+    sharpness: float = 6.0,
+    teacher: Teacher = Teacher(),  # noqa: B008 - it cannot be changed
     augment: str = "photo",
     feature_noise: float = 0.7,
     feature_dropout: float = 0.3,
@@ -65,10 +69,12 @@ def fit(
       fine_tune: which part of a backbone that is not frozen learns, and how.
       image_size: side of the network's input in pixels; 0 takes the backbone's usual one.
       hidden: width of the hash head's hidden layer.
-      objective: "naive_cl", "cl_hash" or "cibhash".
+      objective: "naive_cl", "cl_hash", "cibhash" or "diffusion", for which a teacher is trained first.
       temperature: τ of the contrast.
       beta: β, the weight of the bottleneck.
       stochastic: whether bits are drawn in training.
+      sharpness: for "diffusion", see `diffusion_match`.
+      teacher: for "diffusion", see `Teacher`.
       augment: the family of views, "photo" or "digits"; of features "noise" or "stored".
       feature_noise: see `feature_views.two_views`.
       feature_dropout: the same.
@@ -80,7 +86,7 @@ def fit(
       devices: of this machine that share each batch; 0: all.
       seed: of everything random.
       on_views: told how many more of the `views` are done.
-      on_epoch: told of each epoch's end.
+      on_epoch: told of each epoch's end, of the teacher's first.
 
     Raises:
       ValueError: a value is out of range, there are fewer images than `batch_size`, or a batch cannot be spread evenly
@@ -98,13 +104,15 @@ def fit(
         raise ValueError(f"batch_size: {batch_size} must be from 2 to the number of images, {len(images)}")
     if views == 1 or views < 0:
         raise ValueError(f"views: {views} must be 0 (fresh views at every step) or at least 2")
-    for name, value in (("temperature", temperature), ("learning_rate", learning_rate)):
+    for name, value in (("temperature", temperature), ("learning_rate", learning_rate), ("sharpness", sharpness)):
         if not value > 0:
             raise ValueError(f"{name}: {value} must be greater than 0")
     if epochs < 1:
         raise ValueError(f"epochs: {epochs} must be 1 or more")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
+    if OBJECTIVES[objective].taught:
+        teacher.check(len(images))
     families = FAMILIES if standard is None else feature_views.FAMILIES
     if augment not in families:
         raise ValueError(f"augment: {augment!r} is not one of {', '.join(families)}")
@@ -113,65 +121,72 @@ def fit(
     if micro_batch and (views or standard is not None):
         raise ValueError(f"micro_batch: {micro_batch} images at a time save nothing where features train; set it to 0")
     init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
-    encoder, params, unchanging = create_encoder(
-        init_key,
-        backbone=backbone,
-        bits=bits,
-        image_size=image_size,
-        frozen=frozen,
-        hidden=hidden,
-        backbone_params=backbone_params,
-        standard=standard,
-        feature_noise=feature_noise,
-        feature_dropout=feature_dropout,
-        fine_tune=fine_tune,
-    )
-    adam = optimiser.adam(learning_rate, fine_tune.learning_rate)
-    method = {
-        "encoder": encoder,
-        "optimiser": adam,
-        "objective": objective,
-        "temperature": temperature,
-        "beta": beta,
-        "stochastic": stochastic,
-    }
-    if views:
-        if fine_tuning.features_learn(params) or standard is not None:
-            raise ValueError(f"views: {views} views are computed once only of a frozen backbone; set it to 0")
-        size = min(ENCODE_BATCH, len(images))
-        bank = view_bank.build(
-            bank_key,
-            encoder,
-            unchanging,
-            lambda start, stop: (images[at : min(at + size, stop)] for at in range(start, stop, size)),
-            count=len(images),
-            batch_size=size,
-            views=views,
-            family=augment,
-            on_images=on_views,
-            over=parallel.local_mesh(devices),
+    bank = resident = None
+
+    def train(
+        init_key: PRNGKeyArray, bits: int, epochs: int, coordinates: np.ndarray | None, **method: Any
+    ) -> tuple[Encoder, Params, Params]:
+        """Trains a head of so many bits, and a backbone that learns; the view bank is made once for all."""
+        nonlocal bank, resident
+        encoder, params, unchanging = create_encoder(
+            init_key,
+            backbone=backbone,
+            bits=bits,
+            image_size=image_size,
+            frozen=frozen,
+            hidden=hidden,
+            backbone_params=backbone_params,
+            standard=standard,
+            feature_noise=feature_noise,
+            feature_dropout=feature_dropout,
+            fine_tune=fine_tune,
         )
-        fed = feed.from_bank(bank, seed=seed, batch_size=batch_size, method=method, mesh=mesh)
-    else:
-        fed = feed.from_device(
-            jnp.asarray(images),
-            unchanging,
-            seed=seed,
+        adam = optimiser.adam(learning_rate, fine_tune.learning_rate)
+        method |= {"encoder": encoder, "optimiser": adam, "beta": beta, "stochastic": stochastic}
+        order: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "mesh": mesh, "coordinates": coordinates}
+        if views:
+            if fine_tuning.features_learn(params) or standard is not None:
+                raise ValueError(f"views: {views} views are computed once only of a frozen backbone; set it to 0")
+            size = min(ENCODE_BATCH, len(images))
+            if bank is None:
+                bank = view_bank.build(
+                    bank_key,
+                    encoder,
+                    unchanging,
+                    lambda start, stop: (images[at : min(at + size, stop)] for at in range(start, stop, size)),
+                    count=len(images),
+                    batch_size=size,
+                    views=views,
+                    family=augment,
+                    on_images=on_views,
+                    over=parallel.local_mesh(devices),
+                )
+            fed = feed.from_bank(bank, method=method, **order)
+        else:
+            resident = jnp.asarray(images) if resident is None else resident
+            method |= {"augment": augment, "micro_batch": micro_batch}
+            fed = feed.from_device(resident, unchanging, method=method, **order)
+        state, _ = loop.run(
+            create_train_state(params, adam),
+            Progress(),
+            steps=fed.steps,
+            epoch_chunks=fed.epoch_chunks,
+            key=step_key,
+            epochs=epochs,
             batch_size=batch_size,
-            method=method | {"augment": augment, "micro_batch": micro_batch},
-            mesh=mesh,
+            on_epoch=lambda state, report: on_epoch(report),
         )
-    state, _ = loop.run(
-        create_train_state(params, adam),
-        Progress(),
-        steps=fed.steps,
-        epoch_chunks=fed.epoch_chunks,
-        key=step_key,
-        epochs=epochs,
-        batch_size=batch_size,
-        on_epoch=lambda state, report: on_epoch(report),
+        return encoder, parallel.here(state.params), unchanging
+
+    coordinates = None
+    if OBJECTIVES[objective].taught:
+        taught_by = train(jax.random.fold_in(init_key, 1), teacher.bits, teacher.epochs, None, **teacher.method)
+        embeddings = Hasher(*taught_by, ENCODE_BATCH, devices=devices).logits(images)
+        coordinates = diffusion.coordinates(embeddings, **teacher.walk)
+    trained = train(
+        init_key, bits, epochs, coordinates, objective=objective, temperature=temperature, sharpness=sharpness
     )
-    return Hasher(encoder, parallel.here(state.params), unchanging, ENCODE_BATCH, devices=devices)
+    return Hasher(*trained, ENCODE_BATCH, devices=devices)
 
 
 def _standard(features: np.ndarray) -> Standard:

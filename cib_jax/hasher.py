@@ -181,6 +181,16 @@ class Hasher:
         batches = itertools.chain([first], batches)
         return self._of_batches(batches, on_images, size=size, over=self._mesh, of_features=packed_of_features)
 
+    def logits_of_batches(
+        self,
+        batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
+        on_images: Callable[[int], None] = lambda images: None,
+        *,
+        size: int,
+    ) -> Float32[np.ndarray, "n bits"]:
+        """Returns the logits of all images of `batches`, of which there is one, none larger than `size`."""
+        return self._of_batches(batches, on_images, size=size, over=self._mesh, of_features=logits_of_features)
+
     def _of_batches(
         self,
         batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],

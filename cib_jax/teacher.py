@@ -1,6 +1,7 @@
 """What the objective "diffusion" learns from: a teacher of its own, without labels, and how its embeddings are used."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Teacher:
                 )
 
     @property
-    def walk(self) -> dict[str, int]:
+    def method(self) -> dict[str, Any]:
+        """The arguments of a training step that are its own."""
+        return {"objective": "naive_cl", "temperature": self.temperature}
+
+    @property
+    def walk(self) -> dict[str, Any]:
         """The keyword arguments of `diffusion.coordinates`."""
         return {"neighbours": self.neighbours, "dimensions": self.dimensions, "steps": self.steps}

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float16, Shaped, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
-from cib_jax import encoding, feature_cache, from_config, parallel, processes
-from cib_jax.coding import packed_of_features, plain_features
+from cib_jax import coding, encoding, feature_cache, from_config, parallel, processes
+from cib_jax.coding import plain_features
 from cib_jax.data.images import ImageSet, identity
 from cib_jax.encoder import Params
 from cib_jax.feature_cache import DamagedError, FeatureCache
@@ -180,11 +180,24 @@ def codes_of_features(
     setting: Setting, params: Params, features: Float[np.ndarray, "n features"]
 ) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of features of unaugmented images."""
+    return _of_features(setting, params, features, coding.packed_of_features)
+
+
+def logits_of_features(
+    setting: Setting, params: Params, features: Float[np.ndarray, "n features"]
+) -> Float32[np.ndarray, "n bits"]:
+    """Returns the logits of features of unaugmented images."""
+    return _of_features(setting, params, features, coding.logits_of_features)
+
+
+def _of_features(
+    setting: Setting, params: Params, features: Float[np.ndarray, "n features"], compute: Callable[..., Array]
+) -> np.ndarray:
     size = min(setting.config.encode_batch, len(features))
     over = setting.mesh
     params = parallel.everywhere(params, over)
     rows = encoding.map_batches(
-        lambda batch, first: packed_of_features(setting.encoder, params, batch, over),
+        lambda batch, first: compute(setting.encoder, params, batch, over),
         (features[start : start + size] for start in range(0, len(features), size)),
         size=size,
         over=over,

@@ -11,7 +11,7 @@ import rich.console
 from jaxtyping import UInt8
 
 from cib_jax import config as config_lib
-from cib_jax import fitting, parallel
+from cib_jax import fitting, from_config, parallel
 from cib_jax.backbones import registry, weights
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
@@ -80,6 +80,8 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
             temperature=config.temperature,
             beta=config.beta,
             stochastic=config.binary == "stochastic",
+            sharpness=config.sharpness,
+            teacher=from_config.teacher(config),
             augment=config.augment,
             epochs=config.epochs,
             batch_size=batch_size,

@@ -3,13 +3,12 @@
 import dataclasses
 import pathlib
 
-import jax
 import numpy as np
 from jaxtyping import Float32
 
-from cib_jax import diffusion, encoding, from_config, parallel, place
-from cib_jax.coding import logits_of_features, plain_features
-from cib_jax.hasher import restore_best
+from cib_jax import diffusion, from_config, parallel, place
+from cib_jax.encoder import Params
+from cib_jax.hasher import Hasher, restore_best
 from cib_jax.jobs import features, progress
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -25,9 +24,8 @@ def setting_of(run: Setting) -> Setting:
     """
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
-        config.objective = "naive_cl"
-        for name in ("bits", "temperature", "epochs"):
-            config[name] = config.teacher[name]
+        own = from_config.teacher(config)
+        config.update(own.method | {"bits": own.bits, "epochs": own.epochs})
         config.train.checkpoint_dir = place.within(config.train.checkpoint_dir, FOLDER)
     encoder, initial, frozen, _ = from_config.encoder(config, standard=run.standard)
     return dataclasses.replace(
@@ -72,31 +70,13 @@ def _path(teacher: Setting) -> pathlib.Path:
     return teacher.workdir / COORDINATES
 
 
-def _embeddings(teacher: Setting, params) -> Float32[np.ndarray, "images features"]:
+def _embeddings(teacher: Setting, params: Params) -> Float32[np.ndarray, "images features"]:
     """Returns the teacher's logits of the unaugmented training images."""
     images, what = teacher.splits.train, "Encoding for the teacher"
-    over, size = teacher.mesh, min(teacher.config.encode_batch, len(teacher.splits.train))
-    params = parallel.everywhere(params, over)
     if teacher.features_stay:
-        rows = []
-        for part in features.plain(teacher, images, what):
-            batches = (part[start : start + size] for start in range(0, len(part), size))
-            of_part = encoding.map_batches(
-                lambda batch, first: logits_of_features(teacher.encoder, params, batch, over),
-                batches,
-                size=size,
-                over=over,
-            )
-            rows += [np.asarray(batch) for batch in of_part]
-        return np.concatenate(rows)
-    frozen = parallel.everywhere(teacher.frozen, over)
-
-    def compute(batch: np.ndarray, first: int) -> jax.Array:
-        return logits_of_features(
-            teacher.encoder, params, plain_features(teacher.encoder, params, frozen, batch, over), over
-        )
-
+        parts = features.plain(teacher, images, what)
+        return np.concatenate([features.logits_of_features(teacher, params, part) for part in parts])
+    hasher = Hasher(teacher.encoder, params, teacher.frozen, devices=parallel.size(teacher.mesh))
+    size = min(teacher.config.encode_batch, len(images))
     with progress.bar(teacher.console, what, len(images)) as moved:
-        batches = teacher.batches(images)
-        encoded = encoding.map_batches(compute, batches, lambda count: moved(count, ""), size=size, over=over)
-        return np.concatenate([np.asarray(batch) for batch in encoded])
+        return hasher.logits_of_batches(teacher.batches(images), lambda count: moved(count, ""), size=size)
