@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
+import scipy.sparse.csgraph
 import scipy.sparse.linalg
 from jaxtyping import Float, Float32, Int
 
@@ -81,7 +82,8 @@ def coordinates(
     less than 0 but for what the cut to `dimensions` changes. The walk goes from an item to one of its neighbours, or to
     one whose neighbour it is, with the probability of their cosine, starting anywhere with the probability that it is
     there after many steps. Items that no walk leaves, such as more than `neighbours` copies of one picture, take a
-    dimension of their own.
+    dimension of their own; half the dimensions at most go so, to the largest such groups, and those of others are near
+    0: no odds of anything.
 
     Args:
       embeddings: of any length; only their directions count.
@@ -108,9 +110,33 @@ def coordinates(
     degree = np.asarray(graph.sum(axis=1)).ravel()
     root = np.sqrt(degree / degree.sum())
     scale = scipy.sparse.diags(1 / np.sqrt(degree))
+    values, modes = _slowest(scale @ graph @ scale, root, dimensions)
+    return (modes / root[:, None] * np.maximum(values, 0) ** (steps / 2)).astype(np.float32)
+
+
+def _slowest(
+    walk: scipy.sparse.csr_matrix, root: Float[np.ndarray, " items"], count: int
+) -> tuple[Float[np.ndarray, " count"], Float[np.ndarray, "items count"]]:
+    """Returns the largest eigenvalues of the symmetric form of a walk, with their eigenvectors.
+
+    Those of 1 are known, one for each group that no walk leaves. They are taken out first: Lanczos' method, started
+    from one vector, sees only one direction of those that share an eigenvalue.
+    """
+    items = len(root)
+    groups, group = scipy.sparse.csgraph.connected_components(walk, directed=False)
+    largest = np.argsort(-np.bincount(group), kind="stable")
+    places = (np.arange(items), np.argsort(largest, kind="stable")[group])  # the largest first
+    known = scipy.sparse.csr_matrix((root, places), shape=(items, groups))
+    known = known @ scipy.sparse.diags(1 / np.sqrt(np.asarray(known.power(2).sum(axis=0)).ravel()))
+
+    def step(vector: np.ndarray) -> np.ndarray:
+        vector = np.ravel(vector)
+        return walk @ vector - known @ (known.T @ vector)
+
+    given = min(groups, max(1, count // 2))
     # Started from a fixed vector, so that the same embeddings give the same coordinates.
     start = np.random.default_rng(0).standard_normal(items)
-    values, modes = scipy.sparse.linalg.eigsh(scale @ graph @ scale, k=dimensions, which="LA", v0=start, tol=ENOUGH)
+    rest = scipy.sparse.linalg.LinearOperator((items, items), matvec=step, dtype=np.float64)
+    values, modes = scipy.sparse.linalg.eigsh(rest, k=count - given, which="LA", v0=start, tol=ENOUGH)
     order = np.argsort(-values, kind="stable")
-    kept = np.maximum(values[order], 0) ** (steps / 2)
-    return (modes[:, order] / root[:, None] * kept).astype(np.float32)
+    return np.concatenate([np.ones(given), values[order]]), np.hstack([known[:, :given].toarray(), modes[:, order]])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 import scipy.special
 import scipy.stats
 
@@ -106,16 +107,18 @@ def test_no_gradient_reaches_the_target_of_the_kl():
     assert not jnp.any(jax.grad(objective.bernoulli_kl, argnums=1)(logits, target))
 
 
-def test_the_three_objectives_are_made_of_their_parts():
+def test_the_objectives_are_made_of_their_parts():
     """Deterministic codes, so that the references see the same ones."""
     logits1, logits2 = draw(11, 6, 16), draw(12, 6, 16)
     key, wide1, wide2 = jax.random.key(0), logits1.astype(np.float64), logits2.astype(np.float64)
-    on_codes = reference_nt_xent(np.where(logits1 > 0, 1, -1), np.where(logits2 > 0, 1, -1), 0.2)
+    codes, coordinates = [np.where(logits > 0, 1.0, -1.0) for logits in (logits1, logits2)], draw(15, 6, 3)
+    on_codes = reference_nt_xent(*codes, 0.2)
     kl = (reference_kl(wide1, wide2) + reference_kl(wide2, wide1)) / 2
     expected = {
         "naive_cl": reference_nt_xent(wide1, wide2, 0.2),
         "cl_hash": on_codes,
         "cibhash": on_codes + 0.05 * kl,
+        "diffusion": reference_diffusion_match(*codes, coordinates, 0.2, 6.0) + 0.05 * kl,
     }
     assert set(expected) == set(objective.OBJECTIVES)
     for name, value in expected.items():
@@ -127,6 +130,7 @@ def test_the_three_objectives_are_made_of_their_parts():
             temperature=0.2,
             beta=0.05,
             stochastic=False,
+            coordinates=jnp.asarray(coordinates) if objective.OBJECTIVES[name].taught else None,
         )
         np.testing.assert_allclose(loss, value, rtol=1e-5)
         np.testing.assert_allclose(terms["kl"], kl, rtol=1e-5)
@@ -163,7 +167,12 @@ def test_the_views_bits_are_drawn_independently():
 @pytest.mark.parametrize("name", objective.OBJECTIVES)
 def test_loss_and_gradient_stay_finite(name):
     """For huge and vanishing logits, opposite views, identical codes, a batch of 2."""
-    loss = jax.jit(jax.value_and_grad(lambda x, y: objective.cib_loss(jax.random.key(0), x, y, objective=name)[0]))
+    coordinates = jnp.asarray([[1e3, 0.0], [-1e3, 0.0]]) if objective.OBJECTIVES[name].taught else None
+
+    def of_logits(x, y):
+        return objective.cib_loss(jax.random.key(0), x, y, objective=name, coordinates=coordinates)[0]
+
+    loss = jax.jit(jax.value_and_grad(of_logits))
     for magnitude, sign in itertools.product((0.0, 1e-30, 1.0, 1e4, 1e18), (1, -1)):
         logits = jnp.full((2, 16), magnitude)
         value, gradient = loss(logits, sign * logits)
@@ -181,3 +190,45 @@ def test_bad_input_is_refused():
         objective.bernoulli_kl(ones, ones[:, :4])
     with pytest.raises(ValueError, match=r"'simclr' is not one of naive_cl, cl_hash, cibhash"):
         objective.cib_loss(jax.random.key(0), ones, ones, objective="simclr")
+
+
+def reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpness):
+    """Row by row in float64, by scipy.stats.entropy."""
+    odds = np.maximum(coordinates.astype(np.float64) @ coordinates.T, 1e-6) ** sharpness
+    total = 0.0
+    for asking, asked in ((codes1, codes2), (codes2, codes1)):
+        cosines = asking.astype(np.float64) @ asked.T / codes1.shape[1]
+        for row, wanted in zip(cosines, odds, strict=True):
+            total += scipy.stats.entropy(wanted / wanted.sum(), scipy.special.softmax(row / temperature))
+    return total / (2 * len(codes1))
+
+
+@pytest.mark.parametrize(("batch", "bits", "temperature", "sharpness"), [(2, 8, 0.3, 1.0), (17, 64, 0.1, 6.0)])
+def test_diffusion_match_is_the_divergence_of_two_rankings(batch, bits, temperature, sharpness):
+    codes1, codes2 = np.sign(draw(0, batch, bits)), np.sign(draw(1, batch, bits))
+    coordinates = draw(2, batch, 5)
+    value = objective.diffusion_match(
+        *map(jnp.asarray, (codes1, codes2, coordinates)), temperature=temperature, sharpness=sharpness
+    )
+    expected = reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpness)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_diffusion_match_is_zero_where_codes_rank_as_the_walk_does():
+    """Orthogonal codes, and coordinates whose odds are exp(similarity / τ) to the last."""
+    codes = jnp.asarray(scipy.linalg.hadamard(8), jnp.float32)
+    similarity = np.asarray(codes @ codes.T) / 8
+    values, modes = np.linalg.eigh(np.exp(similarity / 0.5))
+    coordinates = jnp.asarray(modes * np.sqrt(values), jnp.float32)
+    value = objective.diffusion_match(codes, codes, coordinates, temperature=0.5, sharpness=1.0)
+    np.testing.assert_allclose(value, 0.0, atol=1e-5)
+
+
+def test_only_the_objective_that_is_taught_takes_coordinates():
+    logits, key = jnp.asarray(draw(0, 4, 8)), jax.random.key(0)
+    with pytest.raises(ValueError, match="'diffusion' needs diffusion coordinates"):
+        objective.cib_loss(key, logits, logits, objective="diffusion")
+    with pytest.raises(ValueError, match="'cibhash' takes no diffusion coordinates"):
+        objective.cib_loss(key, logits, logits, coordinates=logits)
+    with pytest.raises(ValueError, match=r"coordinates \(3, 8\)"):
+        objective.diffusion_match(logits, logits, logits[:3])

@@ -29,19 +29,23 @@ generator = np.random.default_rng(0)
 logits = jnp.asarray(generator.normal(size=(2, 16, 8)), jnp.float32)
 key = jax.random.key(0)
 
+known = jnp.asarray(generator.normal(size=(16, 5)), jnp.float32)
+
 def terms(name, devices):
-    def shared(key, a, b):
+    def shared(key, a, b, known):
         axis = "data" if devices > 1 else None
+        coordinates = known if name == "diffusion" else None
         value, gradients = jax.value_and_grad(
-            lambda a, b: objective.cib_loss(key, a, b, objective=name, beta=0.1, axis=axis)[0], argnums=(0, 1))(a, b)
+            lambda a, b: objective.cib_loss(key, a, b, objective=name, beta=0.1, coordinates=coordinates,
+                                            axis=axis)[0], argnums=(0, 1))(a, b)
         return spread.total(value, axis), gradients
     if devices > 1:
-        shared = jax.shard_map(shared, mesh=parallel.mesh(devices, 16), in_specs=(P(), P("data"), P("data")),
+        shared = jax.shard_map(shared, mesh=parallel.mesh(devices, 16), in_specs=(P(), P("data"), P("data"), P("data")),
                                out_specs=(P(), P("data")), check_vma=False)
-    value, gradients = jax.jit(shared)(key, *logits)
+    value, gradients = jax.jit(shared)(key, *logits, known)
     return [float(value), *(np.asarray(g).ravel().tolist() for g in gradients)]
 
-for name in ("naive_cl", "cl_hash", "cibhash"):
+for name in ("naive_cl", "cl_hash", "cibhash", "diffusion"):
     told[name] = {devices: terms(name, devices) for devices in (1, 2, 8)}
 
 images = generator.integers(0, 256, (48, 8, 8, 3), np.uint8)
@@ -121,7 +125,7 @@ def told(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", ["naive_cl", "cl_hash", "cibhash"])
+@pytest.mark.parametrize("name", ["naive_cl", "cl_hash", "cibhash", "diffusion"])
 def test_shares_of_the_loss_sum_up_and_gradients_are_those_of_the_whole(told, name):
     """Every code of the batch is a negative of every other, whichever device it is on, and gets its gradient for it."""
     assert told["devices"] == 8

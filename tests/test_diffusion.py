@@ -1,0 +1,106 @@
+"""Diffusion on neighbour graphs against scikit-learn's neighbours and dense powers of the walk in float64."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import sklearn.neighbors
+
+from cib_jax import diffusion
+
+
+def draw(items, features=5, seed=0):
+    return np.random.default_rng(seed).standard_normal((items, features)).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [7, 512])
+def test_neighbours_are_those_of_scikit_learn(monkeypatch, block):
+    monkeypatch.setattr(diffusion, "BLOCK", block)
+    embeddings, told = draw(60), []
+    found, cosines = diffusion.neighbours_of(embeddings, 4, on_items=told.append)
+    expected = sklearn.neighbors.NearestNeighbors(n_neighbors=5, metric="cosine").fit(embeddings)
+    distances, places = expected.kneighbors(embeddings)
+    assert [set(row) for row in found] == [set(row[1:]) for row in places]
+    np.testing.assert_allclose(np.sort(1 - cosines), np.sort(distances[:, 1:]), atol=1e-6)
+    assert sum(told) == 60
+
+
+def walk_of(embeddings, neighbours):
+    """The walk's probabilities, item by item, and how often it is where, as the docstring says it."""
+    unit = embeddings.astype(np.float64) / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    weights = np.zeros_like(cosines)
+    for item in range(len(unit)):
+        others = [other for other in np.argsort(-cosines[item]) if other != item][:neighbours]
+        for other in others:
+            weights[item, other] = weights[other, item] = max(cosines[item, other], 1e-6)
+    return weights / weights.sum(axis=1, keepdims=True), weights.sum(axis=1) / weights.sum()
+
+
+def test_inner_products_are_the_odds_of_a_walk_of_that_many_steps():
+    """All modes but the last, of which 12 steps leave nothing that shows."""
+    embeddings = draw(40)
+    points = diffusion.coordinates(embeddings, neighbours=6, dimensions=39, steps=12)
+    walk, often = walk_of(embeddings, 6)
+    # An even number of steps: `coordinates` leaves out modes that turn their sign with every step.
+    values, modes = np.linalg.eigh(np.sqrt(often)[:, None] * walk / np.sqrt(often))
+    kept = modes[:, values > 0] * values[values > 0] ** 6 / np.sqrt(often)[:, None]
+    np.testing.assert_allclose(points @ points.T, kept @ kept.T, atol=2e-3)
+    dense = np.linalg.matrix_power(walk, 12) / often
+    np.testing.assert_allclose(points @ points.T, dense, atol=0.05)
+
+
+def test_what_no_walk_links_has_no_odds_and_the_rest_has_its_share():
+    """Two groups that share no neighbour, a long walk: 1 over its group's share within it, 0 between them."""
+    sides = np.repeat([[9.0, 0, 0, 0, 0], [0, 9.0, 0, 0, 0]], [30, 20], axis=0).astype(np.float32)
+    embeddings = sides + draw(50)
+    points = diffusion.coordinates(embeddings, neighbours=8, dimensions=4, steps=400)
+    odds = points @ points.T
+    _, often = walk_of(embeddings, 8)
+    for group in (slice(0, 30), slice(30, 50)):
+        np.testing.assert_allclose(odds[group, group], 1 / often[group].sum(), rtol=2e-3)
+    np.testing.assert_allclose(odds[:30, 30:], 0, atol=1e-4)
+
+
+def test_many_small_groups_leave_half_of_the_dimensions_to_the_rest():
+    """Eleven groups of four copies and two halves of a cloud that is in one piece, six dimensions."""
+    halves = np.repeat([[3.0, 0, 0, 0, 0], [0, 3.0, 0, 0, 0]], [40, 40], axis=0).astype(np.float32)
+    copies = np.repeat(10 * draw(11, 5, 3), 4, axis=0) * np.float32([0, 0, 1, 1, 1])
+    embeddings = np.concatenate([halves + draw(80), copies])
+    points = diffusion.coordinates(embeddings, neighbours=3, dimensions=6, steps=2)
+    odds = points[:80] @ points[:80].T
+    assert odds[:40, :40].mean() > odds[:40, 40:].mean() + 0.5
+    assert odds[40:, 40:].mean() > odds[:40, 40:].mean() + 0.5
+
+
+def test_the_same_embeddings_give_the_same_bits():
+    one, other = (diffusion.coordinates(draw(80), neighbours=5, dimensions=10) for _ in range(2))
+    assert one.dtype == np.float32
+    assert np.array_equal(one, other)
+
+
+@hypothesis.given(
+    items=st.integers(4, 40), copies=st.integers(1, 8), neighbours=st.integers(1, 3), seed=st.integers(0, 99)
+)
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_copies_and_opposites_leave_everything_finite(items, copies, neighbours, seed):
+    some = draw(items, 3, seed)
+    embeddings = np.concatenate([some, -some, np.repeat(some[:1], copies, axis=0)])
+    points = diffusion.coordinates(embeddings, neighbours=neighbours, dimensions=3)
+    assert points.shape == (len(embeddings), 3)
+    assert np.isfinite(points).all()
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "options", "message"),
+    [
+        (draw(5), {"neighbours": 5, "dimensions": 2}, "count: 5 neighbours are wanted of each of 5 items"),
+        (draw(9), {"neighbours": 3, "dimensions": 9}, "dimensions: 9 of a walk on 9 items"),
+        (draw(9), {"neighbours": 3, "dimensions": 3, "steps": 0}, "steps: 0 must be 1 or more"),
+        (np.zeros((9, 2), np.float32), {"neighbours": 3, "dimensions": 3}, "all zeros"),
+        (np.full((9, 2), np.nan, np.float32), {"neighbours": 3, "dimensions": 3}, "not finite"),
+    ],
+)
+def test_what_makes_no_graph_is_refused(embeddings, options, message):
+    with pytest.raises(diffusion.DiffusionError, match=message):
+        diffusion.coordinates(embeddings, **options)
