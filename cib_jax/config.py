@@ -84,7 +84,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "sharpness": (float, _POSITIVE),
     "teacher.bits": (int, (lambda bits: bits >= 8 and bits % 8 == 0, "must be a multiple of 8, such as 128")),
     "teacher.temperature": (float, _POSITIVE),
-    "teacher.epochs": (int, _at_least(1)),
+    "teacher.epochs": (int, _at_least(0)),
     "teacher.neighbours": (int, _at_least(1)),
     "teacher.dimensions": (int, _at_least(2)),
     "teacher.steps": (int, _at_least(1)),

@@ -71,7 +71,7 @@ def neighbours_of(
 def coordinates(
     embeddings: Float[np.ndarray, "items features"],
     *,
-    neighbours: int = 10,
+    neighbours: int = 20,
     dimensions: int = 50,
     steps: int = 20,
     on_items: Callable[[int], None] = lambda items: None,

@@ -180,7 +180,8 @@ def fit(
 
     coordinates = None
     if OBJECTIVES[objective].taught:
-        taught_by = train(jax.random.fold_in(init_key, 1), teacher.bits, teacher.epochs, None, **teacher.method)
+        own_key, passes = jax.random.fold_in(init_key, 1), teacher.epochs or epochs
+        taught_by = train(own_key, teacher.bits, passes, None, **teacher.method)
         embeddings = Hasher(*taught_by, ENCODE_BATCH, devices=devices).logits(images)
         coordinates = diffusion.coordinates(embeddings, **teacher.walk)
     trained = train(

@@ -16,9 +16,9 @@ class Teacher:
     """Length of an embedding, in real numbers."""
     temperature: float = 0.2
     """τ of its contrast."""
-    epochs: int = 10
-    """Passes over the training images."""
-    neighbours: int = 10
+    epochs: int = 0
+    """Passes over the training images; 0: as many as the codes take."""
+    neighbours: int = 20
     """Of each image in the graph."""
     dimensions: int = 50
     """Of the coordinates: about as many groups of images as can be told apart."""
@@ -26,7 +26,7 @@ class Teacher:
     """Of the walk."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
+        for name, least in (("epochs", 0), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"teacher.{name}: {getattr(self, name)} must be {least} or more")
         if self.bits < 8 or self.bits % 8:

@@ -32,8 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.teacher = ml_collections.ConfigDict()
     c.teacher.bits = 128  # length of its embeddings, in real numbers
     c.teacher.temperature = 0.2  # τ of its contrast
-    c.teacher.epochs = 10
-    c.teacher.neighbours = 10  # of each image in the graph
+    c.teacher.epochs = 0  # passes over the training images; 0 = epochs
+    c.teacher.neighbours = 20  # of each image in the graph
     c.teacher.dimensions = 50  # of the walk's coordinates
     c.teacher.steps = 20  # of the walk
 

@@ -25,7 +25,7 @@ def setting_of(run: Setting) -> Setting:
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
         own = from_config.teacher(config)
-        config.update(own.method | {"bits": own.bits, "epochs": own.epochs})
+        config.update(own.method | {"bits": own.bits, "epochs": own.epochs or config.epochs})
         config.train.checkpoint_dir = place.within(config.train.checkpoint_dir, FOLDER)
     encoder, initial, frozen, _ = from_config.encoder(config, standard=run.standard)
     return dataclasses.replace(
