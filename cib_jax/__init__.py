@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cib_jax.fine_tuning import FineTune
     from cib_jax.fitting import fit
     from cib_jax.hasher import Hasher
-    from cib_jax.objective import bernoulli_kl, cib_loss, nt_xent
+    from cib_jax.objective import bernoulli_kl, cib_loss, diffusion_match, nt_xent
     from cib_jax.photo_codes import encode_photos
     from cib_jax.retrieval.health import code_health
     from cib_jax.retrieval.index import Index
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         tie_aware_map,
     )
     from cib_jax.retrieval.ranking import hamming_distances, rank
+    from cib_jax.teacher import Teacher
     from cib_jax.training.state import TrainState, create_train_state
     from cib_jax.training.step import train_step, train_step_on_features
 
@@ -49,6 +50,7 @@ __all__ = [
     "Hasher",
     "Index",
     "Refusal",
+    "Teacher",
     "TrainState",
     "bernoulli_kl",
     "binarize",
@@ -56,6 +58,7 @@ __all__ = [
     "code_health",
     "create_encoder",
     "create_train_state",
+    "diffusion_match",
     "encode_photos",
     "evaluate",
     "fit",
@@ -87,6 +90,7 @@ _HOMES = {
     "Hasher": "hasher",
     "Index": "retrieval.index",
     "Refusal": "errors",
+    "Teacher": "teacher",
     "TrainState": "training.state",
     "bernoulli_kl": "objective",
     "binarize": "binary",
@@ -94,6 +98,7 @@ _HOMES = {
     "code_health": "retrieval.health",
     "create_encoder": "encoder",
     "create_train_state": "training.state",
+    "diffusion_match": "objective",
     "encode_photos": "photo_codes",
     "evaluate": "retrieval.metrics",
     "fit": "fitting",

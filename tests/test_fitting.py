@@ -30,11 +30,29 @@ def test_it_learns_and_repeats_itself(digits):
     assert np.array_equal(fit(images[:500]).encode(images[:700]), codes)
 
 
+def test_a_teacher_is_trained_first_and_teaches(digits):
+    """As above, by what a walk on the teacher's graph links."""
+    images, labels = digits
+    epochs = []
+    options = {
+        "objective": "diffusion",
+        "temperature": 0.2,
+        "teacher": cib.Teacher(epochs=6, dimensions=20),
+        "on_epoch": lambda report: epochs.append(report.progress.epoch),
+    }
+    codes = fit(images[:500], **options).encode(images[:700])
+    assert epochs == [*range(1, 7), *range(1, 9)]
+    assert cib.mean_average_precision(codes[500:], codes[:500], labels[500:700], labels[:500], k=100) > 0.3
+
+
 def test_a_frozen_backbone_trains_on_a_bank(digits):
     images, _ = digits
     weights = cib.load_pretrained("efficientnet_lite0")
     options = {"backbone": "efficientnet_lite0", "backbone_params": weights, "image_size": 32, "batch_size": 8}
-    hasher = fit(images[:20], views=2, epochs=2, **options)
+    told = []
+    few = cib.Teacher(neighbours=3, dimensions=5)
+    hasher = fit(images[:20], views=2, epochs=2, objective="diffusion", teacher=few, on_views=told.append, **options)
+    assert sum(told) == 40  # one bank for the teacher and the codes
     assert hasher.encode(images[:3]).shape == (3, 2)
     with pytest.raises(ValueError, match=r"views: 2 views are computed once only of a frozen backbone"):
         fit(images[:20], views=2, frozen=False, **options)
@@ -49,6 +67,8 @@ def test_a_frozen_backbone_trains_on_a_bank(digits):
         ({"temperature": 0.0}, "temperature: 0.0 must be greater than 0"),
         ({"frozen": True}, "frozen: convnet starts from random weights"),
         ({"epochs": 0}, "epochs: 0 must be 1"),
+        ({"objective": "diffusion"}, "teacher.dimensions: 50 must be less than the 30 training images"),
+        ({"sharpness": 0.0}, "sharpness: 0.0 must be greater than 0"),
         ({"bits": 9}, "bits: 9"),
         ({"objective": "other"}, "objective: 'other'"),
         ({"augment": "other"}, "augment: 'other' is not one of photo, digits"),

@@ -1,0 +1,25 @@
+"""The objective that goes past the paper, with the settings that every data set shares; see docs/beyond.md.
+
+By itself it is CIFAR-10's config with all of the database's images for training, which is what the objective is for.
+"""
+
+import ml_collections
+
+from configs import cifar
+
+
+def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config with the objective and its temperature; whatever depends on the data's size stays."""
+    c.objective = "diffusion"
+    c.temperature = 0.2
+    return c
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = settle(cifar.get_config())
+    c.data.protocol = "own"
+    c.k = 1000
+    c.train.views = 4
+    c.batch_size = 500
+    c.epochs = 20
+    return c
