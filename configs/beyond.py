@@ -21,5 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.k = 1000
     c.train.views = 4
     c.batch_size = 500
-    c.epochs = 20
+    c.epochs = 10
+    c.teacher.epochs = 20
     return c
