@@ -19,7 +19,7 @@ from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import TrainingError, train
 from cib_jax.objective import OBJECTIVES
 
-TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash"} | {
+TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash", "diffusion": "Diffusion"} | {
     name: known.title for name, known in BASELINES.items()
 }
 """How tables name the methods; the first three as in the paper's ablation."""

@@ -204,10 +204,11 @@ def _tables(config: ml_collections.ConfigDict, wanted: list[Cell], records: list
             for title in chosen
         ]
 
-    ablated = [title for title, name in methods if name in OBJECTIVES]
-    # As in the paper, the first table has of this project's objectives the whole one alone, if it is there.
-    last = [title for title, name in methods if name == "cibhash"] or ablated
-    first = [title for title, name in methods if name not in OBJECTIVES] + last
+    taught = [title for title, name in methods if name in OBJECTIVES and OBJECTIVES[name].taught]
+    ablated = [title for title, name in methods if name in OBJECTIVES and not OBJECTIVES[name].taught]
+    # As in the paper, the first table has of its objectives the whole one alone, if it is there.
+    whole = [title for title, name in methods if name == "cibhash"] or ablated
+    first = [title for title, name in methods if name not in OBJECTIVES] + whole + taught
     made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, [*rows(first), *quoted], seeds)]
     if len(ablated) > 1:
         made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, rows(ablated), seeds))

@@ -17,6 +17,7 @@ from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.compare import compare
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.train import train
+from cib_jax.objective import OBJECTIVES
 from cib_jax.jobs.workdir import WorkdirError
 from tests import small
 from tests.jobs import many
@@ -136,6 +137,7 @@ def test_a_method_that_cannot_is_told_and_the_others_go_on(tmp_path):
 
 
 def test_rows_may_set_fields(tmp_path):
+    assert set(OBJECTIVES) <= set(cells.TITLES)
     rows = cells.methods("itq, cibhash, cibhash temperature=0.5 beta=0")
     assert [row.title for row in rows] == ["ITQ", "CIBHash", "CIBHash temperature=0.5 beta=0.0"]
     made = cells.cell(many.config(tmp_path), rows[2], 16, 3, tmp_path)
