@@ -17,8 +17,8 @@ from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.compare import compare
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.train import train
-from cib_jax.objective import OBJECTIVES
 from cib_jax.jobs.workdir import WorkdirError
+from cib_jax.objective import OBJECTIVES
 from tests import small
 from tests.jobs import many
 from tests.jobs.test_own_data import reference_map
