@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from cib_jax import diffusion, from_config, parallel, place
 from cib_jax.encoder import Params
-from cib_jax.hasher import Hasher, restore_best
+from cib_jax.hasher import Hasher
 from cib_jax.jobs import features, progress
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
@@ -50,14 +50,12 @@ def kept(teacher: Setting) -> Float32[np.ndarray, "images dimensions"] | None:
     return found if found.shape == shape and found.dtype == np.float32 else None
 
 
-def coordinates(teacher: Setting) -> Float32[np.ndarray, "images dimensions"]:
+def coordinates(teacher: Setting, params: Params) -> Float32[np.ndarray, "images dimensions"]:
     """Returns the diffusion coordinates of the training images under a trained teacher, and keeps them.
 
     Raises:
-      CheckpointError: the teacher's checkpoint is unusable.
       DiffusionError: it gives no embedding of some image.
     """
-    params, _, _ = restore_best(teacher.workdir, teacher.initial, teacher.config)
     embeddings = _embeddings(teacher, params)
     walk = from_config.teacher(teacher.config).walk
     with progress.bar(teacher.console, "Neighbours", len(embeddings)) as moved:

@@ -169,9 +169,10 @@ def _taught(run: Setting, over: Mesh | None) -> Float32[np.ndarray, "images dime
             workdir_lib.write_json(teacher.workdir / "config.json", teacher.config.to_dict())
         _told_by(run)(f"First a teacher of {teacher.config.epochs} epochs, in {teacher.workdir}")
         _train(teacher, over)
-        # In one process: the others read what it leaves.
+        # By all together, as checkpoints are opened; then by one alone, whose array the others read.
+        params, _, _ = restore_best(teacher.workdir, teacher.initial, teacher.config)
         found = processes.first_then_others(
-            lambda: teaching.coordinates(teacher) if processes.first() else teaching.kept(teacher)
+            lambda: teaching.coordinates(teacher, params) if processes.first() else teaching.kept(teacher)
         )
         _told_by(run)("Now the codes, taught by it")
     return found
