@@ -120,6 +120,26 @@ def test_four_processes_come_to_the_losses_and_parameters_of_one_device(tmp_path
     assert "MAP@20 " in out
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_teacher_and_come_to_its_losses(tmp_path):
+    """Streamed photos, whose coordinates go along with each process's part of a batch."""
+    fields = {
+        "objective": "diffusion",
+        "epochs": 2,
+        "data__resident_mb": 0,
+        "teacher__bits": 16,
+        "teacher__dimensions": 8,
+    }
+    train(small.config(**fields), tmp_path / "1", console=QUIET)
+    run(2, *small.flags(**fields), f"--workdir={tmp_path / '2'}")
+    for part in (".", "teacher"):
+        logs = [(tmp_path / count / part / "metrics.jsonl").read_text().splitlines() for count in "12"]
+        for mine, alone in zip(*(map(json.loads, log) for log in logs), strict=True):
+            assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+    kept = [np.load(tmp_path / count / "teacher" / "coordinates.npy") for count in "12"]
+    np.testing.assert_allclose(kept[0] @ kept[0].T, kept[1] @ kept[1].T, atol=0.2)
+
+
 def test_a_workdir_in_use_is_told_of_by_the_first(tmp_path):
     with workdir_lib.claim(tmp_path / "run"):  # as another process does
         told = finish(start(2, *small.flags(**LONG), f"--workdir={tmp_path / 'run'}"))
