@@ -95,7 +95,7 @@ def diffusion_match(
     codes2: Float[Array, "batch bits"],
     coordinates: Float[Array, "batch dimensions"],
     *,
-    temperature: float = 0.1,
+    temperature: float = 0.2,
     sharpness: float = 6.0,
     axis: Axis = None,
 ) -> Float[Array, ""]:
