@@ -16,10 +16,10 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Every field of an experiment, as [configs/default.py](../configs/default.py) says it, of which `docs/site/configuration.py`
-makes this page. A file in `configs/` lists what it sets otherwise. Any field can be set on the command line,
-`--config.data.dir=DIR`; a field that does not exist, or a value that cannot work, is refused before anything starts
-([troubleshooting](troubleshooting.md#what-a-config-is-refused-for)).
+Every field of an experiment, as [configs/default.py](../configs/default.py) says it; this page is made of that file by
+`python docs/site/configuration.py`. A file in `configs/` lists what it sets otherwise. Any field can be set on
+the command line, `--config.data.dir=DIR`; a field that does not exist, or a value that cannot work, is refused before
+anything starts ([troubleshooting](troubleshooting.md#what-a-config-is-refused-for)).
 """
 
 TITLES = {
@@ -104,8 +104,9 @@ def page(groups: list[Group]) -> str:
         if now != section:
             parts.append(f"## {TITLES[now]}\n")
         section = now
-        if group.heading and group.heading != group.fields[0].meaning:
-            parts.append(f"{_text(group.heading)}\n")
+        heading = group.heading.removeprefix(f"{TITLES[now]}.").removeprefix(f"{TITLES[now]}: ")
+        if heading and heading != group.fields[0].meaning:
+            parts.append(f"{_text(heading)}\n")
         rows = [f"| `{field.name}` | {_code(field.default)} | {_text(field.meaning)} |" for field in group.fields]
         parts.append("\n".join(["| field | default | meaning |", "| --- | --- | --- |", *rows, ""]))
     return "\n".join(parts)
