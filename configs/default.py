@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.micro_batch = 0
     c.devices = 0  # devices that share each batch, all its codes being negatives; 0 = all, of all processes
     c.epochs = 60  # passes over the training images; the paper takes 80 for 16 bits
-    c.learning_rate = 1e-3
+    c.learning_rate = 1e-3  # of Adam
 
     # What learns of a backbone that is not frozen; see docs/fine-tuning.md.
     c.fine_tune = ml_collections.ConfigDict()
@@ -117,8 +117,8 @@ def get_config() -> ml_collections.ConfigDict:
         "lsh, pca_sign, itq, spectral, spherical, anchor_graph, greedy_hash, bi_half, autoencoder, "
         "naive_cl, cl_hash, cibhash"
     )
-    c.compare.bits = "16, 32, 64"
-    c.compare.seeds = "0, 1, 2"
+    c.compare.bits = "16, 32, 64"  # lengths of codes
+    c.compare.seeds = "0, 1, 2"  # each gives a run of every row and length
     c.compare.workers = 0  # processes at work at once; 0 = as many as there are cores and memory for, 1 on accelerators
 
     # --mode=tune: trials with hyper-parameters drawn from `space`, judged by `score`; wants the extra "tune".
@@ -127,7 +127,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The paper's grid is "learning_rate=1e-3|1e-4, batch_size=64|128|256, temperature=0.2|0.3|0.4, beta=1e-5|1e-4|1e-3|
     # 5e-3"; this goes around it.
     c.tune.space = "learning_rate=1e-4..3e-3 log, batch_size=64|128|256, temperature=0.1..0.6, beta=1e-5..1e-1 log"
-    c.tune.trials = 30
+    c.tune.trials = 30  # how many runs
     c.tune.sampler = "tpe"  # tpe (learns from earlier trials) | random | grid (every pair of choices, once)
     # What is made as large as can be: validation_map (wants data.validation), or a score that needs no labels:
     # separation (the one that orders runs as MAP does) | neighbour_agreement | view_agreement | entropy | decorrelation

@@ -1,0 +1,127 @@
+"""Writes docs/configuration.md out of configs/default.py, whose comments say what each field means.
+
+python docs/site/configuration.py
+"""
+
+import ast
+import io
+import pathlib
+import re
+import tokenize
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+SOURCE = ROOT / "configs" / "default.py"
+PAGE = ROOT / "docs" / "configuration.md"
+
+HEAD = """# Configuration
+
+Every field of an experiment, as [configs/default.py](../configs/default.py) says it; this page is made of that file by
+`python docs/site/configuration.py`. A file in `configs/` lists what it sets otherwise. Any field can be set on
+the command line, `--config.data.dir=DIR`; a field that does not exist, or a value that cannot work, is refused before
+anything starts ([troubleshooting](troubleshooting.md#what-a-config-is-refused-for)).
+"""
+
+TITLES = {
+    "seed": "A run",
+    "backbone": "Network",
+    "objective": "Method",
+    "batch_size": "Optimisation",
+    "encode_batch": "Encoding",
+    "teacher": "Teacher",
+    "fine_tune": "Fine-tuning",
+    "data": "Data",
+    "train": "Training",
+    "cache": "Cache",
+    "report": "Report",
+    "compare": "Comparison",
+    "tune": "Search for hyper-parameters",
+}
+"""By the name of a section's fields before the dot, or of its first one where they have no dot."""
+
+
+class Field(NamedTuple):
+    """A field as the source has it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+class Group(NamedTuple):
+    """Fields that stand together."""
+
+    heading: str
+    """The comment above them all; "" where there is none."""
+    fields: list[Field]
+
+
+def read(source: str) -> list[Group]:
+    """Returns the groups of a file that sets fields of `c` in `get_config`, in the order of the file.
+
+    A comment behind a field is its own, one right above it that begins no paragraph too. One that begins a paragraph is
+    the paragraph's; its first field has it for a meaning where it has none of its own.
+    """
+    lines = source.splitlines()
+    comments = {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    groups: list[Group] = []
+    heading, fresh = "", False
+    for node in function.body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
+            continue
+        first = node.lineno
+        while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
+            first -= 1
+        above = " ".join(comments[line] for line in range(first, node.lineno))
+        begins = not lines[first - 2].strip()
+        if begins:
+            heading, fresh = above, True
+            above = ""
+        name = ast.unparse(node.targets[0]).removeprefix("c.")
+        if ast.unparse(node.value) == "ml_collections.ConfigDict()":
+            continue
+        assert node.end_lineno
+        behind = " ".join(comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments)
+        if fresh:
+            groups.append(Group(heading, []))
+        if not (above or behind) and fresh:
+            behind = heading
+        fresh = False
+        groups[-1].fields.append(Field(name, repr(ast.literal_eval(node.value)), " ".join((above, behind)).strip()))
+    return groups
+
+
+def page(groups: list[Group]) -> str:
+    """Returns the page, in Markdown."""
+    parts, section = [HEAD], None
+    for group in groups:
+        now = group.fields[0].name.partition(".")[0]
+        if now != section:
+            parts.append(f"## {TITLES[now]}\n")
+        section = now
+        heading = group.heading.removeprefix(f"{TITLES[now]}.").removeprefix(f"{TITLES[now]}: ")
+        if heading and heading != group.fields[0].meaning:
+            parts.append(f"{_text(heading)}\n")
+        rows = [f"| `{field.name}` | {_code(field.default)} | {_text(field.meaning)} |" for field in group.fields]
+        parts.append("\n".join(["| field | default | meaning |", "| --- | --- | --- |", *rows, ""]))
+    return "\n".join(parts)
+
+
+def _code(value: str) -> str:
+    # An entity, not a backslash, which shows inside of code in one reader of Markdown or the other.
+    return f"<code>{value.replace('|', '&#124;')}</code>"
+
+
+def _text(comment: str) -> str:
+    comment = re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", comment)
+    comment = re.sub(r"(https://[^\s)]+[^\s).;,])", r"<\1>", comment)
+    return comment.replace("|", "&#124;").replace("*", "\\*")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read(SOURCE.read_text(encoding="utf-8"))), encoding="utf-8")

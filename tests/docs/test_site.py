@@ -1,0 +1,48 @@
+"""What the site does to a page's text: links that leave docs/, and equations."""
+
+import importlib.util
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.docs import pages
+
+
+def hook(name: str):
+    spec = importlib.util.spec_from_file_location(name, pages.DOCS / "site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.on_page_markdown
+
+
+def test_a_link_out_of_the_docs_becomes_the_files_name():
+    shown = hook("outside")("See [the page](data.md#a) and [routes.py](../cib_jax/web/routes.py).")
+    assert shown == "See [the page](data.md#a) and `cib_jax/web/routes.py`."
+
+
+def test_files_that_pages_link_to_are_there():
+    for page in pages.DOCS.glob("*.md"):
+        for path in re.findall(r"\]\(\.\./([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+            assert (pages.DOCS.parent / path).exists(), f"{page.name}: {path}"
+
+
+def test_code_keeps_its_dollars():
+    text = "`$HOME` and\n\n```\necho $A $B\n```\n"
+    assert hook("equations")(text) == text
+
+
+def test_an_equation_is_mathml():
+    pytest.importorskip("latex2mathml", reason="it comes with the extra docs")
+    shown = hook("equations")("With $p_1$:\n\n$$\n\\frac{a}{b}\n$$\n")
+    inline = shown[shown.index("<math") : shown.index("</math>") + 7]
+    assert "".join(ElementTree.fromstring(inline).itertext()) == "p1"
+    block = ElementTree.fromstring(shown[shown.index("<div") :].strip())
+    fraction = block.find(".//{http://www.w3.org/1998/Math/MathML}mfrac")
+    assert ["".join(part.itertext()) for part in fraction] == ["a", "b"]
+
+
+def test_a_command_that_is_not_known_is_refused():
+    pytest.importorskip("latex2mathml", reason="it comes with the extra docs")
+    with pytest.raises(ValueError, match="does not know"):
+        hook("equations")(r"$a \nonsense b$")
