@@ -68,6 +68,17 @@ def test_the_same_is_refused_of_functions():
         cib.fit(IMAGES, batch_size=6, backbone_params=WEIGHTS, image_size=8, views=2, fine_tune=FineTune(lora_rank=2))
     with pytest.raises(cib.Refusal, match=r"^fine_tune.learning_rate: nan must be 0 or more"):
         create(learning_rate=float("nan"))
+    for name in ("blocks", "lora_rank"):
+        with pytest.raises(cib.Refusal, match=rf"^fine_tune.{name}: 1.5 must be a whole number"):
+            create(**{name: 1.5})
+
+
+@pytest.mark.parametrize("name", ["blocks", "lora_rank"])
+def test_random_weights_are_refused_where_published_ones_would_do(name):
+    with pytest.raises(cib.Refusal, match=rf"^fine_tune.{name}: efficientnet_lite0 starts from random weights"):
+        cib.create_encoder(
+            jax.random.key(0), backbone="efficientnet_lite0", bits=8, pretrained=False, fine_tune=FineTune(**{name: 1})
+        )
 
 
 def test_a_run_of_an_earlier_version_differs_in_nothing():
