@@ -12,7 +12,7 @@ from flax import nnx
 
 import cib_jax as cib
 from cib_jax import exported, fine_tuning, lora
-from cib_jax.backbones import convolution, registry
+from cib_jax.backbones import convolution, dinov2, registry
 from cib_jax.fine_tuning import FineTune
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -167,6 +167,30 @@ def test_corrections_learn_by_the_gradient_of_the_kernels(whole_gradient):
 @pytest.mark.parametrize("how", [{}, {"blocks": 2}, {"lora_rank": 2, "lora_alpha": 6.0}])
 def test_checkpointing_has_the_same_gradients(how):
     assert_near(gradient(create(checkpointing=True, **how)), gradient_of(**how))
+
+
+def test_a_transformer_s_blocks_are_checkpointed_and_corrected():
+    """Two small blocks: every product has a correction, and gradients are the same."""
+    design = dinov2.SMALL._replace(patch=4, grid=2, width=8, heads=2, depth=2)
+    graph, state = nnx.split(dinov2.DINOv2(nnx.Rngs(0), design))
+    state = nnx.to_pure_dict(state)
+    ordered = {name: state[name] for name in ("stem", "blocks", "norm")}
+    factors = jax.tree.map(lambda leaf: leaf + 0.1, lora.create(KEY, state, 2))
+    assert len(list(lora.kernels(state))) == 1 + 2 * 6
+    assert len(list(lora.kernels(fine_tuning.split(ordered, 1)[0]))) == 6
+
+    def of_factors(checkpointing):
+        def total(factors):
+            network = nnx.merge(graph, lora.corrected(state, factors, 2.0))
+            if checkpointing:
+                fine_tuning.checkpoint_blocks(network)
+            return jnp.sum(network(VIEWS) ** 3)
+
+        return jax.jit(jax.grad(total))(factors)
+
+    plain = of_factors(False)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain["blocks"][1]["mlp"]))
+    assert_near(of_factors(True), plain)
 
 
 class Wide(nnx.Module):
