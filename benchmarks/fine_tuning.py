@@ -2,10 +2,12 @@
 
 `python -m benchmarks.fine_tuning` takes scikit-learn's digits; `--data-dir=DIR`, a TFDS data_dir with CIFAR-10, takes
 that in the paper's splits. Rows: `pixels` (signs of random projections of them, no network), `frozen`, `last:N` (the
-last N blocks), `all`, `lora:R` (corrections of rank R of all kernels).
+last N blocks), `all`, `lora:R` (corrections of rank R of all kernels). `--memory` trains nothing: it tells what the
+compiled training step of each row asks for beside its arguments, with blocks kept and with blocks computed again.
 """
 
 import argparse
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from cib_jax.backbones import registry
 from cib_jax.baselines import BASELINES
 from cib_jax.data import loader, sources, splits
 from cib_jax.data.protocols import PROTOCOLS
+from cib_jax.training import optimiser
 
 Part = tuple[np.ndarray, np.ndarray]
 """Images and their labels."""
@@ -73,18 +76,25 @@ def pixels(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return query, database
 
 
-def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Hasher:
-    """Returns a hasher trained as a row says."""
-    backbone = registry.get(flags.backbone)
+def options_of(row: str, flags: argparse.Namespace, *, checkpointing: bool = False) -> dict[str, Any]:
+    """Returns what a row says of an encoder, with the published weights where there are some."""
     kind, _, number = row.partition(":")
     options: dict[str, Any] = {"frozen": kind == "frozen"}
     if kind != "frozen":
         amount = {"last": "blocks", "lora": "lora_rank"}.get(kind)
         given = {amount: int(number)} if amount else {}
-        options["fine_tune"] = cib.FineTune(learning_rate=flags.backbone_learning_rate, **given)
-    if backbone.convert is not None:
+        options["fine_tune"] = cib.FineTune(
+            learning_rate=flags.backbone_learning_rate, checkpointing=checkpointing, **given
+        )
+    if registry.get(flags.backbone).convert is not None:
         options["backbone_params"] = cib.load_pretrained(flags.backbone)
-    elif kind == "frozen":
+    return options
+
+
+def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Hasher:
+    """Returns a hasher trained as a row says."""
+    options = options_of(row, flags)
+    if options["frozen"] and "backbone_params" not in options:
         # The weights that this seed would have begun with.
         init_key, _, _ = jax.random.split(jax.random.key(seed), 3)
         made = cib.create_encoder(init_key, backbone=flags.backbone, bits=flags.bits, image_size=flags.image_size)
@@ -102,6 +112,37 @@ def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Ha
         on_epoch=lambda report: print(f"  loss {report.terms['loss']:.3f}", flush=True) if flags.losses else None,
         **options,
     )
+
+
+def memory(row: str, flags: argparse.Namespace, *, checkpointing: bool) -> float:
+    """Returns the MiB that a training step of `flags.batch` images asks for beside its arguments."""
+    encoder, params, frozen = cib.create_encoder(
+        jax.random.key(0),
+        backbone=flags.backbone,
+        bits=flags.bits,
+        image_size=flags.image_size,
+        **options_of(row, flags, checkpointing=checkpointing),
+    )
+    adam = optimiser.adam(1e-3, flags.backbone_learning_rate)
+    step = functools.partial(cib.train_step, encoder=encoder, optimiser=adam)
+    images = jax.ShapeDtypeStruct((flags.batch, flags.image_size, flags.image_size, 3), np.uint8)
+    arguments = cib.create_train_state(params, adam), frozen, images, jax.random.key(1)
+    return jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+def print_memory(flags: argparse.Namespace) -> None:
+    """Prints the table of `--memory`."""
+    print(measuring.machine("jax"))
+    print(f"{flags.backbone} at {flags.image_size} px, {flags.batch} images a step\n", flush=True)
+    rows = []
+    for row in flags.rows:
+        told = []
+        for checkpointing in (False, True):
+            told.append(f"{memory(row, flags, checkpointing=checkpointing):,.0f} MiB")
+            print(f"{row}{', checkpointing' * checkpointing}: {told[-1]}", flush=True)
+        rows.append((row, *told))
+    print()
+    measuring.print_table(("what learns besides the head", "plain", "checkpointing"), rows)
 
 
 def main() -> None:
@@ -122,7 +163,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=32)
     parser.add_argument("--losses", action="store_true", help="tells the loss of each epoch")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--memory", action="store_true", help="tells what a step asks for, and trains nothing")
+    parser.add_argument("--batch", type=int, default=64, help="images of the step of --memory")
     flags = parser.parse_args()
+    if flags.memory:
+        if not {"frozen", "pixels"}.isdisjoint(flags.rows):
+            parser.error("--memory: it is of a backbone that learns; leave frozen and pixels out of --rows")
+        print_memory(flags)
+        return
     task = cifar(flags.data_dir, flags.train, flags.queries, flags.database) if flags.data_dir else digits()
     print(measuring.machine("jax"))
     print(

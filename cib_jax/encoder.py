@@ -221,8 +221,8 @@ def create_encoder(
     has_pretrained = chosen.convert is not None
     if backbone_dtype not in DTYPES:
         raise ValueError(f"backbone_dtype: {backbone_dtype!r} is not one of {', '.join(DTYPES)}")
-    from_scratch = not has_pretrained and backbone_params is None
-    if frozen and from_scratch and standard is None:
+    from_scratch = backbone_params is None
+    if frozen and from_scratch and not has_pretrained and standard is None:
         raise ValueError(f"frozen: {backbone} starts from random weights and would learn nothing; leave it trainable")
     if has_pretrained and pretrained and backbone_params is None:
         raise ValueError(

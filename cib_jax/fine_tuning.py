@@ -59,10 +59,12 @@ def check(how: FineTune, backbone: Backbone, image_size: int, *, frozen: bool, f
     Raises:
       FineTuneError: it cannot.
     """
-    for name, least in (("blocks", 0), ("learning_rate", 0), ("lora_rank", 0)):
+    for name in ("blocks", "learning_rate", "lora_rank"):
         value = getattr(how, name)
-        if not (math.isfinite(value) and value >= least):
-            raise FineTuneError(f"fine_tune.{name}: {value} must be {least} or more")
+        if not (math.isfinite(value) and value >= 0):
+            raise FineTuneError(f"fine_tune.{name}: {value} must be 0 or more")
+        if name != "learning_rate" and value != int(value):
+            raise FineTuneError(f"fine_tune.{name}: {value} must be a whole number")
     if not (math.isfinite(how.lora_alpha) and how.lora_alpha > 0):
         raise FineTuneError(f"fine_tune.lora_alpha: {how.lora_alpha} must be greater than 0")
     if not how.asked:

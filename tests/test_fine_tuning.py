@@ -1,34 +1,21 @@
 """Which part of a backbone learns: the parts are the whole, what stays has no gradient, and all goes on from there."""
 
-import contextlib
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import rich.console
-import safetensors.numpy
 from flax import nnx
 
 import cib_jax as cib
-from cib_jax import config as config_lib
-from cib_jax import exported, fine_tuning, from_config, lora
-from cib_jax.backbones import convolution, registry
+from cib_jax import exported, fine_tuning, lora
+from cib_jax.backbones import convolution, dinov2, registry
 from cib_jax.fine_tuning import FineTune
-from cib_jax.jobs import preemption
-from cib_jax.jobs.train import train
-from tests import pretrained, small
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 VIEWS = jnp.asarray(np.random.default_rng(1).normal(size=(6, 8, 8, 3)), jnp.float32)
 KEY = jax.random.key(5)
@@ -51,9 +38,15 @@ def gradient(made):
     return jax.jit(jax.grad(lambda params: jnp.sum(weights * encoder.logits(params, frozen, VIEWS))))(params)
 
 
+@functools.cache
+def gradient_of(**how):
+    """The same for tests to share: each is a program to compile."""
+    return gradient(create(**how))
+
+
 @pytest.fixture(scope="module")
 def whole_gradient():
-    return gradient(create())
+    return gradient_of()
 
 
 def same(tree, other) -> bool:
@@ -82,6 +75,21 @@ def test_the_blocks_of_every_backbone_are_found_between_its_input_and_its_output
     assert (list(everything), nothing) == (list(shapes), {})
 
 
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("convnet", ["convolutions", "linear"]),
+        ("resnet50", ["stem", "blocks"]),
+        ("vgg16", ["convolutions", "fc6", "fc7"]),
+        ("dinov2_small", ["stem", "blocks", "norm"]),
+        ("clip_vit_b32", ["stem", "first_norm", "blocks", "norm", "projection"]),
+        ("siglip_base", ["stem", "blocks", "norm", "pool"]),
+    ],
+)
+def test_a_network_s_parts_are_in_the_order_in_which_images_pass_them(name, order):
+    assert list(fine_tuning.outline(registry.get(name), 0)) == order
+
+
 def test_efficientnet_is_cut_before_its_last_blocks():
     shapes = fine_tuning.outline(registry.get("efficientnet_lite0"), 32)
     assert list(shapes) == ["stem", "blocks", "head"]
@@ -91,12 +99,11 @@ def test_efficientnet_is_cut_before_its_last_blocks():
 
 
 def test_the_last_blocks_learn_by_the_whole_networks_gradient_and_the_others_have_none(whole_gradient):
-    made = create(blocks=2)
-    _, params, frozen = made
+    _, params, frozen = create(blocks=2)
     assert params["backbone"].keys() == {"convolutions", "linear"}
     assert list(params["backbone"]["convolutions"]) == [1, 2]
     assert {name: list(inner) for name, inner in frozen["backbone"].items()} == {"convolutions": [0]}
-    mine = gradient(made)
+    mine = gradient_of(blocks=2)
     assert jax.tree.structure(mine) == jax.tree.structure(params)
     expected = {"head": whole_gradient["head"], "backbone": fine_tuning.split(whole_gradient["backbone"], 2)[0]}
     assert_near(mine, expected)
@@ -142,10 +149,9 @@ def test_features_are_at_first_those_of_the_weights(how):
 
 def test_corrections_learn_by_the_gradient_of_the_kernels(whole_gradient):
     """At the start, with B = 0: that of B is s · Aᵀ · G, G being the kernel's own, and A has none yet."""
-    made = create(lora_rank=2, lora_alpha=6.0)
-    _, params, frozen = made
+    _, params, frozen = create(lora_rank=2, lora_alpha=6.0)
     assert same(frozen["backbone"], jax.tree.map(jnp.asarray, WEIGHTS))
-    mine = gradient(made)["lora"]
+    mine = gradient_of(lora_rank=2, lora_alpha=6.0)["lora"]
     assert mine.keys() == {"convolutions", "linear"}
     of_kernels = whole_gradient["backbone"]
     for path in (("linear",), ("convolutions", 0), ("convolutions", 1), ("convolutions", 2)):
@@ -158,9 +164,33 @@ def test_corrections_learn_by_the_gradient_of_the_kernels(whole_gradient):
         assert not np.any(found["kernel"]["a"])
 
 
-@pytest.mark.parametrize("how", [{}, {"blocks": 2}, {"lora_rank": 2}])
+@pytest.mark.parametrize("how", [{}, {"blocks": 2}, {"lora_rank": 2, "lora_alpha": 6.0}])
 def test_checkpointing_has_the_same_gradients(how):
-    assert_near(gradient(create(checkpointing=True, **how)), gradient(create(**how)))
+    assert_near(gradient(create(checkpointing=True, **how)), gradient_of(**how))
+
+
+def test_a_transformer_s_blocks_are_checkpointed_and_corrected():
+    """Two small blocks: every product has a correction, and gradients are the same."""
+    design = dinov2.SMALL._replace(patch=4, grid=2, width=8, heads=2, depth=2)
+    graph, state = nnx.split(dinov2.DINOv2(nnx.Rngs(0), design))
+    state = nnx.to_pure_dict(state)
+    ordered = {name: state[name] for name in ("stem", "blocks", "norm")}
+    factors = jax.tree.map(lambda leaf: leaf + 0.1, lora.create(KEY, state, 2))
+    assert len(list(lora.kernels(state))) == 1 + 2 * 6
+    assert len(list(lora.kernels(fine_tuning.split(ordered, 1)[0]))) == 6
+
+    def of_factors(checkpointing):
+        def total(factors):
+            network = nnx.merge(graph, lora.corrected(state, factors, 2.0))
+            if checkpointing:
+                fine_tuning.checkpoint_blocks(network)
+            return jnp.sum(network(VIEWS) ** 3)
+
+        return jax.jit(jax.grad(total))(factors)
+
+    plain = of_factors(False)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain["blocks"][1]["mlp"]))
+    assert_near(of_factors(True), plain)
 
 
 class Wide(nnx.Module):
@@ -248,135 +278,3 @@ def test_corrections_are_taken_into_the_weights_once():
     views = jax.random.normal(KEY, (3, 8, 8, 3))
     ours, theirs = (encoder.features(*held, views) for held in ((hasher.params, hasher.frozen), (params, frozen)))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "how", [{"blocks": 1, "learning_rate": 1e-4}, {"lora_rank": 2, "blocks": 2, "learning_rate": 1e-2}]
-)
-def test_a_run_is_taken_up_and_loaded_to_the_same_bits(how, tmp_path, monkeypatch):
-    fields = {f"fine_tune__{name}": value for name, value in how.items()}
-    network = pretrained.convnet(monkeypatch, tmp_path, 16) | {"frozen": False}
-    config = small.config(**network, **fields, epochs=2)
-    whole, cut, quiet = tmp_path / "whole", tmp_path / "cut", rich.console.Console(quiet=True)
-    results = train(config, whole, console=quiet)
-    asked = iter([False] * 2 + [True])
-    with monkeypatch.context() as patched:
-        patched.setattr("cib_jax.jobs.preemption.noted", lambda: contextlib.nullcontext(lambda: next(asked)))
-        with pytest.raises(preemption.Preempted):
-            train(config, cut, console=quiet)
-    assert train(config, cut, console=quiet)["map"] == results["map"]
-    hasher = cib.Hasher.load(whole)
-    assert same(cib.Hasher.load(cut).params, hasher.params)
-    query = from_config.draw_splits(config).query.images
-    codes = hasher.encode(np.stack([query[i] for i in range(len(query))]))
-    assert np.array_equal(codes, np.load(whole / "codes" / "query_codes.npy"))
-    # Though only a part of them stays, other weights than those it stands on are refused.
-    weights = safetensors.numpy.load_file(config.backbone_weights)
-    other = tmp_path / "other.safetensors"
-    safetensors.numpy.save_file({name: tensor + 1 for name, tensor in weights.items()}, other)
-    with pytest.raises(cib.Refusal, match="the run was trained on backbone weights"):
-        cib.Hasher.load(whole, backbone_weights=str(other))
-
-
-# One process with 4 devices, since their number is fixed when JAX starts.
-PROGRAM = """
-import json, sys
-import jax, jax.numpy as jnp, numpy as np
-import cib_jax as cib
-from cib_jax import parallel
-from cib_jax.training import feed, optimiser, state
-
-key = jax.random.key(0)
-images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8))
-weights = cib.create_encoder(key, backbone="convnet", bits=8, image_size=8)[1]["backbone"]
-told = {}
-for how in ({"blocks": 1}, {"lora_rank": 2}):
-    encoder, params, frozen = cib.create_encoder(
-        key, backbone="convnet", bits=8, image_size=8, hidden=16, backbone_params=weights,
-        fine_tune=cib.FineTune(checkpointing=True, **how))
-    adam = optimiser.adam(1e-3, 1e-2)
-    for devices, micro_batch in ((1, 0), (4, 2)):
-        method = {"encoder": encoder, "optimiser": adam, "augment": "digits", "micro_batch": micro_batch}
-        fed = feed.from_device(images, frozen, seed=0, batch_size=16, method=method, mesh=parallel.mesh(devices, 16))
-        (batch,) = fed.epoch_chunks(0)
-        after, terms = fed.steps(state.create_train_state(params, adam), batch, 0, key)
-        moments = [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(after.opt_state)]
-        told[f"{how} {devices}"] = {name: float(value[0]) for name, value in terms.items()}, moments
-json.dump(told, open(sys.argv[1], "w"))
-"""
-
-
-def test_parts_and_devices_have_the_same_gradients(tmp_path):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    path = tmp_path / "told.json"
-    subprocess.run([sys.executable, "-c", PROGRAM, str(path)], cwd=ROOT, env=environment, check=True)
-    told = json.loads(path.read_text())
-    for how in ({"blocks": 1}, {"lora_rank": 2}):
-        (terms, moments), (other_terms, others) = told[f"{how} 1"], told[f"{how} 4"]
-        assert terms["gradient_norm"] > 1e-3
-        assert other_terms == pytest.approx(terms, rel=1e-4)
-        for mine, theirs in zip(others, moments, strict=True):
-            assert np.linalg.norm(np.subtract(mine, theirs)) <= 1e-3 * np.linalg.norm(theirs) + 1e-6
-
-
-EFFICIENTNET = {"backbone": "efficientnet_lite0", "frozen": False, "image_size": 32}
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"fine_tune__blocks": -1}, r"config.fine_tune.blocks: -1 must be 0 or more"),
-        ({"fine_tune__lora_alpha": 0.0}, r"config.fine_tune.lora_alpha: 0.0 must be greater than 0"),
-        ({"fine_tune__blocks": 1}, r"config.fine_tune.blocks: convnet starts from random weights.* set it to 0"),
-        ({"fine_tune__lora_rank": 4}, r"config.fine_tune.lora_rank: convnet starts from random weights"),
-        (
-            EFFICIENTNET | {"fine_tune__blocks": 17},
-            r"config.fine_tune.blocks: 17 is more than the 16 blocks of efficientnet_lite0; lower it, or 0",
-        ),
-        (
-            EFFICIENTNET | {"fine_tune__lora_rank": 17},
-            r"config.fine_tune.lora_rank: 17 is more than the 16 that blocks/0/project/kernel of",
-        ),
-        *(
-            (
-                EFFICIENTNET | {"frozen": True, f"fine_tune__{name}": value},
-                rf"config.fine_tune.{name}: {value} is for a backbone that learns, and this one is frozen; set frozen",
-            )
-            for name, value in (("blocks", 1), ("lora_rank", 2), ("checkpointing", True), ("learning_rate", 0.1))
-        ),
-        (EFFICIENTNET | {"fine_tune__blocks": 1, "train__views": 2}, r"config.train.views: features can be computed"),
-        (
-            {
-                "data__name": "features", "backbone": "none", "augment": "noise", "frozen": True, "image_size": 0,
-                "fine_tune__checkpointing": True,
-            },
-            r"config.fine_tune.checkpointing: it is for images; set it to False for features",
-        ),
-    ],
-)  # fmt: skip
-def test_a_config_that_cannot_work_is_refused(fields, message):
-    with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.check(small.unchecked(**fields))
-
-
-def test_the_same_is_refused_of_functions():
-    with pytest.raises(cib.Refusal, match=r"^fine_tune.blocks: 4 is more than the 3 blocks of convnet"):
-        create(blocks=4)
-    with pytest.raises(cib.Refusal, match=r"^fine_tune.lora_rank: convnet starts from random weights"):
-        cib.fit(IMAGES, batch_size=6, fine_tune=FineTune(lora_rank=2))
-    with pytest.raises(ValueError, match=r"views: 2 views are computed once only of a frozen backbone"):
-        cib.fit(IMAGES, batch_size=6, backbone_params=WEIGHTS, image_size=8, views=2, fine_tune=FineTune(lora_rank=2))
-    with pytest.raises(cib.Refusal, match=r"^fine_tune.learning_rate: nan must be 0 or more"):
-        create(learning_rate=float("nan"))
-
-
-def test_a_run_of_an_earlier_version_differs_in_nothing():
-    mine = config_lib.flatten(small.config())
-    theirs = {name: value for name, value in mine.items() if not name.startswith("fine_tune.")}
-    assert config_lib.differences(mine, theirs) == []
-    asked = config_lib.flatten(small.config(fine_tune__learning_rate=0.5))
-    assert config_lib.differences(asked, theirs) == ["fine_tune.learning_rate: 0.0 → 0.5"]
