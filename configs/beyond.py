@@ -5,7 +5,7 @@ By itself it is CIFAR-10's config with all of the database's images for training
 
 import ml_collections
 
-from configs import cifar
+from cib_jax.configs import cifar
 
 
 def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

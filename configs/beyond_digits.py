@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import beyond, digits
+from cib_jax.configs import beyond, digits
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import folder
+from cib_jax.configs import folder
 
 
 def get_config() -> ml_collections.ConfigDict:

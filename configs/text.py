@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import features
+from cib_jax.configs import features
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn
 
-from cib_jax import processes
+from cib_jax import processes, program
 from cib_jax.errors import Refusal
 from cib_jax.jobs import preemption
 from cib_jax.jobs import workdir as workdir_lib
@@ -31,7 +31,8 @@ def quieten_background() -> None:
     def line(kind: type[BaseException], error: BaseException | None) -> None:
         if str(error) not in told:
             told.add(str(error))
-            print(f"run.py: in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+            words = f"in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}"
+            print(program.says(words), file=sys.stderr)
 
     def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -56,14 +57,16 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
     try:
         yield
     except processes.SharedRefusal as error:
-        print(f"run.py: {error if processes.first() else 'refused; the first process says why'}", file=sys.stderr)
+        words = str(error) if processes.first() else "refused; the first process says why"
+        print(program.says(words), file=sys.stderr)
         sys.exit(2)
     except Refusal as error:
         # What is left of a save that failed, too, would tell of it while Python is taken down.
-        _end(2, f"run.py: {error}", at_once=processes.several() or isinstance(error, SaveError), workdir=workdir)
+        at_once = processes.several() or isinstance(error, SaveError)
+        _end(2, program.says(str(error)), at_once=at_once, workdir=workdir)
     except OSError as error:
         told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
-        _end(2, f"run.py: {told}", at_once=True, workdir=workdir)  # libraries would try to write once more
+        _end(2, program.says(told), at_once=True, workdir=workdir)  # libraries would try to write once more
     except preemption.Preempted as error:
         _end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not processes.several())
     except KeyboardInterrupt:
@@ -75,11 +78,11 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
         # An orderly end would wait for the others, who wait for this one.
         if not processes.is_loss_of_another(error):
             traceback.print_exc()
-            _end(1, "run.py: this process broke down, and the others with it", at_once=True, workdir=workdir)
+            _end(1, program.says("this process broke down, and the others with it"), at_once=True, workdir=workdir)
         time.sleep(1)  # what it ended with may be on its way
         code, told = _last_words(workdir) or (preemption.CODE, "it was killed, or its machine is gone")
         again = "; the same commands go on from the last checkpoint" if code == preemption.CODE else ""
-        _end(code, f"run.py: another process of this run ended: {told}{again}", at_once=True)
+        _end(code, program.says(f"another process of this run ended: {told}{again}"), at_once=True)
 
 
 def forget(workdir: str) -> None:
@@ -96,7 +99,7 @@ def watch(workdir: str) -> None:
         if _ENDING.is_set():
             return  # they are this one's own
         code, told = found
-        print(f"run.py: another process of this run ended: {told}", file=sys.stderr, flush=True)
+        print(program.says(f"another process of this run ended: {told}"), file=sys.stderr, flush=True)
         os._exit(code)
 
     threading.Thread(target=look, daemon=True).start()
@@ -124,7 +127,7 @@ def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRetu
     _ENDING.set()
     if processes.several() and _last_words(workdir) is None:
         with contextlib.suppress(OSError):
-            words = message.strip().removeprefix("run.py: ")
+            words = message.strip().removeprefix(program.says(""))
             workdir_lib.write_bytes(pathlib.Path(workdir) / LAST_WORDS, f"{code} {words}".encode())
             if processes.first():
                 time.sleep(3 * LOOK_EVERY)  # JAX aborts the others as soon as the first one is gone

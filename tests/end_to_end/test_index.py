@@ -112,8 +112,8 @@ def test_interrupted_it_says_what_goes_on(place, tmp_path, number, code, words):
 # Each mistake ends before anything is computed, so that one process can be misled many times.
 MISLED = """
 import json, os, sys
-import run
 from cib_jax import rendezvous
+from cib_jax.command import door, parsing
 from cib_jax.jobs import compare, duplicates, endings, index, preemption, search, train, tune
 for number, arguments in enumerate(json.load(sys.stdin)):
     if not os.fork():
@@ -121,7 +121,7 @@ for number, arguments in enumerate(json.load(sys.stdin)):
         os.dup2(told, 1)
         os.dup2(told, 2)
         try:
-            run.main(run.parse(["run.py", *arguments]))
+            door.main(parsing.parse(["run.py", *arguments]))
         except SystemExit as end:
             sys.stdout.flush()
             sys.stderr.flush()
