@@ -1,0 +1,165 @@
+"""What is installed: a wheel with all it needs and nothing else, which runs without a clone, and what it declares."""
+
+import ast
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import cib_jax
+from cib_jax.command import experiments
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BESIDES_PYTHON = {
+    "cib_jax/py.typed",
+    "cib_jax/report/page.html.jinja",
+    *(f"cib_jax/web/{name}" for name in ("asking.js", "bits.js", "page.css", "page.html", "page.js")),
+}
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
+def built(what, source, place):
+    """Builds a wheel or a source archive, as pip does, and returns its path."""
+    command = [sys.executable, "-c", BUILD, what, str(place)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is absent from the `packages` configuration" not in done.stderr
+    return place / done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the clone, since setuptools builds beside its sources."""
+    pytest.importorskip("setuptools", minversion="77")
+    place = tmp_path_factory.mktemp("clone") / "clone"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "golden")
+    shutil.copytree(ROOT, place, ignore=unwanted)
+    return place
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return built("build_wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A function that starts a command from an empty folder, with the wheel's files and nothing of the clone."""
+    site = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(site)
+    empty = tmp_path_factory.mktemp("empty")
+
+    def start(*arguments):
+        environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "120"}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return start
+
+
+def test_a_wheel_holds_the_package_and_the_experiments_and_nothing_else(wheel):
+    package = {file.relative_to(ROOT).as_posix() for file in (ROOT / "cib_jax").rglob("*.py")}
+    configs = {f"cib_jax/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert archive.read("cib_jax/configs/__init__.py") == (ROOT / "configs" / "__init__.py").read_bytes()
+    about = {name for name in names if name.startswith(f"cib_jax-{cib_jax.__version__}.dist-info/")}
+    assert names - about == package | configs | BESIDES_PYTHON
+    assert any(name.endswith("LICENSE") for name in about)
+
+
+def test_the_list_of_other_files_is_whole():
+    others = {file for file in (ROOT / "cib_jax").rglob("*.*") if file.suffix not in (".py", ".pyc")}
+    assert {file.relative_to(ROOT).as_posix() for file in others} == BESIDES_PYTHON
+
+
+def test_a_wheel_from_the_source_archive_is_the_same(source, wheel, tmp_path):
+    archive = built("build_sdist", source, tmp_path)
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert {"run.py", "configs", "LICENSE"} <= {file.name for file in unpacked.iterdir()}
+    again = built("build_wheel", unpacked, tmp_path)
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+        for name in one.namelist():
+            assert name.endswith("RECORD") or one.read(name) == other.read(name)
+
+
+def test_an_installed_one_runs_without_a_clone(installed):
+    code, out, error = installed("-c", "import cib_jax.configs.text as t; print(t.get_config().data.name, t.__file__)")
+    assert code == 0 and out.startswith("features ") and str(ROOT) not in out, error
+    code, _, error = installed("-m", "cib_jax", "--config=cifar", "--config.data.dir=/nope")
+    assert code == 2 and error.startswith("cib_jax: config.data.dir: there is no folder /nope")
+    code, _, error = installed("-m", "cib_jax", "--config=configs/cifar.py")
+    assert code == 2 and error.startswith("cib_jax: --config: there is no file 'configs/cifar.py'; by name there are ")
+    code, _, error = installed("-m", "cib_jax", "--config.data.queries=-5")  # of the digits, which are the default
+    assert code == 2 and error.startswith("cib_jax: config.data.queries: "), error
+
+
+@pytest.mark.parametrize("door", [["-m", "cib_jax"], ["run.py"]])
+def test_help_tells_of_the_flags(door):
+    done = subprocess.run([sys.executable, *door, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert door[-1] in done.stdout.splitlines()[0]
+    for flag in ("--config:", "--mode:", "--workdir:", "--index:", "--port:"):
+        assert f"  {flag} " in done.stdout
+    assert "--logtostderr" not in done.stdout  # of absl's own, for which there is --helpfull
+
+
+def test_an_experiment_has_a_name_wherever_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(experiments.names()) == {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert pathlib.Path(experiments.path_of("cifar")).samefile(ROOT / "configs" / "cifar.py")
+    (tmp_path / "cifar.py").write_text("")
+    assert pathlib.Path(experiments.path_of("cifar")).samefile(ROOT / "configs" / "cifar.py")
+    assert experiments.path_of("./cifar.py") == "./cifar.py"
+    for given, told in (
+        ("cifra", "did you mean cifar"),
+        ("./none.py", "there is no file './none.py'"),
+        (".", "no file"),
+    ):
+        with pytest.raises(experiments.ExperimentError, match=re.escape(told)):
+            experiments.path_of(given)
+
+
+def test_whatever_is_imported_is_declared():
+    """As a dependency or in an extra: found by the installed packages' own word on which modules are theirs."""
+    wanted = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    wanted += [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    declared = {canonicalize_name(Requirement(line).name) for line in wanted if line}
+    owners = importlib.metadata.packages_distributions()
+    for file in (ROOT / "cib_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "cib_jax"}:
+                homes = {canonicalize_name(owner) for owner in owners.get(name, [name])}
+                assert homes & declared, (file, name)
+
+
+def test_every_extra_that_is_spoken_of_is_there():
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "cib_jax").rglob("*.py")]
+    told = {extra for file in texts for extra in re.findall(r"cib-jax\[([\w,]+)\]", file.read_text())}
+    assert {one for extra in told for one in extra.split(",")} <= {*PROJECT["optional-dependencies"]}
+
+
+def test_the_citation_is_of_this_version_and_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == cib_jax.__version__ and cited["license"] == PROJECT["license"]
+    assert cited["preferred-citation"]["url"].endswith("/2105.06138")
+    assert cited["preferred-citation"]["year"] == 2021
