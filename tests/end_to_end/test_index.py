@@ -135,7 +135,7 @@ MISTAKES = [
     (["--mode=duplicates", "--index="], "--index: --mode=duplicates wants the index"),
     (["--mode=index", "--index=INDEX"], "--images: there is no index at INDEX yet; give the folder of photos"),
     (["--mode=index", "--index=README.md", "--images=docs"], "README.md is a file; give a folder"),
-    (["--mode=index", "--index=docs", "--images=docs"], "docs holds files, but no index (architecture.md, …)"),
+    (["--mode=index", "--index=docs", "--images=docs"], "docs holds files, but no index ("),
     (["--mode=index", "--index=INDEX", "--images=nowhere"], "--images: there is no "),
     (["--mode=index", "--index=INDEX", "--images=docs"], "docs holds no photos"),
     (["--mode=index", "--index=INDEX", "--images=docs", "--workdir=docs"], "docs is no run's folder"),
