@@ -111,7 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # --mode=compare: every method with every length and seed; see docs/results.md.
     c.compare = ml_collections.ConfigDict()
-    # Rows of the table: the three objectives, or a baseline (cib_jax/baselines); fields that a row sets otherwise
+    # Rows of the table: an objective, or a baseline (cib_jax/baselines); fields that a row sets otherwise
     # follow its name, as in "itq, cibhash, cibhash temperature=0.5 beta=0".
     c.compare.methods = (
         "lsh, pca_sign, itq, spectral, spherical, anchor_graph, greedy_hash, bi_half, autoencoder, "
