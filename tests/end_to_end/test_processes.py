@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rich.console
 
+from cib_jax import atomic
 from cib_jax.hasher import Hasher
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.evaluate import evaluate
@@ -156,7 +157,8 @@ def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
     fields |= {"epochs": 3000}
     processes = start(2, *small.flags(**fields), f"--workdir={tmp_path / 'run'}")
     wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 2)
-    (place / "owner.json").write_text(json.dumps({"workdir": "/elsewhere", "session": "another"}))
+    with atomic.replacing(place / "owner.json") as part:  # never half there to who looks at it each few steps
+        part.write_text(json.dumps({"workdir": "/elsewhere", "session": "another"}))
     told = finish(processes)
     assert [code for code, _, _ in told] == [2, 2], told
     sentence, pointer = "a run in /elsewhere has taken over the checkpoints", "refused; the first process says why"
