@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from benchmarks import measuring
-from cib_jax import augment, colour, geometry
 from cib_jax.data import sources
+from cib_jax.views import augment, colour, geometry
 
 PROCESSES = 2  # of the other side, as many as the published code's loader has workers
 PASSES = 4  # over the batch in a round, so that handing out work to processes takes no visible part of it

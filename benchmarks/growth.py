@@ -73,7 +73,7 @@ def augmented(side: int) -> Callable[[], Any]:
     """Returns the augmentation of 32 images of 32 pixels."""
     import jax
 
-    from cib_jax import augment
+    from cib_jax.views import augment
 
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
     view = jax.jit(functools.partial(augment.view, image_size=side))

@@ -15,9 +15,9 @@ import sklearn.datasets
 import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.baselines import BASELINES
-from cib_jax.coding import plain_features
 from cib_jax.data import loader, sources, splits
 from cib_jax.data.protocols import PROTOCOLS
+from cib_jax.hashing.coding import plain_features
 
 
 class Task(NamedTuple):

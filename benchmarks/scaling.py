@@ -45,7 +45,7 @@ def program(point: Point) -> tuple[Any, Any, int]:
     import optax
 
     import cib_jax as cib
-    from cib_jax import parallel
+    from cib_jax.devices import parallel
     from cib_jax.training import feed
 
     of_features = point.work == "features"

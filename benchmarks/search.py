@@ -214,7 +214,9 @@ def rerank_photos(data_dir: str, bits: int, seeds: int = 3) -> list[list[object]
 def _cifar_features(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns EfficientNet-Lite0's features at 128 px, unaugmented, and labels, of the splits of configs/cifar.py."""
 
-    from cib_jax import coding, encoding, from_config
+    from cib_jax import from_config
+    from cib_jax.devices import encoding
+    from cib_jax.hashing import coding
     from configs import cifar
 
     config = cifar.get_config()
@@ -243,8 +245,8 @@ def _mean_average_precision(relevant: np.ndarray) -> float:
 
 def table(size: int, bits: int, rounds: int) -> list[list[object]]:
     """Returns rows of what a table of photos on disk takes: to load its codes, to tell of 20 hits, to change."""
-    from cib_jax.photo_rows import Row
-    from cib_jax.photo_table import About, PhotoTable
+    from cib_jax.collection.photo_rows import Row
+    from cib_jax.collection.photo_table import About, PhotoTable
 
     codes, generator = clustered(size, bits), np.random.default_rng(3)
     with tempfile.TemporaryDirectory() as folder:

@@ -82,7 +82,7 @@ def make_index(folder: pathlib.Path, count: int) -> str:
 
 def serve(uri: str, at_once: int) -> None:
     """Serves an index with no bound on rates; this process."""
-    from cib_jax.collection import Collection
+    from cib_jax.collection.collection import Collection
     from cib_jax.web import server
     from cib_jax.web.limits import Limits
 

@@ -13,18 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cib_jax.augment import resize_and_normalise, two_views
+    from cib_jax.backbones.fine_tuning import FineTune
     from cib_jax.backbones.weights import load_pretrained
     from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
-    from cib_jax.collection import Collection
-    from cib_jax.corpus import read_corpus
+    from cib_jax.collection.collection import Collection
+    from cib_jax.corpus.corpus import read_corpus
     from cib_jax.encoder import Encoder, create_encoder
     from cib_jax.errors import Refusal
-    from cib_jax.fine_tuning import FineTune
     from cib_jax.fitting import fit
-    from cib_jax.hasher import Hasher
+    from cib_jax.hashing.hasher import Hasher
+    from cib_jax.hashing.photo_codes import encode_photos
     from cib_jax.objective import bernoulli_kl, cib_loss, diffusion_match, nt_xent
-    from cib_jax.photo_codes import encode_photos
     from cib_jax.retrieval.health import code_health
     from cib_jax.retrieval.index import Index
     from cib_jax.retrieval.metrics import (
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from cib_jax.teacher import Teacher
     from cib_jax.training.state import TrainState, create_train_state
     from cib_jax.training.step import train_step, train_step_on_features
+    from cib_jax.views.augment import resize_and_normalise, two_views
 
 __version__ = "0.1.0"
 
@@ -84,10 +84,10 @@ __all__ = [
 
 # Imported when they are asked for: `cib_jax.exported` runs where nothing of training is installed.
 _HOMES = {
-    "Collection": "collection",
+    "Collection": "collection.collection",
     "Encoder": "encoder",
-    "FineTune": "fine_tuning",
-    "Hasher": "hasher",
+    "FineTune": "backbones.fine_tuning",
+    "Hasher": "hashing.hasher",
     "Index": "retrieval.index",
     "Refusal": "errors",
     "Teacher": "teacher",
@@ -99,7 +99,7 @@ _HOMES = {
     "create_encoder": "encoder",
     "create_train_state": "training.state",
     "diffusion_match": "objective",
-    "encode_photos": "photo_codes",
+    "encode_photos": "hashing.photo_codes",
     "evaluate": "retrieval.metrics",
     "fit": "fitting",
     "hamming_distances": "retrieval.ranking",
@@ -111,14 +111,14 @@ _HOMES = {
     "precision_recall_curve": "retrieval.metrics",
     "precision_within_radius": "retrieval.metrics",
     "rank": "retrieval.ranking",
-    "read_corpus": "corpus",
+    "read_corpus": "corpus.corpus",
     "recall_at_k": "retrieval.metrics",
-    "resize_and_normalise": "augment",
+    "resize_and_normalise": "views.augment",
     "sample_codes": "binary",
     "tie_aware_map": "retrieval.metrics",
     "train_step": "training.step",
     "train_step_on_features": "training.step",
-    "two_views": "augment",
+    "two_views": "views.augment",
     "unpack_bits": "binary",
 }
 

@@ -6,10 +6,11 @@ bit 7 − j mod 8 of byte j // 8, the order of `numpy.packbits`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from cib_jax import spread
-from cib_jax.spread import Axis
+from cib_jax.devices import spread
+from cib_jax.devices.spread import Axis
 
 
 @jax.custom_jvp
@@ -85,3 +86,8 @@ def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bi
     # Not jnp.unpackbits, which fails on an empty batch.
     bits = (jnp.asarray(packed)[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
     return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8).astype(jnp.float32) * 2.0 - 1.0
+
+
+def ones(packed: UInt8[np.ndarray, "*batch bytes"]) -> UInt8[np.ndarray, "*batch bits"]:
+    """Returns the bits that `pack_bits` packed as 0 and 1, in NumPy, for what counts on the host."""
+    return np.unpackbits(packed, axis=-1)

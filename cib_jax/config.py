@@ -9,17 +9,18 @@ from typing import Any
 
 import ml_collections
 
-from cib_jax import augment, feature_views, place
 from cib_jax.backbones import registry
+from cib_jax.backbones.fine_tuning import FineTune, FineTuneError
+from cib_jax.backbones.fine_tuning import check as check_fine_tune
 from cib_jax.data import photos
 from cib_jax.data.protocols import AS_NAMED, PROTOCOLS
 from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
-from cib_jax.fine_tuning import FineTune, FineTuneError
-from cib_jax.fine_tuning import check as check_fine_tune
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
 from cib_jax.teacher import Teacher
+from cib_jax.training import place
+from cib_jax.views import augment, feature_views
 
 
 class ConfigError(Refusal):

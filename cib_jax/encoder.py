@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from cib_jax import augment, feature_views, fine_tuning
-from cib_jax.backbones import registry
-from cib_jax.feature_views import Standard
-from cib_jax.fine_tuning import FineTune
-from cib_jax.spread import Axis
+from cib_jax.backbones import fine_tuning, registry
+from cib_jax.backbones.fine_tuning import FineTune
+from cib_jax.devices.spread import Axis
+from cib_jax.views import augment, feature_views
+from cib_jax.views.feature_views import Standard
 
 Params = dict[str, Any]
 """A pytree of arrays. Of what training changes: "head" and, where the backbone learns too, "backbone" (its blocks that
@@ -194,7 +194,7 @@ def create_encoder(
     chosen = registry.get(backbone)
     if (chosen.takes == "features") != (standard is not None):
         raise ValueError(
-            f"standard: {backbone} takes {chosen.takes}; give the features' cib_jax.feature_views.standard for the "
+            f"standard: {backbone} takes {chosen.takes}; give the features' views.feature_views.standard for the "
             "backbone 'none', and for no other"
         )
     if standard is not None:

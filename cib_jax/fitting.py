@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
-from cib_jax import diffusion, feature_views, fine_tuning, parallel
-from cib_jax.augment import FAMILIES
+from cib_jax import diffusion
+from cib_jax.backbones import fine_tuning
+from cib_jax.backbones.fine_tuning import FineTune
+from cib_jax.devices import parallel
 from cib_jax.encoder import Encoder, Params, create_encoder
-from cib_jax.feature_views import Standard
-from cib_jax.fine_tuning import FineTune
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.objective import OBJECTIVES
 from cib_jax.teacher import Teacher
 from cib_jax.training import accumulation, feed, loop, optimiser, view_bank
 from cib_jax.training.checkpoint import Progress
 from cib_jax.training.state import create_train_state
+from cib_jax.views import feature_views
+from cib_jax.views.augment import FAMILIES
+from cib_jax.views.feature_views import Standard
 
 ENCODE_BATCH = 100
 

@@ -14,11 +14,11 @@ from cib_jax.data import images, protocols, sources, splits
 from cib_jax.data.images import Bar, no_bar
 from cib_jax.data.protocols import Protocol
 from cib_jax.encoder import Encoder, Params, create_encoder
-from cib_jax.feature_views import Standard
 from cib_jax.objective import OBJECTIVES
 from cib_jax.teacher import Teacher
 from cib_jax.training import optimiser as optimisers
 from cib_jax.training import view_bank
+from cib_jax.views.feature_views import Standard
 
 STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2, "baseline": 3}
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cib_jax import binary, contrast, spread
-from cib_jax.spread import Axis
+from cib_jax import binary, contrast
+from cib_jax.devices import spread
+from cib_jax.devices.spread import Axis
 
 
 class Objective(NamedTuple):

@@ -79,3 +79,12 @@ def test_a_length_that_fills_no_bytes_is_refused(shape):
 def test_unpacking_refuses_other_types():
     with pytest.raises(ValueError, match=r"uint8, not int32"):
         binary.unpack_bits(jnp.ones((2, 2), jnp.int32))
+
+
+def test_ones_are_the_bits_by_division():
+    packed = np.array([[0b10000001, 255], [0b00000010, 0]], np.uint8)
+    expected = [[int(byte) // 2**place % 2 for byte in row for place in range(7, -1, -1)] for row in packed]
+    assert binary.ones(packed).tolist() == expected
+    assert binary.ones(packed[:0]).shape == (0, 16)
+    codes = 2.0 * np.array(expected) - 1
+    assert np.array_equal(binary.pack_bits(jnp.asarray(codes)), packed)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import cib_jax as cib
-from cib_jax import coding, exported, feature_views
+from cib_jax import exported
+from cib_jax.hashing import coding
+from cib_jax.views import feature_views
 
 RNG = np.random.default_rng(0)
 BATCH = 4

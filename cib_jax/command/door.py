@@ -21,7 +21,7 @@ def keep_compilations() -> None:
     """Turns on JAX's persistent compilation cache, unless the environment names one: a second run starts sooner."""
     import jax
 
-    from cib_jax import feature_cache
+    from cib_jax.jobs import feature_cache
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(feature_cache.home() / "jax"))
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         modes.check_index(mode, workdir, config_named=bool(arguments[1:]))
 
     # Only now, so that a mistake in the flags is told at once.
-    from cib_jax import rendezvous
+    from cib_jax.devices import rendezvous
     from cib_jax.jobs import endings, preemption
     from cib_jax.jobs.workdir import default_name
 

@@ -15,8 +15,8 @@ def join(mode: str) -> None:
     """Has this process work together with others where the flags or the environment tell of some."""
     import jax
 
-    from cib_jax import processes, rendezvous
     from cib_jax.config import WHERE, flatten
+    from cib_jax.devices import processes, rendezvous
     from cib_jax.jobs import endings
 
     def tell(words: str) -> None:
@@ -39,8 +39,8 @@ def join(mode: str) -> None:
 
 def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     """Starts a job on a trained run, whose config is its own."""
-    from cib_jax import rendezvous
     from cib_jax.config import flatten
+    from cib_jax.devices import rendezvous
     from cib_jax.jobs.encode import encode
     from cib_jax.jobs.evaluate import evaluate
 

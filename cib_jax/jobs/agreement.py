@@ -9,14 +9,14 @@ import numpy as np
 import rich.console
 from jaxtyping import Int64
 
-from cib_jax import collection
 from cib_jax import config as config_lib
+from cib_jax.collection import collection
+from cib_jax.collection.lance import TableError
+from cib_jax.collection.photo_rows import key_of
+from cib_jax.collection.photo_table import PhotoTable
 from cib_jax.data.items import Photos
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs.presenting import say
-from cib_jax.lance import TableError
-from cib_jax.photo_rows import key_of
-from cib_jax.photo_table import PhotoTable
 
 OF_ENCODING = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
 """Fields that can be set where the encoder is trained already."""

@@ -11,13 +11,13 @@ import ml_collections
 import rich.console
 
 from cib_jax import config as config_lib
-from cib_jax import place
 from cib_jax.baselines import BASELINES
 from cib_jax.errors import Refusal
 from cib_jax.jobs import baseline
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import TrainingError, train
 from cib_jax.objective import OBJECTIVES
+from cib_jax.training import place
 
 TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash", "diffusion": "Diffusion"} | {
     name: known.title for name, known in BASELINES.items()

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from cib_jax.collection.photo_rows import key_of
+from cib_jax.collection.photo_table import PhotoTable, State
 from cib_jax.data.all_cores import in_order
 from cib_jax.data.items import Photos
-from cib_jax.photo_rows import key_of
-from cib_jax.photo_table import PhotoTable, State
 
 ABSENT, UNTOLD = -1, -2
 """In place of a size: the file is not there; the system does not say whether it is, as in a folder that is closed."""

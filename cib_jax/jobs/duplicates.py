@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax.collection import Collection, Photo
+from cib_jax.collection.collection import Collection, Photo
 from cib_jax.data.all_cores import in_order
 from cib_jax.data.difference_hash import BITS, difference_hash
 from cib_jax.data.names import printable

@@ -16,21 +16,23 @@ import PIL
 import rich.console
 from jaxtyping import Shaped
 
-from cib_jax import __version__, corpus_parts
+from cib_jax import __version__
 from cib_jax import config as config_lib
-from cib_jax import corpus as corpus_lib
 from cib_jax.backbones import weights
-from cib_jax.corpus import Corpus
-from cib_jax.corpus_parts import CorpusError, DamagedPartError, File
+from cib_jax.corpus import corpus as corpus_lib
+from cib_jax.corpus import corpus_parts
+from cib_jax.corpus.corpus import Corpus
+from cib_jax.corpus.corpus_parts import CorpusError, DamagedPartError, File
 from cib_jax.data import items as items_lib
 from cib_jax.data import photos
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Items, Read
-from cib_jax.hasher import Hasher, read_config
+from cib_jax.devices.processes import Place, parts_of
+from cib_jax.hashing.hasher import Hasher
+from cib_jax.hashing.restoring import read_config
 from cib_jax.jobs import progress
 from cib_jax.jobs.evaluate import overridden
 from cib_jax.jobs.presenting import say
-from cib_jax.processes import Place, parts_of
 
 PART = 8192
 """Files whose codes make one file: what a killed process can lose."""
@@ -65,7 +67,7 @@ def encode(
 
     The corpus is cut into parts of `part` files; process i of n makes those whose number leaves i when divided by n.
     Nothing passes between processes but the files in `codes`, so they may start, die and start again in any order, with
-    another n, too. `cib_jax.corpus.read_corpus` reads what they made.
+    another n, too. `cib_jax.read_corpus` reads what they made.
 
     Args:
       workdir: of a run that was trained.

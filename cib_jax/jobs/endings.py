@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NoReturn
 
-from cib_jax import processes, program
+from cib_jax import program
+from cib_jax.devices import processes
 from cib_jax.errors import Refusal
 from cib_jax.jobs import preemption
 from cib_jax.jobs import workdir as workdir_lib

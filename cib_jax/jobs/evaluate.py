@@ -15,9 +15,9 @@ from jaxtyping import UInt8
 
 import cib_jax
 from cib_jax import config as config_lib
-from cib_jax import processes
+from cib_jax.devices import processes
 from cib_jax.encoder import Params
-from cib_jax.hasher import check_fingerprint, read_config, read_standard, restore_best
+from cib_jax.hashing.restoring import check_fingerprint, read_config, read_standard, restore_best
 from cib_jax.jobs import features, over_processes
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
-from cib_jax import coding, encoding, feature_cache, from_config, parallel, processes
-from cib_jax.coding import plain_features
+from cib_jax import from_config
 from cib_jax.data.images import ImageSet, identity
+from cib_jax.devices import encoding, parallel, processes
 from cib_jax.encoder import Params
-from cib_jax.feature_cache import DamagedError, FeatureCache
-from cib_jax.hasher import Hasher
-from cib_jax.jobs import progress
+from cib_jax.hashing import coding
+from cib_jax.hashing.coding import plain_features
+from cib_jax.hashing.hasher import Hasher
+from cib_jax.jobs import feature_cache, progress
+from cib_jax.jobs.feature_cache import DamagedError, FeatureCache
 from cib_jax.jobs.setting import Batches, Setting
 from cib_jax.training import view_bank
 

@@ -13,20 +13,20 @@ import numpy as np
 import rich.console
 from jaxtyping import Int64, UInt8
 
-from cib_jax import collection, lance
 from cib_jax import config as config_lib
+from cib_jax.collection import collection, lance
+from cib_jax.collection.lance import TableError
+from cib_jax.collection.photo_rows import Row, key_of
+from cib_jax.collection.photo_table import AT_ONCE, About, PhotoTable
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos, Read
 from cib_jax.data.names import printable
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import agreement, progress
 from cib_jax.jobs.changes import changes, compared, look
 from cib_jax.jobs.learn import learn
 from cib_jax.jobs.presenting import say
-from cib_jax.lance import TableError
-from cib_jax.photo_rows import Row, key_of
-from cib_jax.photo_table import AT_ONCE, About, PhotoTable
 
 BLOCK = 512
 """Files in a commit, about: what a killed process can lose."""

@@ -11,11 +11,12 @@ import rich.console
 from jaxtyping import UInt8
 
 from cib_jax import config as config_lib
-from cib_jax import fitting, from_config, parallel
+from cib_jax import fitting, from_config
 from cib_jax.backbones import registry, weights
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
-from cib_jax.hasher import Hasher
+from cib_jax.devices import parallel
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import progress
 from cib_jax.jobs.presenting import say
 

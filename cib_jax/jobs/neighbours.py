@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from cib_jax import contact_sheet
-from cib_jax.contact_sheet import Tile
 from cib_jax.data.images import ImageSet, resized
 from cib_jax.jobs.setting import Setting
+from cib_jax.report import contact_sheet
+from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import ranking
 
 NEAREST = 10

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cib_jax import processes
+from cib_jax.devices import processes
 
 Figures = TypeVar("Figures")
 

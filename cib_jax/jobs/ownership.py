@@ -14,9 +14,10 @@ from typing import NamedTuple
 import ml_collections
 from etils import epath
 
-from cib_jax import place, processes
+from cib_jax.devices import processes
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.workdir import WorkdirError
+from cib_jax.training import place
 
 OWNER = "owner.json"
 """Beside the checkpoints: the workdir and the session that they belong to."""

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from jax.experimental import multihost_utils
 
-from cib_jax import processes
+from cib_jax.devices import processes
 
 CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on."""

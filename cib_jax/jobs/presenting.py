@@ -11,12 +11,13 @@ import rich.console
 import rich.text
 from jaxtyping import UInt8
 
-from cib_jax import atomic, contact_sheet
-from cib_jax.collection import Photo
-from cib_jax.contact_sheet import Tile
+from cib_jax import atomic
+from cib_jax.collection.collection import Photo
 from cib_jax.data import photos
 from cib_jax.data.names import printable
 from cib_jax.errors import Refusal
+from cib_jax.report import contact_sheet
+from cib_jax.report.contact_sheet import Tile
 
 FORMATS = ("table", "json")
 ROWS, COLUMNS = 25, 20

@@ -10,10 +10,11 @@ import numpy as np
 import rich.console
 from jaxtyping import Array, UInt8
 
-from cib_jax import binary, encoding, from_config
+from cib_jax import binary, from_config
 from cib_jax.data.images import ImageSet
+from cib_jax.devices import encoding
 from cib_jax.encoder import Params
-from cib_jax.hasher import read_config, read_standard, restore_best
+from cib_jax.hashing.restoring import read_config, read_standard, restore_best
 from cib_jax.jobs import features, setting
 from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import health, label_free

@@ -10,14 +10,14 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax.collection import Collection, Hit, Photo
-from cib_jax.contact_sheet import Tile
+from cib_jax.collection.collection import Collection, Hit, Photo
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
 from cib_jax.data.names import printable
 from cib_jax.errors import Refusal
 from cib_jax.jobs import presenting
+from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import approximate
 from cib_jax.retrieval import index as index_lib
 from cib_jax.retrieval.index import Index

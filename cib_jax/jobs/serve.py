@@ -7,7 +7,7 @@ from typing import Any
 import rich.console
 
 from cib_jax import web
-from cib_jax.collection import Collection
+from cib_jax.collection.collection import Collection
 from cib_jax.jobs.presenting import say
 
 

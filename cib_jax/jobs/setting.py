@@ -17,16 +17,19 @@ import rich.console
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from cib_jax import feature_cache, feature_views, fine_tuning, from_config, parallel, processes
+from cib_jax import from_config
+from cib_jax.backbones import fine_tuning
 from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.names import printable
 from cib_jax.data.protocols import Protocol
 from cib_jax.data.splits import Splits
+from cib_jax.devices import parallel, processes
 from cib_jax.encoder import Encoder, Params
-from cib_jax.feature_views import Standard
-from cib_jax.jobs import progress
+from cib_jax.jobs import feature_cache, progress
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.views import feature_views
+from cib_jax.views.feature_views import Standard
 
 Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 
@@ -114,7 +117,7 @@ def prepare(
 ) -> Setting:
     """Draws the splits and makes the encoder; `trained` says that its parameters will be those of a checkpoint.
 
-    A run on features that was trained comes with the `standard` of its checkpoint (`hasher.read_standard`), since a
+    A run on features that was trained comes with the `standard` of its checkpoint (`restoring.read_standard`), since a
     trained head knows no other. Files that cannot be read are listed in unreadable.csv.
 
     Raises:

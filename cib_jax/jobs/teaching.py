@@ -6,12 +6,14 @@ import pathlib
 import numpy as np
 from jaxtyping import Float32
 
-from cib_jax import diffusion, from_config, parallel, place
+from cib_jax import diffusion, from_config
+from cib_jax.devices import parallel
 from cib_jax.encoder import Params
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import features, progress
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.setting import Setting
+from cib_jax.training import place
 
 FOLDER = "teacher"
 COORDINATES = "coordinates.npy"

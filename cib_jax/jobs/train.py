@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from cib_jax import config as config_lib
-from cib_jax import from_config, parallel, processes
+from cib_jax import from_config
 from cib_jax.data import loader
 from cib_jax.data.images import DataError
+from cib_jax.devices import parallel, processes
 from cib_jax.errors import Refusal
-from cib_jax.hasher import check_fingerprint, restore_best
+from cib_jax.hashing.restoring import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, features, ownership, preemption, progress, setting, teaching, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.ownership import Owned

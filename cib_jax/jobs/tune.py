@@ -11,14 +11,15 @@ import rich.table
 import scipy.stats
 
 from cib_jax import config as config_lib
-from cib_jax import from_config, place
+from cib_jax import from_config
+from cib_jax.devices.parallel import DevicesError
 from cib_jax.jobs import report, scores, space, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import TrainingError, train
-from cib_jax.parallel import DevicesError
 from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval.label_free import SCORES
+from cib_jax.training import place
 from cib_jax.training.view_bank import BankError
 
 TRIAL = "trial.json"

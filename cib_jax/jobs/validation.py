@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cib_jax import parallel
 from cib_jax.data.images import ImageSet
+from cib_jax.devices import parallel
 from cib_jax.encoder import Params
 from cib_jax.jobs import features, over_processes
 from cib_jax.jobs.setting import Setting

@@ -15,9 +15,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from cib_jax import atomic, place, processes
+from cib_jax import atomic
 from cib_jax.config import MAY_CHANGE, differences, flatten
+from cib_jax.devices import processes
 from cib_jax.errors import Refusal
+from cib_jax.training import place
 from cib_jax.training.checkpoint import Checkpoints
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import sklearn.manifold
 from jaxtyping import Float, Int, Shaped, UInt8
 
+from cib_jax import binary
 from cib_jax.retrieval import ranking
 
 CLASSES = 10
@@ -29,7 +30,7 @@ def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray,
     if len(packed) < 5 or len(np.unique(packed, axis=0)) < 5:
         return None
     # The squared Euclidean distance of bits is their Hamming distance.
-    bits = np.unpackbits(packed, axis=1).astype(np.float32)
+    bits = binary.ones(packed).astype(np.float32)
     perplexity = min(30.0, (len(packed) - 1) / 3)
     return sklearn.manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(bits)
 

@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
 
+from cib_jax import binary
+
 _BLOCK = 1 << 22  # logits compared at once
 
 
@@ -19,7 +21,7 @@ def rerank(
     rows = max(1, _BLOCK // (ids.shape[1] * logits.shape[1]))
     for start in range(0, len(ids), rows):
         block = slice(start, start + rows)
-        bits = np.unpackbits(codes[ids[block]], axis=-1).view(np.bool_)
+        bits = binary.ones(codes[ids[block]]).view(np.bool_)
         query = logits[block].astype(np.float32)[:, None]
         distances[block] = np.where(bits == (query > 0), np.float32(0), np.abs(query)).sum(axis=-1, dtype=np.float64)
     distances[ids < 0] = np.inf

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
+from cib_jax import binary
 from cib_jax.retrieval.ranking import check_packed
 
 # Codes unpacked at a time: their float32 co-occurrence counts, at most this many, are exact (below 2**24).
@@ -73,7 +74,7 @@ def _ones_together(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, "b
     bits = packed.shape[1] * 8
     together = np.zeros((bits, bits), np.int64)
     for start in range(0, len(packed), _BLOCK):
-        ones = np.unpackbits(packed[start : start + _BLOCK], axis=1).astype(np.float32)
+        ones = binary.ones(packed[start : start + _BLOCK]).astype(np.float32)
         together += (ones.T @ ones).astype(np.int64)
     return together
 

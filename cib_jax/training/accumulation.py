@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from cib_jax import augment
+from cib_jax.devices.spread import Axis
 from cib_jax.encoder import Encoder, Params
 from cib_jax.errors import Refusal
-from cib_jax.spread import Axis
+from cib_jax.views import augment
 
 
 class PartsError(Refusal):

@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from cib_jax import place, processes
+from cib_jax.devices import processes
 from cib_jax.errors import Refusal
+from cib_jax.training import place
 from cib_jax.training.state import TrainState
 
 CHECKSUM = "checksum"

@@ -10,9 +10,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from cib_jax import parallel
 from cib_jax.data import loader
 from cib_jax.data.images import Images
+from cib_jax.devices import parallel
 from cib_jax.encoder import Params
 from cib_jax.training import view_bank
 from cib_jax.training.loop import Chunks, Steps

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from cib_jax import spread
+from cib_jax.devices import spread
+from cib_jax.devices.spread import Axis
 from cib_jax.encoder import Encoder, Params
 from cib_jax.objective import cib_loss
-from cib_jax.spread import Axis
 from cib_jax.training import accumulation
 from cib_jax.training.state import TrainState
 

@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
-from cib_jax import encoding, parallel, processes, spread
+from cib_jax.devices import encoding, parallel, processes, spread
+from cib_jax.devices.spread import Axis
 from cib_jax.encoder import Encoder, Params
 from cib_jax.errors import Refusal
-from cib_jax.spread import Axis
 
 STORED = np.float16
 """Half of float32's bytes; its rounding, 1 part in 2,048, is far below what another draw of a view changes."""

@@ -19,7 +19,7 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 class Photo(Protocol):
-    """What is known of an indexed photo; as `cib_jax.collection.Photo`."""
+    """What is known of an indexed photo; as `cib_jax.collection.collection.Photo`."""
 
     id: str
     path: str
@@ -31,7 +31,7 @@ class Photo(Protocol):
 
 
 class Collection(Protocol):
-    """What is searched; as `cib_jax.collection.Collection`."""
+    """What is searched; as `cib_jax.Collection`."""
 
     @property
     def root(self) -> str: ...  # noqa: D102

@@ -14,10 +14,11 @@ from flax import nnx
 
 import cib_jax as cib
 import configs.default
-from cib_jax import coding, config, from_config
+from cib_jax import config, from_config
 from cib_jax.backbones import clip, dinov2, registry, siglip
 from cib_jax.backbones.registry import Backbone
 from cib_jax.backbones.tensors import MismatchError
+from cib_jax.hashing import coding
 from tests.backbones.conftest import GOLDEN
 from tests.golden import transformer_inputs
 

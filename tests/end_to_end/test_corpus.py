@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from cib_jax.corpus import read_corpus
+from cib_jax.corpus.corpus import read_corpus
 from cib_jax.jobs.encode import encode
 from cib_jax.jobs.train import train
 from tests import small

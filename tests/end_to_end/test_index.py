@@ -12,9 +12,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from cib_jax.collection.photo_table import PhotoTable
 from cib_jax.data import photos
-from cib_jax.hasher import Hasher
-from cib_jax.photo_table import PhotoTable
+from cib_jax.hashing.hasher import Hasher
 from tests.data import pictures
 from tests.end_to_end.processes import wait_until
 from tests.end_to_end.test_run import ENVIRONMENT, ROOT, finish, start

@@ -10,7 +10,7 @@ import pytest
 import rich.console
 
 from cib_jax import atomic
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.train import train

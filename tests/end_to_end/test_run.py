@@ -17,7 +17,7 @@ import pytest
 import rich.console
 
 from cib_jax import from_config
-from cib_jax.hasher import restore_best
+from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs.compare import compare
 from cib_jax.jobs.train import train
 from tests import small

@@ -8,10 +8,10 @@ import jax
 import rich.console
 
 import cib_jax
-from cib_jax import photo_table
+from cib_jax.collection import photo_table
+from cib_jax.collection.photo_rows import key_of
 from cib_jax.data import photos
 from cib_jax.jobs.index import index
-from cib_jax.photo_rows import key_of
 from configs import index as index_config
 from tests.data import pictures
 

@@ -10,14 +10,15 @@ import rich.console
 
 import cib_jax as cib
 from cib_jax import config as config_lib
-from cib_jax import from_config, place
-from cib_jax.hasher import restore_best
+from cib_jax import from_config
+from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs import ownership
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.cells import cell, methods
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.train import train
 from cib_jax.jobs.workdir import WorkdirError
+from cib_jax.training import place
 from cib_jax.training.checkpoint import Checkpoints
 from tests import small
 from tests.jobs.test_train import assert_same, interrupted

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import rich.console
 
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import duplicates as job
 from cib_jax.jobs.duplicates import duplicates
 from cib_jax.jobs.presenting import PresentingError

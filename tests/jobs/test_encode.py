@@ -12,16 +12,16 @@ import rich.console
 
 import cib_jax as cib
 from cib_jax.config import ConfigError
-from cib_jax.corpus import CorpusError, read_corpus
+from cib_jax.corpus.corpus import CorpusError, read_corpus
 from cib_jax.data import photos
 from cib_jax.data.images import DataError
+from cib_jax.devices.processes import Place
 from cib_jax.jobs.encode import encode
 from cib_jax.jobs.train import train
-from cib_jax.processes import Place
 from tests import small
+from tests.corpus.test_corpus import flip
 from tests.data import pictures
 from tests.jobs import many
-from tests.test_corpus import flip
 
 BAD = {
     "a/empty.jpg": b"",

@@ -11,16 +11,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cib_jax import collection, lance
+from cib_jax.collection import collection, lance
+from cib_jax.collection.lance import TableError
+from cib_jax.collection.photo_table import PhotoTable
 from cib_jax.config import ConfigError
 from cib_jax.data import folder as folder_lib
 from cib_jax.data import photos
 from cib_jax.data.images import DataError, Unreadable
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import index as job
 from cib_jax.jobs.index import Indexed
-from cib_jax.lance import TableError
-from cib_jax.photo_table import PhotoTable
 from configs import features as features_config
 from tests.data import pictures
 from tests.jobs import indexing

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from cib_jax import parallel
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
+from cib_jax.devices import parallel
 from cib_jax.jobs import learn
 from tests.jobs import indexing
 

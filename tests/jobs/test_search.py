@@ -10,17 +10,17 @@ import PIL.Image
 import pytest
 import rich.console
 
-from cib_jax.collection import Collection
-from cib_jax.contact_sheet import SIDE
+from cib_jax.collection.collection import Collection
+from cib_jax.collection.lance import TableError
+from cib_jax.collection.photo_rows import key_of
+from cib_jax.collection.photo_table import About, PhotoTable
 from cib_jax.data import photos
 from cib_jax.data.images import DataError
-from cib_jax.hasher import Hasher
+from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import search as job
 from cib_jax.jobs.presenting import PresentingError
 from cib_jax.jobs.search import SearchJobError, search
-from cib_jax.lance import TableError
-from cib_jax.photo_rows import key_of
-from cib_jax.photo_table import About, PhotoTable
+from cib_jax.report.contact_sheet import SIDE
 from cib_jax.retrieval import index as index_lib
 from cib_jax.retrieval.faiss_threads import SearchError
 from tests.data import pictures
@@ -237,7 +237,7 @@ def test_an_index_made_anew_by_another_encoder_is_not_searched_by_the_old_one(pl
 
 def test_an_empty_index_is_refused(tmp_path, place):
     hasher = Hasher.load(place / "encoder")
-    from cib_jax import collection
+    from cib_jax.collection import collection
 
     PhotoTable.create(str(tmp_path / "i"), About("/x", collection.known_by(hasher)), collection.file_of(hasher))
     with pytest.raises(SearchJobError, match=r"holds no photo yet; run --mode=index again"):

@@ -11,7 +11,8 @@ import sklearn.datasets
 
 from cib_jax import diffusion, from_config
 from cib_jax.config import ConfigError
-from cib_jax.hasher import Hasher, restore_best
+from cib_jax.hashing.hasher import Hasher
+from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs import preemption, teaching
 from cib_jax.jobs.train import train
 from tests import small

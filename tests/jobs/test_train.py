@@ -13,7 +13,7 @@ import cib_jax as cib
 from cib_jax import config as config_lib
 from cib_jax import from_config
 from cib_jax.data.images import DataError
-from cib_jax.hasher import restore_best
+from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs import preemption
 from cib_jax.jobs import train as train_job
 from cib_jax.jobs import workdir as workdir_lib

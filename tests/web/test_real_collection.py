@@ -8,10 +8,10 @@ import jax
 import pytest
 
 import cib_jax as cib
-from cib_jax.collection import Collection
+from cib_jax.collection.collection import Collection
+from cib_jax.collection.lance import TableError
 from cib_jax.data import photos as photos_lib
 from cib_jax.jobs.index import index
-from cib_jax.lance import TableError
 from cib_jax.web import server
 from configs import default
 from tests.web import fake

@@ -1,0 +1,1 @@
+"""Packed codes of many files in a folder of parts, which many processes fill."""

@@ -1,0 +1,239 @@
+"""What a user holds after training: images in, packed codes out."""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
+
+from cib_jax import from_config
+from cib_jax.backbones import fine_tuning
+from cib_jax.config import check
+from cib_jax.data.images import resize
+from cib_jax.devices import encoding, parallel
+from cib_jax.encoder import Encoder, Params
+from cib_jax.hashing import exporting, saved
+from cib_jax.hashing.coding import logits_of_features, packed_of_features, plain_features
+from cib_jax.hashing.restoring import check_fingerprint, read_config, read_standard, restore_best
+
+Items = (
+    UInt8[np.ndarray, "n height width 3"]
+    | Sequence[UInt8[np.ndarray, "height width 3"]]
+    | Float[np.ndarray, "n *views features"]
+)
+"""What there is to encode: images of one size, images of several, or features."""
+
+SETTINGS = ("batch_size", "stored_size", "devices")
+"""Of a hasher, beside its encoder and parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hasher:
+    """A trained encoder with its parameters; corrections of frozen kernels are taken into them, once, here."""
+
+    encoder: Encoder
+    params: Params
+    frozen: Params
+    batch_size: int = 100
+    """Images that a device encodes at once."""
+    stored_size: int = 0
+    """Side to which images are resized on the host first, as they were for training; 0: they are not."""
+    devices: int = 0
+    """Of this machine that encode a batch each at the same time; 0: all."""
+
+    def __post_init__(self) -> None:
+        # So all that encodes, saves or exports knows nothing of how a backbone was trained, and gives the same bits.
+        params, frozen = fine_tuning.settled(self.params, self.frozen, self.encoder.lora_scale)
+        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "frozen", frozen)
+
+    @classmethod
+    def load(
+        cls, workdir: pathlib.Path | str, *, backbone_weights: str = "", checkpoint_dir: str | None = None
+    ) -> "Hasher":
+        """Returns the hasher of a run: of its best checkpoint where it was validated, of its last one elsewhere.
+
+        Or the one that `save` wrote, which holds all its weights.
+
+        Args:
+          workdir: the run's folder, or that of `save`.
+          backbone_weights: where the frozen backbone's weights lie now; "" takes the place that the run had them from.
+          checkpoint_dir: where its checkpoints lie now, as `train.checkpoint_dir`; None: where the run wrote them.
+
+        Raises:
+          CheckpointError: `workdir` is no run's folder, or its checkpoint is missing or unusable.
+          WeightsError: the frozen backbone's weights are missing, or not those that the run was trained with.
+          SavedError: what `save` wrote is damaged, of another version, or told where weights lie that it holds itself.
+        """
+        workdir = pathlib.Path(workdir)
+        if saved.is_saved(workdir):
+            if backbone_weights or checkpoint_dir is not None:
+                raise saved.SavedError(f"{workdir}: a saved hasher holds all its weights; give its folder alone")
+            encoder, params, frozen, settings = saved.read(workdir)
+            return cls(encoder, params, frozen, **settings)
+        config = read_config(workdir)
+        if backbone_weights:
+            config.backbone_weights = backbone_weights
+        if checkpoint_dir is not None:
+            config.train.checkpoint_dir = checkpoint_dir
+            check(config)
+        encoder, params, frozen, fingerprint = from_config.encoder(
+            config, trained=True, standard=read_standard(workdir, config)
+        )
+        params, _, extra = restore_best(workdir, params, config)
+        check_fingerprint(fingerprint, extra, workdir)
+        return cls(encoder, params, frozen, config.encode_batch, config.data.stored_size, config.devices)
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        """Writes the hasher to a folder, from which `load` returns it with the same codes, bit for bit.
+
+        With all its weights, also those of a frozen backbone. Atomic; a hasher that was saved there before is replaced.
+
+        Raises:
+          SavedError: the folder is a run's, or cannot be written to.
+        """
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        saved.write(pathlib.Path(folder), self.encoder, self.params, self.frozen, settings)
+
+    def export(self, path: pathlib.Path | str) -> None:
+        """Writes the encoder as one file that `cib_jax.exported.load` runs by JAX and NumPy alone.
+
+        It holds programs for CPUs, CUDA and TPUs, and all weights, and gives the codes of `encode` on one device, bit
+        for bit, of images that have the side `stored_size`, or the network's where that is 0. Atomic.
+
+        Raises:
+          ExportedError: the file cannot be written.
+        """
+        sizes = sorted({_size(count, self.batch_size) for count in range(1, self.batch_size + 1)})
+        exporting.write(pathlib.Path(path), self.encoder, self.params, self.frozen, side=self.side, batch_sizes=sizes)
+
+    @property
+    def side(self) -> int:
+        """Side of the squares to which photos are decoded: as for training, else as `encode` does it."""
+        return self.stored_size or self.encoder.image_size
+
+    def encode(self, images: Items) -> UInt8[np.ndarray, "n bytes"]:
+        """Returns the packed codes of RGB images, or of features if it was trained on such, `bits` / 8 bytes each.
+
+        Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
+        whose rounding to whole grey levels can turn a bit or two. Features may be a memory map larger than memory; of
+        stored views, the first is encoded.
+
+        Raises:
+          ValueError: the images are not uint8 with three channels, or the features are other ones than in training; the
+            message names shape and type.
+        """
+        if not len(images):
+            return np.zeros((0, self.encoder.bits // 8), np.uint8)
+        return self._of_all(self._checked(images), packed_of_features)
+
+    def logits(self, images: Items) -> Float32[np.ndarray, "n bits"]:
+        """Returns the logits whose signs are the bits of `encode`, which see, for `Index.rerank`.
+
+        The two are programs of their own: a logit within rounding of 0 may be on the other side.
+        """
+        if not len(images):
+            return np.zeros((0, self.encoder.bits), np.float32)
+        return self._of_all(self._checked(images), logits_of_features)
+
+    def _checked(self, images: Items) -> Shaped[np.ndarray, "n ..."]:
+        """Returns images, or features, as one array, resized on the host where they are of several sizes."""
+        if self.encoder.backbone.takes == "features":
+            features: Any = images if hasattr(images, "dtype") else np.asarray(images)
+            _check_features(features, self.encoder.backbone.features)
+            return features
+        if hasattr(images, "dtype"):
+            _check_images(np.asarray(images), 4)
+        else:
+            for image in images:
+                _check_images(np.asarray(image), 3)
+        side = self.stored_size
+        if len({np.shape(image) for image in images}) > 1:
+            side = side or self.encoder.image_size
+        return np.stack([resize(np.asarray(image), side) for image in images]) if side else np.asarray(images)
+
+    def _of_all(self, whole: Shaped[np.ndarray, "n ..."], of_features: Callable[..., Array]) -> np.ndarray:
+        size = _size(len(whole), self.batch_size)
+        batches = (whole[start : start + size] for start in range(0, len(whole), size))
+        over = self._mesh if len(whole) > size else None
+        return self._of_batches(batches, size=size, over=over, of_features=of_features)
+
+    def encode_batches(
+        self,
+        batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
+        on_images: Callable[[int], None] = lambda images: None,
+        *,
+        size: int = 0,
+    ) -> UInt8[np.ndarray, "n bytes"]:
+        """Returns the packed codes of all images of `batches`, none larger than `size` (0: than the first)."""
+        first = next(batches := iter(batches), None)
+        if first is None:
+            return np.zeros((0, self.encoder.bits // 8), np.uint8)
+        batches = itertools.chain([first], batches)
+        return self._of_batches(batches, on_images, size=size, over=self._mesh, of_features=packed_of_features)
+
+    def logits_of_batches(
+        self,
+        batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
+        on_images: Callable[[int], None] = lambda images: None,
+        *,
+        size: int,
+    ) -> Float32[np.ndarray, "n bits"]:
+        """Returns the logits of all images of `batches`, of which there is one, none larger than `size`."""
+        return self._of_batches(batches, on_images, size=size, over=self._mesh, of_features=logits_of_features)
+
+    def _of_batches(
+        self,
+        batches: Iterable[UInt8[np.ndarray, "batch height width 3"]],
+        on_images: Callable[[int], None] = lambda images: None,
+        *,
+        size: int,
+        over: Mesh | None,
+        of_features: Callable[..., Array],
+    ) -> np.ndarray:
+        params, frozen = self._on_mesh if over else (self.params, self.frozen)
+
+        def compute(images: np.ndarray, first: int) -> Array:
+            features = plain_features(self.encoder, params, frozen, images, over)
+            return of_features(self.encoder, params, features, over)
+
+        rows = encoding.map_batches(compute, batches, on_images, size=size, over=over)
+        return np.concatenate([np.asarray(row) for row in rows])
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh | None:
+        return parallel.local_mesh(self.devices)
+
+    @functools.cached_property
+    def _on_mesh(self) -> tuple[Params, Params]:
+        # Once, not at every call: a deep network has half a gigabyte.
+        return parallel.everywhere((self.params, self.frozen), self._mesh)
+
+
+def _size(count: int, most: int) -> int:
+    """Returns the batch size for `count` images: one of a few, not any, since each is compiled once."""
+    return min(most, 1 << (count - 1).bit_length())
+
+
+def _check_features(features: Any, wanted: int) -> None:
+    floating = np.issubdtype(features.dtype, np.floating) or features.dtype == jnp.bfloat16
+    if not floating or features.ndim not in (2, 3) or features.shape[-1] != wanted:
+        raise ValueError(
+            f"images: wanted features [n, {wanted}] in floating point, as in training, got {features.dtype} "
+            f"{list(features.shape)}; compute them by the model that gave the features it was trained on"
+        )
+
+
+def _check_images(images: np.ndarray, dimensions: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != dimensions or images.shape[-1] != 3 or 0 in images.shape:
+        wanted = "[n, height, width, 3]" if dimensions == 4 else "[height, width, 3]"
+        raise ValueError(
+            f"images: wanted uint8 {wanted} in RGB, got {images.dtype} {list(images.shape)}; convert them first, "
+            "for example with numpy.asarray(PIL.Image.open(path).convert('RGB'))"
+        )
