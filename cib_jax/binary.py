@@ -31,6 +31,12 @@ def binarize(logits: Float[Array, "*batch bits"]) -> Float[Array, "*batch bits"]
     """Returns the deterministic ±1 codes of test time: +1 where a logit is greater than 0, −1 elsewhere.
 
     A logit of exactly 0 gives −1: a code never has a third value. No gradient passes.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax.numpy as jnp
+      >>> cib.binarize(jnp.array([0.7, 0.0, -2.0])).tolist()
+      [1.0, -1.0, -1.0]
     """
     return jnp.where(logits > 0, 1.0, -1.0).astype(logits.dtype)
 
@@ -48,6 +54,15 @@ def sample_codes(
       stochastic: True draws each bit as +1 with probability p, the paper's layer; False takes +1 where p > ½, as the
         published code does.
       axis: see `spread`; with one, the logits are [batch, bits].
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax, jax.numpy as jnp
+      >>> key = jax.random.key(0)
+      >>> cib.sample_codes(key, jnp.array([20.0, -20.0])).tolist()  # bits that are as good as certain
+      [1.0, -1.0]
+      >>> jax.grad(lambda logits: cib.sample_codes(key, logits).sum())(jnp.zeros(2)).tolist()  # p (1 - p)
+      [0.25, 0.25]
     """
     probabilities = jax.nn.sigmoid(logits)
     if stochastic:
@@ -65,6 +80,12 @@ def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"
 
     Raises:
       ValueError: the number of bits is not a multiple of 8.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax.numpy as jnp
+      >>> cib.pack_bits(jnp.array([1.0, -1, -1, -1, -1, -1, -1, 1])).tolist()
+      [129]
     """
     bits = codes.shape[-1] if codes.ndim else 0
     if bits == 0 or bits % 8:
@@ -80,6 +101,12 @@ def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bi
 
     Raises:
       ValueError: `packed` is not uint8.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax.numpy as jnp
+      >>> cib.unpack_bits(jnp.array([129], jnp.uint8)).tolist()
+      [1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]
     """
     if packed.dtype != jnp.uint8:
         raise ValueError(f"unpack_bits: packed codes are uint8, not {packed.dtype}; pass what pack_bits returned")

@@ -51,6 +51,14 @@ class Encoder:
     """Pure functions of a network; it holds no parameters, so it can be closed over or passed as a static argument.
 
     Two encoders are equal only if they are one: hashing a deep network's graph at every call would cost milliseconds.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax, numpy as np
+      >>> encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+      >>> views = cib.resize_and_normalise(np.zeros((2, 16, 16, 3), np.uint8), image_size=16)
+      >>> encoder.logits(params, frozen, views).shape
+      (2, 16)
     """
 
     backbone: registry.Backbone
@@ -190,6 +198,13 @@ def create_encoder(
     Raises:
       FineTuneError: `fine_tune` does not go with the backbone.
       ValueError: a value is out of range, or `backbone_params` are missing or do not fit the network.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax
+      >>> encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+      >>> encoder.bits, sorted(params), frozen  # a network from scratch learns whole
+      (16, ['backbone', 'head'], {})
     """
     chosen = registry.get(backbone)
     if (chosen.takes == "features") != (standard is not None):

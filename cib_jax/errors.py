@@ -5,4 +5,12 @@ class Refusal(ValueError):  # noqa: N818 - it is no fault of the program
     """Something a user gave cannot be used: a sentence names the field or file, what is wrong and what to do.
 
     `run.py` prints it without a traceback; whoever calls the functions can catch it like any ValueError.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> try:
+      ...     cib.read_corpus("nowhere")
+      ... except cib.Refusal as refusal:
+      ...     print(str(refusal).partition(" (")[0])
+      --codes: nowhere is no folder of a corpus's codes
     """

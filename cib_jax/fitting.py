@@ -96,6 +96,14 @@ def fit(
         over the devices or cut evenly into parts.
       FineTuneError: `fine_tune` does not go with the backbone.
       NonFiniteLossError: the loss became NaN or infinite.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> features = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)  # of any model
+      >>> hasher = cib.fit(features, backbone="none", augment="noise", bits=16, hidden=32, epochs=1)
+      >>> hasher.encode(features).shape
+      (64, 2)
     """
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
         raise ValueError("images: they are of several sizes; resize them to one first, for example with PIL")

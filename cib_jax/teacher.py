@@ -10,6 +10,13 @@ class Teacher:
 
     Its embeddings are the logits of the objective "naive_cl"; the walk on the graph of their neighbours
     (`diffusion.coordinates`) says which images belong together. Raises ValueError if a value is out of range.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> cib.Teacher(epochs=20).check(images=50_000)
+      >>> cib.Teacher(neighbours=20).check(images=10)
+      Traceback (most recent call last):
+      ValueError: teacher.neighbours: 20 must be less than the 10 training images; lower it
     """
 
     bits: int = 128

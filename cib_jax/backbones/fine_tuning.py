@@ -22,7 +22,13 @@ class FineTuneError(Refusal):
 
 @dataclasses.dataclass(frozen=True)
 class FineTune:
-    """How a backbone that is not frozen learns; the fields of the config's group of this name."""
+    """How a backbone that is not frozen learns; the fields of the config's group of this name.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> cib.FineTune(blocks=3, learning_rate=1e-4).asked
+      ('blocks', 'learning_rate')
+    """
 
     blocks: int = 0
     """The last blocks, which learn with all that comes after them; what comes before stays. 0: all learns."""

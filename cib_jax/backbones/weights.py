@@ -28,6 +28,13 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     Raises:
         WeightsError: if the file is absent, damaged, unsafe, another network's or not finite.
         ValueError: if there is no such backbone, or if it is one that is trained from scratch.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import jax
+      >>> params = cib.load_pretrained("efficientnet_lite0")
+      >>> round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, 2)  # millions
+      3.35
     """
     backbone = registry.get(backbone_name)
     if backbone.convert is None:

@@ -52,6 +52,14 @@ class Collection:
     collection = Collection.open("INDEX")
     hits = collection.nearest(collection.hasher.encode(squares), k=10)
     paths = [photo.path for photo in collection.photos([hit.number for hit in hits[0]])]
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> collection = cib.Collection.open("INDEX")  # of --mode=index
+      >>> _, codes, _ = cib.encode_photos(collection.hasher, "PHOTOS/red.png")
+      >>> (nearest,) = collection.nearest(codes, k=1)
+      >>> [(photo.path, hit.distance) for photo, hit in zip(collection.photos([nearest[0].number]), nearest)]
+      [('red.png', 0)]
     """
 
     def __init__(self, table: PhotoTable, snapshot: Snapshot, hasher: Hasher, index: Index | None):

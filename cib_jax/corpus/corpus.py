@@ -233,6 +233,12 @@ def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray
 
     Raises:
       CorpusError: there is no corpus, parts are missing or damaged, or one is of another corpus.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> paths, codes = cib.read_corpus("CODES")  # of --mode=encode
+      >>> paths, codes.shape
+      (['blue.png', 'green.png', 'red.png'], (3, 2))
     """
     folder = pathlib.Path(folder).expanduser()
     corpus = described(folder)

@@ -35,7 +35,17 @@ SETTINGS = ("batch_size", "stored_size", "devices")
 
 @dataclasses.dataclass(frozen=True)
 class Hasher:
-    """A trained encoder with its parameters; corrections of frozen kernels are taken into them, once, here."""
+    """A trained encoder with its parameters; corrections of frozen kernels are taken into them, once, here.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> hasher = cib.Hasher.load("RUN")  # the folder of a run, or of `save`
+      >>> images = np.zeros((5, 20, 30, 3), np.uint8)
+      >>> codes, logits = hasher.encode(images), hasher.logits(images)
+      >>> codes.shape, logits.shape
+      ((5, 2), (5, 16))
+    """
 
     encoder: Encoder
     params: Params

@@ -34,6 +34,14 @@ def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str 
     Raises:
       ValueError: the hasher was trained on features.
       DataError: there is no such file, the folder holds no photos, or they cannot be reached any more.
+
+    Examples:
+      >>> import os
+      >>> import cib_jax as cib
+      >>> hasher = cib.Hasher.load("RUN")
+      >>> paths, codes, unreadable = cib.encode_photos(hasher, "PHOTOS")
+      >>> [os.path.basename(path) for path in paths], codes.shape, len(unreadable)
+      (['blue.png', 'green.png', 'red.png'], (3, 2), 0)
     """
     if hasher.encoder.backbone.takes != "images":
         raise ValueError("hasher: it was trained on features; pass those to its encode")

@@ -26,6 +26,13 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
 
     Raises:
       ValueError: if `packed` is not packed uint8 codes or is empty.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> health = cib.code_health(np.array([[0b00000000], [0b11110000]], np.uint8))
+      >>> health["dead_bits"], health["distinct_codes"], health["mean_abs_correlation"], health["entropy"]
+      (4, 2, 1.0, 1.0)
     """
     check_packed(packed, "packed")
     n = len(packed)

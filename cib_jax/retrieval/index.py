@@ -36,6 +36,14 @@ class Index:
 
     index = Index.of(hasher.encode(images))
     distances, ids = index.search(hasher.encode(queries), k=10)
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> index = cib.Index.of(np.array([[0], [1], [3]], np.uint8))
+      >>> distances, ids = index.search(np.array([[2]], np.uint8), k=2)
+      >>> distances.tolist(), ids.tolist()  # 0 and 3 differ from 2 in one bit each
+      ([[1, 1]], [[0, 2]])
     """
 
     codes: UInt8[np.ndarray, "n bytes"]

@@ -44,6 +44,14 @@ def mean_average_precision(
 
     Raises:
       ValueError: if codes or labels are malformed or do not fit each other, or if k is not in 1..database.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
+      >>> round(cib.mean_average_precision(queries, database, one, others, k=3), 4)  # (1/1 + 2/3) / 2
+      0.8333
     """
     data = query_codes, database_codes, query_labels, database_labels
     return float(_mean_over_queries(data, _average_precision, k=k)[0])
@@ -59,6 +67,13 @@ def tie_aware_map(
     """Returns the expectation of MAP@k when images at one distance come in uniformly random order.
 
     Arguments and errors as for `mean_average_precision`; the formula is in `tie_aware`.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[1], [2]], np.uint8)  # both at distance 1
+      >>> cib.tie_aware_map(queries, database, np.array([1]), np.array([1, 2]), k=2)  # (1 + 1/2) / 2
+      0.75
     """
     data = query_codes, database_codes, query_labels, database_labels
     return float(_mean_over_queries(data, lambda block: _tie_aware(block, k), k=k, ranks=False, histograms=True)[0])
@@ -74,6 +89,14 @@ def precision_at_k(
     """Returns, for each k, the mean share of relevant images among the first k, ties in database order.
 
     Arguments and errors as for `mean_average_precision`.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
+      >>> cib.precision_at_k(queries, database, one, others, ks=[1, 2])
+      {1: 1.0, 2: 0.5}
     """
     data = query_codes, database_codes, query_labels, database_labels
     _check_ks(ks, len(database_codes))
@@ -92,6 +115,14 @@ def recall_at_k(
 
     A query without relevant images counts as 0. Ties in database order. Arguments and errors as for
     `mean_average_precision`.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
+      >>> cib.recall_at_k(queries, database, one, others, ks=[1, 3])
+      {1: 0.5, 3: 1.0}
     """
     data = query_codes, database_codes, query_labels, database_labels
     _check_ks(ks, len(database_codes))
@@ -110,6 +141,14 @@ def precision_within_radius(
 
     An empty ball is a failed lookup of precision 0, the field's convention. `radius` is in bits, inclusive;
     other arguments and errors as for `mean_average_precision`, and a ValueError for a negative radius.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
+      >>> cib.precision_within_radius(queries, database, one, others, radius=1)
+      (0.5, 0.0)
     """
     if radius < 0:
         raise ValueError(f"radius is {radius}, but a Hamming radius is in bits: pass 0 or more.")
@@ -130,6 +169,15 @@ def precision_recall_curve(
 
     An empty ball counts as precision 0 and a query without relevant images as recall 0. Arguments and errors
     as for `mean_average_precision`.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
+      >>> precision, recall = cib.precision_recall_curve(queries, database, one, others)
+      >>> precision[:3].round(3).tolist(), recall[:3].tolist()
+      ([1.0, 0.5, 0.667], [0.5, 0.5, 1.0])
     """
     data = query_codes, database_codes, query_labels, database_labels
     precision, recall = np.split(_mean_over_queries(data, _curve, ranks=False, histograms=True), 2)
@@ -148,6 +196,15 @@ def evaluate(
     `precision_at_k` holds the lists `k` (the powers of ten up to k, and k), `precision` and `recall`;
     `precision_recall` holds the lists `radius`, `precision` and `recall`. Arguments and errors as for
     `mean_average_precision`.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
+      >>> figures = cib.evaluate(queries, database, one, others, k=3)
+      >>> round(figures["map"], 4), figures["precision_at_k"]["k"]
+      (0.8333, [1, 3])
     """
     data = query_codes, database_codes, query_labels, database_labels
     ks = sorted({k, *(10**power for power in range(9) if 10**power <= k)})

@@ -21,6 +21,13 @@ def hamming_distances(
 
     Raises:
       ValueError: if the codes are not packed uint8, are empty, or differ in width.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> cib.hamming_distances(queries, database).tolist()
+      [[0, 1, 2]]
     """
     check_codes(queries, database)
     found = np.empty((len(queries), len(database)), np.uint16)
@@ -43,6 +50,13 @@ def rank(
     Raises:
       ValueError: if the codes are not packed uint8, are empty or differ in width, or if k is not in
         1..database.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> queries, database = np.array([[0]], np.uint8), np.array([[3], [1], [2]], np.uint8)
+      >>> cib.rank(queries, database, k=3).tolist()  # 1 and 2 differ in one bit each, 3 in two
+      [[1, 2, 0]]
     """
     check_codes(queries, database)
     check_k(k, len(database))

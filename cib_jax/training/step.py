@@ -49,6 +49,17 @@ def train_step(
 
     Raises:
       PartsError: `micro_batch` is no divisor of the device's images, or the encoder takes features.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import functools, jax, numpy as np, optax
+      >>> encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+      >>> optimiser = optax.adam(1e-3)
+      >>> step = jax.jit(functools.partial(cib.train_step, encoder=encoder, optimiser=optimiser, augment="digits"))
+      >>> images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+      >>> state, terms = step(cib.create_train_state(params, optimiser), frozen, images, jax.random.key(1))
+      >>> int(state.step), sorted(terms)
+      (1, ['contrast', 'gradient_norm', 'kl', 'loss'])
     """
     view_key, code_key = jax.random.split(key)
     images = jnp.asarray(images)
@@ -99,6 +110,20 @@ def train_step_on_features(
     """Returns the state after one batch of two views' features, for a frozen backbone, and the loss terms.
 
     `key` and `axis` are those of `train_step`, and bits are drawn from the same part of the key.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import functools, jax, jax.numpy as jnp, numpy as np, optax
+      >>> from cib_jax.views import feature_views
+      >>> features = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+      >>> made = {"backbone": "none", "bits": 16, "hidden": 32, "standard": feature_views.standard([features])}
+      >>> encoder, params, _ = cib.create_encoder(jax.random.key(0), **made)
+      >>> method = {"encoder": encoder, "optimiser": optax.adam(1e-3)}
+      >>> step = jax.jit(functools.partial(cib.train_step_on_features, **method))
+      >>> state = cib.create_train_state(params, method["optimiser"])
+      >>> state, terms = step(state, features, features + 0.1, jax.random.key(1))
+      >>> int(state.step), sorted(terms)
+      (1, ['contrast', 'gradient_norm', 'kl', 'loss'])
     """
     _, code_key = jax.random.split(key)
     both = jnp.concatenate((features1, features2))

@@ -71,6 +71,15 @@ def two_views(
 
     The first is `view` under `jax.random.fold_in(key, 0)`, the second under `fold_in(key, 1)`; with an `axis` (see
     `spread`), this device's rows of them. Raises what `view` raises.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import functools, jax, numpy as np
+      >>> images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+      >>> views = jax.jit(functools.partial(cib.two_views, image_size=16, family="digits"))
+      >>> first, second = views(jax.random.key(0), images)
+      >>> first.shape, bool((first == second).all())
+      ((2, 16, 16, 3), False)
     """
     _check(images, image_size)
     batch = images.shape[0]
@@ -135,6 +144,14 @@ def resize_and_normalise(
     """Returns the images as the network sees them at test time: resized to `image_size` square, normalised.
 
     Raises `ValueError` for images that are not uint8 [batch, height, width, 3], or an `image_size` below 2.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> import numpy as np
+      >>> white = np.full((1, 30, 40, 3), 255, np.uint8)
+      >>> view = cib.resize_and_normalise(white, image_size=16)
+      >>> view.shape, round(float(view.min()), 3), round(float(view.max()), 3)
+      ((1, 16, 16, 3), 1.0, 1.0)
     """
     _check(images, image_size)
     return _normalise(geometry.resize(images / 255, image_size=image_size), mean, deviation)

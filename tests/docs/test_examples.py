@@ -1,0 +1,50 @@
+"""Every public name has an example in its docstring, and each runs and gives what stands there."""
+
+import doctest
+
+import jax
+import PIL.Image
+import pytest
+import rich.console
+
+import cib_jax as cib
+from cib_jax.corpus import corpus, corpus_parts
+from cib_jax.jobs import index
+from configs import index as index_config
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the examples name: photos, an encoder, codes of the photos, an index."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "PHOTOS").mkdir()
+    for colour in ("blue", "green", "red"):
+        PIL.Image.new("RGB", (40, 30), colour).save(folder / "PHOTOS" / f"{colour}.png")
+    made = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+    cib.Hasher(*made).save(folder / "RUN")
+    _, codes, _ = cib.encode_photos(cib.Hasher.load(folder / "RUN"), folder / "PHOTOS")
+    paths = ["blue.png", "green.png", "red.png"]  # as --mode=encode keeps them: relative to the folder
+    held = corpus.begin(folder / "CODES", {"bits": 16}, 3, paths, str(folder / "PHOTOS"), keep_list=True)
+    files = [corpus_parts.File(path, 1, 0, "") for path in paths]
+    corpus_parts.write(held.path(0), held.identity, files, codes, {})
+    index.index(
+        str(folder / "INDEX"),
+        str(folder / "PHOTOS"),
+        workdir=folder / "RUN",
+        config=index_config.get_config(),
+        console=rich.console.Console(quiet=True),
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", cib.__all__)
+def test_examples(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = doctest.DocTestFinder().find(getattr(cib, name), name, globs={})
+    assert found[0].examples, f"{name} has no example"
+    runner, told = doctest.DocTestRunner(), []
+    for test in found:
+        runner.run(test, out=told.append)
+    assert runner.failures == 0, "".join(told)
