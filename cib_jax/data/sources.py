@@ -1,6 +1,7 @@
 """Data sets by name: where each kind comes from, and how it is asked for."""
 
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -39,8 +40,8 @@ def load(
     Raises:
       DataError: there is no such set, it cannot be had, or it is unusable.
     """
-    if name == "digits":
-        return _digits()
+    if name in OWN:
+        return OWN[name](directory)
     if name == "features":
         return vectors.load(directory, labelled=labelled, cache=prepared, bar=bar)
     if name in ("folder", "list"):
@@ -67,10 +68,15 @@ def load(
     )
 
 
-def _digits() -> Source:
+def _digits(directory: str) -> Source:
+    del directory  # they come with scikit-learn
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
     return Source(ImageSet(images, digits.target.astype(np.int64)), None, [str(digit) for digit in range(10)])
+
+
+OWN: dict[str, Callable[[str], Source]] = {"digits": _digits}
+"""Data sets that want nothing but a directory, or not even that: each a function of `config.data.dir`."""

@@ -3,14 +3,16 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import scipy.special
 import sklearn.decomposition
 import sklearn.metrics.pairwise
 
 import cib_jax as cib
 from cib_jax import objective
+from cib_jax.backbones import registry
 from cib_jax.baselines import BASELINES
-from cib_jax.data import images
+from cib_jax.data import sources
 from tests.docs import pages
 
 
@@ -80,9 +82,32 @@ def test_a_term_is_added_and_reported(objectives):
     assert float(objectives["balance"](np.array([[3.0, -1.0], [-3.0, 1.0]]))) < 1e-12
 
 
-def test_a_data_set_is_a_source():
+def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):
+    """Its features are those of a plain sum over each patch, with weights out of a file."""
+    monkeypatch.setattr(registry, "BACKBONES", dict(registry.BACKBONES))
+    run("A backbone")
+    rng = np.random.default_rng(2)
+    weight, bias = rng.normal(size=(64, 3, 8, 8)).astype(np.float32), rng.normal(size=64).astype(np.float32)
+    safetensors.numpy.save_file({"layer.weight": weight, "layer.bias": bias}, tmp_path / "patches.safetensors")
+    loaded = cib.load_pretrained("patches", str(tmp_path / "patches.safetensors"))
+    encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="patches", bits=8, backbone_params=loaded)
+    assert sorted(params) == ["head"] and sorted(frozen) == ["backbone"]
+    images = rng.normal(size=(2, 16, 24, 3)).astype(np.float32)
+    patches = images.reshape(2, 2, 8, 3, 8, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 6, -1)  # channel, row, column
+    expected = np.maximum(patches @ weight.reshape(64, -1).T.astype(np.float64) + bias, 0).mean(1)
+    np.testing.assert_allclose(encoder.features(params, frozen, images), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(cib.Refusal, match="does not hold the weights of patches"):
+        safetensors.numpy.save_file({"layer.weight": weight}, tmp_path / "half.safetensors")
+        cib.load_pretrained("patches", str(tmp_path / "half.safetensors"))
+
+
+def test_a_data_set_is_found_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "OWN", dict(sources.OWN))
+    run("A data set")
     pixels = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
-    source = run("A data set")["load"](pixels, np.array([0, 1, 0, 1, 0, 1]), ["even", "odd"])
-    assert isinstance(source, images.Source)
-    assert source.test is None
+    np.savez(tmp_path / "set.npz", images=pixels, labels=np.array([0, 1, 0, 1, 0, 1]))
+    source = sources.load("npz", str(tmp_path / "set.npz"))
+    assert (source.test, source.classes) == (None, ["0", "1"])
     np.testing.assert_array_equal(source.train.take(np.array([4, 1])).images[0], pixels[4])
+    with pytest.raises(cib.Refusal, match=r"config.data.dir: 'nowhere.npz' is no .npz"):
+        sources.load("npz", "nowhere.npz")
