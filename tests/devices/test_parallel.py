@@ -20,7 +20,8 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import PartitionSpec as P
 import cib_jax as cib
-from cib_jax import objective, binary, parallel, spread
+from cib_jax import objective, binary
+from cib_jax.devices import parallel, spread
 from cib_jax.training import feed, loop, state
 from cib_jax.training.checkpoint import Progress
 

@@ -23,7 +23,7 @@ PROGRAM = """
 import json, sys
 import jax, numpy as np
 import cib_jax as cib
-from cib_jax import parallel, processes, rendezvous
+from cib_jax.devices import parallel, processes, rendezvous
 from cib_jax.errors import Refusal
 from cib_jax.training import view_bank
 

@@ -112,7 +112,7 @@ def test_interrupted_it_says_what_goes_on(place, tmp_path, number, code, words):
 # Each mistake ends before anything is computed, so that one process can be misled many times.
 MISLED = """
 import json, os, sys
-from cib_jax import rendezvous
+from cib_jax.devices import rendezvous
 from cib_jax.command import door, parsing
 from cib_jax.jobs import compare, duplicates, endings, index, preemption, search, train, tune
 for number, arguments in enumerate(json.load(sys.stdin)):

@@ -67,7 +67,7 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 import cib_jax as cib
-from cib_jax import parallel
+from cib_jax.devices import parallel
 from cib_jax.training import feed, optimiser, state
 
 key = jax.random.key(0)
