@@ -156,18 +156,19 @@ def _chosen(
     if len(found) > MOST_FILES:
         raise DataError(f"{archive}: it holds {len(found):,} files, more than {MOST_FILES:,}; unpack it yourself")
     for entry in found:
-        parts = entry.filename.split("/")
+        name = entry.filename.replace("\\", "/")  # as some programs of Windows write it
+        parts = name.split("/")
         # As `folder.walk` sees a folder.
         if entry.is_dir() or any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts):
             continue
         extension = os.path.splitext(parts[-1])[1].lower()
         if extension not in photos.EXTENSIONS:
             others[extension or "without extension"] += 1
-        elif reason := _objection(entry, parts) or ("its name is there twice" if entry.filename in names else ""):
-            refused.append(Unreadable(entry.filename, reason))
+        elif reason := _objection(entry, parts) or ("its name is there twice" if name in names else ""):
+            refused.append(Unreadable(name, reason))
         else:
-            names.add(entry.filename)
-            entries.append((entry, entry.filename))
+            names.add(name)
+            entries.append((entry, name))
     if not entries:
         seen = folder.counted(others) + folder.heic_hint(others) if others else "nothing"
         if refused:
@@ -182,9 +183,9 @@ def _chosen(
 def _objection(entry: zipfile.ZipInfo, parts: list[str]) -> str:
     """Returns why an entry is not unpacked, "" where it is."""
     kind = stat.S_IFMT(entry.external_attr >> 16)
-    if any(part in ("", "..") for part in parts) or "\\" in entry.filename or ":" in parts[0]:
+    if any(part in ("", "..") for part in parts) or ":" in parts[0]:
         return "its name leads out of the folder"
-    if len(os.fsencode(entry.filename)) > 1000 or any(len(os.fsencode(part)) > 200 for part in parts):
+    if len(os.fsencode("/".join(parts))) > 1000 or any(len(os.fsencode(part)) > 200 for part in parts):
         return "its name is too long"
     if kind and not stat.S_ISREG(kind):
         return "a link, or no file"

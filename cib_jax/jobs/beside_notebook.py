@@ -52,14 +52,14 @@ class Page:
         Raises:
           ServingError: it is not served any more.
         """
-        from IPython import display
-
         if not self.running:
             raise ServingError(f"the page at {self.url} has been stopped; serve it again")
         print(f"The page, in a window of its own: {self.url}")
         if (colab := _colab()) is not None:
             colab.serve_kernel_port_as_iframe(self.port, height=str(height))
         else:
+            from IPython import display
+
             display.display(display.IFrame(self.url, "100%", height))
 
     def stop(self) -> None:
