@@ -18,7 +18,7 @@ import urllib.parse
 from typing import Any
 
 import cib_jax
-from cib_jax import lance, web
+from cib_jax import feature_cache, lance, web
 from cib_jax.errors import Refusal
 
 # A notebook's page is Jupyter's own of this machine, or lies in frames of Colab's.
@@ -109,6 +109,9 @@ def serve(uri: pathlib.Path | str, *, port: int = 7860, patience: float = 300.0)
         port = listener.getsockname()[1]
     public = _public(port)
     names = [name] if public and (name := urllib.parse.urlsplit(public).hostname) else []
+    # As on the command line, so that it starts sooner the next time.
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(feature_cache.home() / "jax")}
+    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     path = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     settings = {"uri": os.fspath(uri), "host": _HOST, "port": port, "hosts": names}
     settings["frames"] = list(_COLAB if public else _JUPYTER)
@@ -119,7 +122,7 @@ def serve(uri: pathlib.Path | str, *, port: int = 7860, patience: float = 300.0)
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([package, *path])},
+        env=kept | os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([package, *path])},
         start_new_session=True,  # else interrupting a cell would end it
     )
     page = Page(process, log, port, public)

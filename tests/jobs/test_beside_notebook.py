@@ -96,7 +96,8 @@ def test_served_again_it_takes_the_place_of_the_page_before(index, monkeypatch):
         "import http.server, json, socketserver, sys; told = json.loads(sys.stdin.readline()); "
         "handler = type('H', (http.server.BaseHTTPRequestHandler,), {'do_GET': lambda self: self.send_response(200)"
         " or self.end_headers()}); assert told['frames'][0] == 'http://localhost:*' and told['hosts'] == []; "
-        "socketserver.TCPServer.allow_reuse_address = True; socketserver.TCPServer((told['host'], told['port']), handler).serve_forever()"
+        "socketserver.TCPServer.allow_reuse_address = True; "
+        "socketserver.TCPServer((told['host'], told['port']), handler).serve_forever()"
     )
     started = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda line, **how: started([line[0], "-c", program], **how))
