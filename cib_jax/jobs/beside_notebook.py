@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from typing import Any
+from typing import Any, NamedTuple
 
 import cib_jax
 from cib_jax import feature_cache, lance, web
@@ -34,6 +34,17 @@ class ServingError(Refusal):
     """The search page could not be started; the message says why."""
 
 
+class Frame(NamedTuple):
+    """A page in a frame, as notebooks show what a cell ends with."""
+
+    url: str
+    height: int
+    """In pixels."""
+
+    def _repr_html_(self) -> str:
+        return f'<iframe src="{self.url}" width="100%" height="{self.height}" style="border: 0"></iframe>'
+
+
 class Page:
     """A search page that is served until it is stopped, or the notebook's kernel ends."""
 
@@ -46,8 +57,11 @@ class Page:
         """Whether it is served now."""
         return self._process.poll() is None
 
-    def show(self, height: int = 800) -> None:
-        """Shows the page in a frame below the cell, `height` pixels high, and a link to it.
+    def show(self, height: int = 800) -> "Frame | None":
+        """Shows a link to the page, and the page in a frame below the cell, whose last line this call has to be.
+
+        Args:
+          height: in pixels.
 
         Raises:
           ServingError: it is not served any more.
@@ -57,10 +71,8 @@ class Page:
         print(f"The page, in a window of its own: {self.url}")
         if (colab := _colab()) is not None:
             colab.serve_kernel_port_as_iframe(self.port, height=str(height))
-        else:
-            from IPython import display
-
-            display.display(display.IFrame(self.url, "100%", height))
+            return None
+        return Frame(self.url, height)
 
     def stop(self) -> None:
         """Ends the server, if it still runs, and waits until it has ended."""
@@ -75,7 +87,8 @@ class Page:
             del _beside[self.port]
         for file in (self._process.stdin, self._log):
             with contextlib.suppress(OSError):
-                file.close()
+                if file is not None:
+                    file.close()
 
     def said(self) -> str:
         """Returns what the server has printed."""

@@ -68,7 +68,7 @@ def test_on_colab_its_frame_works_and_ends_with_the_notebook(index, colab, capsy
     """Colab's proxy asks by the public name or as localhost; the browser tells the public origin in both cases."""
     page = serve(index, port=0)
     assert page.running
-    page.show(height=500)
+    assert page.show(height=500) is None
     assert colab.shown == [(page.port, "500")]
     assert PUBLIC in capsys.readouterr().out
     name = PUBLIC.split("/")[2]
@@ -105,6 +105,8 @@ def test_served_again_it_takes_the_place_of_the_page_before(index, monkeypatch):
     second = serve(index, port=first.port)
     assert second.url == f"http://127.0.0.1:{first.port}/"
     assert (first.running, first._process.returncode, second.running) == (False, -signal.SIGTERM, True)
+    shown = second.show(height=500)._repr_html_()
+    assert f'src="{second.url}"' in shown and 'height="500"' in shown
     beside_notebook._stop_all()
     assert not second.running
     second.stop()
