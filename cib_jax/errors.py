@@ -4,7 +4,8 @@
 class Refusal(ValueError):  # noqa: N818 - it is no fault of the program
     """Something a user gave cannot be used: a sentence names the field or file, what is wrong and what to do.
 
-    `run.py` prints it without a traceback; whoever calls the functions can catch it like any ValueError.
+    `run.py` prints it without a traceback, and so does a notebook; whoever calls the functions can catch it like any
+    ValueError.
 
     Examples:
       >>> import cib_jax as cib
@@ -14,3 +15,7 @@ class Refusal(ValueError):  # noqa: N818 - it is no fault of the program
       ...     print(str(refusal).partition(" (")[0])
       --codes: nowhere is no folder of a corpus's codes
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """Returns what IPython prints in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]

@@ -70,6 +70,11 @@ NAMES = flags.DEFINE_list(
     "names", [], "serve: on a network, names that a browser may ask it by, such as photos.example.org; '*': any."
 )
 PROXIES = flags.DEFINE_list("proxies", [], "serve: addresses of reverse proxies, whose X-Forwarded-For is believed.")
+FRAMES = flags.DEFINE_list(
+    "frames",
+    [],
+    "serve: origins of pages that may show it in a frame, such as https://notebook.example.org or http://localhost:*.",
+)
 BELOW = flags.DEFINE_string("below", "", "serve: the folder, such as /photos, that a reverse proxy serves it under.")
 SEARCHES = flags.DEFINE_integer("searches", 120, "serve: searches of one client a minute.")
 PHOTO_MB = flags.DEFINE_integer("photo_mb", 20, "serve: largest photo that is taken, in millions of bytes.")
@@ -84,7 +89,7 @@ FLAGS_OF = {
     "index": ("workdir", "images", "index"),
     "search": ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
     "duplicates": ("index", "radius", "confirm", "format", "show"),
-    "serve": ("index", "host", "port", "names", "proxies", "below", "searches", "photo_mb", "megapixels"),
+    "serve": ("index", "host", "port", "names", "proxies", "frames", "below", "searches", "photo_mb", "megapixels"),
 }
 """Flags that a mode takes besides --config and --mode.
 

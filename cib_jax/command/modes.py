@@ -99,6 +99,7 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
             below=given.BELOW.value,
             hosts=tuple(given.NAMES.value),
             proxies=tuple(given.PROXIES.value),
+            frames=tuple(given.FRAMES.value),
             searches=given.SEARCHES.value,
             photo_mb=given.PHOTO_MB.value,
             megapixels=given.MEGAPIXELS.value,

@@ -76,7 +76,7 @@ def index(
       ConfigError: a field cannot be set.
       CheckpointError, SavedError, WeightsError: there is no encoder in `workdir`.
     """
-    uri, console = lance.place_of(uri), console or rich.console.Console()
+    named, uri, console = str(uri), lance.place_of(uri), console or rich.console.Console()
     config_lib.check(config)
     given = agreement.given(workdir, config, overrides or {}) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
@@ -106,19 +106,20 @@ def index(
         agreement.check_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
     agreement.check_images(table, found, before, console)
     found = dataclasses.replace(found, size=table.about.encoder["side"], see=True)
-    return _Run(table, found, before, config, console).go()
+    return _Run(table, named, found, before, config, console).go()
 
 
 class _Run:
     def __init__(
         self,
         table: PhotoTable,
+        named: str,
         found: Photos,
         before: Int64[np.ndarray, " known"],
         config: ml_collections.ConfigDict,
         console: rich.console.Console,
     ):
-        self.table, self.found, self.before = table, found, before
+        self.table, self.named, self.found, self.before = table, named, found, before
         self.config, self.console = config, console
         self.keys = np.array([key_of(name) for name in found.names], np.int64)
         if len(np.unique(self.keys)) != len(self.keys):
@@ -161,7 +162,7 @@ class _Run:
         )
         say(
             self.console,
-            f"{done.photos:,} photos in {self.table.uri}: {done.added:,} files new, {done.changed:,} changed, "
+            f"{done.photos:,} photos in {self.named}: {done.added:,} files new, {done.changed:,} changed, "
             f"{done.removed:,} gone, {done.unreadable:,} unreadable",
         )
         return done

@@ -34,10 +34,10 @@ def serve(
       WebError: the extra `web` is not installed.
       TableError, SavedError: there is no index, or it cannot be read.
       SearchError: FAISS is not installed.
-      BindError, ProxyError, DecoderError: as `web.server.serve`.
+      BindError, ProxyError, FrameError, DecoderError: as `web.server.serve`.
     """
     web.check_installed()
-    from cib_jax.web import page, server
+    from cib_jax.web import framing, page, server
     from cib_jax.web.clients import Clients
     from cib_jax.web.decoding import Decoding
     from cib_jax.web.limits import Limits
@@ -51,6 +51,7 @@ def serve(
     decoding = Decoding(megapixels=limits.pop("megapixels", Decoding.megapixels))
     chosen = Limits(decoding=decoding, **limits)
     Clients(chosen.proxies)  # told now, not once all is loaded
+    framing.ancestors(chosen.frames)
     server.check_free(host, port)
     say(console, f"Opening {uri}")
     collection = Collection.open(uri)

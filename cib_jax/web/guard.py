@@ -5,11 +5,11 @@ import ipaddress
 import json
 import socket
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from cib_jax.web import routes
+from cib_jax.web import framing, routes
 from cib_jax.web.bodies import Bodies, Body, BodyError, GoneError
 from cib_jax.web.clients import CLIENT, Clients, Rates
 from cib_jax.web.limits import Limits
@@ -26,19 +26,19 @@ _MULTIPART = 16_384  # what multipart/form-data may add to a photo
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
-    "worker-src 'self' blob:; base-uri 'self'; form-action 'none'; frame-ancestors 'self'"
+    "worker-src 'self' blob:; base-uri 'self'; form-action 'none'; "
 )
-_API_POLICY = "default-src 'none'; frame-ancestors 'self'; sandbox"
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
-    (b"x-frame-options", b"SAMEORIGIN"),
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
 )
+_OWN_FRAMES = (b"x-frame-options", b"SAMEORIGIN")
+_API_HEADERS = ((b"content-security-policy", b"default-src 'none'; frame-ancestors 'self'; sandbox"), _OWN_FRAMES)
 # Gradio allows other origins to read, and an answer of ours allows none.
-_DROPPED = frozenset({*(name for name, _ in _HEADERS), b"content-security-policy", b"server"})
+_DROPPED = frozenset({*(name for name, _ in (*_HEADERS, _OWN_FRAMES)), b"content-security-policy", b"server"})
 
 
 class _RefusedError(Exception):
@@ -66,6 +66,7 @@ class Guard:
 
         Raises:
           ProxyError: a proxy is no address.
+          FrameError: what may frame the page is no origin.
         """
         self._app, self._limits = app, limits
         self._hosts = {name.lower(), *LOCAL_HOSTS, *(host.lower() for host in limits.hosts)}
@@ -73,6 +74,9 @@ class Guard:
         if self._addresses:
             own = socket.gethostname().lower()
             self._hosts |= {own, f"{own}.local", socket.getfqdn().lower()}
+        self._page_headers = [(b"content-security-policy", (_PAGE_POLICY + framing.ancestors(limits.frames)).encode())]
+        if not limits.frames:  # the older header, for older browsers, can name no origin
+            self._page_headers.append(_OWN_FRAMES)
         self._clients = Clients(limits.proxies)
         amounts = {routes.SEARCH: limits.searches, routes.IMAGE: limits.images, routes.OTHER: limits.others}
         self._rates = Rates(amounts, limits.at_once)
@@ -146,7 +150,7 @@ class Guard:
         if scope["method"] not in route.methods:
             allowed = ", ".join(route.methods)
             raise _RefusedError(405, f"Only {allowed} are answered here.", allow=allowed, close=True)
-        if scope["method"] not in ("GET", "HEAD") and not _same_origin(scope):
+        if scope["method"] not in ("GET", "HEAD") and not _same_origin(scope, self._limits.hosts):
             raise _RefusedError(403, "A page of another origin may not ask for this.", close=True)
         return route
 
@@ -167,7 +171,8 @@ class Guard:
                     told = "There is nothing here." if message["status"] < 500 else "The server could not answer."
                     await _refuse(send, _RefusedError(message["status"], told), head=scope["method"] == "HEAD")
                     return
-                message = {**message, "headers": _secured(message.get("headers", ()), page=route.page)}
+                of_page = self._page_headers if route.page else _API_HEADERS
+                message = {**message, "headers": _secured(message.get("headers", ()), of_page)}
             if not silent:
                 await send(message)
 
@@ -204,18 +209,18 @@ async def _refuse(send: Send, refused: _RefusedError, *, head: bool) -> None:
         *refused.headers,
         *([(b"connection", b"close")] if refused.close else []),
     ]
-    headers = _secured(headers, page=False)
+    headers = _secured(headers, _API_HEADERS)
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if head else content})
 
 
-def _secured(headers: Any, *, page: bool) -> list[tuple[bytes, bytes]]:
+def _secured(headers: Any, of_kind: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     kept = [
         (name, value)
         for name, value in ((bytes(name).lower(), bytes(value)) for name, value in headers)
         if name not in _DROPPED and not name.startswith(b"access-control-")
     ]
-    return [*kept, *_HEADERS, (b"content-security-policy", (_PAGE_POLICY if page else _API_POLICY).encode())]
+    return [*kept, *_HEADERS, *of_kind]
 
 
 def _forget_forwarding(scope: Scope) -> None:
@@ -249,14 +254,18 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _same_origin(scope: Scope) -> bool:
-    """Returns whether a page of this server asks, or no page at all, such as a program."""
+def _same_origin(scope: Scope, names: Iterable[str]) -> bool:
+    """Returns whether a page of this server asks, by its address or a name, or no page at all, such as a program."""
     sites = _values(scope, b"sec-fetch-site")
     if any(site not in ("same-origin", "none") for site in sites):
         return False
     origins, hosts = _values(scope, b"origin"), _values(scope, b"host")
-    # By name and port alone: behind a proxy that does TLS, the scheme is another here.
-    return all(_netloc(origin) == hosts[0].lower() for origin in origins) if hosts else not origins
+    if not hosts:
+        return not origins
+    # By name and port alone: behind a proxy that does TLS, the scheme is another here. One that also asks by another
+    # name than it was asked by, such as localhost, serves the page under a name that was given.
+    own = {name.lower() for name in names}
+    return all(_netloc(origin) == hosts[0].lower() or _netloc(origin) in own for origin in origins)
 
 
 def _netloc(origin: str) -> str:

@@ -58,3 +58,5 @@ class Limits:
 
     A page of a stranger whose name was made to point here would else read everything as its own.
     """
+    frames: tuple[str, ...] = ()
+    """Origins of pages that may show the search page in a frame, beside its own."""

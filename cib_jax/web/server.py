@@ -61,6 +61,7 @@ def serve(
     Raises:
       BindError: the port is in use, or the host is none of this machine.
       ProxyError: of `limits.proxies`, one is no address.
+      FrameError: of `limits.frames`, one is no origin.
       DecoderError: no process that decodes can be started.
     """
     limits = limits or Limits()

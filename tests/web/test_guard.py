@@ -7,7 +7,7 @@ import socket
 import pytest
 from starlette.responses import FileResponse, PlainTextResponse
 
-from cib_jax.web import routes
+from cib_jax.web import framing, routes
 from tests.web import fake
 from tests.web.conftest import MANY, raw, running, status_of
 
@@ -142,6 +142,63 @@ def test_answers_carry_what_browsers_need_to_be_careful(served):
 def test_a_page_of_another_origin_can_post_nothing(served, headers, status):
     headers = {name: value.format(port=served.port) for name, value in headers.items()}
     assert served.ask("/search", method="POST", body=fake.encoded(fake.picture(1)), headers=headers)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:{port}", "Origin": "https://photos.example"}, 200),
+        ({"Host": "localhost:{port}", "Origin": "https://Photos.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "photos.example", "Origin": "https://photos.example"}, 200),
+        ({"Host": "localhost:{port}", "Origin": "https://photos.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "localhost:{port}", "Origin": "https://photos.example:8443"}, 403),
+        ({"Host": "localhost:{port}", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost:{port}", "Origin": "https://photos.example.evil.example"}, 403),
+        ({"Host": "evil.example", "Origin": "https://photos.example"}, 421),
+    ],
+)
+def test_behind_a_proxy_that_asks_by_another_name_the_page_can_post(named, headers, status):
+    headers = {name: value.format(port=named.port) for name, value in headers.items()}
+    assert named.ask("/search", method="POST", body=fake.encoded(fake.picture(1)), headers=headers)[0] == status
+
+
+@pytest.fixture(scope="module")
+def named(photos):
+    with running(fake.FakeCollection(photos), dataclasses.replace(MANY, hosts=("photos.example",))) as found:
+        yield found
+
+
+def test_only_pages_that_are_named_may_frame_the_page(photos):
+    def page(app, collection):
+        app.add_route("/config", lambda request: PlainTextResponse("x", headers={"X-Frame-Options": "ALLOWALL"}))
+
+    with running(fake.FakeCollection(photos), page=page) as served:
+        headers = served.ask("/config")[1]
+        assert headers["x-frame-options"] == "SAMEORIGIN"
+        assert headers["content-security-policy"].endswith("; frame-ancestors 'self'")
+    origins = ("https://notebook.example", "https://*.frames.example", "http://localhost:*")
+    with running(fake.FakeCollection(photos), dataclasses.replace(MANY, frames=origins), page=page) as served:
+        headers = served.ask("/config")[1]
+        assert headers["content-security-policy"].endswith(f"; frame-ancestors 'self' {' '.join(origins)}")
+        assert "x-frame-options" not in headers
+        for path in ("/health", "/nothing", f"/image/{served.collection._photos[0].id}"):  # no page
+            headers = served.ask(path)[1]
+            assert headers["x-frame-options"] == "SAMEORIGIN"
+            assert "frame-ancestors 'self';" in headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*", "https://*", "https://*.example", "https://a.*.example", "notebook.example", "file://x", "data:", "'none'",
+        "https://a.example/path", "https://a.example; script-src *", "https://a.example\r\nX: y",
+        "https://a.example b.c", "https://a.example,https://b.example", "https://u@a.example", "https://a.example:",
+        "https://", "",
+    ],
+)  # fmt: skip
+def test_what_is_no_origin_cannot_frame(origin):
+    with pytest.raises(framing.FrameError, match=r"^--frames: .* is no origin of a page; give for example"):
+        framing.ancestors([origin])
 
 
 @pytest.mark.parametrize(
