@@ -86,8 +86,8 @@ class MetricLog:
 
 def _told(name: str, error: Exception) -> str:
     return (
-        f"{name} failed ({type(error).__name__}: {error}) and gets no more of this session's numbers; training goes on, "
-        "and metrics.jsonl has all of them"
+        f"{name} failed ({type(error).__name__}: {error}) and gets no more of this session's numbers; training goes "
+        "on, and metrics.jsonl has all of them"
     )
 
 

@@ -21,6 +21,10 @@ AT_ONCE, LONGEST = 100, 6000
 """Parameters that MLflow takes at a time, and letters of one."""
 
 
+FLUSHED_AFTER = 30.0
+"""Seconds after which W&B has surely written down what it was given; it does so every 15, and at the end."""
+
+
 class WriterError(Refusal):
     """A writer of `log.writers` cannot start; the message names it and what to do."""
 
@@ -72,7 +76,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases. Its history can only grow: wandb.json keeps its id and the last step that it was given.
+    """A run of Weights & Biases, whose history can only grow: wandb.json keeps its id and the last step safe there.
+
+    What a session that was killed had given just before, a server tells. Offline it is given again: rather twice than
+    never.
 
     Files lie in wandb/ of the workdir. WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline … count as they do elsewhere.
     """
@@ -93,22 +100,29 @@ class WeightsAndBiases:
             reinit="create_new",  # else a run of the caller's own would be taken for this one
             settings=wandb.Settings(console="off"),  # the progress bar is no log
         )
-        # A server knows what reached it. Offline nobody does, so the file must.
-        self.last_step = self._run.step - 1 if self._run.resumed else int(kept.get("step", 0))
+        self._safe = self._run.step - 1 if self._run.resumed else int(kept.get("step", 0))
+        self.last_step = self._safe
+        self._given: list[tuple[float, int]] = []
         self._keep()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """As in `MetricWriter`."""
         self._run.log(numbers, step=step)
         self.last_step = step
+        now = time.monotonic()
+        self._given.append((now, step))
+        while now - self._given[0][0] > FLUSHED_AFTER:
+            self._safe = self._given.pop(0)[1]
         self._keep()
 
     def close(self, *, finished: bool) -> None:
         """As in `MetricWriter`."""
         self._run.finish(exit_code=0 if finished else 1)
+        self._safe = self.last_step
+        self._keep()
 
     def _keep(self) -> None:
-        _keep(self._path, {"id": self._id, "step": self.last_step})
+        _keep(self._path, {"id": self._id, "step": self._safe})
 
 
 class MLflow:

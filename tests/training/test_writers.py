@@ -36,7 +36,10 @@ def module(name, **contents):
 
 
 class Wandb:
-    """What a W&B server holds, or the files of its sessions where there is none; refuses a step that is not new."""
+    """What a W&B server holds, or the files of its sessions where there is none; refuses a step that is not new.
+
+    Offline, what was given lately is lost with a session that does not end.
+    """
 
     def __init__(self, online):
         self.online, self.runs, self.exits = online, {}, []
@@ -46,11 +49,14 @@ class Wandb:
         known = self.online and id in self.runs
         steps = self.runs.setdefault(id, {"name": name, "config": config, "steps": {}})["steps"]
 
+        lately = {}
+
         def log(numbers, *, step):
-            assert step not in steps and step >= max(steps, default=0)
-            steps[step] = numbers
+            assert step not in steps and step >= max(steps | lately, default=0)
+            (steps if self.online else lately)[step] = numbers
 
         def finish(exit_code):
+            steps.update(lately)
             self.exits.append(exit_code)
 
         step = max(steps, default=-1) + 1 if known else 0
@@ -103,7 +109,7 @@ class Client:
 def wandb(request, monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     fake = Wandb(request.param)
-    made = module("wandb", init=fake.init, Settings=lambda **words: types.SimpleNamespace(**words))
+    made = module("wandb", init=fake.init, Settings=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "wandb", made)
     return fake
 
@@ -169,6 +175,20 @@ def test_a_run_of_wandb_goes_on_without_a_step_twice(wandb, tmp_path):
     assert run == {"name": str(tmp_path), "config": CONFIG, "steps": LOGGED}
     assert wandb.exits == [0]
     assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": identity, "step": 20}
+
+
+def test_what_wandb_has_surely_written_down_is_not_given_again(wandb, tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now)
+    log = MetricLog(tmp_path, writers="wandb")
+    for step in (5, 10, 15):
+        log.write(step, {"epoch": step // 5, "loss": 1 / step})
+        now += writers.FLUSHED_AFTER / 2 + 1
+    assert json.loads((tmp_path / "wandb.json").read_text())["step"] == 5  # 32 seconds ago, when 15 was given
+    if not wandb.online:
+        wandb.runs[json.loads((tmp_path / "wandb.json").read_text())["id"]]["steps"][5] = LOGGED[5]
+    second_session(tmp_path, "wandb")
+    assert next(iter(wandb.runs.values()))["steps"] == LOGGED
 
 
 def test_a_run_of_mlflow_goes_on_without_a_step_twice(mlflow, tmp_path):
@@ -249,7 +269,7 @@ def test_a_run_that_is_gone_elsewhere_is_refused(mlflow, tmp_path):
     with MetricLog(tmp_path, writers="mlflow"):
         pass
     mlflow.runs.clear()
-    told = r"MLflow has no run run0 in sqlite:///x.db \(Run 'run0' not found\); set MLFLOW_TRACKING_URI=sqlite:///x.db, or"
+    told = r"MLflow has no run run0 in sqlite:///x.db \(Run 'run0' not found\); set MLFLOW_TRACKING_URI=sqlite:///x.db"
     with pytest.raises(WriterError, match=told):
         MetricLog(tmp_path, 10, writers="mlflow")
     (tmp_path / "mlflow.json").write_text("{")
