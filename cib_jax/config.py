@@ -19,7 +19,7 @@ from cib_jax.errors import Refusal
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
 from cib_jax.teacher import Teacher
-from cib_jax.training import place
+from cib_jax.training import place, writers
 from cib_jax.views import augment, feature_views
 
 
@@ -149,6 +149,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "encode_batch": (int, _at_least(1)),
     "cache.dir": (str, _ANYTHING),
     "cache.mb": (int, _at_least(0)),
+    "log.writers": (str, (writers.fits, writers.CHOICES)),
     "report.write": (bool, _ANYTHING),
     "report.embedded": (int, _at_least(0)),
     "compare.methods": (str, (lambda text: bool(text.strip()), "must name a method or more, such as 'itq, cibhash'")),
@@ -182,6 +183,7 @@ MAY_CHANGE = (
             "fine_tune.checkpointing",
             "micro_batch",
             "devices",
+            "log.writers",
             "report.write",
             "report.embedded",
             "cache.mb",
@@ -197,6 +199,7 @@ Weights are compared by their fingerprint, wherever they lie.
 ADDED: dict[str, Any] = {
     "micro_batch": 0,
     "devices": 0,
+    "log.writers": "tensorboard",
     "report.write": True,
     "report.embedded": 2000,
     "train.checkpoint_dir": "",

@@ -105,6 +105,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.cache.dir = ""
     c.cache.mb = 20480  # what was not used for longest is deleted when all features, or all photos, take more MiB
 
+    c.log = ml_collections.ConfigDict()
+    # Who gets each epoch's numbers besides metrics.jsonl, which always has them: tensorboard (tensorboard/ in the
+    # workdir) | wandb | mlflow (each wants the extra of its name), several with commas between them; "" = nobody.
+    c.log.writers = "tensorboard"  # see docs/logging.md
+
     c.report = ml_collections.ConfigDict()
     c.report.write = True  # figures and tables of a run in report/, and index.html which holds them all
     c.report.embedded = 2000  # images of the database in the t-SNE picture; 0 = no such picture

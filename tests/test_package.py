@@ -1,6 +1,7 @@
 """What is installed: a wheel with all it needs and nothing else, which runs without a clone, and what it declares."""
 
 import ast
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -18,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 import cib_jax
 from cib_jax.command import experiments
+from cib_jax.training import writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -139,9 +141,7 @@ def test_an_experiment_has_a_name_wherever_it_is_asked_for(tmp_path, monkeypatch
 
 def test_whatever_is_imported_is_declared():
     """As a dependency or in an extra: found by the installed packages' own word on which modules are theirs."""
-    wanted = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    wanted += [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
-    declared = {canonicalize_name(Requirement(line).name) for line in wanted if line}
+    known = {canonicalize_name(one.name) for one in declared()}
     owners = importlib.metadata.packages_distributions()
     for file in (ROOT / "cib_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -149,13 +149,38 @@ def test_whatever_is_imported_is_declared():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "cib_jax"}:
                 homes = {canonicalize_name(owner) for owner in owners.get(name, [name])}
-                assert homes & declared, (file, name)
+                assert homes & known, (file, name)
+
+
+def declared() -> list[Requirement]:
+    """Every requirement, of a run and of the extras; the project's own extras aside."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines += [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    return [one for one in map(Requirement, filter(None, lines)) if one.name != PROJECT["name"]]
+
+
+def test_every_requirement_has_a_lower_bound_that_what_is_installed_keeps():
+    wanted = declared()
+    assert [str(one) for one in wanted if {part.operator for part in one.specifier} not in ({">="}, {"=="})] == []
+    for one in wanted:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra
+            assert one.specifier.contains(importlib.metadata.version(one.name), prereleases=True), one
+
+
+def test_a_bound_stands_the_same_wherever_it_stands():
+    bounds: dict[str, set[str]] = {}
+    for one in declared():
+        bounds.setdefault(canonicalize_name(one.name), set()).add(str(one.specifier))
+    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
 
 
 def test_every_extra_that_is_spoken_of_is_there():
     texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "cib_jax").rglob("*.py")]
     told = {extra for file in texts for extra in re.findall(r"cib-jax\[([\w,]+)\]", file.read_text())}
     assert {one for extra in told for one in extra.split(",")} <= {*PROJECT["optional-dependencies"]}
+    assert set(writers.EXTRAS) <= {*PROJECT["optional-dependencies"]}
+    paragraph = re.search(r"^Extras, as in .*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert paragraph and {*re.findall(r"`(\w+)`", paragraph[0])} == {*PROJECT["optional-dependencies"]}
 
 
 def test_the_citation_is_of_this_version_and_the_paper():

@@ -18,6 +18,7 @@ from cib_jax.jobs.cells import Cell
 from cib_jax.objective import OBJECTIVES
 from cib_jax.report import many_runs, published, tables
 from cib_jax.report.page import Grid, Section, render
+from cib_jax.training import writers
 
 
 def compare(
@@ -35,10 +36,11 @@ def compare(
       console: where to report.
 
     Raises:
-      ConfigError, DataError, WeightsError, WorkdirError: as in training.
+      ConfigError, DataError, WeightsError, WorkdirError, WriterError: as in training.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     config_lib.check(config, around=True)
+    writers.check_installed(config.log.writers)
     wanted = _cells(config, workdir)
     workdir_lib.adopt(workdir, config, "comparison")
     processes = min(workers.room(config.compare.workers), len(wanted))

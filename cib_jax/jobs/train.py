@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.ownership import Owned
 from cib_jax.jobs.setting import Setting
 from cib_jax.objective import OBJECTIVES
-from cib_jax.training import accumulation, feed, loop
+from cib_jax.training import accumulation, feed, loop, writers
 from cib_jax.training.checkpoint import Checkpoints, Progress
 from cib_jax.training.feed import Feed
 from cib_jax.training.logging import MetricLog
@@ -56,6 +56,7 @@ def train(
       ConfigError, DataError, WeightsError, WorkdirError, PlaceError, CheckpointError: refused, before anything heavy
         starts.
       DevicesError: there are fewer devices than `config.devices`, or a batch cannot be spread over them.
+      WriterError: a writer of `config.log.writers` is not installed or cannot start.
       PartsError: what a device holds of a batch cannot be cut into parts of `config.micro_batch`.
       TrainingError: the loss became NaN or infinite.
       WorkdirError: another run has taken over its checkpoints.
@@ -67,6 +68,7 @@ def train(
         config_lib.check(config)
         over = parallel.mesh(config.devices, config.batch_size)
         accumulation.check(config.micro_batch, config.batch_size // parallel.size(over))
+        writers.check_installed(config.log.writers)
     console = (console or rich.console.Console()) if processes.first() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(processes.from_first(str(workdir or workdir_lib.default_name(config))))
     with workdir_lib.claim(workdir):
@@ -151,10 +153,11 @@ def _train(run: Setting, over: Mesh | None) -> float:
                     )
             run.console.print(f"Going on after {_place(now, config).rstrip(',')}")
         if not now.finished:
-            coordinates = _taught(run, over)
-            fed, bank_seconds = _feed(run, over, coordinates)
-            extra = extra | {"bank_seconds": bank_seconds}
-            _loop(run, state, now, fed, owned, checkpoints, extra)
+            with _log(run, now) as log:
+                coordinates = _taught(run, over)
+                fed, bank_seconds = _feed(run, over, coordinates)
+                extra = extra | {"bank_seconds": bank_seconds}
+                _loop(run, state, now, fed, log, owned, checkpoints, extra)
         return float(extra["bank_seconds"])
 
 
@@ -189,20 +192,32 @@ def _told_by(run: Setting) -> Callable[[str], None]:
     return lambda words: run.console.print(words, soft_wrap=True, markup=False, highlight=False)
 
 
+@contextlib.contextmanager
+def _log(run: Setting, now: Progress) -> Iterator[MetricLog | None]:
+    """Yields what the first process writes down, None in others; opened before the heavy part, since it may refuse."""
+    with contextlib.ExitStack() as held:
+        log = None
+        with processes.agreed():
+            if processes.first():
+                fields = {"writers": run.config.log.writers, "config": run.config.to_dict(), "tell": _told_by(run)}
+                log = held.enter_context(MetricLog(run.workdir, now.step, now.epoch, **fields))
+        yield log
+
+
 def _loop(
     run: Setting,
     state: TrainState,
     now: Progress,
     fed: Feed,
+    log: MetricLog | None,
     owned: Owned,
     checkpoints: Checkpoints,
     extra: dict[str, Any],
 ) -> None:
-    """Trains to the end, with a bar, a log and checkpoints."""
+    """Trains to the end, with a bar, the log and checkpoints."""
     config = run.config
     images = config.epochs * (len(run.splits.train) // config.batch_size) * config.batch_size
     with (
-        MetricLog(run.workdir, now.step, now.epoch) if processes.first() else contextlib.nullcontext() as log,
         progress.bar(run.console, "Training", images, now.step * config.batch_size) as moved,
         preemption.noted() as stop,
     ):

@@ -19,7 +19,7 @@ from cib_jax.jobs.train import TrainingError, train
 from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
 from cib_jax.retrieval.label_free import SCORES
-from cib_jax.training import place
+from cib_jax.training import place, writers
 from cib_jax.training.view_bank import BankError
 
 TRIAL = "trial.json"
@@ -44,11 +44,12 @@ def tune(
       console: where to report.
 
     Raises:
-      ConfigError, DataError, WeightsError, WorkdirError: as in training.
+      ConfigError, DataError, WeightsError, WorkdirError, WriterError: as in training.
       ExtraError: Optuna is not installed.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     config_lib.check(config, around=True)
+    writers.check_installed(config.log.writers)
     tuned = config.tune
     drawn_from = space.parse(tuned.space, grid=tuned.sampler == "grid")
     if tuned.score == "validation_map" and not _validates(config):

@@ -33,6 +33,7 @@ TITLES = {
     "data": "Data",
     "train": "Training",
     "cache": "Cache",
+    "log": "Log",
     "report": "Report",
     "compare": "Comparison",
     "tune": "Search for hyper-parameters",
