@@ -1,12 +1,15 @@
-"""Settings shared by all tests: CPU, one compilation cache, a hypothesis profile without deadlines; a fixture."""
+"""Settings shared by all tests: CPU, programs compiled quickly and once, a hypothesis profile without deadlines."""
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# In the environment, so that processes that tests start take what others have compiled.
+# In the environment, so that processes that tests start take what others have compiled, and come to the same bits.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. With "0" in the
+# environment, all tests run programs as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -17,14 +20,15 @@ hypothesis.settings.load_profile("cib")
 
 
 @pytest.fixture(scope="module")
-def compiled_quickly():
-    """For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's.
+def compiled_as_for_users():
+    """All of LLVM's passes: where programs that differ must come to the same bits, and where much is computed.
 
     Not for what is compared with the bits that a started process comes to.
     """
+    quickly = jax.config.jax_disable_most_optimizations
     # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quickly)
     jax.clear_caches()

@@ -8,9 +8,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
-OPTIMISED = os.environ | {"COLUMNS": "120"}
-ENVIRONMENT = OPTIMISED | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-"""As the fixture `compiled_quickly`: the same bits as the tests' own process only where that has it."""
+ENVIRONMENT = os.environ | {"COLUMNS": "120"}
+OPTIMISED = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""Programs as users run them, not compiled quickly as the tests' own: for runs that are compared with each other."""
 
 
 def with_devices(count, environment=ENVIRONMENT):
