@@ -1,6 +1,7 @@
 """How a program ends: in a sentence and an exit code, alike in all processes of a run."""
 
 import contextlib
+import inspect
 import os
 import pathlib
 import sys
@@ -40,9 +41,14 @@ def quieten_background() -> None:
         else:
             line(kind, error)
 
+    def unraisable(thrown: "sys.UnraisableHookArgs") -> None:
+        # Where one array of a checkpoint cannot be read, which is refused in words of its own, Orbax closes its event
+        # loop while others are still read: their coroutines end in it, and TensorStore finds it closed.
+        if not inspect.iscoroutine(thrown.object) and str(thrown.exc_value) != "Event loop is closed":
+            line(thrown.exc_type, thrown.exc_value)
+
     sys.excepthook = tell
-    # Of callbacks that nobody waits for, as of a save that failed.
-    sys.unraisablehook = lambda thrown: line(thrown.exc_type, thrown.exc_value)
+    sys.unraisablehook = unraisable  # of callbacks that nobody waits for, as of a save that failed
     threading.excepthook = lambda thrown: tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
 
 

@@ -1,5 +1,9 @@
 """What a process of several leaves where it ends: word in the workdir, and nothing in the folder it was started in."""
 
+import sys
+import threading
+import types
+
 import pytest
 
 from cib_jax import processes
@@ -49,3 +53,22 @@ def test_who_lost_another_leaves_no_word(second, tmp_path, capsys):
     assert second(RuntimeError("Gloo AllGather failed: Connection reset by peer"), tmp_path) == 75
     assert "another process of this run ended: it was killed" in capsys.readouterr().err
     assert not (tmp_path / ".last-words").exists()
+
+
+def test_what_breaks_in_the_background_is_told_in_a_line_but_for_reads_given_up(monkeypatch, capsys):
+    for place, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(place, hook, getattr(place, hook))
+    endings.quieten_background()
+
+    async def read():
+        pass
+
+    given_up = read()
+    for error, thrower in (
+        (RuntimeError("Event loop is closed"), None),
+        (ValueError("of an array"), given_up),
+        (OSError("disk\nfull"), None),
+    ):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, object=thrower))
+    given_up.close()
+    assert capsys.readouterr().err == "run.py: in the background: OSError: disk\n"
