@@ -18,6 +18,30 @@ import pytest
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("cib")
 
+LONGEST = (
+    "end_to_end/test_processes.py",
+    "end_to_end/test_run.py",
+    "jobs/test_train.py",
+    "end_to_end/test_index.py",
+    "end_to_end/test_readme.py",
+    "end_to_end/test_corpus.py",
+    "jobs/test_own_data.py",
+    "jobs/test_fine_tuned_runs.py",
+    "jobs/test_compare.py",
+    "jobs/test_tune.py",
+    "test_parallel.py",
+    "web/test_page.py",
+    "test_augment.py",
+    "test_fine_tuning.py",
+)
+"""The files that take longest, begun first: each is one worker's, and what is begun last is done while others idle."""
+
+
+def pytest_collection_modifyitems(items):
+    tests = pathlib.Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="module")
 def compiled_as_for_users():
