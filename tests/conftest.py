@@ -45,14 +45,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def compiled_as_for_users():
-    """All of LLVM's passes: where programs that differ must come to the same bits, and where much is computed.
+    """All of LLVM's passes, in started processes too: where unlike programs must come to the same bits, or run long.
 
-    Not for what is compared with the bits that a started process comes to.
+    Programs compiled quickly take some ten times as long: more than a hundred steps of training are worth compiling.
     """
-    quickly = jax.config.jax_disable_most_optimizations
-    # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", quickly)
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        quickly = jax.config.jax_disable_most_optimizations
+        # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()
