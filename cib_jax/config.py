@@ -16,6 +16,7 @@ from cib_jax.data import photos
 from cib_jax.data.protocols import AS_NAMED, PROTOCOLS
 from cib_jax.encoder import DTYPES
 from cib_jax.errors import Refusal
+from cib_jax.fields import flatten
 from cib_jax.objective import OBJECTIVES
 from cib_jax.retrieval.label_free import SCORES
 from cib_jax.teacher import Teacher
@@ -211,17 +212,6 @@ ADDED: dict[str, Any] = {
 
 MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})
 """Fields that a trained run may be measured with other values of."""
-
-
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the fields of a config by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def parsed(name: str, text: str, where: str) -> Any:

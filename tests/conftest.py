@@ -1,12 +1,15 @@
-"""Settings shared by all tests: CPU, one compilation cache, a hypothesis profile without deadlines; a fixture."""
+"""Settings shared by all tests: CPU, programs compiled quickly and once, a hypothesis profile without deadlines."""
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# In the environment, so that processes that tests start take what others have compiled.
+# In the environment, so that processes that tests start take what others have compiled, and come to the same bits.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. With "0" in the
+# environment, all tests run programs as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -15,16 +18,43 @@ import pytest
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("cib")
 
+LONGEST = (
+    "end_to_end/test_processes.py",
+    "end_to_end/test_run.py",
+    "jobs/test_train.py",
+    "end_to_end/test_index.py",
+    "end_to_end/test_readme.py",
+    "end_to_end/test_corpus.py",
+    "jobs/test_own_data.py",
+    "jobs/test_fine_tuned_runs.py",
+    "jobs/test_compare.py",
+    "jobs/test_tune.py",
+    "devices/test_parallel.py",
+    "web/test_page.py",
+    "views/test_augment.py",
+    "backbones/test_fine_tuning.py",
+)
+"""The files that take longest, begun first: each is one worker's, and what is begun last is done while others idle."""
+
+
+def pytest_collection_modifyitems(items):
+    tests = pathlib.Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="module")
-def compiled_quickly():
-    """For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's.
+def compiled_as_for_users():
+    """All of LLVM's passes, in started processes too: where unlike programs must come to the same bits, or run long.
 
-    Not for what is compared with the bits that a started process comes to.
+    Programs compiled quickly take some ten times as long: more than a hundred steps of training are worth compiling.
     """
-    # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        quickly = jax.config.values["jax_disable_most_optimizations"]
+        # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()

@@ -6,6 +6,8 @@ import sklearn.datasets
 
 import cib_jax as cib
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # it trains for hundreds of steps
+
 
 @pytest.fixture(scope="module")
 def digits():

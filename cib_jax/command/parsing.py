@@ -11,6 +11,7 @@ from absl import flags
 
 from cib_jax.command import experiments
 from cib_jax.command.flags import DEFAULT_CONFIG, INDEX_CONFIG
+from cib_jax.fields import flatten
 from cib_jax.program import refuse
 
 
@@ -74,8 +75,6 @@ def _without_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _check_fields(path: str, arguments: Sequence[str]) -> None:
     """Refuses a config file that cannot be read, and fields that it does not have."""
-    from cib_jax.config import flatten
-
     try:
         fields = flatten(runpy.run_path(path)["get_config"]())
     except Exception as error:  # it is the user's own Python file: anything may go wrong in it

@@ -1,6 +1,7 @@
 """How a program ends: in a sentence and an exit code, alike in all processes of a run."""
 
 import contextlib
+import inspect
 import os
 import pathlib
 import sys
@@ -41,9 +42,14 @@ def quieten_background() -> None:
         else:
             line(kind, error)
 
+    def unraisable(thrown: "sys.UnraisableHookArgs") -> None:
+        # Where one array of a checkpoint cannot be read, which is refused in words of its own, Orbax closes its event
+        # loop while others are still read: their coroutines end in it, and TensorStore finds it closed.
+        if not inspect.iscoroutine(thrown.object) and str(thrown.exc_value) != "Event loop is closed":
+            line(thrown.exc_type, thrown.exc_value)
+
     sys.excepthook = tell
-    # Of callbacks that nobody waits for, as of a save that failed.
-    sys.unraisablehook = lambda thrown: line(thrown.exc_type, thrown.exc_value)
+    sys.unraisablehook = unraisable  # of callbacks that nobody waits for, as of a save that failed
     threading.excepthook = lambda thrown: tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
 
 
@@ -53,7 +59,7 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
 
     Args:
       goes_on: told to a user who interrupted it.
-      workdir: where several processes leave word to each other; "" for one alone.
+      workdir: where several processes leave word to each other; "" for one alone, or where none was given.
     """
     try:
         yield
@@ -108,6 +114,8 @@ def watch(workdir: str) -> None:
 
 def _last_words(workdir: str) -> tuple[int, str] | None:
     """Returns what another process ended with, None where it could say nothing."""
+    if not workdir:
+        return None  # not of what lies in the folder that this process was started in
     try:
         code, told = (pathlib.Path(workdir) / LAST_WORDS).read_text(encoding="utf-8").split(" ", 1)
         return int(code), told
@@ -118,7 +126,7 @@ def _last_words(workdir: str) -> tuple[int, str] | None:
 def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoReturn:
     """Ends the program with a message and an exit code; `at_once` without taking Python down first.
 
-    Where several processes share `workdir`, the first that ends leaves word there.
+    Where several processes share `workdir`, the first that ends leaves word there; "" leaves none.
     """
     print(message, file=sys.stderr)
     sys.stdout.flush()
@@ -126,10 +134,11 @@ def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRetu
     if not at_once:
         sys.exit(code)
     _ENDING.set()
-    if processes.several() and _last_words(workdir) is None:
-        with contextlib.suppress(OSError):
-            words = message.strip().removeprefix(program.says(""))
-            workdir_lib.write_bytes(pathlib.Path(workdir) / LAST_WORDS, f"{code} {words}".encode())
-            if processes.first():
-                time.sleep(3 * LOOK_EVERY)  # JAX aborts the others as soon as the first one is gone
+    if processes.several():
+        if workdir and _last_words(workdir) is None:
+            with contextlib.suppress(OSError):
+                words = message.strip().removeprefix(program.says(""))
+                workdir_lib.write_bytes(pathlib.Path(workdir) / LAST_WORDS, f"{code} {words}".encode())
+        if processes.first():
+            time.sleep(3 * LOOK_EVERY)  # JAX aborts the others as soon as the first one is gone
     os._exit(code)

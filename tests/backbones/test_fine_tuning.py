@@ -15,7 +15,6 @@ from cib_jax import exported
 from cib_jax.backbones import convolution, dinov2, fine_tuning, lora, registry
 from cib_jax.backbones.fine_tuning import FineTune
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 VIEWS = jnp.asarray(np.random.default_rng(1).normal(size=(6, 8, 8, 3)), jnp.float32)
 KEY = jax.random.key(5)

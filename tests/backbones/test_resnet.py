@@ -9,8 +9,6 @@ from flax import nnx
 from cib_jax.backbones import convolution, registry, resnet, tensors
 from tests.golden import backbone_inputs
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def checkpoint() -> dict[str, np.ndarray]:

@@ -9,8 +9,6 @@ from flax import nnx
 from cib_jax.backbones import clip, dinov2, siglip, transformer
 from tests.golden import transformer_inputs
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 DESIGN = transformer.Design(
     patch=4, grid=3, width=32, heads=2, epsilon=1e-6, activation=transformer.gelu, depth=1, layer_scale=True
 )

@@ -13,8 +13,6 @@ from cib_jax.data import vectors
 from cib_jax.jobs.train import train
 from configs import text as text_config
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # In the format of wndb(5WN), made up but for the words: a licence, a noun with two words, one with a pointer.
 DATABASE = """\
   1 This software and database is being provided to you

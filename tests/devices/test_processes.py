@@ -83,7 +83,6 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     port = free_port()
     started = [

@@ -12,8 +12,6 @@ from cib_jax.corpus import corpus, corpus_parts
 from cib_jax.jobs import index
 from configs import index as index_config
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

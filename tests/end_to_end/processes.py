@@ -8,9 +8,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
-OPTIMISED = os.environ | {"COLUMNS": "120"}
-ENVIRONMENT = OPTIMISED | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-"""As the fixture `compiled_quickly`: the same bits as the tests' own process only where that has it."""
+ENVIRONMENT = os.environ | {"COLUMNS": "120"}
+OPTIMISED = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""Programs as users run them, not compiled quickly as the tests' own: for runs that are compared with each other."""
 
 
 def with_devices(count, environment=ENVIRONMENT):
@@ -72,3 +72,17 @@ def wait_until(processes, holds, timeout=200):
             assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def children(process):
+    """Returns the processes that one has started and that are there."""
+    tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
+    return [int(number) for task in tasks for number in task.read_text().split()]
+
+
+def gone(number):
+    """Returns whether a process has ended, though nobody may have waited for it."""
+    try:
+        return pathlib.Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -15,7 +15,8 @@ from cib_jax.jobs.encode import encode
 from cib_jax.jobs.train import train
 from tests import small
 from tests.data import pictures
-from tests.end_to_end.test_run import ENVIRONMENT, ROOT, finish, start
+from tests.end_to_end.processes import wait_until
+from tests.end_to_end.test_run import ROOT, environment, finish, start
 
 PHOTOS = 240
 
@@ -52,14 +53,6 @@ def parts(codes):
     return len(list(codes.glob("part-*.parquet")))
 
 
-def until(condition, process):
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(run):
     codes, console = run / "undisturbed", rich.console.Console(record=True)
@@ -80,7 +73,7 @@ def test_of_three_processes_one_is_killed_and_started_again(run, undisturbed, tm
     codes = tmp_path / "codes"
     processes = [shared(run, codes, process) for process in range(3)]
     mine = [codes / f"part-{number:08}.parquet" for number in range(0, 30, 3)]
-    until(mine[1].exists, processes[0])
+    wait_until(processes[:1], mine[1].exists)
     processes[0].send_signal(signal.SIGKILL)
     processes[0].wait()
     told = [finish(process) for process in processes[1:]]
@@ -127,9 +120,9 @@ def test_interrupted_by_its_user_it_ends_quietly(run, tmp_path):
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
     command = [sys.executable, "-c", listening, "run.py", *arguments(run, tmp_path / "codes", part=1)]
-    options = {"cwd": ROOT, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **options)
-    until(lambda: parts(tmp_path / "codes") > 2, process)
+    wait_until([process], lambda: parts(tmp_path / "codes") > 2)
     os.killpg(process.pid, signal.SIGINT)
     code, _, error = finish(process)
     assert (code, error.strip()) == (130, "Interrupted; the same command goes on after the parts that are there.")

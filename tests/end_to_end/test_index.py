@@ -17,7 +17,7 @@ from cib_jax.data import photos
 from cib_jax.hashing.hasher import Hasher
 from tests.data import pictures
 from tests.end_to_end.processes import wait_until
-from tests.end_to_end.test_run import ENVIRONMENT, ROOT, finish, start
+from tests.end_to_end.test_run import ROOT, environment, finish, start
 from tests.jobs import indexing
 
 PHOTOS = 1700
@@ -99,7 +99,7 @@ def test_interrupted_it_says_what_goes_on(place, tmp_path, number, code, words):
     )
     given = ["--mode=index", f"--workdir={place / 'encoder'}", f"--images={place / 'photos'}"]
     command = [sys.executable, "-c", listening, "run.py", *given, f"--index={tmp_path / 'i'}"]
-    options = {"cwd": ROOT, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **options)
     wait_until([process], lambda: commits(tmp_path / "i") >= 2)
     os.killpg(process.pid, number)
@@ -185,7 +185,7 @@ def test_a_mistake_is_told_in_one_sentence(place, tmp_path):
         return text.replace("INDEX", names["INDEX"]).replace("ENCODER", names["ENCODER"])
 
     given = json.dumps([[named(one) for one in arguments] for arguments, _ in MISTAKES])
-    options = {"cwd": ROOT, "env": ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    options = {"cwd": ROOT, "env": environment() | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", MISLED, tmp_path], input=given, **options, check=False)
     assert done.returncode == 0, done.stderr
     for number, ((arguments, message), code) in enumerate(zip(MISTAKES, done.stdout.split(), strict=True)):
@@ -219,11 +219,8 @@ def bucket():
 
 @pytest.mark.slow
 def test_in_a_bucket(place, codes, tmp_path, bucket, monkeypatch):
-    from tests.end_to_end import test_run
-
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(test_run, "ENVIRONMENT", ENVIRONMENT | bucket)
     uri = "s3://photos/an index"
     process = begin(place, uri)
 

@@ -18,8 +18,6 @@ from tests import small
 from tests.end_to_end.processes import ENVIRONMENT, OPTIMISED, finish, run, start, wait_until, with_devices
 from tests.jobs import many
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 QUIET = rich.console.Console(quiet=True)
 # Images decoded as they are needed, so that each process reads its part of every batch, and validated while training.
 STREAMED = {"data__resident_mb": 0, "epochs": 8, "data__validation": "database", "data__validation_queries": 100}

@@ -7,9 +7,12 @@ import shutil
 import subprocess
 
 import PIL.Image
+import pytest
 import sklearn.datasets
 
 import cib_jax as cib
+
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # it trains for half a minute
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

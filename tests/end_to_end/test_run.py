@@ -21,20 +21,27 @@ from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs.compare import compare
 from cib_jax.jobs.train import train
 from tests import small
+from tests.end_to_end.processes import children, gone, wait_until
 from tests.jobs import many
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"COLUMNS": "120"}
 QUIET = rich.console.Console(quiet=True)
-MANY = 40
+MANY = 24
 """Epochs of a run that is stopped before its end."""
+
+
+def environment():
+    """Returns the tests' own, in which a process comes to their bits."""
+    return os.environ | {"COLUMNS": "120"}
 
 
 def start(*arguments):
     return subprocess.Popen(
         [sys.executable, "run.py", *map(str, arguments)],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -67,11 +74,7 @@ def killed_and_resumed(tmp_path, whole, after):
     """Kills a run when `after(workdir)` holds, resumes it, and compares it with one that was left alone."""
     arguments = small.flags(epochs=MANY)
     process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
-    deadline = time.monotonic() + 200
-    while not after(tmp_path / "killed"):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until([process], lambda: after(tmp_path / "killed"))
     process.send_signal(signal.SIGKILL)
     finish(process)
     assert not (tmp_path / "killed" / "results.json").exists()
@@ -100,14 +103,12 @@ def test_a_comparison_killed_in_the_middle_goes_on_to_the_same(tmp_path):
     config = many.config(tmp_path, **rows, compare__workers=1)  # writes the features
     arguments = small.flags(**many.FEATURES | rows, data__dir=tmp_path / "features.npy")
     process = start("--mode=compare", *arguments, "--config.compare.workers=2", f"--workdir={tmp_path / 'killed'}")
-    deadline = time.monotonic() + 200
-    while len(list((tmp_path / "killed").glob("cells/*/*/results.json"))) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until([process], lambda: len(list((tmp_path / "killed").glob("cells/*/*/results.json"))) >= 3)
+    beside = children(process)
+    assert beside
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(3)  # by then the process beside it has seen that it is alone
+    wait_until([], lambda: all(map(gone, beside)))  # the process beside it sees that it is alone
     code, out, error = finish(start("--mode=compare", *arguments, f"--workdir={tmp_path / 'killed'}"))
     assert code == 0, error
     assert "6 cells, " in out and ", 0 of them measured" not in out and "with other processes" not in out
@@ -123,7 +124,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_parameters(tmp_path, who
     begun = time.monotonic()
     wait = np.random.default_rng(moment).uniform(0.0, 6.0)
     if moment % 2:
-        epochs = int(np.random.default_rng(moment).integers(0, 30))
+        epochs = int(np.random.default_rng(moment).integers(0, 18))
         killed_and_resumed(tmp_path, whole, lambda workdir: epochs_logged(workdir) >= epochs)
     else:
         killed_and_resumed(tmp_path, whole, lambda workdir: time.monotonic() - begun > wait)
@@ -217,17 +218,13 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
             f"--workdir={tmp_path / 't'}",
         ],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 200
-    while not list((tmp_path / "t").glob("cells/c*/*/metrics.jsonl")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until([process], lambda: list((tmp_path / "t").glob("cells/c*/*/metrics.jsonl")))
     os.killpg(process.pid, signal.SIGINT)
     code, _, error = finish(process)
     assert code == 130
@@ -240,17 +237,14 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
 def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_the_same(tmp_path):
     """As by a scheduler that takes the machine back."""
     # One checkpoint in 100 epochs, so that only what SIGTERM saved can be gone on with; 15 steps an epoch.
-    fields = {"epochs": 5, "train__checkpoint_every": 100, "data__train_per_class": 50}
+    fields = {"epochs": 10, "train__checkpoint_every": 100, "data__train_per_class": 50}
     arguments = small.flags(**fields)
     process = start(*arguments, f"--workdir={tmp_path / 'ended'}")
-    deadline = time.monotonic() + 200
-    while epochs_logged(tmp_path / "ended") < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until([process], lambda: epochs_logged(tmp_path / "ended") >= 2)
     process.send_signal(signal.SIGTERM)
     code, _, error = finish(process)
     assert code == 75
-    stopped = re.search(r"Stopped by SIGTERM: ((?:step \d+, in )?epoch \d+ of 5(?:, step \d+)?),? is saved in ", error)
+    stopped = re.search(r"Stopped by SIGTERM: ((?:step \d+, in )?epoch \d+ of 10(?:, step \d+)?),? is saved in ", error)
     assert stopped and len(error.strip().splitlines()) == 1
     code, out, error = finish(start(*arguments, f"--workdir={tmp_path / 'ended'}"))
     assert code == 0, error
@@ -274,13 +268,10 @@ def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path, whole):
     try:
         arguments = small.flags(epochs=MANY)
         process = start(*arguments, f"--workdir={disk / 'run'}")
-        deadline = time.monotonic() + 200
-        while epochs_logged(disk / "run") < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until([process], lambda: epochs_logged(disk / "run") >= 2)
         with contextlib.suppress(OSError), (disk / "filling").open("wb", buffering=0) as filling:
             while True:
-                filling.write(b"\1" * 4096)
+                filling.write(b"\1" * (1 << 16))  # at last a part of it
         code, out, error = finish(process)
         assert code == 2 and "Traceback" not in error, error
         assert re.search(r"the disk (is full|has no room)|No space left", error.strip().splitlines()[-1]), error

@@ -20,8 +20,6 @@ from tests import small
 from tests.data import pictures, published
 from tests.retrieval import reference
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def console():

@@ -17,8 +17,6 @@ from cib_jax.jobs import preemption, teaching
 from cib_jax.jobs.train import train
 from tests import small
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def config(**fields):
     """A split that looks at no label, and a teacher as small as the codes."""

@@ -23,6 +23,9 @@ from cib_jax.training import feed
 from tests import pretrained, small
 from tests.data import miniature
 
+# Streamed and resident images, parts of a batch and whole ones: other programs, the same bits as users get them.
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
 
 @pytest.fixture
 def console():

@@ -17,7 +17,6 @@ from cib_jax.jobs.workdir import WorkdirError
 from tests import pretrained, small
 from tests.jobs import many
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 QUIET = rich.console.Console(quiet=True)
 
 

@@ -19,7 +19,6 @@ from cib_jax.jobs.train import train
 from cib_jax.training import accumulation
 from tests import small
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 KEY = jax.random.key(5)
@@ -201,7 +200,6 @@ def test_parts_on_several_devices_are_still_one_batch(tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     path = tmp_path / "told.json"
     subprocess.run([sys.executable, "-c", PROGRAM, str(path)], cwd=ROOT, env=environment, check=True)

@@ -14,7 +14,6 @@ from scipy import stats
 
 from cib_jax.views import augment, colour, geometry
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "augment.npz")
 FAMILIES = ["photo", "digits"]
 MANY = 4000

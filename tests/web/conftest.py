@@ -21,10 +21,10 @@ MANY = Limits(searches=10**6, images=10**6, others=10**6)
 
 
 class Running:
-    def __init__(self, port, app, collection):
-        self.port, self.app, self.collection = port, app, collection
+    def __init__(self, port, app, collection, guard, serving):
+        self.port, self.app, self.collection, self.guard, self.serving = port, app, collection, guard, serving
 
-    def connection(self, timeout=30):
+    def connection(self, timeout=120):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
 
     def ask(self, path, method="GET", body=None, headers=()):
@@ -42,7 +42,7 @@ class Running:
         return status, json.loads(content)
 
 
-def raw(served, *parts: bytes, wait: float = 0.0, timeout: float = 20) -> bytes:
+def raw(served, *parts: bytes, wait: float = 0.0, timeout: float = 120) -> bytes:
     """Returns all that the server says to bytes, sent with pauses, until it closes the connection."""
     said = b""
     with socket.create_connection(("127.0.0.1", served.port), timeout) as connection:
@@ -57,6 +57,14 @@ def raw(served, *parts: bytes, wait: float = 0.0, timeout: float = 20) -> bytes:
     return said
 
 
+def until(holds, seconds: float = 60) -> None:
+    """Returns when `holds()`, as what a server has come to is seen from outside; fails where it does not."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def status_of(said: bytes) -> int:
     return int(said.split(b" ", 2)[1]) if said else 0
 
@@ -67,13 +75,13 @@ def running(collection, limits=MANY, *, page=None, work="", loopback=True):
         app = api.create(collection, limits, work=work)
         if page is not None:
             page(app, collection)
-        serving = server.server_of(Guard(app, limits, loopback=loopback), limits)
+        guard = Guard(app, limits, loopback=loopback)
+        serving = server.server_of(guard, limits)
         thread = threading.Thread(target=serving.run, args=([listener],))
         thread.start()
-        while not serving.started:
-            time.sleep(0.01)
+        until(lambda: serving.started)
         try:
-            yield Running(listener.getsockname()[1], app, collection)
+            yield Running(listener.getsockname()[1], app, collection, guard, serving)
         finally:
             serving.should_exit = True
             thread.join()

@@ -8,11 +8,9 @@ import random
 import resource
 import tempfile
 import threading
-import time
 
-from cib_jax.web import guard
 from tests.web import fake
-from tests.web.conftest import running
+from tests.web.conftest import running, until
 
 
 def bad_request(number: int, generator: random.Random) -> tuple[str, str, bytes | None, dict[str, str]]:
@@ -64,11 +62,8 @@ def test_ten_thousand_bad_requests_leave_nothing_behind(photos):
         assert after[2] - threads < 10
         connection.close()
         assert served.json("/search", method="POST", body=fake.encoded(fake.picture(1)))[0] == 200
-        rates, bodies = served_guard(served)
-        deadline = time.monotonic() + 5
-        while rates._now and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not rates._now
+        rates, bodies = served.guard._rates, served.guard._bodies
+        until(lambda: not rates._now)
         assert (bodies._count, bodies._bytes) == (0, 0)
     new = set(os.listdir(tempfile.gettempdir())) - before
     assert not [name for name in new if not name.startswith("pytest-")]
@@ -78,8 +73,3 @@ def held() -> tuple[float, int, int]:
     """Returns this process's memory in MB, open files and threads."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6, len(os.listdir("/proc/self/fd")), threading.active_count()
-
-
-def served_guard(served):
-    (found,) = [thing for thing in gc.get_objects() if type(thing) is guard.Guard and thing._app is served.app]
-    return found._rates, found._bodies

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import socket
 import threading
-import time
 
 import pytest
 from starlette.responses import PlainTextResponse
@@ -13,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from cib_jax.web.decoding import BusyError, Decoding
 from cib_jax.web.threads import Threads
 from tests.web import fake
-from tests.web.conftest import MANY, raw, running, status_of
+from tests.web.conftest import MANY, raw, running, status_of, until
 
 
 def post(length: str, *more: str) -> bytes:
@@ -48,20 +47,19 @@ def test_too_many_bodies_at_once_are_sent_away(photos, few):
         slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(4)]
         for connection in slow:
             connection.sendall(post("1000"))
-        while status_of(raw(served, post("5", "Connection: close"), b"hello")) != 503:
-            time.sleep(0.05)
+        until(lambda: status_of(raw(served, post("5", "Connection: close"), b"hello")) == 503)
         for connection in slow:
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
             connection.close()
         full = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(3)]
         for connection in full[:2]:
             connection.sendall(post("1000000") + bytes(900_000))
-        time.sleep(0.5)
+        until(lambda: served.guard._bodies._bytes == 1_800_000)
         full[2].sendall(post("1000000") + bytes(900_000))
         assert full[2].recv(100).startswith(b"HTTP/1.1 503")
         for connection in full:
             connection.close()
-        time.sleep(0.3)
+        until(lambda: not served.guard._bodies._count)
         assert served.ask("/search", method="POST", body=fake.encoded(fake.picture(1)))[0] == 200
 
 
@@ -84,11 +82,11 @@ def test_one_client_has_so_many_connections(photos, few):
     limits = dataclasses.replace(few, at_once=5)
     with running(fake.FakeCollection(photos), limits) as served:
         idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(5)]
-        time.sleep(0.3)
+        until(lambda: len(served.serving.server_state.connections) == 5)
         assert raw(served, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") == b""
         for connection in idle:
             connection.close()
-        time.sleep(0.3)
+        until(lambda: not served.serving.server_state.connections)
         assert served.ask("/health")[0] == 200
 
 
@@ -128,18 +126,18 @@ def test_behind_a_proxy_clients_are_told_apart(photos):
 
 
 def test_one_client_behind_a_proxy_has_so_many_requests_at_once(photos, few):
-    limits = dataclasses.replace(few, at_once=2, bodies=100, proxies=("127.0.0.1",))
+    limits = dataclasses.replace(few, at_once=2, bodies=100, body_seconds=60, proxies=("127.0.0.1",))
     slow = post("1000", "X-Forwarded-For: 192.0.2.1")
     with running(fake.FakeCollection(photos), limits) as served:
         held = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2)]
         for connection in held:
             connection.sendall(slow)
-        time.sleep(0.3)
+        until(lambda: served.guard._bodies._count == 2)
         assert served.ask("/health", headers={"X-Forwarded-For": "192.0.2.1"})[0] == 429
         assert served.ask("/health", headers={"X-Forwarded-For": "192.0.2.2"})[0] == 200
         for connection in held:
             connection.close()
-        time.sleep(0.3)
+        until(lambda: not served.guard._bodies._count)
         assert served.ask("/health", headers={"X-Forwarded-For": "192.0.2.1"})[0] == 200
 
 
@@ -153,8 +151,7 @@ def test_what_cannot_be_done_now_is_told_at_once(photos):
                 target=lambda: first.append(served.ask("/search", method="POST", body=content)[0])
             )
             asking.start()
-            while served.app.state.api._searches._free:
-                time.sleep(0.01)
+            until(lambda: not served.app.state.api._searches._free)
             status, headers, told = served.ask("/search", method="POST", body=content)
             assert (status, headers["retry-after"]) == (503, "2")
             assert "too much to do" in json.loads(told)["error"]
@@ -171,7 +168,8 @@ def test_a_client_that_takes_no_answer_is_cut_off(photos):
     with running(fake.FakeCollection(photos), limits, page=page) as served:
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(b"GET /config HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            time.sleep(2.5)
+            until(lambda: served.serving.server_state.connections)
+            until(lambda: not served.serving.server_state.connections)
             came = 0
             try:
                 while more := connection.recv(1 << 20):
@@ -195,8 +193,7 @@ def test_one_client_with_many_slow_photos_keeps_no_other_waiting(photos):
         slow = [threading.Thread(target=send, args=("192.0.2.1", b"hang ")) for _ in range(4)]
         for thread in slow:
             thread.start()
-        while served.app.state.api._decoding._count < 3:
-            time.sleep(0.01)
+        until(lambda: served.app.state.api._decoding._count >= 3)
         send("192.0.2.2", content)
         assert done[-1] == ("192.0.2.2", 200)
         assert len(done) <= 3  # after the one that was being decoded, not after all four
