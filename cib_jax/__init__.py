@@ -138,5 +138,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":  # as a string, which a Python that is too old reads, too: it is told by the door
     return sorted({*globals(), *__all__})

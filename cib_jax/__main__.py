@@ -3,8 +3,11 @@
 import sys
 
 from cib_jax import program
-from cib_jax.command.door import start
+from cib_jax.command import interpreter
 
 if __name__ == "__main__":
     sys.argv[0] = program.INSTALLED
+    interpreter.check()
+    from cib_jax.command.door import start
+
     start()
