@@ -1,18 +1,16 @@
 """The one door: flags in, one job out; a user's mistake told in one sentence."""
 
 import importlib
-import os
 import pathlib
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import app, flags, logging
 
 from cib_jax import program
 from cib_jax.command import flags as given
-from cib_jax.command import modes
+from cib_jax.command import interpreter, modes
 from cib_jax.command.parsing import parse
 from cib_jax.program import refuse
 
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
         "serve": "the same command serves again",
     }.get(mode, f"--mode={mode} --workdir={workdir} with the same config goes on with what is not done")
     keep_compilations()
-    if signal.getsignal(signal.SIGINT) is end_early:
+    if signal.getsignal(signal.SIGINT) is interpreter.end_early:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with endings.in_words(goes_on, given.WORKDIR.value or ""):
         if "coordinator" in given.FLAGS_OF.get(mode, ()):
@@ -87,19 +85,8 @@ def main(arguments: Sequence[str]) -> None:
             modes.use(mode, workdir, config_named=bool(arguments[1:]))
 
 
-def end_early(number: int, *_: object) -> NoReturn:
-    """Ends the program on SIGTERM or Ctrl-C while nothing is begun."""
-    by = "Stopped by SIGTERM" if number == signal.SIGTERM else "\nInterrupted"
-    told = f"{by} before anything began; the same command starts again.\n"
-    os.write(2, (program.says(told) if number == signal.SIGTERM else told).encode())
-    os._exit(75 if number == signal.SIGTERM else 130)  # 75 as `preemption.CODE`, which is not imported yet
-
-
 def start() -> None:
     """Starts the program, for the file that Python runs, whose docstring stands above --help."""
-    signal.signal(signal.SIGTERM, end_early)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
-        signal.signal(signal.SIGINT, end_early)
     program.HINT.show(LOADING)
     for flag in flags.FLAGS.get_flags_for_module(given.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help tells of these alone
