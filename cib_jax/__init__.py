@@ -140,5 +140,5 @@ if not TYPE_CHECKING:  # a checker would take any name at all for one that is fo
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":  # as a string, which a Python that is too old reads, too: it is told by the door
     return sorted({*globals(), *__all__})

@@ -101,6 +101,13 @@ def locate(backbone_name: str) -> Source:
     return _fetched(backbone_name, REPOSITORIES[backbone_name])
 
 
+def to_fetch(backbone_name: str) -> str:
+    """Returns the address on the hub of weights that `locate` would have to fetch, "" for those that are here."""
+    if backbone_name not in REPOSITORIES or _cached(REPOSITORIES[backbone_name]):
+        return ""
+    return f"https://huggingface.co/{REPOSITORIES[backbone_name].name}"
+
+
 def given(path: str) -> Source:
     """Returns the file that the user named; "name-1a2b3c4d.pth" is PyTorch's way to name a file by its SHA-256."""
     named = re.search(r"-([0-9a-f]{8,64})\.pth$", path)
@@ -123,6 +130,13 @@ def _installed(backbone_name: str, package: Package) -> Source:
     return Source(pathlib.Path(spec.origin).parent / package.file, package.sha256, remedy)
 
 
+def _cached(repository: Repository) -> str:
+    import huggingface_hub
+
+    path = huggingface_hub.try_to_load_from_cache(repository.name, repository.file)
+    return path if isinstance(path, str) else ""
+
+
 def _fetched(backbone_name: str, repository: Repository) -> Source:
     # Imported here: the hub is asked only by those who want what lies there.
     import huggingface_hub
@@ -130,7 +144,8 @@ def _fetched(backbone_name: str, repository: Repository) -> Source:
     told = huggingface_hub.logging.get_verbosity()
     huggingface_hub.logging.set_verbosity_error()  # offline it would tell of each of its retries, twice
     try:
-        path = huggingface_hub.hf_hub_download(repository.name, repository.file)
+        # What is here is taken: the hub would be asked at every start whether it is still so, and waited for offline.
+        path = _cached(repository) or huggingface_hub.hf_hub_download(repository.name, repository.file)
     # All of them: besides its own errors the hub lets through those of its HTTP library, which changed once.
     except Exception as error:
         raise WeightsError(

@@ -1,6 +1,7 @@
 """Reaching LanceDB, and what goes wrong with it told in a sentence."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator
@@ -13,6 +14,19 @@ class TableError(Refusal):
     """An index cannot be read, written or used; the message names it and what to do."""
 
 
+_MISSING = "--index: LanceDB is not installed; pip install 'cib-jax[search]'"
+
+
+def check_installed() -> None:
+    """Checks, without importing it, that LanceDB is there: before photos are learnt from, which takes minutes.
+
+    Raises:
+      TableError: it is not installed.
+    """
+    if importlib.util.find_spec("lancedb") is None:
+        raise TableError(_MISSING)
+
+
 def connected(uri: str) -> Any:
     """Returns LanceDB's connection to a place: a folder, which it makes, or what else it takes.
 
@@ -22,7 +36,7 @@ def connected(uri: str) -> Any:
     try:
         import lancedb
     except ImportError as error:
-        raise TableError("--index: LanceDB is not installed; pip install 'cib-jax[search]'") from error
+        raise TableError(_MISSING) from error
     with told(uri, "reached"):
         return lancedb.connect(uri)
 

@@ -1,20 +1,20 @@
 """The one door: flags in, one job out; a user's mistake told in one sentence."""
 
 import importlib
-import os
 import pathlib
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import app, flags, logging
 
 from cib_jax import program
 from cib_jax.command import flags as given
-from cib_jax.command import modes
+from cib_jax.command import interpreter, modes
 from cib_jax.command.parsing import parse
 from cib_jax.program import refuse
+
+LOADING = "Loading JAX and what else is needed; the first start takes longest"
 
 
 def keep_compilations() -> None:
@@ -47,11 +47,13 @@ def main(arguments: Sequence[str]) -> None:
     if "index" in given.FLAGS_OF[mode]:
         modes.check_index(mode, workdir, config_named=bool(arguments[1:]))
 
+    program.HINT.show(LOADING)
     # Only now, so that a mistake in the flags is told at once.
-    from cib_jax.devices import rendezvous
+    from cib_jax.devices import available, rendezvous
     from cib_jax.jobs import endings, preemption
     from cib_jax.jobs.workdir import default_name
 
+    job = getattr(importlib.import_module(f"cib_jax.jobs.{mode}"), mode)
     endings.quieten_background()
     if begins and workdir is None:
         workdir = default_name(given.CONFIG.value, mode)
@@ -65,13 +67,17 @@ def main(arguments: Sequence[str]) -> None:
         "serve": "the same command serves again",
     }.get(mode, f"--mode={mode} --workdir={workdir} with the same config goes on with what is not done")
     keep_compilations()
+    if signal.getsignal(signal.SIGINT) is interpreter.end_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with endings.in_words(goes_on, given.WORKDIR.value or ""):
         if "coordinator" in given.FLAGS_OF.get(mode, ()):
             modes.join(mode)
+        else:
+            available.set_up(lambda words: program.tell(program.says(words)))
         rendezvous.check_alone()
         preemption.listen()
         if begins:
-            getattr(importlib.import_module(f"cib_jax.jobs.{mode}"), mode)(given.CONFIG.value, workdir)
+            job(given.CONFIG.value, workdir)
         elif "index" in given.FLAGS_OF[mode]:
             modes.look_up(mode, workdir, config_named=bool(arguments[1:]))
         else:
@@ -79,16 +85,9 @@ def main(arguments: Sequence[str]) -> None:
             modes.use(mode, workdir, config_named=bool(arguments[1:]))
 
 
-def end_early(*_: object) -> NoReturn:
-    """Ends the program on SIGTERM while nothing is begun."""
-    told = program.says("Stopped by SIGTERM before anything began; the same command starts again.\n")
-    os.write(2, told.encode())
-    os._exit(75)  # as `preemption.CODE`, which is not imported yet
-
-
 def start() -> None:
     """Starts the program, for the file that Python runs, whose docstring stands above --help."""
-    signal.signal(signal.SIGTERM, end_early)
+    program.HINT.show(LOADING)
     for flag in flags.FLAGS.get_flags_for_module(given.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help tells of these alone
     app.run(main, flags_parser=parse)

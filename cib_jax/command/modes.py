@@ -1,7 +1,6 @@
 """Each mode's job with what the flags say of it."""
 
 import pathlib
-import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -16,15 +15,16 @@ def join(mode: str) -> None:
     import jax
 
     from cib_jax.config import WHERE, flatten
-    from cib_jax.devices import processes, rendezvous
+    from cib_jax.devices import available, processes, rendezvous
     from cib_jax.jobs import endings
 
     def tell(words: str) -> None:
-        print(program.says(words), file=sys.stderr, flush=True)
+        program.tell(program.says(words))
 
     rendezvous.join(
         given.COORDINATOR.value, given.PROCESS.value, given.PROCESSES.value, detect=given.DISTRIBUTED.value, tell=tell
     )
+    available.set_up(tell)
     if processes.several():
         if not processes.first():
             tell(f"process {jax.process_index()} of {jax.process_count()} has joined; the first one reports")

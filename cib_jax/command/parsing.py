@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import pathlib
 import re
 import runpy
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+from cib_jax import program
 from cib_jax.command import experiments
 from cib_jax.command.flags import DEFAULT_CONFIG, INDEX_CONFIG
 from cib_jax.fields import flatten
@@ -31,6 +33,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
     # First of all, wherever the user put it: its fields can be set only once it is read.
     # ml_collections looks for the fields in sys.argv itself.
     sys.argv[:] = [others[0], f"--config={file}", *others[1:]]
+    program.HINT.clear()  # --help is printed here
     try:
         rest = flags.FLAGS(sys.argv)
     except (flags.Error, ValueError, TypeError) as error:
@@ -87,9 +90,15 @@ def _check_fields(path: str, arguments: Sequence[str]) -> None:
         name = match.group(1)
         if name in groups:
             refuse(f"--config.{name}: it is a group; set one of its fields, such as {_first_of(fields, name)}")
-        near = [full for full in fields if full.endswith("." + name)] or difflib.get_close_matches(name, fields, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        refuse(f"--config.{name}: there is no such field; {hint}Fields: {', '.join(sorted(fields))}")
+        near = [full for full in fields if full.endswith("." + name)] or difflib.get_close_matches(name, fields, 3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        refuse(f"--config.{name}: there is no such field; {hint}{_nearest(experiments.FOLDER)}/default.py has them all")
+
+
+def _nearest(folder: pathlib.Path) -> pathlib.Path:
+    """Returns a folder as the user would name it from here."""
+    here = pathlib.Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _first_of(fields: dict, group: str) -> str:

@@ -10,8 +10,8 @@ import ml_collections
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from cib_jax import from_config
-from cib_jax.config import ADDED, MAY_CHANGE, MEASURING, check, differences, flatten
+from cib_jax import __version__, from_config
+from cib_jax.config import ADDED, FIELDS, MAY_CHANGE, MEASURING, check, differences, flatten
 from cib_jax.encoder import Params
 from cib_jax.training import place
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
@@ -25,10 +25,11 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     Raises:
       CheckpointError: there is no run in `workdir`.
     """
-    path = workdir / "config.json"
+    path, flat = workdir / "config.json", {}
     try:
         config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-        lacking = {name: value for name, value in ADDED.items() if name not in flatten(config)}
+        flat = flatten(config)
+        lacking = {name: value for name, value in ADDED.items() if name not in flat}
         config = ml_collections.ConfigDict(_with(config.to_dict(), lacking))
         check(config)
     except OSError as error:
@@ -37,7 +38,13 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
             "--workdir of a training run"
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: the file is damaged ({error}); restore it from a copy or train again") from None
+        if flat.keys() == FIELDS.keys() or len(flat.keys() & FIELDS.keys()) < len(FIELDS) / 2:
+            damaged = f"{path}: the file is damaged ({error}); restore it from a copy or train again"
+            raise CheckpointError(damaged) from None
+        raise CheckpointError(
+            f"{path}: it does not fit this version of cib_jax, {__version__} ({error}); take the version that "
+            "the run was made with, which its results.json names, or train again in another --workdir"
+        ) from None
     return config
 
 

@@ -15,6 +15,7 @@ from cib_jax import from_config
 from cib_jax.jobs import cells, report, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.cells import Cell
+from cib_jax.jobs.presenting import say
 from cib_jax.objective import OBJECTIVES
 from cib_jax.report import many_runs, published, tables
 from cib_jax.report.page import Grid, Section, render
@@ -44,12 +45,10 @@ def compare(
     wanted = _cells(config, workdir)
     workdir_lib.adopt(workdir, config, "comparison")
     processes = min(workers.room(config.compare.workers), len(wanted))
-    console.print(
+    say(
+        console,
         f"{len(wanted)} cells, {sum(cells.finished(one) is not None for one in wanted)} of them measured already; "
         f"{processes} process{'es' if processes > 1 else ''} at work in {workdir}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
 
     def conclude() -> tuple[dict[str, Any], bool]:
@@ -86,11 +85,9 @@ def _work(fields: dict[str, Any], workdir: str, begun: float, shows: bool) -> No
         done = [found for other in wanted if (found := cells.finished(other))]
         _check_alike(done, pathlib.Path(workdir))
         told = f"MAP {_shown(results['map'])}" if results else cells.refused(one)
-        console.print(
+        say(
+            console,
             f"{len(done)} of {len(wanted)}: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {told}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
         )
 
 
@@ -136,22 +133,10 @@ def _conclude(
         console.print(_on_screen(table))
     for one in missing:
         if why := cells.refused(one):
-            console.print(
-                f"Refused: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {why}",
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
-            )
+            say(console, f"Refused: {one.method.title}, {one.config.bits} bits, seed {one.config.seed}: {why}")
     if waiting := sum(not cells.refused(one) for one in missing):
-        console.print(
-            f"{waiting} cells are with other processes; run again when they are done", highlight=False, markup=False
-        )
-    console.print(
-        f"Written to {workdir}: comparison.csv, .md, .tex and .json; pictured in {page}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+        say(console, f"{waiting} cells are with other processes; run again when they are done")
+    say(console, f"Written to {workdir}: comparison.csv, .md, .tex and .json; pictured in {page}")
     return comparison
 
 

@@ -7,6 +7,7 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
+from cib_jax import program
 from cib_jax.collection.collection import Collection, Photo
 from cib_jax.data.all_cores import in_order
 from cib_jax.data.difference_hash import BITS, difference_hash
@@ -52,6 +53,7 @@ def duplicates(
         raise presenting.PresentingError(f"--radius: wanted 0 bits or more, got {radius}")
     presenting.check_format(form)
     sheet = presenting.check_sheet(show)
+    program.HINT.show(f"Opening {uri}")
     collection = Collection.open(uri)
     radius = collection.bits // 16 if radius is None else radius
     groups = collection.groups(radius)

@@ -34,7 +34,7 @@ def quieten_background() -> None:
         if str(error) not in told:
             told.add(str(error))
             words = f"in the background: {kind.__name__}: {str(error).partition(chr(10))[0]}"
-            print(program.says(words), file=sys.stderr)
+            program.tell(program.says(words))
 
     def tell(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -65,22 +65,22 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
         yield
     except processes.SharedRefusal as error:
         words = str(error) if processes.first() else "refused; the first process says why"
-        print(program.says(words), file=sys.stderr)
+        program.tell(program.says(words))
         sys.exit(2)
     except Refusal as error:
         # What is left of a save that failed, too, would tell of it while Python is taken down.
-        at_once = processes.several() or isinstance(error, SaveError)
+        at_once = _several() or isinstance(error, SaveError)
         _end(2, program.says(str(error)), at_once=at_once, workdir=workdir)
     except OSError as error:
         told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
         _end(2, program.says(told), at_once=True, workdir=workdir)  # libraries would try to write once more
     except preemption.Preempted as error:
-        _end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not processes.several())
+        _end(preemption.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not _several())
     except KeyboardInterrupt:
         # At once: everything is written and closed by now, and XLA may crash if Python is taken down while it computes.
         _end(130, f"\nInterrupted; {goes_on}.", at_once=True, workdir=workdir)
     except Exception as error:
-        if not processes.several():
+        if not _several():
             raise
         # An orderly end would wait for the others, who wait for this one.
         if not processes.is_loss_of_another(error):
@@ -90,6 +90,12 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
         code, told = _last_words(workdir) or (preemption.CODE, "it was killed, or its machine is gone")
         again = "; the same commands go on from the last checkpoint" if code == preemption.CODE else ""
         _end(code, program.says(f"another process of this run ended: {told}{again}"), at_once=True)
+
+
+def _several() -> bool:
+    with contextlib.suppress(RuntimeError, AssertionError):  # where JAX finds no device, there is no other process
+        return processes.several()
+    return False
 
 
 def forget(workdir: str) -> None:
@@ -106,7 +112,7 @@ def watch(workdir: str) -> None:
         if _ENDING.is_set():
             return  # they are this one's own
         code, told = found
-        print(program.says(f"another process of this run ended: {told}"), file=sys.stderr, flush=True)
+        program.tell(program.says(f"another process of this run ended: {told}"))
         os._exit(code)
 
     threading.Thread(target=look, daemon=True).start()
@@ -128,13 +134,12 @@ def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRetu
 
     Where several processes share `workdir`, the first that ends leaves word there; "" leaves none.
     """
-    print(message, file=sys.stderr)
+    program.tell(message)
     sys.stdout.flush()
-    sys.stderr.flush()
     if not at_once:
         sys.exit(code)
     _ENDING.set()
-    if processes.several():
+    if _several():
         if workdir and _last_words(workdir) is None:
             with contextlib.suppress(OSError):
                 words = message.strip().removeprefix(program.says(""))

@@ -15,12 +15,14 @@ from jaxtyping import UInt8
 
 import cib_jax
 from cib_jax import config as config_lib
+from cib_jax import program
 from cib_jax.devices import processes
 from cib_jax.encoder import Params
 from cib_jax.hashing.restoring import check_fingerprint, read_config, read_standard, restore_best
 from cib_jax.jobs import features, over_processes
 from cib_jax.jobs import setting as setting_lib
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.presenting import say
 from cib_jax.jobs.setting import Setting
 from cib_jax.retrieval import health, metrics
 from cib_jax.training.checkpoint import Progress
@@ -68,13 +70,12 @@ def _evaluate(
         params, progress, extra = restore_best(workdir, setting.initial, config)
         check_fingerprint(setting.fingerprint, extra, workdir)
     if not progress.finished:
-        console.print(
+        say(
+            console,
             f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; measuring its last checkpoint",
-            soft_wrap=True,
-            markup=False,
         )
     if changed := setting_lib.changed_data(setting, extra):
-        console.print(f"{workdir}: {changed}; measuring on those of now", soft_wrap=True, markup=False)
+        say(console, f"{workdir}: {changed}; measuring on those of now")
     # results.json is the finished run's own: other figures stand beside it.
     whole = progress.finished and config.k == trained_k and not changed
     name = "results.json" if whole else f"results-epoch{progress.epoch}-k{setting.protocol.k or 'all'}.json"
@@ -173,14 +174,15 @@ def _write(
             workdir_lib.write_json(workdir / "codes" / f"{side}_names.json", list(images.names))
     workdir_lib.write_json(workdir / name, results)
     _print(results, setting)
-    setting.console.print(f"Written to {workdir / name}", soft_wrap=True, markup=False)
+    say(setting.console, f"Written to {workdir / name}")
     if config.report.write:
         from cib_jax.jobs import report  # with Matplotlib, which takes a while
 
+        program.HINT.show("Drawing the report")
         # Beside results.json lies report/, beside another file a folder of its own.
         folder = workdir / name.removesuffix(".json").replace("results", "report")
         page = report.write(setting, query, database, results, folder)
-        setting.console.print(f"Pictured in {page}", soft_wrap=True, markup=False, highlight=False)
+        say(setting.console, f"Pictured in {page}")
 
 
 def _results(

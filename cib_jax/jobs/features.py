@@ -22,6 +22,7 @@ from cib_jax.hashing.coding import plain_features
 from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs import feature_cache, progress
 from cib_jax.jobs.feature_cache import DamagedError, FeatureCache
+from cib_jax.jobs.presenting import say
 from cib_jax.jobs.setting import Batches, Setting
 from cib_jax.training import view_bank
 
@@ -242,7 +243,7 @@ class _Kept:
         try:
             features = self.cache.read(part, shape, dtype)
         except DamagedError as error:
-            self.console.print(f"{error}; it is computed again", soft_wrap=True, markup=False)
+            say(self.console, f"{error}; it is computed again")
             return None
         except OSError as error:
             self._give_up(error)
@@ -268,17 +269,16 @@ class _Kept:
 
     def _give_up(self, error: OSError) -> None:
         assert self.cache is not None
-        self.console.print(
+        say(
+            self.console,
             f"Features are not kept for later runs: {error.filename or self.cache.folder}: {error.strerror or error}; "
             "this run goes on without, --config.cache.dir=DIR names another place",
-            soft_wrap=True,
-            markup=False,
         )
         self.cache = None
 
     def tell(self, what: str) -> None:
         if self.cache is not None and self.found:
-            self.console.print(f"{what}: read from {self.cache.folder}", soft_wrap=True, markup=False, highlight=False)
+            say(self.console, f"{what}: read from {self.cache.folder}")
 
 
 @functools.cache

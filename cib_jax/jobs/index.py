@@ -71,12 +71,14 @@ def index(
       console: where to report.
 
     Raises:
-      TableError: the index cannot be read or written, was made by another encoder, or of other photos.
+      TableError: LanceDB is not installed, or the index cannot be read or written, was made by another encoder, or of
+        other photos.
       DataError: there are no photos, or they cannot be reached.
       ConfigError: a field cannot be set.
       CheckpointError, SavedError, WeightsError: there is no encoder in `workdir`.
     """
     named, uri, console = str(uri), lance.place_of(uri), console or rich.console.Console()
+    lance.check_installed()
     config_lib.check(config)
     given = agreement.given(workdir, config, overrides or {}) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None

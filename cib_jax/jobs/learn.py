@@ -17,7 +17,7 @@ from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
 from cib_jax.devices import parallel
 from cib_jax.hashing.hasher import Hasher
-from cib_jax.jobs import progress
+from cib_jax.jobs import progress, setting
 from cib_jax.jobs.presenting import say
 
 FEWEST = 16
@@ -43,6 +43,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
     if config.backbone == "none":
         raise config_lib.ConfigError("config.backbone: 'none' is for features; photos need a network")
     pretrained = registry.get(config.backbone).convert is not None
+    setting.tell_of_fetching(config, console)
     params = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
     images = _drawn(found, config, console)
     if len(images) < FEWEST:

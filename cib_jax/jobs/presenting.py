@@ -11,7 +11,7 @@ import rich.console
 import rich.text
 from jaxtyping import UInt8
 
-from cib_jax import atomic
+from cib_jax import atomic, program
 from cib_jax.collection.collection import Photo
 from cib_jax.data import photos
 from cib_jax.data.names import printable
@@ -29,12 +29,17 @@ class PresentingError(Refusal):
 
 
 def say(console: rich.console.Console, sentence: str) -> None:
-    """Prints a sentence, whatever is in it, on one line."""
-    console.print(shown(sentence), soft_wrap=True, markup=False, highlight=False, emoji=False)
+    """Prints a sentence, whatever is in it, on one line; a terminal's are broken between words, never in a path."""
+    program.HINT.clear()
+    words = shown(sentence)
+    if console.is_terminal:
+        words = rich.text.Text(program.broken(words.plain, console.width))
+    console.print(words, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def line(console: rich.console.Console, content: dict[str, Any]) -> None:
     """Prints a line of JSON."""
+    program.HINT.clear()
     # Past the console, which would break and colour it.
     console.file.write(json.dumps(content, ensure_ascii=False) + "\n")
     console.file.flush()

@@ -8,13 +8,19 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
+from cib_jax import program
+
 LINE_EVERY = 10.0
 """Seconds between lines where the output is no terminal; the first comes after a third of them."""
+
+RATED_AFTER = 0.2
+"""Seconds after which images/s are told."""
 
 
 @contextlib.contextmanager
 def bar(console: rich.console.Console, what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
     """Yields a function of (images more, words about them) that moves a bar on, with images/s and the time left."""
+    program.HINT.clear()
     if console.is_terminal:
         columns = (
             rich.progress.TextColumn(what),
@@ -38,9 +44,8 @@ def bar(console: rich.console.Console, what: str, total: int, done: int = 0) -> 
             told, wait = time.monotonic(), LINE_EVERY
             seconds = (told - begun) * (total - done) / max(done - before, 1)
             left = f", {datetime.timedelta(seconds=round(seconds))} left" if done < total else ""
-            console.print(
-                f"{what}: {done:,} of {total:,}, {words}{left}", highlight=False, soft_wrap=True, markup=False
-            )
+            told_of = ", ".join(filter(None, (f"{what}: {done:,} of {total:,}", words)))
+            console.print(f"{told_of}{left}", highlight=False, soft_wrap=True, markup=False)
 
     yield _rated(line)
 
@@ -51,7 +56,9 @@ def _rated(show: Callable[[int, str], None]) -> Callable[[int, str], None]:
     def moved(more: int, words: str = "") -> None:
         nonlocal images
         images += more
-        rate = f"{images / max(time.monotonic() - begun, 1e-9):,.0f} images/s"
-        show(more, f"{words}, {rate}" if words else rate)
+        seconds = time.monotonic() - begun
+        # Steps that are only sent on their way took no time.
+        rate = f"{images / seconds:,.0f} images/s" if seconds > RATED_AFTER else ""
+        show(more, ", ".join(filter(None, (words, rate))))
 
     return moved

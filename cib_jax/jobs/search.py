@@ -10,6 +10,7 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
+from cib_jax import program
 from cib_jax.collection.collection import Collection, Hit, Photo
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
@@ -87,6 +88,7 @@ def search(
     _check(k, radius, kind)
     presenting.check_format(form)
     sheet = presenting.check_sheet(show)
+    program.HINT.show(f"Opening {uri}")
     collection = Collection.open(uri, kind=kind, settings=settings)
     if not len(collection):
         raise SearchJobError(f"--index: {collection.uri} holds no photo yet; run --mode=index again")

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from cib_jax import from_config
-from cib_jax.backbones import fine_tuning
+from cib_jax.backbones import fine_tuning, sources
 from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.names import printable
@@ -28,6 +28,7 @@ from cib_jax.devices import parallel, processes
 from cib_jax.encoder import Encoder, Params
 from cib_jax.jobs import feature_cache, progress
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.presenting import say
 from cib_jax.views import feature_views
 from cib_jax.views.feature_views import Standard
 
@@ -131,8 +132,16 @@ def prepare(
     splits = from_config.draw_splits(config, source)
     if config.backbone == "none" and not trained:
         standard = feature_views.standard(_blocks(splits.train))
+    tell_of_fetching(config, console)
     encoder, initial, frozen, fingerprint = from_config.encoder(config, trained=trained, standard=standard)
     return Setting(config, workdir, console, protocol, source, splits, standard, encoder, initial, frozen, fingerprint)
+
+
+def tell_of_fetching(config: ml_collections.ConfigDict, console: rich.console.Console) -> None:
+    """Tells that a backbone's weights are fetched now, which takes minutes, or long to fail."""
+    address = "" if config.backbone_weights else sources.to_fetch(config.backbone)
+    if address:
+        say(console, f"Fetching the weights of {config.backbone} from {address}, once")
 
 
 def _blocks(items: ImageSet) -> Iterator[Float[np.ndarray, "rows *views features"]]:
@@ -165,7 +174,7 @@ def _tell(
       DataError: more than `data.max_bad_fraction` could not be.
     """
     for note in source.notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        say(console, note)
     path = workdir / "unreadable.csv"
     bad = source.unreadable
     if not bad:
@@ -184,7 +193,7 @@ def _tell(
             f"config.data.dir: {told} (the first: {shown}: {bad[0].reason}), more than config.data.max_bad_fraction="
             f"{config.data.max_bad_fraction}; mend or remove them, or raise that limit"
         )
-    console.print(f"{told}; the others are used", soft_wrap=True, markup=False, highlight=False)
+    say(console, f"{told}; the others are used")
 
 
 def check_alike(setting: Setting) -> None:

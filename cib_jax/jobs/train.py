@@ -23,6 +23,7 @@ from cib_jax.hashing.restoring import check_fingerprint, restore_best
 from cib_jax.jobs import evaluate, features, ownership, preemption, progress, setting, teaching, validation
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.ownership import Owned
+from cib_jax.jobs.presenting import say
 from cib_jax.jobs.setting import Setting
 from cib_jax.objective import OBJECTIVES
 from cib_jax.training import accumulation, feed, loop, writers
@@ -78,10 +79,9 @@ def train(
         with processes.agreed():
             workdir_lib.check_owner(workdir, config)
         if results := _finished(workdir, config):
-            console.print(
+            say(
+                console,
                 f"{workdir} holds a finished run of this config; --mode=evaluate --workdir={workdir} measures it again",
-                soft_wrap=True,
-                markup=False,
             )
             return results
         # What the first process downloads, decodes and keeps is there for the others.
@@ -92,17 +92,16 @@ def train(
             workdir_lib.write_json(workdir / "config.json", config.to_dict())
         splits = run.splits
         network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
-        console.print(
+        say(
+            console,
             f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
             f"{len(splits.database):,} in the database; {network}, "
-            f"{config.bits} bits, {config.objective}; in {workdir}\n{evaluate.protocol_in_words(run)}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+            f"{config.bits} bits, {config.objective}; in {workdir}",
         )
+        say(console, evaluate.protocol_in_words(run))
         if over:
             several = f"{jax.process_count()} processes with " if processes.several() else ""
-            console.print(f"{several}{over.size} devices share each batch")
+            say(console, f"{several}{over.size} devices share each batch")
         bank_seconds = _train(run, over)
         params, now, _ = restore_best(workdir, run.initial, config)
         return evaluate.measure(run, params, now, bank_seconds)
@@ -151,7 +150,7 @@ def _train(run: Setting, over: Mesh | None) -> float:
                         f"config.data.dir: {changed}, so it cannot go on to the same result; put the data back, or "
                         "train again in another --workdir"
                     )
-            run.console.print(f"Going on after {_place(now, config).rstrip(',')}")
+            say(run.console, f"Going on after {_place(now, config).rstrip(',')}")
         if not now.finished:
             with _log(run, now) as log:
                 coordinates = _taught(run, over)
@@ -189,7 +188,7 @@ def _place(now: Progress, config: ml_collections.ConfigDict) -> str:
 
 
 def _told_by(run: Setting) -> Callable[[str], None]:
-    return lambda words: run.console.print(words, soft_wrap=True, markup=False, highlight=False)
+    return lambda words: say(run.console, words)
 
 
 @contextlib.contextmanager
@@ -232,7 +231,7 @@ def _loop(
             record: dict[str, Any] = {"epoch": at.epoch, **report.terms, "images_per_second": report.images_per_second}
             if report.validation_map is not None:
                 record["validation_map"] = report.validation_map
-                run.console.print(f"Epoch {at.epoch}: validation MAP {report.validation_map:.4f}")
+                say(run.console, f"Epoch {at.epoch}: validation MAP {report.validation_map:.4f}")
             if log is not None:
                 log.write(at.step, record)
             due = at.epoch % config.train.checkpoint_every == 0

@@ -15,6 +15,7 @@ from cib_jax import from_config
 from cib_jax.devices.parallel import DevicesError
 from cib_jax.jobs import report, scores, space, workers
 from cib_jax.jobs import workdir as workdir_lib
+from cib_jax.jobs.presenting import say
 from cib_jax.jobs.train import TrainingError, train
 from cib_jax.report import many_runs, tables
 from cib_jax.report.page import Grid, Picture, Section, render
@@ -62,12 +63,10 @@ def tune(
     trials = _trials(config, drawn_from)
     processes = 1 if tuned.sampler == "tpe" else min(workers.room(tuned.workers), trials)
     done = sum(_read(workdir, number) is not None for number in range(trials))
-    console.print(
+    say(
+        console,
         f"{trials} trials, {done} of them done already, {tuned.sampler} over {', '.join(drawn_from)}; best by "
         f"{tuned.score}; {processes} process{'es' if processes > 1 else ''} at work in {workdir}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
 
     def conclude() -> tuple[dict[str, Any], bool]:
@@ -116,12 +115,7 @@ def _work(fields: dict[str, Any], folder: str, shows: bool) -> None:
         except workdir_lib.BusyError:
             continue
         told = f"{tuned.score} {trial['value']:.4f}" if trial["value"] is not None else trial["error"]
-        console.print(
-            f"Trial {number + 1} of {trials}: {_in_words(params)}: {told}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+        say(console, f"Trial {number + 1} of {trials}: {_in_words(params)}: {told}")
 
 
 def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, folder: pathlib.Path) -> Trial:
@@ -169,11 +163,9 @@ def _conclude(
     good = [trial for trial in done if trial["value"] is not None]
     for trial in done:
         if trial["error"]:
-            console.print(f"Trial {trial['number'] + 1} failed: {trial['error']}", soft_wrap=True, markup=False)
+            say(console, f"Trial {trial['number'] + 1} failed: {trial['error']}")
     if waiting := trials - len(done):
-        console.print(
-            f"{waiting} trials are with other processes; run again when they are done", highlight=False, markup=False
-        )
+        say(console, f"{waiting} trials are with other processes; run again when they are done")
     if not good and waiting:
         return {"score": config.tune.score, "best": None, "rank_correlation": {}, "trials": done}
     if not good:
@@ -197,20 +189,10 @@ def _conclude(
     console.print(_table(config, good))
     for against, found in search["rank_correlation"].items():
         told = ", ".join(f"{name} {value:+.2f}" for name, value in found.items())
-        console.print(
-            f"Rank correlation with {against} over {len(good)} trials: {told}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+        say(console, f"Rank correlation with {against} over {len(good)} trials: {told}")
     flags = " ".join(f"--config.{name}={value}" for name, value in best["params"].items())
-    console.print(f"Best by {config.tune.score}: {flags}", soft_wrap=True, markup=False, highlight=False)
-    console.print(
-        f"Written to {workdir}: search.csv and search.json; pictured in {page}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    say(console, f"Best by {config.tune.score}: {flags}")
+    say(console, f"Written to {workdir}: search.csv and search.json; pictured in {page}")
     return search
 
 

@@ -107,6 +107,7 @@ def _reads(mark: pathlib.Path, token: str) -> bool:
 
 @contextlib.contextmanager
 def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
+    new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         inside = {path.name for path in workdir.iterdir()} - {LAST_WORDS}
@@ -137,7 +138,13 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
             raise WorkdirError(
                 f"{workdir}: the file system cannot lock it ({error.strerror}); choose a --workdir on a local disk"
             ) from None
-        yield
+        try:
+            yield
+        except Refusal:
+            if new and [path.name for path in workdir.iterdir()] == [".lock"]:  # nothing was begun
+                (workdir / ".lock").unlink()
+                workdir.rmdir()
+            raise
 
 
 @contextlib.contextmanager

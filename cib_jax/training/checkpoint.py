@@ -26,6 +26,10 @@ class CheckpointError(Refusal):
     """There is no checkpoint, or it cannot be read; the message names the folder and what to do."""
 
 
+class OtherNetworkError(CheckpointError):
+    """A checkpoint is whole, but of a network with other parameters."""
+
+
 class SaveError(CheckpointError):
     """A checkpoint could not be written; those before it are whole."""
 
@@ -179,18 +183,21 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is none that can be read.
+          OtherNetworkError: the newest is another network's; nothing is renamed.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step, before in zip(steps, [*steps[1:], None], strict=True):
-            restored, wrong = None, ""
+            restored, wrong, whole = None, "", False
             try:
                 restored = self.restore(template, step)
             except CheckpointError as error:
-                wrong = str(error)
+                wrong, whole = str(error), isinstance(error, OtherNetworkError)
             # What one of several processes cannot read, none takes.
             wrong = next(filter(None, processes.gather_texts(wrong)), "")
             if restored and not wrong:
                 return restored
+            if whole:
+                raise OtherNetworkError(wrong)
             if before is None:
                 raise CheckpointError(wrong)
             what_is_wrong = wrong.partition(";")[0]
@@ -235,15 +242,20 @@ class Checkpoints:
           step: which checkpoint.
 
         Raises:
-          CheckpointError: there is none, it is damaged, or it belongs to another network.
+          CheckpointError: there is none, or it is damaged.
+          OtherNetworkError: it belongs to another network.
         """
         state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template)))
-        restored = self._read(
-            self.latest_step if step is None else step,
-            state=state,
-            progress=ocp.args.JsonRestore(),
-            extra=ocp.args.JsonRestore(),
-        )
+        try:
+            restored = self._read(
+                self.latest_step if step is None else step,
+                state=state,
+                progress=ocp.args.JsonRestore(),
+                extra=ocp.args.JsonRestore(),
+            )
+        except CheckpointError as error:
+            self._check_shapes(template, self.latest_step if step is None else step, error)
+            raise
         extra = dict(restored.extra)
         if extra.pop(CHECKSUM, None) not in (None, _checksum(restored.state)):
             folder = self.directory / str(self.latest_step if step is None else step)
@@ -252,6 +264,23 @@ class Checkpoints:
                 "folder to go on from the one before, or use another workdir"
             )
         return TrainState(**restored.state), Progress(**restored.progress), extra
+
+    def _check_shapes(self, template: TrainState, step: int | None, error: CheckpointError) -> None:
+        """Tells a checkpoint of other parameters from one that is damaged, by what it says of itself."""
+        folder = self.directory / str(step)
+        try:
+            theirs = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+        except Exception:  # Orbax raises many kinds: it is damaged, as was told
+            return
+        mine = _shapes(_as_dict(template))
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                there, here = (f"{found[name]}" if name in found else "absent" for found in (theirs, mine))
+                raise OtherNetworkError(
+                    f"{folder}: the checkpoint is of another network ({name.replace('/', '.')}: {there} there, {here} "
+                    "here), as of another version of cib_jax; go on with that version, or train again in another "
+                    "workdir"
+                ) from error
 
     def extra(self) -> dict[str, Any]:
         """Returns what was kept beside the newest checkpoint whose notes can be read, without reading its state.
@@ -299,6 +328,16 @@ def _checksum(state: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each leaf by its path, whether its parts are keys, numbers or attributes."""
+
+    def name(part: Any) -> str:
+        return str(next(getattr(part, field) for field in ("key", "idx", "name") if hasattr(part, field)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def cached(tmp_path: pathlib.Path, monkeypatch, data: bytes, sha256: str) -> pat
         path.parent.mkdir(parents=True)
     blob.write_bytes(data)
     link.symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file: str(link))
     return blob
 
@@ -165,6 +166,28 @@ def test_offline_the_hub_s_absence_is_one_clear_sentence(tmp_path, monkeypatch, 
     assert f"fetch {repository.address} elsewhere" in message
     assert "--config.backbone_weights=PATH" in message
     assert message.isprintable()
+
+
+def test_weights_that_are_in_the_hub_s_cache_ask_the_hub_nothing(tmp_path, monkeypatch, small_vgg):
+    """The cache is laid out as the hub lays it out; a request would be refused."""
+    repository = sources.REPOSITORIES["vgg16"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert sources.to_fetch("vgg16") == "https://huggingface.co/timm/vgg16.tv_in1k"
+    assert sources.to_fetch("efficientnet_lite0") == ""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / f"models--{repository.name.replace('/', '--')}"
+    data = safetensors.numpy.save(small_vgg)
+    for path in (folder / "refs" / "main", folder / "snapshots" / commit / repository.file, folder / "blobs" / "0"):
+        path.parent.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit / repository.file).write_bytes(data)
+
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
+    assert sources.to_fetch("vgg16") == ""
+    assert weights.load_pretrained("vgg16")["fc7"]["kernel"].shape == (3, 3)
 
 
 def test_where_the_hub_s_files_can_be_fetched():

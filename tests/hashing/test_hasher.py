@@ -1,6 +1,8 @@
 """The hasher: codes are the signs of the logits, however the images come."""
 
+import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import safetensors.numpy
 import cib_jax as cib
 from cib_jax.hashing import saved
 from cib_jax.views import feature_views
+from tests import small
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)
 
@@ -173,3 +176,12 @@ def test_places_where_no_hasher_can_be_saved_are_refused(hasher, tmp_path):
     with pytest.raises(saved.SavedError, match=r"hasher.safetensors: it cannot be written \(Not a directory"):
         hasher.save(tmp_path / "config.json" / "below")
     assert [path.name for path in pathlib.Path(tmp_path).iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(("change", "told"), [({"novel": 3}, "config.novel"), ({"temperature": None}, "temperature")])
+def test_a_run_of_another_version_is_not_called_damaged(tmp_path, change, told):
+    fields = {name: value for name, value in (small.config().to_dict() | change).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    message = rf"config.json: it does not fit this version of cib_jax, {re.escape(cib.__version__)} \(.*{told}"
+    with pytest.raises(cib.Refusal, match=message):
+        cib.Hasher.load(tmp_path)

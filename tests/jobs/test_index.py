@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import importlib.util
 import os
 import shutil
 import threading
@@ -427,3 +428,12 @@ def test_a_few_photos_are_learnt_from_by_a_pretrained_network(tmp_path):
     learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
     assert done == Indexed(40, 40, 0, 0, 0) and (learnt.encoder.bits, learnt.side) == (64, 160)
     assert held(tmp_path / "i") == expected(tmp_path / "photos", learnt)
+
+
+def test_without_lancedb_nothing_is_learnt_first(tmp_path, root, looked, monkeypatch):
+    """Photos were read and learnt from for minutes before it was told."""
+    original = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lancedb" else original(name))
+    with pytest.raises(TableError, match=r"LanceDB is not installed; pip install 'cib-jax\[search\]'"):
+        run(tmp_path / "i", root)
+    assert not looked and not (tmp_path / "i").exists()

@@ -321,6 +321,16 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
         cib.Hasher.load(tmp_path / "run")
 
 
+def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
+    """Without --workdir, every mistake left a folder under runs/."""
+    config = small.config(k=1501)
+    (tmp_path / "mine").mkdir()
+    for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
+        with pytest.raises(config_lib.ConfigError, match=r"config.k: 1501"):
+            train(config, workdir, console=console)
+    assert not (tmp_path / "new" / "run").exists() and (tmp_path / "mine").is_dir()
+
+
 def test_a_bank_too_large_for_its_limit_is_refused(tmp_path, console):
     config = small.config(
         backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=30

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress
+from cib_jax.training.checkpoint import CheckpointError, Checkpoints, OtherNetworkError, Progress
 from cib_jax.training.state import create_train_state
 
 OPTIMISER = optax.adam(1e-3)
@@ -138,10 +138,19 @@ def test_training_goes_on_over_a_damaged_checkpoint_of_the_same_step(tmp_path):
         assert int(checkpoints.restore(state_of(0.0))[0].step) == 2
 
 
-def test_another_networks_checkpoint_is_refused(tmp_path):
-    saved(tmp_path, [5])
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be read"),
-    ):
-        checkpoints.restore(state_of(0.0, width=9))
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda: state_of(0.0, width=9), r"head\.kernel: \(3, 4\) there, \(3, 9\) here"),
+        (lambda: dataclasses.replace(state_of(0.0), params={"tail": jnp.ones(2)}), "there, absent here"),
+    ],
+)
+def test_another_networks_checkpoint_is_refused_and_stays_where_it_is(tmp_path, other, told):
+    """It was taken for damaged: renamed, and the user told to remove it."""
+    saved(tmp_path, [4, 5])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with Checkpoints(tmp_path) as checkpoints:
+        for restore in (checkpoints.restore, checkpoints.restore_newest):
+            with pytest.raises(OtherNetworkError, match=rf"/5: the checkpoint is of another network \(.*{told}"):
+                restore(other())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
