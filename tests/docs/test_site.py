@@ -1,6 +1,7 @@
 """What the site does to a page's text: links that leave docs/, and equations."""
 
 import importlib.util
+import pathlib
 import re
 from xml.etree import ElementTree
 
@@ -9,16 +10,25 @@ import pytest
 from tests.docs import pages
 
 
-def hook(name: str):
+def hook(name: str, event: str = "on_page_markdown"):
     spec = importlib.util.spec_from_file_location(name, pages.DOCS / "site" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.on_page_markdown
+    return getattr(module, event)
 
 
 def test_a_link_out_of_the_docs_becomes_the_files_name():
     shown = hook("outside")("See [the page](data.md#a) and [routes.py](../cib_jax/web/routes.py).")
     assert shown == "See [the page](data.md#a) and `cib_jax/web/routes.py`."
+
+
+def test_the_link_to_the_repository_counts_no_stars():
+    """By the theme's own template, whose attribute makes its script ask GitHub."""
+    material = pytest.importorskip("material", reason="it comes with the extra docs")
+    (template,) = pathlib.Path(material.__file__).parent.glob("templates/partials/source.html")
+    page = template.read_text()
+    assert 'data-md-component="source"' in page
+    assert "data-md-component" not in hook("outside", "on_post_page")(page)
 
 
 def test_files_that_pages_link_to_are_there():

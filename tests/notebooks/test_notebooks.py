@@ -1,0 +1,237 @@
+"""The notebooks: every cell of a small run, what the saved copies show, and where they install cib_jax from."""
+
+import base64
+import importlib.metadata
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Callable
+
+import jax
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+import yaml
+
+from tests.data import miniature
+
+nbformat = pytest.importorskip("nbformat", reason="it comes with the extra test")
+pytest.importorskip("nbclient", reason="it comes with the extra test")
+pytest.importorskip("ipykernel", reason="it comes with the extra test")
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+BADGE = "https://colab.research.google.com/github/cib-jax/cib_jax/blob/main/notebooks/{}.ipynb"
+
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cifar_settings(folder: pathlib.Path) -> dict:
+    """A miniature CIFAR-10 in the layout of the real one."""
+    (folder / "tfds").mkdir()
+    small = {"image_size": 32, "views": 2, "epochs": 2, "train_per_class": 10, "k": 50, "mapped": 60}
+    return {"data_dir": str(miniature.prepare(folder / "tfds")), **small}
+
+
+# What makes a run of a notebook small, behind its parameters: settings, given an empty folder.
+SMALL: dict[str, Callable[[pathlib.Path], dict]] = {
+    "cib_cifar_tpu": cifar_settings,
+    "functional_api": lambda folder: {"steps": 3, "draws": 50},
+    "your_photos": lambda folder: {"sample_photos": 60, "views": 2, "epochs": 1, "stop_page": True},
+}
+# What a small run must print.
+SAYS = {"cib_cifar_tpu": "on 2 device(s)", "functional_api": "x: uint8 [1797, 8, 8, 3]"}
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook):
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def pictures(notebook):
+    data = [output.get("data", {}) for cell in code(notebook) for output in cell.outputs]
+    return [value for one in data for kind, value in one.items() if kind in ("image/png", "image/jpeg")]
+
+
+@every
+def test_every_cell_runs(path, tmp_path, monkeypatch):
+    """In an empty folder, by this clone's cib_jax, on two devices."""
+    assert path.stem in SMALL, f"{path.name} has no row in SMALL: the settings of a small run"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiled for seconds, run for moments
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    saved, small = read(path), SMALL[path.stem](tmp_path)
+    parameters = next(cell.source for cell in saved.cells if "parameters" in cell.metadata.get("tags", ()))
+    for name in small:  # any other would be set for nothing
+        assert re.search(rf"^([\w, ]+, )?{name}\b[\w, ]*=", parameters, re.MULTILINE), name
+    (tmp_path / "here").mkdir()
+    ran = script().executed(path, "\n".join(f"{name} = {small[name]!r}" for name in small), tmp_path / "here")
+    assert [cell.source for cell in ran.cells] == [cell.source for cell in saved.cells]
+    assert SAYS.get(path.stem, "") in printed(ran)
+    assert len(pictures(ran)) == len(pictures(saved))
+
+
+@every
+def test_the_saved_copy_was_run_from_top_to_bottom(path):
+    notebook = read(path)
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", output
+
+
+@every
+def test_the_saved_copy_shows_pictures_and_nothing_of_a_machine(path):
+    notebook, text = read(path), path.read_text(encoding="utf-8")
+    assert len(text) < 1.5e6
+    for picture in pictures(notebook):
+        assert min(PIL.Image.open(io.BytesIO(base64.b64decode(picture))).size) > 100
+    assert pictures(notebook)
+    assert '"iopub.' not in text and set(notebook.metadata) <= {"kernelspec", "language_info", "accelerator", "colab"}
+    assert notebook.metadata.language_info == {"name": "python"}
+    written = "".join(str(cell.get("outputs", "")) for cell in notebook.cells)
+    assert not re.search(r"/(home|root|Users|tmp|work|mnt)/", re.sub(r"'image/\w+': '[^']*'", "", written))
+
+
+@every
+def test_it_opens_in_colab_and_says_how_long_it_takes(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert f"]({BADGE.format(path.stem)})" in first.source
+    assert re.search(r"\bminutes?\b", first.source)
+    for page in ("README.md", "docs/index.md"):
+        assert BADGE.format(path.stem) in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_there_is_one_address():
+    """In what is installed, cited, built as pages, and in every badge, link and line of an installation."""
+    assert REPOSITORY == "https://github.com/cib-jax/cib_jax"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == REPOSITORY
+    assert re.findall(r"^repo_url: (.*)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE) == [REPOSITORY]
+    owner = REPOSITORY.removeprefix("https://github.com/")
+    for page in (*NOTEBOOKS, ROOT / "README.md", ROOT / "docs" / "index.md"):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)", text):
+            assert link == owner, (page, link)
+        for link in re.findall(r"github\.com/([\w-]+/cib_jax)\b", text):
+            assert link == owner, (page, link)
+    for path in NOTEBOOKS:
+        assert f"git+{REPOSITORY}" in code(read(path))[0].source
+
+
+def test_they_install_alike():
+    """The first cells differ in their first line alone: the extras, and how long it takes."""
+    cells = [code(read(path))[0].source for path in NOTEBOOKS]
+    assert len({cell.partition("\n")[2] for cell in cells}) == 1
+    extras = importlib.metadata.metadata("cib-jax").get_all("Provides-Extra")
+    for cell in cells:
+        first = re.fullmatch(r'EXTRAS, CPU_MINUTES = "(?:\[([\w,]+)\])?", \d+  # .*', cell.partition("\n")[0])
+        assert first and set((first[1] or "").split(",")) <= {"", *extras}
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Runs a first cell where cib_jax is not installed; returns what pip was asked for, once it has been."""
+    asked = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("glob.glob", lambda pattern: [])
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+    (tmp_path / "somewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "somewhere")
+
+    def run(pip=(0, "")):
+        def started(command, **_):
+            asked.append(command)
+            return types.SimpleNamespace(returncode=pip[0], stderr=pip[1])
+
+        monkeypatch.setattr(subprocess, "run", started)
+        exec(code(read(NOTEBOOKS[0]))[0].source, {})
+        (command,) = asked
+        assert command[:4] == [sys.executable, "-m", "pip", "install"]
+        return command[-2:]
+
+    return run
+
+
+def test_it_installs_from_github_where_there_is_no_clone(install, capsys):
+    assert install() == ["jax", f"cib-jax @ git+{REPOSITORY}"]
+    assert capsys.readouterr().out.startswith(f"CPU, {os.cpu_count()} cores: on two, this notebook takes about ")
+
+
+def test_it_installs_from_the_clone_that_it_lies_in(install, monkeypatch):
+    monkeypatch.chdir(FOLDER)
+    assert install() == ["jax", f"cib-jax @ {ROOT.as_uri()}"]
+
+
+def test_a_tpu_gets_jax_for_tpus(install, monkeypatch):
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5e-1")
+    assert install()[0] == "jax[tpu]"
+
+
+def test_an_nvidia_gpu_gets_jax_for_cuda(install, monkeypatch):
+    monkeypatch.setattr("glob.glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    assert install()[0] == "jax[cuda12]"
+
+
+def test_an_installation_that_fails_is_told_in_a_sentence(install):
+    told = r"could not be installed from git\+https.* \(fatal: no such host\): mend that"
+    with pytest.raises(SystemExit, match=told):
+        install((1, "error: subprocess-exited-with-error\nfatal: no such host\nnote: and so on"))
+
+
+def test_a_library_that_was_loaded_before_wants_a_restart(install, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "pillow" else sys_version(name))
+    with pytest.raises(SystemExit, match="Restart the session and run this cell again: an older PIL is still loaded"):
+        install()
+
+
+def sys_version(name):
+    return sys.modules[name].__version__
+
+
+def test_devices_are_named(monkeypatch, capsys):
+    v5e = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "devices", lambda: [v5e] * 8)
+    exec(code(read(NOTEBOOKS[0]))[0].source, {})
+    assert capsys.readouterr().out == "8 × TPU v5 lite\n"
+
+
+def test_data_that_cannot_be_had_are_told_of_in_a_sentence(tmp_path, monkeypatch):
+    """A folder that is not there, and a download without a network."""
+    cells = code(read(FOLDER / "cib_cifar_tpu.ipynb"))
+    loading = next(cell.source for cell in cells if "sources.load" in cell.source)
+    imports = next(cell.source for cell in cells if "IPython.display" in cell.source)
+    names: dict = {"train_per_class": 10, "backbone": "efficientnet_lite0"}
+    exec("\n".join(line for line in imports.splitlines() if not line.startswith("%")), names)
+    with pytest.raises(SystemExit, match=r"there is no folder .*/nope; give a TFDS data_dir"):
+        exec(loading, names | {"data_dir": str(tmp_path / "nope")})
+
+    def unreachable(manager, url):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", unreachable)
+    with pytest.raises(SystemExit, match=r"downloading it failed \(ConnectionError: no route to host\)"):
+        exec(loading, names | {"data_dir": str(tmp_path)})
