@@ -14,6 +14,8 @@ import pytest
 import cib_jax as cib
 from cib_jax import coding, exported, feature_views
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # whose codes are the hasher's to the bit
+
 RNG = np.random.default_rng(0)
 BATCH = 4
 COUNTS = (1, 3, 4, 11)
