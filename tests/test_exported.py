@@ -16,6 +16,8 @@ from cib_jax import exported
 from cib_jax.hashing import coding
 from cib_jax.views import feature_views
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # whose codes are the hasher's to the bit
+
 RNG = np.random.default_rng(0)
 BATCH = 4
 COUNTS = (1, 3, 4, 11)
