@@ -64,8 +64,8 @@ class Encoder:
     backbone: registry.Backbone
     bits: int
     image_size: int
-    backbone_graph: nnx.GraphDef
-    head_graph: nnx.GraphDef
+    backbone_graph: nnx.GraphDef[Any]
+    head_graph: nnx.GraphDef[Any]
     backbone_dtype: str = "float32"
     """In what the backbone computes; its parameters, where they are trained, and its features stay float32."""
     feature_noise: float = 0.0
@@ -275,7 +275,7 @@ def create_encoder(
 
 def _split_backbone(
     chosen: registry.Backbone, size: int, key: PRNGKeyArray, loaded: Params | None
-) -> tuple[nnx.GraphDef, Params]:
+) -> tuple[nnx.GraphDef[Any], Params]:
     if loaded is None:
         graph, state = nnx.split(chosen.build(nnx.Rngs(key), size))
         return graph, nnx.to_pure_dict(state)

@@ -52,7 +52,7 @@ def hamming(
 
 
 def by_counting(
-    queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"], dtype: jnp.dtype
+    queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"], dtype: jax.typing.DTypeLike
 ) -> UInt[Array, "queries n"]:
     """Returns the distances as bit counts of XORs, which a processor's vector unit fuses into one pass."""
     differing = jax.lax.population_count(queries[:, :, None] ^ database[:, None, :])

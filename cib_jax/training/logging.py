@@ -73,7 +73,7 @@ class MetricLog:
         self._give(step, record)
 
     def _give(self, step: int, record: dict[str, Any]) -> None:
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        numbers: dict[str, float] = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for name, writer in list(self._writers.items()):
             if step <= writer.last_step:
                 continue

@@ -263,13 +263,18 @@ def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_pa
 
 
 def test_parts_of_a_batch_train_to_the_same_losses(trained, tmp_path, console):
-    """Up to rounding, so that a run may also be taken up again with other parts."""
+    """Up to rounding, so that a run may also be taken up again with other parts.
+
+    Bits are drawn: where rounding puts one on the other side, by which versions of JAX differ, what follows is a little
+    different.
+    """
     train(small.config(micro_batch=8), tmp_path, console=console)
     mine, whole = (
         [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         for workdir in (tmp_path, trained[0])
     )
-    assert mine == pytest.approx(whole, rel=1e-3)
+    assert mine[0] == pytest.approx(whole[0], rel=1e-5)
+    assert mine == pytest.approx(whole, rel=1e-2)
 
 
 def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
