@@ -214,7 +214,7 @@ def rerank_photos(data_dir: str, bits: int, seeds: int = 3) -> list[list[object]
 def _cifar_features(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns EfficientNet-Lite0's features at 128 px, unaugmented, and labels, of the splits of configs/cifar.py."""
 
-    from cib_jax import from_config
+    from cib_jax.config import from_config
     from cib_jax.devices import encoding
     from cib_jax.hashing import coding
     from configs import cifar

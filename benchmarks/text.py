@@ -17,9 +17,8 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 import cib_jax as cib
 from benchmarks import measuring, wordnet
-from cib_jax import config as config_lib
-from cib_jax import from_config
 from cib_jax.baselines import BASELINES
+from cib_jax.config import checking, from_config
 from cib_jax.data.images import ImageSet, gather
 from cib_jax.errors import Refusal
 from cib_jax.retrieval import asymmetric
@@ -240,7 +239,7 @@ def main() -> None:
             if name not in config:
                 raise ValueError(f"there is no field {name}")
             config[name] = type(config[name])(value)
-        config_lib.check(config)
+        checking.check(config)
     except ValueError as error:
         sys.exit(f"--set: {error}; write fields of configs/default.py as in temperature=0.2")
     try:

@@ -14,7 +14,8 @@ def join(mode: str) -> None:
     """Has this process work together with others where the flags or the environment tell of some."""
     import jax
 
-    from cib_jax.config import WHERE, flatten
+    from cib_jax.config.field_values import WHERE
+    from cib_jax.config.flat import flatten
     from cib_jax.devices import available, processes, rendezvous
     from cib_jax.jobs import endings
 
@@ -39,7 +40,7 @@ def join(mode: str) -> None:
 
 def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     """Starts a job on a trained run, whose config is its own."""
-    from cib_jax.config import flatten
+    from cib_jax.config.flat import flatten
     from cib_jax.devices import rendezvous
     from cib_jax.jobs.encode import encode
     from cib_jax.jobs.evaluate import evaluate
@@ -72,7 +73,7 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
     """Starts a job on an index."""
     place, query = given.INDEX.value or "", given.QUERY.value or ""  # refused by `check_index` where they are wanted
     if mode == "index":
-        from cib_jax.config import flatten
+        from cib_jax.config.flat import flatten
         from cib_jax.jobs.index import index
 
         overrides = config_flags.get_override_values(flags.FLAGS["config"])

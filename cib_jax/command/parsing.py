@@ -13,7 +13,7 @@ from absl import flags
 from cib_jax import program
 from cib_jax.command import experiments
 from cib_jax.command.flags import DEFAULT_CONFIG, INDEX_CONFIG
-from cib_jax.fields import flatten
+from cib_jax.config.flat import flatten
 from cib_jax.program import refuse
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from cib_jax import from_config
 from cib_jax.backbones import fine_tuning
-from cib_jax.config import check
+from cib_jax.config import from_config
+from cib_jax.config.checking import check
 from cib_jax.data.images import resize
 from cib_jax.devices import encoding, parallel
 from cib_jax.encoder import Encoder, Params

@@ -10,8 +10,11 @@ import ml_collections
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from cib_jax import __version__, from_config
-from cib_jax.config import ADDED, FIELDS, MAY_CHANGE, MEASURING, check, differences, flatten
+from cib_jax import __version__
+from cib_jax.config import from_config
+from cib_jax.config.checking import check, differences
+from cib_jax.config.field_values import ADDED, FIELDS, MAY_CHANGE, MEASURING
+from cib_jax.config.flat import flatten
 from cib_jax.encoder import Params
 from cib_jax.training import place
 from cib_jax.training.checkpoint import CheckpointError, Checkpoints, Progress

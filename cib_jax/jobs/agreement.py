@@ -9,11 +9,11 @@ import numpy as np
 import rich.console
 from jaxtyping import Int64
 
-from cib_jax import config as config_lib
 from cib_jax.collection import collection
 from cib_jax.collection.lance import TableError
 from cib_jax.collection.photo_rows import key_of
 from cib_jax.collection.photo_table import PhotoTable
+from cib_jax.config.field_values import ConfigError
 from cib_jax.data.items import Photos
 from cib_jax.hashing.hasher import Hasher
 from cib_jax.jobs.presenting import say
@@ -50,12 +50,12 @@ def check_overrides(overrides: dict[str, Any], whose: str, learnt: dict[str, Any
     """
     for name, value in overrides.items():
         if learnt and name not in OF_ENCODING and learnt.get(name, value) != value:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"config.{name}: {whose} was learnt with {learnt[name]!r}, not {value!r}; leave it out to go on with "
                 "that, or give another --index"
             )
         if not learnt and name not in OF_ENCODING:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"config.{name}: {whose} is trained already; leave it out (what can be set: {', '.join(OF_ENCODING)})"
             )
 

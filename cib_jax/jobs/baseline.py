@@ -11,10 +11,10 @@ import numpy as np
 import rich.console
 from jaxtyping import Array, Float, UInt8
 
-from cib_jax import binary, from_config
-from cib_jax import config as config_lib
+from cib_jax import binary
 from cib_jax.baselines import BASELINES
 from cib_jax.baselines.fitting import Encoder
+from cib_jax.config import checking, from_config
 from cib_jax.data.images import ImageSet
 from cib_jax.errors import Refusal
 from cib_jax.jobs import evaluate, features, setting
@@ -37,7 +37,7 @@ def measure(
       ConfigError, DataError, WeightsError, WorkdirError: as in training.
       BaselineError: the method gives no such codes of such features.
     """
-    config_lib.check(config)
+    checking.check(config)
     chosen = BASELINES[method]
     with workdir_lib.claim(workdir, baseline=True):
         if (workdir / "results.json").exists():

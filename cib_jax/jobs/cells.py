@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import ml_collections
 import rich.console
 
-from cib_jax import config as config_lib
 from cib_jax.baselines import BASELINES
+from cib_jax.config import checking, field_values
+from cib_jax.config.field_values import ConfigError
 from cib_jax.errors import Refusal
 from cib_jax.jobs import baseline
 from cib_jax.jobs import workdir as workdir_lib
@@ -72,15 +73,13 @@ def methods(words: str) -> list[Method]:
         if name not in TITLES:
             near = difflib.get_close_matches(name, TITLES, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise config_lib.ConfigError(
-                f"config.compare.methods: {name!r} is unknown; {hint}There are {', '.join(TITLES)}"
-            )
+            raise ConfigError(f"config.compare.methods: {name!r} is unknown; {hint}There are {', '.join(TITLES)}")
         method = Method(name, dict(_assigned(name, words) for words in assignments))
         if method in found:
-            raise config_lib.ConfigError(f"config.compare.methods: {part.strip()!r} is there twice; leave one out")
+            raise ConfigError(f"config.compare.methods: {part.strip()!r} is there twice; leave one out")
         found.append(method)
     if not found:
-        raise config_lib.ConfigError("config.compare.methods: it names no method; try 'itq, cibhash'")
+        raise ConfigError("config.compare.methods: it names no method; try 'itq, cibhash'")
     return found
 
 
@@ -88,13 +87,13 @@ def _assigned(method: str, words: str) -> tuple[str, Any]:
     name, sign, value = words.partition("=")
     where = f"config.compare.methods: {method} {words}"
     if not sign:
-        raise config_lib.ConfigError(f"{where}: after a method come fields with values, such as temperature=0.5")
+        raise ConfigError(f"{where}: after a method come fields with values, such as temperature=0.5")
     if name in {"bits", "seed", "objective", "k"} or name.startswith("data."):
-        raise config_lib.ConfigError(f"{where}: all rows share this field, or their figures would not compare")
-    if name not in config_lib.FIELDS or name in config_lib.AROUND:
-        near = difflib.get_close_matches(name, config_lib.FIELDS, 1)
-        raise config_lib.ConfigError(f"{where}: no field has this name{f'; did you mean {near[0]}?' if near else ''}")
-    return name, config_lib.parsed(name, value, where)
+        raise ConfigError(f"{where}: all rows share this field, or their figures would not compare")
+    if name not in field_values.FIELDS or name in field_values.AROUND:
+        near = difflib.get_close_matches(name, field_values.FIELDS, 1)
+        raise ConfigError(f"{where}: no field has this name{f'; did you mean {near[0]}?' if near else ''}")
+    return name, field_values.parsed(name, value, where)
 
 
 def numbers(text: str) -> list[int]:
@@ -116,7 +115,7 @@ def cell(base: ml_collections.ConfigDict, method: Method, bits: int, seed: int, 
     config.train.checkpoint_dir = place.within(config.train.checkpoint_dir, method.slug, folder)
     if method.name in OBJECTIVES:
         config.objective = method.name
-    config_lib.check(config)
+    checking.check(config)
     return Cell(method, config, root / method.slug / folder)
 
 

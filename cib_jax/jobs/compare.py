@@ -10,8 +10,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax.config import checking, from_config
 from cib_jax.jobs import cells, report, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.cells import Cell
@@ -40,7 +39,7 @@ def compare(
       ConfigError, DataError, WeightsError, WorkdirError, WriterError: as in training.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
-    config_lib.check(config, around=True)
+    checking.check(config, around=True)
     writers.check_installed(config.log.writers)
     wanted = _cells(config, workdir)
     workdir_lib.adopt(workdir, config, "comparison")

@@ -17,8 +17,9 @@ import rich.console
 from jaxtyping import Shaped
 
 from cib_jax import __version__
-from cib_jax import config as config_lib
 from cib_jax.backbones import weights
+from cib_jax.config import checking, field_values
+from cib_jax.config.flat import flatten
 from cib_jax.corpus import corpus as corpus_lib
 from cib_jax.corpus import corpus_parts
 from cib_jax.corpus.corpus import Corpus
@@ -90,7 +91,7 @@ def encode(
         raise CorpusError(f"--part: {part} must be 1 or more files")
     trained = read_config(workdir)
     config = overridden(trained.copy_and_resolve_references(), overrides or {})
-    config_lib.check(config)
+    checking.check(config)
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
     hasher = dataclasses.replace(hasher, batch_size=config.encode_batch)
     items = _items(images, folder, hasher, config)
@@ -137,10 +138,10 @@ def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns what codes are known by: whatever else differs, they can be compared."""
     fields = {
         name: value
-        for name, value in config_lib.flatten(config).items()
-        if name not in config_lib.MAY_CHANGE | config_lib.MEASURING
+        for name, value in flatten(config).items()
+        if name not in field_values.MAY_CHANGE | field_values.MEASURING
         # What earlier versions had no field for, they called the same encoder.
-        and config_lib.ADDED.get(name) != value
+        and field_values.ADDED.get(name) != value
     }
     known: dict[str, Any] = {
         "bits": hasher.encoder.bits,

@@ -14,8 +14,10 @@ import rich.table
 from jaxtyping import UInt8
 
 import cib_jax
-from cib_jax import config as config_lib
 from cib_jax import program
+from cib_jax.config import checking, field_values
+from cib_jax.config.field_values import ConfigError
+from cib_jax.config.flat import flatten
 from cib_jax.devices import processes
 from cib_jax.encoder import Params
 from cib_jax.hashing.restoring import check_fingerprint, read_config, read_standard, restore_best
@@ -52,7 +54,7 @@ def evaluate(
     with processes.agreed():
         trained = read_config(workdir)
         config = overridden(trained.copy_and_resolve_references(), overrides or {})
-        config_lib.check(config)
+        checking.check(config)
     with workdir_lib.claim(workdir):
         return _evaluate(config, trained.k, workdir, console)
 
@@ -89,11 +91,11 @@ def overridden(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> 
       ConfigError: a field changes it.
     """
     for name, value in overrides.items():
-        known = config_lib.flatten(config)
+        known = flatten(config)
         if name in known and known[name] == value:
             continue
-        if name not in config_lib.MEASURING | config_lib.MAY_CHANGE:
-            raise config_lib.ConfigError(
+        if name not in field_values.MEASURING | field_values.MAY_CHANGE:
+            raise ConfigError(
                 f"config.{name}: the run was trained with {known.get(name)!r}, which can no longer be changed to "
                 f"{value!r}; leave it out, or train again in another --workdir"
             )

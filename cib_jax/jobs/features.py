@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
-from cib_jax import from_config
+from cib_jax.config import from_config
 from cib_jax.data.images import ImageSet, identity
 from cib_jax.devices import encoding, parallel, processes
 from cib_jax.encoder import Params

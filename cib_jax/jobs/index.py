@@ -13,11 +13,12 @@ import numpy as np
 import rich.console
 from jaxtyping import Int64, UInt8
 
-from cib_jax import config as config_lib
 from cib_jax.collection import collection, lance
 from cib_jax.collection.lance import TableError
 from cib_jax.collection.photo_rows import Row, key_of
 from cib_jax.collection.photo_table import AT_ONCE, About, PhotoTable
+from cib_jax.config import checking
+from cib_jax.config.flat import flatten
 from cib_jax.data import items as items_lib
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos, Read
@@ -79,7 +80,7 @@ def index(
     """
     named, uri, console = str(uri), lance.place_of(uri), console or rich.console.Console()
     lance.check_installed()
-    config_lib.check(config)
+    checking.check(config)
     given = agreement.given(workdir, config, overrides or {}) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
     if table is None and images is None:
@@ -96,7 +97,7 @@ def index(
         say(console, note)
     if table is None:
         made = given or learn(found, config, console)
-        learnt = {} if given else config_lib.flatten(config)
+        learnt = {} if given else flatten(config)
         about = About(found.place, collection.known_by(made), learnt)
         table = PhotoTable.create(uri, about, collection.file_of(made))
         if table.about.encoder != about.encoder:  # another process was faster

@@ -10,9 +10,10 @@ import numpy as np
 import rich.console
 from jaxtyping import UInt8
 
-from cib_jax import config as config_lib
-from cib_jax import fitting, from_config
+from cib_jax import fitting
 from cib_jax.backbones import registry, weights
+from cib_jax.config import checking, from_config
+from cib_jax.config.field_values import ConfigError
 from cib_jax.data.images import DataError
 from cib_jax.data.items import Photos
 from cib_jax.devices import parallel
@@ -41,7 +42,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
       WeightsError: the backbone's weights are not to be had.
     """
     if config.backbone == "none":
-        raise config_lib.ConfigError("config.backbone: 'none' is for features; photos need a network")
+        raise ConfigError("config.backbone: 'none' is for features; photos need a network")
     pretrained = registry.get(config.backbone).convert is not None
     setting.tell_of_fetching(config, console)
     params = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
@@ -75,7 +76,7 @@ def learn(found: Photos, config: ml_collections.ConfigDict, console: rich.consol
             backbone=config.backbone,
             backbone_params=params,
             frozen=config.frozen,
-            fine_tune=config_lib.fine_tune(config),
+            fine_tune=checking.fine_tune(config),
             image_size=config.image_size,
             hidden=config.hidden,
             objective=config.objective,

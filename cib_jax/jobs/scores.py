@@ -10,7 +10,8 @@ import numpy as np
 import rich.console
 from jaxtyping import Array, UInt8
 
-from cib_jax import binary, from_config
+from cib_jax import binary
+from cib_jax.config import from_config
 from cib_jax.data.images import ImageSet
 from cib_jax.devices import encoding
 from cib_jax.encoder import Params

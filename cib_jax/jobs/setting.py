@@ -17,8 +17,8 @@ import rich.console
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from cib_jax import from_config
 from cib_jax.backbones import fine_tuning, sources
+from cib_jax.config import from_config
 from cib_jax.data import holding, loader, vectors
 from cib_jax.data.images import Bar, DataError, ImageSet, Source, gather
 from cib_jax.data.names import printable

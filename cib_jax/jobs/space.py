@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cib_jax import config as config_lib
+from cib_jax.config import field_values
+from cib_jax.config.field_values import ConfigError
 from cib_jax.errors import Refusal
 
 Space = dict[str, Any]
@@ -46,24 +47,24 @@ def parse(words: str, *, grid: bool = False) -> Space:
     for part in words.split(","):
         name, sign, values = (word.strip() for word in part.partition("="))
         where = f"config.tune.space: {part.strip()!r}"
-        if not sign or name not in config_lib.FIELDS or name in config_lib.AROUND or name == "seed":
-            raise config_lib.ConfigError(f"{where}: it names no field to be tuned, as in temperature=0.2..0.5")
+        if not sign or name not in field_values.FIELDS or name in field_values.AROUND or name == "seed":
+            raise ConfigError(f"{where}: it names no field to be tuned, as in temperature=0.2..0.5")
         if name in space:
-            raise config_lib.ConfigError(f"{where}: {name} is there twice; leave one out")
+            raise ConfigError(f"{where}: {name} is there twice; leave one out")
         if ".." not in values:
-            choices = [config_lib.parsed(name, value.strip(), where) for value in values.split("|")]
+            choices = [field_values.parsed(name, value.strip(), where) for value in values.split("|")]
             space[name] = distributions.CategoricalDistribution(choices)
             continue
         if grid:
-            raise config_lib.ConfigError(f"{where}: a grid is made of choices, a|b|c, not of ranges")
+            raise ConfigError(f"{where}: a grid is made of choices, a|b|c, not of ranges")
         low, _, rest = values.partition("..")
         high, *log = rest.split()
         if log not in ([], ["log"]):
-            raise config_lib.ConfigError(f"{where}: after a range comes nothing, or 'log'")
-        ends = [config_lib.parsed(name, end.strip(), where) for end in (low, high)]
-        kind = config_lib.FIELDS[name][0]
+            raise ConfigError(f"{where}: after a range comes nothing, or 'log'")
+        ends = [field_values.parsed(name, end.strip(), where) for end in (low, high)]
+        kind = field_values.FIELDS[name][0]
         if kind not in (int, float) or ends[0] >= ends[1] or (log and ends[0] <= 0):
-            raise config_lib.ConfigError(f"{where}: a range goes from a number up to a larger one, with log above 0")
+            raise ConfigError(f"{where}: a range goes from a number up to a larger one, with log above 0")
         made = distributions.IntDistribution if kind is int else distributions.FloatDistribution
         space[name] = made(*ends, log=bool(log))
     return space

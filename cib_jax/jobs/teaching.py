@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 from jaxtyping import Float32
 
-from cib_jax import diffusion, from_config
+from cib_jax import diffusion
+from cib_jax.config import from_config
 from cib_jax.devices import parallel
 from cib_jax.encoder import Params
 from cib_jax.hashing.hasher import Hasher

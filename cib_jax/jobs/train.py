@@ -13,8 +13,7 @@ import rich.console
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax.config import checking, from_config
 from cib_jax.data import loader
 from cib_jax.data.images import DataError
 from cib_jax.devices import parallel, processes
@@ -66,7 +65,7 @@ def train(
     Several processes that were joined (`processes.join`) share the work; the first writes and reports.
     """
     with processes.agreed():
-        config_lib.check(config)
+        checking.check(config)
         over = parallel.mesh(config.devices, config.batch_size)
         accumulation.check(config.micro_batch, config.batch_size // parallel.size(over))
         writers.check_installed(config.log.writers)

@@ -10,8 +10,8 @@ import rich.console
 import rich.table
 import scipy.stats
 
-from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax.config import checking, from_config
+from cib_jax.config.field_values import ConfigError
 from cib_jax.devices.parallel import DevicesError
 from cib_jax.jobs import report, scores, space, workers
 from cib_jax.jobs import workdir as workdir_lib
@@ -49,12 +49,12 @@ def tune(
       ExtraError: Optuna is not installed.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
-    config_lib.check(config, around=True)
+    checking.check(config, around=True)
     writers.check_installed(config.log.writers)
     tuned = config.tune
     drawn_from = space.parse(tuned.space, grid=tuned.sampler == "grid")
     if tuned.score == "validation_map" and not _validates(config):
-        raise config_lib.ConfigError(
+        raise ConfigError(
             "config.tune.score: 'validation_map' wants images to validate on; set config.data.validation to 'database' "
             f"or 'query_half', or the score to one that needs no labels: {', '.join(SCORES)}"
         )
@@ -136,11 +136,11 @@ def _run(base: ml_collections.ConfigDict, params: dict[str, Any], number: int, f
         found |= {"validation_map": results["best_validation_map"], "map": results["map"]}
         trial |= {"scores": found, "value": found[base.tune.score], "data": results.get("data", "")}
         if trial["value"] is None:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 "config.tune.score: 'validation_map' wants images to validate on, but the list has none with the split "
                 "'validation'; give it some, or set the score to one that needs no labels"
             )
-    except (config_lib.ConfigError, TrainingError, BankError, DevicesError) as error:
+    except (ConfigError, TrainingError, BankError, DevicesError) as error:
         # What was drawn cannot work; another draw may. Anything else would be the same for every trial.
         if not (isinstance(error, TrainingError) or any(f"config.{name}:" in str(error) for name in params)):
             raise
@@ -169,7 +169,7 @@ def _conclude(
     if not good and waiting:
         return {"score": config.tune.score, "best": None, "rank_correlation": {}, "trials": done}
     if not good:
-        raise config_lib.ConfigError("config.tune.space: no trial could be scored; the reasons stand above")
+        raise ConfigError("config.tune.space: no trial could be scored; the reasons stand above")
     if len({trial["data"] for trial in good}) > 1:
         raise workdir_lib.WorkdirError(
             f"{workdir}: config.data.dir leads to other data than some of its trials were run on; put them back, or "

@@ -16,7 +16,9 @@ import numpy as np
 from etils import epath
 
 from cib_jax import atomic
-from cib_jax.config import MAY_CHANGE, differences, flatten
+from cib_jax.config.checking import differences
+from cib_jax.config.field_values import MAY_CHANGE
+from cib_jax.config.flat import flatten
 from cib_jax.devices import processes
 from cib_jax.errors import Refusal
 from cib_jax.training import place

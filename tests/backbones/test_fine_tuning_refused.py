@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 import cib_jax as cib
-from cib_jax import config as config_lib
 from cib_jax.backbones.fine_tuning import FineTune
+from cib_jax.config import checking
+from cib_jax.config.field_values import ConfigError
+from cib_jax.config.flat import flatten
 from tests import small
 
 IMAGES = np.zeros((12, 8, 8, 3), np.uint8)
@@ -55,8 +57,8 @@ EFFICIENTNET = {"backbone": "efficientnet_lite0", "frozen": False, "image_size":
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_work_is_refused(fields, message):
-    with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.check(small.unchecked(**fields))
+    with pytest.raises(ConfigError, match=message):
+        checking.check(small.unchecked(**fields))
 
 
 def test_the_same_is_refused_of_functions():
@@ -82,8 +84,8 @@ def test_random_weights_are_refused_where_published_ones_would_do(name):
 
 
 def test_a_run_of_an_earlier_version_differs_in_nothing():
-    mine = config_lib.flatten(small.config())
+    mine = flatten(small.config())
     theirs = {name: value for name, value in mine.items() if not name.startswith("fine_tune.")}
-    assert config_lib.differences(mine, theirs) == []
-    asked = config_lib.flatten(small.config(fine_tune__learning_rate=0.5))
-    assert config_lib.differences(asked, theirs) == ["fine_tune.learning_rate: 0.0 → 0.5"]
+    assert checking.differences(mine, theirs) == []
+    asked = flatten(small.config(fine_tune__learning_rate=0.5))
+    assert checking.differences(asked, theirs) == ["fine_tune.learning_rate: 0.0 → 0.5"]

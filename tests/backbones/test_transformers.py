@@ -14,10 +14,11 @@ from flax import nnx
 
 import cib_jax as cib
 import configs.default
-from cib_jax import config, from_config
 from cib_jax.backbones import clip, dinov2, registry, siglip
 from cib_jax.backbones.registry import Backbone
 from cib_jax.backbones.tensors import MismatchError
+from cib_jax.config import checking, from_config
+from cib_jax.config.field_values import ConfigError
 from cib_jax.hashing import coding
 from tests.backbones.conftest import GOLDEN
 from tests.golden import transformer_inputs
@@ -142,7 +143,7 @@ def test_a_local_file_with_both_towers_goes_through_the_config(golden, tmp_path,
     safetensors.numpy.save_file(checkpoint(golden, name) | text | numbers, tmp_path / "model.safetensors")
     fields = configs.default.get_config()
     fields.update(backbone="clip_vit_b32", backbone_weights=str(tmp_path / "model.safetensors"), bits=16)
-    config.check(fields)
+    checking.check(fields)
     encoder, params, frozen, _ = from_config.encoder(fields)
     features = jax.jit(encoder.features)(params, frozen, transformer_inputs.images(224, 224))
     np.testing.assert_allclose(features, golden[f"{name}_224_224"], rtol=0, atol=1e-4)
@@ -165,8 +166,8 @@ def test_a_size_of_no_whole_patches_is_refused_early():
         cib.create_encoder(jax.random.key(0), backbone="dinov2_small", bits=16, image_size=100, pretrained=False)
     fields = configs.default.get_config()
     fields.update(backbone="clip_vit_b32", image_size=250)
-    with pytest.raises(config.ConfigError, match=r"config.image_size: 250 is not a multiple of 32, .*; try 256$"):
-        config.check(fields)
+    with pytest.raises(ConfigError, match=r"config.image_size: 250 is not a multiple of 32, .*; try 256$"):
+        checking.check(fields)
     fields.image_size = 16
-    with pytest.raises(config.ConfigError, match=r"16 is too small for clip_vit_b32, which takes 32 pixels or more"):
-        config.check(fields)
+    with pytest.raises(ConfigError, match=r"16 is too small for clip_vit_b32, which takes 32 pixels or more"):
+        checking.check(fields)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from cib_jax import from_config
+from cib_jax.config import from_config
 from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs.compare import compare
 from cib_jax.jobs.train import train

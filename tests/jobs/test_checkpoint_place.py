@@ -9,8 +9,8 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax.config import checking, from_config
+from cib_jax.config.field_values import ConfigError
 from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs import ownership
 from cib_jax.jobs import workdir as workdir_lib
@@ -137,12 +137,12 @@ def test_a_workdir_that_was_moved_keeps_its_checkpoints_and_its_copy_does_not(tm
     "words", ["runs/1", "file://relative/x", "s3://bucket/run", "gs://bucket", "az://a/b", "gs://"]
 )
 def test_places_that_cannot_work_are_refused_by_their_form(words):
-    with pytest.raises(config_lib.ConfigError, match=r"config.train.checkpoint_dir: '.*' must be an absolute folder"):
-        config_lib.check(placed(words))
+    with pytest.raises(ConfigError, match=r"config.train.checkpoint_dir: '.*' must be an absolute folder"):
+        checking.check(placed(words))
 
 
 def test_a_bucket_without_its_package_names_what_to_install(tmp_path, console, monkeypatch):
-    config_lib.check(placed("gs://bucket/run"))
+    checking.check(placed("gs://bucket/run"))
     monkeypatch.setattr(place.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(place.PlaceError, match=r"gs://bucket/run wants a package more; pip install 'cib-jax\[gcs\]'"):
         train(placed("gs://bucket/run"), tmp_path / "r", console=console)

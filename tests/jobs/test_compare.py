@@ -11,7 +11,7 @@ import rich.console
 
 import cib_jax as cib
 from cib_jax.baselines import BASELINES
-from cib_jax.config import ConfigError
+from cib_jax.config.field_values import ConfigError
 from cib_jax.jobs import baseline, cells, workers
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.compare import compare
@@ -207,7 +207,7 @@ def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
     config = small.config(bits=16, k=100, image_size=8)  # as they are stored: nothing is resized
     results = baseline.measure(config, "pca_sign", tmp_path / "b", console=QUIET)
     assert (results["objective"], results["source"]) == ("pca_sign", BASELINES["pca_sign"].source)
-    from cib_jax import from_config
+    from cib_jax.config import from_config
 
     splits = from_config.draw_splits(config)
     train_pixels, query = (

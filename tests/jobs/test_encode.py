@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax.config import ConfigError
+from cib_jax.config.field_values import ConfigError
 from cib_jax.corpus.corpus import CorpusError, read_corpus
 from cib_jax.data import photos
 from cib_jax.data.images import DataError

@@ -14,7 +14,7 @@ import rich.console
 import safetensors.numpy
 
 import cib_jax as cib
-from cib_jax import from_config
+from cib_jax.config import from_config
 from cib_jax.jobs import preemption
 from cib_jax.jobs.train import train
 from tests import pretrained, small

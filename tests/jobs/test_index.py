@@ -15,7 +15,7 @@ import pytest
 from cib_jax.collection import collection, lance
 from cib_jax.collection.lance import TableError
 from cib_jax.collection.photo_table import PhotoTable
-from cib_jax.config import ConfigError
+from cib_jax.config.field_values import ConfigError
 from cib_jax.data import folder as folder_lib
 from cib_jax.data import photos
 from cib_jax.data.images import DataError, Unreadable

@@ -9,7 +9,7 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax import from_config
+from cib_jax.config import from_config
 from cib_jax.data import protocols
 from cib_jax.data.images import DataError
 from cib_jax.jobs import setting as setting_lib

@@ -9,8 +9,9 @@ import pytest
 import rich.console
 import sklearn.datasets
 
-from cib_jax import diffusion, from_config
-from cib_jax.config import ConfigError
+from cib_jax import diffusion
+from cib_jax.config import from_config
+from cib_jax.config.field_values import ConfigError
 from cib_jax.hashing.hasher import Hasher
 from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs import preemption, teaching

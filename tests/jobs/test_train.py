@@ -10,8 +10,8 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax.config import from_config
+from cib_jax.config.field_values import ConfigError
 from cib_jax.data.images import DataError
 from cib_jax.hashing.restoring import restore_best
 from cib_jax.jobs import preemption
@@ -165,7 +165,7 @@ def test_evaluation_alone_gives_the_same_figures(trained, console):
     assert other["k"] == 10
     assert json.loads((workdir / "results-epoch3-k10.json").read_text()) == other
     assert json.loads((workdir / "results.json").read_text())["k"] == 100
-    with pytest.raises(config_lib.ConfigError, match=r"config.bits: the run was trained with 16"):
+    with pytest.raises(ConfigError, match=r"config.bits: the run was trained with 16"):
         evaluate(workdir, overrides={"bits": 32}, console=console)
 
 
@@ -243,7 +243,7 @@ def test_a_run_is_known_by_its_checkpoint_where_its_config_is_lost_or_edited(tra
 
 
 def test_a_refused_config_claims_nothing(tmp_path, console):
-    with pytest.raises(config_lib.ConfigError, match=r"config.k: 1501"):
+    with pytest.raises(ConfigError, match=r"config.k: 1501"):
         train(small.config(k=1501, epochs=1), tmp_path / "run", console=console)
     assert train(small.config(k=100, epochs=1), tmp_path / "run", console=console)["k"] == 100
 
@@ -331,7 +331,7 @@ def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
     config = small.config(k=1501)
     (tmp_path / "mine").mkdir()
     for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
-        with pytest.raises(config_lib.ConfigError, match=r"config.k: 1501"):
+        with pytest.raises(ConfigError, match=r"config.k: 1501"):
             train(config, workdir, console=console)
     assert not (tmp_path / "new" / "run").exists() and (tmp_path / "mine").is_dir()
 
@@ -340,7 +340,7 @@ def test_a_bank_too_large_for_its_limit_is_refused(tmp_path, console):
     config = small.config(
         backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=30
     )
-    with pytest.raises(config_lib.ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 32 MiB"):
+    with pytest.raises(ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 32 MiB"):
         train(config, tmp_path, console=console)
 
 
@@ -353,9 +353,9 @@ def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, con
 
 
 def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, console, trained):
-    with pytest.raises(config_lib.ConfigError, match=r"config.k: 1501 is larger than the database"):
+    with pytest.raises(ConfigError, match=r"config.k: 1501 is larger than the database"):
         train(small.config(k=1501), tmp_path / "a", console=console)
-    with pytest.raises(config_lib.ConfigError, match=r"config.batch_size: 131 is larger than the training set of 130"):
+    with pytest.raises(ConfigError, match=r"config.batch_size: 131 is larger than the training set of 130"):
         train(small.config(batch_size=131), tmp_path / "b", console=console)
     with pytest.raises(DataError, match=r"class 0 has"):
         train(small.config(data__train_per_class=500), tmp_path / "c", console=console)

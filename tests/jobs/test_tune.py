@@ -9,7 +9,7 @@ import rich.console
 import scipy.stats
 
 import cib_jax as cib
-from cib_jax.config import ConfigError
+from cib_jax.config.field_values import ConfigError
 from cib_jax.jobs import scores, space, tune
 from cib_jax.jobs import workdir as workdir_lib
 from cib_jax.jobs.train import train

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import cib_jax as cib
-from cib_jax import config as config_lib
+from cib_jax.config import checking
+from cib_jax.config.field_values import ConfigError
 from cib_jax.jobs.train import train
 from cib_jax.training import accumulation
 from tests import small
@@ -287,5 +288,5 @@ def test_features_have_no_parts():
     ],
 )
 def test_a_config_in_which_parts_have_no_sense_is_refused(fields, message):
-    with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.check(small.unchecked(**fields))
+    with pytest.raises(ConfigError, match=message):
+        checking.check(small.unchecked(**fields))

@@ -9,7 +9,8 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from cib_jax.backbones import registry, weights
-from cib_jax.config import ConfigError, fine_tune
+from cib_jax.config.checking import fine_tune
+from cib_jax.config.field_values import ConfigError
 from cib_jax.data import images, protocols, sources, splits
 from cib_jax.data.images import Bar, no_bar
 from cib_jax.data.protocols import Protocol

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import configs.cifar
-from cib_jax import from_config
+from cib_jax.config import from_config
 from tests import small
 
 

@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 import configs.default
-from cib_jax import config as config_lib
-from cib_jax import from_config
+from cib_jax.config import checking, field_values, from_config
+from cib_jax.config.field_values import ConfigError
+from cib_jax.config.flat import flatten
 from tests import small
 
 EXPERIMENTS = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("[!_]*.py"))
@@ -16,7 +17,7 @@ EXPERIMENTS = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glo
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_experiments_are_valid(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    config_lib.check(config)
+    checking.check(config)
     from_config.protocol(config)
 
 
@@ -63,35 +64,33 @@ def test_the_experiments_are_valid(name):
     ],
 )
 def test_a_bad_value_is_refused(fields, message):
-    with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.check(small.unchecked(**fields))
+    with pytest.raises(ConfigError, match=message):
+        checking.check(small.unchecked(**fields))
 
 
 def test_a_missing_field_is_named():
     config = small.config()
     del config.temperature
-    with pytest.raises(config_lib.ConfigError, match=r"config.temperature: the field is missing"):
-        config_lib.check(config)
+    with pytest.raises(ConfigError, match=r"config.temperature: the field is missing"):
+        checking.check(config)
 
 
 def test_an_unknown_field_is_named():
     config = small.config()
     config.train.view = 10
-    with pytest.raises(
-        config_lib.ConfigError, match=r"config.train.view: there is no such field; did you mean train.views"
-    ):
-        config_lib.check(config)
+    with pytest.raises(ConfigError, match=r"config.train.view: there is no such field; did you mean train.views"):
+        checking.check(config)
 
 
 def test_every_field_of_the_default_is_checked_and_documented():
-    assert config_lib.flatten(configs.default.get_config()).keys() == config_lib.FIELDS.keys()
+    assert flatten(configs.default.get_config()).keys() == field_values.FIELDS.keys()
 
 
 def test_differences_are_told_both_ways_but_for_where_the_data_lie():
-    mine = config_lib.flatten(small.config(bits=32, data__dir="elsewhere"))
-    theirs = config_lib.flatten(small.config())
-    assert config_lib.differences(mine, theirs) == ["bits: 16 → 32"]
-    assert config_lib.differences(mine, mine) == []
+    mine = flatten(small.config(bits=32, data__dir="elsewhere"))
+    theirs = flatten(small.config())
+    assert checking.differences(mine, theirs) == ["bits: 16 → 32"]
+    assert checking.differences(mine, mine) == []
 
 
 @pytest.mark.parametrize(
@@ -107,6 +106,6 @@ def test_differences_are_told_both_ways_but_for_where_the_data_lie():
 )
 def test_features_have_no_network_to_set(fields, message):
     features = {"data__name": "features", "backbone": "none", "augment": "noise", "frozen": True, "image_size": 0}
-    config_lib.check(small.config(**features))
-    with pytest.raises(config_lib.ConfigError, match=message):
-        config_lib.check(small.config(**features | fields))
+    checking.check(small.config(**features))
+    with pytest.raises(ConfigError, match=message):
+        checking.check(small.config(**features | fields))
