@@ -100,7 +100,7 @@ def from_stream(devices):
 
 for name, run, some in (("bank", from_bank, (1, 8)), ("images", from_device, (1, 4))):
     told[name] = {devices: run(devices) for devices in some}
-# On one device, streamed images train to the bits of resident ones: tests/jobs/test_streamed.py.
+# On one device, streamed images train to the bits of resident ones: tests/jobs/test_train.py.
 told["streamed images"] = {1: told["images"][1], 8: from_stream(8)}
 
 hasher = cib.Hasher(encoder, params, frozen, batch_size=3)

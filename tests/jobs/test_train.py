@@ -23,6 +23,9 @@ from cib_jax.training import feed
 from tests import pretrained, small
 from tests.data import miniature
 
+# Streamed and resident images, parts of a batch and whole ones: other programs, the same bits as users get them.
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
 
 @pytest.fixture
 def console():
@@ -250,6 +253,13 @@ def test_a_folder_of_something_else_is_not_filled(tmp_path, console):
     with pytest.raises(workdir_lib.WorkdirError, match=r"holds files, but none of a run \(holiday.jpg"):
         train(small.config(), tmp_path, console=console)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_path, console):
+    workdir, _ = trained
+    config = small.config(data__resident_mb=0)
+    train(config, tmp_path / "streamed", console=console)
+    assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
 
 
 def test_parts_of_a_batch_train_to_the_same_losses(trained, tmp_path, console):
