@@ -22,6 +22,8 @@ LONGEST = (
     "end_to_end/test_processes.py",
     "end_to_end/test_run.py",
     "jobs/test_train.py",
+    "jobs/test_report.py",
+    "test_fitting.py",
     "end_to_end/test_index.py",
     "end_to_end/test_readme.py",
     "end_to_end/test_corpus.py",

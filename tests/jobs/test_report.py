@@ -16,6 +16,8 @@ from cib_jax.jobs.train import train
 from cib_jax.report.page import Picture
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # programs that others have compiled so
+
 QUIET = rich.console.Console(quiet=True)
 FIGURES = {
     "training",
