@@ -31,12 +31,11 @@ PART = 4096
 
 # What makes features of images: another text of one of these files may mean other features.
 _CODE = (
-    "augment.py",
-    "geometry.py",
-    "colour.py",
+    "views/augment.py",
+    "views/geometry.py",
+    "views/colour.py",
     "encoder.py",
-    "fine_tuning.py",
-    "encoding.py",
+    "devices/encoding.py",
     "data/images.py",
     "data/loader.py",
     "data/photos.py",

@@ -137,7 +137,7 @@ MISTAKES = [
     (["--mode=index", "--index=README.md", "--images=docs"], "README.md is a file; give a folder"),
     (["--mode=index", "--index=docs", "--images=docs"], "docs holds files, but no index ("),
     (["--mode=index", "--index=INDEX", "--images=nowhere"], "--images: there is no "),
-    (["--mode=index", "--index=INDEX", "--images=docs"], "docs holds no photos"),
+    (["--mode=index", "--index=INDEX", "--images=configs"], "configs holds no photos"),
     (["--mode=index", "--index=INDEX", "--images=docs", "--workdir=docs"], "docs is no run's folder"),
     (
         ["--mode=index", "--index=INDEX", "--images=docs", "--workdir=x", "--config=configs/index.py"],

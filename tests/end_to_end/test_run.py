@@ -194,9 +194,9 @@ def test_a_mistake_ends_the_program_without_a_traceback(mistake, tmp_path):
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_told_of_in_one_sentence(tmp_path):
     """Of CUDA without its plugin, JAX itself tells by a failed assertion."""
-    environment = ENVIRONMENT | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    given = environment() | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "run.py", f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("run.py: JAX_PLATFORMS: 'cuda' is asked for, and JAX finds no such device")
 
