@@ -153,10 +153,11 @@ def test_whatever_is_imported_is_declared():
 
 
 def declared() -> list[Requirement]:
-    """Every requirement, of a run and of the extras; the project's own extras aside."""
+    """Every requirement of this Python, of a run and of the extras; the project's own extras aside."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     lines += [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
-    return [one for one in map(Requirement, filter(None, lines)) if one.name != PROJECT["name"]]
+    every = [one for one in map(Requirement, filter(None, lines)) if one.marker is None or one.marker.evaluate()]
+    return [one for one in every if one.name != PROJECT["name"]]
 
 
 def test_every_requirement_has_a_lower_bound_that_what_is_installed_keeps():

@@ -18,6 +18,7 @@ from cib_jax.config import checking
 from cib_jax.config.field_values import ConfigError
 from cib_jax.jobs.train import train
 from cib_jax.training import accumulation
+from cib_jax.views import feature_views
 from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -257,7 +258,7 @@ def test_features_have_no_parts():
     with pytest.raises(ValueError, match=r"micro_batch: 2 images at a time save nothing where features train"):
         cib.fit(IMAGES, views=2, batch_size=6, micro_batch=2)
     encoder, params, frozen = cib.create_encoder(
-        KEY, backbone="none", bits=8, standard=cib.feature_views.standard([features])
+        KEY, backbone="none", bits=8, standard=feature_views.standard([features])
     )
     state = cib.create_train_state(params, optax.sgd(0.1))
     with pytest.raises(accumulation.PartsError, match=r"config.micro_batch: only images go .* set it to 0"):
