@@ -21,7 +21,6 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RUST, GREY = (
 )
 COLOURS = (BLUE, RUST, GREEN, PURPLE, ORANGE, SKY, "#332288", "#882255", "#999933", "#44AA99")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-DASHES = ("-", "--", "-.", ":")
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"
 
 _RULES: Any = {

@@ -262,19 +262,18 @@ def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_pa
     assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
 
 
-def test_parts_of_a_batch_train_to_the_same_losses(trained, tmp_path, console):
+def test_parts_of_a_batch_train_to_the_same_losses(tmp_path, console):
     """Up to rounding, so that a run may also be taken up again with other parts.
 
-    Bits are drawn: where rounding puts one on the other side, by which versions of JAX differ, what follows is a little
-    different.
+    Of the logits themselves: where bits are drawn, rounding puts one or another on the other side.
     """
-    train(small.config(micro_batch=8), tmp_path, console=console)
-    mine, whole = (
-        [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        for workdir in (tmp_path, trained[0])
-    )
-    assert mine[0] == pytest.approx(whole[0], rel=1e-5)
-    assert mine == pytest.approx(whole, rel=1e-2)
+    losses = []
+    for parts in (0, 8):
+        workdir = tmp_path / str(parts)
+        train(small.config(objective="naive_cl", micro_batch=parts), workdir, console=console)
+        losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
