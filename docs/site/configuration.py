@@ -26,7 +26,7 @@ TITLES = {
     "seed": "A run",
     "backbone": "Network",
     "objective": "Method",
-    "batch_size": "Optimisation",
+    "batch_size": "Optimization",
     "encode_batch": "Encoding",
     "teacher": "Teacher",
     "fine_tune": "Fine-tuning",
