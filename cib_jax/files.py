@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import difflib
 import os
 import pathlib
 import uuid
@@ -41,9 +42,14 @@ def printable(name: str) -> str:
 # data.all_cores: A function of many items on all cores, its results in order.
 
 
+def usable_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def map_in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Yields (item, function(item)) in order, computed on all cores, with a few results ahead of what is taken."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = usable_cores()
     waiting: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         # Of EXIF, palettes and large images; what matters of them is told as a photo's reason.
@@ -59,3 +65,20 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterat
                 yield first, result.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def short_reason(error: BaseException) -> str:
+    """Returns the operating system's reason in lower case for an OSError, else the first line of the message."""
+    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def did_you_mean(name: str, choices: Iterable[str], count: int = 1) -> str:
+    """Returns "did you mean …?" with the choices closest to a mistyped name, or "" if none is close."""
+    close = difflib.get_close_matches(name, list(choices), count)
+    return f"did you mean {' or '.join(close)}?" if close else ""
