@@ -282,7 +282,7 @@ class _Kept:
 
         Of several processes of one run the first does: they wait for each other.
         """
-        return self.cache.alone() if self.cache is not None and multihost.is_first_process() else contextlib.nullcontext()
+        return self.cache.exclusive() if self.cache is not None and multihost.is_first_process() else contextlib.nullcontext()
 
     def _give_up(self, error: OSError) -> None:
         assert self.cache is not None

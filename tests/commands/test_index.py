@@ -48,13 +48,13 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def looked(monkeypatch):
     """Counts how often each photo is decoded."""
-    counted, original = collections.Counter(), photos.see
+    counted, original = collections.Counter(), photos.decode_with_thumbnail
 
-    def see(path, size, **options):
+    def decode(path, size, **options):
         counted[os.path.basename(path)] += 1
         return original(path, size, **options)
 
-    monkeypatch.setattr(photos, "see", see)
+    monkeypatch.setattr(photos, "decode_with_thumbnail", decode)
     return counted
 
 
@@ -404,7 +404,7 @@ def test_an_encoder_of_features_is_refused(tmp_path, root):
 
 def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monkeypatch):
     """An answer of the system that is no photo's fault ends the run, and the next one goes on."""
-    original = photos.see
+    original = photos.decode_with_thumbnail
 
     def failing(path, size, **options):
         if path.endswith("20.webp"):
