@@ -23,7 +23,7 @@ from packaging.version import Version
 
 import cib_jax as cib
 from cib_jax import exported
-from cib_jax.command import flags  # noqa: F401 - the one internal import: its flags must exist before any are saved
+from cib_jax.cli import flags  # noqa: F401 - the one internal import: its flags must exist before any are saved
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "compatibility"
