@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md out of configs/default.py, whose comments say what each field means.
+"""Generator of docs/configuration.md, from the fields of configs/default.py and their comments.
 
 python docs/site/configuration.py
 """
@@ -16,29 +16,29 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Every field of an experiment, as [configs/default.py](../configs/default.py) says it; this page is made of that file by
-`python docs/site/configuration.py`. A file in `configs/` lists what it sets otherwise. Any field can be set on
-the command line, `--config.data.dir=DIR`; a field that does not exist, or a value that cannot work, is refused before
-anything starts ([troubleshooting](troubleshooting.md#what-a-config-is-refused-for)).
+Every field of an experiment, with its default and meaning. This page is generated from
+[configs/default.py](../configs/default.py) by `python docs/site/configuration.py`. A file in `configs/` lists only the
+fields that differ. Any field can be set on the command line, `--config.data.dir=DIR`; an unknown field, or a value that
+cannot work, is rejected before anything starts ([troubleshooting](troubleshooting.md#invalid-configurations)).
 """
 
 TITLES = {
     "seed": "A run",
     "backbone": "Network",
     "objective": "Method",
-    "batch_size": "Optimisation",
+    "batch_size": "Optimization",
     "encode_batch": "Encoding",
     "teacher": "Teacher",
     "fine_tune": "Fine-tuning",
     "data": "Data",
     "train": "Training",
     "cache": "Cache",
-    "log": "Log",
+    "log": "Metric logging",
     "report": "Report",
     "compare": "Comparison",
-    "tune": "Search for hyper-parameters",
+    "tune": "Tuning",
 }
-"""By the name of a section's fields before the dot, or of its first one where they have no dot."""
+"""Title of a section, by the part of its fields' names before the dot, or by its first field if they have no dot."""
 
 
 class Field(NamedTuple):
