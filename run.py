@@ -4,11 +4,11 @@ Fields of the experiment are set by --config.FIELD=VALUE, such as
 --config.bits=64; configs/default.py has them all, with their meaning.
 """
 
-from cib_jax.command import interpreter
+from cib_jax.cli import python_check
 
 if __name__ == "__main__":
-    interpreter.listen()
-    interpreter.check()
-    from cib_jax.command.door import start
+    python_check.listen()
+    python_check.check_python()
+    from cib_jax.cli.main import start
 
     start()

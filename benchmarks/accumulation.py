@@ -14,7 +14,7 @@ import optax
 
 import cib_jax as cib
 from benchmarks import measuring
-from cib_jax.backbones import registry
+from cib_jax.models import registry
 
 BITS = 64
 
@@ -24,13 +24,13 @@ def prepared(backbone: str, size: int, batch: int, frozen: bool) -> Callable[[in
     encoder, params, unchanging = cib.create_encoder(
         jax.random.key(0), backbone=backbone, bits=BITS, image_size=size, pretrained=False, frozen=frozen
     )
-    optimiser = optax.adam(1e-3)
-    state = cib.create_train_state(params, optimiser)
+    optimizer = optax.adam(1e-3)
+    state = cib.create_train_state(params, optimizer)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8))
     arguments = state, unchanging, images, jax.random.key(1)
 
     def of_part(micro_batch: int) -> tuple[Callable[[], Any], float]:
-        step = functools.partial(cib.train_step, encoder=encoder, optimiser=optimiser, micro_batch=micro_batch)
+        step = functools.partial(cib.train_step, encoder=encoder, optimizer=optimizer, micro_batch=micro_batch)
         program = jax.jit(step).lower(*arguments).compile()
         taken = program.memory_analysis().temp_size_in_bytes / 2**20
         return lambda: jax.block_until_ready(program(*arguments)), taken

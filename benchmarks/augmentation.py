@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from benchmarks import measuring
+from cib_jax.augment import augment, color, geometry
 from cib_jax.data import sources
-from cib_jax.views import augment, colour, geometry
 
 PROCESSES = 2  # of the other side, as many as the published code's loader has workers
 PASSES = 4  # over the batch in a round, so that handing out work to processes takes no visible part of it
@@ -104,11 +104,11 @@ def stages(images: np.ndarray, image_size: int) -> dict[str, Callable[[], None]]
         return geometry.resized_crop_rows(images / 255, draws.crop, image_size=image_size, flip=draws.flip, margin=1)
 
     def jitter(draws: augment.Photo, images: jax.Array) -> jax.Array:
-        form = colour.jitter_alone if augment.chunk_of(image_size) == 1 else colour.jitter_rows
-        return form(crop(draws, images), draws.jitter, draws.greyscale, margin=1)
+        form = color.jitter_alone if augment.chunk_of(image_size) == 1 else color.jitter_rows
+        return form(crop(draws, images), draws.jitter, draws.grayscale, margin=1)
 
     def blur(draws: augment.Photo, images: jax.Array) -> jax.Array:
-        return colour.blur_rows(jitter(draws, images), draws.sigma)
+        return color.blur_rows(jitter(draws, images), draws.sigma)
 
     def so_far(step: Callable[..., jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return lambda key, images: augment.by_chunks(step, drawn(key), images, chunk=augment.chunk_of(image_size))
@@ -116,9 +116,9 @@ def stages(images: np.ndarray, image_size: int) -> dict[str, Callable[[], None]]
     programs: dict[str, Callable[..., Any]] = {
         "draws": lambda key, images: drawn(key),
         "crop, flip": so_far(crop),
-        "jitter, greyscale": so_far(jitter),
+        "jitter, grayscale": so_far(jitter),
         "blur": so_far(blur),
-        "normalise, channels last": functools.partial(augment.view, image_size=image_size),
+        "normalize, channels last": functools.partial(augment.view, image_size=image_size),
     }
     key = jax.random.key(0)
     compiled = {name: jax.jit(program) for name, program in programs.items()}

@@ -22,7 +22,8 @@ from flax import nnx
 
 import cib_jax
 from benchmarks import measuring
-from cib_jax.backbones import convolution, registry, resnet, sources, vgg, winograd
+from cib_jax.models import registry, resnet, vgg, weights
+from cib_jax.models.conv import POINTS, conv_plain, convolve
 
 # Side, inputs and outputs of the layers of VGG-16 at 224 pixels, each once.
 VGG_LAYERS = (
@@ -59,7 +60,7 @@ def efficientnet_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
 
     def network() -> torch.nn.Module:
         model = efficientnet_lite_pytorch.EfficientNet.from_name(name.replace("_", "-"), image_size=size)
-        model.load_state_dict(torch.load(sources.locate(name).path, weights_only=True))
+        model.load_state_dict(torch.load(weights.locate(name).path, weights_only=True))
         return model.eval()
 
     def features(model: torch.nn.Module) -> Run:
@@ -222,8 +223,8 @@ def layers(arguments: argparse.Namespace) -> None:
     """Prints the speed of each form of VGG's convolutions, in GFLOP/s of the plain convolution's arithmetic."""
     pads = ((1, 1), (1, 1))
     forms = {
-        "plain": functools.partial(convolution.conv_plain, stride=1, pads=pads),
-        **{f"F({side}×{side})": functools.partial(winograd.convolve, pads=pads, side=side) for side in winograd.POINTS},
+        "plain": functools.partial(conv_plain, stride=1, pads=pads),
+        **{f"F({side}×{side})": functools.partial(convolve, pads=pads, side=side) for side in POINTS},
     }
     rows = []
     for size, inputs, outputs in VGG_LAYERS:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measuring
-from cib_jax import contrast, objective
+from cib_jax import losses
 
 BITS = 64
 
@@ -20,9 +20,9 @@ BITS = 64
 def measure(batch: int, form: str) -> None:
     """Prints seconds of a step after the first, and the MiB that the process grew by."""
     if form == "whole":
-        contrast.ENTRIES = 1 << 62
+        losses.ENTRIES = 1 << 62
     codes = jnp.sign(jax.random.normal(jax.random.key(0), (2, batch, BITS)))
-    step = jax.jit(jax.value_and_grad(objective.nt_xent, argnums=(0, 1)))
+    step = jax.jit(jax.value_and_grad(losses.nt_xent, argnums=(0, 1)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     jax.block_until_ready(step(*codes))
     begun = time.perf_counter()

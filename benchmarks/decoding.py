@@ -23,9 +23,10 @@ import PIL.ImageOps
 
 import cib_jax as cib
 from benchmarks import measuring
-from cib_jax.data import folder, loader, photos
-from cib_jax.training import feed, loop, view_bank
-from cib_jax.training.checkpoint import Progress
+from cib_jax.data import dataset, photo_folder
+from cib_jax.data.photos import decode
+from cib_jax.training import input_pipeline, loop
+from cib_jax.training.train_step import Progress
 
 KINDS = {
     "JPEG, 640 × 480": ("JPEG", 640, 480),
@@ -70,7 +71,7 @@ def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
     for kind, (form, width, height) in KINDS.items():
         contents = [make_photo(form, width, height, seed) for seed in range(4)] * (2 if width > 1000 else 16)
         for size in sizes:
-            plain, ours = functools.partial(plainly, size=size), functools.partial(photos.decode, size=size)
+            plain, ours = functools.partial(plainly, size=size), functools.partial(decode, size=size)
             sides = {
                 "plain": functools.partial(for_each, plain, contents, 1),
                 "ours": functools.partial(for_each, ours, contents, 1),
@@ -79,7 +80,7 @@ def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
             }
             seconds = measuring.in_turns(sides, rounds=rounds)
             rates = {name: len(contents) / taken.median for name, taken in seconds.items()}
-            off = np.abs(plainly(contents[0], size).astype(int) - photos.decode(contents[0], size)).mean()
+            off = np.abs(plainly(contents[0], size).astype(int) - decode(contents[0], size)).mean()
             rows.append(
                 (
                     kind,
@@ -111,7 +112,7 @@ def measure_folder(count: int, size: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
         make_folder(root, count)
-        load = functools.partial(folder.load, str(root), size=size, cache=pathlib.Path(name, "cache"))
+        load = functools.partial(photo_folder.load_folder, str(root), size=size, cache=pathlib.Path(name, "cache"))
         taken = []
         for _ in range(2):
             begun = time.perf_counter()
@@ -132,7 +133,7 @@ def measure_folder(count: int, size: int) -> None:
         ]
         order = np.random.default_rng(0).permutation(count)
         begun = time.perf_counter()
-        collections.deque(loader.stream(source.train.images, order, BATCH, stored_size=size), maxlen=0)
+        collections.deque(dataset.stream(source.train.images, order, BATCH, stored_size=size), maxlen=0)
         rows.append(("an epoch of them, in random order", f"{time.perf_counter() - begun:.2f} s", ""))
         measuring.print_table(("", "time", ""), rows)
 
@@ -152,7 +153,7 @@ class Files:
 
     def resized(self, index: int, size: int) -> np.ndarray:
         """Decodes straight to the size."""
-        return photos.decode(self.contents[index], size)
+        return decode(self.contents[index], size)
 
 
 def nothing(batch: Any) -> None:
@@ -176,7 +177,7 @@ def measure_waiting(size: int, count: int) -> None:
     """Prints whether the loader keeps ahead of a step that takes this and that share of what the cores can decode."""
     files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
     order = np.random.default_rng(0).permutation(len(files))
-    stream = functools.partial(loader.stream, files, order, BATCH, stored_size=size, drop_remainder=True)
+    stream = functools.partial(dataset.stream, files, order, BATCH, stored_size=size, drop_remainder=True)
     begun = time.perf_counter()
     collections.deque(stream(), maxlen=0)
     rate = len(order) / (time.perf_counter() - begun)
@@ -196,15 +197,17 @@ def made_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray
     encoder, params, frozen = cib.create_encoder(
         key, backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
     )
-    optimiser = optax.adam(1e-3)
-    state = cib.create_train_state(params, optimiser)
+    optimizer = optax.adam(1e-3)
+    state = cib.create_train_state(params, optimizer)
     pair = jax.random.uniform(key, (2, BATCH, encoder.backbone.features))
-    method: dict[str, Any] = {"encoder": encoder, "optimiser": optimiser}
+    method: dict[str, Any] = {"encoder": encoder, "optimizer": optimizer}
     head = jax.jit(functools.partial(cib.train_step_on_features, **method))
     step = jax.jit(functools.partial(cib.train_step, **method, augment="photo"))
 
     def view_of(frozen: Any, keys: jax.Array, photos: jax.Array) -> jax.Array:
-        return encoder.features({}, frozen, encoder.view_each(keys, photos, family="photo")).astype(view_bank.STORED)
+        return encoder.features({}, frozen, encoder.view_each(keys, photos, family="photo")).astype(
+            input_pipeline.STORED
+        )
 
     # Compiled once here: `view_bank.build` compiles at each call, which a bank of many batches does not feel.
     view, keys = jax.jit(view_of), jax.random.split(key, 100)
@@ -220,12 +223,12 @@ def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> Non
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
         make_folder(root, count)
-        images = folder.load(str(root), size=size, cache=pathlib.Path(name, "cache")).train.images
+        images = photo_folder.load_folder(str(root), size=size, cache=pathlib.Path(name, "cache")).train.images
         rows = []
         for what, (batch, batches, work) in made_work(image_size).items():
             # Many times the 8 batches that the loader reads ahead, which would hide that work is starved.
             order = np.random.default_rng(0).integers(count, size=batches * batch)
-            stream = functools.partial(loader.stream, images, order, batch, stored_size=size)
+            stream = functools.partial(dataset.stream, images, order, batch, stored_size=size)
             same = functools.partial(itertools.repeat, next(stream()), batches)
             shares: list[float] = []
             sides = {
@@ -248,18 +251,18 @@ def measure_training(size: int, image_size: int, count: int, rounds: int) -> Non
     encoder, params, frozen = cib.create_encoder(
         jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
     )
-    optimiser = optax.adam(1e-3)
-    method: dict[str, Any] = {"encoder": encoder, "optimiser": optimiser, "augment": "photo"}
+    optimizer = optax.adam(1e-3)
+    method: dict[str, Any] = {"encoder": encoder, "optimizer": optimizer, "augment": "photo"}
     options: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "method": method}
-    resident = jax.numpy.asarray(loader.materialise(files, stored_size=size))
+    resident = jax.numpy.asarray(dataset.materialize(files, stored_size=size))
     feeds = {
-        "memory": feed.from_device(resident, frozen, **options),
-        "files": feed.from_stream(files, frozen, stored_size=size, **options),
+        "memory": input_pipeline.from_device(resident, frozen, **options),
+        "files": input_pipeline.from_stream(files, frozen, stored_size=size, **options),
     }
 
-    def epoch(fed: feed.Feed) -> None:
+    def epoch(fed: input_pipeline.Feed) -> None:
         state, _ = loop.run(
-            cib.create_train_state(jax.tree.map(jax.numpy.copy, params), optimiser),
+            cib.create_train_state(jax.tree.map(jax.numpy.copy, params), optimizer),
             Progress(),
             steps=fed.steps,
             epoch_chunks=fed.epoch_chunks,
@@ -271,7 +274,7 @@ def measure_training(size: int, image_size: int, count: int, rounds: int) -> Non
 
     seconds = measuring.in_turns({name: functools.partial(epoch, fed) for name, fed in feeds.items()}, rounds=rounds)
     begun = time.perf_counter()
-    for_each(functools.partial(photos.decode, size=size), files.contents, measuring.cores())
+    for_each(functools.partial(decode, size=size), files.contents, measuring.cores())
     decoding = time.perf_counter() - begun
     print(f"EfficientNet-Lite0 at {image_size} px, {count} photos an epoch; the step and decoding share the cores")
     rows = [(name, f"{taken.median:.2f} s", f"{count / taken.median:.0f} photos/s") for name, taken in seconds.items()]

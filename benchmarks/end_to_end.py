@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import measuring
-from cib_jax.data import loader, sources, splits
-from cib_jax.data.protocols import PROTOCOLS
+from cib_jax.data import dataset, sources, splits
+from cib_jax.data.splits import PROTOCOLS
 from configs import cifar
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,8 +60,8 @@ def _transform(images: Sequence[np.ndarray], image_size: int, train: bool, seed:
     torch.manual_seed(seed)
     np.random.seed(seed)
     plain = [transforms.Resize((image_size, image_size)), transforms.ToTensor()]
-    normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
-    transform = original.two_view_transform(image_size) if train else transforms.Compose([*plain, normalise])
+    normalize = transforms.Normalize([0.5] * 3, [0.5] * 3)
+    transform = original.two_view_transform(image_size) if train else transforms.Compose([*plain, normalize])
     for image in images:
         transform(PIL.Image.fromarray(image))
 
@@ -78,7 +78,7 @@ def theirs(drawn: splits.Splits, bits: int, seconds: float) -> dict[str, float]:
     size, epochs, batch = config.image_size, config.epochs, config.batch_size
     views = 2 * epochs * (len(drawn.train) // batch) * batch
     plain = len(drawn.query) + len(drawn.database)
-    sample = loader.materialise(drawn.train.take(np.arange(2000)).images)
+    sample = dataset.materialize(drawn.train.take(np.arange(2000)).images)
     cores = measuring.cores()
     parts = np.array_split(sample, cores)
     with multiprocessing.get_context("spawn").Pool(cores) as pool:

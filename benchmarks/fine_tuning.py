@@ -17,11 +17,11 @@ import sklearn.datasets
 
 import cib_jax as cib
 from benchmarks import measuring
-from cib_jax.backbones import registry
 from cib_jax.baselines import BASELINES
-from cib_jax.data import loader, sources, splits
-from cib_jax.data.protocols import PROTOCOLS
-from cib_jax.training import optimiser
+from cib_jax.data import dataset, sources, splits
+from cib_jax.data.splits import PROTOCOLS
+from cib_jax.models import registry
+from cib_jax.training import train_step
 
 Part = tuple[np.ndarray, np.ndarray]
 """Images and their labels."""
@@ -55,7 +55,7 @@ def cifar(directory: str, train: int, queries: int, database: int) -> Task:
     def some(part: splits.ImageSet, count: int) -> Part:
         taken = part.take(np.sort(np.random.default_rng(1).permutation(len(part))[:count]))
         assert taken.labels is not None
-        return loader.materialise(taken.images), taken.labels
+        return dataset.materialize(taken.images), taken.labels
 
     return Task(
         "CIFAR-10",
@@ -123,8 +123,8 @@ def memory(row: str, flags: argparse.Namespace, *, checkpointing: bool) -> float
         image_size=flags.image_size,
         **options_of(row, flags, checkpointing=checkpointing),
     )
-    adam = optimiser.adam(1e-3, flags.backbone_learning_rate)
-    step = functools.partial(cib.train_step, encoder=encoder, optimiser=adam)
+    adam = train_step.adam(1e-3, flags.backbone_learning_rate)
+    step = functools.partial(cib.train_step, encoder=encoder, optimizer=adam)
     images = jax.ShapeDtypeStruct((flags.batch, flags.image_size, flags.image_size, 3), np.uint8)
     arguments = cib.create_train_state(params, adam), frozen, images, jax.random.key(1)
     return jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 2**20

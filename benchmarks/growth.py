@@ -38,10 +38,10 @@ def step(batch: int, bits: int) -> Callable[[], Any]:
     encoder, params, _ = cib.create_encoder(
         jax.random.key(0), backbone="efficientnet_lite0", bits=bits, frozen=True, pretrained=False
     )
-    optimiser = optax.adam(1e-3)
-    state = cib.create_train_state(params, optimiser)
+    optimizer = optax.adam(1e-3)
+    state = cib.create_train_state(params, optimizer)
     first, second = jax.random.uniform(jax.random.key(1), (2, batch, 1280))
-    taken = jax.jit(functools.partial(cib.train_step_on_features, encoder=encoder, optimiser=optimiser))
+    taken = jax.jit(functools.partial(cib.train_step_on_features, encoder=encoder, optimizer=optimizer))
     return lambda: jax.block_until_ready(taken(state, first, second, jax.random.key(2)))
 
 
@@ -73,7 +73,7 @@ def augmented(side: int) -> Callable[[], Any]:
     """Returns the augmentation of 32 images of 32 pixels."""
     import jax
 
-    from cib_jax.views import augment
+    from cib_jax.augment import augment
 
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
     view = jax.jit(functools.partial(augment.view, image_size=side))

@@ -13,15 +13,15 @@ import optax
 
 import cib_jax as cib
 from benchmarks import measuring
-from cib_jax.training import feed, loop, view_bank
-from cib_jax.training.checkpoint import Progress
+from cib_jax.training import input_pipeline, loop
+from cib_jax.training.train_step import Progress
 
 
 def make_bank(views: int, images: int, features: int) -> np.ndarray:
     """Returns made-up float32 features, non-negative and clustered as those of a network are."""
     generator = np.random.default_rng(0)
-    centres = generator.normal(size=(50, features))
-    one = centres[generator.integers(50, size=images)] + generator.normal(size=(images, features))
+    centers = generator.normal(size=(50, features))
+    one = centers[generator.integers(50, size=images)] + generator.normal(size=(images, features))
     noise = generator.standard_normal((views, images, features), np.float32)
     return np.clip(one + 0.5 * noise, 0, 6).astype(np.float32)
 
@@ -30,12 +30,14 @@ def trainer(
     bank: jax.Array, encoder: cib.Encoder, params: cib.encoder.Params, *, epochs: int, batch_size: int
 ) -> Callable[[], None]:
     """Returns a function that trains as the main job does, without its files; it compiles when first called."""
-    optimiser = optax.adam(1e-3)
-    fed = feed.from_bank(bank, seed=0, batch_size=batch_size, method={"encoder": encoder, "optimiser": optimiser})
+    optimizer = optax.adam(1e-3)
+    fed = input_pipeline.from_bank(
+        bank, seed=0, batch_size=batch_size, method={"encoder": encoder, "optimizer": optimizer}
+    )
 
     def train() -> None:
         state, _ = loop.run(
-            cib.create_train_state(params, optimiser),
+            cib.create_train_state(params, optimizer),
             Progress(),
             steps=fed.steps,
             epoch_chunks=fed.epoch_chunks,
@@ -62,7 +64,7 @@ def main() -> None:
     from benchmarks import original
 
     bank = make_bank(flags.views, flags.images, flags.features)
-    held = jnp.asarray(bank.astype(view_bank.STORED))
+    held = jnp.asarray(bank.astype(input_pipeline.STORED))
     steps = flags.epochs * (flags.images // flags.batch)
     rows = []
     for bits in flags.bits:

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 
 from benchmarks import measuring
-from cib_jax.retrieval import label_free
+from cib_jax.retrieval import code_quality
 
 IMAGES = 2000
 COLLAPSED = 0.5
@@ -33,7 +33,7 @@ def print_search(folder: pathlib.Path) -> None:
     kept = [trial for trial in trials if trial["scores"]["entropy"] >= COLLAPSED * most]
     print(f"\n{folder}: rank correlation with test MAP\n")
     rows = []
-    for name in label_free.SCORES:
+    for name in code_quality.SCORES:
         cells = [correlation(*([t["scores"][key] for t in some] for key in (name, "map"))) for some in (trials, kept)]
         best = max(trials, key=lambda trial: trial["scores"][name])
         rows.append((name, *cells, f"{best['scores']['map']:.3f}"))
@@ -54,7 +54,7 @@ def print_comparison(folder: pathlib.Path) -> None:
     for cell in cells:
         codes = np.load(pathlib.Path(cell["workdir"]) / "codes" / "database_codes.npy")
         some = np.sort(np.random.default_rng(0).permutation(len(codes))[:IMAGES])
-        cell["separation"] = label_free.separation(codes[some])
+        cell["separation"] = code_quality.separation(codes[some])
     lengths = sorted({cell["bits"] for cell in cells})
     print(f"\n{folder}: separation, mean over seeds, and its rank correlation with MAP across methods\n")
     rows = []

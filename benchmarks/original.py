@@ -21,7 +21,7 @@ cv2.setNumThreads(1)
 def two_view_transform(
     image_size: int, mean: Sequence[float] = (0.5, 0.5, 0.5), deviation: Sequence[float] = (0.5, 0.5, 0.5)
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
-    """Returns the transform of one view: a PIL image in, a normalised tensor [3, image_size, image_size] out."""
+    """Returns the transform of one view: a PIL image in, a normalized tensor [3, image_size, image_size] out."""
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     return transforms.Compose(
         [
@@ -103,14 +103,14 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def train_head(bank: np.ndarray, *, bits: int, epochs: int, batch_size: int = 64, seed: int = 0) -> Head:
     """Returns a head trained on a bank of features [views, images, features], two different views at each step.
 
-    The loop, the optimiser and the look at the loss at every step are the published code's; only where its network
+    The loop, the optimizer and the look at the loss at every step are the published code's; only where its network
     computed features of fresh views, these are looked up.
     """
     torch.manual_seed(seed)
     held = torch.from_numpy(bank)
     views, count, features = held.shape
     head = Head(features, bits)
-    optimiser = torch.optim.Adam(head.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     for _ in range(epochs):
         total = torch.zeros(())
         order = torch.randperm(count)
@@ -118,14 +118,14 @@ def train_head(bank: np.ndarray, *, bits: int, epochs: int, batch_size: int = 64
             rows = order[start : start + batch_size]
             chosen = torch.randint(views, rows.shape)
             other = (chosen + torch.randint(1, views, rows.shape)) % views
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (p1, b1), (p2, b2) = head(held[chosen, rows]), head(held[other, rows])
             value, _, _ = loss((p1, p2), (b1, b2))
             total += value.detach()
             if math.isnan(total):
                 raise ArithmeticError("the loss of the PyTorch side became NaN")
             value.backward()
-            optimiser.step()
+            optimizer.step()
     return head
 
 

@@ -15,9 +15,9 @@ import sklearn.datasets
 import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.baselines import BASELINES
-from cib_jax.data import loader, sources, splits
-from cib_jax.data.protocols import PROTOCOLS
-from cib_jax.hashing.coding import plain_features
+from cib_jax.data import dataset, sources, splits
+from cib_jax.data.splits import PROTOCOLS
+from cib_jax.models.encoder import plain_features
 
 
 class Task(NamedTuple):
@@ -51,7 +51,7 @@ def make_cifar(directory: str) -> Task:
     )
 
     def features(part: splits.ImageSet) -> np.ndarray:
-        batches = loader.stream(part.images, np.arange(len(part)), 100)
+        batches = dataset.stream(part.images, np.arange(len(part)), 100)
         return np.concatenate([np.asarray(plain_features(encoder, params, frozen, images)) for images in batches])
 
     made = [features(part) for part in (drawn.train, drawn.query, drawn.database)]

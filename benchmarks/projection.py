@@ -42,7 +42,7 @@ class Machine(NamedTuple):
     memory: float
     """Bytes a second that a device reads and writes in its own memory."""
     inside: float
-    """Bytes a second that a device sends to its neighbours over the fast links, one way."""
+    """Bytes a second that a device sends to its neighbors over the fast links, one way."""
     across: float
     """Bytes a second that a device sends beyond them, one way; `inside` where nothing lies beyond."""
     price: float | None
@@ -156,17 +156,17 @@ def epoch(machine: Machine, network: Network) -> list[list[str]]:
 
 def memory() -> list[list[str]]:
     """Returns rows of what must be held, where, whatever the machine."""
-    from cib_jax import contrast
+    from cib_jax import losses
 
     rows = []
     for machine in MACHINES:
         mine = VIEWS * BATCH // machine.devices * VIEWS * BATCH
-        blocks = math.ceil(mine / contrast.ENTRIES)
+        blocks = math.ceil(mine / losses.ENTRIES)
         rows.append(
             [
                 f"NT-Xent's similarities of a device, {machine.name}",
                 f"{4 * mine / 1e9:.2f} GB",
-                f"{4 * min(mine, contrast.ENTRIES) / 1e6:.0f} MB held, in {blocks} block{'s' if blocks > 1 else ''}",
+                f"{4 * min(mine, losses.ENTRIES) / 1e6:.0f} MB held, in {blocks} block{'s' if blocks > 1 else ''}",
             ]
         )
     return [

@@ -37,14 +37,14 @@ MEMORY = [(100, 50_000), (1_000, 50_000), (10_000, 50_000), (100, 1_000_000), (1
 
 
 def make_codes(task: Task, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns packed codes around a centre for each class, a quarter of the bits flipped, and labels."""
+    """Returns packed codes around a center for each class, a quarter of the bits flipped, and labels."""
     generator = np.random.default_rng(0)
-    centres = generator.integers(0, 256, (task.classes, bits // 8), np.uint8)
+    centers = generator.integers(0, 256, (task.classes, bits // 8), np.uint8)
     total = task.queries + task.database
     labels = generator.integers(0, task.classes, total)
     # The AND of two random bytes has each bit set with probability a quarter.
     flips = [generator.integers(0, 256, (total, bits // 8), np.uint8) for _ in range(2)]
-    codes = centres[labels] ^ (flips[0] & flips[1])
+    codes = centers[labels] ^ (flips[0] & flips[1])
     if task.multi_label:
         hot = generator.random((total, task.classes)) < 2 / task.classes
         hot[np.arange(total), labels] = True

@@ -45,8 +45,8 @@ def program(point: Point) -> tuple[Any, Any, int]:
     import optax
 
     import cib_jax as cib
-    from cib_jax.devices import parallel
-    from cib_jax.training import feed
+    from cib_jax.distributed import sharding
+    from cib_jax.training import input_pipeline
 
     of_features = point.work == "features"
     encoder, params, frozen = cib.create_encoder(
@@ -57,17 +57,17 @@ def program(point: Point) -> tuple[Any, Any, int]:
         pretrained=False,
         image_size=128 if of_features else SIDE,
     )
-    optimiser = optax.adam(1e-3)
-    how = {"seed": 0, "batch_size": point.batch, "mesh": parallel.mesh(point.devices, point.batch)}
-    method = {"encoder": encoder, "optimiser": optimiser}
+    optimizer = optax.adam(1e-3)
+    how = {"seed": 0, "batch_size": point.batch, "mesh": sharding.make_mesh(point.devices, point.batch)}
+    method = {"encoder": encoder, "optimizer": optimizer}
     if of_features:
         bank = jax.random.normal(jax.random.key(1), (2, STEPS * point.batch, FEATURES), jnp.float16)
-        fed = feed.from_bank(bank, method=method, **how)
+        fed = input_pipeline.from_bank(bank, method=method, **how)
     else:
         images = jax.random.randint(jax.random.key(1), (point.batch, SIDE, SIDE, 3), 0, 256).astype(jnp.uint8)
-        fed = feed.from_device(images, frozen, method=method | {"augment": "photo"}, **how)
+        fed = input_pipeline.from_device(images, frozen, method=method | {"augment": "photo"}, **how)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return fed.steps, cib.create_train_state(params, optimiser), parameters
+    return fed.steps, cib.create_train_state(params, optimizer), parameters
 
 
 def measure(point: Point) -> dict[str, Any]:

@@ -39,17 +39,17 @@ def uniform(n: int, bits: int, seed: int = 0) -> np.ndarray:
 
 
 def clustered(n: int, bits: int, seed: int = 0) -> np.ndarray:
-    """Returns codes as a hash head gives them: signs of projected features, which lie around 1,000 centres.
+    """Returns codes as a hash head gives them: signs of projected features, which lie around 1,000 centers.
 
-    Features have 24 dimensions, half of whose deviation is between the centres; each bit is some direction's sign.
+    Features have 24 dimensions, half of whose deviation is between the centers; each bit is some direction's sign.
     """
     shared = np.random.default_rng(1)
-    centres = shared.normal(size=(1000, 24)).astype(np.float32)
+    centers = shared.normal(size=(1000, 24)).astype(np.float32)
     directions = shared.normal(size=(24, bits)).astype(np.float32)
     generator, codes = np.random.default_rng(seed), np.empty((n, bits // 8), np.uint8)
     for start in range(0, n, 1 << 17):
         count = min(1 << 17, n - start)
-        features = centres[generator.integers(0, 1000, count)]
+        features = centers[generator.integers(0, 1000, count)]
         features += generator.standard_normal(features.shape, np.float32)
         codes[start : start + count] = np.packbits(features @ directions > 0, axis=1)
     return codes
@@ -214,15 +214,15 @@ def rerank_photos(data_dir: str, bits: int, seeds: int = 3) -> list[list[object]
 def _cifar_features(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns EfficientNet-Lite0's features at 128 px, unaugmented, and labels, of the splits of configs/cifar.py."""
 
-    from cib_jax.config import from_config
-    from cib_jax.devices import encoding
-    from cib_jax.hashing import coding
+    from cib_jax.config import build
+    from cib_jax.distributed import sharding
+    from cib_jax.models.encoder import plain_features
     from configs import cifar
 
     config = cifar.get_config()
     config.data.dir = data_dir
-    splits = from_config.draw_splits(config)
-    encoder, params, frozen, _ = from_config.encoder(config)
+    splits = build.draw_splits(config)
+    encoder, params, frozen, _ = build.encoder(config)
     found = {}
     for name in ("train", "database", "query"):
         images = getattr(splits, name)
@@ -230,8 +230,8 @@ def _cifar_features(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             np.stack([images.images[at] for at in range(start, min(start + 100, len(images)))])
             for start in range(0, len(images), 100)
         )
-        rows = encoding.map_batches(
-            lambda batch, first: coding.plain_features(encoder, params, frozen, batch, None), batches, size=100
+        rows = sharding.map_batches(
+            lambda batch, first: plain_features(encoder, params, frozen, batch, None), batches, size=100
         )
         found[name] = (np.concatenate([np.asarray(row) for row in rows]), np.asarray(images.labels))
     return found
@@ -245,8 +245,7 @@ def _mean_average_precision(relevant: np.ndarray) -> float:
 
 def table(size: int, bits: int, rounds: int) -> list[list[object]]:
     """Returns rows of what a table of photos on disk takes: to load its codes, to tell of 20 hits, to change."""
-    from cib_jax.collection.photo_rows import Row
-    from cib_jax.collection.photo_table import About, PhotoTable
+    from cib_jax.storage.photo_table import About, PhotoTable, Row
 
     codes, generator = clustered(size, bits), np.random.default_rng(3)
     with tempfile.TemporaryDirectory() as folder:

@@ -65,7 +65,7 @@ def make_index(folder: pathlib.Path, count: int) -> str:
     import jax
 
     import cib_jax as cib
-    from cib_jax.jobs.index import index
+    from cib_jax.commands.index import index
     from configs import default
 
     (folder / "photos").mkdir()
@@ -82,7 +82,7 @@ def make_index(folder: pathlib.Path, count: int) -> str:
 
 def serve(uri: str, at_once: int) -> None:
     """Serves an index with no bound on rates; this process."""
-    from cib_jax.collection.collection import Collection
+    from cib_jax.storage.collection import Collection
     from cib_jax.web import server
     from cib_jax.web.limits import Limits
 

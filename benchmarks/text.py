@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 import cib_jax as cib
 from benchmarks import measuring, wordnet
 from cib_jax.baselines import BASELINES
-from cib_jax.config import checking, from_config
-from cib_jax.data.images import ImageSet, gather
-from cib_jax.errors import Refusal
-from cib_jax.retrieval import asymmetric
+from cib_jax.config import build, schema
+from cib_jax.data.dataset import ImageSet, gather
+from cib_jax.errors import UserError
+from cib_jax.retrieval.index import rerank
 from configs import text
 
 METHODS = {"lsh": "LSH", "itq": "ITQ", "cib": "cib_jax"}
@@ -72,7 +72,7 @@ def load(config: ml_collections.ConfigDict, *, validation: bool = False) -> Task
     Raises:
       DataError: the file cannot be read, has no labels, or is too small.
     """
-    splits = from_config.draw_splits(config)
+    splits = build.draw_splits(config)
     assert splits.validation is not None  # or the file has no labels and was refused
     query, database = splits.validation if validation else (splits.query, splits.database)
     assert query.labels is not None and database.labels is not None
@@ -149,7 +149,7 @@ def recall(wanted: Int[np.ndarray, "queries few"], found: Int[np.ndarray, "queri
 def judge(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries k"]) -> Quality:
     """Returns the quality of codes; the first k hits, as many as `by_float` has, are re-ranked."""
     found = cib.rank(coded.query, coded.database, by_float.shape[1])
-    _, finer = asymmetric.rerank(coded.database, coded.logits, found)
+    _, finer = rerank(coded.database, coded.logits, found)
 
     def relevant(ids: np.ndarray) -> np.ndarray:
         return task.database_labels[ids] == task.query_labels[:, None]
@@ -210,7 +210,7 @@ def ask(
         encode = fit(method, config, task.train)
         codes, logits = encode(features)
         database = encode(task.database)[0]
-        _, ids = asymmetric.rerank(database, logits, cib.rank(codes, database, min(config.k, len(database))))
+        _, ids = rerank(database, logits, cib.rank(codes, database, min(config.k, len(database))))
         found[METHODS[method]] = ids[:, :hits]
     told = []
     for row, question in enumerate(asked):
@@ -239,13 +239,13 @@ def main() -> None:
             if name not in config:
                 raise ValueError(f"there is no field {name}")
             config[name] = type(config[name])(value)
-        checking.check(config)
+        schema.validate(config)
     except ValueError as error:
         sys.exit(f"--set: {error}; write fields of configs/default.py as in temperature=0.2")
     try:
         task = load(config, validation=flags.validation)
         model = wordnet.load_model(flags.model) if flags.ask is not None else None
-    except Refusal as refusal:
+    except UserError as refusal:
         sys.exit(str(refusal))
     if model is not None:
         config.bits = flags.bits[0]

@@ -12,7 +12,7 @@ import time
 import rich.console
 
 from benchmarks import measuring
-from cib_jax.jobs.train import train
+from cib_jax.commands.train import train
 from configs import cifar
 
 

@@ -18,8 +18,8 @@ import pyarrow.parquet
 from jaxtyping import Float32
 
 from benchmarks import measuring
-from cib_jax import atomic
-from cib_jax.errors import Refusal
+from cib_jax import files
+from cib_jax.errors import UserError
 
 # lexnames(5WN): the lexicographer files of nouns, by number.
 KINDS = {
@@ -55,7 +55,7 @@ AT_ONCE = 2048
 """Texts that are embedded, and make a row group of the file, at a time."""
 
 
-class TextError(Refusal):
+class TextError(UserError):
     """Texts or their embeddings cannot be had; the message says what to do."""
 
 
@@ -71,7 +71,7 @@ def nouns(lines: Iterable[str]) -> Iterator[Noun]:
     """Yields the meanings of a `data.noun`, in its order, without examples of use.
 
     The format is wndb(5WN): offset, file number, type, the number of words (hexadecimal), each with an id behind it,
-    pointers, and after a bar the definition, then examples in quotation marks. Lines of the licence begin with blanks.
+    pointers, and after a bar the definition, then examples in quotation marks. Lines of the license begin with blanks.
 
     Raises:
       TextError: a line is of another format.
@@ -140,7 +140,7 @@ def write(
     Raises:
       OSError: it cannot be written.
     """
-    with atomic.replacing(path) as part:
+    with files.replacing(path) as part:
         writer, start = None, 0
         for rows in embeddings:
             some = found[start : start + len(rows)]
@@ -173,7 +173,7 @@ def main() -> None:
             drawn = np.sort(np.random.default_rng(0).choice(len(found), flags.most, replace=False))
             found = [found[index] for index in drawn]
         model = load_model(flags.model)
-    except Refusal as refusal:
+    except UserError as refusal:
         sys.exit(str(refusal))
 
     def embedded() -> Iterator[Float32[np.ndarray, "rows dimensions"]]:

@@ -10,21 +10,22 @@ function, for use under `jax.jit`, `jax.vmap` and `jax.grad`; codes are ±1 floa
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cib_jax.backbones.fine_tuning import FineTune
-    from cib_jax.backbones.weights import load_pretrained
-    from cib_jax.binary import binarize, pack_bits, sample_codes, unpack_bits
-    from cib_jax.collection.collection import Collection
-    from cib_jax.corpus.corpus import read_corpus
-    from cib_jax.encoder import Encoder, create_encoder
-    from cib_jax.errors import Refusal
+    from cib_jax.augment.augment import resize_and_normalize, two_views
+    from cib_jax.codes import binarize, pack_bits, sample_codes, unpack_bits
+    from cib_jax.diffusion import Teacher
+    from cib_jax.errors import Refusal, UserError
     from cib_jax.fitting import fit
-    from cib_jax.hashing.hasher import Hasher
-    from cib_jax.hashing.photo_codes import encode_photos
-    from cib_jax.objective import bernoulli_kl, cib_loss, diffusion_match, nt_xent
-    from cib_jax.retrieval.health import code_health
+    from cib_jax.inference.hasher import Hasher, encode_photos
+    from cib_jax.losses import bernoulli_kl, cib_loss, diffusion_match, nt_xent
+    from cib_jax.models.encoder import Encoder, create_encoder
+    from cib_jax.models.finetune import FineTune
+    from cib_jax.models.weights import load_pretrained
+    from cib_jax.retrieval.code_quality import code_health
+    from cib_jax.retrieval.hamming import hamming_distances, rank
     from cib_jax.retrieval.index import Index
     from cib_jax.retrieval.metrics import (
         evaluate,
@@ -35,11 +36,9 @@ if TYPE_CHECKING:
         recall_at_k,
         tie_aware_map,
     )
-    from cib_jax.retrieval.ranking import hamming_distances, rank
-    from cib_jax.teacher import Teacher
-    from cib_jax.training.state import TrainState, create_train_state
-    from cib_jax.training.step import train_step, train_step_on_features
-    from cib_jax.views.augment import resize_and_normalise, two_views
+    from cib_jax.storage.code_store import read_corpus
+    from cib_jax.storage.collection import Collection
+    from cib_jax.training.train_step import TrainState, create_train_state, train_step, train_step_on_features
 
 __version__ = "0.1.0"
 
@@ -52,6 +51,7 @@ __all__ = [
     "Refusal",
     "Teacher",
     "TrainState",
+    "UserError",
     "bernoulli_kl",
     "binarize",
     "cib_loss",
@@ -73,7 +73,7 @@ __all__ = [
     "rank",
     "read_corpus",
     "recall_at_k",
-    "resize_and_normalise",
+    "resize_and_normalize",
     "sample_codes",
     "tie_aware_map",
     "train_step",
@@ -84,42 +84,43 @@ __all__ = [
 
 # Imported when they are asked for: `cib_jax.exported` runs where nothing of training is installed.
 _HOMES = {
-    "Collection": "collection.collection",
-    "Encoder": "encoder",
-    "FineTune": "backbones.fine_tuning",
-    "Hasher": "hashing.hasher",
+    "Collection": "storage.collection",
+    "Encoder": "models.encoder",
+    "FineTune": "models.finetune",
+    "Hasher": "inference.hasher",
     "Index": "retrieval.index",
     "Refusal": "errors",
-    "Teacher": "teacher",
-    "TrainState": "training.state",
-    "bernoulli_kl": "objective",
-    "binarize": "binary",
-    "cib_loss": "objective",
-    "code_health": "retrieval.health",
-    "create_encoder": "encoder",
-    "create_train_state": "training.state",
-    "diffusion_match": "objective",
-    "encode_photos": "hashing.photo_codes",
+    "Teacher": "diffusion",
+    "TrainState": "training.train_step",
+    "UserError": "errors",
+    "bernoulli_kl": "losses",
+    "binarize": "codes",
+    "cib_loss": "losses",
+    "code_health": "retrieval.code_quality",
+    "create_encoder": "models.encoder",
+    "create_train_state": "training.train_step",
+    "diffusion_match": "losses",
+    "encode_photos": "inference.hasher",
     "evaluate": "retrieval.metrics",
     "fit": "fitting",
-    "hamming_distances": "retrieval.ranking",
-    "load_pretrained": "backbones.weights",
+    "hamming_distances": "retrieval.hamming",
+    "load_pretrained": "models.weights",
     "mean_average_precision": "retrieval.metrics",
-    "nt_xent": "objective",
-    "pack_bits": "binary",
+    "nt_xent": "losses",
+    "pack_bits": "codes",
     "precision_at_k": "retrieval.metrics",
     "precision_recall_curve": "retrieval.metrics",
     "precision_within_radius": "retrieval.metrics",
-    "rank": "retrieval.ranking",
-    "read_corpus": "corpus.corpus",
+    "rank": "retrieval.hamming",
+    "read_corpus": "storage.code_store",
     "recall_at_k": "retrieval.metrics",
-    "resize_and_normalise": "views.augment",
-    "sample_codes": "binary",
+    "resize_and_normalize": "augment.augment",
+    "sample_codes": "codes",
     "tie_aware_map": "retrieval.metrics",
-    "train_step": "training.step",
-    "train_step_on_features": "training.step",
-    "two_views": "views.augment",
-    "unpack_bits": "binary",
+    "train_step": "training.train_step",
+    "train_step_on_features": "training.train_step",
+    "two_views": "augment.augment",
+    "unpack_bits": "codes",
 }
 
 
@@ -128,6 +129,9 @@ if not TYPE_CHECKING:  # a checker would take any name at all for one that is fo
     def __getattr__(name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "resize_and_normalise":
+            warnings.warn("resize_and_normalise is now resize_and_normalize", DeprecationWarning, stacklevel=2)
+            name = "resize_and_normalize"
         if name in _HOMES:
             found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
             globals()[name] = found

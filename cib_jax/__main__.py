@@ -6,13 +6,13 @@ Fields of the experiment are set by --config.FIELD=VALUE, such as
 
 import sys
 
-from cib_jax import program
-from cib_jax.command import interpreter
+from cib_jax import console
+from cib_jax.cli import python_check
 
 if __name__ == "__main__":
-    sys.argv[0] = program.INSTALLED
-    interpreter.listen()
-    interpreter.check()
-    from cib_jax.command.door import start
+    sys.argv[0] = console.INSTALLED
+    python_check.listen()
+    python_check.check_python()
+    from cib_jax.cli.main import start
 
     start()

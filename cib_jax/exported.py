@@ -7,8 +7,7 @@ gigabyte of them is neither printed into a program nor parsed nor folded by the 
 
     from cib_jax import exported
     encoder = exported.load("encoder.zip")
-    codes = encoder.encode(images)
-"""
+    codes = encoder.encode(images)"""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from cib_jax.errors import Refusal
+from cib_jax.errors import ExportedError
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
@@ -41,10 +40,6 @@ STAGES = ("features", "codes")
 """Images → features → packed codes; two programs, as in `Hasher.encode`: the same codes to the last bit."""
 FORMS = {"cpu": ("cpu",), "accelerator": ("cuda", "tpu")}
 """Programs by name, each with the platforms that it is for."""
-
-
-class ExportedError(Refusal):
-    """An exported encoder cannot be read, or not here; the message names the file and what to do."""
 
 
 def part_of(stage: str, form: str, size: int) -> str:

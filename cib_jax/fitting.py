@@ -9,19 +9,18 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
 from cib_jax import diffusion
-from cib_jax.backbones import fine_tuning
-from cib_jax.backbones.fine_tuning import FineTune
-from cib_jax.devices import parallel
-from cib_jax.encoder import Encoder, Params, create_encoder
-from cib_jax.hashing.hasher import Hasher
-from cib_jax.objective import OBJECTIVES
-from cib_jax.teacher import Teacher
-from cib_jax.training import accumulation, feed, loop, optimiser, view_bank
-from cib_jax.training.checkpoint import Progress
-from cib_jax.training.state import create_train_state
-from cib_jax.views import feature_views
-from cib_jax.views.augment import FAMILIES
-from cib_jax.views.feature_views import Standard
+from cib_jax.augment import features as features_lib
+from cib_jax.augment.augment import FAMILIES
+from cib_jax.augment.features import Standard
+from cib_jax.diffusion import Teacher
+from cib_jax.distributed import sharding
+from cib_jax.inference.hasher import Hasher
+from cib_jax.losses import OBJECTIVES
+from cib_jax.models import finetune
+from cib_jax.models.encoder import Encoder, Params, create_encoder
+from cib_jax.models.finetune import FineTune
+from cib_jax.training import grad_cache, input_pipeline, loop, train_step
+from cib_jax.training.train_step import Progress, create_train_state
 
 ENCODE_BATCH = 100
 
@@ -60,7 +59,7 @@ def fit(
     """Returns a hasher trained on `images`, without labels.
 
     The same steps as `run.py` takes; the same seed gives the same bits. For checkpoints, logs and resuming use
-    `cib_jax.jobs.train.train`.
+    `cib_jax.commands.train.train`.
 
     Args:
       images: in RGB, all of one size; or, with the backbone "none", features of any model, a vector or several views of
@@ -124,11 +123,11 @@ def fit(
         raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
     if OBJECTIVES[objective].taught:
         teacher.check(len(images))
-    families = FAMILIES if standard is None else feature_views.FAMILIES
+    families = FAMILIES if standard is None else features_lib.FAMILIES
     if augment not in families:
         raise ValueError(f"augment: {augment!r} is not one of {', '.join(families)}")
-    mesh = parallel.mesh(devices, batch_size)
-    accumulation.check(micro_batch, batch_size // parallel.size(mesh))
+    mesh = sharding.make_mesh(devices, batch_size)
+    grad_cache.validate_micro_batch(micro_batch, batch_size // sharding.mesh_size(mesh))
     if micro_batch and (views or standard is not None):
         raise ValueError(f"micro_batch: {micro_batch} images at a time save nothing where features train; set it to 0")
     init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
@@ -152,15 +151,15 @@ def fit(
             feature_dropout=feature_dropout,
             fine_tune=fine_tune,
         )
-        adam = optimiser.adam(learning_rate, fine_tune.learning_rate)
-        method |= {"encoder": encoder, "optimiser": adam, "beta": beta, "stochastic": stochastic}
+        adam = train_step.adam(learning_rate, fine_tune.learning_rate)
+        method |= {"encoder": encoder, "optimizer": adam, "beta": beta, "stochastic": stochastic}
         order: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "mesh": mesh, "coordinates": coordinates}
         if views:
-            if fine_tuning.features_learn(params) or standard is not None:
+            if finetune.features_learn(params) or standard is not None:
                 raise ValueError(f"views: {views} views are computed once only of a frozen backbone; set it to 0")
             size = min(ENCODE_BATCH, len(images))
             if bank is None:
-                bank = view_bank.build(
+                bank = input_pipeline.build_view_bank(
                     bank_key,
                     encoder,
                     unchanging,
@@ -170,13 +169,13 @@ def fit(
                     views=views,
                     family=augment,
                     on_images=on_views,
-                    over=parallel.local_mesh(devices),
+                    over=sharding.local_mesh(devices),
                 )
-            fed = feed.from_bank(bank, method=method, **order)
+            fed = input_pipeline.from_bank(bank, method=method, **order)
         else:
             resident = jnp.asarray(images) if resident is None else resident
             method |= {"augment": augment, "micro_batch": micro_batch}
-            fed = feed.from_device(resident, unchanging, method=method, **order)
+            fed = input_pipeline.from_device(resident, unchanging, method=method, **order)
         state, _ = loop.run(
             create_train_state(params, adam),
             Progress(),
@@ -187,7 +186,7 @@ def fit(
             batch_size=batch_size,
             on_epoch=lambda state, report: on_epoch(report),
         )
-        return encoder, parallel.here(state.params), unchanging
+        return encoder, sharding.to_local(state.params), unchanging
 
     coordinates = None
     if OBJECTIVES[objective].taught:
@@ -211,4 +210,4 @@ def _standard(features: np.ndarray) -> Standard:
     blocks = [features[start : start + 8192] for start in range(0, len(features), 8192)]
     if not all(np.isfinite(block).all() for block in blocks):
         raise ValueError("images: the features hold values that are not finite; remove those rows")
-    return feature_views.standard(blocks)
+    return features_lib.standard(blocks)

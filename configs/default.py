@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.teacher.dimensions = 50  # of the walk's coordinates
     c.teacher.steps = 20  # of the walk
 
-    # Optimisation: Adam with a constant learning rate.
+    # Optimization: Adam with a constant learning rate.
     c.batch_size = 64  # images per step; two views each
     # Images of one device that go through the network at a time: less memory for a second pass; 0 = all of them. The
     # whole batch is still one of negatives.
@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.raw_dir = (
         ""  # nuswide, mscoco: the folder of the published files; needed until they are prepared in data.dir
     )
-    c.data.labelled = True  # False: labels of a folder, a list or features are left aside
+    c.data.labeled = True  # False: labels of a folder, a list or features are left aside
 
     # The split. A protocol by name (cib_jax/data/protocols.py) says the six fields below it and k; -1, or "protocol",
     # leaves them to it. "own": what is -1 is 0, k is 1000.

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 
 import cib_jax as cib
-from cib_jax.backbones import registry
+from cib_jax.models import registry
 
 
 def convnet(monkeypatch, folder: pathlib.Path, image_size: int) -> dict[str, object]:

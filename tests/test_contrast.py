@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from cib_jax import contrast, objective
+from cib_jax import losses
 
 
 def draw(seed, count, bits):
@@ -32,7 +32,7 @@ def reference(rows, codes, places):
 def test_any_cut_into_blocks_gives_scipys_sums(rows, codes, entries, seed):
     asked, among = draw(seed, rows, 5), draw(seed + 1, codes, 5)
     places = np.random.default_rng(seed).integers(-1, codes, rows)
-    found = contrast.log_sum_exp_of_others(*map(jnp.asarray, (asked, among, places)), entries=entries)
+    found = losses.log_sum_exp_of_others(*map(jnp.asarray, (asked, among, places)), entries=entries)
     np.testing.assert_allclose(found, reference(asked, among, places), rtol=1e-5, atol=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_gradients_of_blocks_are_those_of_the_plain_form(entries):
     places, weights = jnp.array([0, 3, -1, 19, 5, 5, 2]), jnp.asarray(draw(2, 7, 1)[:, 0])
 
     def loss(rows, codes, entries):
-        return jnp.sum(weights * jnp.sin(contrast.log_sum_exp_of_others(rows, codes, places, entries=entries)))
+        return jnp.sum(weights * jnp.sin(losses.log_sum_exp_of_others(rows, codes, places, entries=entries)))
 
     plain = jax.grad(loss, argnums=(0, 1))(rows, codes, 10**9)
     blocks = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(rows, codes, entries)
@@ -53,7 +53,7 @@ def test_gradients_of_blocks_are_those_of_the_plain_form(entries):
 def test_rows_that_are_all_alike_and_far_apart_stay_finite():
     rows = 1e3 * jnp.ones((5, 4))
     value, gradients = jax.value_and_grad(
-        lambda rows: jnp.sum(contrast.log_sum_exp_of_others(rows, rows, jnp.arange(5), entries=7))
+        lambda rows: jnp.sum(losses.log_sum_exp_of_others(rows, rows, jnp.arange(5), entries=7))
     )(rows)
     assert np.isfinite(value) and np.isfinite(gradients).all()
 
@@ -63,12 +63,12 @@ def test_a_large_batch_of_nt_xent_is_the_plain_one(monkeypatch):
     codes1, codes2 = (jnp.asarray(np.sign(draw(seed, 2100, 16)), jnp.float32) for seed in (0, 1))
 
     def both():
-        return jax.value_and_grad(lambda a, b, t: objective.nt_xent(a, b, temperature=t), argnums=(0, 1, 2))(
+        return jax.value_and_grad(lambda a, b, t: losses.nt_xent(a, b, temperature=t), argnums=(0, 1, 2))(
             codes1, codes2, 0.3
         )
 
     blocks = both()
-    monkeypatch.setattr(contrast, "ENTRIES", 10**9)
+    monkeypatch.setattr(losses, "ENTRIES", 10**9)
     plain = both()
     np.testing.assert_allclose(blocks[0], plain[0], rtol=1e-6)
     for one, other in zip(blocks[1], plain[1], strict=True):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import cib_jax as cib
-from cib_jax import exported
-from cib_jax.hashing import coding
-from cib_jax.views import feature_views
+from cib_jax import errors, exported
+from cib_jax.augment.features import standard
+from cib_jax.models.encoder import plain_features
 
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # whose codes are the hasher's to the bit
 
@@ -63,13 +63,13 @@ def test_codes_of_a_frozen_network_are_those_of_the_hasher(tmp_path, lite0, dtyp
     loaded, given = exported.load(tmp_path / "encoder.zip"), images(32)
     assert np.array_equal(loaded.encode(given), made.encode(given))
     program = jax.export.deserialize(bytearray(loaded.programs[exported.part_of("features", "cpu", 2)]))
-    features = coding.plain_features(made.encoder, made.params, made.frozen, given[:2])
+    features = plain_features(made.encoder, made.params, made.frozen, given[:2])
     assert np.array_equal(jax.jit(program.call)(loaded.weights, given[:2]), features)
 
 
 def test_codes_of_features_are_those_of_the_hasher(tmp_path):
     features = RNG.normal(3, 2, (11, 2, 24)).astype(np.float32)
-    made = hasher("none", standard=feature_views.standard([features]))
+    made = hasher("none", standard=standard([features]))
     made.export(tmp_path / "encoder.zip")
     loaded = exported.load(tmp_path / "encoder.zip")
     assert loaded.signature["input"] == {"dtype": "float32", "shape": ["n", 24]}
@@ -177,7 +177,7 @@ def test_every_damage_is_refused(tmp_path, convnet):
         path.write_bytes(altered)
         try:
             loaded = exported.load(path)
-        except exported.ExportedError as error:
+        except errors.ExportedError as error:
             assert "damaged" in str(error)
         else:  # a byte that zip does not read, such as a part's time
             assert loaded.signature == exported.load(convnet[1]).signature
@@ -211,22 +211,22 @@ def rewritten(path, target, change):
 )
 def test_other_contents_are_refused(tmp_path, convnet, change, message):
     rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature.update(change))
-    with pytest.raises(exported.ExportedError, match=message):
+    with pytest.raises(errors.ExportedError, match=message):
         exported.load(tmp_path / "other.zip")
 
 
 def test_platforms_that_it_was_not_exported_for_are_refused(tmp_path, convnet):
     rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature["platforms"].update(cpu=["tpu"]))
-    with pytest.raises(exported.ExportedError, match=r"platforms: it was exported for tpu, cuda, tpu, not for cpu"):
+    with pytest.raises(errors.ExportedError, match=r"platforms: it was exported for tpu, cuda, tpu, not for cpu"):
         exported.load(tmp_path / "other.zip").encode(images(16, 1))
 
 
 def test_what_is_no_file_is_refused(tmp_path, convnet):
-    with pytest.raises(exported.ExportedError, match=r"nothing: it cannot be read \(No such file"):
+    with pytest.raises(errors.ExportedError, match=r"nothing: it cannot be read \(No such file"):
         exported.load(tmp_path / "nothing")
-    with pytest.raises(exported.ExportedError, match=r"it cannot be written \(no such file"):
+    with pytest.raises(errors.ExportedError, match=r"it cannot be written \(no such file"):
         convnet[0].export(tmp_path / "nowhere" / "encoder.zip")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(exported.ExportedError, match=r"it cannot be written \(is a directory"):
+    with pytest.raises(errors.ExportedError, match=r"it cannot be written \(is a directory"):
         convnet[0].export(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

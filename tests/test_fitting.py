@@ -52,7 +52,7 @@ def test_a_frozen_backbone_trains_on_a_bank(digits):
     weights = cib.load_pretrained("efficientnet_lite0")
     options = {"backbone": "efficientnet_lite0", "backbone_params": weights, "image_size": 32, "batch_size": 8}
     told = []
-    few = cib.Teacher(neighbours=3, dimensions=5)
+    few = cib.Teacher(neighbors=3, dimensions=5)
     hasher = fit(images[:20], views=2, epochs=2, objective="diffusion", teacher=few, on_views=told.append, **options)
     assert sum(told) == 40  # one bank for the teacher and the codes
     assert hasher.encode(images[:3]).shape == (3, 2)
@@ -92,9 +92,9 @@ def grouped(views=0):
     """Eight overlapping clusters in 64 dimensions."""
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 8
-    centres = generator.normal(size=(8, 64))
+    centers = generator.normal(size=(8, 64))
     noise = generator.normal(size=(300, views, 64) if views else (300, 64))
-    return (centres[labels][:, None] if views else centres[labels]) + noise, labels
+    return (centers[labels][:, None] if views else centers[labels]) + noise, labels
 
 
 @pytest.mark.parametrize(("views", "augment"), [(0, "noise"), (3, "stored")])

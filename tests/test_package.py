@@ -18,8 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import cib_jax
-from cib_jax.command import experiments
-from cib_jax.training import writers
+from cib_jax import errors
+from cib_jax.cli import parsing
+from cib_jax.training import metric_writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -125,18 +126,18 @@ def test_help_tells_of_the_flags(door):
 
 def test_an_experiment_has_a_name_wherever_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert set(experiments.names()) == {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
-    assert pathlib.Path(experiments.path_of("cifar")).samefile(ROOT / "configs" / "cifar.py")
+    assert set(parsing.names()) == {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert pathlib.Path(parsing.path_of("cifar")).samefile(ROOT / "configs" / "cifar.py")
     (tmp_path / "cifar.py").write_text("")
-    assert pathlib.Path(experiments.path_of("cifar")).samefile(ROOT / "configs" / "cifar.py")
-    assert experiments.path_of("./cifar.py") == "./cifar.py"
+    assert pathlib.Path(parsing.path_of("cifar")).samefile(ROOT / "configs" / "cifar.py")
+    assert parsing.path_of("./cifar.py") == "./cifar.py"
     for given, told in (
         ("cifra", "did you mean cifar"),
         ("./none.py", "there is no file './none.py'"),
         (".", "no file"),
     ):
-        with pytest.raises(experiments.ExperimentError, match=re.escape(told)):
-            experiments.path_of(given)
+        with pytest.raises(errors.ConfigError, match=re.escape(told)):
+            parsing.path_of(given)
 
 
 def test_whatever_is_imported_is_declared():
@@ -179,7 +180,7 @@ def test_every_extra_that_is_spoken_of_is_there():
     texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "cib_jax").rglob("*.py")]
     told = {extra for file in texts for extra in re.findall(r"cib-jax\[([\w,]+)\]", file.read_text())}
     assert {one for extra in told for one in extra.split(",")} <= {*PROJECT["optional-dependencies"]}
-    assert set(writers.EXTRAS) <= {*PROJECT["optional-dependencies"]}
+    assert set(metric_writers.EXTRAS) <= {*PROJECT["optional-dependencies"]}
     table = (ROOT / "docs" / "installation.md").read_text().split("\n## Extras\n")[1]
     assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*PROJECT["optional-dependencies"]}
 

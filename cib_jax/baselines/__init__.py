@@ -6,17 +6,7 @@
 
 from typing import NamedTuple
 
-from cib_jax.baselines import (
-    anchor_graph,
-    autoencoder,
-    bi_half,
-    greedy_hash,
-    itq,
-    lsh,
-    pca_sign,
-    spectral,
-    spherical,
-)
+from cib_jax.baselines import anchor_graph, autoencoder, bi_half, greedy_hash, itq, lsh, pca_sign, spectral, spherical
 from cib_jax.baselines.fitting import Fit
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cib_jax import binary
 from cib_jax.baselines import descent, fitting
+from cib_jax.codes import sample_codes
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +85,7 @@ def reconstruction_loss(
     params: dict[str, Array], standardised: Float[Array, "batch features"], key: PRNGKeyArray
 ) -> Float[Array, ""]:
     """Returns the mean squared error of features told from codes drawn with `key`."""
-    codes = binary.sample_codes(key, _two_layers(params, "encode", standardised))
+    codes = sample_codes(key, _two_layers(params, "encode", standardised))
     return jnp.mean(jnp.square(_two_layers(params, "decode", codes) - standardised))
 
 

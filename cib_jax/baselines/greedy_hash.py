@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cib_jax import binary
+from cib_jax import codes
 from cib_jax.baselines import fitting, similarity
 from cib_jax.baselines.hyperplanes import Hyperplanes
 
@@ -42,4 +42,4 @@ def loss(logits: Float[Array, "batch bits"], features: Float[Array, "batch featu
 
 def sign(logits: Float[Array, "batch bits"]) -> Float[Array, "batch bits"]:
     """Returns ±1 codes; the gradient of a code is that of its logit."""
-    return logits + jax.lax.stop_gradient(binary.binarize(logits) - logits)
+    return logits + jax.lax.stop_gradient(codes.binarize(logits) - logits)

@@ -5,15 +5,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cib_jax.data import folder, lists, photos, vectors
-from cib_jax.data.images import Bar, DataError, ImageSet, Source, no_bar
+from cib_jax.data import feature_files, photo_folder, photos
+from cib_jax.data.dataset import Bar, ImageSet, Source, no_bar
+from cib_jax.errors import DataError
 
 
 def load(
     name: str,
     directory: str = "",
     *,
-    labelled: bool = True,
+    labeled: bool = True,
     stored_size: int = 0,
     prepared: pathlib.Path | None = None,
     max_megapixels: int = photos.MAX_MEGAPIXELS,
@@ -30,11 +31,11 @@ def load(
       name: "digits" (scikit-learn's), "folder" (of photos), "list" (a CSV or Parquet file of paths), "features"
         (vectors of any model), "nuswide", "mscoco", or a data set of tensorflow-datasets.
       directory: the folder, the file, or the TFDS data_dir ("": TFDS's usual place). Unused for "digits".
-      labelled: False leaves labels aside where a folder, a list or features have any.
+      labeled: False leaves labels aside where a folder, a list or features have any.
       stored_size: side to which a folder's or a list's photos are prepared, in pixels.
       prepared: where such photos are kept, decoded and resized.
       max_megapixels: larger images are left out.
-      raw, image, label, database, query: see `cib_jax.data.tfds_sets.load`.
+      raw, image, label, database, query: see `cib_jax.data.tfds.load`.
       bar: shows the progress of preparing photos and of checking features; TFDS shows its own.
 
     Raises:
@@ -43,20 +44,20 @@ def load(
     if name in OWN:
         return OWN[name](directory)
     if name == "features":
-        return vectors.load(directory, labelled=labelled, cache=prepared, bar=bar)
+        return feature_files.load(directory, labeled=labeled, cache=prepared, bar=bar)
     if name in ("folder", "list"):
         if not stored_size or prepared is None:
             raise DataError(
                 "config.data.stored_size: photos of a folder or a list are of several sizes; set it to the side in "
                 "pixels to which all are resized, such as 160"
             )
-        read = folder.load if name == "folder" else lists.load
+        read = photo_folder.load_folder if name == "folder" else photo_folder.load_list
         return read(
-            directory, labelled=labelled, size=stored_size, cache=prepared, max_megapixels=max_megapixels, bar=bar
+            directory, labeled=labeled, size=stored_size, cache=prepared, max_megapixels=max_megapixels, bar=bar
         )
-    from cib_jax.data import tfds_sets  # with it comes tensorflow-datasets, which nothing else wants
+    from cib_jax.data import tfds  # with it comes tensorflow-datasets, which nothing else wants
 
-    return tfds_sets.load(
+    return tfds.load(
         name,
         directory,
         raw=raw,
@@ -73,8 +74,8 @@ def _digits(directory: str) -> Source:
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = np.repeat(grey[..., None], 3, axis=-1)
+    gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(gray[..., None], 3, axis=-1)
     return Source(ImageSet(images, digits.target.astype(np.int64)), None, [str(digit) for digit in range(10)])
 
 

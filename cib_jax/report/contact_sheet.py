@@ -14,7 +14,7 @@ _GAP, _CAPTION, _FRAME = 8, 20, 4
 _QUERY_GAP = 24
 _NOTE = 16
 _COLUMNS = 10  # results in a line
-# Okabe and Ito's colours, which most colour-blind readers can tell apart; a miss is crossed out, too, for print.
+# Okabe and Ito's colors, which most color-blind readers can tell apart; a miss is crossed out, too, for print.
 _HIT, _MISS, _INK, _PAPER = (0, 114, 178), (213, 94, 0), (40, 40, 40), (255, 255, 255)
 
 

@@ -1,58 +1,188 @@
-"""The figures of one run, each from numbers, each under a title that says what those numbers show."""
+"""How all figures look: legible in print, in gray and to color-blind readers."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
-from jaxtyping import Float, Float64, Int
+import sklearn.manifold
+from jaxtyping import Float, Float64, Int, Shaped, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cib_jax.report import style
-from cib_jax.retrieval.curves import Curves
+from cib_jax import codes
+from cib_jax.retrieval import hamming
+from cib_jax.retrieval.metrics import Curves
+
+# report.style: How all figures look: legible in print, in gray and to color-blind readers.
+
+# Okabe and Ito's colors, which most color-blind readers can tell apart. Never alone: lines differ in their dashes
+# and marks too, bars in their hatching.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RUST, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#6E6E6E",
+)
+COLORS = (BLUE, RUST, GREEN, PURPLE, ORANGE, SKY, "#332288", "#882255", "#999933", "#44AA99")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"
+
+_RULES: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+}
 
 
-@style.styled
+def words(text: object) -> str:
+    """Returns text of a user's as Matplotlib shows it letter by letter: no formula, no hidden label, valid Unicode."""
+    shown = str(text).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Returns a function that draws under the rules of this file, and leaves Matplotlib's own as they were."""
+
+    @functools.wraps(draw)
+    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with matplotlib.rc_context(_RULES):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def figure(
+    title: str, *, width: float = 6.4, height: float = 3.8, columns: int = 1
+) -> tuple[matplotlib.figure.Figure, Sequence[Axes]]:
+    """Returns a figure, in inches, with a title that says what to see, and its axes side by side."""
+    # No pyplot: no figure stays behind, and no display is wanted.
+    made = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    made.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", wrap=True)
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
+
+
+# report.embedding: Codes as points of a plane, near where codes are near: t-SNE, and which classes to show on it.
+
+
+CLASSES = 10
+"""Classes shown at most: more colors and marks cannot be told apart."""
+
+
+class Shown(NamedTuple):
+    """The classes of a picture."""
+
+    labels: Int[np.ndarray, " n"]
+    """An index into `names` for each image, −1 for classes that are not shown."""
+    names: list[str]
+
+
+def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray, "n 2"] | None:
+    """Returns where t-SNE puts codes, from their Hamming distances; None for fewer than 5 items or different codes.
+
+    van der Maaten and Hinton, JMLR 2008, by scikit-learn, perplexity 30 or a third of the items.
+    """
+    if len(packed) < 5 or len(np.unique(packed, axis=0)) < 5:
+        return None
+    # The squared Euclidean distance of bits is their Hamming distance.
+    bits = codes.ones(packed).astype(np.float32)
+    perplexity = min(30.0, (len(packed) - 1) / 3)
+    return sklearn.manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(bits)
+
+
+def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> Shown:
+    """Returns the most frequent classes, up to ten; of several labels, an image shows its rarest one among them."""
+    multi = labels.ndim == 2
+    hot = labels.astype(bool) if multi else labels[:, None] == np.arange(int(labels.max()) + 1)
+    counts = hot.sum(axis=0)
+    most = np.argsort(-counts, kind="stable")[:CLASSES]
+    most = most[counts[most] > 0]
+    if not len(most):
+        return Shown(np.full(len(labels), -1), [])
+    shown = np.full(len(labels), -1)
+    for number, name in enumerate(most):  # from the most frequent on: a rarer one is written over it
+        shown[hot[:, name]] = number
+    # By class, not by frequency, as a legend is looked up.
+    place = np.argsort(np.argsort(most))
+    shown = np.where(shown >= 0, place[shown], -1)
+    return Shown(shown, [names[name] if name < len(names) else f"class {name}" for name in np.sort(most)])
+
+
+def agreement(packed: UInt8[np.ndarray, "n bytes"], labels: Shaped[np.ndarray, "n ..."]) -> float:
+    """Returns the share of items that share a label with the nearest other one, the first of several."""
+    nearest = hamming.rank(packed, packed, 2)
+    own = np.arange(len(packed))
+    other = np.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
+    if labels.ndim == 2:
+        return float(np.mean((labels.astype(bool) & labels.astype(bool)[other]).any(axis=1)))
+    return float(np.mean(labels == labels[other]))
+
+
+# report.figures: The figures of one run, each from numbers, each under a title that says what those numbers show.
+
+
+@styled
 def training(records: Sequence[Mapping[str, float]]) -> Figure:
     """Returns the loss terms, and the validation MAP where there is one, over epochs, from lines of metrics.jsonl."""
     epochs = [record["epoch"] for record in records]
     first, last = records[0], records[-1]
     panels = [("contrast", "contrast (nats)"), ("kl", "KL bottleneck (nats)"), ("loss", "loss (nats)")]
     validated = [record for record in records if "validation_map" in record]
-    made, axes = style.figure(
+    made, axes = figure(
         f"Contrast went from {first['contrast']:.2f} to {last['contrast']:.2f} nats in {last['epoch']:g} epochs; "
         f"KL ended at {last['kl']:.2f} nats",
         width=8.6 if validated else 7.4,
         height=3.2,
         columns=3 + bool(validated),
     )
-    for axis, (name, words), colour in zip(axes, panels, style.COLOURS, strict=False):
-        axis.plot(epochs, [record[name] for record in records], color=colour, marker="." if len(epochs) < 20 else "")
+    for axis, (name, words), color in zip(axes, panels, COLORS, strict=False):
+        axis.plot(epochs, [record[name] for record in records], color=color, marker="." if len(epochs) < 20 else "")
         axis.set(xlabel="epoch", ylabel=words)
     if validated:
         axes[3].plot(
             [record["epoch"] for record in validated],
             [record["validation_map"] for record in validated],
-            color=style.PURPLE,
+            color=PURPLE,
             marker="o",
         )
         axes[3].set(xlabel="epoch", ylabel="validation MAP")
     return made
 
 
-@style.styled
+@styled
 def map_against_k(curves: Curves) -> Figure:
     """Returns MAP@k over k."""
     most = int(np.argmax(curves.map))
-    made, (axis,) = style.figure(
+    made, (axis,) = figure(
         f"MAP@k is highest, {curves.map[most]:.3f}, at k = {curves.k[most]:,}, and {curves.map[-1]:.3f} at "
         f"k = {curves.k[-1]:,}"
     )
-    axis.plot(curves.k, curves.map, color=style.BLUE, marker="o")
+    axis.plot(curves.k, curves.map, color=BLUE, marker="o")
     axis.set(xlabel="k, images looked at (log scale)", ylabel="MAP@k", xscale="log", ylim=(0, 1))
     return made
 
 
-@style.styled
+@styled
 def precision_recall(
     precision: Float[np.ndarray, " radii"], recall: Float[np.ndarray, " radii"], chance: float
 ) -> Figure:
@@ -67,9 +197,9 @@ def precision_recall(
     if recall[0] <= 0.5 <= recall[-1]:
         half = float(np.interp(0.5, recall, precision))
         title = f"With half of all relevant images found, precision is {half:.2f}, where chance gives {chance:.2f}"
-    made, (axis,) = style.figure(title)
-    axis.plot(recall, precision, color=style.BLUE, marker="o", markersize=3, label="within Hamming radius 0, 1, 2, …")
-    axis.axhline(chance, color=style.GREY, linestyle="--", label="chance")
+    made, (axis,) = figure(title)
+    axis.plot(recall, precision, color=BLUE, marker="o", markersize=3, label="within Hamming radius 0, 1, 2, …")
+    axis.axhline(chance, color=GREY, linestyle="--", label="chance")
     # Labelled where there is room between two.
     last = -1.0
     for radius, (x, y) in enumerate(zip(recall, precision, strict=True)):
@@ -81,39 +211,39 @@ def precision_recall(
     return made
 
 
-@style.styled
+@styled
 def precision_against_returned(curves: Curves, chance: float) -> Figure:
     """Returns precision over the number of images returned."""
     at = min(range(len(curves.k)), key=lambda place: abs(curves.k[place] - 100))
-    made, (axis,) = style.figure(f"Of the first {curves.k[at]:,} images, {curves.precision[at]:.0%} are relevant")
-    axis.plot(curves.k, curves.precision, color=style.BLUE, marker="o", label="precision")
-    axis.plot(curves.k, curves.recall, color=style.RUST, marker="s", linestyle="--", label="recall")
-    axis.axhline(chance, color=style.GREY, linestyle=":", label="precision by chance")
+    made, (axis,) = figure(f"Of the first {curves.k[at]:,} images, {curves.precision[at]:.0%} are relevant")
+    axis.plot(curves.k, curves.precision, color=BLUE, marker="o", label="precision")
+    axis.plot(curves.k, curves.recall, color=RUST, marker="s", linestyle="--", label="recall")
+    axis.axhline(chance, color=GREY, linestyle=":", label="precision by chance")
     axis.set(xlabel="images returned (log scale)", ylabel="mean over queries", xscale="log", ylim=(0, 1))
     axis.legend()
     return made
 
 
-@style.styled
+@styled
 def precision_within_radius(curves: Curves) -> Figure:
     """Returns precision and the share of empty lookups within Hamming radius 0 to 4."""
-    made, (axis,) = style.figure(
+    made, (axis,) = figure(
         f"Within Hamming radius 2, precision is {curves.radius_precision[2]:.2f} and "
         f"{curves.radius_empty[2]:.0%} of the queries find nothing"
     )
     radii = np.arange(len(curves.radius_precision))
-    for bars, hatch, colour, words, shift in (
-        (curves.radius_precision, "", style.BLUE, "precision (0 where nothing is found)", -0.2),
-        (curves.radius_empty, "///", style.ORANGE, "share of queries that find nothing", 0.2),
+    for bars, hatch, color, words, shift in (
+        (curves.radius_precision, "", BLUE, "precision (0 where nothing is found)", -0.2),
+        (curves.radius_empty, "///", ORANGE, "share of queries that find nothing", 0.2),
     ):
-        drawn = axis.bar(radii + shift, bars, 0.38, color=colour, hatch=hatch, edgecolor="white", label=words)
+        drawn = axis.bar(radii + shift, bars, 0.38, color=color, hatch=hatch, edgecolor="white", label=words)
         axis.bar_label(drawn, fmt="%.2f", fontsize=8)
     axis.set(xlabel="Hamming radius (bits)", ylabel="mean over queries", xticks=radii, ylim=(0, 1.12))
     axis.legend(loc="upper center", ncols=2)
     return made
 
 
-@style.styled
+@styled
 def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.ndarray, " distances"]) -> Figure:
     """Returns how far apart relevant and irrelevant pairs are, from their shares at each distance."""
     bits = np.arange(len(relevant))
@@ -126,14 +256,14 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
         title = (
             f"All pairs are {'relevant' if relevant.any() else 'irrelevant'}, {max(means):.1f} bits apart on average"
         )
-    made, (axis,) = style.figure(title)
-    for share, colour, hatch, words, mean in (
-        (relevant, style.BLUE, "", "pairs that share a label", means[0]),
-        (irrelevant, style.RUST, "///", "pairs that share none", means[1]),
+    made, (axis,) = figure(title)
+    for share, color, hatch, words, mean in (
+        (relevant, BLUE, "", "pairs that share a label", means[0]),
+        (irrelevant, RUST, "///", "pairs that share none", means[1]),
     ):
-        axis.bar(bits, share, 1.0, facecolor=colour, alpha=0.45, hatch=hatch, edgecolor="white", label=words)
-        axis.step(bits, share, where="mid", color=colour)
-        axis.axvline(mean, color=colour, linestyle="--", linewidth=1)
+        axis.bar(bits, share, 1.0, facecolor=color, alpha=0.45, hatch=hatch, edgecolor="white", label=words)
+        axis.step(bits, share, where="mid", color=color)
+        axis.axvline(mean, color=color, linestyle="--", linewidth=1)
     axis.set(
         xlabel="Hamming distance (bits); dashed: the mean", ylabel="share of the pairs", xlim=(-0.5, len(bits) - 0.5)
     )
@@ -141,22 +271,22 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
     return made
 
 
-@style.styled
+@styled
 def bit_balance(balance: Sequence[float]) -> Figure:
     """Returns the share of ones at each bit."""
     shares = np.asarray(balance)
     dead = int(np.sum((shares == 0) | (shares == 1)))
-    made, (axis,) = style.figure(
+    made, (axis,) = figure(
         f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the images; "
         + ("every bit is in use" if not dead else f"{dead} never change")
     )
-    axis.bar(np.arange(len(shares)), shares - 0.5, 0.85, bottom=0.5, color=style.BLUE)
-    axis.axhline(0.5, color=style.GREY, linewidth=1)
+    axis.bar(np.arange(len(shares)), shares - 0.5, 0.85, bottom=0.5, color=BLUE)
+    axis.axhline(0.5, color=GREY, linewidth=1)
     axis.set(xlabel="bit", ylabel="share of images in which it is one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
     return made
 
 
-@style.styled
+@styled
 def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
     """Returns the correlation of every two bits; blank with a bit that never changes."""
     pairs = np.abs(correlation[np.triu_indices(len(correlation), 1)])
@@ -164,42 +294,42 @@ def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
     title = "No two bits change, so none correlate"
     if len(pairs):
         title = f"Two bits correlate by {pairs.mean():.2f} on average and by {pairs.max():.2f} at most"
-    made, (axis,) = style.figure(title, width=5.2, height=4.4)
+    made, (axis,) = figure(title, width=5.2, height=4.4)
     shown = correlation.copy()
     np.fill_diagonal(shown, np.nan)
-    image = axis.imshow(shown, cmap=style.DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+    image = axis.imshow(shown, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
     axis.grid(False)
     axis.set(xlabel="bit", ylabel="bit")
     made.colorbar(image, label="Pearson correlation")
     return made
 
 
-@style.styled
+@styled
 def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
     """Returns how many images share a code, the fullest code first."""
     alone = int((counts == 1).sum())
     total = int(counts.sum())
-    made, (axis,) = style.figure(
+    made, (axis,) = figure(
         f"{total:,} images have {len(counts):,} different codes; {alone / total:.0%} of the images are alone "
         f"in theirs, {counts[0]:,} share the fullest"
     )
-    axis.plot(np.arange(1, len(counts) + 1), counts, color=style.BLUE, linewidth=2, label="these codes")
+    axis.plot(np.arange(1, len(counts) + 1), counts, color=BLUE, linewidth=2, label="these codes")
     even = math.ldexp(total, -bits)
     if even >= 1:
-        axis.axhline(even, color=style.GREY, linestyle="--", label=f"spread evenly over 2^{bits} codes")
+        axis.axhline(even, color=GREY, linestyle="--", label=f"spread evenly over 2^{bits} codes")
         axis.legend()
     axis.set(xlabel="code, by rank (log scale)", ylabel="images with it (log scale)", xscale="log", yscale="log")
     return made
 
 
-@style.styled
+@styled
 def embedding(
     points: Float[np.ndarray, "n 2"],
     labels: Int[np.ndarray, " n"] | None,
     names: Sequence[str],
     agreement: float | None,
 ) -> Figure:
-    """Returns a map of codes, coloured and marked by class.
+    """Returns a map of codes, colored and marked by class.
 
     Args:
       points: where t-SNE puts each image.
@@ -209,12 +339,12 @@ def embedding(
     """
     seen = f"{len(points):,} images by t-SNE of their codes"
     title = f"{seen}: {agreement:.0%} have an image of their own class nearest" if agreement is not None else seen
-    made, (axis,) = style.figure(title, width=7.4, height=5.6)
+    made, (axis,) = figure(title, width=7.4, height=5.6)
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.set(xticks=[], yticks=[], xlabel="nearness alone means something; the axes have no unit")
     if labels is None:
-        axis.scatter(points[:, 0], points[:, 1], s=6, color=style.BLUE, linewidths=0)
+        axis.scatter(points[:, 0], points[:, 1], s=6, color=BLUE, linewidths=0)
         return made
     others = labels < 0
     if others.any():
@@ -225,12 +355,164 @@ def embedding(
             mine[:, 0],
             mine[:, 1],
             s=18,
-            color=style.COLOURS[number],
-            marker=style.MARKS[number],
+            color=COLORS[number],
+            marker=MARKS[number],
             linewidths=0.3,
             edgecolors="white",
             alpha=0.85,
-            label=style.words(name),
+            label=words(name),
         )
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=1.6)
     return made
+
+
+# report.many_runs: The figures of a comparison or a search: many runs, each a number or a few.
+
+
+@styled
+def heat_map(
+    columns: Sequence[float],
+    rows: Sequence[float],
+    values: Shaped[np.ndarray, "rows columns"],
+    *,
+    names: tuple[str, str],
+    score: str,
+) -> Figure:
+    """Returns a score over two hyper-parameters, blank where it was not tried.
+
+    Args:
+      columns: values of the first one.
+      rows: values of the second one.
+      values: the score of each pair, NaN where there is none.
+      names: of the two.
+      score: its name.
+    """
+    row, column = (int(at) for at in np.unravel_index(np.nanargmax(values), values.shape))
+    made, (axis,) = figure(
+        f"{_capital(score)} is best, {values[row, column]:.3f}, at {names[0]} = {columns[column]:.3g} and {names[1]} = "
+        f"{rows[row]:.3g}; over the sweep it varies by {np.nanmax(values) - np.nanmin(values):.3f}",
+        width=1.6 + 0.75 * max(len(columns), 6),
+        height=1.6 + 0.5 * max(len(rows), 4),
+    )
+    image = axis.imshow(values, cmap=SEQUENTIAL, aspect="auto", interpolation="nearest", origin="lower")
+    axis.grid(False)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "black" if value > middle else "white"
+            axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
+    axis.set(
+        xlabel=names[0],
+        ylabel=names[1],
+        xticks=range(len(columns)),
+        yticks=range(len(rows)),
+        xticklabels=[f"{value:.3g}" for value in columns],
+        yticklabels=[f"{value:.3g}" for value in rows],
+    )
+    made.colorbar(image, label=score)
+    return made
+
+
+@styled
+def methods(
+    titles: Sequence[str],
+    bits: Sequence[int],
+    mean: Float[np.ndarray, "methods bits"],
+    deviation: Float[np.ndarray, "methods bits"],
+    *,
+    score: str,
+) -> Figure:
+    """Returns a comparison of methods, the best above; NaN where nothing was measured."""
+    known = np.isfinite(mean)
+    overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
+    order = np.argsort(overall, kind="stable")
+    titles = [words(title) for title in titles]
+    measured = [length for length, column in zip(bits, mean.T, strict=True) if np.isfinite(column).any()]
+    leaders = [titles[int(np.nanargmax(column))] for column in mean.T if np.isfinite(column).any()]
+    lead = f"{leaders[0]} leads" if len(set(leaders)) == 1 else " and ".join(dict.fromkeys(leaders)) + " lead"
+    made, (axis,) = figure(
+        f"{lead} in {score} at {', '.join(map(str, measured))} bits", width=7.4, height=1.4 + 0.36 * len(titles)
+    )
+    spread = np.linspace(-0.22, 0.22, len(bits)) if len(bits) > 1 else [0.0]
+    for place, (length, shift) in enumerate(zip(bits, spread, strict=True)):
+        axis.errorbar(
+            mean[order, place],
+            np.arange(len(titles)) - shift,
+            xerr=deviation[order, place],
+            fmt=MARKS[place % len(MARKS)],
+            color=COLORS[place % len(COLORS)],
+            markersize=5,
+            capsize=2,
+            label=f"{length} bits",
+        )
+    axis.set(xlabel=f"{score}, mean and deviation over seeds", yticks=range(len(titles)))
+    axis.set_yticklabels([titles[number] for number in order])
+    axis.legend(loc="lower right")
+    return made
+
+
+@styled
+def search(numbers: Sequence[int], values: Float[np.ndarray, " trials"], *, score: str) -> Figure:
+    """Returns what each trial of a search came to, and the best so far."""
+    best = int(np.argmax(values))
+    made, (axis,) = figure(
+        f"Trial {numbers[best]} of {numbers[-1]} was the best by {score}, {values[best]:.3f}; the median is "
+        f"{np.median(values):.3f}"
+    )
+    axis.plot(numbers, values, "o", color=BLUE, markersize=4, label="a trial")
+    axis.step(numbers, np.maximum.accumulate(values), where="post", color=RUST, label="best so far")
+    axis.set(xlabel="trial", ylabel=score)
+    axis.legend(loc="lower right")
+    return made
+
+
+@styled
+def parameters(
+    drawn: Mapping[str, Sequence[float | str]], values: Float[np.ndarray, " trials"], *, score: str
+) -> Figure:
+    """Returns a score over each hyper-parameter of a search."""
+    best = int(np.argmax(values))
+    told = ", ".join(
+        f"{name} {column[best]:.3g}" if isinstance(column[best], float) else words(f"{name} {column[best]}")
+        for name, column in drawn.items()
+    )
+    made, axes = figure(f"Best at {told} (the star)", width=2.6 * max(len(drawn), 2), height=3.2, columns=len(drawn))
+    for axis, (name, column) in zip(axes, drawn.items(), strict=True):
+        positions: Sequence[float]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
+            positions = [float(value) for value in column]
+            # Over more than a factor of ten, values are told apart by their logarithm.
+            if min(positions) > 0 and max(positions) > 10 * min(positions):
+                axis.set_xscale("log", subs=[])
+                axis.xaxis.set_major_locator(
+                    matplotlib.ticker.LogLocator(subs=(1,) if max(positions) > 300 * min(positions) else (1, 3))
+                )
+                axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        else:
+            names = sorted({str(value) for value in column})
+            positions = [float(names.index(str(value))) for value in column]
+            axis.set_xticks(range(len(names)), [words(name) for name in names])
+        axis.plot(positions, values, "o", color=BLUE, markersize=4)
+        axis.plot(positions[best], values[best], "*", color=RUST, markersize=13)
+        axis.set(xlabel=name, ylabel=score if axis is axes[0] else "")
+    return made
+
+
+@styled
+def rank_correlations(ranked: Mapping[str, float], *, of: str, trials: int) -> Figure:
+    """Returns how far scores without labels order the trials as a MAP does."""
+    names = list(ranked)[::-1]
+    made, (axis,) = figure(
+        f"Of scores without labels, {names[-1].replace('_', ' ')} orders {trials} trials most like {of}: "
+        f"rank correlation {ranked[names[-1]]:+.2f}",
+        height=1.6 + 0.35 * len(names),
+    )
+    bars = axis.barh([name.replace("_", " ") for name in names], [ranked[name] for name in names], color=BLUE)
+    axis.bar_label(bars, fmt="%+.2f", padding=3)
+    axis.axvline(0, color=GREY, linewidth=1)
+    axis.set(xlabel=f"Spearman's rank correlation with {of}", xlim=(-1.3, 1.3))
+    return made
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]

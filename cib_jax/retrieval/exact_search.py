@@ -1,14 +1,89 @@
-"""Exact search in packed codes where they lie, by FAISS's bit counts; ties in database order."""
+"""FAISS, imported when it is used, and the threads in which it works: each call on one core, many calls at once.
 
+FAISS spreads one call over all cores by OpenMP, whose threads wait for each other by spinning: beside other work, a
+query that takes 1 ms took 70 so. Here each call stays in its thread, and the threads share queries or, where there are
+few, parts of the database."""
+
+import contextlib
 import functools
+import importlib.util
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from cib_jax.retrieval import faiss_threads
+from cib_jax.errors import SearchError
+
+# retrieval.faiss_threads: FAISS, imported when it is used, and the threads in which it works: each call on one core, many calls at once.
+#
+# FAISS spreads one call over all cores by OpenMP, whose threads wait for each other by spinning: beside other work, a
+# query that takes 1 ms took 70 so. Here each call stays in its thread, and the threads share queries or, where there are
+# few, parts of the database.
+
+
+T = TypeVar("T")
+
+
+def load_faiss() -> ModuleType:
+    """Returns the module `faiss`.
+
+    Raises:
+      SearchError: it is not installed.
+    """
+    if importlib.util.find_spec("faiss") is None:
+        raise SearchError("Index: searching wants a package more, FAISS; pip install 'cib-jax[search]'")
+    import faiss
+
+    return faiss
+
+
+def core_count() -> int:
+    """Returns how many calls run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """Returns what the calls return, in their order. Any number of threads may ask at once; no call may ask itself."""
+    several = list(calls)
+    if len(several) == 1:  # to hand it to a thread would take a tenth of a millisecond
+        with _one_core():
+            return [several[0]()]
+    # A process that was forked off has none of its parent's threads.
+    pool = _pool(os.getpid())
+    waiting = [pool.submit(call) for call in several]
+    try:
+        return [future.result() for future in waiting]
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Keeps FAISS's calls of this thread on one core; what else it does with OpenMP keeps its threads."""
+    faiss = load_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    del process
+    # The number is the calling thread's own: what else this process does with OpenMP keeps its threads.
+    return ThreadPoolExecutor(core_count(), "search", initializer=lambda: load_faiss().omp_set_num_threads(1))
+
+
+# retrieval.exact_search: Exact search in packed codes where they lie, by FAISS's bit counts; ties in database order.
+
 
 # Codes that bound the k-th distance before FAISS is asked.
 _FIRST = 1 << 14
@@ -55,8 +130,8 @@ def _each(
     some: Callable[[UInt8[np.ndarray, "rows bytes"], UInt8[np.ndarray, "part bytes"]], list[Hits]],
 ) -> list[list[Hits]]:
     """Returns what `some` finds for each query, in the whole database or, where queries are few, in each part of it."""
-    rows = max(1, min(max(_ROWS, _TASK // len(codes)), -(-len(queries) // faiss_threads.cores())))
-    parts = max(1, min(faiss_threads.cores() // len(queries), len(codes) // _TASK))
+    rows = max(1, min(max(_ROWS, _TASK // len(codes)), -(-len(queries) // core_count())))
+    parts = max(1, min(core_count() // len(queries), len(codes) // _TASK))
 
     def piece(start: int, begin: int, end: int) -> list[Hits]:
         return [
@@ -68,7 +143,7 @@ def _each(
         [functools.partial(piece, start, begin, end) for start in range(0, len(queries), rows)]
         for begin, end in itertools.pairwise(bounds)
     ]
-    found = faiss_threads.in_order(itertools.chain.from_iterable(pieces))
+    found = in_order(itertools.chain.from_iterable(pieces))
     # One list of hits for each query, part after part.
     by_query = list(itertools.chain.from_iterable(found))
     return [by_query[row :: len(queries)] for row in range(len(queries))]
@@ -125,7 +200,7 @@ def _counted(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n by
 
 def _nearer(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], distance: int) -> Hits:
     """Returns all codes that differ from the query in fewer than `distance` bits, in no order that FAISS promises."""
-    faiss = faiss_threads.load()
+    faiss = load_faiss()
     found = faiss.RangeSearchResult(1)
     found.buffer_size = _HITS_AT_ONCE
     faiss.hamming_range_search(

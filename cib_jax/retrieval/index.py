@@ -1,15 +1,167 @@
-"""An index of packed codes, for whoever searches: k nearest, all within a radius, near-duplicates, re-ranking."""
+"""First hits in a finer order: how strongly a query's logits contradict a code, not only in how many bits."""
 
 import dataclasses
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
-from cib_jax.retrieval import approximate, asymmetric, exact_search, faiss_threads, near_duplicates
+from cib_jax.codes import ones
+from cib_jax.errors import SearchError
+from cib_jax.retrieval import exact_search, near_duplicates
 from cib_jax.retrieval.exact_search import Hits
-from cib_jax.retrieval.faiss_threads import SearchError
-from cib_jax.retrieval.ranking import check_codes, check_k, check_packed
+from cib_jax.retrieval.hamming import validate_codes, validate_k, validate_packed
+
+# retrieval.asymmetric: First hits in a finer order: how strongly a query's logits contradict a code, not only in how many bits.
+
+
+_BLOCK = 1 << 22  # logits compared at once
+
+
+def rerank(
+    codes: UInt8[np.ndarray, "n bytes"], logits: Float[np.ndarray, "queries bits"], ids: Int64[np.ndarray, "queries k"]
+) -> tuple[Float32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
+    """Returns the hits of each query by asymmetric distance, nearest first, ties in the order in which they came.
+
+    The distance is Σ_j |l_j| over the bits j in which the code differs from that of the logits l, which is the Hamming
+    distance with bits weighted by how sure the query is of them (Gordo et al., Asymmetric distances for binary
+    embeddings, CVPR 2011). An id of −1 stands for no hit, at infinity.
+    """
+    distances = np.empty(ids.shape, np.float32)
+    rows = max(1, _BLOCK // (ids.shape[1] * logits.shape[1]))
+    for start in range(0, len(ids), rows):
+        block = slice(start, start + rows)
+        bits = ones(codes[ids[block]]).view(np.bool_)
+        query = logits[block].astype(np.float32)[:, None]
+        distances[block] = np.where(bits == (query > 0), np.float32(0), np.abs(query)).sum(axis=-1, dtype=np.float64)
+    distances[ids < 0] = np.inf
+    order = np.argsort(distances, axis=1, kind="stable")
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+# retrieval.approximate: Approximate kinds of index: what FAISS builds for each, with which settings; the same codes give the same index.
+
+
+_TRAINING = 64  # codes per list from which the centers of lists are learnt
+
+
+class Built(NamedTuple):
+    """An index of FAISS, and the codes that it searches: its own copy where it keeps them in order, else the given."""
+
+    index: Any
+    codes: UInt8[np.ndarray, "n bytes"]
+
+
+def build(codes: UInt8[np.ndarray, "n bytes"], kind: str, given: Mapping[str, int]) -> Built:
+    """Returns the index of a `kind` of KINDS; `given` settings replace the defaults.
+
+    Raises:
+      SearchError: the kind or a setting is unknown, or a setting is out of range.
+    """
+    defaults, make = KINDS[kind]
+    settings = defaults(*codes.shape)
+    for name, value in given.items():
+        if name not in settings:
+            raise SearchError(f"{name}: an index of kind {kind!r} has no such setting; it has {', '.join(settings)}")
+        least = 0 if name == "nflip" else 1
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise SearchError(f"{name}: {value!r} is no whole number from {least} on; leave it out for its default")
+    return make(codes, **(settings | {name: int(value) for name, value in given.items()}))
+
+
+def search(
+    index: Any, queries: UInt8[np.ndarray, "queries bytes"], k: int
+) -> tuple[Int32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
+    """Returns distances and ids of what an index of `build` finds, ties by id; id −1 where it finds fewer than k."""
+    rows = max(1, -(-len(queries) // (4 * exact_search.core_count())))
+
+    starts = range(0, len(queries), rows)
+    found = exact_search.in_order(functools.partial(index.search, queries[start : start + rows], k) for start in starts)
+    distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    distances[ids < 0] = np.iinfo(np.int32).max
+    order = np.lexsort((ids, distances), axis=-1)
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def _hnsw_settings(n: int, width: int) -> dict[str, int]:
+    return {"m": 16, "ef_construction": 40, "ef_search": 64}
+
+
+def _hnsw(codes: UInt8[np.ndarray, "n bytes"], *, m: int, ef_construction: int, ef_search: int) -> Built:
+    if m < 2:
+        raise SearchError(f"m: {m} link makes no graph; give 2 or more, 16 by default")
+    index = exact_search.load_faiss().IndexBinaryHNSW(8 * codes.shape[1], m)
+    index.hnsw.efConstruction, index.hnsw.efSearch = ef_construction, ef_search
+    # One thread: several link codes in an order that no two builds share.
+    exact_search.in_order([lambda: index.add(codes)])
+    return Built(index, _held(index.storage, codes.shape))
+
+
+def _ivf_settings(n: int, width: int) -> dict[str, int]:
+    nlist = 1 << max(0, round(math.log2(n) / 2))
+    return {"nlist": nlist, "nprobe": min(nlist, max(8, nlist // 64))}
+
+
+def _ivf(codes: UInt8[np.ndarray, "n bytes"], *, nlist: int, nprobe: int) -> Built:
+    if nlist > len(codes):
+        raise SearchError(f"nlist: {nlist} lists are more than there are codes, {len(codes)}; give fewer")
+    if nprobe > nlist:
+        raise SearchError(f"nprobe: {nprobe} lists are more than nlist, {nlist}; give fewer")
+    faiss = exact_search.load_faiss()
+    quantizer = faiss.IndexBinaryFlat(8 * codes.shape[1])
+    index = faiss.IndexBinaryIVF(quantizer, 8 * codes.shape[1], nlist)
+    quantizer.this.disown()  # it goes with the index
+    index.own_fields, index.nprobe = True, nprobe
+    index.cp.min_points_per_centroid = 1  # FAISS would print a warning
+    some = np.ascontiguousarray(codes[:: max(1, len(codes) // (_TRAINING * nlist))])
+
+    # One thread: sums of floats depend on how many share them.
+    exact_search.in_order([lambda: index.train(some)])
+    index.add(codes)
+    return Built(index, codes)
+
+
+def _mih_settings(n: int, width: int) -> dict[str, int]:
+    # Tables of about two codes a bucket, were they spread evenly; a table for every 32 bits.
+    nhash = min(max(2, width // 4), 8)
+    b = min(max(4, round(math.log2(n)) - 1), 8 * width // nhash, 32)
+    return {"nhash": nhash, "b": b, "nflip": 2}
+
+
+def _mih(codes: UInt8[np.ndarray, "n bytes"], *, nhash: int, b: int, nflip: int) -> Built:
+    bits = 8 * codes.shape[1]
+    if nhash * b > bits or b > 32:
+        raise SearchError(
+            f"nhash, b: {nhash} tables of {b} bits do not fit {bits} bits, or 32 a table; give fewer tables or bits"
+        )
+    if nflip > b:
+        raise SearchError(f"nflip: {nflip} bits are more than b, {b}; give fewer")
+    index = exact_search.load_faiss().IndexBinaryMultiHash(bits, nhash, b)
+    index.nflip = nflip
+    index.add(codes)
+    return Built(index, _held(index.storage, codes.shape))
+
+
+def _held(storage: Any, shape: tuple[int, int]) -> UInt8[np.ndarray, "n bytes"]:
+    """Returns FAISS's own codes as an array, so that they are held once; it lives as long as the index does."""
+    faiss = exact_search.load_faiss()
+    held = faiss.rev_swig_ptr(faiss.downcast_IndexBinary(storage).xb.data(), shape[0] * shape[1]).reshape(shape)
+    held.flags.writeable = False
+    return held
+
+
+KINDS: dict[str, tuple[Callable[[int, int], dict[str, int]], Callable[..., Built]]] = {
+    "hnsw": (_hnsw_settings, _hnsw),
+    "ivf": (_ivf_settings, _ivf),
+    "mih": (_mih_settings, _mih),
+}
+
+
+# retrieval.index: An index of packed codes, for whoever searches: k nearest, all within a radius, near-duplicates, re-ranking.
+
 
 EXACT = "exact"
 
@@ -56,7 +208,7 @@ class Index:
         """Returns the index of codes [n, bits / 8].
 
         "exact" looks at every code and copies none; a memory map larger than memory will do. The others look at few and
-        may miss some of the nearest: "ivf" sorts them into lists around centres, "mih" hashes pieces of them, "hnsw"
+        may miss some of the nearest: "ivf" sorts them into lists around centers, "mih" hashes pieces of them, "hnsw"
         links near ones. "mih" and "hnsw" copy the codes, so that the caller's can go; "ivf" has its own beside the
         caller's.
 
@@ -71,13 +223,13 @@ class Index:
           SearchError: FAISS is not installed, the kind or a setting is unknown, or a setting is out of range.
           ValueError: the codes are not packed uint8, or empty.
         """
-        if kind != EXACT and kind not in approximate.KINDS:
-            raise SearchError(f"kind: {kind!r} is not one of {EXACT}, {', '.join(approximate.KINDS)}")
-        check_packed(codes, "codes")
-        faiss_threads.load()
+        if kind != EXACT and kind not in KINDS:
+            raise SearchError(f"kind: {kind!r} is not one of {EXACT}, {', '.join(KINDS)}")
+        validate_packed(codes, "codes")
+        exact_search.load_faiss()
         held = _contiguous(codes)
         if kind != EXACT:
-            built = approximate.build(held, kind, settings)
+            built = build(held, kind, settings)
             return cls(built.codes, kind, built.index)
         if settings:
             raise SearchError(f"{next(iter(settings))}: an index of kind {EXACT!r} has no settings; leave it out")
@@ -102,10 +254,10 @@ class Index:
           ValueError: the queries are not packed uint8, are empty, or of another length, or k is not in 1..n.
         """
         queries = self._checked(queries)
-        check_k(k, len(self))
+        validate_k(k, len(self))
         if self._approximate is None:
             return exact_search.nearest(self.codes, queries, k)
-        return approximate.search(self._approximate, queries, k)
+        return search(self._approximate, queries, k)
 
     def within(self, queries: UInt8[np.ndarray, "queries bytes"], radius: int) -> list[Hits]:
         """Returns, for each query, all codes that differ from it in at most `radius` bits, nearest first, ties by id.
@@ -162,10 +314,10 @@ class Index:
                 f"ids go from {ids.min()} to {ids.max()}, but the index holds {len(self)} codes: pass what its own "
                 "search returned"
             )
-        return asymmetric.rerank(self.codes, logits, ids.astype(np.int64))
+        return rerank(self.codes, logits, ids.astype(np.int64))
 
     def _checked(self, queries: UInt8[np.ndarray, "queries bytes"]) -> UInt8[np.ndarray, "queries bytes"]:
-        check_codes(queries, self.codes, ("queries", "the index"))
+        validate_codes(queries, self.codes, ("queries", "the index"))
         return _contiguous(queries)
 
     def _radius(self, radius: int) -> int:

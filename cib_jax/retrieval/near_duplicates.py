@@ -1,4 +1,4 @@
-"""Groups of codes that chains of near neighbours join, found without comparing every code with every other."""
+"""Groups of codes that chains of near neighbors join, found without comparing every code with every other."""
 
 import itertools
 from collections.abc import Iterator

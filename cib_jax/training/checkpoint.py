@@ -1,8 +1,11 @@
-"""Checkpoints of a run: the state, and beside it all that is needed to go on as if nothing had happened."""
+"""Where a run's checkpoints lie: in its own folder, in another, or in a bucket."""
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
+import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,47 +16,78 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from cib_jax.devices import processes
-from cib_jax.errors import Refusal
-from cib_jax.training import place
-from cib_jax.training.state import TrainState
+from cib_jax.distributed import multihost
+from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
+from cib_jax.training.train_step import Progress, TrainState
+
+# training.place: Where a run's checkpoints lie: in its own folder, in another, or in a bucket.
+
+
+CHOICES = "must be an absolute folder, file:///FOLDER or gs://BUCKET/FOLDER, or empty (checkpoints/ in the workdir)"
+
+
+def is_valid_checkpoint_dir(words: str) -> bool:
+    """Returns whether `train.checkpoint_dir` may have this value, by its form alone.
+
+    A relative folder may not: a run must be found again whatever the current one is. Of the buckets that etils knows,
+    Orbax 0.12 writes arrays to Google's alone; s3:// fails in `serialization/tensorstore_utils.py`, which takes it for
+    a relative folder.
+    """
+    if scheme := re.match(r"(\w[\w+.-]*):/", words):
+        return bool(re.fullmatch(r"file:///.+|gs://[^/]+/+[^/].*", words)) and scheme[1] in ("file", "gs")
+    return not words or pathlib.Path(words).expanduser().is_absolute()
+
+
+def checkpoint_dir(words: str, workdir: pathlib.Path) -> epath.Path:
+    """Returns where the checkpoints of the run in `workdir` lie; `words` is its `train.checkpoint_dir`.
+
+    Raises:
+      PlaceError: it is a bucket, and the package that reaches it is not installed.
+    """
+    if not words:
+        return epath.Path(workdir.absolute()) / "checkpoints"
+    if not words.startswith("gs://"):
+        return epath.Path(pathlib.Path(re.sub("^file://", "", words)).expanduser())
+    if importlib.util.find_spec("gcsfs") is None:
+        raise CheckpointError(f"config.train.checkpoint_dir: {words} wants a package more; pip install 'cib-jax[gcs]'")
+    return epath.Path(words.rstrip("/"))
+
+
+def is_local(directory: epath.Path) -> bool:
+    """Returns whether it is on a disk of this machine, or looks so."""
+    return not str(directory).startswith("gs://")
+
+
+def exists(directory: epath.Path) -> bool:
+    """Returns whether anything lies there.
+
+    Raises:
+      PlaceError: that cannot be found out.
+    """
+    try:
+        return directory.is_dir()
+    except Exception as error:  # Google's libraries raise many kinds
+        raise unreachable(directory, "read", error) from error
+
+
+def unreachable(directory: epath.Path, how: str, error: Exception) -> CheckpointError:
+    """Returns what to tell of an error of a file system; `how` is "read" or "written to"."""
+    return CheckpointError(
+        f"config.train.checkpoint_dir: {directory} cannot be {how} ({type(error).__name__}: {error}); check its name "
+        "and your right to it, for a bucket with 'gcloud auth application-default login'"
+    )
+
+
+def within(words: str, *names: str) -> str:
+    """Returns the `train.checkpoint_dir` of one of many runs, which may not share a place; "" stays ""."""
+    return "/".join([words.rstrip("/"), *names]) if words else ""
+
+
+# training.checkpoint: Checkpoints of a run: the state, and beside it all that is needed to go on as if nothing had happened.
+
 
 CHECKSUM = "checksum"
 """Under which the state's digest is kept: a byte that changed on disk must not change a run."""
-
-
-class CheckpointError(Refusal):
-    """There is no checkpoint, or it cannot be read; the message names the folder and what to do."""
-
-
-class OtherNetworkError(CheckpointError):
-    """A checkpoint is whole, but of a network with other parameters."""
-
-
-class SaveError(CheckpointError):
-    """A checkpoint could not be written; those before it are whole."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a run stands between two chunks of steps. With the config and the state, the rest of the run follows."""
-
-    epoch: int = 0
-    """Epochs finished; with the steps since, the data position, since order and views follow from seed, epoch, step."""
-    step: int = 0
-    """Steps done in all."""
-    steps_of_epoch: int = 0
-    """Steps done of the epoch that is not finished."""
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Of each loss term over those steps."""
-    best_step: int = 0
-    """Step of the best validation so far; 0 before the first."""
-    best_map: float = -1.0
-    bad_validations: int = 0
-    """Validations since the best one."""
-    finished: bool = False
-    seconds: float = 0.0
-    """Training time so far, over all sessions."""
 
 
 @dataclasses.dataclass
@@ -106,7 +140,7 @@ class Checkpoints:
         if exception[0] is None:
             self.wait()
             self._manager.close()
-        elif not processes.several():
+        elif not multihost.is_distributed():
             # The exception says more than what closing finds. Of several processes, the others may be gone, without
             # whom a save never ends.
             with contextlib.suppress(Exception):
@@ -150,7 +184,7 @@ class Checkpoints:
 
     def _check_room(self, step: int, size: int) -> None:
         """Checks that a checkpoint fits on the disk before Orbax tries, whose threads tell of a full one at length."""
-        if not processes.first() or not place.is_local(self.directory):
+        if not multihost.is_first_process() or not is_local(self.directory):
             return
         # Besides the numbers, a dozen small files.
         room, wanted = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
@@ -165,7 +199,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and tensorstore raise many kinds
-            if processes.several() and processes.is_loss_of_another(error):
+            if multihost.is_distributed() and multihost.is_peer_failure(error):
                 raise
             full = "No space left" in str(error)
             raise SaveError(
@@ -193,7 +227,7 @@ class Checkpoints:
             except CheckpointError as error:
                 wrong, whole = str(error), isinstance(error, OtherNetworkError)
             # What one of several processes cannot read, none takes.
-            wrong = next(filter(None, processes.gather_texts(wrong)), "")
+            wrong = next(filter(None, multihost.gather_texts(wrong)), "")
             if restored and not wrong:
                 return restored
             if whole:
@@ -217,7 +251,7 @@ class Checkpoints:
             self.restore(template, progress.best_step)
         except CheckpointError as error:
             wrong = str(error).partition(";")[0]
-        wrong = next(filter(None, processes.gather_texts(wrong)), "")
+        wrong = next(filter(None, multihost.gather_texts(wrong)), "")
         if wrong:
             tell(f"{wrong}; it was the best one, so training begins again, to the same result; all are set aside")
             for step in self._manager.all_steps():
@@ -225,12 +259,12 @@ class Checkpoints:
         return bool(wrong)
 
     def _set_aside(self, step: int) -> None:
-        if processes.first():
+        if multihost.is_first_process():
             # In a bucket a folder is there only with a file in it, so nothing can be moved into a new one.
             aside = self.directory / f"damaged-{step}"
             aside.rmtree(missing_ok=True)
             (self.directory / str(step)).rename(aside)
-        processes.wait()
+        multihost.barrier()
         self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
@@ -312,7 +346,7 @@ class Checkpoints:
         except (MemoryError, PermissionError):
             raise  # no damage, for which a checkpoint would be set aside
         except Exception as error:  # Orbax and tensorstore raise many kinds; all else means that this one is unusable
-            if processes.several() and processes.is_loss_of_another(error):
+            if multihost.is_distributed() and multihost.is_peer_failure(error):
                 raise
             raise CheckpointError(
                 f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to go on from "

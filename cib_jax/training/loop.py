@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from cib_jax.training.checkpoint import Progress
-from cib_jax.training.state import TrainState
+from cib_jax.training.train_step import Progress, TrainState
 
 LOOK_EVERY = 32
 """Steps that are under way at most before their loss is looked at: a look waits for the device."""

@@ -2,10 +2,10 @@
 
 import importlib.util
 
-from cib_jax.errors import Refusal
+from cib_jax.errors import UserError
 
 
-class WebError(Refusal):
+class WebError(UserError):
     """What a server is made of is not installed."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from cib_jax.errors import Refusal
+from cib_jax.errors import UserError
 from cib_jax.web.batching import Batches
 
 MOST = 1000
@@ -19,7 +19,7 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 class Photo(Protocol):
-    """What is known of an indexed photo; as `cib_jax.collection.collection.Photo`."""
+    """What is known of an indexed photo; as `cib_jax.storage.collection.Photo`."""
 
     id: str
     path: str
@@ -48,11 +48,11 @@ class Collection(Protocol):
     def number_of(self, id: str, /) -> int | None: ...  # noqa: D102
 
 
-class QueryError(Refusal):
+class QueryError(UserError):
     """What is asked for makes no sense; the message is a sentence for whoever asked."""
 
 
-class UnknownError(Refusal):
+class UnknownError(UserError):
     """There is no such photo."""
 
 

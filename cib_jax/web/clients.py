@@ -10,7 +10,7 @@ import limits as limits_lib
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from cib_jax.errors import Refusal
+from cib_jax.errors import UserError
 
 CLIENT = "client"
 """Under which a request's state holds who asks."""
@@ -20,7 +20,7 @@ _TIDY_EVERY = 1000
 _NEIGHBOURS = 64  # one house has a whole /64 of IPv6
 
 
-class ProxyError(Refusal):
+class ProxyError(UserError):
     """What is named as a proxy is no address."""
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from cib_jax.errors import Refusal
+from cib_jax.errors import UserError
 
 # A scheme, a name or an IPv4 address, and a port: a host-source of CSP (level 3, section 2.3.1), without a path. A star
 # stands for the first parts of a name that has two more, or for any port. Nothing in it ends a directive or a header.
@@ -11,7 +11,7 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ORIGIN = re.compile(rf"https?://(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::(?:[0-9]{{1,5}}|\*))?", re.IGNORECASE)
 
 
-class FrameError(Refusal):
+class FrameError(UserError):
     """What is named as a page that may frame this one is no origin."""
 
 

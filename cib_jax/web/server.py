@@ -17,7 +17,7 @@ import fastapi
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cib_jax.errors import Refusal
+from cib_jax.errors import UserError
 from cib_jax.web import api
 from cib_jax.web.answers import Collection
 from cib_jax.web.clients import Clients
@@ -33,7 +33,7 @@ _GRACE = 3
 _RENEW_EVERY = 30.0
 
 
-class BindError(Refusal):
+class BindError(UserError):
     """The server cannot listen where it was told to."""
 
 
@@ -91,7 +91,7 @@ def _renewing(
         while not ended.wait(_RENEW_EVERY):
             try:
                 collection = renew(served.collection)
-            except Refusal as error:
+            except UserError as error:
                 tell(f"What was indexed meanwhile is not served yet: {error}")
                 continue
             except Exception:  # else nothing would be renewed any more

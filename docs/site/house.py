@@ -25,7 +25,7 @@ KINDS = {
     "disks and devices": ("data", "devices", "training", "corpus", "collection", "hashing", "report", "web"),
     "where the parts meet": ("jobs", "command", "fitting"),
 }
-COLOURS = ("#d9ecd9", "#eef5d8", "#dbe7f5", "#fbe3cf", "#ececec")
+COLORS = ("#d9ecd9", "#eef5d8", "#dbe7f5", "#fbe3cf", "#ececec")
 """Of each kind, and of what is of none: words and settings."""
 
 WIDTH, ROW, BOX = 860, 66, 34
@@ -115,8 +115,8 @@ def picture() -> str:
             "<title>The rooms of cib_jax, each above all that it uses</title>",
             f'<rect width="{WIDTH}" height="{ground + 82}" rx="8" fill="#fff"/>',
             *(_line(boxes[room], boxes[under]) for room in sorted(boxes) for under in sorted(direct(uses, room))),
-            *(_shape(box, _title(room), _colour(room)) for room, box in boxes.items()),
-            _shape(Box(20, ground, WIDTH - 40), " · ".join(map(_title, GROUND)) + ": for all", COLOURS[-1]),
+            *(_shape(box, _title(room), _color(room)) for room, box in boxes.items()),
+            _shape(Box(20, ground, WIDTH - 40), " · ".join(map(_title, GROUND)) + ": for all", COLORS[-1]),
             *(_legend(number, len(kinds), kind, ground + 56) for number, kind in enumerate(kinds)),
             "</svg>\n",
         ]
@@ -133,22 +133,22 @@ def _ordered(rooms: list[str], uses: dict[str, set[str]], placed: dict[str, Box]
     return sorted(rooms, key=lambda room: (middle(room), room))
 
 
-def _colour(room: str) -> str:
-    return COLOURS[next((number for number, rooms in enumerate(KINDS.values()) if room in rooms), len(KINDS))]
+def _color(room: str) -> str:
+    return COLORS[next((number for number, rooms in enumerate(KINDS.values()) if room in rooms), len(KINDS))]
 
 
 def _title(room: str) -> str:
     return f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py"
 
 
-def _shape(box: Box, words: str, colour: str) -> str:
+def _shape(box: Box, words: str, color: str) -> str:
     rect = f'<rect x="{box.left:.0f}" y="{box.top:.0f}" width="{box.width:.0f}" height="{BOX}" rx="5"'
-    return f'{rect} fill="{colour}" stroke="#888"/>' + _text(box.left + box.width / 2, box.top + 22, words)
+    return f'{rect} fill="{color}" stroke="#888"/>' + _text(box.left + box.width / 2, box.top + 22, words)
 
 
 def _legend(number: int, of: int, words: str, top: float) -> str:
     left = 20 + number * (WIDTH - 40) / of
-    rect = f'<rect x="{left:.0f}" y="{top:.0f}" width="12" height="12" fill="{COLOURS[number]}" stroke="#888"/>'
+    rect = f'<rect x="{left:.0f}" y="{top:.0f}" width="12" height="12" fill="{COLORS[number]}" stroke="#888"/>'
     return rect + _text(left + 18, top + 11, words, anchor="start", size=12)
 
 

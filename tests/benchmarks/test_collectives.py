@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import collectives
-from tests.devices.test_parallel import ROOT
+from tests.distributed.test_parallel import ROOT
 
 # One process with 4 devices, since their number is fixed when JAX starts.
 PROGRAM = """

@@ -9,11 +9,11 @@ import sklearn.neighbors
 
 import cib_jax as cib
 from benchmarks import text, wordnet
-from cib_jax.data import vectors
-from cib_jax.jobs.train import train
+from cib_jax.commands.train import train
+from cib_jax.data import feature_files
 from configs import text as text_config
 
-# In the format of wndb(5WN), made up but for the words: a licence, a noun with two words, one with a pointer.
+# In the format of wndb(5WN), made up but for the words: a license, a noun with two words, one with a pointer.
 DATABASE = """\
   1 This software and database is being provided to you
 00000100 05 n 02 guinea_pig 0 cavy 1 001 @ 00000200 n 0000 | a rodent without a tail; kept as a pet; "two cavies"
@@ -34,8 +34,8 @@ def clusters(count=240, features=16, seed=0):
     """Three clusters, far enough apart to be found and near enough to be mistaken."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % 3
-    centres = np.random.default_rng(9).normal(size=(3, features))
-    return (centres[labels] + 0.8 * generator.normal(size=(count, features))).astype(np.float32), labels
+    centers = np.random.default_rng(9).normal(size=(3, features))
+    return (centers[labels] + 0.8 * generator.normal(size=(count, features))).astype(np.float32), labels
 
 
 def small_config(path):
@@ -69,7 +69,7 @@ def test_nouns_are_words_and_meaning_and_kind(tmp_path):
 )
 def test_another_format_is_refused_with_its_line(line):
     with pytest.raises(wordnet.TextError, match=r"--wordnet: line 2 is none of a data.noun"):
-        list(wordnet.nouns(["  a licence\n", line]))
+        list(wordnet.nouns(["  a license\n", line]))
 
 
 def test_a_folder_without_wordnet_is_refused(tmp_path):
@@ -80,7 +80,7 @@ def test_a_folder_without_wordnet_is_refused(tmp_path):
 
 
 def test_the_file_is_read_as_features(file):
-    source = vectors.load(str(file))
+    source = feature_files.load(str(file))
     features, labels = clusters()
     np.testing.assert_array_equal(np.stack([source.train.images[row] for row in range(240)]), features)
     np.testing.assert_array_equal(source.train.labels, labels)

@@ -19,9 +19,9 @@ def write_archive(folder: pathlib.Path, per_file: int, seed: int = 0) -> pathlib
     generator = np.random.default_rng(seed)
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         labels = np.arange(per_file) % 10
-        # Each class has a colour of its own, so that there is something to learn.
-        colours = np.random.default_rng(1).integers(0, 256, (10, 3, 1))
-        pixels = colours[labels] + generator.normal(0, 30, (per_file, 3, 1024))
+        # Each class has a color of its own, so that there is something to learn.
+        colors = np.random.default_rng(1).integers(0, 256, (10, 3, 1))
+        pixels = colors[labels] + generator.normal(0, 30, (per_file, 3, 1024))
         rows = np.concatenate([labels[:, None], pixels.clip(0, 255).reshape(per_file, -1)], axis=1)
         rows.astype(np.uint8).tofile(inside / f"{name}.bin")
     return folder

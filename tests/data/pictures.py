@@ -1,4 +1,4 @@
-"""Generated photos: smooth, with colours that tell one from another, in every format, mode and state."""
+"""Generated photos: smooth, with colors that tell one from another, in every format, mode and state."""
 
 import io
 import pathlib
@@ -10,7 +10,7 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BM
 
 
 def smooth(width, height, seed=0):
-    """Returns a photo-like image: a few coloured waves."""
+    """Returns a photo-like image: a few colored waves."""
     generator = np.random.default_rng(seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     channels = []
@@ -33,8 +33,8 @@ def write(path: pathlib.Path, image, **options):
     path.write_bytes(content(image, FORMATS[path.suffix[1:].lower()], **options))
 
 
-def coloured(number, classes, width=40, height=30):
-    """Returns a noisy image whose colour is that of its class, of some size of its own."""
+def colored(number, classes, width=40, height=30):
+    """Returns a noisy image whose color is that of its class, of some size of its own."""
     hue = np.random.default_rng(7).integers(30, 226, (classes, 3))[number % classes]
     noise = np.random.default_rng(number).normal(0, 25, (height + number % 7, width + number % 5, 3))
     return PIL.Image.fromarray((hue + noise).clip(0, 255).astype(np.uint8))

@@ -14,7 +14,7 @@ CONCEPTS = [f"concept{number:02}" for number in range(81)]
 def nuswide(root: pathlib.Path, images: int, *, seed: int = 0):
     """Writes the image list, the label files and the photos; returns the names and the labels [images, 81].
 
-    Each photo has one of 24 frequent concepts, which its colour tells, sometimes a second one, or, one in ten, none.
+    Each photo has one of 24 frequent concepts, which its color tells, sometimes a second one, or, one in ten, none.
     """
     generator = np.random.default_rng(seed)
     labels = np.zeros((images, 81), bool)
@@ -28,7 +28,7 @@ def nuswide(root: pathlib.Path, images: int, *, seed: int = 0):
             if row % 4 == 0:
                 labels[row, frequent[(main + 1) % 21]] = True
         names.append(f"{'actor' if row % 2 else 'zoo'}/{row:04}_{generator.integers(10**9)}.jpg")
-        pictures.write(root / "Flickr" / names[-1], pictures.coloured(main, 24))
+        pictures.write(root / "Flickr" / names[-1], pictures.colored(main, 24))
     (root / "ImageList").mkdir()
     (root / "ImageList" / "Imagelist.txt").write_text("".join(name.replace("/", "\\") + "\r\n" for name in names))
     (root / "ConceptsList").mkdir()
@@ -45,7 +45,7 @@ CATEGORY_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 
 
 
 def coco(root: pathlib.Path, images: int, *, year: str = "2014", classes: int = 6):
-    """Writes annotations and photos of both parts; returns {name: set of columns}, unlabelled images with none."""
+    """Writes annotations and photos of both parts; returns {name: set of columns}, unlabeled images with none."""
     labels = {}
     (root / "annotations").mkdir(parents=True)
     for part, count in (("train", images - images // 3), ("val", images // 3)):
@@ -54,7 +54,7 @@ def coco(root: pathlib.Path, images: int, *, year: str = "2014", classes: int = 
             identity = 9 + 7 * number + (part == "val")
             name = f"COCO_{part}2014_{identity:012}.jpg" if year == "2014" else f"{identity:012}.jpg"
             columns = {number % classes, (number * 5 + 1) % classes} if number % 8 != 7 else set()
-            image = pictures.coloured(number % classes, classes)
+            image = pictures.colored(number % classes, classes)
             pictures.write(root / f"{part}{year}" / name, image)
             entries.append({"id": identity, "file_name": name, "height": image.height, "width": image.width})
             for column in columns:

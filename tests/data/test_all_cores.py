@@ -2,7 +2,7 @@
 
 import pytest
 
-from cib_jax.data.all_cores import in_order
+from cib_jax.files import map_in_order
 
 
 def test_results_come_in_order_and_few_are_ahead():
@@ -12,14 +12,14 @@ def test_results_come_in_order_and_few_are_ahead():
         started.append(number)
         return -number
 
-    results = in_order(slow_first, range(1000))
+    results = map_in_order(slow_first, range(1000))
     assert next(results) == (0, 0)
     assert len(started) < 100
     assert [item for item, _ in results] == list(range(1, 1000))
 
 
 def test_an_error_comes_in_its_turn():
-    results = in_order(lambda number: 1 / (3 - number), range(10))
+    results = map_in_order(lambda number: 1 / (3 - number), range(10))
     assert [next(results)[0] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ZeroDivisionError):
         next(results)

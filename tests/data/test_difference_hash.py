@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from cib_jax.data import photos
-from cib_jax.data.difference_hash import BITS, difference_hash
+from cib_jax.data.photos import BITS, difference_hash
 from tests.data import pictures
 
 

@@ -5,15 +5,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cib_jax.data import lists, photos
-from cib_jax.data.images import DataError
+from cib_jax.data import photo_folder, photos
+from cib_jax.errors import DataError
 from tests.data import pictures
 
 
 @pytest.fixture
 def root(tmp_path):
     for number in range(6):
-        pictures.write(tmp_path / "in here" / f"{number}.png", pictures.coloured(number, 6))
+        pictures.write(tmp_path / "in here" / f"{number}.png", pictures.colored(number, 6))
     return tmp_path
 
 
@@ -31,7 +31,7 @@ def write(root, columns, kind):
 
 
 def load(path, **options):
-    return lists.load(str(path), size=16, cache=path.parent / "cache", **options)
+    return photo_folder.load_list(str(path), size=16, cache=path.parent / "cache", **options)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -63,7 +63,7 @@ def test_several_labels_become_multi_hot_and_none_is_allowed(root, kind, labels)
 
 def test_without_labels_there_are_none(root):
     assert load(write(root, {"path": PATHS}, "csv")).train.labels is None
-    assert load(write(root, {"path": PATHS, "label": list("abab")}, "csv"), labelled=False).train.labels is None
+    assert load(write(root, {"path": PATHS, "label": list("abab")}, "csv"), labeled=False).train.labels is None
 
 
 def test_the_list_may_give_the_splits_and_unreadable_photos_leave_theirs(root):

@@ -60,24 +60,24 @@ def test_orientation_is_applied(orientation, form):
         assert differ(decode(file, size), expected).max() <= 3
 
 
-def grey(width=40, height=30):
+def gray(width=40, height=30):
     return np.add.outer(np.arange(height), np.arange(width)) / (width + height - 2)
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_to_8_bits(form, order):
-    levels = np.round(grey() * 65_535).astype(order if form == "TIFF" else "<u2")
+def test_16_bit_gray_is_scaled_to_8_bits(form, order):
+    levels = np.round(gray() * 65_535).astype(order if form == "TIFF" else "<u2")
     image = PIL.Image.fromarray(levels)
     pixels = decode(pictures.content(image, form), 0)
-    assert differ(pixels, np.round(grey() * 255)[..., None].repeat(3, axis=-1)).max() <= 1
+    assert differ(pixels, np.round(gray() * 255)[..., None].repeat(3, axis=-1)).max() <= 1
 
 
-def test_floating_point_grey_keeps_the_unit_range_and_is_stretched_elsewhere():
-    unit = decode(pictures.content(PIL.Image.fromarray((grey() * 0.5).astype(np.float32)), "TIFF"), 0)
-    assert differ(unit[..., 0], np.round(grey() * 127.5)).max() <= 1
-    wide = decode(pictures.content(PIL.Image.fromarray((grey() * 900 - 300).astype(np.float32)), "TIFF"), 0)
-    assert differ(wide[..., 0], np.round(grey() * 255)).max() <= 1
+def test_floating_point_gray_keeps_the_unit_range_and_is_stretched_elsewhere():
+    unit = decode(pictures.content(PIL.Image.fromarray((gray() * 0.5).astype(np.float32)), "TIFF"), 0)
+    assert differ(unit[..., 0], np.round(gray() * 127.5)).max() <= 1
+    wide = decode(pictures.content(PIL.Image.fromarray((gray() * 900 - 300).astype(np.float32)), "TIFF"), 0)
+    assert differ(wide[..., 0], np.round(gray() * 255)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
@@ -88,7 +88,7 @@ def test_modes_without_transparency(mode):
     file = pictures.content(image, form)
     for size in (0, 20):
         expected = plainly(PIL.Image.open(io.BytesIO(file)), size)
-        # Reduced in its own mode, grey and colour are the same but for rounding.
+        # Reduced in its own mode, gray and color are the same but for rounding.
         assert differ(decode(file, size), expected).max() <= 2, size
 
 
@@ -100,8 +100,8 @@ def test_transparent_parts_become_white():
     assert decoded[0, 0].tolist() == [200, 0, 0]
     assert decoded[3, 0].tolist() == [255, 255, 255]
     assert differ(decoded[3, 3], np.array([227, 127, 127])).max() <= 1
-    grey_alpha = PIL.Image.fromarray(pixels[..., [0, 3]], "LA")
-    assert decode(pictures.content(grey_alpha, "PNG"), 0)[3, 0].tolist() == [255, 255, 255]
+    gray_alpha = PIL.Image.fromarray(pixels[..., [0, 3]], "LA")
+    assert decode(pictures.content(gray_alpha, "PNG"), 0)[3, 0].tolist() == [255, 255, 255]
     palette = PIL.Image.fromarray(pixels[..., :3]).quantize(4)
     index = palette.getpixel((0, 0))
     assert decode(pictures.content(palette, "PNG", transparency=index), 0)[0, 0].tolist() == [255, 255, 255]
@@ -109,7 +109,7 @@ def test_transparent_parts_become_white():
 
 
 def test_the_first_frame_of_an_animation_counts():
-    frames = [PIL.Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    frames = [PIL.Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
     for form in ("GIF", "WEBP", "TIFF"):
         options = {"save_all": True, "append_images": frames[1:]} | ({"lossless": True} if form == "WEBP" else {})
         assert decode(pictures.content(frames[0], form, **options), 8)[4, 4].tolist() == [255, 0, 0]
@@ -240,12 +240,12 @@ MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "F"]
 
 def in_mode(mode, width=70, height=50):
     if mode == "I;16":
-        return PIL.Image.fromarray(np.round(grey(width, height) * 65_535).astype(np.uint16)), "PNG"
+        return PIL.Image.fromarray(np.round(gray(width, height) * 65_535).astype(np.uint16)), "PNG"
     if mode == "F":
-        return PIL.Image.fromarray(grey(width, height).astype(np.float32)), "TIFF"
+        return PIL.Image.fromarray(gray(width, height).astype(np.float32)), "TIFF"
     image = pictures.smooth(width, height, seed=4).convert(mode)
     if mode in ("RGBA", "LA"):
-        image.putalpha(PIL.Image.fromarray(np.round(grey(width, height) * 255).astype(np.uint8)))
+        image.putalpha(PIL.Image.fromarray(np.round(gray(width, height) * 255).astype(np.uint8)))
     return image, "JPEG" if mode == "CMYK" else "PNG"
 
 
@@ -359,7 +359,7 @@ def test_reduced_photos_look_like_themselves(longest, orientation):
     upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(file)))
     pixels = bare_jpeg(photos.reduced(file, longest), longest, *upright.size)
     expected = np.asarray(upright.resize((pixels.shape[1], pixels.shape[0]), PIL.Image.Resampling.BILINEAR))
-    # A small JPEG has half the colours of a large one.
+    # A small JPEG has half the colors of a large one.
     assert differ(pixels, expected).mean() < 6
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from cib_jax.data.images import DataError
-from cib_jax.data.protocols import PROTOCOLS, named
+from cib_jax.data.splits import PROTOCOLS, named
+from cib_jax.errors import DataError
 
 
 def test_minus_one_leaves_the_protocols_value_and_anything_else_changes_it():

@@ -5,7 +5,7 @@ import pytest
 import sklearn.datasets
 
 from cib_jax.data import sources
-from cib_jax.data.images import DataError
+from cib_jax.errors import DataError
 
 
 def test_digits_are_scikit_learns():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from cib_jax.data import splits
-from cib_jax.data.images import DataError, ImageSet, Source
-from cib_jax.data.protocols import PROTOCOLS, Protocol
+from cib_jax.data.dataset import ImageSet, Source
+from cib_jax.data.splits import PROTOCOLS, Protocol
+from cib_jax.errors import DataError
 
 
 def numbered(count, labels, first=0):

@@ -3,7 +3,7 @@
 import re
 
 import cib_jax as cib
-from cib_jax.objective import OBJECTIVES
+from cib_jax.losses import OBJECTIVES
 from tests.docs import pages
 
 

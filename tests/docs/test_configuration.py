@@ -5,7 +5,7 @@ import html
 import importlib.util
 import re
 
-from cib_jax.config.flat import flatten
+from cib_jax.config.schema import flatten
 from configs import default
 from tests.docs import pages
 

@@ -8,8 +8,8 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax.corpus import corpus, corpus_parts
-from cib_jax.jobs import index
+from cib_jax.commands import index
+from cib_jax.storage import code_store
 from configs import index as index_config
 
 
@@ -18,15 +18,15 @@ def folder(tmp_path_factory):
     """What the examples name: photos, an encoder, codes of the photos, an index."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "PHOTOS").mkdir()
-    for colour in ("blue", "green", "red"):
-        PIL.Image.new("RGB", (40, 30), colour).save(folder / "PHOTOS" / f"{colour}.png")
+    for color in ("blue", "green", "red"):
+        PIL.Image.new("RGB", (40, 30), color).save(folder / "PHOTOS" / f"{color}.png")
     made = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
     cib.Hasher(*made).save(folder / "RUN")
     _, codes, _ = cib.encode_photos(cib.Hasher.load(folder / "RUN"), folder / "PHOTOS")
     paths = ["blue.png", "green.png", "red.png"]  # as --mode=encode keeps them: relative to the folder
-    held = corpus.begin(folder / "CODES", {"bits": 16}, 3, paths, str(folder / "PHOTOS"), keep_list=True)
-    files = [corpus_parts.File(path, 1, 0, "") for path in paths]
-    corpus_parts.write(held.path(0), held.identity, files, codes, {})
+    held = code_store.begin(folder / "CODES", {"bits": 16}, 3, paths, str(folder / "PHOTOS"), keep_list=True)
+    files = [code_store.File(path, 1, 0, "") for path in paths]
+    code_store.write_shard(held.path(0), held.identity, files, codes, {})
     index.index(
         str(folder / "INDEX"),
         str(folder / "PHOTOS"),

@@ -9,10 +9,10 @@ import sklearn.decomposition
 import sklearn.metrics.pairwise
 
 import cib_jax as cib
-from cib_jax import objective
-from cib_jax.backbones import registry
+from cib_jax import losses
 from cib_jax.baselines import BASELINES
 from cib_jax.data import sources
+from cib_jax.models import registry
 from tests.docs import pages
 
 
@@ -47,7 +47,7 @@ def test_the_baseline_turns_principal_components(monkeypatch):
 
 @pytest.fixture
 def objectives(monkeypatch) -> dict:
-    monkeypatch.setattr(objective, "OBJECTIVES", dict(objective.OBJECTIVES))
+    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
     return run("An objective")
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from absl.testing import flagsaver
 
-from cib_jax.command import door, parsing
+from cib_jax.cli import main, parsing
 from tests.end_to_end.processes import ROOT
 
 
@@ -22,7 +22,7 @@ def refusal(monkeypatch, capsys):
     def refused(*arguments):
         monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            door.main(parsing.parse(sys.argv))
+            main.main(parsing.parse(sys.argv))
         assert ended.value.code == 2
         error = capsys.readouterr().err.strip()
         assert len(error.splitlines()) == 1

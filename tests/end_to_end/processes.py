@@ -9,7 +9,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"COLUMNS": "120"}
-OPTIMISED = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+OPTIMIZED = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 """Programs as users run them, not compiled quickly as the tests' own: for runs that are compared with each other."""
 
 

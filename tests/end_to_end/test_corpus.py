@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from cib_jax.corpus.corpus import read_corpus
-from cib_jax.jobs.encode import encode
-from cib_jax.jobs.train import train
+from cib_jax.commands.encode import encode
+from cib_jax.commands.train import train
+from cib_jax.storage.code_store import read_corpus
 from tests import small
 from tests.data import pictures
 from tests.end_to_end.processes import wait_until

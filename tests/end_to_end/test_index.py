@@ -12,13 +12,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cib_jax.collection.photo_table import PhotoTable
 from cib_jax.data import photos
-from cib_jax.hashing.hasher import Hasher
+from cib_jax.inference.hasher import Hasher
+from cib_jax.storage.photo_table import PhotoTable
+from tests.commands import indexing
 from tests.data import pictures
 from tests.end_to_end.processes import wait_until
 from tests.end_to_end.test_run import ROOT, environment, finish, start
-from tests.jobs import indexing
 
 PHOTOS = 1700
 """More than three commits."""
@@ -112,16 +112,17 @@ def test_interrupted_it_says_what_goes_on(place, tmp_path, number, code, words):
 # Each mistake ends before anything is computed, so that one process can be misled many times.
 MISLED = """
 import json, os, sys
-from cib_jax.devices import rendezvous
-from cib_jax.command import door, parsing
-from cib_jax.jobs import compare, duplicates, endings, index, preemption, search, train, tune
+from cib_jax.distributed import initialize, multihost
+from cib_jax.cli import main, parsing
+from cib_jax.commands import compare, index, search, train, tune
+from cib_jax.runs import processes
 for number, arguments in enumerate(json.load(sys.stdin)):
     if not os.fork():
         told = os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY)
         os.dup2(told, 1)
         os.dup2(told, 2)
         try:
-            door.main(parsing.parse(["run.py", *arguments]))
+            main.main(parsing.parse(["run.py", *arguments]))
         except SystemExit as end:
             sys.stdout.flush()
             sys.stderr.flush()

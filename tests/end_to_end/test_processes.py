@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import rich.console
 
-from cib_jax import atomic
-from cib_jax.hashing.hasher import Hasher
-from cib_jax.jobs import workdir as workdir_lib
-from cib_jax.jobs.evaluate import evaluate
-from cib_jax.jobs.train import train
+from cib_jax import files
+from cib_jax.commands.evaluate import evaluate
+from cib_jax.commands.train import train
+from cib_jax.inference.hasher import Hasher
+from cib_jax.runs.workdir import claim_workdir
 from tests import small
-from tests.end_to_end.processes import ENVIRONMENT, OPTIMISED, finish, run, start, wait_until, with_devices
-from tests.jobs import many
+from tests.commands import many
+from tests.end_to_end.processes import ENVIRONMENT, OPTIMIZED, finish, run, start, wait_until, with_devices
 
 QUIET = rich.console.Console(quiet=True)
 # Images decoded as they are needed, so that each process reads its part of every batch, and validated while training.
@@ -140,7 +140,7 @@ def test_two_processes_share_a_teacher_and_come_to_its_losses(tmp_path):
 
 
 def test_a_workdir_in_use_is_told_of_by_the_first(tmp_path):
-    with workdir_lib.claim(tmp_path / "run"):  # as another process does
+    with claim_workdir(tmp_path / "run"):  # as another process does
         told = finish(start(2, *small.flags(**LONG), f"--workdir={tmp_path / 'run'}"))
     assert [code for code, _, _ in told] == [2, 2], told
     assert told[0][2].count("another process is at work in it") == 1
@@ -155,7 +155,7 @@ def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
     fields |= {"epochs": 3000}
     processes = start(2, *small.flags(**fields), f"--workdir={tmp_path / 'run'}")
     wait_until(processes, lambda: epochs_logged(tmp_path / "run") >= 2)
-    with atomic.replacing(place / "owner.json") as part:  # never half there to who looks at it each few steps
+    with files.replacing(place / "owner.json") as part:  # never half there to who looks at it each few steps
         part.write_text(json.dumps({"workdir": "/elsewhere", "session": "another"}))
     told = finish(processes)
     assert [code for code, _, _ in told] == [2, 2], told
@@ -167,16 +167,16 @@ def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
 def undisturbed(tmp_path_factory):
     """The long run on one process with two devices."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2, OPTIMISED))
+    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2, OPTIMIZED))
     return workdir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_undisturbed(tmp_path, undisturbed, victim):
-    arguments = killed(tmp_path, victim, LONG, epochs=5, environment=OPTIMISED)
+    arguments = killed(tmp_path, victim, LONG, epochs=5, environment=OPTIMIZED)
     # On two processes again, or on one.
-    out = run(2 - victim, *arguments, environment=with_devices(1 + victim, OPTIMISED))
+    out = run(2 - victim, *arguments, environment=with_devices(1 + victim, OPTIMIZED))
     assert "Going on after " in out
     assert same_parameters(tmp_path / "run", undisturbed)
 
@@ -186,7 +186,7 @@ def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_undisturbe
 def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_the_same(tmp_path, undisturbed, moment):
     draws = np.random.default_rng(moment)
     arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments, environment=OPTIMISED)
+    processes = start(2, *arguments, environment=OPTIMIZED)
     try:
         processes[moment % 2].wait(timeout=draws.uniform(0, 25))
     except subprocess.TimeoutExpired:
@@ -194,7 +194,7 @@ def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_th
     told = finish(processes, timeout=400)
     code, _, error = told[1 - moment % 2]
     assert code in (75, -signal.SIGABRT) or (code == 2 and "did not come" in error), told
-    run(2, *arguments, environment=OPTIMISED)
+    run(2, *arguments, environment=OPTIMIZED)
     assert same_parameters(tmp_path / "run", undisturbed)
 
 
@@ -203,7 +203,7 @@ def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_th
 def test_killed_during_a_save_one_of_two_processes_ends_the_other_with_75(tmp_path, undisturbed, moment):
     draws = np.random.default_rng(moment)
     arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments, environment=OPTIMISED)
+    processes = start(2, *arguments, environment=OPTIMIZED)
     epoch = draws.integers(1, 10)
     wait_until(
         processes,
@@ -212,5 +212,5 @@ def test_killed_during_a_save_one_of_two_processes_ends_the_other_with_75(tmp_pa
     processes[moment % 2].send_signal(signal.SIGKILL)
     told = finish(processes, timeout=400)
     assert told[1 - moment % 2][0] in (75, -signal.SIGABRT), told
-    run(2, *arguments, environment=OPTIMISED)
+    run(2, *arguments, environment=OPTIMIZED)
     assert same_parameters(tmp_path / "run", undisturbed)

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import rich.console
 
-from cib_jax.config import from_config
-from cib_jax.hashing.restoring import restore_best
-from cib_jax.jobs.compare import compare
-from cib_jax.jobs.train import train
+from cib_jax.commands.compare import compare
+from cib_jax.commands.train import train
+from cib_jax.config import build
+from cib_jax.inference.serialization import restore_best
 from tests import small
+from tests.commands import many
 from tests.end_to_end.processes import children, gone, wait_until
-from tests.jobs import many
 
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
 
@@ -54,7 +54,7 @@ def finish(process):
 
 
 def params_of(workdir, config):
-    return jax.tree.leaves(restore_best(workdir, from_config.encoder(config)[1], config)[0])
+    return jax.tree.leaves(restore_best(workdir, build.encoder(config)[1], config)[0])
 
 
 @pytest.fixture(scope="module")

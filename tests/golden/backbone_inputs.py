@@ -23,7 +23,7 @@ def photographs(size: int) -> np.ndarray:
     )
 
 
-def normalised(images: np.ndarray) -> np.ndarray:
+def normalized(images: np.ndarray) -> np.ndarray:
     """uint8 images as float32 in [-1, 1]: EfficientNet-Lite0's input."""
     return (images.astype(np.float32) / 255 - 0.5) / 0.5
 

@@ -1,4 +1,4 @@
-"""Writes augment.npz: what torchvision and SciPy make of small images, for the tests of augment, colour and
+"""Writes augment.npz: what torchvision and SciPy make of small images, for the tests of augment, color and
 geometry.
 
 Run by hand where torch, torchvision and SciPy are installed: `python tests/golden/make_augment.py`. The
@@ -41,16 +41,16 @@ DRAWS = 4000
 
 
 def test_images() -> np.ndarray:
-    """Six float images [12, 16, 3]: noise, ramps, black, white, a grey, and saturated primaries with ties."""
+    """Six float images [12, 16, 3]: noise, ramps, black, white, a gray, and saturated primaries with ties."""
     rng = np.random.default_rng(0)
     y, x = np.meshgrid(np.linspace(0, 1, 12), np.linspace(0, 1, 16), indexing="ij")
     ramps = np.stack([x, y, 1 - x * y], -1)
     primaries = np.array(list(itertools.product((0, 0.5, 1), repeat=3)))
     primaries = primaries[rng.integers(0, len(primaries), (12, 16))]
-    grey = np.repeat(rng.random((12, 16, 1)), 3, -1)
+    gray = np.repeat(rng.random((12, 16, 1)), 3, -1)
     noise = rng.random((12, 16, 3))
     flat = np.ones((12, 16, 3))
-    return np.stack([noise, ramps, primaries, grey, 0 * flat, flat]).astype(np.float32)
+    return np.stack([noise, ramps, primaries, gray, 0 * flat, flat]).astype(np.float32)
 
 
 def planes(images: np.ndarray) -> torch.Tensor:
@@ -82,9 +82,9 @@ def scipy_warp(image: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     inverse = np.linalg.inv(turn @ lean * affine[2])
     height, width = image.shape[:2]
     stretch = np.diag([width / size, height / size])
-    matrix = stretch @ inverse  # from a view's (x, y) to the image's, about both centres
-    centre_in, centre_out = np.array([(width - 1) / 2, (height - 1) / 2]), np.full(2, (size - 1) / 2)
-    offset = centre_in - matrix @ (centre_out + affine[3:].astype(float) * size)
+    matrix = stretch @ inverse  # from a view's (x, y) to the image's, about both centers
+    center_in, center_out = np.array([(width - 1) / 2, (height - 1) / 2]), np.full(2, (size - 1) / 2)
+    offset = center_in - matrix @ (center_out + affine[3:].astype(float) * size)
     rows_first = np.array([[0, 1], [1, 0]])
     matrix, offset = rows_first @ matrix @ rows_first, rows_first @ offset
     warped = [
@@ -114,7 +114,7 @@ def main() -> None:
         ("hue", functional.adjust_hue, SHIFTS),
     ):
         out[name] = np.stack([pixels(torch.stack([function(x, v) for x in tensor[:3]])) for v in values])
-    out["greyscale"] = pixels(functional.rgb_to_grayscale(tensor, num_output_channels=3))
+    out["grayscale"] = pixels(functional.rgb_to_grayscale(tensor, num_output_channels=3))
     out["blur"] = np.stack([pixels(functional.gaussian_blur(tensor[:2], [3, 3], [s, s])) for s in SIGMAS])
 
     orders = list(itertools.permutations(range(4)))

@@ -29,7 +29,7 @@ def efficientnet() -> dict[str, np.ndarray]:
         model.load_state_dict(torch.load(path, weights_only=True))
         model.eval()
         photographs = backbone_inputs.photographs(size)
-        images = torch.from_numpy(backbone_inputs.normalised(photographs)).permute(0, 3, 1, 2)
+        images = torch.from_numpy(backbone_inputs.normalized(photographs)).permute(0, 3, 1, 2)
         values[f"photographs_{size}"] = photographs
         with torch.no_grad():
             values[f"efficientnet_logits_{size}"] = model(images).numpy()

@@ -44,7 +44,7 @@ def efficientnet(number: int) -> dict[str, np.ndarray]:
         return efficientnet_lite_pytorch.EfficientNet.from_name(f"efficientnet-{name}", image_size=size)
 
     with np.load(HERE / "backbones.npz") as archive:
-        photographs = channels_first(backbone_inputs.normalised(archive["photographs_224"]))
+        photographs = channels_first(backbone_inputs.normalized(archive["photographs_224"]))
     real = network(224)
     real.load_state_dict(torch.load(path, weights_only=True))
     real.eval()

@@ -6,10 +6,10 @@ import matplotlib
 import numpy as np
 import pytest
 
-from cib_jax.report import embedding, figures, many_runs, style
-from cib_jax.report.page import Grid, Picture, Section, render
-from cib_jax.retrieval import health
-from cib_jax.retrieval.curves import curves
+from cib_jax.report import figures
+from cib_jax.report.html import Grid, Picture, Section, render
+from cib_jax.retrieval import code_quality
+from cib_jax.retrieval.metrics import curves
 
 
 def drawn(figure):
@@ -65,22 +65,22 @@ def test_names_are_shown_letter_by_letter():
     shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert shown == [r"\$_\$", " _hidden", r"caf\udce9", "a_b^c"]
     mean = np.array([[0.1], [0.2]])
-    drawn(many_runs.methods(["$x", "y$"], [8], mean, 0 * mean, score="MAP"))
-    drawn(many_runs.parameters({"data.name": ["$a", "_b"]}, np.array([0.1, 0.2]), score="MAP"))
+    drawn(figures.methods(["$x", "y$"], [8], mean, 0 * mean, score="MAP"))
+    drawn(figures.parameters({"data.name": ["$a", "_b"]}, np.array([0.1, 0.2]), score="MAP"))
 
 
 def test_long_codes_and_images_without_labels():
     assert "1 share the fullest" in drawn(figures.occupancy(np.ones(5, int), 4096))
-    assert embedding.classes(np.full(4, -1), []).names == []
-    assert embedding.classes(np.zeros((4, 3)), ["a", "b", "c"]).labels.tolist() == [-1] * 4
+    assert figures.classes(np.full(4, -1), []).names == []
+    assert figures.classes(np.zeros((4, 3)), ["a", "b", "c"]).labels.tolist() == [-1] * 4
 
 
 def test_bits():
     assert drawn(figures.bit_balance([0.5, 0.25, 1.0])) == "Bits are one in 25% to 100% of the images; 1 never change"
     dead = np.zeros((9, 1), np.uint8)
-    assert drawn(figures.bit_correlation(health.bit_correlation(dead))) == "No two bits change, so none correlate"
+    assert drawn(figures.bit_correlation(code_quality.bit_correlation(dead))) == "No two bits change, so none correlate"
     packed = np.array([[0b11], [0b11], [0b00], [0b00]], np.uint8)
-    title = drawn(figures.bit_correlation(health.bit_correlation(packed)))
+    title = drawn(figures.bit_correlation(code_quality.bit_correlation(packed)))
     assert title == "Two bits correlate by 1.00 on average and by 1.00 at most"
 
 
@@ -103,7 +103,7 @@ def test_training(validated):
 
 def test_a_heat_map_leaves_out_what_was_not_tried():
     values = np.array([[0.1, np.nan], [0.3, 0.2]])
-    figure = many_runs.heat_map([0.2, 0.4], [1e-4, 1e-3], values, names=("τ", "β"), score="validation MAP")
+    figure = figures.heat_map([0.2, 0.4], [1e-4, 1e-3], values, names=("τ", "β"), score="validation MAP")
     assert drawn(figure) == "Validation MAP is best, 0.300, at τ = 0.2 and β = 0.001; over the sweep it varies by 0.200"
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0.100", "0.200", "0.300"]
 
@@ -111,22 +111,22 @@ def test_a_heat_map_leaves_out_what_was_not_tried():
 def test_methods_are_sorted_and_gaps_left_open():
     mean = np.array([[0.1, 0.2], [0.5, np.nan], [0.3, 0.4]])
     unmeasured = np.array([[0.1, np.nan], [0.5, np.nan]])
-    figure = many_runs.methods(["a", "b"], [16, 32], unmeasured, 0 * unmeasured, score="MAP")
+    figure = figures.methods(["a", "b"], [16, 32], unmeasured, 0 * unmeasured, score="MAP")
     assert drawn(figure) == "b leads in MAP at 16 bits"
-    figure = many_runs.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
+    figure = figures.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
     assert drawn(figure) == "b and c lead in MAP at 16, 32 bits"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "c", "b"]
 
 
 def test_search_and_parameters():
     values = np.array([0.1, 0.4, 0.3])
-    assert drawn(many_runs.search([1, 2, 4], values, score="MAP")).startswith("Trial 2 of 4 was the best by MAP, 0.400")
+    assert drawn(figures.search([1, 2, 4], values, score="MAP")).startswith("Trial 2 of 4 was the best by MAP, 0.400")
     drawn_from = {"beta": [1e-5, 1e-2, 1e-1], "augment": ["a", "b", "a"], "train.views": [2, 4, 8]}
     assert (
-        drawn(many_runs.parameters(drawn_from, values, score="MAP"))
+        drawn(figures.parameters(drawn_from, values, score="MAP"))
         == "Best at beta 0.01, augment b, train.views 4 (the star)"
     )
-    title = drawn(many_runs.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9))
+    title = drawn(figures.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9))
     assert "entropy orders 9 trials most like test MAP: rank correlation +0.50" in title
 
 
@@ -136,8 +136,8 @@ def test_drawing_leaves_matplotlib_as_it_was():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_classes_differ_in_more_than_colour():
-    assert len(set(style.MARKS)) == len(set(style.COLOURS)) == embedding.CLASSES
+def test_classes_differ_in_more_than_color():
+    assert len(set(figures.MARKS)) == len(set(figures.COLORS)) == figures.CLASSES
 
 
 def test_points_keep_clusters_together():
@@ -146,25 +146,25 @@ def test_points_keep_clusters_together():
     packed = generator.integers(0, 256, (3, 8), np.uint8)[labels] ^ (1 << generator.integers(0, 8, (120, 8))).astype(
         np.uint8
     )
-    points = embedding.points(packed, 0)
-    np.testing.assert_array_equal(points, embedding.points(packed, 0))
+    points = figures.points(packed, 0)
+    np.testing.assert_array_equal(points, figures.points(packed, 0))
     apart = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(120)
     assert (labels[apart.argmin(axis=1)] == labels).mean() > 0.95
-    assert embedding.agreement(packed, labels) == 1.0
+    assert figures.agreement(packed, labels) == 1.0
 
 
 def test_codes_that_are_all_the_same_have_no_map():
-    assert embedding.points(np.zeros((100, 2), np.uint8), 0) is None
-    assert embedding.points(np.arange(3, dtype=np.uint8)[:, None], 0) is None
+    assert figures.points(np.zeros((100, 2), np.uint8), 0) is None
+    assert figures.points(np.arange(3, dtype=np.uint8)[:, None], 0) is None
 
 
 def test_the_ten_most_frequent_classes_are_shown():
     labels = np.repeat(np.arange(12), np.arange(12) + 1)
-    shown = embedding.classes(labels, [f"c{n}" for n in range(12)])
+    shown = figures.classes(labels, [f"c{n}" for n in range(12)])
     assert shown.names == [f"c{n}" for n in range(2, 12)]
     assert (shown.labels == np.where(labels >= 2, labels - 2, -1)).all()
     hot = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]])
-    shown = embedding.classes(hot, ["often", "seldom"])
+    shown = figures.classes(hot, ["often", "seldom"])
     assert (shown.names, shown.labels.tolist()) == (["often", "seldom"], [0, 1, 1, -1])
 
 
@@ -172,7 +172,7 @@ def test_agreement_counts_any_shared_label():
     packed = np.array([[0], [1], [128], [192]], np.uint8)
     hot = np.array([[1, 0], [1, 1], [0, 1], [0, 1]], bool)
     # 0's nearest other is 1 (shares), 1's is 0 (shares), 2's is 0 (none), 3's is 2 (shares).
-    assert embedding.agreement(packed, hot) == 0.75
+    assert figures.agreement(packed, hot) == 0.75
 
 
 def test_a_page_shows_markup_as_text():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cib_jax.report import published, tables
+from cib_jax.report import tables
 from cib_jax.report.tables import Cell, Row, Table
 
 TABLE = Table(
@@ -76,4 +76,4 @@ def test_csv_is_read_back_by_pythons_reader():
     [("cifar10-10k-50k", 1000, 3), ("cifar10-10k-50k", 100, 0), ("own", 1000, 0), ("coco-5000", 5000, 3)],
 )
 def test_published_rows_stand_only_beside_figures_of_their_protocol(protocol, k, rows):
-    assert len(published.rows(protocol, k)) == rows
+    assert len(tables.rows(protocol, k)) == rows

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cib_jax.retrieval import curves, health, metrics
+from cib_jax.retrieval import code_quality, metrics
 from tests.retrieval.reference import reference_ball, reference_map, reference_precision, reference_recall, tied_data
 
 
 @given(tied_data(), st.data())
 def test_curves_match_their_definitions(data, draw):
     k = draw.draw(st.integers(1, len(data[1])))
-    found = curves.curves(*data, k)
+    found = metrics.curves(*data, k)
     assert found.k == sorted({k, *(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if s <= k)})
     for place, at in enumerate(found.k):
         assert found.map[place] == pytest.approx(reference_map(data, at), abs=1e-12)
@@ -26,7 +26,7 @@ def test_curves_match_their_definitions(data, draw):
 
 @given(tied_data())
 def test_distances_of_pairs_are_counted_one_by_one(data):
-    found = curves.curves(*data, 1)
+    found = metrics.curves(*data, 1)
     bits = data[0].shape[1] * 8
     counts = np.zeros((2, bits + 1))
     answerable = []
@@ -46,11 +46,11 @@ def test_correlation_of_bits_is_numpys_and_unknown_for_a_constant_bit():
     bits = np.unpackbits(packed, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         expected = np.corrcoef(bits.T)
-    np.testing.assert_allclose(health.bit_correlation(packed), expected, atol=1e-12)
-    assert np.isnan(health.bit_correlation(packed)[7]).all()
+    np.testing.assert_allclose(code_quality.bit_correlation(packed), expected, atol=1e-12)
+    assert np.isnan(code_quality.bit_correlation(packed)[7]).all()
 
 
 def test_occupancy_counts_items_of_each_code():
     packed = np.array([[1], [2], [1], [3], [1], [3]], np.uint8)
-    assert health.occupancy(packed).tolist() == [3, 2, 1]
+    assert code_quality.occupancy(packed).tolist() == [3, 2, 1]
     assert metrics.mean_average_precision(packed, packed, packed[:, 0].astype(int), packed[:, 0].astype(int), 1) == 1

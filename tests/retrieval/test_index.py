@@ -12,8 +12,8 @@ from scipy.sparse import csgraph
 from scipy.spatial.distance import cdist
 
 import cib_jax as cib
-from cib_jax.retrieval import exact_search, faiss_threads, near_duplicates
-from cib_jax.retrieval.faiss_threads import SearchError
+from cib_jax.errors import SearchError
+from cib_jax.retrieval import exact_search, near_duplicates
 
 APPROXIMATE = ("hnsw", "ivf", "mih")
 
@@ -33,11 +33,11 @@ def random_codes(n, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, width), np.uint8)
 
 
-def clustered_codes(n, width, seed=0, centres=8):
-    """A sixteenth of the bits around a few centres turned, so that ties and near neighbours abound."""
+def clustered_codes(n, width, seed=0, centers=8):
+    """A sixteenth of the bits around a few centers turned, so that ties and near neighbors abound."""
     rng = np.random.default_rng(seed)
     flips = rng.integers(0, 256, (4, n, width), np.uint8)
-    return random_codes(centres, width, seed)[rng.integers(0, centres, n)] ^ np.bitwise_and.reduce(flips)
+    return random_codes(centers, width, seed)[rng.integers(0, centers, n)] ^ np.bitwise_and.reduce(flips)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ class TestInSmallBlocks:
 
     @pytest.mark.parametrize("n", [1, 3, 4, 5, 17, 33, 200])
     def test_one_query_is_shared_by_all_cores(self, n, monkeypatch):
-        monkeypatch.setattr(faiss_threads, "cores", lambda: 7)
+        monkeypatch.setattr(exact_search, "cores", lambda: 7)
         codes = clustered_codes(n, 2)
         for k in {1, min(n, 9), n}:
             _, ids = cib.Index.of(codes).search(codes[:1], k)
@@ -152,7 +152,7 @@ def test_equal_codes_come_in_database_order():
 @pytest.mark.parametrize(("width", "radius"), [(2, 1), (4, 2), (8, 0), (8, 3), (8, 9), (20, 5), (512, 40)])
 def test_groups_match_scipy(width, radius):
     """The bits of 2 and 8 bytes fall into pieces that do not end with a byte; 9 of 64 compares all pairs."""
-    codes = np.concatenate([clustered_codes(150, width, centres=30), random_codes(150, width, 1)])
+    codes = np.concatenate([clustered_codes(150, width, centers=30), random_codes(150, width, 1)])
     check_groups(codes, radius)
 
 
@@ -166,7 +166,7 @@ def test_a_chain_is_one_group():
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
 def test_approximate_kinds_find_most_of_the_nearest(kind):
-    codes, queries = clustered_codes(3000, 8, centres=60), clustered_codes(50, 8, 0, centres=60)
+    codes, queries = clustered_codes(3000, 8, centers=60), clustered_codes(50, 8, 0, centers=60)
     index = cib.Index.of(codes, kind)
     distances, ids = index.search(queries, 5)
     np.testing.assert_array_equal(distances, np.bitwise_count(queries[:, None] ^ codes[ids]).sum(-1))

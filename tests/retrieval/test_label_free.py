@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
-from cib_jax.retrieval import label_free
+from cib_jax.retrieval import code_quality
 from tests.retrieval.reference import distance, enumerated_average_precision
 
 
@@ -15,14 +15,16 @@ def test_neighbour_agreement_is_the_mean_over_all_orders_of_ties(seed):
     generator = np.random.default_rng(seed)
     features = generator.normal(size=(6, 3)) + 5
     packed = generator.integers(0, 16, (6, 1), np.uint8)
-    centred = features - features.mean(axis=0)
-    nearest = NearestNeighbors(n_neighbors=3, metric="cosine").fit(centred).kneighbors(centred)[1][:, 1:]
+    centered = features - features.mean(axis=0)
+    nearest = NearestNeighbors(n_neighbors=3, metric="cosine").fit(centered).kneighbors(centered)[1][:, 1:]
     expected = []
     for query in range(6):
         others = [at for at in range(6) if at != query]
         distances = [distance(packed[query], packed[at]) for at in others]
         expected.append(enumerated_average_precision(distances, [at in nearest[query] for at in others], 5))
-    assert label_free.neighbour_agreement(packed, features, neighbours=2) == pytest.approx(np.mean(expected), abs=1e-9)
+    assert code_quality.neighbour_agreement(packed, features, neighbours=2) == pytest.approx(
+        np.mean(expected), abs=1e-9
+    )
 
 
 @given(st.integers(0, 1000))
@@ -33,7 +35,7 @@ def test_view_agreement_is_the_expected_reciprocal_rank(seed):
         enumerated_average_precision([distance(one[at], code) for code in other], [n == at for n in range(5)], 5)
         for at in range(5)
     ]
-    assert label_free.view_agreement(one, other) == pytest.approx(np.mean(expected), abs=1e-9)
+    assert code_quality.view_agreement(one, other) == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 @given(st.integers(0, 1000), st.integers(3, 12))
@@ -44,7 +46,7 @@ def test_separation_is_the_plain_loops(seed, n):
     nearest = np.mean([sorted(row)[:count] for row in every])
     deviation = np.std(every)
     expected = (np.mean(every) - nearest) / deviation if deviation else 0
-    assert label_free.separation(packed, share=0.3) == pytest.approx(expected, abs=1e-9)
+    assert code_quality.separation(packed, share=0.3) == pytest.approx(expected, abs=1e-9)
 
 
 def test_separation_rewards_groups_and_nothing_else():
@@ -53,21 +55,21 @@ def test_separation_rewards_groups_and_nothing_else():
     groups = generator.integers(0, 256, (10, 4), np.uint8)[labels]
     noisy = groups ^ (1 << generator.integers(0, 8, (400, 4))).astype(np.uint8)
     random = generator.integers(0, 256, (400, 4), np.uint8)
-    assert label_free.separation(noisy) > label_free.separation(random) + 0.3
-    assert label_free.separation(np.zeros((50, 4), np.uint8)) == 0
+    assert code_quality.separation(noisy) > code_quality.separation(random) + 0.3
+    assert code_quality.separation(np.zeros((50, 4), np.uint8)) == 0
     with pytest.raises(ValueError, match="at least 3 images"):
-        label_free.separation(np.zeros((2, 4), np.uint8))
+        code_quality.separation(np.zeros((2, 4), np.uint8))
 
 
 def test_perfect_and_useless_codes():
     codes = np.arange(64, dtype=np.uint8)[:, None]
-    assert label_free.view_agreement(codes, codes) == 1
+    assert code_quality.view_agreement(codes, codes) == 1
     same = np.zeros((64, 1), np.uint8)
-    assert label_free.view_agreement(same, same) == pytest.approx(np.mean(1 / np.arange(1, 65)))
+    assert code_quality.view_agreement(same, same) == pytest.approx(np.mean(1 / np.arange(1, 65)))
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="more than 21 images is wanted"):
-        label_free.neighbour_agreement(np.zeros((20, 1), np.uint8), np.zeros((20, 4)))
+        code_quality.neighbour_agreement(np.zeros((20, 1), np.uint8), np.zeros((20, 4)))
     with pytest.raises(ValueError, match="two views of each image"):
-        label_free.view_agreement(np.zeros((3, 1), np.uint8), np.zeros((2, 1), np.uint8))
+        code_quality.view_agreement(np.zeros((3, 1), np.uint8), np.zeros((2, 1), np.uint8))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
-from cib_jax.retrieval import blocks, device_ranking, host_ranking, metrics, ranking
+from cib_jax.retrieval import hamming, metrics
 from tests.retrieval.reference import (
     per_query,
     random_data,
@@ -96,23 +96,23 @@ def test_the_accelerators_way_gives_the_same_figures(data, draw):
     k = draw.draw(st.integers(1, len(data[1])))
     with pytest.MonkeyPatch.context() as patched:
         expected = metrics.evaluate(*data, k)
-        patched.setattr(ranking, "_is_host", lambda: False)
-        patched.delattr(host_ranking, "nearest")
-        patched.delattr(host_ranking, "histograms")
+        patched.setattr(hamming, "_is_host", lambda: False)
+        patched.delattr(hamming, "nearest")
+        patched.delattr(hamming, "histograms")
         assert metrics.evaluate(*data, k) == expected
 
 
 def test_cpus_counts_are_not_asked_of_the_device(monkeypatch):
     data = random_data()
-    monkeypatch.delattr(device_ranking, "nearest")
-    monkeypatch.delattr(device_ranking, "histograms")
+    monkeypatch.delattr(hamming, "nearest")
+    monkeypatch.delattr(hamming, "histograms")
     assert metrics.evaluate(*data, 5)["map"] == pytest.approx(reference_map(data, 5), abs=1e-12)
 
 
 def test_figures_of_histograms_rank_nothing(monkeypatch):
     data = random_data()
     expected = metrics.tie_aware_map(*data, 30)
-    monkeypatch.delattr(ranking, "nearest")
+    monkeypatch.delattr(hamming, "nearest")
     assert metrics.tie_aware_map(*data, 30) == expected
     metrics.precision_within_radius(*data, 2)
     metrics.precision_recall_curve(*data)
@@ -122,16 +122,16 @@ def test_figures_of_histograms_rank_nothing(monkeypatch):
 def test_the_number_of_threads_does_not_show_to_the_last_bit(monkeypatch, cores):
     data = random_data(q=50, n=300)
     expected = metrics.evaluate(*data, 30)
-    monkeypatch.setattr(blocks, "_MOST_QUERIES", 4)
+    monkeypatch.setattr(hamming, "_MOST_QUERIES", 4)
     one_by_four = metrics.evaluate(*data, 30)
-    monkeypatch.setattr(blocks.os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setattr(hamming.os, "sched_getaffinity", lambda process: range(cores), raising=False)
     assert metrics.evaluate(*data, 30) == one_by_four
     assert one_by_four["map"] == pytest.approx(expected["map"], abs=1e-12)
 
 
 def test_block_boundaries_do_not_show(monkeypatch):
     data = random_data(q=11)
-    monkeypatch.setattr(blocks, "_MOST_QUERIES", 4)
+    monkeypatch.setattr(hamming, "_MOST_QUERIES", 4)
     assert metrics.mean_average_precision(*data, 30) == pytest.approx(reference_map(data, 30), abs=1e-12)
 
 

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cib_jax.retrieval import metrics, tie_aware
+from cib_jax.retrieval import metrics
 from tests.retrieval.reference import (
     average_precision,
     enumerated_average_precision,
@@ -35,7 +35,7 @@ def test_expected_average_precision_of_every_small_histogram(sizes):
             # Orders of equal images rank alike: distinct orders stand for all, each equally often.
             orders = product(*(sorted(set(permutations(group))) for group in groups))
             expected = np.mean([average_precision([r for g in order for r in g], k) for order in orders])
-            found = tie_aware.expected_average_precision(np.array([sizes]), np.array([relevant]), k)
+            found = metrics.expected_average_precision(np.array([sizes]), np.array([relevant]), k)
             assert found == pytest.approx([expected], abs=1e-12), (distances, flat, k)
 
 
@@ -46,7 +46,7 @@ def test_expected_average_precision_matches_monte_carlo():
     groups = [np.arange(n) < r for n, r in zip(counts[0], relevant[0], strict=True)]
     drawn = np.array([average_precision(np.concatenate([rng.permutation(g) for g in groups]), k) for _ in range(4000)])
     error = drawn.std() / np.sqrt(len(drawn))
-    assert tie_aware.expected_average_precision(counts, relevant, k)[0] == pytest.approx(drawn.mean(), abs=5 * error)
+    assert metrics.expected_average_precision(counts, relevant, k)[0] == pytest.approx(drawn.mean(), abs=5 * error)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_expected_average_precision_matches_monte_carlo():
 )
 def test_hypergeometric_matches_scipy(n, r, c):
     """Beside a query of wide support, so that the narrow ones are filled up."""
-    m, probability = tie_aware._hypergeometric(np.array([n, 400]), np.array([r, 200]), np.array([c, 200]))
+    m, probability = metrics._hypergeometric(np.array([n, 400]), np.array([r, 200]), np.array([c, 200]))
     np.testing.assert_allclose(probability[0], scipy.stats.hypergeom(n, r, c).pmf(m[0]), rtol=1e-6, atol=1e-13)
     assert probability.sum(axis=1) == pytest.approx([1, 1])
 

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from cib_jax.training.checkpoint import CheckpointError, Checkpoints, OtherNetworkError, Progress
-from cib_jax.training.state import create_train_state
+from cib_jax.errors import CheckpointError, OtherNetworkError
+from cib_jax.training.checkpoint import Checkpoints
+from cib_jax.training.train_step import Progress, create_train_state
 
 OPTIMISER = optax.adam(1e-3)
 

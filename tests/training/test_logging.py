@@ -2,7 +2,7 @@
 
 import json
 
-from cib_jax.training.logging import MetricLog
+from cib_jax.training.metric_writers import MetricLog
 
 
 def records(workdir):

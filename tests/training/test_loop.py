@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from cib_jax.training import loop
-from cib_jax.training.checkpoint import Progress
-from cib_jax.training.state import TrainState
+from cib_jax.training.train_step import Progress, TrainState
 
 
 def start():

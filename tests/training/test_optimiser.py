@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from cib_jax.training import optimiser
+from cib_jax.training import train_step
 
 PARAMS = {
     "head": {"out": {"kernel": jnp.ones((3, 2))}},
@@ -17,7 +17,7 @@ PARAMS = {
 
 def test_each_part_goes_its_own_rate_in_the_first_step():
     """Adam's first step is rate · g / |g|, whatever the size of the gradient."""
-    adam = optimiser.adam(1e-2, 1e-4)
+    adam = train_step.adam(1e-2, 1e-4)
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, -3.0), PARAMS)
     updates, _ = adam.update(gradients, adam.init(PARAMS), PARAMS)
     for name, rate in (("head", 1e-2), ("backbone", 1e-4), ("lora", 1e-4)):
@@ -27,5 +27,5 @@ def test_each_part_goes_its_own_rate_in_the_first_step():
 
 @pytest.mark.parametrize("own", [0.0, 1e-3])
 def test_one_rate_is_plain_adam_and_its_state(own):
-    adam, plain = optimiser.adam(1e-3, own), optax.adam(1e-3)
+    adam, plain = train_step.adam(1e-3, own), optax.adam(1e-3)
     assert jax.tree.structure(adam.init(PARAMS)) == jax.tree.structure(plain.init(PARAMS))

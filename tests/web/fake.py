@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from cib_jax.data import photos as photos_lib
+from cib_jax.data import photos
 
 SIDE, BITS = 16, 64
 
@@ -40,7 +40,7 @@ class FakeCollection:
         self._photos, squares = [], []
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             name, found = os.path.relpath(path, root), path.stat()
-            seen = photos_lib.see(path, SIDE)
+            seen = photos.see(path, SIDE)
             id = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
             known = (found.st_size, found.st_mtime_ns, seen.width, seen.height, seen.thumbnail)
             self._photos.append(Photo(id, name, *known))

@@ -8,10 +8,10 @@ import jax
 import pytest
 
 import cib_jax as cib
-from cib_jax.collection.collection import Collection
-from cib_jax.collection.lance import TableError
-from cib_jax.data import photos as photos_lib
-from cib_jax.jobs.index import index
+from cib_jax.commands.index import index
+from cib_jax.data.photos import see
+from cib_jax.errors import IndexFolderError
+from cib_jax.storage.collection import Collection
 from cib_jax.web import server
 from configs import default
 from tests.web import fake
@@ -39,7 +39,7 @@ def test_an_index_is_served(collection, photos):
             assert served.ask(f"/image/{photo.id}")[0] == 200
             content = (photos / photo.path).read_bytes()
             asked = served.json("/search?k=7", method="POST", body=content)[1]
-            code = collection.encode(photos_lib.see(content, collection.side).square[None])[0]
+            code = collection.encode(see(content, collection.side).square[None])[0]
             assert asked["query"]["code"] == bytes(code).hex() == answer["query"]["code"]
             assert asked["results"] == answer["results"]
         assert len(served.json("/search?k=1000")[1]["results"]) == 20
@@ -104,7 +104,7 @@ def test_what_goes_wrong_once_ends_no_renewing(collection, capfd):
         tried.append(True)
         if len(tried) == 1:
             raise RuntimeError("once")
-        raise TableError("--index: again")
+        raise IndexFolderError("--index: again")
 
     with running(collection) as served, pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "_RENEW_EVERY", 0.01)
@@ -119,7 +119,7 @@ def test_an_index_that_cannot_be_read_anew_is_told_and_served_as_it_was(collecti
     told = []
 
     def renew(_):
-        raise TableError("--index: the share is away")
+        raise IndexFolderError("--index: the share is away")
 
     with running(collection) as served, pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "_RENEW_EVERY", 0.01)

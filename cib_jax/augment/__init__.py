@@ -1,0 +1,1 @@
+"""Augmentation on the device: uint8 images or features to normalized views."""

@@ -1,1 +1,0 @@
-"""Preparing data sets where tensorflow-datasets alone cannot."""

@@ -1,0 +1,1 @@
+"""Networks, their published weights, and the encoder that joins one with a hash head."""

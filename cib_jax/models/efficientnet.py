@@ -1,0 +1,184 @@
+"""EfficientNet-Lite: the small networks without squeeze-and-excitation, ReLU6 throughout (arXiv 1905.11946).
+
+Loading weights folds the frozen batch norms into the convolutions, so a layer is a kernel and a bias."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cib_jax.models import conv as conv_lib
+from cib_jax.models import state_dict
+from cib_jax.models.conv import Convolution
+from cib_jax.models.state_dict import Shape, Tree, validate_shapes
+
+FEATURES = 1280
+CLASSES = 1000
+CLASSIFIER: dict[str, Shape] = {"_fc.weight": (CLASSES, FEATURES), "_fc.bias": (CLASSES,)}  # of the checkpoint
+STEM = 32
+EPSILON = 1e-3  # of the batch norms
+DIVISOR = 8  # of scaled channels
+# Of each stage of Lite0: blocks, kernel, stride of the first block, expansion, channels out.
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class Scaling(NamedTuple):
+    """How a network differs from Lite0: its stages' channels and blocks times these."""
+
+    width: float
+    depth: float
+
+    def channels(self, count: int) -> int:
+        """Returns the nearest multiple of 8, or the next where that would lose more than a tenth."""
+        scaled = count * self.width
+        rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
+        return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
+
+    def blocks(self, count: int) -> int:
+        """Returns the number of blocks, rounded up."""
+        return math.ceil(count * self.depth)
+
+
+LITE0, LITE1, LITE2 = Scaling(1.0, 1.0), Scaling(1.0, 1.1), Scaling(1.1, 1.2)
+
+
+class Row(NamedTuple):
+    """One block: the side and stride of its depthwise kernel, and its channels."""
+
+    kernel: int
+    stride: int
+    expansion: int
+    inputs: int
+    outputs: int
+
+    @property
+    def wide(self) -> int:
+        """The channels between expansion and projection."""
+        return self.inputs * self.expansion
+
+
+def block_plan(scaling: Scaling) -> list[Row]:
+    """Returns the blocks in order; in the Lite networks the first and the last stage keep their one block."""
+    plan, inputs = [], STEM
+    for stage, (blocks, kernel, stride, expansion, outputs) in enumerate(STAGES):
+        for i in range(blocks if stage in (0, len(STAGES) - 1) else scaling.blocks(blocks)):
+            plan.append(Row(kernel, stride if i == 0 else 1, expansion, inputs, scaling.channels(outputs)))
+            inputs = plan[-1].outputs
+    return plan
+
+
+class Block(nnx.Module):
+    """An inverted bottleneck: widen, filter each channel, narrow; add the input where its shape allows it."""
+
+    def __init__(self, rngs: nnx.Rngs, row: Row):
+        self.expand = Convolution(rngs, 1, 1, row.inputs, row.wide) if row.expansion > 1 else None
+        self.depthwise = Convolution(rngs, row.kernel, row.kernel, 1, row.wide)
+        self.project = Convolution(rngs, 1, 1, row.wide, row.outputs)
+        self.stride = row.stride
+        self.residual = row.stride == 1 and row.inputs == row.outputs
+
+    def __call__(self, x: Float[Array, "batch h w inputs"]) -> Float[Array, "batch h2 w2 outputs"]:
+        """Applies the block."""
+        y = x
+        if self.expand is not None:
+            y = jax.nn.relu6(conv_lib.pointwise(y, *self.expand.arrays))
+        y = jax.nn.relu6(conv_lib.depthwise(y, *self.depthwise.arrays, stride=self.stride))
+        y = conv_lib.pointwise(y, *self.project.arrays)
+        return x + y if self.residual else y
+
+
+class EfficientNetLite(nnx.Module):
+    """The network up to the global average pool; it pads as TensorFlow does and takes any size from 32 up.
+
+    Stem and head have the same channels at every scaling.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, scaling: Scaling = LITE0):
+        plan = block_plan(scaling)
+        self.stem = Convolution(rngs, 3, 3, 3, STEM)
+        self.blocks = nnx.List([Block(rngs, row) for row in plan])
+        self.head = Convolution(rngs, 1, 1, plan[-1].outputs, FEATURES)
+
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
+        """Returns the features of normalized images (pixels in [0, 1], mean 0.5, deviation 0.5).
+
+        They are of the images' dtype, if the parameters have it too; the average is taken in float32.
+        """
+        return conv_lib.in_chunks(self._features, images)
+
+    def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
+        x = jax.nn.relu6(conv_lib.conv(images, *self.stem.arrays, stride=2))
+        for block in self.blocks:
+            x = block(x)
+        x = jax.nn.relu6(conv_lib.pointwise(x, *self.head.arrays))
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
+
+
+def class_logits(
+    features: Float[Array, "batch 1280"], classifier: Mapping[str, Array | np.ndarray]
+) -> Float[Array, "batch 1000"]:
+    """Returns the logits of the 1,000 ImageNet classes; `classifier` comes from `convert_classifier`."""
+    return features @ classifier["kernel"] + classifier["bias"]
+
+
+def torch_shapes(scaling: Scaling = LITE0) -> dict[str, Shape]:
+    """Returns the name and shape of every tensor that the published PyTorch checkpoint must hold."""
+    shapes: dict[str, Shape] = {}
+    for layer in _layers(scaling):
+        shapes |= state_dict.torch_shapes(*layer)
+    return shapes | CLASSIFIER
+
+
+def convert(tensors: Mapping[str, np.ndarray], scaling: Scaling = LITE0) -> Tree:
+    """Returns the state of `EfficientNetLite` from a PyTorch checkpoint's tensors, batch norms folded in.
+
+    Names are those of the `efficientnet-lite-pytorch` package.
+
+    Raises:
+        MismatchError: if tensors are missing, unknown or of another shape.
+    """
+    layers = _layers(scaling)
+    counters = {f"{norm}.num_batches_tracked" for _, norm, _ in layers}
+    validate_shapes(tensors, torch_shapes(scaling), counters)
+    folded = {conv: state_dict.fold(tensors, conv, norm, EPSILON) for conv, norm, _ in layers}
+    parts = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}
+    blocks = {
+        i: {part: folded[f"_blocks.{i}.{name}"] for part, name in parts.items() if f"_blocks.{i}.{name}" in folded}
+        for i in range(len(block_plan(scaling)))
+    }
+    return {"stem": folded["_conv_stem"], "blocks": blocks, "head": folded["_conv_head"]}
+
+
+def convert_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the checkpoint's ImageNet classifier: `kernel` [1280, 1000] and `bias` [1000]."""
+    validate_shapes({n: t for n, t in tensors.items() if n.startswith("_fc.")}, CLASSIFIER, set())
+    return {
+        "kernel": np.ascontiguousarray(tensors["_fc.weight"].T, dtype=np.float32),
+        "bias": np.asarray(tensors["_fc.bias"], dtype=np.float32),
+    }
+
+
+def _layers(scaling: Scaling) -> list[tuple[str, str, Shape]]:
+    """The checkpoint's convolutions: name, batch norm, and shape of the weight [outputs, inputs, kh, kw]."""
+    layers: list[tuple[str, str, Shape]] = [("_conv_stem", "_bn0", (STEM, 3, 3, 3))]
+    plan = block_plan(scaling)
+    for i, row in enumerate(plan):
+        own = f"_blocks.{i}"
+        if row.expansion > 1:
+            layers.append((f"{own}._expand_conv", f"{own}._bn0", (row.wide, row.inputs, 1, 1)))
+        layers.append((f"{own}._depthwise_conv", f"{own}._bn1", (row.wide, 1, row.kernel, row.kernel)))
+        layers.append((f"{own}._project_conv", f"{own}._bn2", (row.outputs, row.wide, 1, 1)))
+    return [*layers, ("_conv_head", "_bn1", (FEATURES, plan[-1].outputs, 1, 1))]

@@ -1,0 +1,155 @@
+"""VGG-16 up to fc7, the features that CIBHash's published results rest on (arXiv 1409.1556, column D)."""
+
+import itertools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cib_jax.models import conv
+from cib_jax.models.conv import Convolution
+from cib_jax.models.state_dict import Shape, Tree, validate_shapes
+
+FEATURES = 4096
+GRID = 7  # the side of the map that fc6 reads
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # a pool after each
+PADDING = ((1, 1), (1, 1))
+
+
+class Layer(Convolution):
+    """A 3×3 convolution and a ReLU; a pool after them where it is the last of its stage."""
+
+    def __init__(self, rngs: nnx.Rngs, inputs: int, outputs: int, pools: bool):
+        super().__init__(rngs, 3, 3, inputs, outputs)
+        self.pools = pools
+
+    def __call__(self, x: Float[Array, "batch h w inputs"]) -> Float[Array, "batch h2 w2 outputs"]:
+        """Applies the layer."""
+        x = jax.nn.relu(conv.conv(x, *self.arrays, padding=PADDING))
+        return conv.max_pool_2x2(x) if self.pools else x
+
+
+class VGG16(nnx.Module):
+    """The 13 convolutions, fc6 and fc7, without dropout; any size from 32 up works."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        layers = enumerate(_channels())
+        self.convolutions = nnx.List([Layer(rngs, i, o, at in _last_of_stage()) for at, (i, o) in layers])
+        self.fc6 = Convolution(rngs, GRID * GRID * STAGES[-1][-1], FEATURES)
+        self.fc7 = Convolution(rngs, FEATURES, FEATURES)
+
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 4096"]:
+        """Returns fc7, after its ReLU, of normalized images; in their dtype, if the parameters have it too."""
+        # The last stage's weights are larger than its maps, so it takes the whole batch.
+        last = len(self.convolutions) - len(STAGES[-1])
+        x = conv.in_chunks(lambda x: self._convolve(x, 0, last), images)
+        x = self._convolve(x, last, len(self.convolutions))
+        x = adaptive_average_pool(x, GRID)
+        for layer in (self.fc6, self.fc7):
+            kernel, bias = layer.arrays
+            x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
+        return x
+
+    def _convolve(
+        self, x: Float[Array, "batch h w inputs"], first: int, end: int
+    ) -> Float[Array, "batch h2 w2 outputs"]:
+        for i in range(first, end):
+            x = self.convolutions[i](x)
+        return x
+
+
+def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> Float[Array, "batch size size channels"]:
+    """Returns means over `size` × `size` cells, which overlap where the map does not divide evenly.
+
+    As in `torch.nn.AdaptiveAvgPool2d`, cell i of n inputs takes floor(i n / size) to ceil((i + 1) n / size). Sums are
+    taken in float32, whatever the dtype of `x`, which is the result's.
+    """
+    if x.shape[1:3] == (size, size):
+        return x
+    rows, columns = (jnp.asarray(_averaging(n, size), jnp.float32) for n in x.shape[1:3])
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x.astype(jnp.float32)).astype(x.dtype)
+
+
+def torch_shapes() -> dict[str, Shape]:
+    """Returns the name and shape of every tensor that fc7 needs, in torchvision's names."""
+    shapes: dict[str, Shape] = {}
+    for index, (inputs, outputs) in zip(_feature_indices(), _channels(), strict=True):
+        shapes |= {f"features.{index}.weight": (outputs, inputs, 3, 3), f"features.{index}.bias": (outputs,)}
+    shapes |= {"classifier.0.weight": (FEATURES, GRID * GRID * STAGES[-1][-1]), "classifier.0.bias": (FEATURES,)}
+    return shapes | {"classifier.3.weight": (FEATURES, FEATURES), "classifier.3.bias": (FEATURES,)}
+
+
+def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
+    """Returns the state of `VGG16` from tensors in torchvision's or timm's names, with or without classifier.
+
+    Raises:
+        MismatchError: if tensors are missing, unknown or of another shape.
+    """
+    if any(name.startswith("pre_logits.") for name in tensors):
+        tensors = _from_timm(tensors)
+    validate_shapes(tensors, torch_shapes(), {"classifier.6.weight", "classifier.6.bias"})
+    convolutions = {
+        i: {
+            "kernel": _float32(tensors[f"features.{index}.weight"].transpose(2, 3, 1, 0)),
+            "bias": _float32(tensors[f"features.{index}.bias"]),
+        }
+        for i, index in enumerate(_feature_indices())
+    }
+    # torchvision flattens channels first, a NHWC map flattens channels last: fc6's inputs change their order.
+    fc6 = tensors["classifier.0.weight"].reshape(FEATURES, -1, GRID, GRID).transpose(2, 3, 1, 0)
+    fully_connected = {
+        "fc6": {
+            "kernel": _float32(fc6).reshape(-1, FEATURES),
+            "bias": _float32(tensors["classifier.0.bias"]),
+        },
+        "fc7": {
+            "kernel": _float32(tensors["classifier.3.weight"].T),
+            "bias": _float32(tensors["classifier.3.bias"]),
+        },
+    }
+    return {"convolutions": convolutions, **fully_connected}
+
+
+def _channels() -> list[tuple[int, int]]:
+    widths = [3, *(width for stage in STAGES for width in stage)]
+    return list(itertools.pairwise(widths))
+
+
+def _last_of_stage() -> set[int]:
+    return {int(end) - 1 for end in np.cumsum([len(stage) for stage in STAGES])}
+
+
+def _feature_indices() -> list[int]:
+    """torchvision numbers convolutions, ReLUs and pools in one sequence: the numbers of the convolutions."""
+    indices, position = [], 0
+    for i in range(len(_channels())):
+        indices.append(position)
+        position += 3 if i in _last_of_stage() else 2
+    return indices
+
+
+def _from_timm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """timm's names and shapes into torchvision's: there fc6 and fc7 are convolutions."""
+    names = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": "classifier.6"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        is_matrix = layer in ("pre_logits.fc1", "pre_logits.fc2") and part == "weight"
+        flat = tensor.reshape(len(tensor), -1) if is_matrix and tensor.ndim == 4 else tensor
+        renamed[f"{names.get(layer, layer)}.{part}"] = flat
+    return renamed
+
+
+def _averaging(inputs: int, outputs: int) -> np.ndarray:
+    matrix = np.zeros((outputs, inputs))
+    for i in range(outputs):
+        start, end = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix
+
+
+def _float32(tensor: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(tensor, dtype=np.float32)

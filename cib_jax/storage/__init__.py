@@ -1,0 +1,1 @@
+"""Codes and photos on disk."""

@@ -1,0 +1,143 @@
+"""The search page beside a notebook: its process, its frame, its end."""
+
+import http.client
+import importlib.machinery
+import json
+import signal
+import socket
+import subprocess
+import sys
+import types
+
+import pytest
+
+from cib_jax.commands import serve
+from cib_jax.commands.serve import Page, serve_notebook
+from cib_jax.errors import IndexFolderError, WebError
+from cib_jax.web.server import BindError
+from tests.commands import indexing
+
+PUBLIC = "https://7860-m-s-abc.us-west1-0.prod.colab.dev/"
+
+
+class Colab(types.ModuleType):
+    """`google.colab.output` as far as a notebook uses it: what is asked of it is written down."""
+
+    def __init__(self):
+        super().__init__("google.colab.output")
+        self.shown = []
+
+    def eval_js(self, program):
+        assert program.startswith("google.colab.kernel.proxyPort(")
+        return PUBLIC
+
+    def serve_kernel_port_as_iframe(self, port, path="/", width="100%", height="400"):
+        self.shown.append((port, height))
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    made = Colab()
+    for name, module in (("google.colab", types.ModuleType("google.colab")), ("google.colab.output", made)):
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("beside")
+    indexing.save_hasher(folder / "hasher")
+    indexing.fill(folder / "photos", 9)
+    indexing.run(folder / "index", folder / "photos", workdir=folder / "hasher")
+    return folder / "index"
+
+
+def ask(port, path="/", method="GET", body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, named)
+        answer = connection.getresponse()
+        return answer.status, dict(answer.headers), answer.read()
+    finally:
+        connection.close()
+
+
+def test_on_colab_its_frame_works_and_ends_with_the_notebook(index, colab, capsys):
+    """Colab's proxy asks by the public name or as localhost; the browser tells the public origin in both cases."""
+    page = serve_notebook(index, port=0)
+    assert page.running
+    assert page.show(height=500) is None
+    assert colab.shown == [(page.port, "500")]
+    assert PUBLIC in capsys.readouterr().out
+    name = PUBLIC.split("/")[2]
+    photo = next((index.parent / "photos").rglob("*.jpg")).read_bytes()
+    for host in (name, f"localhost:{page.port}"):
+        status, headers, _ = ask(page.port, Host=host)
+        assert status == 200
+        ancestors = headers["content-security-policy"].partition("frame-ancestors ")[2].split()
+        assert ancestors == ["'self'", "https://colab.research.google.com", "https://*.googleusercontent.com"]
+        assert "x-frame-options" not in headers
+        asked = {"Host": host, "Origin": PUBLIC.rstrip("/"), "Sec_Fetch_Site": "same-origin"}
+        status, _, content = ask(page.port, "/search?k=1", "POST", photo, **asked)
+        assert (status, json.loads(content)["results"][0]["distance"]) == (200, 0)
+    assert ask(page.port, Host="7860-m-s-evil.us-west1-0.prod.colab.dev")[0] == 421
+    assert ask(page.port, "/search", "POST", photo, Host=name, Origin="https://evil.example")[0] == 403
+    page._process.stdin.close()  # as where the kernel is killed
+    page._process.wait(60)
+    with pytest.raises(WebError, match=r"^the page at https://7860-.* has been stopped; serve it again"):
+        page.show()
+
+
+def test_served_again_it_takes_the_place_of_the_page_before(index, monkeypatch):
+    """The server is a stand-in that answers at once."""
+    program = (
+        "import http.server, json, socketserver, sys; told = json.loads(sys.stdin.readline()); "
+        "handler = type('H', (http.server.BaseHTTPRequestHandler,), {'do_GET': lambda self: self.send_response(200)"
+        " or self.end_headers()}); assert told['frames'][0] == 'http://localhost:*' and told['hosts'] == []; "
+        "socketserver.TCPServer.allow_reuse_address = True; "
+        "socketserver.TCPServer((told['host'], told['port']), handler).serve_forever()"
+    )
+    started = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda line, **how: started([line[0], "-c", program], **how))
+    first = serve_notebook(index, port=0)
+    second = serve_notebook(index, port=first.port)
+    assert second.url == f"http://127.0.0.1:{first.port}/"
+    assert (first.running, first._process.returncode, second.running) == (False, -signal.SIGTERM, True)
+    shown = second.show(height=500)._repr_html_()
+    assert f'src="{second.url}"' in shown and 'height="500"' in shown
+    serve._stop_all()
+    assert not second.running
+    second.stop()
+
+
+def test_what_cannot_be_served_is_told_in_a_sentence(index, tmp_path):
+    with pytest.raises(IndexFolderError, match=r"^--index: there is no index at"):
+        serve_notebook(tmp_path / "nothing")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BindError, match=f"^--port: {port} is in use by another program; give another port"):
+            serve_notebook(index, port=port)
+
+
+@pytest.mark.parametrize(
+    ("program", "patience", "told"),
+    [
+        ("print('some log'); raise SystemExit('--x: it is wrong; mend it')", 60, "started: --x: it is wrong; mend it$"),
+        ("raise SystemExit(3)", 60, "could not be started: it said nothing$"),
+        ("import time; time.sleep(60)", 0, "did not answer in 0 seconds; serve it again$"),
+    ],
+)
+def test_a_process_that_does_not_serve_is_told_of_and_ended(tmp_path, program, patience, told):
+    with (tmp_path / "log").open("w+b") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+        )
+        page = Page(process, log, 1, None)
+        with pytest.raises(WebError, match=told):
+            serve._await(page, patience)
+        page.stop()
+        assert not page.running

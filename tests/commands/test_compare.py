@@ -1,0 +1,287 @@
+"""The comparison: every cell once, whoever takes it; the tables from the cells; mistakes told before anything runs."""
+
+import csv
+import json
+import pathlib
+import statistics
+
+import numpy as np
+import pytest
+import rich.console
+
+import cib_jax as cib
+from cib_jax.baselines import BASELINES
+from cib_jax.commands import compare as compare_lib
+from cib_jax.commands.compare import compare
+from cib_jax.commands.evaluate import evaluate
+from cib_jax.commands.train import train
+from cib_jax.errors import ConfigError, WorkdirError
+from cib_jax.losses import OBJECTIVES
+from cib_jax.runs import processes, workdir
+from tests import small
+from tests.commands import many
+from tests.commands.test_own_data import reference_map
+
+QUIET = rich.console.Console(quiet=True)
+
+
+def compared(folder, methods="lsh, itq, cl_hash, cibhash", **fields):
+    fields = {"compare__bits": "8, 16", "compare__seeds": "0, 1", "compare__workers": 1} | fields
+    return many.config(folder, compare__methods=methods, **fields)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    return folder, compare(compared(folder), folder / "table", console=QUIET)
+
+
+def test_a_cell_holds_the_mean_and_deviation_of_its_seeds(done):
+    folder, comparison = done
+    by_row = {
+        (row["method"], bits): (row["mean"][at], row["deviation"][at])
+        for row in comparison["tables"][0]["rows"]
+        for at, bits in enumerate((8, 16))
+    }
+    for method, slug in (("LSH", "lsh"), ("ITQ", "itq"), ("CIBHash", "cibhash")):
+        for bits in (8, 16):
+            places = [folder / "table" / "cells" / slug / f"{bits}-bits-seed-{seed}" for seed in (0, 1)]
+            values = [reference_map(place, 50) for place in places]
+            assert by_row[method, bits] == pytest.approx((statistics.fmean(values), statistics.stdev(values)))
+
+
+def test_the_tables_are_the_papers_two(done):
+    _, comparison = done
+    assert [[row["method"] for row in table["rows"]] for table in comparison["tables"]] == [
+        ["LSH", "ITQ", "CIBHash"],
+        ["CLHash", "CIBHash"],
+    ]
+    assert comparison["missing"] == []
+
+
+def test_the_files_say_the_same(done):
+    folder, comparison = done
+    rows = list(csv.DictReader((folder / "table" / "comparison.csv").open()))
+    assert len(rows) == 16 and {row["method"] for row in rows} == {"LSH", "ITQ", "CLHash", "CIBHash"}
+    assert float(rows[0]["map"]) == comparison["cells"][0]["map"]
+    of_lsh = comparison["tables"][0]["rows"][0]
+    words = f"{of_lsh['mean'][0]:.3f} ± {of_lsh['deviation'][0]:.3f}"
+    assert words in (folder / "table" / "comparison.md").read_text()
+    assert words.replace("±", r"$\pm$") in (folder / "table" / "comparison.tex").read_text()
+    assert json.loads((folder / "table" / "comparison.json").read_text()) == comparison
+    assert (folder / "table" / "report" / "methods.png").exists() and (
+        folder / "table" / "report" / "index.html"
+    ).exists()
+
+
+def test_what_is_measured_stays_and_more_is_added(done):
+    folder, comparison = done
+    table = folder / "table"
+    before = {path: path.stat().st_mtime_ns for path in table.glob("cells/*/*/results.json")}
+    more = compare(compared(folder, "lsh, pca_sign, cibhash"), table, console=QUIET)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {"LSH", "PCA sign", "CIBHash"} == {cell["method"] for cell in more["cells"]}
+    assert more["cells"][0] == comparison["cells"][0]
+
+
+def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
+    folder, comparison = done
+    alone = train(many.config(folder, bits=16, seed=1, objective="cibhash"), tmp_path / "alone", console=QUIET)
+    of_cell = [c for c in comparison["cells"] if (c["method"], c["bits"], c["seed"]) == ("CIBHash", 16, 1)]
+    assert of_cell[0]["map"] == alone["map"]
+    # And a cell is a run like any other, with a report for the asking.
+    again = evaluate(of_cell[0]["workdir"], overrides={"report.write": True, "report.embedded": 0}, console=QUIET)
+    assert again["map"] == alone["map"]
+    assert (pathlib.Path(of_cell[0]["workdir"]) / "report" / "index.html").exists()
+
+
+def test_several_processes_share_the_cells(tmp_path):
+    comparison = compare(compared(tmp_path, "lsh, itq, pca_sign", compare__workers=2), tmp_path / "t", console=QUIET)
+    assert len(comparison["cells"]) == 12 and not comparison["missing"]
+    alone = compare(compared(tmp_path, "lsh, itq, pca_sign"), tmp_path / "alone", console=QUIET)
+    assert [cell["map"] for cell in alone["cells"]] == [cell["map"] for cell in comparison["cells"]]
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
+    config = compared(tmp_path, "lsh, pca_sign", compare__seeds="0", compare__bits="8")
+    console = rich.console.Console(record=True, width=200)
+    with workdir.claim_workdir(tmp_path / "t" / "cells" / "lsh" / "8-bits-seed-0"):
+        workdir.write_json(tmp_path / "t" / "config.json", config.to_dict())
+        comparison = compare(config, tmp_path / "t", console=console)
+    assert [cell["method"] for cell in comparison["cells"]] == ["PCA sign"]
+    assert comparison["missing"][0]["method"] == "LSH"
+    assert "1 cells are with other processes" in console.export_text()
+    assert len(compare(config, tmp_path / "t", console=QUIET)["cells"]) == 2
+
+
+def test_a_method_that_cannot_is_told_and_the_others_go_on(tmp_path):
+    config = compared(tmp_path, "pca_sign, lsh", compare__bits="16, 32", compare__seeds="0")
+    console = rich.console.Console(record=True, width=300)
+    comparison = compare(config, tmp_path / "t", console=console)
+    assert [(cell["method"], cell["bits"]) for cell in comparison["cells"]] == [
+        ("PCA sign", 16),
+        ("LSH", 16),
+        ("LSH", 32),
+    ]
+    assert "bits: 32 is more than 24, the number of features" in comparison["missing"][0]["why"]
+    said = console.export_text()
+    assert said.count("Refused: PCA sign, 32 bits, seed 0") == 1
+    # The same command tries it again, as the reason may be gone.
+    note = tmp_path / "t" / "cells" / "pca_sign" / "32-bits-seed-0" / compare_lib.REFUSED
+    before = json.loads(note.read_text())["when"]
+    compare(config, tmp_path / "t", console=QUIET)
+    assert json.loads(note.read_text())["when"] > before
+    assert "| PCA sign | " in (tmp_path / "t" / "comparison.md").read_text()
+    assert "–" in (tmp_path / "t" / "comparison.md").read_text()
+
+
+def test_rows_may_set_fields(tmp_path):
+    assert set(OBJECTIVES) <= set(compare_lib.TITLES)
+    rows = compare_lib.methods("itq, cibhash, cibhash temperature=0.5 beta=0")
+    assert [row.title for row in rows] == ["ITQ", "CIBHash", "CIBHash temperature=0.5 beta=0.0"]
+    made = compare_lib.cell(many.config(tmp_path), rows[2], 16, 3, tmp_path)
+    assert (made.config.temperature, made.config.beta, made.config.bits, made.config.seed) == (0.5, 0.0, 16, 3)
+    assert made.config.objective == "cibhash" and made.workdir.parent.name.startswith(
+        "cibhash-temperature=0.5-beta=0.0-"
+    )
+    slugs = {row.slug for row in compare_lib.methods("lsh cache.dir=a/b, lsh cache.dir=a_b, lsh")}
+    assert len(slugs) == 3 and all("/" not in slug for slug in slugs)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("itqq", r"config.compare.methods: 'itqq' is unknown; did you mean itq\?"),
+        ("itq, itq", r"config.compare.methods: 'itq' is there twice"),
+        (" , ", r"config.compare.methods: it names no method"),
+        ("cibhash temp=3", r"cibhash temp=3: no field has this name"),
+        ("cibhash temperature", r"after a method come fields with values"),
+        ("cibhash temperature=hot", r"'hot' is no float"),
+        ("cibhash temperature=-1", r"-1.0 must be greater than 0"),
+        ("cibhash bits=16", r"all rows share this field"),
+        ("lsh k=10", r"all rows share this field"),
+        ("lsh data.train_images=10", r"all rows share this field"),
+        ("cibhash frozen=yes", r"'yes' is no bool"),
+        ("cibhash compare.bits=8", r"no field has this name"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(tmp_path, methods, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(compared(tmp_path, methods), tmp_path / "t", console=QUIET)
+    assert not (tmp_path / "t").exists()
+
+
+def test_what_is_wrong_with_all_cells_is_told_once(tmp_path):
+    config = compared(tmp_path, data__dir=str(tmp_path / "gone.npy"))
+    with pytest.raises(cib.Refusal, match=r"config.data.dir: .*gone.npy"):
+        compare(config, tmp_path / "t", console=QUIET)
+    config = compared(tmp_path, "lsh, cibhash batch_size=512", compare__bits="8", compare__seeds="0")
+    comparison = compare(config, tmp_path / "u", console=QUIET)
+    assert [cell["method"] for cell in comparison["cells"]] == ["LSH"]
+    assert "config.batch_size: 512 is larger than the training set" in comparison["missing"][0]["why"]
+
+
+@pytest.mark.parametrize("field", ["compare__bits", "compare__seeds"])
+def test_lists_of_numbers_are_checked(tmp_path, field):
+    with pytest.raises(ConfigError, match=field.replace("__", ".")):
+        compare(compared(tmp_path, **{field: "16; 32"}), tmp_path / "t", console=QUIET)
+    if field == "compare__bits":
+        with pytest.raises(ConfigError, match=r"config.bits: 12 must be a multiple of 8"):
+            compare(compared(tmp_path, compare__bits="12"), tmp_path / "t", console=QUIET)
+
+
+def test_a_folder_is_one_comparison_or_one_run(done, tmp_path):
+    folder, _ = done
+    with pytest.raises(WorkdirError, match=r"its comparison has another config \(epochs: 2 → 3\)"):
+        compare(compared(folder, epochs=3), folder / "table", console=QUIET)
+    with pytest.raises(WorkdirError, match="it holds a comparison of many runs"):
+        train(many.config(folder), folder / "table", console=QUIET)
+    train(many.config(folder, epochs=1), tmp_path / "run", console=QUIET)
+    with pytest.raises(WorkdirError, match="it holds files, but no comparison"):
+        compare(compared(folder), tmp_path / "run", console=QUIET)
+
+
+def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
+    """Against the fit on pixels scaled by hand."""
+    config = small.config(bits=16, k=100, image_size=8)  # as they are stored: nothing is resized
+    results = compare_lib.measure_baseline(config, "pca_sign", tmp_path / "b", console=QUIET)
+    assert (results["objective"], results["source"]) == ("pca_sign", BASELINES["pca_sign"].source)
+    from cib_jax.config import build
+
+    splits = build.draw_splits(config)
+    train_pixels, query = (
+        np.stack([part.images[i] for i in range(len(part))]).reshape(len(part), -1) / 127.5 - 1
+        for part in (splits.train, splits.query)
+    )
+    found = BASELINES["pca_sign"].fit(train_pixels.astype(np.float32), 16, None)
+    expected = np.asarray(cib.pack_bits(found(query.astype(np.float32))))
+    same = np.unpackbits(expected ^ np.load(tmp_path / "b" / "codes" / "query_codes.npy")).mean()
+    assert same < 1e-3  # a bit on the edge may fall to either side
+    assert compare_lib.measure_baseline(config, "pca_sign", tmp_path / "b", console=QUIET) == json.loads(
+        (tmp_path / "b" / "results.json").read_text()
+    )
+
+
+def test_cells_of_several_data_make_no_table(tmp_path):
+    config = compared(tmp_path, "lsh", compare__seeds="0", compare__bits="8")
+    compare(config, tmp_path / "t", console=QUIET)
+    features = np.load(tmp_path / "features.npy")
+    np.save(tmp_path / "other.npy", features[:200])
+    np.save(tmp_path / "other.labels.npy", np.arange(200) % 3)
+    config.data.dir, config.compare.methods = str(tmp_path / "other.npy"), "lsh, itq"
+    with pytest.raises(WorkdirError, match=r"config.data.dir leads to others than those that some of its cells"):
+        compare(config, tmp_path / "t", console=QUIET)
+
+
+def test_a_baselines_folder_is_no_run(done):
+    folder, _ = done
+    place = folder / "table" / "cells" / "lsh" / "8-bits-seed-0"
+    with pytest.raises(WorkdirError, match="it holds the figures of a baseline, which has no checkpoint"):
+        evaluate(place, console=QUIET)
+    with pytest.raises(WorkdirError, match="it holds the figures of a baseline"):
+        train(many.config(folder, bits=8), place, console=QUIET)
+
+
+def test_published_rows_need_the_whole_protocol(tmp_path):
+    """Quoted figures beside a run that departs from their protocol would invite a comparison that cannot be made."""
+    from cib_jax.commands.compare import _tables
+    from configs import cifar
+
+    config = cifar.get_config()
+    records = [{"method": "ITQ", "bits": 16, "map": 0.5, "k": 1000}]
+    wanted = [compare_lib.Cell(compare_lib.methods("itq")[0], config, tmp_path)]
+    assert sum(row.published for row in _tables(config, wanted, records)[0].rows) == 3
+    config.data.train_per_class = 100
+    assert not any(row.published for row in _tables(config, wanted, records)[0].rows)
+
+
+def _write_many(folder, first):
+    for number in range(200):
+        workdir.write_bytes(pathlib.Path(folder) / "table.csv", b"csv" * 1000)
+        workdir.write_bytes(pathlib.Path(folder) / "table.md", b"md" * 1000)
+        assert set((pathlib.Path(folder) / "table.csv").read_bytes()) == set(b"csv"), number
+
+
+def test_processes_that_write_the_same_files_do_not_mix_them(tmp_path):
+    processes.run(_write_many, (str(tmp_path),), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md"]
+
+
+def test_room_is_by_cores_and_memory(monkeypatch):
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: range(16), raising=False)
+    monkeypatch.setattr(processes, "_free_bytes", lambda: 64 << 30)
+    assert processes.worker_count(0) == 8 and processes.worker_count(3) == 3
+    monkeypatch.setattr(processes, "_free_bytes", lambda: 9 << 30)
+    assert processes.worker_count(0) == 2
+    monkeypatch.setattr(processes, "_free_bytes", lambda: 1 << 30)
+    assert processes.worker_count(0) == 1
+
+
+def _breaks(folder, first):
+    if not first:
+        raise RuntimeError("out of luck")
+
+
+def test_a_process_that_breaks_down_is_told(tmp_path):
+    with pytest.raises(cib.Refusal, match="at work beside this one broke down"):
+        processes.run(_breaks, (str(tmp_path),), 2)

@@ -1,0 +1,439 @@
+"""The index job: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
+
+import collections
+import errno
+import importlib.util
+import os
+import shutil
+import threading
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cib_jax.commands import index
+from cib_jax.commands.index import Indexed
+from cib_jax.data import photo_folder, photos
+from cib_jax.data.dataset import Unreadable
+from cib_jax.errors import ConfigError, DataError, IndexFolderError
+from cib_jax.inference.hasher import Hasher
+from cib_jax.storage import collection, photo_table
+from cib_jax.storage.photo_table import PhotoTable
+from configs import features as features_config
+from tests.commands import indexing
+from tests.commands.indexing import expected, held, run
+from tests.data import pictures
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("encoder")
+    indexing.save_hasher(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def hasher(encoder):
+    return Hasher.load(encoder)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "BLOCK", 7)
+    indexing.fill(tmp_path / "photos", 24)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Counts how often each photo is decoded."""
+    counted, original = collections.Counter(), photos.see
+
+    def see(path, size, **options):
+        counted[os.path.basename(path)] += 1
+        return original(path, size, **options)
+
+    monkeypatch.setattr(photos, "see", see)
+    return counted
+
+
+def test_the_index_holds_the_codes_of_every_photo_and_a_second_run_does_nothing(
+    tmp_path, root, encoder, hasher, looked
+):
+    (root / "a" / "empty.jpg").touch()
+    (root / "a" / "text.png").write_bytes(b"no picture")
+    (root / "notes.txt").touch()
+    with open(os.path.join(os.fsencode(root), b"caf\xe9.png"), "wb") as file:
+        file.write(pictures.content(pictures.smooth(33, 44, seed=77)))
+    done, told = run(tmp_path / "i", root, workdir=encoder)
+    assert done == Indexed(25, 27, 0, 0, 2)
+    assert held(tmp_path / "i") == expected(root, hasher)
+    assert set(looked.values()) == {1} and len(looked) == 27
+    assert "Not photos by name, left out: 1 .txt" in told and "Cannot be read: a/empty.jpg: 0 bytes" in told
+    assert f"25 photos in {tmp_path / 'i'}: 27 files new, 0 changed, 0 gone, 2 unreadable" in told
+    version = PhotoTable.open(str(tmp_path / "i")).version
+    for options in ({}, {"images": root}, {"images": root, "workdir": encoder}):
+        done, _ = run(tmp_path / "i", **options)
+        assert done == Indexed(25, 0, 0, 0, 2)
+    assert sum(looked.values()) == 27 and PhotoTable.open(str(tmp_path / "i")).version == version
+
+
+def test_what_came_changed_or_went_is_redone_alone(tmp_path, root, encoder, hasher, looked):
+    (root / "a" / "broken.jpg").write_bytes(b"no picture")
+    run(tmp_path / "i", root, workdir=encoder)
+    looked.clear()
+    pictures.write(root / "new" / "new.jpg", pictures.smooth(50, 50, seed=99))
+    pictures.write(root / "a" / "00.jpg", pictures.smooth(80, 70, seed=98))
+    os.utime(root / "b" / "01.png", ns=(1, 1))
+    (root / "c" / "02.webp").unlink()
+    (root / "a" / "03.jpg").rename(root / "a" / "renamed.jpg")
+    (root / "b" / "04.png").write_bytes(b"broken since")
+    pictures.write(root / "a" / "broken.jpg", pictures.smooth(44, 33, seed=97))
+    done, told = run(tmp_path / "i")
+    assert held(tmp_path / "i") == expected(root, hasher)
+    assert set(looked) == {"new.jpg", "00.jpg", "01.png", "renamed.jpg", "04.png", "broken.jpg"}
+    assert set(looked.values()) == {1} and done == Indexed(24, 2, 4, 2, 1)
+    assert "2 files new, 4 changed, 2 gone, 1 unreadable" in told
+
+
+def test_a_file_that_may_not_be_read_is_tried_again_though_it_stays_as_it_is(tmp_path, root, encoder, hasher, looked):
+    original = photos.decode.__globals__["_opened"]
+
+    def forbidden(content):
+        if str(content).endswith("05.webp"):
+            raise PermissionError(13, "Permission denied")
+        return original(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "_opened", forbidden)
+        done, told = run(tmp_path / "i", root, workdir=encoder)
+        assert done == Indexed(23, 24, 0, 0, 1) and "Cannot be read: c/05.webp: permission denied" in told
+        done, _ = run(tmp_path / "i")
+        assert done == Indexed(23, 0, 0, 0, 1) and looked["05.webp"] == 2 and sum(looked.values()) == 25
+    done, _ = run(tmp_path / "i")
+    assert done == Indexed(24, 0, 0, 0, 0) and held(tmp_path / "i") == expected(root, hasher)
+
+
+def test_a_photo_too_large_is_tried_again_where_more_is_allowed(tmp_path, root, encoder, hasher):
+    pictures.write(root / "large.png", pictures.smooth(1500, 1000))
+    small = indexing.config(data__max_megapixels=1)
+    done, told = run(tmp_path / "i", root, workdir=encoder, settings=small)
+    assert done.unreadable == 1 and "1500 × 1000 pixels, more than data.max_megapixels=1" in told
+    run(tmp_path / "i")
+    assert held(tmp_path / "i") == expected(root, hasher)
+
+
+def test_a_photo_that_vanishes_while_it_is_indexed_is_none_the_next_time(tmp_path, root, encoder, hasher, monkeypatch):
+    original = PhotoTable.put
+
+    def put(table, rows):
+        original(table, rows)
+        for path in root.rglob("1*.jpg"):
+            path.rename(tmp_path / path.name)
+
+    monkeypatch.setattr(index.secrets, "randbelow", lambda count: 0)
+    monkeypatch.setattr("cib_jax.files.os.sched_getaffinity", lambda process: {0})
+    monkeypatch.setattr(PhotoTable, "put", put)
+    run(tmp_path / "i", root, workdir=encoder)
+    monkeypatch.undo()
+    moved = list(tmp_path.glob("1*.jpg"))
+    assert moved
+    for path in moved:  # back as they were, as where a folder was synchronised
+        path.rename(root / "a" / path.name)
+    run(tmp_path / "i")
+    assert held(tmp_path / "i") == expected(root, hasher)
+
+
+def test_links_that_lead_nowhere_are_told_and_not_kept(tmp_path, root, encoder, hasher):
+    (root / "dangling.jpg").symlink_to(root / "nothing.jpg")
+    done, told = run(tmp_path / "i", root, workdir=encoder)
+    assert "1 listed files are not there, the first: dangling.jpg" in told
+    assert held(tmp_path / "i") == expected(root, hasher) and done.unreadable == 0
+
+
+def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, encoder, hasher, monkeypatch):
+    """Simulated: root may enter everything."""
+    run(tmp_path / "i", root, workdir=encoder)
+    before, original = expected(root, hasher), photo_folder.walk_folder
+    (root / "b" / "13.png").unlink()
+    del before["b/13.png"]
+
+    def walk(directory):
+        paths, others, closed = original(directory)
+        return [path for path in paths if path[0] != "a"], others, [*closed, Unreadable("a", "permission denied")]
+
+    monkeypatch.setattr(photo_folder, "walk", walk)
+    done, told = run(tmp_path / "i")
+    assert done.removed == 1 and held(tmp_path / "i") == before
+    assert "1 folders cannot be entered, what is in them is left out; the first: a: permission denied" in told
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_listed_photos_that_cannot_be_reached_are_kept(tmp_path, root, encoder, hasher, monkeypatch, number):
+    """Simulated: root may enter everything."""
+    names = [str(path.relative_to(root)) for path in sorted(root.rglob("*.*"))]
+    place, original = root / "list.csv", os.stat
+    place.write_text("path\n" + "\n".join(names) + "\n")
+    run(tmp_path / "i", place, workdir=encoder)
+
+    def stat(path, *arguments, **options):
+        if str(path).startswith(str(root / "a")):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    done, told = run(tmp_path / "i")
+    monkeypatch.undo()
+    assert done == Indexed(24, 0, 0, 0, 0) and held(tmp_path / "i") == expected(root, hasher)
+    assert "8 listed files cannot be reached now, what is known of them is kept, the first: a/00.jpg" in told
+
+
+def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
+    tmp_path, root, encoder, hasher, monkeypatch
+):
+    run(tmp_path / "i", root, workdir=encoder)
+    original = photo_folder.walk_folder
+
+    def walk(directory):
+        found = original(directory)
+        monkeypatch.setattr(photo_folder, "walk", original)
+        pictures.write(root / "a" / "late.jpg", pictures.smooth(40, 50, seed=96))
+        run(tmp_path / "i")
+        return found
+
+    monkeypatch.setattr(photo_folder, "walk", walk)
+    done, _ = run(tmp_path / "i")
+    assert done.removed == 0 and held(tmp_path / "i") == expected(root, hasher)
+    assert "a/late.jpg" in held(tmp_path / "i")
+
+
+@pytest.mark.parametrize("extension", ["csv", "parquet"])
+def test_a_list_of_photos(tmp_path, root, encoder, hasher, extension):
+    names = [str(path.relative_to(root)) for path in sorted(root.rglob("*.*"))][::2]
+    place = root / f"list.{extension}"
+
+    def write(listed):
+        if extension == "csv":
+            place.write_text("path\n" + "\n".join(listed) + "\n")
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"path": listed}), place)
+
+    write([*names, "c/nowhere.jpg"])
+    done, told = run(tmp_path / "i", place, workdir=encoder)
+    assert held(tmp_path / "i") == expected(root, hasher, names) and done == Indexed(12, 12, 0, 0, 0)
+    assert "1 listed files are not there, the first: c/nowhere.jpg" in told
+    write(names[3:])
+    assert run(tmp_path / "i")[0] == Indexed(9, 0, 0, 3, 0)
+    assert held(tmp_path / "i") == expected(root, hasher, names[3:])
+    shutil.move(root, tmp_path / "unmounted")
+    root.mkdir()
+    shutil.copy(tmp_path / "unmounted" / place.name, place)
+    with pytest.raises(DataError, match=r"not one of the photos of .*list.* is there; mount their disk again"):
+        run(tmp_path / "i")
+    assert len(held(tmp_path / "i")) == 9
+
+
+def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
+    run(tmp_path / "i", root, workdir=encoder)
+    before = held(tmp_path / "i")
+    shutil.rmtree(root)
+    with pytest.raises(DataError, match="--images: there is no "):
+        run(tmp_path / "i")
+    root.mkdir()
+    with pytest.raises(DataError, match="holds no photos"):
+        run(tmp_path / "i")
+    assert held(tmp_path / "i") == before
+
+
+def test_photos_that_moved_are_taken_up_and_others_refused(tmp_path, root, encoder, hasher, looked):
+    run(tmp_path / "i", root, workdir=encoder)
+    indexing.fill(tmp_path / "others", 3)
+    with pytest.raises(IndexFolderError, match=r"is the index of .*photos, which is still there; leave --images out"):
+        run(tmp_path / "i", tmp_path / "others")
+    root.rename(tmp_path / "moved")
+    before = held(tmp_path / "i")
+    for path in (tmp_path / "others").rglob("*.*"):
+        path.rename(path.with_stem(f"other {path.stem}"))
+    with pytest.raises(
+        IndexFolderError, match=r"and none of its photos is in .*others; give the place where they lie now"
+    ):
+        run(tmp_path / "i", tmp_path / "others")
+    assert held(tmp_path / "i") == before
+    looked.clear()
+    done, told = run(tmp_path / "i", tmp_path / "moved")
+    assert done == Indexed(24, 0, 0, 0, 0) and not looked and "are taken to lie in" in told
+    assert run(tmp_path / "i")[0] == done and held(tmp_path / "i") == expected(tmp_path / "moved", hasher)
+
+
+def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
+    with pytest.raises(IndexFolderError, match=r"--images: there is no index at .* yet; give the folder of photos"):
+        run(tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+    with pytest.raises(DataError, match="--images: there is no "):
+        run(tmp_path / "i", tmp_path / "nowhere", workdir=encoder)
+    run(tmp_path / "i", root, workdir=encoder)
+    indexing.save_hasher(tmp_path / "seed", seed=1)
+    indexing.save_hasher(tmp_path / "bits", bits=24)
+    for name, what in (("seed", "weights"), ("bits", "bits: 16 → 24")):
+        with pytest.raises(IndexFolderError, match=f"holds another encoder than the one that made .*{what}"):
+            run(tmp_path / "i", root, workdir=tmp_path / name)
+    with pytest.raises(ConfigError, match=r"config\.bits: the encoder of .* is trained already; leave it out"):
+        run(tmp_path / "i", overrides={"bits": 32})
+    with pytest.raises(ConfigError, match=r"config\.bits: the encoder in .* is trained already"):
+        run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
+    run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
+    # Kept inside: the folder that it came from may go.
+    assert collection.known_by(collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))) == collection.known_by(
+        Hasher.load(encoder)
+    )
+
+
+def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp_path, root, encoder, monkeypatch):
+    indexing.save_hasher(tmp_path / "other", seed=1)
+    original = PhotoTable.create.__func__
+
+    def create(cls, uri, about, file):
+        other = Hasher.load(tmp_path / "other")
+        original(cls, uri, about._replace(encoder=collection.known_by(other)), collection.file_of(other))
+        return original(cls, uri, about, file)
+
+    monkeypatch.setattr(PhotoTable, "create", classmethod(create))
+    with pytest.raises(IndexFolderError, match="holds another encoder than the one that made"):
+        run(tmp_path / "i", root, workdir=encoder)
+
+
+@pytest.mark.parametrize(("after", "kept"), [(1, False), (2, True), (4, False), (4, True)])
+def test_interrupted_at_any_commit_the_same_call_comes_to_the_same(
+    tmp_path, root, encoder, hasher, looked, after, kept
+):
+    """Before a commit, which is lost then, or right after it."""
+    original, commits = PhotoTable.put, []
+
+    def put(table, rows):
+        commits.append(len(rows))
+        if len(commits) < after or kept:
+            original(table, rows)
+        if len(commits) == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhotoTable, "put", put)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "i", root, workdir=encoder)
+    there = sum(commits if kept else commits[:-1])
+    assert len(held(tmp_path / "i")) == there
+    looked.clear()
+    run(tmp_path / "i", root, workdir=encoder)
+    assert sum(looked.values()) == 24 - there and held(tmp_path / "i") == expected(root, hasher)
+
+
+def test_two_at_once_share_the_work(tmp_path, root, encoder, hasher, looked):
+    errors = []
+
+    def work():
+        try:
+            run(tmp_path / "i", root, workdir=encoder)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and held(tmp_path / "i") == expected(root, hasher)
+
+
+def test_what_another_process_did_meanwhile_is_not_done_again(tmp_path, root, encoder, hasher, looked, monkeypatch):
+    """Another one indexes everything after the first commit of this one."""
+    original, others = PhotoTable.put, []
+
+    def put(table, rows):
+        original(table, rows)
+        if not others:
+            others.append(True)
+            run(tmp_path / "i", root, workdir=encoder)
+
+    monkeypatch.setattr(PhotoTable, "put", put)
+    monkeypatch.setattr(index.secrets, "randbelow", lambda count: 0)
+    monkeypatch.setattr("cib_jax.files.os.sched_getaffinity", lambda process: {0})
+    run(tmp_path / "i", root, workdir=encoder)
+    assert held(tmp_path / "i") == expected(root, hasher)
+    assert sum(looked.values()) < 24 + 14  # but for what was begun
+
+
+def tiny(**fields):
+    named = {"backbone": "convnet", "image_size": 16, "hidden": 16, "epochs": 1, "bits": 16, "frozen": False}
+    return indexing.config(**named | {"train__views": 0} | {"data__stored_size": 20, "data__train_images": 20} | fields)
+
+
+def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
+    (root / "a" / "empty.jpg").touch()
+    _, told = run(tmp_path / "i", root, settings=tiny())
+    run(tmp_path / "j", root, settings=tiny())
+    assert "learning 16-bit codes from 20 of the photos, which are few" in " ".join(told.split())
+    learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
+    assert learnt.side == 20 and held(tmp_path / "i") == held(tmp_path / "j") == expected(root, learnt)
+    run(tmp_path / "k", root, settings=tiny(seed=5))
+    assert held(tmp_path / "k") != held(tmp_path / "i")
+    # The command that began it goes on with it; one that asks for other codes does not.
+    run(tmp_path / "i", root, settings=tiny(), overrides={"bits": 16, "epochs": 1, "encode_batch": 9})
+    with pytest.raises(ConfigError, match=r"config\.bits: the encoder of .* was learnt with 16, not 32; leave it out"):
+        run(tmp_path / "i", root, settings=tiny(bits=32), overrides={"bits": 32})
+
+
+def test_what_cannot_be_learnt_from_is_refused(tmp_path, root):
+    indexing.fill(tmp_path / "few", 15)
+    with pytest.raises(DataError, match="has 15 photos that can be read, but at least 16 are needed to learn from"):
+        run(tmp_path / "i", tmp_path / "few", settings=tiny())
+    with pytest.raises(ConfigError, match=r"config\.backbone: 'none' is for features; photos need a network"):
+        run(tmp_path / "i", root, settings=features_config.get_config())
+    assert not (tmp_path / "i").exists()
+
+
+def test_an_encoder_of_features_is_refused(tmp_path, root):
+    import cib_jax
+
+    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    made = cib_jax.fit(features, bits=16, backbone="none", augment="noise", epochs=1, hidden=8, batch_size=16)
+    made.save(tmp_path / "features")
+    with pytest.raises(IndexFolderError, match="was trained on features, and an index holds photos"):
+        run(tmp_path / "i", root, workdir=tmp_path / "features")
+
+
+def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monkeypatch):
+    """An answer of the system that is no photo's fault ends the run, and the next one goes on."""
+    original = photos.see
+
+    def failing(path, size, **options):
+        if path.endswith("20.webp"):
+            raise photos.BadPhotoError("input/output error") from OSError(5, "Input/output error")
+        return original(path, size, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "see", failing)
+        with pytest.raises(DataError, match="cannot be read now"):
+            run(tmp_path / "i", root, workdir=encoder)
+    run(tmp_path / "i", root, workdir=encoder)
+    assert held(tmp_path / "i") == expected(root, hasher)
+    assert photo_table.local(str(tmp_path / "i"))
+
+
+@pytest.mark.slow
+def test_a_few_photos_are_learnt_from_by_a_pretrained_network(tmp_path):
+    """As a stranger's first command does, with fewer views and epochs."""
+    indexing.fill(tmp_path / "photos", 40)
+    done, _ = run(tmp_path / "i", tmp_path / "photos", settings=indexing.config(epochs=2, train__views=2))
+    learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
+    assert done == Indexed(40, 40, 0, 0, 0) and (learnt.encoder.bits, learnt.side) == (64, 160)
+    assert held(tmp_path / "i") == expected(tmp_path / "photos", learnt)
+
+
+def test_without_lancedb_nothing_is_learnt_first(tmp_path, root, looked, monkeypatch):
+    """Photos were read and learnt from for minutes before it was told."""
+    original = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lancedb" else original(name))
+    with pytest.raises(IndexFolderError, match=r"LanceDB is not installed; pip install 'cib-jax\[search\]'"):
+        run(tmp_path / "i", root)
+    assert not looked and not (tmp_path / "i").exists()

@@ -1,0 +1,287 @@
+"""The search job and the collection under it, against a plain loop over all codes."""
+
+import errno
+import io
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import rich.console
+
+from cib_jax.commands import search as search_lib
+from cib_jax.commands.search import search
+from cib_jax.data import photos
+from cib_jax.errors import ConfigError, DataError, IndexFolderError, SearchError
+from cib_jax.inference.hasher import Hasher
+from cib_jax.report.contact_sheet import SIDE
+from cib_jax.retrieval import index
+from cib_jax.storage.collection import Collection
+from cib_jax.storage.photo_table import About, PhotoTable, key_of
+from tests.commands import indexing
+from tests.data import pictures
+
+COUNT = 130
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An index of more photos than are ordered anew, with 8 bits, so that many are equally far; some copies."""
+    folder = tmp_path_factory.mktemp("search")
+    indexing.save_hasher(folder / "encoder", bits=8)
+    for number in range(COUNT):
+        image = pictures.colored(number, 40) if number % 2 else pictures.smooth(40, 30, seed=number)
+        pictures.write(folder / "photos" / f"{number % 3}" / f"{number:03}.png", image)
+    (folder / "photos" / "broken.png").write_bytes(b"no picture")
+    pictures.write(folder / "photos" / "[red]:cat:\x1b[31m.png", pictures.smooth(20, 10, seed=500))
+    for number in range(5):
+        pictures.write(folder / "queries" / f"{number}.jpg", pictures.smooth(50, 60, seed=900 + number))
+    indexing.run(folder / "i", folder / "photos", workdir=folder / "encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(place):
+    """Path and code of every photo, in the order of ties."""
+    held = indexing.expected(place / "photos", Hasher.load(place / "encoder"))
+    codes = {name: values[2] for name, values in held.items() if not isinstance(values, str)}
+    return sorted(codes.items(), key=lambda pair: key_of(pair[0]))
+
+
+def ask(place, query, *, width=100, **options):
+    console = rich.console.Console(file=io.StringIO(), width=width)
+    found = search(place / "i", query, console=console, **options)
+    return found, console.file.getvalue()
+
+
+def apart(a, b):
+    return sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
+
+
+def plainly(known, code):
+    """All photos by distance, ties by key."""
+    return sorted(((apart(code, other), path) for path, other in known), key=lambda pair: pair[0])
+
+
+def pairs(found):
+    return [(distance, photo.path) for distance, photo in found.hits]
+
+
+def code_of(place, path):
+    hasher = Hasher.load(place / "encoder")
+    return hasher.encode(photos.decode(path, hasher.side)[None])[0].tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": 7}, {"k": 10_000}])
+def test_the_nearest_are_those_of_a_plain_loop(place, known, options):
+    found, _ = ask(place, place / "queries", **options)
+    assert [one.query for one in found] == [str(place / "queries" / f"{number}.jpg") for number in range(5)]
+    for one in found:
+        assert one.code.tobytes() == code_of(place, one.query)
+        assert pairs(one) == plainly(known, one.code.tobytes())[: options.get("k", 20)]
+
+
+@pytest.mark.parametrize(("radius", "k"), [(0, None), (2, None), (2, 3), (99, None)])
+def test_within_a_radius_all_are_found(place, known, radius, k):
+    found, _ = ask(place, place / "queries" / "0.jpg", radius=radius, k=k)
+    near = [pair for pair in plainly(known, found[0].code.tobytes()) if pair[0] <= radius]
+    assert pairs(found[0]) == near[:k]
+
+
+@pytest.mark.parametrize("k", [5, 100, 125])
+@pytest.mark.parametrize("radius", [None, 3])
+def test_hits_are_ordered_anew_by_the_logits_that_they_contradict(place, known, k, radius):
+    found, told = ask(place, place / "queries", k=k, radius=radius, rerank=True)
+    hasher, codes = Hasher.load(place / "encoder"), dict(known)
+    assert "ordered by the query's logits" in told
+    for one in found:
+        logits = hasher.logits(photos.decode(one.query, hasher.side)[None])[0].astype(np.float64)
+        bits = np.unpackbits(one.code)
+        first = plainly(known, one.code.tobytes())
+        first = first[: max(k, 100)] if radius is None else [pair for pair in first if pair[0] <= radius]
+
+        def weight(path, bits=bits, logits=logits):
+            differ = bits != np.unpackbits(np.frombuffer(codes[path], np.uint8))
+            return float(np.abs(logits)[differ].sum())
+
+        weights = [weight(path) for _, path in pairs(one)]
+        assert weights == pytest.approx(sorted(weight(path) for _, path in first)[:k], rel=1e-5)
+        assert all(apart(one.code.tobytes(), codes[path]) == distance for distance, path in pairs(one))
+
+
+def test_what_is_told_of_a_photo_is_true(place):
+    found, _ = ask(place, place / "photos" / "1" / "004.png", k=1)
+    distance, photo = found[0].hits[0]
+    assert distance == 0
+    path = place / "photos" / photo.path
+    width, height = PIL.Image.open(path).size
+    assert (photo.width, photo.height, photo.size) == (width, height, path.stat().st_size)
+    assert (photo.modified_ns, photo.thumbnail) == (path.stat().st_mtime_ns, b"")
+
+
+def test_lines_of_json_say_what_is_returned(place):
+    shutil.copytree(place / "queries", place / "mixed", dirs_exist_ok=True)
+    (place / "mixed" / "0.jpg").write_bytes(b"no picture")
+    found, told = ask(place, place / "mixed", k=3, form="json", width=20)
+    lines = [json.loads(line) for line in told.splitlines()]
+    assert lines[0] == {
+        "query": str(place / "mixed" / "0.jpg"),
+        "error": "not a JPEG, PNG, WebP, GIF, BMP or TIFF image",
+    }
+    assert len(lines) == 5 and len(found) == 4
+    for line, one in zip(lines[1:], found, strict=True):
+        assert (line["query"], bytes.fromhex(line["code"])) == (one.query, one.code.tobytes())
+        assert [(hit["distance"], hit["path"]) for hit in line["hits"]] == pairs(one)
+        assert [(hit["id"], hit["width"]) for hit in line["hits"]] == [(photo.id, photo.width) for _, photo in one.hits]
+
+
+def test_the_table_shows_strange_names_as_they_are_and_commands_no_terminal(place):
+    name = "[red]:cat:\x1b[31m.png"
+    _, told = ask(place, place / "photos" / name, k=10_000)
+    assert told.count("[red]:cat:\\x1b[31m.png") == 2 and "\x1b" not in told and "20 × 10" in told
+    _, told = ask(place, place / "queries" / "0.jpg", k=3, width=40)
+    assert told.splitlines()[0] == str(place / "queries" / "0.jpg"), "on one line, to be copied"
+    assert max(map(len, told.splitlines()[1:])) <= 40
+    _, told = ask(place, place / "photos" / name, k=1, radius=0, kind="exact")
+    assert "nothing was found" not in told
+
+
+def test_an_unreadable_photo_of_a_folder_is_told_and_left_out(place):
+    shutil.copytree(place / "queries", place / "some", dirs_exist_ok=True)
+    (place / "some" / ":cat:.jpg").write_bytes(b"")
+    found, told = ask(place, place / "some", k=1)
+    assert len(found) == 5 and f"{place / 'some' / ':cat:.jpg'} cannot be read: 0 bytes" in told
+
+
+def test_what_is_the_systems_fault_is_told_of_the_query(place, monkeypatch):
+    def see(path, size, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(photos, "see", see)
+    for query in (place / "queries", place / "queries" / "0.jpg"):
+        with pytest.raises(DataError, match=r"^--query: .*0\.jpg cannot be read now \(input/output error\)"):
+            ask(place, query)
+
+
+def test_a_contact_sheet_has_a_row_for_each_query(place, tmp_path):
+    sheet = tmp_path / "ü b" / "sheet.PNG"
+    sheet.parent.mkdir()
+    _, told = ask(place, place / "queries", k=3, show=sheet)
+    image = PIL.Image.open(sheet)
+    step = SIDE + 8
+    line = step + 20 + 16  # with the distance and the name
+    assert image.format == "PNG" and image.size == (8 + step + 24 + 3 * step, 30 + 5 * line)
+    assert f"Drawn in {sheet}" in told and [path.name for path in sheet.parent.iterdir()] == ["sheet.PNG"]
+    # The query itself stands before what it finds.
+    ask(place, place / "photos" / "0" / "000.png", radius=0, show=sheet)
+    rows = np.asarray(PIL.Image.open(sheet).convert("RGB")).astype(int)
+    query, first = (rows[30 : 30 + SIDE, left : left + SIDE] for left in (8, 8 + step + 24))
+    assert np.abs(query - first).mean() < 40
+    wide, _ = ask(place, place / "queries" / "0.jpg", radius=8, show=sheet)
+    # Twenty, ten in a line.
+    assert len(wide[0].hits) == COUNT + 1 and PIL.Image.open(sheet).size == (8 + step + 24 + 10 * step, 30 + 2 * line)
+    _, told = ask(place, place / "queries", k=1, form="json", show=sheet)
+    assert "Drawn" not in told
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("hnsw", {}), ("ivf", {"nlist": 16, "nprobe": 2}), ("mih", {})])
+def test_the_recall_that_is_told_of_an_approximate_kind_is_true(place, known, kind, settings):
+    found, told = ask(place, place / "queries", k=5, kind=kind, settings=settings)
+    collection = Collection.open(place / "i", kind=kind, settings=settings)
+    hits = collection.nearest(collection.codes, 5)
+    shares = []
+    for code, row in zip(collection.codes, hits, strict=True):
+        farthest = plainly(known, code.tobytes())[4][0]
+        shares.append(sum(hit.distance <= farthest for hit in row) / 5)
+    assert f"recall@5 {np.mean(shares):.3f}, measured by {COUNT // 1 + 1} codes" in told
+    for one in found:
+        codes = dict(known)
+        assert all(apart(one.code.tobytes(), codes[path]) == distance for distance, path in pairs(one))
+
+
+def test_a_collection_answers_by_id_and_path_and_is_renewed(place, tmp_path):
+    shutil.copytree(place / "i", tmp_path / "i")
+    collection = Collection.open(tmp_path / "i")
+    assert len(collection) == COUNT + 1 and collection.root == str(place / "photos") and collection.bits == 8
+    for number, photo in enumerate(collection.photos(range(len(collection)))):
+        assert collection.number_of(photo.id) == collection.number_of_path(photo.path) == number
+        assert photos.decode(photo.thumbnail, 0).shape == (photo.height, photo.width, 3)
+    for nothing in ("", "xyz", "0" * 16, "0" * 15, "é" * 16, "broken.png"):
+        assert collection.number_of(nothing) is None and collection.number_of_path(nothing) is None
+    assert collection.renewed() is collection
+    PhotoTable.open(str(tmp_path / "i")).remove([key_of("1/004.png")])
+    renewed = collection.renewed()
+    assert len(renewed) == COUNT and renewed.number_of_path("1/004.png") is None
+    assert collection.photos([collection.number_of_path("1/004.png")])[0].width == 40
+    assert collection.photos([]) == []
+    # The photos lie elsewhere now, and nothing else is new.
+    PhotoTable.open(str(tmp_path / "i")).move("/elsewhere")
+    moved = renewed.renewed()
+    assert moved.root == "/elsewhere" and len(moved) == COUNT and moved.renewed() is moved
+
+
+def test_an_index_made_anew_by_another_encoder_is_not_searched_by_the_old_one(place, tmp_path):
+    shutil.copytree(place / "i", tmp_path / "i")
+    collection = Collection.open(tmp_path / "i")
+    shutil.rmtree(tmp_path / "i")
+    indexing.save_hasher(tmp_path / "other", bits=8, seed=1)
+    indexing.run(tmp_path / "i", place / "queries", workdir=tmp_path / "other")
+    with pytest.raises(IndexFolderError, match=r"--index: .* was made anew by another encoder, .* open it again"):
+        collection.renewed()
+
+
+def test_an_empty_index_is_refused(tmp_path, place):
+    hasher = Hasher.load(place / "encoder")
+    from cib_jax.storage.collection import file_of, known_by
+
+    PhotoTable.create(str(tmp_path / "i"), About("/x", known_by(hasher)), file_of(hasher))
+    with pytest.raises(SearchError, match=r"holds no photo yet; run --mode=index again"):
+        search(tmp_path / "i", place / "queries")
+    empty = Collection.open(tmp_path / "i")
+    codes = np.zeros((2, 1), np.uint8)
+    assert empty.nearest(codes, 3) == empty.within(codes, 3) == [[], []] and empty.groups(1) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"k": 0}, SearchError, "--k: wanted 1 photo or more, got 0"),
+        ({"radius": -1}, SearchError, "--radius: wanted 0 bits or more, got -1"),
+        ({"radius": 1, "kind": "mih"}, SearchError, "it is always searched exactly; leave --kind=mih out"),
+        ({"kind": "x"}, SearchError, "--kind: 'x' is not one of exact, hnsw, ivf, mih"),
+        ({"kind": "ivf", "settings": {"links": 3}}, SearchError, "links: an index of kind 'ivf' has no such setting"),
+        ({"form": "xml"}, ConfigError, "--format: 'xml' is not one of table, json"),
+        ({"show": "x.jpg"}, ConfigError, "--show: x.jpg is no name of a PNG"),
+        ({"show": "/nowhere/x.png"}, ConfigError, "--show: there is no folder /nowhere"),
+        ({"query": "nowhere"}, DataError, "--query: there is no nowhere"),
+        ({"query": "empty"}, DataError, "--query: .* holds no photos"),
+        ({"query": "broken.png"}, DataError, r"--query: .*broken.png cannot be read: not a JPEG.*; give another photo"),
+        ({"query": "bad"}, DataError, "--query: no photo in .*bad can be read; give another folder"),
+    ],
+)
+def test_mistakes_are_refused(place, tmp_path, options, error, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    for path in ("broken.png", "bad/x.png"):
+        (tmp_path / path).write_bytes(b"no picture")
+    query = options.pop("query", None)
+    given = place / "queries" if query is None else query if query == "nowhere" else tmp_path / query
+    with pytest.raises(error, match=message):
+        ask(place, given, **options)
+    with pytest.raises(IndexFolderError, match="there is no index at"):
+        search(tmp_path / "none", place / "queries")
+
+
+def test_queries_go_through_the_encoder_in_batches(place, known, monkeypatch):
+    monkeypatch.setattr(search_lib, "_batches", lambda queries, size, whole=search_lib._batches: whole(queries, 2))
+    found, _ = ask(place, place / "queries", k=4)
+    assert [pairs(one) for one in found] == [plainly(known, one.code.tobytes())[:4] for one in found]
+
+
+def test_words_name_a_kind_and_its_settings():
+    assert index.kind_of("exact") == ("exact", {}) and index.kind_of("") == ("", {})
+    assert index.kind_of(" ivf  nlist=64 nprobe=7") == ("ivf", {"nlist": 64, "nprobe": 7})
+    for word in ("x", "m", "m=", "m=-1", "m=1.5", "=m"):
+        with pytest.raises(SearchError, match="is no setting; write them as in 'ivf nlist=4096 nprobe=64'"):
+            index.kind_of(f"ivf {word}")

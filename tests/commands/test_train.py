@@ -1,0 +1,379 @@
+"""The main job on a few digits: what it leaves behind, resuming, validation, refusals."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+import cib_jax as cib
+from cib_jax import errors
+from cib_jax.commands.evaluate import evaluate
+from cib_jax.commands.train import train, validation
+from cib_jax.config import build
+from cib_jax.distributed import multihost
+from cib_jax.errors import ConfigError, DataError, TrainingError
+from cib_jax.inference.serialization import restore_best
+from cib_jax.runs.workdir import claim_workdir, write_json
+from cib_jax.training import input_pipeline
+from tests import pretrained, small
+from tests.data import miniature
+
+# Streamed and resident images, parts of a batch and whole ones: other programs, the same bits as users get them.
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
+
+@pytest.fixture
+def console():
+    return rich.console.Console(record=True, width=100)
+
+
+def params_of(workdir, config):
+    return restore_best(workdir, build.encoder(config)[1], config)[0]
+
+
+def assert_same(a, b):
+    assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "r"
+    results = train(small.config(), workdir, console=rich.console.Console(quiet=True))
+    return workdir, results
+
+
+def test_the_results_say_what_was_measured(trained):
+    workdir, results = trained
+    written = json.loads((workdir / "results.json").read_text())
+    assert (written["map"], written["metrics"]) == (results["map"], results["metrics"])
+    assert (results["dataset"], results["backbone"], results["objective"]) == ("digits", "convnet", "cibhash")
+    assert (results["bits"], results["k"], results["seed"], results["epochs"]) == (16, 100, 0, 3)
+    assert results["counts"] == {"train": 130, "query": 297, "database": 1500, "validation": 0, "unreadable": 0}
+    assert set(results["seconds"]) == {"bank", "train", "encode", "metrics"}
+    assert results["versions"]["jax"] == jax.__version__
+
+
+def reference_map(workdir, k):
+    """MAP@k by a loop over the published definition, from codes/ alone."""
+    load = {path.stem: np.load(path) for path in (workdir / "codes").glob("*.npy")}
+    precisions = []
+    for code, label in zip(load["query_codes"], load["query_labels"], strict=True):
+        distances = np.unpackbits(code ^ load["database_codes"], axis=1).sum(1)
+        hits = load["database_labels"][np.argsort(distances, kind="stable")[:k]] == label
+        precisions.append((np.cumsum(hits) / np.arange(1, k + 1))[hits].mean() if hits.any() else 0.0)
+    return np.mean(precisions)
+
+
+def test_the_figures_are_those_of_the_codes_on_disk(trained):
+    workdir, results = trained
+    np.testing.assert_allclose(results["map"], reference_map(workdir, 100), rtol=1e-12)
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_begins_again_to_the_same(tmp_path, console, monkeypatch):
+    """What it would be judged by is gone; the whole way leads there again."""
+    scores = iter([0.5, 0.4, 0.3, 0.5, 0.4, 0.3])
+    monkeypatch.setattr("cib_jax.retrieval.metrics.mean_average_precision", lambda *_, **__: next(scores))
+    config = small.config(data__validation="query_half", train__validate_every=1)
+    train(config, tmp_path / "run", console=rich.console.Console(quiet=True))
+    judged = params_of(tmp_path / "run", config)
+    (tmp_path / "run" / "results.json").unlink()
+    for file in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-9])
+    results = train(config, tmp_path / "run", console=console)
+    assert "/4: the checkpoint cannot be read" in console.export_text(clear=False)
+    assert "it was the best one, so training begins again" in console.export_text()
+    assert results["best_validation_map"] == 0.5
+    assert_same(params_of(tmp_path / "run", config), judged)
+
+
+@pytest.mark.parametrize("after", [4, 10, 12])
+def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
+    trained, tmp_path, console, monkeypatch, after
+):
+    """Four steps an epoch: in the middle of one, after its last, and after the last of all."""
+    asked = iter([False] * (after - 1) + [True])
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "cib_jax.distributed.multihost.sigterm_flag", lambda: contextlib.nullcontext(lambda: next(asked))
+        )
+        with pytest.raises(multihost.Preempted) as stopped:
+            train(small.config(), tmp_path / "run", console=console)
+    assert stopped.value.code == multihost.CODE == 75
+    assert f"step {after}, in epoch {(after - 1) // 4 + 1} of 3, is saved in {tmp_path}" in stopped.value.message
+    results = train(small.config(), tmp_path / "run", console=console)
+    assert f"Going on after step {after}, in epoch {(after - 1) // 4 + 1} of 3" in console.export_text()
+    assert results["map"] == trained[1]["map"] and results["epochs"] == 3
+    assert_same(params_of(tmp_path / "run", small.config()), params_of(trained[0], small.config()))
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", trained[0])]
+    for mine, whole in zip(*(map(json.loads, part) for part in lines), strict=True):
+        assert {k: v for k, v in mine.items() if "second" not in k} == pytest.approx(
+            {k: v for k, v in whole.items() if "second" not in k}, abs=1e-12
+        )
+
+
+def test_a_workdir_describes_itself(trained):
+    workdir, _ = trained
+    assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "digits"
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert {"loss", "contrast", "kl", "gradient_norm", "images_per_second"} <= set(lines[0])
+
+
+def test_the_hasher_gives_the_codes_of_the_run(trained):
+    workdir, _ = trained
+    splits = build.draw_splits(small.config())
+    images = np.stack([splits.query.images[i] for i in range(len(splits.query))])
+    assert np.array_equal(cib.Hasher.load(workdir).encode(images), np.load(workdir / "codes" / "query_codes.npy"))
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same(trained, tmp_path, console):
+    workdir, results = trained
+    shutil.copytree(workdir, tmp_path / "r")
+    (tmp_path / "r" / "results.json").unlink()
+    newest = max((tmp_path / "r" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    for file in newest.rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    assert train(small.config(), tmp_path / "r", console=console)["map"] == results["map"]
+    said = console.export_text(clear=False).replace("\n", " ")
+    assert "is taken" in said and "Going on after epoch 2 of 3" in said
+    assert_same(params_of(tmp_path / "r", small.config()), params_of(workdir, small.config()))
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_a_finished_run_is_not_touched(trained, console):
+    workdir, results = trained
+    before = (workdir / "results.json").stat().st_mtime_ns
+    assert train(small.config(), workdir, console=console)["map"] == results["map"]
+    assert (workdir / "results.json").stat().st_mtime_ns == before
+    assert "holds a finished run" in console.export_text()
+
+
+def test_evaluation_alone_gives_the_same_figures(trained, console):
+    workdir, results = trained
+    again = evaluate(workdir, console=console)
+    assert again["map"] == results["map"]
+    assert again["metrics"] == results["metrics"]
+    other = evaluate(workdir, overrides={"k": 10}, console=console)
+    assert other["k"] == 10
+    assert json.loads((workdir / "results-epoch3-k10.json").read_text()) == other
+    assert json.loads((workdir / "results.json").read_text())["k"] == 100
+    with pytest.raises(ConfigError, match=r"config.bits: the run was trained with 16"):
+        evaluate(workdir, overrides={"bits": 32}, console=console)
+
+
+def test_the_same_seed_gives_the_same_bits(trained, tmp_path, console):
+    workdir, results = trained
+    again = train(small.config(), tmp_path / "again", console=console)
+    assert_same(params_of(workdir, small.config()), params_of(tmp_path / "again", small.config()))
+    assert again["map"] == results["map"]
+
+
+class Interrupted(BaseException):
+    """Stands for whatever ends a process between two checkpoints."""
+
+
+def interrupted(monkeypatch, config, workdir, console, steps):
+    """Runs the job until so many steps were taken."""
+    real, taken = input_pipeline._bound, []
+
+    def stopping(program, held, mesh):
+        bound = real(program, held, mesh)
+
+        def counted(*arguments):
+            if len(taken) == steps:
+                raise Interrupted
+            taken.append(1)
+            return bound(*arguments)
+
+        return counted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(input_pipeline, "_bound", stopping)
+        with pytest.raises(Interrupted):
+            train(config, workdir, console=console)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_interrupted_run_resumes_to_the_same_parameters(trained, tmp_path, console, monkeypatch, steps):
+    workdir, results = trained
+    interrupted(monkeypatch, small.config(), tmp_path / "cut", console, steps)
+    resumed = train(small.config(), tmp_path / "cut", console=console)
+    assert f"Going on after epoch {steps // 4} of 3" in console.export_text()
+    assert_same(params_of(workdir, small.config()), params_of(tmp_path / "cut", small.config()))
+    assert resumed["map"] == results["map"]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_an_evaluation_of_an_unfinished_run_does_not_finish_it(trained, tmp_path, console, monkeypatch):
+    interrupted(monkeypatch, small.config(), tmp_path / "cut", console, 6)
+    assert evaluate(tmp_path / "cut", console=console)["epochs"] == 1
+    assert "training stopped at epoch 1 of 3" in console.export_text()
+    assert train(small.config(), tmp_path / "cut", console=console)["map"] == trained[1]["map"]
+
+
+def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_path, console, monkeypatch):
+    config = small.config(epochs=6, train__validate_every=1, train__patience=3, data__validation="query_half")
+    whole = train(config, tmp_path / "whole", console=console)
+    interrupted(monkeypatch, config, tmp_path / "cut", console, 14)
+    resumed = train(config, tmp_path / "cut", console=console)
+    for name in ("map", "best_validation_map", "epochs"):
+        assert resumed[name] == whole[name]
+    assert_same(params_of(tmp_path / "whole", config), params_of(tmp_path / "cut", config))
+
+
+def test_a_run_is_known_by_its_checkpoint_where_its_config_is_lost_or_edited(trained, tmp_path, console):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(path.read_text().replace('"bits": 16', '"bits": 32'))
+    for look in (lambda: evaluate(tmp_path / "copy", console=console), lambda: cib.Hasher.load(tmp_path / "copy")):
+        with pytest.raises(cib.Refusal, match=r"config.json: it is not the config of the checkpoints here \(bits: 16"):
+            look()
+    path.unlink()
+    with pytest.raises(errors.WorkdirError, match=r"it belongs to another config \(temperature: 0.5 → 0.1\)"):
+        train(small.config(temperature=0.1), tmp_path / "copy", console=console)
+
+
+def test_a_refused_config_claims_nothing(tmp_path, console):
+    with pytest.raises(ConfigError, match=r"config.k: 1501"):
+        train(small.config(k=1501, epochs=1), tmp_path / "run", console=console)
+    assert train(small.config(k=100, epochs=1), tmp_path / "run", console=console)["k"] == 100
+
+
+def test_a_folder_of_something_else_is_not_filled(tmp_path, console):
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(errors.WorkdirError, match=r"holds files, but none of a run \(holiday.jpg"):
+        train(small.config(), tmp_path, console=console)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_path, console):
+    workdir, _ = trained
+    config = small.config(data__resident_mb=0)
+    train(config, tmp_path / "streamed", console=console)
+    assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
+
+
+def test_parts_of_a_batch_train_to_the_same_losses(tmp_path, console):
+    """Up to rounding, so that a run may also be taken up again with other parts.
+
+    Of the logits themselves: where bits are drawn, rounding puts one or another on the other side.
+    """
+    losses = []
+    for parts in (0, 8):
+        workdir = tmp_path / str(parts)
+        train(small.config(objective="naive_cl", micro_batch=parts), workdir, console=console)
+        losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
+    scores = iter([0.2, 0.6, 0.5, 0.4])
+    monkeypatch.setattr(validation, "validator", lambda run: lambda state: next(scores))
+    config = small.config(epochs=9, train__validate_every=1, train__patience=2, data__validation="query_half")
+    results = train(config, tmp_path / "r", console=console)
+    assert (results["epochs"], results["best_validation_map"]) == (4, 0.6)
+    assert results["counts"]["validation"] == 148
+    two_epochs = small.config(epochs=2, data__validation="query_half")
+    monkeypatch.setattr(validation, "validator", lambda run: None)
+    train(two_epochs, tmp_path / "two", console=console)
+    assert_same(params_of(tmp_path / "r", config), params_of(tmp_path / "two", two_epochs))
+
+
+@pytest.mark.parametrize("how", ["query_half", "database"])
+def test_validation_is_the_map_of_the_part_held_out(tmp_path, console, how):
+    config = small.config(epochs=2, train__validate_every=2, data__validation=how, data__validation_queries=50)
+    results = train(config, tmp_path, console=console)
+    query, database = build.draw_splits(config).validation
+    hasher = cib.Hasher.load(tmp_path)
+    codes = [hasher.encode(np.stack([part.images[i] for i in range(len(part))])) for part in (query, database)]
+    expected = cib.mean_average_precision(*codes, query.labels, database.labels, k=100)
+    assert results["best_validation_map"] == expected
+
+
+def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, console, monkeypatch):
+    data = miniature.prepare(tmp_path / "tfds")
+    config = small.config(
+        data__name="cifar10",
+        data__dir=str(data),
+        data__queries=0,
+        data__train_per_class=4,
+        data__validation="query_half",
+        augment="photo",
+        train__views=2,
+        train__validate_every=1,
+        k=50,
+        **pretrained.convnet(monkeypatch, tmp_path, 16),
+    )
+    results = train(config, tmp_path / "run", console=console)
+    assert results["counts"] == {"train": 40, "query": 10, "database": 100, "validation": 10, "unreadable": 0}
+    np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 50), rtol=1e-12)
+    assert results["seconds"]["bank"] > 0
+    hasher = cib.Hasher.load(tmp_path / "run")
+    assert set(hasher.params) == {"head"}
+    monkeypatch.setattr(build.weights, "fingerprint", lambda tree: "0" * 16)
+    with pytest.raises(cib.Refusal, match=r"backbone weights '.*', but those found now are '0000000000000000'"):
+        cib.Hasher.load(tmp_path / "run")
+
+
+def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
+    """Without --workdir, every mistake left a folder under runs/."""
+    config = small.config(k=1501)
+    (tmp_path / "mine").mkdir()
+    for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
+        with pytest.raises(ConfigError, match=r"config.k: 1501"):
+            train(config, workdir, console=console)
+    assert not (tmp_path / "new" / "run").exists() and (tmp_path / "mine").is_dir()
+
+
+def test_a_bank_too_large_for_its_limit_is_refused(tmp_path, console):
+    config = small.config(
+        backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=30
+    )
+    with pytest.raises(ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 32 MiB"):
+        train(config, tmp_path, console=console)
+
+
+def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, console):
+    config = small.config(learning_rate=1e38, epochs=5)
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite \(.*loss.*last good checkpoint .*/\d+"):
+        train(config, tmp_path, console=console)
+    params = params_of(tmp_path, config)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
+
+
+def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, console, trained):
+    with pytest.raises(ConfigError, match=r"config.k: 1501 is larger than the database"):
+        train(small.config(k=1501), tmp_path / "a", console=console)
+    with pytest.raises(ConfigError, match=r"config.batch_size: 131 is larger than the training set of 130"):
+        train(small.config(batch_size=131), tmp_path / "b", console=console)
+    with pytest.raises(DataError, match=r"class 0 has"):
+        train(small.config(data__train_per_class=500), tmp_path / "c", console=console)
+    with pytest.raises(errors.WorkdirError, match=r"it belongs to another config \(bits: 16 → 32\)"):
+        train(small.config(bits=32), trained[0], console=console)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.WorkdirError, match=r"file: cannot be used as a workdir"):
+        train(small.config(), tmp_path / "file", console=console)
+    with (
+        claim_workdir(tmp_path / "busy"),
+        pytest.raises(errors.WorkdirError, match=r"another process is at work in it"),
+    ):
+        train(small.config(), tmp_path / "busy", console=console)
+
+
+def test_an_evaluation_wants_a_trained_run(tmp_path, console):
+    with pytest.raises(cib.Refusal, match=r"is no run's folder"):
+        evaluate(tmp_path, console=console)
+    write_json(tmp_path / "config.json", small.config().to_dict())
+    with pytest.raises(cib.Refusal, match=r"there is no checkpoint here; train first"):
+        evaluate(tmp_path, console=console)

@@ -1,0 +1,242 @@
+"""The search: what it draws, that it goes on to the same, what it says of scores without labels."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import rich.console
+import scipy.stats
+
+import cib_jax as cib
+from cib_jax import errors
+from cib_jax.commands import tune
+from cib_jax.commands.train import train
+from cib_jax.errors import ConfigError, WorkdirError
+from cib_jax.runs import workdir
+from tests import pretrained, small
+from tests.commands import many
+
+QUIET = rich.console.Console(quiet=True)
+
+
+def searched(folder, **fields):
+    defaults = {
+        "data__validation": "database",
+        "train__validate_every": 1,
+        "tune__space": "temperature=0.2..0.6, beta=1e-4..1e-1 log, batch_size=16|32",
+        "tune__trials": 4,
+        "tune__images": 60,
+        "tune__sampler": "random",
+        "tune__workers": 1,
+    }
+    return many.config(folder, **defaults | fields)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    console = rich.console.Console(record=True, width=300)
+    return folder, tune.tune(searched(folder), folder / "s", console=console), console.export_text()
+
+
+def test_the_best_is_the_trial_of_highest_score(done):
+    folder, search, told = done
+    values = [trial["value"] for trial in search["trials"]]
+    assert len(values) == 4 and search["best"]["value"] == max(values)
+    for trial in search["trials"]:
+        results = json.loads((folder / "s" / "trials" / f"{trial['number']:04}" / "results.json").read_text())
+        assert trial["value"] == results["best_validation_map"] and trial["scores"]["map"] == results["map"]
+        config = json.loads((folder / "s" / "trials" / f"{trial['number']:04}" / "config.json").read_text())
+        assert {name: config[name] for name in trial["params"]} == trial["params"]
+    assert f"--config.temperature={search['best']['params']['temperature']}" in told
+
+
+def test_the_report_has_the_heat_map_and_what_tracks_map(done):
+    folder, _, _ = done
+    drawn = {path.stem for path in (folder / "s" / "report").glob("*.png")}
+    assert drawn == {"search", "parameters", "sensitivity", "label_free_map", "label_free_validation_map"}
+    rows = (folder / "s" / "search.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("trial,temperature,beta,batch_size,separation")
+
+
+def test_rank_correlations_are_scipys(done):
+    _, search, _ = done
+    for against, found in search["rank_correlation"].items():
+        for name, value in found.items():
+            columns = [[trial["scores"][key] for trial in search["trials"]] for key in (name, against)]
+            assert value == pytest.approx(scipy.stats.spearmanr(*columns).statistic)
+    assert list(search["rank_correlation"]) == ["validation_map", "map"]
+
+
+def cut_in(folder, number, trials):
+    """Makes a search look as if it had been killed in a trial, after its training."""
+    for later in range(number + 1, trials):
+        shutil.rmtree(folder / "trials" / f"{later:04}")
+    (folder / "trials" / f"{number:04}" / tune.TRIAL).unlink()
+
+
+def test_a_search_taken_up_again_comes_to_the_same(done, tmp_path):
+    folder, search, _ = done
+    shutil.copytree(folder / "s", tmp_path / "cut")
+    cut_in(tmp_path / "cut", 2, 4)
+    assert tune.tune(searched(folder), tmp_path / "cut", console=QUIET)["trials"] == search["trials"]
+
+
+@pytest.fixture
+def formula(monkeypatch):
+    """A formula for the score, where only draws and files are looked at."""
+
+    def trained(config, folder, **_):
+        value = -abs(config.temperature - 0.4) - config.beta
+        return {"best_validation_map": value, "map": value}
+
+    monkeypatch.setattr(tune, "train", trained)
+    monkeypatch.setattr(tune.scores, "label_free_scores", lambda *_: dict.fromkeys(tune.SCORES, 0.0))
+
+
+@pytest.mark.usefixtures("formula")
+def test_a_search_that_learns_from_earlier_trials_comes_to_the_same(tmp_path):
+    config = searched(tmp_path, tune__sampler="tpe", tune__trials=16)
+    whole = tune.tune(config, tmp_path / "whole", console=QUIET)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cut_in(tmp_path / "cut", 3, 16)
+    assert tune.tune(config, tmp_path / "cut", console=QUIET)["trials"] == whole["trials"]
+
+
+def test_more_trials_go_on_from_those_there_are(done):
+    folder, search, _ = done
+    more = tune.tune(searched(folder, tune__trials=5), folder / "s", console=QUIET)
+    assert more["trials"][:4] == search["trials"] and len(more["trials"]) == 5
+    with pytest.raises(WorkdirError, match=r"its search has another config \(tune.space"):
+        tune.tune(searched(folder, tune__space="temperature=0.1..0.9"), folder / "s", console=QUIET)
+
+
+@pytest.mark.usefixtures("formula")
+def test_a_grid_tries_every_pair_once(tmp_path):
+    config = searched(tmp_path, tune__space="temperature=0.2|0.5, beta=0.0|0.1", tune__sampler="grid", epochs=1)
+    search = tune.tune(config, tmp_path / "s", console=QUIET)
+    tried = [(trial["params"]["temperature"], trial["params"]["beta"]) for trial in search["trials"]]
+    assert tried == [(0.2, 0.0), (0.2, 0.1), (0.5, 0.0), (0.5, 0.1)]
+
+
+def test_people_without_labels_choose_by_a_score(tmp_path):
+    config = searched(
+        tmp_path,
+        data__validation="none",
+        data__labeled=False,
+        tune__score="separation",
+        tune__trials=2,
+        epochs=1,
+    )
+    search = tune.tune(config, tmp_path / "s", console=QUIET)
+    assert search["rank_correlation"] == {}
+    assert search["best"]["value"] == max(trial["scores"]["separation"] for trial in search["trials"])
+    assert all(trial["scores"]["map"] is None for trial in search["trials"])
+
+
+def test_what_is_wrong_with_every_trial_is_told_at_the_first(tmp_path):
+    config = searched(tmp_path, k=500)
+    with pytest.raises(cib.Refusal, match=r"config.k: 500 is larger than the database"):
+        tune.tune(config, tmp_path / "s", console=QUIET)
+    assert not list((tmp_path / "s").glob("trials/*/trial.json"))
+
+
+def test_trials_that_another_process_is_at_are_left_to_it(tmp_path):
+    config = searched(tmp_path, tune__trials=2, tune__sampler="tpe", epochs=1)
+    (tmp_path / "s" / "trials").mkdir(parents=True)
+    console = rich.console.Console(record=True, width=200)
+    with workdir.exclusive(tmp_path / "s" / "trials" / "0000.lock"):
+        assert tune.tune(config, tmp_path / "s", console=console)["best"] is None
+    assert "2 trials are with other processes" in console.export_text()
+
+
+def test_two_stored_views_are_two_different_ones(tmp_path):
+    """Unrelated vectors: as each other's views they find each other by chance alone."""
+    generator = np.random.default_rng(0)
+    np.save(tmp_path / "stored.npy", generator.normal(size=(240, 2, 24)).astype(np.float32))
+    config = many.config(tmp_path, data__dir=str(tmp_path / "stored.npy"), augment="stored", bits=64, epochs=1)
+    train(config, tmp_path / "run", console=QUIET)
+    assert tune.label_free_scores(tmp_path / "run", 200)["view_agreement"] < 0.2
+
+
+def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):
+    config = searched(tmp_path, tune__space="batch_size=16|256", tune__sampler="grid", epochs=1)
+    console = rich.console.Console(record=True, width=300)
+    search = tune.tune(config, tmp_path / "s", console=console)
+    assert [trial["value"] is None for trial in search["trials"]] == [False, True]
+    assert "Trial 2 failed: config.batch_size: 256 is larger than the training set of 120" in console.export_text()
+    with pytest.raises(ConfigError, match="no trial could be scored"):
+        tune.tune(searched(tmp_path, tune__space="batch_size=256", tune__sampler="grid"), tmp_path / "t", console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("temprature=0.1..0.2", "names no field to be tuned"),
+        ("temperature", "names no field to be tuned"),
+        ("seed=1|2", "names no field to be tuned"),
+        ("temperature=0.3..0.2", "goes from a number up to a larger one"),
+        ("temperature=0..1", "0.0 must be greater than 0"),
+        ("beta=0..1 log", "with log above 0"),
+        ("beta=0..1 logarithmic", "comes nothing, or 'log'"),
+        ("beta=a..b", "'a' is no float"),
+        ("augment=photo..digits", "goes from a number up"),
+        ("objective=cibhash|simclr", "'simclr' is not one of"),
+        ("beta=0..1, beta=0..2", "beta is there twice"),
+    ],
+)
+def test_spaces_that_cannot_be_are_refused(tmp_path, words, message):
+    with pytest.raises(ConfigError, match=f"config.tune.space: .*{message}"):
+        tune.tune(searched(tmp_path, tune__space=words), tmp_path / "s", console=QUIET)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_grid_of_ranges_and_a_search_that_cannot_validate_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="a grid is made of choices"):
+        tune.tune(searched(tmp_path, tune__sampler="grid"), tmp_path / "s", console=QUIET)
+    with pytest.raises(ConfigError, match="'validation_map' wants images to validate on"):
+        tune.tune(searched(tmp_path, data__validation="none"), tmp_path / "s", console=QUIET)
+
+
+def test_without_optuna_the_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(errors.MissingExtraError, match=r"pip install 'optuna>=4\.5'"):
+        tune.tune(searched(tmp_path), tmp_path / "s", console=QUIET)
+
+
+def test_draws_lie_in_the_space_and_depend_on_the_number_alone():
+    made = tune.parse("temperature=0.2..0.6, beta=1e-4..1e-1 log, train.views=2..5, batch_size=16|32")
+    drawn = [tune.suggest(made, "random", 0, number, []) for number in range(200)]
+    assert drawn == [tune.suggest(made, "random", 0, number, []) for number in range(200)]
+    assert drawn != [tune.suggest(made, "random", 1, number, []) for number in range(200)]
+    assert {one["train.views"] for one in drawn} == {2, 3, 4, 5} and {one["batch_size"] for one in drawn} == {16, 32}
+    temperatures, betas = (np.array([one[name] for one in drawn]) for name in ("temperature", "beta"))
+    assert (
+        temperatures.min() >= 0.2 and temperatures.max() <= 0.6 and temperatures.mean() == pytest.approx(0.4, abs=0.03)
+    )
+    assert np.log10(betas).mean() == pytest.approx(-2.5, abs=0.2)
+    assert all(f"{one['temperature']:.3g}" == str(one["temperature"]) for one in drawn)
+
+
+def test_tpe_learns_from_earlier_trials():
+    made = tune.parse("temperature=0.0001..1.0")
+    earlier = []
+    for number in range(40):
+        params = tune.suggest(made, "tpe", 0, number, earlier)
+        earlier.append((params, -abs(params["temperature"] - 0.7)))
+    later = np.array([params["temperature"] for params, _ in earlier[25:]])
+    assert np.abs(later - 0.7).mean() < 0.15  # 0.29 by chance
+
+
+@pytest.mark.parametrize("kind", ["from scratch", "frozen, bank", "frozen, fresh views"])
+def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
+    config = small.config(epochs=1, encode_batch=50)
+    if kind != "from scratch":
+        fields = pretrained.convnet(monkeypatch, tmp_path, 8)
+        config = small.config(epochs=1, train__views=2 if "bank" in kind else 0, **fields)
+    train(config, tmp_path / "run", console=QUIET)
+    found = tune.label_free_scores(tmp_path / "run", 60)
+    assert found.keys() == cib.retrieval.label_free.SCORES.keys()
+    assert 0 < found["neighbour_agreement"] < 1 and 0 < found["view_agreement"] <= 1
+    assert found == tune.label_free_scores(tmp_path / "run", 60)

@@ -1,0 +1,249 @@
+"""Prepared photos: the pixels of decoding each alone, kept across starts, interruptions, changes and damage."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from cib_jax.data import photo_cache, photos
+from cib_jax.data.cache import in_use
+from cib_jax.errors import DataError
+from tests.data import pictures
+
+SIZE = 12
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(photo_cache, "SHARD", 4)
+    folder = tmp_path / "photos"
+    for number in range(10):
+        pictures.write(folder / f"{number}.jpg", pictures.colored(number, 10))
+    (folder / "5.jpg").write_bytes(b"text")
+    return folder
+
+
+NAMES = [f"{number}.jpg" for number in range(10)]
+
+
+def prepare(root, names=NAMES, **options):
+    return photo_cache.prepare(
+        names, root=str(root), owner=str(root), size=SIZE, cache=root.parent / "cache", **options
+    )
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Counts the photos that are decoded."""
+    names, original = [], photos.decode
+
+    def counted(path, size, **options):
+        names.append(os.path.basename(path))
+        return original(path, size, **options)
+
+    monkeypatch.setattr(photos, "decode", counted)
+    return names
+
+
+def assert_right(made, root, names=NAMES):
+    good = [name for name in names if name != "5.jpg"]
+    assert [names[index] for index in made.kept] == good
+    assert len(made.images) == len(good)
+    for index, name in enumerate(good):
+        assert np.array_equal(made.images[index], photos.decode(root / name, SIZE))
+
+
+def test_each_photo_has_the_pixels_of_decoding_it_alone(root):
+    made = prepare(root)
+    assert_right(made, root)
+    assert [(bad.path, bad.reason) for bad in made.unreadable] == [
+        ("5.jpg", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
+    ]
+
+
+def test_a_second_start_opens_no_photo_and_knows_the_set(root, opened):
+    first = prepare(root)
+    assert sorted(opened) == NAMES
+    opened.clear()
+    again = prepare(root)
+    assert opened == []
+    assert_right(again, root)
+    assert (again.images.identity, again.unreadable) == (first.images.identity, first.unreadable)
+
+
+def test_what_changed_was_added_or_went_is_all_that_is_redone(root, opened):
+    first = prepare(root)
+    opened.clear()
+    pictures.write(root / "3.jpg", pictures.colored(4, 10, width=77))
+    pictures.write(root / "new.png", pictures.colored(2, 10))
+    os.utime(root / "7.jpg", ns=(1, 1))
+    (root / "0.jpg").unlink()
+    names = [*NAMES[1:], "new.png"]
+    made = prepare(root, names)
+    assert sorted(opened) == ["3.jpg", "7.jpg", "new.png"]
+    opened.clear()
+    assert_right(made, root, names)
+    assert made.images.identity != first.images.identity
+
+
+def test_shards_without_a_living_photo_go_and_a_mostly_dead_rest_is_rewritten(root):
+    prepare(root)
+    cache = next((root.parent / "cache").iterdir())
+    assert len(list(cache.glob("*.npy"))) == 3
+    names = ["0.jpg", "4.jpg", "5.jpg"]
+    made = prepare(root, names)
+    assert_right(made, root, names)
+    assert [len(np.load(path)) for path in cache.glob("*.npy")] == [2]
+    assert_right(prepare(root, names), root, names)
+
+
+def test_without_room_for_a_second_copy_the_first_stays(root, monkeypatch):
+    prepare(root)
+    usage = shutil.disk_usage(root)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    names = ["0.jpg", "4.jpg", "5.jpg"]
+    assert_right(prepare(root, names), root, names)
+
+
+def test_nothing_is_tidied_away_under_one_who_looks(root):
+    first = prepare(root)
+    names = ["0.jpg"]
+    second = prepare(root, names)
+    assert_right(first, root)
+    assert_right(second, root, names)
+    cache = next((root.parent / "cache").iterdir())
+    assert in_use(cache)
+    del first, second
+    assert not in_use(cache)
+    prepare(root, names)
+    assert len(list(cache.glob("*.npy"))) == 1
+
+
+def test_an_interrupted_preparation_is_gone_on_with(root, opened, monkeypatch):
+    append, shards = photo_cache._append, []
+
+    def failing(folder, shard):
+        if len(shards) == 2:
+            raise KeyboardInterrupt
+        shards.append(1)
+        return append(folder, shard)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(photo_cache, "_append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(root)
+    opened.clear()
+    made = prepare(root)
+    assert sorted(opened) == ["8.jpg", "9.jpg"]
+    opened.clear()
+    assert_right(made, root)
+    assert made.notes == ["8 of 10 photos were prepared before"]
+
+
+def test_a_damaged_shard_is_told_of_and_made_again(root):
+    prepare(root)
+    cache = next((root.parent / "cache").iterdir())
+    pixels = sorted(cache.glob("*.npy"))
+    os.truncate(pixels[0], pixels[0].stat().st_size - 1)
+    pixels[1].unlink()
+    entries = sorted(cache.glob("0*.json"))[2]
+    entries.write_text(entries.read_text()[:-5])
+    made = prepare(root)
+    assert_right(made, root)
+    assert sum("is damaged" in note for note in made.notes) == 3
+    assert prepare(root).notes == []
+
+
+def test_another_size_or_owner_is_kept_apart(root):
+    made = prepare(root)
+    other = photo_cache.prepare(NAMES[:2], root=str(root), owner="list.csv", size=SIZE, cache=root.parent / "cache")
+    larger = photo_cache.prepare(NAMES[:2], root=str(root), owner=str(root), size=20, cache=root.parent / "cache")
+    assert larger.images[0].shape == (20, 20, 3)
+    assert len(other.images) == 2
+    assert_right(made, root)
+    assert len({made.images.identity, other.images.identity, larger.images.identity}) == 3
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_decoded(root, opened, monkeypatch):
+    usage = shutil.disk_usage(root)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"config.cache.dir: the prepared photos take 0.0 GiB, but .* has 0.0 GiB free"):
+        prepare(root)
+    assert opened == []
+
+
+def test_a_disk_that_fills_up_is_told_of_and_nothing_is_lost(root, opened, monkeypatch):
+    save, shards = np.save, []
+
+    def full(file, array):
+        if len(shards) == 1:
+            raise OSError(28, "No space left on device")
+        shards.append(1)
+        save(file, array)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(DataError, match=r"config.cache.dir: .* \(No space left on device\); make room"):
+            prepare(root)
+    opened.clear()
+    prepare(root)
+    assert len(opened) == 6
+    assert not list((root.parent / "cache").glob("*/*.part"))
+
+
+def test_a_cache_that_cannot_be_made_is_told_of(root):
+    (root.parent / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"config.cache.dir: prepared photos cannot be kept in"):
+        prepare(root)
+
+
+def test_names_that_are_no_valid_text_survive(root, opened):
+    raw = b"caf\xe9 \xe6\x97\xa5\xe6\x9c\xac.jpg"
+    shutil.copy(root / "1.jpg", os.path.join(os.fsencode(root), raw))
+    names = [os.fsdecode(raw)]
+    assert len(prepare(root, names).images) == 1
+    opened.clear()
+    assert len(prepare(root, names).images) == 1
+    assert opened == []
+
+
+def test_readers_in_several_threads_see_the_same(root, monkeypatch):
+    monkeypatch.setattr(photo_cache, "_OPEN_SHARDS", 1)
+    made = prepare(root)
+    expected = [np.array(made.images[index]) for index in range(9)]
+    wrong = []
+
+    def read(seed):
+        for index in np.random.default_rng(seed).integers(0, 9, 200):
+            if not np.array_equal(made.images[index], expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def _prepare_elsewhere(root):
+    photo_cache.SHARD = 4
+    prepare(root)
+
+
+def test_two_processes_at_once_do_not_harm_each_other(root):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_prepare_elsewhere, args=(root,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    cache = next((root.parent / "cache").iterdir())
+    entries = [entry for path in sorted(cache.glob("0*.json")) for entry in json.loads(path.read_text())]
+    assert [entry[0] for entry in entries] == NAMES
+    assert_right(prepare(root), root)

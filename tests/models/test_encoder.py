@@ -1,0 +1,107 @@
+"""The encoder: its split into pure functions, its start, its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cib_jax as cib
+from cib_jax.models.encoder import create_encoder
+
+
+@pytest.fixture(scope="module")
+def small():
+    return create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+
+
+def test_the_logits_are_the_head_of_the_features(small):
+    """The head worked out by hand: Linear, ReLU, Linear."""
+    encoder, params, frozen = small
+    views = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    features = np.asarray(encoder.features(params, frozen, views), np.float64)
+    head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["head"])
+    hidden = np.maximum(features @ head["hidden"]["kernel"] + head["hidden"]["bias"], 0)
+    expected = hidden @ head["out"]["kernel"] + head["out"]["bias"]
+    np.testing.assert_allclose(encoder.logits(params, frozen, views), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_starts_as_torch_linear_does(small):
+    """Uniform within ±1/√inputs: bound kept, and the deviation that of a uniform distribution, bound/√3."""
+    _, params, _ = small
+    for layer, inputs in (("hidden", 256), ("out", 1024)):
+        kernel = np.asarray(params["head"][layer]["kernel"])
+        bound = inputs**-0.5
+        assert np.abs(kernel).max() <= bound
+        assert abs(kernel.std() / (bound / 3**0.5) - 1) < 0.05
+        assert np.abs(params["head"][layer]["bias"]).max() <= bound
+
+
+def test_the_same_key_gives_the_same_parameters():
+    first, second, other = (
+        jax.tree.leaves(create_encoder(jax.random.key(k), backbone="convnet", bits=8, image_size=8)[1])
+        for k in (3, 3, 4)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not np.array_equal(first[-1], other[-1])
+
+
+def test_a_pretrained_backbone_is_frozen_unless_asked_otherwise():
+    weights = cib.load_pretrained("efficientnet_lite0")
+    options = {"backbone": "efficientnet_lite0", "bits": 16, "image_size": 32, "backbone_params": weights}
+    encoder, params, frozen = create_encoder(jax.random.key(0), **options)
+    assert set(params) == {"head"}
+    assert set(frozen) == {"backbone"}
+    _, trained, nothing = create_encoder(jax.random.key(0), frozen=False, **options)
+    assert set(trained) == {"head", "backbone"}
+    assert nothing == {}
+    views = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    features = jax.jit(encoder.features)
+    assert np.array_equal(features(params, frozen, views), features(trained, nothing, views))
+
+
+def test_preprocessing_is_of_the_backbones_size_and_normalization(small):
+    encoder, _, _ = small
+    images = np.full((1, 8, 8, 3), 255, np.uint8)
+    np.testing.assert_allclose(encoder.preprocess(jnp.asarray(images)), np.ones((1, 16, 16, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 12}, "bits: 12 is not a positive multiple of 8"),
+        ({"backbone": "resnet"}, "resnet"),
+        ({"image_size": 4}, "image_size: 4 is too small for convnet"),
+        ({"backbone": "vgg16", "image_size": 32}, "pass cib_jax.load_pretrained"),
+        ({"backbone_params": {"kernel": np.zeros(3)}}, "they do not fit convnet"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_encoder(jax.random.key(0), **({"backbone": "convnet", "bits": 16, "image_size": 16} | options))
+
+
+def test_a_backbone_in_bfloat16_gives_float32_features_near_those_of_float32():
+    views = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
+    features = {}
+    for dtype in ("float32", "bfloat16"):
+        encoder, params, frozen = create_encoder(
+            jax.random.key(0), backbone="convnet", bits=8, image_size=16, backbone_dtype=dtype
+        )
+        features[dtype] = encoder.features(params, frozen, views)
+        assert features[dtype].dtype == jnp.float32
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    error = np.linalg.norm(features["bfloat16"] - features["float32"]) / np.linalg.norm(features["float32"])
+    assert 1e-4 < error < 0.05
+
+
+def test_a_frozen_backbone_in_bfloat16_is_held_in_bfloat16():
+    _, _, frozen = create_encoder(
+        jax.random.key(0), backbone="efficientnet_lite0", bits=8, image_size=32, frozen=True, pretrained=False,
+        backbone_dtype="bfloat16",
+    )  # fmt: skip
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_dtype_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"backbone_dtype: 'float8' is not one of float32, bfloat16"):
+        create_encoder(jax.random.key(0), backbone="convnet", bits=8, backbone_dtype="float8")

@@ -1,0 +1,284 @@
+"""Torch files: those PyTorch wrote, those that are damaged, and those that mean harm."""
+
+import collections
+import io
+import pathlib
+import pickle
+import struct
+import zipfile
+from typing import ClassVar
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from cib_jax.models import torch_checkpoint, weights
+
+FILES = ("torch_zip.pth", "torch_zip_protocol_4.pth", "torch_legacy.pth", "torch_checkpoint.pth")
+
+
+class Global:
+    """Pickles as the name of something, without being it."""
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+
+class Call:
+    """Pickles as a call of a named thing."""
+
+    def __init__(self, module: str, name: str, *arguments):
+        self.target, self.arguments = Global(module, name), arguments
+
+
+class Storage:
+    """Pickles as a reference to numbers elsewhere in the file."""
+
+    def __init__(self, key: str = "0", count: object = 6, kind: str = "FloatStorage"):
+        self.identity = ("storage", Global("torch", kind), key, "cpu", count)
+
+
+class Writer(pickle._Pickler):
+    """Writes the above; the Python version of Pickler, because only its parts can be replaced."""
+
+    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)
+
+    def persistent_id(self, obj):
+        return obj.identity if isinstance(obj, Storage) else None
+
+    def save_global_label(self, obj):
+        self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+
+    def save_call(self, obj):
+        self.save(obj.target)
+        self.save(obj.arguments)
+        self.write(pickle.REDUCE)
+
+    dispatch[Global], dispatch[Call] = save_global_label, save_call
+
+
+def pickled(content: object) -> bytes:
+    buffer = io.BytesIO()
+    Writer(buffer, protocol=2).dump(content)
+    return buffer.getvalue()
+
+
+def tensor(shape=(2, 3), strides=(3, 1), offset=0, storage=None) -> Call:
+    hooks = collections.OrderedDict()
+    arguments = (storage or Storage(), offset, shape, strides, False, hooks)
+    return Call("torch._utils", "_rebuild_tensor_v2", *arguments)
+
+
+NUMBERS = np.arange(6, dtype="<f4").tobytes()
+
+
+def write_zip(path: pathlib.Path, content: bytes, numbers: bytes = NUMBERS, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/data/0", numbers)
+    return path
+
+
+def write_legacy(path: pathlib.Path, content: bytes, numbers: bytes = NUMBERS, count: int = 6, keys=("0",)):
+    system = {"protocol_version": 1001, "little_endian": True}
+    parts = [pickled(part) for part in (torch_checkpoint.LEGACY_MAGIC, 1001, system)]
+    parts += [content, pickled(list(keys)), struct.pack("<q", count), numbers]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+WRITERS = {"zip": write_zip, "legacy": write_legacy}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_pytorch_wrote(golden_folder, golden, name):
+    """Both formats and two pickle protocols; all dtypes, shared and transposed storages, a parameter."""
+    tensors = weights.read_tensors(golden_folder / name)
+    expected = {n.removeprefix("file_"): t for n, t in golden.items() if n.startswith("file_")}
+    assert tensors.keys() == expected.keys()
+    for key, array in tensors.items():
+        assert array.dtype.name == ("bfloat16" if key == "bfloat16" else expected[key].dtype.name)
+        np.testing.assert_array_equal(array.astype(expected[key].dtype), expected[key])
+
+
+@pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
+def test_a_part_of_a_file_is_what_it_is_in_the_whole(tmp_path, golden_folder, name):
+    """And of the rest no number is read: one is damaged here, which a zip archive's checksum tells of."""
+    whole = weights.read_tensors(golden_folder / name)
+    data = (golden_folder / name).read_bytes()
+    damaged = bytearray(data)
+    damaged[data.index(np.float64(whole["double"][0, 0]).tobytes())] ^= 1
+    (tmp_path / name).write_bytes(damaged)
+    part = weights.read_tensors(tmp_path / name, prefixes=("shared.", "integers"))
+    assert part.keys() == {"shared.whole", "shared.part", "integers"}
+    for key, array in part.items():
+        np.testing.assert_array_equal(array, whole[key])
+    if name == "torch_zip.pth":
+        with pytest.raises(weights.WeightsError, match="Bad CRC"):
+            weights.read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_the_files_of_these_tests_are_sound(tmp_path, write):
+    content = pickled({"a": tensor(), "b": tensor((3, 2), (1, 3))})
+    tensors = weights.read_tensors(write(tmp_path / "file.pth", content))
+    np.testing.assert_array_equal(tensors["a"], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(tensors["b"], [[0, 3], [1, 4], [2, 5]])
+
+
+def alias(count: int) -> Storage:
+    return Storage("0", count)
+
+
+HARMFUL = {
+    "os.system": (Call("os", "system", "touch ran"), "asks for the Python object os.system"),
+    "posix.system": ({"a": Call("posix", "system", "touch ran")}, "posix.system"),
+    "eval": (Call("builtins", "eval", "open('ran', 'w')"), "builtins.eval"),
+    "exec of Python 2": (Call("__builtin__", "exec", "open('ran', 'w')"), "__builtin__.exec"),
+    "getattr": (Call("builtins", "getattr", "a", "b"), "builtins.getattr"),
+    "dotted": (Call("collections", "OrderedDict.fromkeys", "ab"), "collections.OrderedDict.fromkeys"),
+    "torch": (Call("torch.hub", "load", "a"), "torch.hub.load"),
+    "nested": ({"state_dict": {"a": tensor(), "b": (Call("os", "system", "touch ran"),)}}, "os.system"),
+    "in the hooks": (
+        {"a": Call("torch._utils", "_rebuild_tensor_v2", Storage(), 0, (1,), (1,), False, Call("os", "getcwd"))},
+        "os.getcwd",
+    ),
+    "terminal codes": (Call("os", "\x1b[2J"), r"os.\\x1b"),
+    "calling a dtype": ({"a": Call("torch", "FloatStorage", 1 << 40)}, "calls what cannot be called"),
+    "calling a dict": ({"a": Call("collections", "OrderedDict", [("a", 1)])}, "calls what cannot be called"),
+    "huge size": ({"a": tensor((1 << 40, 1), (1, 1))}, "reaches beyond its storage"),
+    "size that overflows": ({"a": tensor((1 << 40, 1 << 40), (1, 1))}, "reaches beyond its storage"),
+    "absurd size": ({"a": tensor((1 << 70,), (1,))}, "negative or absurd"),
+    "huge by repetition": ({"a": tensor((1 << 40,), (0,))}, "reaches beyond its storage"),
+    "negative size": ({"a": tensor((-1, 3))}, "negative or absurd"),
+    "negative stride": ({"a": tensor((2, 3), (-3, 1))}, "negative or absurd"),
+    "negative offset": ({"a": tensor(offset=-4)}, "negative or absurd"),
+    "offset beyond": ({"a": tensor(offset=1)}, "reaches beyond its storage"),
+    "stride beyond": ({"a": tensor((2, 3), (4, 1))}, "reaches beyond its storage"),
+    "size that is no number": ({"a": tensor((2.0, 3))}, "negative or absurd"),
+    "shape without strides": ({"a": tensor((2, 3), (1,))}, "2 sizes with 1 strides"),
+    "larger storage": ({"a": tensor(storage=alias(1 << 40))}, "storage 0 has another size"),
+    "smaller storage": ({"a": tensor((1,), (1,), storage=alias(1))}, "storage 0 has another size"),
+    "other dtype": ({"a": tensor(storage=Storage(kind="DoubleStorage"))}, "storage 0|cut short"),
+    "unknown dtype": ({"a": tensor(storage=Storage(kind="ComplexFloatStorage"))}, "torch.ComplexFloatStorage"),
+    "missing storage": ({"a": tensor(storage=Storage("7"))}, "lacks the numbers|storage that no tensor uses"),
+    "not a dict": ([tensor()], "no state-dict"),
+    "empty": ({}, "no state-dict"),
+    "not only tensors": ({"a": tensor(), "b": "text"}, "more than named tensors: b"),
+    "names that are numbers": ({1: tensor()}, "more than named tensors: 1"),
+    "keys that are tuples": ({(1, 2): tensor()}, "not a dict of names"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("name", HARMFUL)
+def test_harmful_files_are_refused_before_anything_runs(tmp_path, monkeypatch, write, name):
+    monkeypatch.chdir(tmp_path)
+    content, reason = HARMFUL[name]
+    path = write(tmp_path / "file.pth", pickled(content))
+    with pytest.raises(weights.WeightsError, match=reason) as caught:
+        weights.read_tensors(path, "fetch it again")
+    assert str(caught.value).startswith(f"{path} ")
+    assert str(caught.value).endswith(": fetch it again.")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "ran").exists()
+
+
+RAW = {
+    "an object": (b"(S'touch ran'\nios\nsystem\n.", "operation STRING"),
+    "an instance": (b"(ios\nsystem\n.", "operation INST"),
+    "a name from the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),
+    "a new object": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "operation NEWOBJ"),
+    "an extension": (b"\x80\x02\x82\x01.", "operation EXT1"),
+    "a state for a name": (b"\x80\x02ccollections\nOrderedDict\n}b.", "sets attributes of what is not a dict"),
+    "a name of numbers": (b"\x80\x04K\x01K\x02\x93.", "name that is no text"),
+    "a far memo": (b"\x80\x02}r\xff\xff\xff\x7f.", "no state-dict"),
+    "an empty memo": (b"\x80\x02j\xff\xff\xff\x7f.", "cut short or corrupt"),
+    "an endless text": (b"\x80\x02X\xff\xff\xff\x7fa.", "cut short or corrupt"),
+    "an empty stack": (b"\x80\x02R.", "takes more than it gave"),
+    "nothing": (b"\x80\x02.", "cut short or corrupt"),
+    "no mark": (b"\x80\x02t.", "cut short or corrupt"),
+    "no end": (b"\x80\x02}", "cut short or corrupt"),
+    "a deep nest": (b"\x80\x02)" + b"\x85" * 100_000 + b".", "no state-dict"),
+    "a nest of references": (b"\x80\x02)" + b"q\x00h\x00\x86" * 100_000 + b".", "no state-dict"),
+    "an odd number of items": (b"\x80\x02}(K\x01u.", "cut short or corrupt"),
+    "a list in itself": (b"\x80\x02]q\x00h\x00a.", "no state-dict"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("name", RAW)
+def test_hand_written_pickles_are_refused(tmp_path, monkeypatch, write, name):
+    monkeypatch.chdir(tmp_path)
+    content, reason = RAW[name]
+    with pytest.raises(weights.WeightsError, match=reason):
+        weights.read_tensors(write(tmp_path / "file.pth", content))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_of_many_bytes_are_refused(tmp_path, monkeypatch):
+    content = pickled({"a": tensor()})
+    monkeypatch.setattr(torch_checkpoint, "LARGEST_PICKLE", len(content) - 1)
+    for write in WRITERS.values():
+        with pytest.raises(weights.WeightsError, match=r"has a pickle of more than|cut short"):
+            weights.read_tensors(write(tmp_path / "file.pth", content))
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    """A zip bomb is one."""
+    path = write_zip(tmp_path / "file.pth", pickled({"a": tensor()}), bytes(1 << 20), zipfile.ZIP_DEFLATED)
+    with pytest.raises(weights.WeightsError, match="holds compressed entries"):
+        weights.read_tensors(path)
+
+
+def test_archives_that_claim_more_than_they_hold_are_refused(tmp_path):
+    """The size of the storage's entry, in the archive's directory, is raised to 3 GiB."""
+    path = write_zip(tmp_path / "file.pth", pickled({"a": tensor(storage=Storage("0", 3 << 28))}))
+    data = path.read_bytes()
+    entry = data.rindex(b"PK\x01\x02")
+    path.write_bytes(data[: entry + 20] + struct.pack("<II", 3 << 30, 3 << 30) + data[entry + 28 :])
+    with pytest.raises(weights.WeightsError, match="claims to hold more bytes than it has"):
+        weights.read_tensors(path)
+
+
+def test_other_archives_and_big_endian_files_are_refused(tmp_path):
+    path = tmp_path / "file.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "text")
+    with pytest.raises(weights.WeightsError, match=r"it has no data\.pkl"):
+        weights.read_tensors(path)
+    with zipfile.ZipFile(write_zip(path, pickled({"a": tensor()})), "a") as archive:
+        archive.writestr("archive/byteorder", "big")
+    with pytest.raises(weights.WeightsError, match="big-endian"):
+        weights.read_tensors(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_cut_short_are_refused(tmp_path, golden_folder, name):
+    data = (golden_folder / name).read_bytes()
+    path = tmp_path / name
+    for length in [*range(0, len(data), 61), len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(weights.WeightsError):
+            weights.read_tensors(path)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+    name=st.sampled_from(FILES),
+    changes=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_damaged_files_give_tensors_or_one_clear_error(name, changes, golden_folder, tmp_path_factory):
+    data = bytearray((golden_folder / name).read_bytes())
+    for position, value in changes:
+        data[position % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged.pth"
+    path.write_bytes(data)
+    try:
+        tensors = weights.read_tensors(path)
+    except weights.WeightsError as error:
+        assert str(path) in str(error)
+    else:
+        assert sum(array.nbytes for array in tensors.values()) < 100 * len(data)
+        assert all(np.array(array).shape == array.shape for array in tensors.values())

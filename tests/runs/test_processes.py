@@ -1,0 +1,74 @@
+"""What a process of several leaves where it ends: word in the workdir, and nothing in the folder it was started in."""
+
+import sys
+import threading
+import types
+
+import pytest
+
+from cib_jax.distributed import multihost
+from cib_jax.errors import UserError
+from cib_jax.runs import processes
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def second(monkeypatch, tmp_path):
+    """Makes this process the second of several; returns how it ends, in an empty folder, where an error meets it."""
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(multihost, "several", lambda: True)
+    monkeypatch.setattr(multihost, "first", lambda: False)
+    monkeypatch.setattr(processes, "_ENDING", processes.threading.Event())
+    monkeypatch.setattr(processes.os, "_exit", leave)
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def ends(error, workdir):
+        with pytest.raises(Ended) as ended, processes.in_words("", str(workdir)):
+            raise error
+        assert not list((tmp_path / "here").iterdir())
+        return ended.value.args[0]
+
+    return ends
+
+
+def test_what_it_refuses_is_left_in_the_workdir(second, tmp_path):
+    assert second(UserError("it is so"), tmp_path) == 2
+    assert (tmp_path / ".last-words").read_text() == "2 it is so"
+
+
+def test_without_a_workdir_it_leaves_nothing(second):
+    assert second(UserError("--workdir: several processes need one folder"), "") == 2
+    assert second(KeyboardInterrupt(), "") == 130
+
+
+def test_who_lost_another_leaves_no_word(second, tmp_path, capsys):
+    assert second(RuntimeError("Gloo AllGather failed: Connection reset by peer"), tmp_path) == 75
+    assert "another process of this run ended: it was killed" in capsys.readouterr().err
+    assert not (tmp_path / ".last-words").exists()
+
+
+def test_what_breaks_in_the_background_is_told_in_a_line_but_for_reads_given_up(monkeypatch, capsys):
+    for place, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(place, hook, getattr(place, hook))
+    processes.quieten_background()
+
+    async def read():
+        pass
+
+    given_up = read()
+    for error, thrower in (
+        (RuntimeError("Event loop is closed"), None),
+        (ValueError("of an array"), given_up),
+        (OSError("disk\nfull"), None),
+    ):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, object=thrower))
+    given_up.close()
+    assert capsys.readouterr().err == "run.py: in the background: OSError: disk\n"

@@ -1,0 +1,369 @@
+"""The table of an index: rows kept as they were given, two writers at once, and every state a place can be in."""
+
+import builtins
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from cib_jax.errors import IndexFolderError
+from cib_jax.storage import photo_table
+from cib_jax.storage.photo_table import About, PhotoTable, Row, key_of
+
+ROOT = pathlib.Path(__file__).parents[2]
+COLUMNS = ["path", "raw_path", "size", "modified", "width", "height", "thumbnail"]
+
+
+def about(bits=16, images="/photos"):
+    return About(images, {"bits": bits, "weights": "none"}, {"epochs": 3})
+
+
+def made(uri, bits=16):
+    return PhotoTable.create(str(uri), about(bits), b"the encoder")
+
+
+def row(number, bits=16, by=0):
+    """A photo whose every value tells its number and its writer."""
+    code = np.random.default_rng([number, by]).bytes(bits // 8)
+    return Row(f"{number:03}.jpg", number, 1_600_000_000_123_456_789 + by, code, 1 + by, 2, b"jpeg %d" % by)
+
+
+def content(table):
+    """All that a table holds: readable photos by path as Row, and unreadable ones as (path, reason)."""
+    snapshot = table.snapshot()
+    rows = table.read(snapshot, range(len(snapshot.keys)), COLUMNS)
+    found = {}
+    for number, one in rows.items():
+        path = one["path"] if one["raw_path"] is None else os.fsdecode(one["raw_path"])
+        values = (one["size"], one["modified"], snapshot.codes[number].tobytes())
+        assert path not in found and snapshot.keys[number] == key_of(path)
+        found[path] = Row(path, *values, one["width"], one["height"], one["thumbnail"])
+    return found, table.unreadable()
+
+
+@pytest.mark.parametrize("bits", [8, 16, 64, 96, 128])
+def test_rows_come_back_as_they_were_put(tmp_path, bits):
+    table = made(tmp_path / "i", bits)
+    rows = [row(number, bits) for number in range(20)]
+    rows += [
+        Row("schön/ß 👍.jpg", 1 << 40, 0, b"\0" * (bits // 8), 1, 9),
+        Row(os.fsdecode(b"caf\xe9.jpg"), 5, -1_500_000_000, b"\xff" * (bits // 8), 20_000, 1, b"\xff\xd8"),
+        Row('it\'s "x" \\ % \n.jpg', 1, (1 << 62) + 1, b"\1" * (bits // 8)),
+    ]
+    table.put([*rows, Row("broken.jpg", 3, 4, reason="truncated"), Row(os.fsdecode(b"\xe9"), 0, 4, reason="0 bytes")])
+    table.put([])
+    again = PhotoTable.open(str(tmp_path / "i"))
+    found, unreadable = content(again)
+    assert found == {one.path: one for one in rows}
+    assert unreadable == [("\\udce9", "0 bytes"), ("broken.jpg", "truncated")]
+    assert len(again) == len(rows) + 2 and again.about == about(bits) and again.encoder() == b"the encoder"
+    state = again.state()
+    assert np.array_equal(state.keys, np.sort(state.keys))
+    known = zip(state.keys.tolist(), state.sizes.tolist(), state.modified_ns.tolist(), strict=True)
+    expected = [(key_of(one.path), one.size, one.modified_ns) for one in rows]
+    assert set(known) == {*expected, (key_of("broken.jpg"), 3, 4), (key_of("\udce9"), 0, 4)}
+
+
+def test_a_photo_put_again_replaces_what_was_known_of_it_and_a_removed_one_is_gone(tmp_path):
+    table = made(tmp_path / "i")
+    table.put([row(number) for number in range(6)])
+    table.put([row(2, by=7), Row("003.jpg", 3, 3, reason="damaged"), row(9)])
+    table.remove([key_of("000.jpg"), key_of("never there.jpg")])
+    table.remove([])
+    found, unreadable = content(table)
+    assert found == {f"{n:03}.jpg": row(n, by=by) for n, by in [(1, 0), (2, 7), (4, 0), (5, 0), (9, 0)]}
+    assert unreadable == [("003.jpg", "damaged")]
+    table.put([row(3)])
+    assert content(table)[1] == []
+    paths = ["001.jpg", "009.jpg"]
+    assert sorted(table.paths(key_of(path) for path in [*paths, "000.jpg"])) == paths and table.paths([]) == []
+
+
+def test_many_keys_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(photo_table, "AT_ONCE", 7)
+    table = made(tmp_path / "i")
+    table.put([row(number) for number in range(40)])
+    names = [f"{number:03}.jpg" for number in range(1, 40, 2)]
+    assert sorted(table.paths(map(key_of, names))) == names
+
+
+def test_a_snapshot_stays_as_it_was(tmp_path):
+    table = made(tmp_path / "i")
+    table.put([row(number) for number in range(10)])
+    before, version = table.snapshot(), table.version
+    table.put([row(number, by=1) for number in range(5, 15)])
+    table.remove([key_of("000.jpg")])
+    table.tidy()
+    read = table.read(before, [3, 0, 3, 9], ["path", "modified"])
+    order = sorted(range(10), key=lambda number: key_of(f"{number:03}.jpg"))
+    assert {at: (one["path"], one["modified"]) for at, one in read.items()} == {
+        at: (f"{order[at]:03}.jpg", row(0).modified_ns) for at in (0, 3, 9)
+    }
+    assert table.version > version
+    assert len(table.snapshot().keys) == 14 and len(before.keys) == 10
+
+
+def test_an_empty_index_has_a_snapshot_of_nothing(tmp_path):
+    table = made(tmp_path / "i", 64)
+    snapshot = table.snapshot()
+    assert snapshot.codes.shape == (0, 8) and len(table.state().keys) == 0 and table.read(snapshot, [], COLUMNS) == {}
+
+
+def test_threads_that_put_the_same_and_other_photos_leave_each_once_with_the_values_of_one(tmp_path):
+    uri = tmp_path / "i"
+    made(uri)
+    tables, together = [PhotoTable.open(str(uri)) for _ in range(4)], threading.Barrier(4)
+    errors = []
+
+    def write(by):
+        try:
+            for block in range(5):
+                together.wait()
+                own = [row(100 * (by + 1) + block, by=by)]
+                tables[by].put([row(number, by=by) for number in range(block * 4, block * 4 + 8)] + own)
+                if by == 0:
+                    tables[by].remove([key_of(f"{100 * (by + 1) + block:03}.jpg")])
+                if by == 1:
+                    tables[by].tidy()
+        except BaseException as error:
+            errors.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=write, args=(by,)) for by in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    table = PhotoTable.open(str(uri))
+    found, _ = content(table)
+    shared = {f"{number:03}.jpg" for number in range(24)}
+    own = {f"{100 * (by + 1) + block:03}.jpg" for by in (1, 2, 3) for block in range(5)}
+    assert set(found) == shared | own and len(table) == len(found)
+    for path, one in found.items():
+        number = int(path[:3])
+        assert one in [row(number, by=by) for by in range(4)]
+
+
+WRITER = """
+import pathlib, sys, time
+from cib_jax.storage.photo_table import PhotoTable
+from tests.storage.test_photo_table import about, row
+uri, by, ready = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+(ready / str(by)).touch()
+while len(list(ready.iterdir())) < 2:
+    time.sleep(0.002)
+table = PhotoTable.create(uri, about(), b"by %d" % by)
+for block in range(6):
+    table.put([row(number, by=by) for number in range(block * 5, block * 5 + 10)])
+"""
+
+
+def test_two_processes_that_make_and_fill_one_index_at_once(tmp_path):
+    (tmp_path / "ready").mkdir()
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "i")]
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(by), str(tmp_path / "ready")], **options) for by in range(2)]
+    assert [(process.communicate(timeout=100)[1], process.returncode) for process in processes] == [("", 0)] * 2
+    table = PhotoTable.open(str(tmp_path / "i"))
+    found, _ = content(table)
+    assert len(table) == len(found) == 35 and table.encoder() in (b"by 0", b"by 1")
+    assert all(one in [row(one.size, by=by) for by in range(2)] for one in found.values())
+
+
+def test_threads_that_make_an_index_at_once_come_to_one(tmp_path):
+    for attempt in range(8):
+        uri, together, errors = str(tmp_path / str(attempt)), threading.Barrier(5), []
+
+        def make(by, uri=uri, together=together, errors=errors):
+            together.wait()
+            try:
+                table = PhotoTable.create(uri, about(), b"by %d" % by)
+                table.put([row(by)])
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=make, args=(by,)) for by in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert len(PhotoTable.open(uri)) == 5
+
+
+def test_a_conflict_is_tried_again_and_told_only_if_it_lasts(tmp_path, monkeypatch):
+    table = made(tmp_path / "i")
+    monkeypatch.setattr(photo_table.time, "sleep", lambda seconds: None)
+    left = [3]
+    original = type(table._photos).merge_insert
+
+    def met(self, on):
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("lance error: Commit conflict for version 3: concurrent commit")
+        return original(self, on)
+
+    monkeypatch.setattr(type(table._photos), "merge_insert", met)
+    table.put([row(1)])
+    assert left == [0] and set(content(table)[0]) == {"001.jpg"}
+    left[0] = 1000
+    with pytest.raises(IndexFolderError, match=r"cannot be written \(lance error: Commit conflict"):
+        table.put([row(2)])
+    assert 1000 - left[0] == 20
+
+
+def test_a_place_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(IndexFolderError, match="is a file; give a folder"):
+        PhotoTable.exists(str(tmp_path / "file"))
+    (tmp_path / "folder").mkdir()
+    assert not PhotoTable.exists(str(tmp_path / "folder"))
+    (tmp_path / "folder" / ".DS_Store").touch()
+    assert not PhotoTable.exists(str(tmp_path / "folder")) and not PhotoTable.exists(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "folder" / "letter.txt").touch()
+    with pytest.raises(IndexFolderError, match=r"holds files, but no index \(letter.txt, …\); give another folder"):
+        PhotoTable.exists(str(tmp_path / "folder"))
+    with pytest.raises(
+        IndexFolderError, match=r"there is no index at .*none; make one by --mode=index --images=PHOTOS"
+    ):
+        PhotoTable.open(str(tmp_path / "none"))
+    with pytest.raises(IndexFolderError, match="--index: it is empty; give a folder"):
+        photo_table.place_of("")
+
+
+def test_places_are_absolute_but_for_uris(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert photo_table.place_of("a b/ü") == str(tmp_path / "a b/ü") and photo_table.place_of("s3://b/c") == "s3://b/c"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert photo_table.place_of("~/x") == photo_table.place_of(pathlib.Path("x")) == str(tmp_path / "x")
+
+
+def test_an_index_of_another_version_is_refused(tmp_path):
+    table = made(tmp_path / "i")
+    told = json.dumps({"version": 99, "images": "/photos", "encoder": {"bits": 16}})
+    table._connection.open_table("encoder").update(values={"about": told})
+    with pytest.raises(
+        IndexFolderError, match="is of version 99, this package reads version 1; index the photos again"
+    ):
+        PhotoTable.open(str(tmp_path / "i"))
+
+
+def test_photos_that_moved_are_noted(tmp_path):
+    made(tmp_path / "i").move("/elsewhere/list.CSV")
+    moved = PhotoTable.open(str(tmp_path / "i"))
+    assert moved.about == about(images="/elsewhere/list.CSV") and moved.about.root == "/elsewhere"
+    assert about().root == "/photos" and moved.encoder() == b"the encoder"
+
+
+@pytest.mark.parametrize("left", ["encoder.lance/data/0.lance", "encoder.lance/_versions/.tmp"])
+def test_what_a_killed_process_began_is_made_anew(tmp_path, left):
+    """Killed while it wrote the first table, or between the two."""
+    (tmp_path / "i" / left).parent.mkdir(parents=True)
+    (tmp_path / "i" / left).write_bytes(b"half")
+    assert not PhotoTable.exists(str(tmp_path / "i"))
+    table = made(tmp_path / "i")
+    shutil.rmtree(tmp_path / "i" / "photos.lance")
+    assert table.encoder() == b"the encoder" and len(PhotoTable.open(str(tmp_path / "i"))) == 0
+
+
+def test_an_index_that_lost_its_encoder_is_not_taken_for_a_new_one(tmp_path):
+    made(tmp_path / "i").put([row(1)])
+    shutil.rmtree(tmp_path / "i" / "encoder.lance" / "_versions")
+    with pytest.raises(IndexFolderError, match=r"is damaged, its encoder is gone; bring encoder\.lance back"):
+        PhotoTable.exists(str(tmp_path / "i"))
+
+
+@pytest.mark.parametrize("which", ["encoder.lance/_versions", "photos.lance/_versions", "photos.lance/data"])
+def test_a_damaged_index_is_told_in_a_sentence(tmp_path, which):
+    made(tmp_path / "i").put([row(number) for number in range(50)])
+    for path in (tmp_path / "i" / which).iterdir():
+        path.write_bytes(b"\0" * 37)
+    with pytest.raises(IndexFolderError) as told:
+        PhotoTable.open(str(tmp_path / "i")).snapshot()
+    assert str(told.value).startswith(f"--index: {tmp_path / 'i'} cannot be read (") and "\n" not in str(told.value)
+
+
+def test_without_lancedb_the_extra_is_named(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def missing(name, *rest, **named):
+        if name == "lancedb":
+            raise ImportError("No module named 'lancedb'")
+        return original(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(IndexFolderError, match=r"LanceDB is not installed; pip install 'cib-jax\[search\]'"):
+        made(tmp_path / "i")
+
+
+def test_a_hosted_index_without_a_key_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.delenv("LANCEDB_API_KEY", raising=False)
+    with pytest.raises(IndexFolderError, match="--index: db://photos cannot be reached"):
+        PhotoTable.exists("db://photos")
+
+
+def test_a_folder_that_may_not_be_read_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """Simulated: root may read everything."""
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "i").mkdir()
+    monkeypatch.setattr(pathlib.Path, "iterdir", forbidden)
+    with pytest.raises(
+        IndexFolderError, match=r"cannot be read \(Permission denied\); give a folder that you may read"
+    ):
+        PhotoTable.exists(str(tmp_path / "i"))
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+    """A small disk, for root on machines that mount."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can make a small disk")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=False)
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_loses_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=2m"):
+        table = made(disk / "i")
+        table.put([row(1)])
+        with (disk / "filling").open("wb", buffering=0) as filling, contextlib.suppress(OSError):
+            while True:
+                filling.write(b"\1" * 4096)
+        large = Row("large.jpg", 1, 1, b"ab", 1, 1, b"x" * 100_000)
+        with pytest.raises(IndexFolderError, match=r"cannot be written \(the disk is full\); mend that"):
+            table.put([large])
+        assert set(content(PhotoTable.open(str(disk / "i")))[0]) == {"001.jpg"}
+        (disk / "filling").unlink()
+        table.put([large])
+        assert set(content(table)[0]) == {"001.jpg", "large.jpg"}
+
+
+def test_a_read_only_index_can_be_read_but_not_written(tmp_path):
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=4m"):
+        made(disk / "i").put([row(1)])
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        table = PhotoTable.open(str(disk / "i"))
+        assert set(content(table)[0]) == {"001.jpg"}
+        with pytest.raises(IndexFolderError, match=r"cannot be written \(.*[Rr]ead-only file system"):
+            table.put([row(2)])
+        with pytest.raises(IndexFolderError, match=r"cannot be (reached|written) \(.*[Rr]ead-only file system"):
+            made(disk / "another")
