@@ -42,7 +42,7 @@ TITLES = {
 
 
 class Field(NamedTuple):
-    """A field as the source has it."""
+    """One field of the source."""
 
     name: str
     default: str
@@ -50,18 +50,18 @@ class Field(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Fields that stand together."""
+    """Fields of one paragraph."""
 
     heading: str
-    """The comment above them all; "" where there is none."""
+    """The comment above the paragraph, or ""."""
     fields: list[Field]
 
 
 def read(source: str) -> list[Group]:
     """Returns the groups of a file that sets fields of `c` in `get_config`, in the order of the file.
 
-    A comment behind a field is its own, one right above it that begins no paragraph too. One that begins a paragraph is
-    the paragraph's; its first field has it for a meaning where it has none of its own.
+    A comment after a field belongs to the field, and so does one directly above it within a paragraph. A comment that
+    begins a paragraph belongs to the paragraph, and is the meaning of its first field if that has no other comment.
     """
     lines = source.splitlines()
     comments = {
@@ -114,7 +114,7 @@ def page(groups: list[Group]) -> str:
 
 
 def _code(value: str) -> str:
-    # An entity, not a backslash, which shows inside of code in one reader of Markdown or the other.
+    # An entity, since some Markdown renderers show a backslash inside code.
     return f"<code>{value.replace('|', '&#124;')}</code>"
 
 
