@@ -1,38 +1,63 @@
-"""Work on all cores in order, and the wording of errors."""
+"""Atomic writes, locks, names and the ordered thread map."""
+
+import threading
 
 import pytest
 
-from cib_jax.files import did_you_mean, first_line, map_in_order, short_reason
+from cib_jax import files
 
 
-def test_results_come_in_order_and_few_are_ahead():
-    started = []
-
-    def slow_first(number):
-        started.append(number)
-        return -number
-
-    results = map_in_order(slow_first, range(1000))
-    assert next(results) == (0, 0)
-    assert len(started) < 100
-    assert [item for item, _ in results] == list(range(1, 1000))
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError), files.replacing(path) as part:
+        part.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_comes_in_its_turn():
-    results = map_in_order(lambda number: 1 / (3 - number), range(10))
-    assert [next(results)[0] for _ in range(3)] == [0, 1, 2]
+def test_a_lock_keeps_others_out_and_shared_ones_admit_each_other(tmp_path):
+    path = tmp_path / "lock"
+    shared = (files.locked(path, shared=True), files.locked(path, shared=True, wait=False))
+    with shared[0], shared[1], pytest.raises(BlockingIOError), files.locked(path, wait=False):
+        pass
+    with files.locked(path, wait=False), pytest.raises(BlockingIOError), files.locked(path, shared=True, wait=False):
+        pass
+
+
+def test_names_that_are_not_unicode_are_printable():
+    assert files.printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")) == "caf\\udce9.jpg"
+    assert files.printable("café.jpg") == "café.jpg"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("one\ntwo"), "one"), (ValueError(), "ValueError"), (OSError("\n a"), "a")]
+)
+def test_the_first_line_of_an_error(error, line):
+    assert files.first_line(error) == line
+
+
+def test_a_hint_names_what_is_alike():
+    assert files.did_you_mean("bit", ["bits", "beta"]) == "did you mean bits? "
+    assert files.did_you_mean("xyz", ["bits", "beta"]) == ""
+
+
+def test_results_come_in_order_and_an_error_stops_the_map():
+    assert list(files.map_in_order(lambda n: n * n, range(50))) == [(n, n * n) for n in range(50)]
+    taken = []
+
+    def items():
+        for n in range(10_000):
+            taken.append(n)
+            yield n
+
     with pytest.raises(ZeroDivisionError):
-        next(results)
+        list(files.map_in_order(lambda n: 1 // (5 - n), items()))
+    assert len(taken) < 10_000
 
 
-def test_reasons_are_one_line():
-    assert first_line(ValueError("  a\nb")) == "a"
-    assert first_line(KeyError()) == "KeyError"
-    assert short_reason(OSError(28, "No space left")) == "no space left"
-    assert short_reason(OSError("Some\ntext")) == "Some"
-
-
-def test_a_hint_names_only_close_choices():
-    assert did_you_mean("tain", ["train", "test"]) == "did you mean train?"
-    assert did_you_mean("bat", ["bath", "cat", "zebra"], 2) == "did you mean bath or cat?"
-    assert did_you_mean("xyz", ["train"]) == ""
+def test_the_map_uses_as_many_threads_as_there_are_cores():
+    barrier = threading.Barrier(files.core_count())
+    assert len(list(files.map_in_order(lambda n: barrier.wait(timeout=60), range(files.core_count())))) > 0

@@ -5,14 +5,13 @@ with everything that its content depends on, so that a change in any of it leads
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -20,7 +19,7 @@ import safetensors.numpy
 from jaxtyping import Shaped, UInt8
 
 from cib_jax.data.dataset import Bar, data_error, no_bar
-from cib_jax.files import replacing, short_reason
+from cib_jax.files import locked, replacing, short_reason, write_bytes
 
 KEY_FILE = "made_of.json"
 
@@ -53,12 +52,6 @@ def create_folder(root: pathlib.Path, key: Mapping[str, Any]) -> pathlib.Path:
 
 def _key_text(key: Mapping[str, Any]) -> bytes:
     return json.dumps(key, sort_keys=True, indent=2).encode()
-
-
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file atomically."""
-    with replacing(path) as part:
-        part.write_bytes(content)
 
 
 def prune(root: pathlib.Path, max_bytes: int, keep: Callable[[pathlib.Path], bool]) -> None:
@@ -120,38 +113,28 @@ def validate_free_space(folder: pathlib.Path, needed: int, content: str, remedy:
 @contextlib.contextmanager
 def exclusive(folder: pathlib.Path, bar: Bar = no_bar) -> Iterator[None]:
     """Holds the writer lock of a cache folder; shows a bar while it waits for another writer. Readers may go on."""
-    with (folder / "lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / "lock", wait=False))
         except BlockingIOError:
             with bar("Waiting for another process that prepares the same data", 1) as advance:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                stack.enter_context(locked(folder / "lock"))
                 advance(1)
         yield
 
 
-def open_shared(folder: pathlib.Path) -> IO[str]:
-    """Returns a file that holds the reader lock of a cache folder until it is closed or collected."""
-    return _lock_readers(folder, fcntl.LOCK_SH)
+def shared(folder: pathlib.Path) -> contextlib.AbstractContextManager[object]:
+    """Holds the reader lock of a cache folder."""
+    return locked(folder / "used", shared=True)
 
 
 def in_use(folder: pathlib.Path) -> bool:
     """Returns whether a reader, in this process or another, holds the reader lock of a cache folder."""
     try:
-        _lock_readers(folder, fcntl.LOCK_EX | fcntl.LOCK_NB).close()
+        with locked(folder / "used", wait=False):
+            return False
     except OSError:
         return True
-    return False
-
-
-def _lock_readers(folder: pathlib.Path, operation: int) -> IO[str]:
-    file = (folder / "used").open("w")
-    try:
-        fcntl.flock(file, operation)
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 # Features

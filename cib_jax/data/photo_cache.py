@@ -4,6 +4,7 @@ A cache folder holds numbered shards: `000000.npy` with the pixels of up to `SHA
 path, size and modification time of each file and its row, or the reason why it could not be read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from jaxtyping import Int, UInt8
 
 from cib_jax.data import cache, photos
 from cib_jax.data.dataset import Bar, Unreadable, no_bar
-from cib_jax.files import map_in_order, replacing, short_reason
+from cib_jax.files import map_in_order, replacing, short_reason, write_bytes
 
 SHARD = 512
 """Photos per shard: an interrupted preparation loses at most these, and memory holds at most these."""
@@ -152,7 +153,8 @@ class CachedImages:
     def __init__(self, folder: pathlib.Path, size: int, locations: Sequence[_Location], identity: str):
         """Opens the photos at `locations` in a cache folder."""
         self.identity = identity
-        self._lock = cache.open_shared(folder)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(cache.shared(folder))
         self._size = size
         self._shards = np.array([location.shard for location in locations], np.int64)
         self._rows = np.array([location.row for location in locations], np.int64)
@@ -212,7 +214,7 @@ def _append_shard(folder: pathlib.Path, shard: list[tuple[_FileStamp, Any]]) -> 
         locations[stamp] = _Location(number, -1 if bad else row, pixels if bad else "")
         row += not bad
     entries = [[*stamp, *location[1:]] for stamp, location in locations.items()]
-    cache.write_bytes(_entries_path(folder, number), json.dumps(entries).encode())
+    write_bytes(_entries_path(folder, number), json.dumps(entries).encode())
     return locations
 
 

@@ -167,7 +167,7 @@ def get_protocol(name: str, data_set: str, fields: Mapping[str, Any]) -> Protoco
       DataError: The protocol does not exist, or is for another data set.
     """
     if name not in PROTOCOLS:
-        hint = did_you_mean(name, PROTOCOLS)
+        hint = did_you_mean(name, PROTOCOLS).rstrip()
         raise data_error(
             "config.data.protocol", f"it must be one of {', '.join(PROTOCOLS)}, got {name!r}{hint and f'; {hint}'}"
         )

@@ -58,7 +58,7 @@ def _open_builder(name: str, directory: str, place: str) -> Any:
         )
     base = name.partition("/")[0].partition(":")[0]
     if base not in BUILDERS and base not in (known := tfds.list_builders(with_community_datasets=False)):
-        hint = did_you_mean(base, [*known, *BUILDERS], 3)
+        hint = did_you_mean(base, [*known, *BUILDERS], most=3).rstrip()
         raise data_error(
             "config.data.name",
             f"it must be digits, folder, list, features, {', '.join(BUILDERS)} or a data set of tensorflow-datasets, "

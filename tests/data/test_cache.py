@@ -129,10 +129,10 @@ def test_one_writer_waits_for_another_and_says_so(tmp_path):
 
 
 def test_a_folder_is_in_use_as_long_as_a_reader_is_open(tmp_path):
-    readers = [cache.open_shared(tmp_path) for _ in range(2)]
-    for reader in readers:
+    with cache.shared(tmp_path):
+        with cache.shared(tmp_path):
+            assert cache.in_use(tmp_path)
         assert cache.in_use(tmp_path)
-        reader.close()
     assert not cache.in_use(tmp_path)
     with cache.exclusive(tmp_path):  # writers are no readers
         assert not cache.in_use(tmp_path)
