@@ -156,7 +156,7 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
-        with _open(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
+        with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
                 raise TooLargeError(
@@ -172,7 +172,7 @@ def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iter
 
 
 @contextlib.contextmanager
-def _open(content: bytes | str | os.PathLike[str]) -> Iterator[Any]:
+def _opened(content: bytes | str | os.PathLike[str]) -> Iterator[Any]:
     if isinstance(content, bytes):
         if not content:
             raise BadPhotoError("0 bytes")
