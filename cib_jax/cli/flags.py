@@ -85,7 +85,7 @@ PROXIES = flags.DEFINE_list(
 FRAMES = flags.DEFINE_list(
     "frames",
     [],
-    "serve: origins of pages that may embed it in a frame, such as https://notebook.example.org or http://localhost:*.",
+    "serve: origins of pages that may frame it, such as https://notebook.example.org or http://localhost:*.",
 )
 BELOW = flags.DEFINE_string("below", "", "serve: path prefix, such as /photos, under which a reverse proxy serves it.")
 SEARCHES = flags.DEFINE_integer("searches", 120, "serve: searches per minute and client.")
