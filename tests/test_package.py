@@ -181,8 +181,8 @@ def test_every_extra_that_is_spoken_of_is_there():
     told = {extra for file in texts for extra in re.findall(r"cib-jax\[([\w,]+)\]", file.read_text())}
     assert {one for extra in told for one in extra.split(",")} <= {*PROJECT["optional-dependencies"]}
     assert set(metric_writers.EXTRAS) <= {*PROJECT["optional-dependencies"]}
-    paragraph = re.search(r"^Extras, as in .*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert paragraph and {*re.findall(r"`(\w+)`", paragraph[0])} == {*PROJECT["optional-dependencies"]}
+    table = (ROOT / "docs" / "installation.md").read_text().split("\n## Extras\n")[1]
+    assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*PROJECT["optional-dependencies"]}
 
 
 def test_the_citation_is_of_this_version_and_the_paper():
