@@ -87,7 +87,5 @@ def test_data_does_not_know_networks_and_retrieval_does_not_know_training(layers
 
 
 def test_codes_are_unpacked_in_one_file(layers):
-    where = [
-        path.name for path in layers.PACKAGE.rglob("*.py") if "np.unpackbits(" in path.read_text(encoding="utf-8")
-    ]
+    where = [path.name for path in layers.PACKAGE.rglob("*.py") if "np.unpackbits(" in path.read_text(encoding="utf-8")]
     assert where == ["codes.py"]
