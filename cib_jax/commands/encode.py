@@ -16,7 +16,6 @@ import PIL
 import rich.console
 from jaxtyping import Shaped
 
-from cib_jax import __version__
 from cib_jax.commands.evaluate import overridden
 from cib_jax.config import schema
 from cib_jax.config.schema import flatten
@@ -30,6 +29,7 @@ from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights
 from cib_jax.storage import code_store
 from cib_jax.storage.code_store import Corpus, DamagedPartError, File
+from cib_jax.version import __version__
 
 PART = 8192
 """Files whose codes make one file: what a killed process can lose."""
