@@ -101,7 +101,7 @@ def command_arguments(name: str, workdir: pathlib.Path | None, config_given: boo
 
 
 def _overrides() -> dict[str, Any]:
-    return config_flags.get_override_values(flags.FLAGS["config"])
+    return config_flags.get_override_values(flags.FLAGS["config"]) or {}
 
 
 def join_processes(name: str) -> None:
