@@ -114,7 +114,7 @@ def _items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = inputs.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
+        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         wanted = hasher.encoder.backbone.features
         if isinstance(items, inputs.Rows) and items.features.shape[-1] != wanted:
             raise DataError(
@@ -127,7 +127,7 @@ def _items(
     if not (folder / code_store.ABOUT).exists():
         raise CodeStoreError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
     begun = code_store.described(folder)
-    return inputs.listed(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
+    return inputs.load_listed_photos(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
