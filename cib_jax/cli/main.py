@@ -145,9 +145,9 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
         )
     elif mode == "search":
         from cib_jax.commands.search import search
-        from cib_jax.retrieval.index import kind_of
+        from cib_jax.retrieval.index import parse_kind
 
-        kind, settings = kind_of(KIND.value)
+        kind, settings = parse_kind(KIND.value)
         search(
             place,
             query,

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from cib_jax.storage import code_store
-from cib_jax.storage.code_store import CorpusError, DamagedPartError, File, begin, read_corpus, tally
+from cib_jax.errors import CodeStoreError as CorpusError
+from cib_jax.storage.code_store import DamagedPartError, File, begin, read_corpus, tally
 
 ENCODER = {"bits": 16, "parameters": "abc"}
 NAMES = [f"{number:02}.jpg" for number in range(10)]
