@@ -14,7 +14,7 @@ from cib_jax.retrieval.hamming import hamming_distances, validate_packed
 from cib_jax.retrieval.metrics import expected_average_precision
 
 # Codes that are unpacked at a time: float32 counts of at most this many are exact (below 2**24).
-_BLOCK = 1 << 14
+BLOCK = 1 << 14
 
 SCORES = {
     "separation": "how far an image's nearest codes stand out from all others, in deviations of the distances",
@@ -97,8 +97,8 @@ def _ones_together(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, "b
     """Returns the number of codes with both bits of each pair set; on the diagonal, with that bit set."""
     bits = packed.shape[1] * 8
     together = np.zeros((bits, bits), np.int64)
-    for start in range(0, len(packed), _BLOCK):
-        ones = codes.ones(packed[start : start + _BLOCK]).astype(np.float32)
+    for start in range(0, len(packed), BLOCK):
+        ones = codes.ones(packed[start : start + BLOCK]).astype(np.float32)
         together += (ones.T @ ones).astype(np.int64)
     return together
 

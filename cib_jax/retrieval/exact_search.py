@@ -21,17 +21,17 @@ from jaxtyping import Int32, Int64, UInt8
 from cib_jax.errors import SearchError
 
 # Codes that bound the k-th distance before FAISS is called.
-_FIRST = 1 << 14
+FIRST = 1 << 14
 # Queries that go through the database together, in blocks of codes that stay in a core's cache: otherwise a large
 # database is read from memory once for each query.
-_ROWS = 16
-_BLOCK_BYTES = 1 << 22
+ROWS = 16
+BLOCK_BYTES = 1 << 22
 # Codes that are worth a thread: a millisecond of work.
-_TASK = 1 << 21
-_COUNTED_BYTES = 1 << 20
+TASK = 1 << 21
+COUNTED_BYTES = 1 << 20
 # Hits for which FAISS allocates memory at a time. Its default of 262,144 hits is 3 MB, which the system must clear for
 # every query that finds one.
-_BUFFERED_HITS = 1 << 11
+BUFFERED_HITS = 1 << 11
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ def _search_all(
     search: Callable[[UInt8[np.ndarray, "rows bytes"], UInt8[np.ndarray, "part bytes"]], list[Hits]],
 ) -> list[list[Hits]]:
     """Returns, for each query, its hits in the whole database or, if queries are few, in each part of it."""
-    rows = max(1, min(max(_ROWS, _TASK // len(codes)), -(-len(queries) // core_count())))
-    parts = max(1, min(core_count() // len(queries), len(codes) // _TASK))
+    rows = max(1, min(max(ROWS, TASK // len(codes)), -(-len(queries) // core_count())))
+    parts = max(1, min(core_count() // len(queries), len(codes) // TASK))
 
     def search_piece(start: int, begin: int, end: int) -> list[Hits]:
         hits = search(queries[start : start + rows], codes[begin:end])
@@ -88,9 +88,9 @@ def _search_all(
 
 
 def _nearest(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, "n bytes"], k: int) -> list[Hits]:
-    begin = min(len(codes), max(_FIRST, 4 * k))
+    begin = min(len(codes), max(FIRST, 4 * k))
     found = [_nearest_of_first(query, codes[:begin], k) for query in queries[:, None]]
-    most = max(_FIRST, _BLOCK_BYTES // codes.shape[1])
+    most = max(FIRST, BLOCK_BYTES // codes.shape[1])
     while begin < len(codes):
         block = codes[begin : begin + min(3 * begin, most)]
         for row, hits in enumerate(found):
@@ -110,7 +110,7 @@ def _nearest_of_first(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarr
 
 
 def _within(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Hits]:
-    most = max(_FIRST, _BLOCK_BYTES // codes.shape[1])
+    most = max(FIRST, BLOCK_BYTES // codes.shape[1])
     found: list[list[Hits]] = [[] for _ in queries]
     for begin in range(0, len(codes), most):
         for row, several in enumerate(found):
@@ -128,7 +128,7 @@ def _first(parts: list[Hits], k: int) -> Hits:
 
 def _distances(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"]) -> Int32[np.ndarray, " n"]:
     word = np.uint64 if codes.shape[1] % 8 == 0 else np.uint8
-    rows = max(1, _COUNTED_BYTES // codes.shape[1])
+    rows = max(1, COUNTED_BYTES // codes.shape[1])
     distances = np.empty(len(codes), np.int32)
     for start in range(0, len(codes), rows):
         differing = np.bitwise_count(codes[start : start + rows].view(word) ^ query.view(word))
@@ -140,7 +140,7 @@ def _nearer(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n byt
     """Returns all codes that differ from the query in fewer than `distance` bits, in any order."""
     faiss = load_faiss()
     found = faiss.RangeSearchResult(1)
-    found.buffer_size = _BUFFERED_HITS
+    found.buffer_size = BUFFERED_HITS
     faiss.hamming_range_search(
         faiss.swig_ptr(query), faiss.swig_ptr(codes), 1, len(codes), distance, codes.shape[1], found
     )

@@ -15,7 +15,7 @@ from cib_jax.files import map_in_order
 
 # The distances of one block fit the caches of a core, yet computing them outweighs the cost of starting a block.
 _BLOCK_DISTANCES = 1 << 21
-_MAX_QUERIES = 64
+MAX_QUERIES = 64
 # Programs are compiled per shape: a database is padded to a multiple of this, or of 1/8 to 1/16 of its size.
 _MIN_QUANTUM = 1 << 12
 # A sample of this many distances bounds the k-th smallest well, in a tenth of the time that all of them take.
@@ -127,7 +127,7 @@ def over_blocks(
 
 def block_height(queries: int, padded: int) -> int:
     """Returns the number of queries in a block against a database of `padded` columns, a power of two."""
-    most = min(_MAX_QUERIES, max(1, _BLOCK_DISTANCES // padded), queries)
+    most = min(MAX_QUERIES, max(1, _BLOCK_DISTANCES // padded), queries)
     return 1 << (most.bit_length() - 1)
 
 

@@ -9,8 +9,8 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 # Bytes of code that are compared at once, and pairs that are collected before their components are joined.
-_BLOCK_BYTES = 1 << 24
-_MAX_PAIRS = 1 << 22
+BLOCK_BYTES = 1 << 24
+MAX_PAIRS = 1 << 22
 
 
 def groups(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Int64[np.ndarray, " members"]]:
@@ -79,7 +79,7 @@ def _join_buckets(
     order = np.argsort(buckets, kind="stable")
     sizes = np.bincount(buckets)
     left = np.cumsum(sizes)[buckets[order]] - 1 - np.arange(len(order))  # codes after each in its bucket
-    words, most = words[order], max(1, _BLOCK_BYTES // words[0].nbytes)
+    words, most = words[order], max(1, BLOCK_BYTES // words[0].nbytes)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     count, step, active = 0, 1, np.flatnonzero(left >= 1)
     while len(active):
@@ -92,7 +92,7 @@ def _join_buckets(
             if apart.any():
                 pairs.append((ends[0][apart], ends[1][apart]))
                 count += int(apart.sum())
-            if count > _MAX_PAIRS:
+            if count > MAX_PAIRS:
                 component, pairs, count = _merge(component, pairs), [], 0
         step += 1
         active = active[left[active] >= step]
