@@ -137,13 +137,13 @@ def padded_size(size: int) -> int:
     return -(-size // quantum) * quantum
 
 
-def as_words(packed: UInt8[np.ndarray, "n bytes"], n: int | None = None) -> UInt32[np.ndarray, "words n"]:
-    """Returns rows of bytes as columns of 32-bit words, padded with zero bits, and with zero columns up to `n`.
+def as_words(packed: UInt8[np.ndarray, "n bytes"], size: int | None = None) -> UInt32[np.ndarray, "words padded"]:
+    """Returns rows of bytes as columns of 32-bit words, padded with zero bits, and with zero columns up to `size`.
 
     The order of bytes inside a word is the machine's; XOR, AND and bit counts do not depend on it.
     """
     rows, width = packed.shape
-    padded = np.zeros((rows if n is None else n, -(-width // 4) * 4), np.uint8)
+    padded = np.zeros((rows if size is None else size, -(-width // 4) * 4), np.uint8)
     padded[:rows, :width] = packed
     return np.ascontiguousarray(padded.view(np.uint32).T)
 
@@ -153,7 +153,7 @@ def as_words(packed: UInt8[np.ndarray, "n bytes"], n: int | None = None) -> UInt
 
 @jax.jit
 def hamming(
-    queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"], size: int
+    queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"], size: int | Int[Array, ""]
 ) -> UInt[Array, "queries n"]:
     """Returns the number of differing bits between every query and every database code.
 

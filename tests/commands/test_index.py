@@ -284,9 +284,9 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
         run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
     run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
     # Kept inside: the folder that it came from may go.
-    assert collection.encoder_identity(collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))) == collection.encoder_identity(
-        Hasher.load(encoder)
-    )
+    assert collection.encoder_identity(
+        collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
+    ) == collection.encoder_identity(Hasher.load(encoder))
 
 
 def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp_path, root, encoder, monkeypatch):

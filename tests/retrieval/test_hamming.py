@@ -59,7 +59,9 @@ def test_the_largest_distance_does_not_wrap(width):
 @pytest.mark.parametrize("width", [1, 4, 9, 31, 32])
 def test_the_product_of_accelerators_gives_the_counts_of_cpus(width):
     rng = np.random.default_rng(width)
-    queries, database = (hamming.as_words(rng.integers(0, 256, (n, width), dtype=np.uint8)) for n in (3, 20))
+    queries, database = (
+        jnp.asarray(hamming.as_words(rng.integers(0, 256, (n, width), dtype=np.uint8))) for n in (3, 20)
+    )
     counted = hamming.by_counting(queries, database, np.uint16)
     np.testing.assert_array_equal(hamming.by_product(queries, database), counted)
 
