@@ -425,7 +425,8 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
                 raise ValueError("its codes do not belong to the readable files")
             width = table.schema.field("code").type.byte_width
             codes = np.frombuffer(b"".join(code for code in packed if code is not None), np.uint8).reshape(-1, width)
-            if _digest_rows(files, codes) != metadata["content"] or len(files) - len(codes) != header.unreadable:
+            agrees = (len(files), len(files) - len(codes)) == (header.count, header.unreadable)
+            if not agrees or _digest_rows(files, codes) != metadata["content"]:
                 raise ValueError("its content is not what was written")
             return header._replace(files=files, codes=codes)
         except Exception as error:  # Parquet's reader raises any class for damaged bytes
