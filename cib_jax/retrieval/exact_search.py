@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from cib_jax.errors import SearchError
+from cib_jax.files import core_count
 
 # Codes that bound the k-th distance before FAISS is called.
 FIRST = 1 << 14
@@ -166,11 +167,6 @@ def load_faiss() -> ModuleType:
     import faiss
 
     return faiss
-
-
-def core_count() -> int:
-    """Returns the number of calls that run at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_order(calls: Iterable[Callable[[], T]]) -> list[T]:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from cib_jax.codes import ones
 from cib_jax.errors import SearchError
+from cib_jax.files import core_count
 from cib_jax.retrieval import exact_search, near_duplicates
 from cib_jax.retrieval.exact_search import Hits
 from cib_jax.retrieval.hamming import validate_codes, validate_k, validate_packed
@@ -123,7 +124,7 @@ class Index:
         queries = _contiguous(queries)
         if self._approximate is None:
             return exact_search.nearest(self.codes, queries, k)
-        rows = max(1, -(-len(queries) // (4 * exact_search.core_count())))
+        rows = max(1, -(-len(queries) // (4 * core_count())))
         found = exact_search.run_in_order(
             functools.partial(self._approximate.search, queries[start : start + rows], k)
             for start in range(0, len(queries), rows)

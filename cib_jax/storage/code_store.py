@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cib_jax import files as files_lib
 from cib_jax.errors import CodeStoreError
-from cib_jax.files import printable
+from cib_jax.files import first_line, printable, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
 
 FORMAT = 1
@@ -324,7 +323,7 @@ def load_names(corpus: Corpus) -> list[str]:
             raise ValueError("it names other files")
     except Exception as error:  # Parquet's reader raises any class for damaged bytes
         raise _error(
-            f"{path}, which keeps the list of files, cannot be read ({type(error).__name__}: {_first_line(error)}); "
+            f"{path}, which keeps the list of files, cannot be read ({type(error).__name__}: {first_line(error)}); "
             "give the --images that the corpus was begun with, unchanged, or another --codes"
         ) from error
     return names
@@ -430,7 +429,7 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
                 raise ValueError("its content is not what was written")
             return header._replace(files=files, codes=codes)
         except Exception as error:  # Parquet's reader raises any class for damaged bytes
-            raise DamagedPartError(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise DamagedPartError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _digest_rows(files: Sequence[File], codes: UInt8[np.ndarray, "readable bytes"]) -> str:
@@ -450,15 +449,14 @@ def _write_table(path: pathlib.Path, table: Any, use_dictionary: bool | list[str
     # In memory first: a full disk is then reported by the system's error, not by Parquet's.
     content = io.BytesIO()
     pyarrow.parquet.write_table(table, content, compression="zstd", use_dictionary=use_dictionary)
-    _write_file(path, content.getbuffer())
+    _write_file(path, content.getvalue())
 
 
-def _write_file(path: pathlib.Path, content: bytes | memoryview) -> None:
+def _write_file(path: pathlib.Path, content: bytes) -> None:
     """Writes a file atomically, and removes temporary files of it that killed processes left."""
     try:
         try:
-            with files_lib.replacing(path) as temporary:
-                temporary.write_bytes(content)
+            write_bytes(path, content)
         except FileNotFoundError:
             # Another process wrote the same file meanwhile and removed this one's temporary file as a leftover.
             if not path.exists():
@@ -478,7 +476,3 @@ def _error(sentence: str) -> CodeStoreError:
 
 def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")

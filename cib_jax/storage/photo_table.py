@@ -21,6 +21,7 @@ from jaxtyping import Int64, UInt8
 
 from cib_jax.data import inputs
 from cib_jax.errors import IndexFolderError, UserError
+from cib_jax.files import first_line
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
 VERSION = 1
@@ -431,8 +432,7 @@ def lance_errors(uri: str, action: str) -> Iterator[None]:
 
 
 def _lance_error(uri: str, action: str, error: Exception) -> IndexFolderError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    reason = "the disk is full" if "No space left on device" in str(error) else first.rstrip(".")
+    reason = "the disk is full" if "No space left on device" in str(error) else first_line(error).strip().rstrip(".")
     return _error(f"{uri} cannot be {action} ({reason}); repair that, and the same command goes on with what is there")
 
 
