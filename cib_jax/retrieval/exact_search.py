@@ -35,6 +35,9 @@ COUNTED_BYTES = 1 << 20
 BUFFERED_HITS = 1 << 11
 
 T = TypeVar("T")
+Codes = UInt8[np.ndarray, "n bytes"]
+Queries = UInt8[np.ndarray, "queries bytes"]
+Query = UInt8[np.ndarray, "1 bytes"]
 
 
 class Hits(NamedTuple):
@@ -45,7 +48,7 @@ class Hits(NamedTuple):
 
 
 def nearest(
-    codes: UInt8[np.ndarray, "n bytes"], queries: UInt8[np.ndarray, "queries bytes"], k: int
+    codes: Codes, queries: Queries, k: int
 ) -> tuple[Int32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
     """Returns distances and positions of each query's k nearest codes, with k in 1..n; both arrays are contiguous.
 
@@ -58,17 +61,13 @@ def nearest(
     return np.stack([hit.distances for hit in hits]), np.stack([hit.ids for hit in hits])
 
 
-def within(codes: UInt8[np.ndarray, "n bytes"], queries: UInt8[np.ndarray, "queries bytes"], radius: int) -> list[Hits]:
+def within(codes: Codes, queries: Queries, radius: int) -> list[Hits]:
     """Returns, for each query, all codes that differ from it in at most `radius` bits; both arrays are contiguous."""
     found = _search_all(queries, codes, functools.partial(_within, radius=radius))
     return [_first(parts, len(codes)) for parts in found]
 
 
-def _search_all(
-    queries: UInt8[np.ndarray, "queries bytes"],
-    codes: UInt8[np.ndarray, "n bytes"],
-    search: Callable[[UInt8[np.ndarray, "rows bytes"], UInt8[np.ndarray, "part bytes"]], list[Hits]],
-) -> list[list[Hits]]:
+def _search_all(queries: Queries, codes: Codes, search: Callable[[Queries, Codes], list[Hits]]) -> list[list[Hits]]:
     """Returns, for each query, its hits in the whole database or, if queries are few, in each part of it."""
     rows = max(1, min(max(ROWS, TASK // len(codes)), -(-len(queries) // core_count())))
     parts = max(1, min(core_count() // len(queries), len(codes) // TASK))
@@ -88,7 +87,7 @@ def _search_all(
     return [by_part[row :: len(queries)] for row in range(len(queries))]
 
 
-def _nearest(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, "n bytes"], k: int) -> list[Hits]:
+def _nearest(queries: Queries, codes: Codes, k: int) -> list[Hits]:
     begin = min(len(codes), max(FIRST, 4 * k))
     found = [_nearest_of_first(query, codes[:begin], k) for query in queries[:, None]]
     most = max(FIRST, BLOCK_BYTES // codes.shape[1])
@@ -104,13 +103,13 @@ def _nearest(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, 
     return found
 
 
-def _nearest_of_first(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], k: int) -> Hits:
+def _nearest_of_first(query: Query, codes: Codes, k: int) -> Hits:
     distances, k = _distances(query, codes), min(k, len(codes))
     ids = np.flatnonzero(distances <= np.partition(distances, k - 1)[k - 1])
     return _first([Hits(distances[ids], ids)], k)
 
 
-def _within(queries: UInt8[np.ndarray, "rows bytes"], codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Hits]:
+def _within(queries: Queries, codes: Codes, radius: int) -> list[Hits]:
     most = max(FIRST, BLOCK_BYTES // codes.shape[1])
     found: list[list[Hits]] = [[] for _ in queries]
     for begin in range(0, len(codes), most):
@@ -127,7 +126,7 @@ def _first(parts: list[Hits], k: int) -> Hits:
     return Hits(distances[order], ids[order])
 
 
-def _distances(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"]) -> Int32[np.ndarray, " n"]:
+def _distances(query: Query, codes: Codes) -> Int32[np.ndarray, " n"]:
     word = np.uint64 if codes.shape[1] % 8 == 0 else np.uint8
     rows = max(1, COUNTED_BYTES // codes.shape[1])
     distances = np.empty(len(codes), np.int32)
@@ -137,7 +136,7 @@ def _distances(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n 
     return distances
 
 
-def _nearer(query: UInt8[np.ndarray, "1 bytes"], codes: UInt8[np.ndarray, "n bytes"], distance: int) -> Hits:
+def _nearer(query: Query, codes: Codes, distance: int) -> Hits:
     """Returns all codes that differ from the query in fewer than `distance` bits, in any order."""
     faiss = load_faiss()
     found = faiss.RangeSearchResult(1)

@@ -48,13 +48,10 @@ def hamming_distances(
       [[0, 1, 2]]
     """
     validate_codes(queries, database)
+    blocks = over_blocks(queries, database, lambda rows, distances: (rows, np.asarray(distances)))
     matrix = np.empty((len(queries), len(database)), np.uint16)
-
-    def fill(rows: slice, distances: UInt[Array, "height padded"]) -> None:
-        matrix[rows] = np.asarray(distances)[: rows.stop - rows.start, : len(database)]
-
-    for _ in over_blocks(queries, database, fill):
-        pass
+    for rows, distances in blocks:
+        matrix[rows] = distances[: rows.stop - rows.start, : len(database)]
     return matrix
 
 
@@ -82,13 +79,10 @@ def rank(
     """
     validate_codes(queries, database)
     validate_k(k, len(database))
+    blocks = over_blocks(queries, database, lambda rows, distances: (rows, nearest(distances, rows, len(database), k)))
     ranks = np.empty((len(queries), k), np.int32)
-
-    def fill(rows: slice, distances: UInt[Array, "height padded"]) -> None:
-        ranks[rows] = nearest(distances, rows, len(database), k)
-
-    for _ in over_blocks(queries, database, fill):
-        pass
+    for rows, nearest_of_rows in blocks:
+        ranks[rows] = nearest_of_rows
     return ranks
 
 

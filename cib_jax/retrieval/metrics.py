@@ -283,18 +283,10 @@ def curves(
 
     def sums_and_rows(block: Block) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         average = _average_precision(block, ks)
-        ball_precision, _, ball_empty = (part[:, :RADII] for part in _balls(block))
-        irrelevant = block.counts - block.relevant
-        parts = (
-            average,
-            _precision(block, ks),
-            _recall(block, ks),
-            ball_precision,
-            ball_empty,
-            block.relevant,
-            irrelevant,
-        )
-        return [part.sum(axis=0) for part in parts], average[:, -1], block.relevant.any(axis=1)
+        precision, _, empty = (part[:, :RADII] for part in _balls(block))
+        at_ranks = average, _precision(block, ks), _recall(block, ks)
+        parts = *at_ranks, precision, empty, block.relevant, block.counts - block.relevant
+        return [part.sum(axis=0) for part in parts], average[:, -1], block.relevant.sum(axis=1) > 0
 
     data = query_codes, database_codes, query_labels, database_labels
     sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
@@ -302,12 +294,12 @@ def curves(
     hits, misses = int(relevant.sum()), int(irrelevant.sum())
     return Curves(
         ks,
-        *(total / len(query_codes) for total in totals),
-        relevant=relevant / max(hits, 1),
-        irrelevant=irrelevant / max(misses, 1),
-        chance=hits / (hits + misses),
-        average_precision=np.concatenate(average_precision),
-        answerable=np.concatenate(answerable),
+        *[total / len(query_codes) for total in totals],
+        relevant / max(hits, 1),
+        irrelevant / max(misses, 1),
+        hits / (hits + misses),
+        np.concatenate(average_precision),
+        np.concatenate(answerable),
     )
 
 
@@ -367,7 +359,7 @@ def _mean_over_queries(
     histograms: bool = False,
 ) -> Float64[np.ndarray, " metrics"]:
     sums = each_block(data, lambda block: per_query(block).sum(axis=0), k=k, ranks=ranks, histograms=histograms)
-    return sum(sums, start=np.float64(0)) / len(data[0])
+    return np.sum(list(sums), axis=0) / len(data[0])
 
 
 def _validate_ks(ks: Sequence[int], database: int) -> None:

@@ -1,7 +1,8 @@
 """Packed codes of a corpus on disk: a folder of Parquet files, written by any number of processes.
 
 The files of a corpus are cut into parts of equal size, and each part is one Parquet file that is complete or absent.
-`_corpus.json` describes the corpus and `_files.parquet` is the manifest, the list of all file names.
+`_corpus.json` describes the corpus and `_files.parquet` is the manifest, the list of all file names. Functions raise a
+CodeStoreError if the folder holds something else or another corpus, or cannot be read or written.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Part(NamedTuple):
 
     corpus: str
     """Identity of the corpus."""
-    count: int
+    total: int
     """Number of files."""
     unreadable: int
     """Number of files without a code."""
@@ -115,7 +116,6 @@ class Corpus:
         """Returns a part, or None if it does not exist; without `rows` only its header, so that damage may be missed.
 
         Raises:
-          CodeStoreError: It is of another corpus, or cannot be opened.
           DamagedPartError: It is damaged.
         """
         path = self.path(number)
@@ -130,16 +130,12 @@ class Corpus:
                 f"{path} is of another corpus than the one in {self.folder / DESCRIPTION}; move it elsewhere, and the "
                 "same command makes this corpus's part"
             )
-        if part.count != len(self.of_part(number)):
-            raise DamagedPartError(f"{part.count} rows for {len(self.of_part(number))} files")
+        if part.total != len(self.of_part(number)):
+            raise DamagedPartError(f"{part.total} rows for {len(self.of_part(number))} files")
         return part
 
     def validate_folder(self) -> None:
-        """Checks that the folder still holds this corpus.
-
-        Raises:
-          CodeStoreError: It holds another one.
-        """
+        """Raises a CodeStoreError if the folder does not hold this corpus any more."""
         theirs = load_description(self.folder)
         if theirs.identity == self.identity:
             return
@@ -177,9 +173,6 @@ def begin(
       names: Names of all files, in order.
       images: Place of the files.
       keep_list: Whether the names are kept, so that the corpus can be finished even if files come and go.
-
-    Raises:
-      CodeStoreError: The folder holds something else or another corpus, or cannot be written to.
     """
     corpus = Corpus(folder, encoder, part, len(names), _digest_names(names), images)
     try:
@@ -211,11 +204,7 @@ def begin(
 
 
 def load_description(folder: pathlib.Path) -> Corpus:
-    """Returns the corpus that the `_corpus.json` of a folder describes.
-
-    Raises:
-      CodeStoreError: There is none, or it is damaged.
-    """
+    """Returns the corpus that the `_corpus.json` of a folder describes."""
     path = folder / DESCRIPTION
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -240,11 +229,7 @@ def load_description(folder: pathlib.Path) -> Corpus:
 
 
 def tally(corpus: Corpus) -> Tally:
-    """Returns the progress of a corpus, from the headers of its parts alone.
-
-    Raises:
-      CodeStoreError: A part is of another corpus.
-    """
+    """Returns the progress of a corpus, from the headers of its parts alone."""
     files = unreadable = 0
     missing = []
     for number in range(corpus.parts):
@@ -255,7 +240,7 @@ def tally(corpus: Corpus) -> Tally:
         if part is None:
             missing.append(number)
         else:
-            files, unreadable = files + part.count, unreadable + part.unreadable
+            files, unreadable = files + part.total, unreadable + part.unreadable
     return Tally(files, unreadable, missing)
 
 
@@ -309,11 +294,7 @@ def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray
 
 
 def load_names(corpus: Corpus) -> list[str]:
-    """Returns the names of a corpus's files, in order, as they were when it was begun.
-
-    Raises:
-      CodeStoreError: They were not kept, or the manifest is damaged.
-    """
+    """Returns the names of a corpus's files, in order, as they were when it was begun."""
     import pyarrow.parquet
 
     path = corpus.folder / MANIFEST
@@ -374,9 +355,6 @@ def write_part(
       files: Files of this part, in order.
       codes: Packed codes of the files without a reason, in order.
       made_with: Versions and device, for information.
-
-    Raises:
-      CodeStoreError: It cannot be written.
     """
     import pyarrow
 
@@ -424,7 +402,7 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
                 raise ValueError("its codes do not belong to the readable files")
             width = table.schema.field("code").type.byte_width
             codes = np.frombuffer(b"".join(code for code in packed if code is not None), np.uint8).reshape(-1, width)
-            agrees = (len(files), len(files) - len(codes)) == (header.count, header.unreadable)
+            agrees = (len(files), len(files) - len(codes)) == (header.total, header.unreadable)
             if not agrees or _digest_rows(files, codes) != metadata["content"]:
                 raise ValueError("its content is not what was written")
             return header._replace(files=files, codes=codes)

@@ -190,25 +190,15 @@ class Collection:
         return [members.tolist() for members in self._index.groups(radius)] if self._index else []
 
     def photos(self, numbers: Sequence[int], *, thumbnails: bool = True) -> list[Photo]:
-        """Returns the metadata of photos, in the order of `numbers`.
-
-        Raises:
-          IndexFolderError: It cannot be read.
-        """
+        """Returns the metadata of photos, in the order of `numbers`."""
         columns = ["path", "raw_path", "size", "modified", "width", "height", *(["thumbnail"] if thumbnails else [])]
         rows = self._table.read(self._snapshot, numbers, columns)
-        return [
-            Photo(
-                int(self._snapshot.keys[number]).to_bytes(8, "big", signed=True).hex(),
-                path_of(row),
-                row["size"],
-                row["modified"],
-                row["width"],
-                row["height"],
-                row.get("thumbnail", b""),
-            )
-            for number, row in ((number, rows[number]) for number in numbers)
-        ]
+        found = []
+        for number in numbers:
+            row, id = rows[number], int(self._snapshot.keys[number]).to_bytes(8, "big", signed=True).hex()
+            about_file = path_of(row), row["size"], row["modified"]
+            found.append(Photo(id, *about_file, row["width"], row["height"], row.get("thumbnail", b"")))
+        return found
 
     def number_of(self, id: str) -> int | None:
         """Returns the position of the photo with this id, or None if there is none."""
@@ -223,12 +213,7 @@ class Collection:
 
 
 def load_hasher(table: PhotoTable) -> Hasher:
-    """Returns the encoder that made an index's codes.
-
-    Raises:
-      SavedHasherError: It is damaged.
-      IndexFolderError: It cannot be read.
-    """
+    """Returns the encoder that made an index's codes."""
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / serialization.FILE).write_bytes(table.encoder())
         return Hasher.load(folder)

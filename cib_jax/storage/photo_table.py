@@ -92,7 +92,8 @@ class Snapshot(NamedTuple):
 class PhotoTable:
     """An index on disk, in a bucket, or hosted. Any number of processes may read and write it at once.
 
-    Every method raises an IndexFolderError if the index cannot be read or written.
+    Every method raises an IndexFolderError if the index cannot be read or written, such as from a snapshot of which the
+    files were deleted since.
     """
 
     def __init__(self, uri: str, metadata: IndexMetadata, connection: Any, photos: Any):
@@ -101,11 +102,7 @@ class PhotoTable:
 
     @classmethod
     def exists(cls, uri: str) -> bool:
-        """Returns whether there is an index.
-
-        Raises:
-          IndexFolderError: The place holds something else, or cannot be read.
-        """
+        """Returns whether there is an index; a place that holds something else is an error."""
         if is_local(uri):
             folder = pathlib.Path(uri)
             if folder.exists() and not folder.is_dir():
@@ -132,9 +129,6 @@ class PhotoTable:
 
         Args:
           uri: A folder, or another place that LanceDB supports, such as s3://bucket/folder or db://database.
-
-        Raises:
-          IndexFolderError: There is none, it cannot be read, or another version made it.
         """
         if not cls.exists(uri):
             raise _error(f"there is no index at {uri}; make one by --mode=index --images=PHOTOS --index={uri}")
@@ -161,9 +155,6 @@ class PhotoTable:
           uri: A folder, or another place that LanceDB supports.
           metadata: Metadata of the index.
           encoder: Content of the file that `Hasher.save` writes.
-
-        Raises:
-          IndexFolderError: It cannot be written.
         """
         import pyarrow
 
@@ -262,11 +253,7 @@ class PhotoTable:
         return Snapshot(keys[order], codes[order], rows[order], table)
 
     def read(self, snapshot: Snapshot, numbers: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
-        """Returns columns of some photos, by their position in the snapshot; times in nanoseconds since 1970.
-
-        Raises:
-          IndexFolderError: They cannot be read, for example because the files of an old snapshot were deleted.
-        """
+        """Returns columns of some photos, by their position in the snapshot; times in nanoseconds since 1970."""
         if not len(numbers):
             return {}
         wanted = sorted(set(numbers))
@@ -356,11 +343,7 @@ def _as_numpy(column: Any) -> Int64[np.ndarray, " rows"]:
 
 
 def validate_installed() -> None:
-    """Checks that LanceDB is installed without importing it: before photos are learned from, which takes minutes.
-
-    Raises:
-      IndexFolderError: It is not installed.
-    """
+    """Raises an IndexFolderError if LanceDB is not installed, without importing it: before minutes of learning."""
     if importlib.util.find_spec("lancedb") is None:
         raise _error(_MISSING)
 

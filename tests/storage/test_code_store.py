@@ -107,7 +107,7 @@ def same_or_damaged(corpus, content, tmp_path):
         return
     # The identity of the corpus may be damaged: then the part is refused as another corpus's.
     files, codes = rows(corpus, 0, bad=(2,))
-    assert (read.count, read.unreadable, read.files) == (4, 1, files) and np.array_equal(read.codes, codes)
+    assert (read.total, read.unreadable, read.files) == (4, 1, files) and np.array_equal(read.codes, codes)
 
 
 def test_a_part_cut_short_anywhere_is_known(part, tmp_path):
