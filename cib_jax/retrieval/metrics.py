@@ -290,16 +290,21 @@ def curves(
 
     data = query_codes, database_codes, query_labels, database_labels
     sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
-    *totals, relevant, irrelevant = (np.sum(parts, axis=0) for parts in zip(*sums, strict=True))
-    hits, misses = int(relevant.sum()), int(irrelevant.sum())
+    totals = [np.sum(parts, axis=0) for parts in zip(*sums, strict=True)]
+    average, precision, recall, ball_precision, ball_empty = (total / len(query_codes) for total in totals[:5])
+    hits, misses = (int(counts.sum()) for counts in totals[5:])
     return Curves(
         ks,
-        *[total / len(query_codes) for total in totals],
-        relevant / max(hits, 1),
-        irrelevant / max(misses, 1),
-        hits / (hits + misses),
-        np.concatenate(average_precision),
-        np.concatenate(answerable),
+        average,
+        precision,
+        recall,
+        ball_precision,
+        ball_empty,
+        relevant=totals[5] / max(hits, 1),
+        irrelevant=totals[6] / max(misses, 1),
+        chance=hits / (hits + misses),
+        average_precision=np.concatenate(average_precision),
+        answerable=np.concatenate(answerable),
     )
 
 
