@@ -191,7 +191,8 @@ def load_listed_photos(
     Raises:
       DataError: Their folder does not exist any more.
     """
-    root = place if os.path.isdir(place) else os.path.dirname(place)
+    is_list = place.lower().endswith(LISTS) and not os.path.isdir(place)
+    root = os.path.dirname(place) if is_list else place
     if _is_missing_or_empty(root):
         raise data_error("--images", f"{root} is missing or empty; mount its disk, or give its new path with --images")
     return Photos(place, names, root, size, max_megapixels)
