@@ -64,7 +64,8 @@ def _open_builder(name: str, directory: str, place: str) -> Any:
     except Exception as error:  # of many classes; most likely the folder was prepared as tfrecord
         raise config_error(
             "dir",
-            f"{place} cannot be opened ({_describe(error)}); it must be array_record; set another folder",
+            f"{place} cannot be opened ({_describe(error)}); if its format is not array_record, set another folder, in "
+            "which it is prepared again",
         ) from error
 
 
@@ -177,9 +178,7 @@ def _select_splits(builder: Any, data: DataConfig) -> tuple[str, str]:
     if not data.database_split and "train" not in available:
         raise config_error("database_split", f"{data.name} has no 'train'; {choice}")
     if not data.query_split and available != ["train"] and "test" not in available:
-        raise config_error(
-            "dir", f"image {index} of {self.identity.rpartition('-')[0]} cannot be decoded ({error}); prepare it again"
-        )
+        raise config_error("query_split", f"{data.name} has no 'test'; {choice}")
     return data.database_split or "train", data.query_split or ("test" if "test" in available else "")
 
 

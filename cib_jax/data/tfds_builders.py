@@ -264,8 +264,8 @@ def without_tensorflow() -> Iterator[None]:
 
         original = _ImageEncoder._encode_image
     except (ImportError, AttributeError) as error:
-        raise data_error(
-            "config.data.name",
+        raise config_error(
+            "name",
             f"preparing data sets without TensorFlow needs tensorflow-datasets 4.9.10, got {tfds.__version__} "
             f"({first_line(error)}); install that version, or TensorFlow",
         ) from error
