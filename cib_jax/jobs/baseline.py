@@ -12,8 +12,7 @@ import rich.console
 from jaxtyping import Array, Float, UInt8
 
 from cib_jax import binary
-from cib_jax.baselines import BASELINES
-from cib_jax.baselines.fitting import Encoder
+from cib_jax.baselines import BASELINES, Encoder
 from cib_jax.config import checking, from_config
 from cib_jax.data.images import ImageSet
 from cib_jax.errors import Refusal
