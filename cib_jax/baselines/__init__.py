@@ -43,4 +43,4 @@ BASELINES: dict[str, Baseline] = {
 }
 """Baselines by their names in `compare.methods`."""
 
-__all__ = [*BASELINES, "BASELINES", "Baseline", "Encoder", "Fit"]
+__all__ = ["BASELINES", "Baseline", "Encoder", "Fit"]

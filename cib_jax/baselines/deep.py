@@ -17,9 +17,7 @@ from cib_jax.baselines.linear import Hyperplanes, validate_features
 Params = TypeVar("Params")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # GreedyHash
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def greedy_hash(
@@ -57,9 +55,7 @@ def greedy_sign(logits: Float[Array, "batch bits"]) -> Float[Array, "batch bits"
     return logits + jax.lax.stop_gradient(binary.binarize(logits) - logits)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Bi-half
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def bi_half(
@@ -125,9 +121,7 @@ def _attracted_backward(residuals, gradient):
 _attracted.defvjp(_attracted_forward, _attracted_backward)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Binary auto-encoder
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -212,9 +206,7 @@ def _two_layers(
     return middle @ params[f"{name} 2"] + params[f"{name} 2 bias"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Shared: similarity loss, linear head, optimization
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def cosine_loss(codes: Float[Array, "batch bits"], features: Float[Array, "batch features"]) -> Float[Array, ""]:

@@ -204,21 +204,22 @@ def canonical_eigenvectors(
     """
     tolerance = 1e-8 * np.abs(values[1:]) + ROUNDING * scale
     eigenspaces = np.split(vectors, np.flatnonzero(values[:-1] - values[1:] > tolerance) + 1, axis=1)
-    for number, space in enumerate(eigenspaces):
-        if space.shape[1] == 1:
-            continue
-        if criterion is not None:
-            inner, rotation = np.linalg.eigh(space.T @ criterion @ space)
-            space = canonical_eigenvectors(
-                inner[::-1], space @ rotation[:, ::-1], scale=float(np.linalg.norm(criterion))
-            )
-        else:
-            # The projector space @ space.T is the same for every basis of the space.
-            reference = np.random.default_rng(0).normal(size=space.shape)
-            space = np.linalg.qr(space @ (space.T @ reference))[0]
-        eigenspaces[number] = space
-    vectors = np.concatenate(eigenspaces, axis=1)
+    vectors = np.concatenate([_canonical_basis(space, criterion) for space in eigenspaces], axis=1)
     # Of several components that are largest up to rounding errors, such as those of (1, −1), the first one counts.
     size = np.abs(vectors)
     largest = np.argmax(size > (1 - 1e-6) * size.max(axis=0), axis=0)
     return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
+
+
+def _canonical_basis(
+    space: Float64[np.ndarray, "d k"], criterion: Float64[np.ndarray, "d d"] | None
+) -> Float64[np.ndarray, "d k"]:
+    """Returns an orthonormal basis of the space that the columns span, the same (up to signs) for every such matrix."""
+    if space.shape[1] <= 1:
+        return space
+    if criterion is None:
+        # The projector space @ space.T does not depend on the basis.
+        reference = np.random.default_rng(0).normal(size=space.shape)
+        return np.linalg.qr(space @ (space.T @ reference))[0]
+    values, rotation = np.linalg.eigh(space.T @ criterion @ space)
+    return canonical_eigenvectors(values[::-1], space @ rotation[:, ::-1], scale=float(np.linalg.norm(criterion)))

@@ -18,9 +18,7 @@ SPHERICAL_SAMPLE = 10_000
 """Largest number of points that spheres are fitted to."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Spectral hashing
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +72,7 @@ def spectral(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyA
 def lowest_waves(
     extent: Float64[np.ndarray, " axes"], bits: int
 ) -> tuple[Int[np.ndarray, " bits"], Int[np.ndarray, " bits"]]:
-    """Returns axis and k = 1, 2, … of the `bits` waves of lowest frequency k / extent; of equal ones, the first axis."""
+    """Returns axis and k = 1, 2, … of the `bits` waves of lowest frequency k / extent, ties by axis."""
     # Beyond `bits` half waves along the longest axis, none can be among the lowest; axes without extent have no wave.
     axis, wave = np.repeat(np.flatnonzero(extent), bits), np.tile(np.arange(1, bits + 1), np.count_nonzero(extent))
     frequency = wave / extent[axis]
@@ -86,9 +84,7 @@ def lowest_waves(
     return axis[chosen], wave[chosen]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Anchor graph hashing
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -157,9 +153,7 @@ def anchor_graph(
       Liu, Wang, Kumar and Chang, Hashing with graphs, ICML 2011.
     """
     anchors = min(anchors, len(features))
-    validate_features(
-        features, bits, most=layers * (anchors - 1), limit="functions that this many anchors or rows give"
-    )
+    validate_features(features, bits, most=layers * (anchors - 1), limit="functions of this many anchors or rows")
     if layers not in (1, 2) or bits % layers:
         raise Refusal(f"layers must be 1, or 2 with an even number of bits, got {layers} with {bits} bits")
     if not 1 <= nearest <= anchors:
@@ -255,9 +249,7 @@ def _second_layer(
     return np.stack([above, offset + ratio * above])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Spherical hashing
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -312,8 +304,9 @@ def spherical(
     quarter, middle = len(points) / 4, len(points) // 2
     for iteration in range(iterations + 1):
         distances = squares - 2 * products @ pivots.T + np.sum(pivots @ gram * pivots, axis=1)
-        # Between the two middle distances, so that no point is on a sphere itself.
-        radii = np.partition(distances, (middle - 1, middle), axis=0)[middle - 1 : middle + 1].mean(axis=0)
+        # Between the two middle distances, and a little less: otherwise rounding errors would decide on which side the
+        # middle point of an odd number is, or points at equal distances.
+        radii = (1 - 1e-9) * np.partition(distances, (middle - 1, middle), axis=0)[middle - 1 : middle + 1].mean(axis=0)
         inside = (distances < radii).astype(np.float32)
         overlap = inside.T @ inside  # counts, which float32 represents exactly
         pairs = overlap[np.triu_indices(bits, 1)]
