@@ -23,7 +23,7 @@ def test_cosine_loss_is_that_of_scipys_cosines():
             for i in range(5)
         ]
     )
-    assert float(deep.cosine_loss(jnp.asarray(codes), jnp.asarray(features))) == pytest.approx(expected, rel=1e-5)
+    assert float(jax.jit(deep.cosine_loss)(codes, features)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_greedy_signs_pass_the_gradient_unchanged():
@@ -38,9 +38,9 @@ def test_greedy_hash_also_draws_logits_to_one():
     """The published loss: cosines of signs, plus a tenth of the mean cube of ||h| − 1|."""
     generator = np.random.default_rng(5)
     logits, features = generator.normal(size=(6, 8)), generator.normal(size=(6, 5))
-    expected = float(deep.cosine_loss(jnp.sign(logits), jnp.asarray(features)))
+    expected = float(jax.jit(deep.cosine_loss)(np.sign(logits), features))
     expected += 0.1 * sum(abs(abs(h) - 1) ** 3 for h in logits.ravel()) / logits.size
-    assert float(deep.greedy_loss(jnp.asarray(logits), jnp.asarray(features))) == pytest.approx(expected, rel=1e-5)
+    assert float(jax.jit(deep.greedy_loss)(logits, features)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8, 9])
@@ -48,7 +48,7 @@ def test_bi_half_codes_are_the_nearest_balanced_ones(batch):
     """Optimal transport by SciPy: each bit assigns its logits to ⌊n/2⌋ places of +1 and the rest of −1."""
     bits = 40
     logits = np.random.default_rng(batch).normal(size=(batch, bits))
-    codes = np.asarray(deep.balanced_sign(jnp.asarray(logits), 6.0))
+    codes = np.asarray(jax.jit(deep.balanced_sign)(logits, 6.0))
     places = np.where(np.arange(batch) < batch // 2, 1.0, -1.0)
     for bit in range(bits):
         rows, columns = scipy.optimize.linear_sum_assignment((logits[:, bit, None] - places) ** 2)
@@ -57,13 +57,18 @@ def test_bi_half_codes_are_the_nearest_balanced_ones(batch):
 
 def test_bi_half_draws_logits_to_their_codes():
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(6, 4)), jnp.float32)
-    codes, back = jax.vjp(lambda x: deep.balanced_sign(x, 6.0), logits)
-    gradient = jnp.ones_like(logits)
-    np.testing.assert_allclose(back(gradient)[0], 1 + 6.0 * (logits - codes) / 24, rtol=1e-6)
+
+    @jax.jit
+    def codes_and_gradient(logits):
+        codes, back = jax.vjp(lambda x: deep.balanced_sign(x, 6.0), logits)
+        return codes, back(jnp.ones_like(codes))[0]
+
+    codes, gradient = codes_and_gradient(logits)
+    np.testing.assert_allclose(gradient, 1 + 6.0 * (logits - codes) / 24, rtol=1e-6)
 
 
 def test_bi_half_balances_ties():
-    assert np.asarray(deep.balanced_sign(jnp.zeros((6, 3)), 6.0)).sum() == 0
+    assert np.asarray(jax.jit(deep.balanced_sign)(jnp.zeros((6, 3)), 6.0)).sum() == 0
 
 
 def test_reconstruction_loss_is_a_plain_loops():
@@ -78,9 +83,7 @@ def test_reconstruction_loss_is_a_plain_loops():
     codes = np.sign(middle @ params["encode 2"] + params["encode 2 bias"])
     middle = np.maximum(codes @ params["decode 1"] + params["decode 1 bias"], 0)
     expected = np.mean((middle @ params["decode 2"] + params["decode 2 bias"] - rows) ** 2)
-    found = deep.reconstruction_loss(
-        jax.tree.map(jnp.asarray, params), jnp.asarray(rows, jnp.float32), jax.random.key(0)
-    )
+    found = jax.jit(deep.reconstruction_loss)(params, rows, jax.random.key(0))
     assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
