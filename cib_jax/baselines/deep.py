@@ -34,7 +34,7 @@ def greedy_hash(
     Has the linear layer, the learning rate and the loss of the published code, and Adam in place of its SGD.
 
     Raises:
-      Refusal: Features or bits are malformed.
+      UserError: Features or bits are malformed.
 
     References:
       Su et al., Greedy Hash: Towards fast optimization for accurate hash coding in CNN, NeurIPS 2018 (section 4.3).
@@ -73,7 +73,7 @@ def bi_half(
     Has the γ and the learning rate of the published CIFAR-10 experiment, and Adam in place of its SGD.
 
     Raises:
-      Refusal: Features or bits are malformed.
+      UserError: Features or bits are malformed.
 
     References:
       Li and van Gemert, Deep unsupervised image hashing by maximizing bit entropy, AAAI 2021
@@ -155,7 +155,7 @@ def autoencoder(
     so that the two methods differ only in what their codes are trained for.
 
     Raises:
-      Refusal: Features or bits are malformed.
+      UserError: Features or bits are malformed.
 
     References:
       Carreira-Perpiñán and Raziperchikolaei, Hashing with binary autoencoders, CVPR 2015; with sampled bits, Dai et

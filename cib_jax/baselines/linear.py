@@ -36,16 +36,20 @@ def validate_features(
       limit: The quantity that `most` is, for the error message.
 
     Raises:
-      Refusal: Features or bits are malformed.
+      UserError: Features or bits are malformed.
     """
     if np.ndim(features) != 2 or 0 in np.shape(features) or len(features) < 2:
-        raise UserError(f"features must be [n, features] with at least 2 rows, got shape {list(np.shape(features))}")
+        raise UserError(
+            f"features must be [n, features] with at least 2 rows, got shape {list(np.shape(features))}", "features"
+        )
     if not np.isfinite(features).all():
-        raise UserError("features must be finite, got NaN or infinite values; remove those rows")
+        raise UserError("features must be finite, got NaN or infinite values; remove those rows", "features")
     if bits < 1:
-        raise UserError(f"bits must be 1 or more, got {bits}")
+        raise UserError(f"bits must be 1 or more, got {bits}", "bits")
     if most is not None and bits > most:
-        raise UserError(f"bits must be at most {most} ({limit}), got {bits}; choose shorter codes or another method")
+        raise UserError(
+            f"bits must be at most {most} ({limit}), got {bits}; choose shorter codes or another method", "bits"
+        )
 
 
 def numpy_generator(key: PRNGKeyArray) -> np.random.Generator:
@@ -74,7 +78,7 @@ def lsh(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyArray)
     Two points at angle θ, seen from the mean, differ in each bit with probability θ/π.
 
     Raises:
-      Refusal: Features or bits are malformed.
+      UserError: Features or bits are malformed.
 
     References:
       Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002.
@@ -90,7 +94,7 @@ def pca_sign(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyA
     The relaxed solution of unsupervised hashing: uncorrelated, balanced bits of greatest variance.
 
     Raises:
-      Refusal: Features or bits are malformed, or there are fewer features than bits.
+      UserError: Features or bits are malformed, or there are fewer features than bits.
 
     References:
       Wang, Kumar and Chang, Semi-supervised hashing for scalable image retrieval, CVPR 2010.
@@ -109,7 +113,7 @@ def itq(
     As published, 50 iterations from a random rotation.
 
     Raises:
-      Refusal: Features or bits are malformed, or there are fewer features than bits.
+      UserError: Features or bits are malformed, or there are fewer features than bits.
 
     References:
       Gong and Lazebnik, Iterative quantization: a Procrustean approach to learning binary codes, CVPR 2011
@@ -159,7 +163,7 @@ def principal_axes(features: Float[np.ndarray, "n features"], count: int) -> Pri
     """Returns the first `count` principal axes, the same on every CPU.
 
     Raises:
-      Refusal: The number of features and the number of items both exceed `MAX_SIDE`.
+      UserError: The number of features and the number of items both exceed `MAX_SIDE`.
     """
     n, wide = features.shape
     if min(n, wide) > MAX_SIDE:

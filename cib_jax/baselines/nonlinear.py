@@ -48,7 +48,7 @@ def spectral(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyA
     min(bits, features) axes compete.
 
     Raises:
-      Refusal: Features or bits are malformed, or all rows are equal.
+      UserError: Features or bits are malformed, or all rows are equal.
 
     References:
       Weiss, Torralba and Fergus, Spectral hashing, NIPS 2008.
@@ -59,7 +59,7 @@ def spectral(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyA
     projected = principal.project(features)
     low, extent = projected.min(axis=0), np.ptp(projected, axis=0)
     if not extent.max() > 0:
-        raise UserError("features must have rows that differ, got equal ones only")
+        raise UserError("features must have rows that differ, got equal ones only", "features")
     axis, wave = lowest_waves(extent, bits)
     return Waves(
         jnp.asarray(principal.mean, jnp.float32),
@@ -147,7 +147,7 @@ def anchor_graph(
       layers: 1 or 2.
 
     Raises:
-      Refusal: An argument is malformed, or the graph has fewer smooth functions than needed.
+      UserError: An argument is malformed, or the graph has fewer smooth functions than needed.
 
     References:
       Liu, Wang, Kumar and Chang, Hashing with graphs, ICML 2011.
@@ -155,9 +155,9 @@ def anchor_graph(
     anchors = min(anchors, len(features))
     validate_features(features, bits, most=layers * (anchors - 1), limit="functions of this many anchors or rows")
     if layers not in (1, 2) or bits % layers:
-        raise UserError(f"layers must be 1, or 2 with an even number of bits, got {layers} with {bits} bits")
+        raise UserError(f"layers must be 1, or 2 with an even number of bits, got {layers} with {bits} bits", "layers")
     if not 1 <= nearest <= anchors:
-        raise UserError(f"nearest must be between 1 and the number of anchors, {anchors}, got {nearest}")
+        raise UserError(f"nearest must be between 1 and the number of anchors, {anchors}, got {nearest}", "nearest")
     mean = np.mean(features, axis=0, dtype=np.float64)
     points = features - mean
     seed = int(numpy_generator(key).integers(2**31))
@@ -207,7 +207,7 @@ def anchor_functions(
       count: Number of functions.
 
     Raises:
-      Refusal: The graph has fewer smooth functions.
+      UserError: The graph has fewer smooth functions.
     """
     degree = weights.sum(axis=0)
     scale = np.where(degree > 0, 1 / np.sqrt(np.maximum(degree, 1e-300)), 0)  # 0 for an anchor without points
@@ -287,7 +287,7 @@ def spherical(
     are ranked by Hamming distance, as those of the other baselines, and not by the paper's spherical distance.
 
     Raises:
-      Refusal: Features or bits are malformed, or there are fewer rows than bits.
+      UserError: Features or bits are malformed, or there are fewer rows than bits.
 
     References:
       Heo et al., Spherical hashing, CVPR 2012.
