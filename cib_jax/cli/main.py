@@ -96,7 +96,7 @@ def command_arguments(name: str, workdir: pathlib.Path | None, config_given: boo
     elif config_given and "overrides" in arguments:
         # An experiment given beside a trained run must agree in the fields that identify the run.
         identity = {field: flatten(CONFIG.value)[field] for field in ("data.name", "backbone")}
-        arguments["overrides"] = identity | arguments["overrides"]
+        arguments["overrides"] = {**identity, **_overrides()}
     return arguments
 
 
