@@ -17,8 +17,7 @@ import rich.table
 from jaxtyping import Array, Float, UInt8
 
 from cib_jax import codes, errors
-from cib_jax.baselines import BASELINES
-from cib_jax.baselines.fitting import Encoder
+from cib_jax.baselines import BASELINES, Encoder
 from cib_jax.commands import evaluate
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema

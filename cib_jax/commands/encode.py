@@ -16,7 +16,6 @@ import PIL
 import rich.console
 from jaxtyping import Shaped
 
-from cib_jax import __version__
 from cib_jax.commands.evaluate import overridden
 from cib_jax.config import schema
 from cib_jax.config.schema import flatten
@@ -30,6 +29,7 @@ from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights
 from cib_jax.storage import code_store
 from cib_jax.storage.code_store import Corpus, DamagedPartError, File
+from cib_jax.version import __version__
 
 PART = 8192
 """Files whose codes make one file: what a killed process can lose."""
@@ -114,7 +114,7 @@ def _items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = inputs.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
+        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         wanted = hasher.encoder.backbone.features
         if isinstance(items, inputs.Rows) and items.features.shape[-1] != wanted:
             raise DataError(
@@ -127,7 +127,7 @@ def _items(
     if not (folder / code_store.DESCRIPTION).exists():
         raise CodeStoreError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
     begun = code_store.load_description(folder)
-    return inputs.listed(begun.images, code_store.load_names(begun), size=hasher.side, max_megapixels=limit)
+    return inputs.load_listed_photos(begun.images, code_store.load_names(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
