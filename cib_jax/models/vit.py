@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
 from cib_jax.models import conv
@@ -306,13 +306,10 @@ def fill(layout: Layout, tensors: Mapping[str, np.ndarray], extra: set[str]) -> 
     Raises:
       MismatchError: Tensors are missing, unknown or of another shape.
     """
-    parts = jax.tree.leaves(layout, is_leaf=_is_part)
-    validate_shapes(tensors, {part.name: part.shape for part in parts}, extra)
-    return jax.tree.map(lambda part: as_float32(part.convert(tensors[part.name])), layout, is_leaf=_is_part)
-
-
-def _is_part(node: Any) -> bool:
-    return isinstance(node, Part)
+    parts = traverse_util.flatten_dict(layout)
+    validate_shapes(tensors, {part.name: part.shape for part in parts.values()}, extra)
+    arrays = {path: as_float32(part.convert(tensors[part.name])) for path, part in parts.items()}
+    return traverse_util.unflatten_dict(arrays)
 
 
 def linear(name: str, inputs: int, outputs: int, *, bias: bool = True) -> Layout:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from cib_jax.models import efficientnet, registry, state_dict, weights
 from tests.golden import backbone_inputs
-from tests.models.conftest import same_shapes
+from tests.models.conftest import compiled, same_shapes
 
 SCALED = {0: efficientnet.LITE0, 1: efficientnet.LITE1, 2: efficientnet.LITE2}
 
@@ -24,9 +24,8 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
 def test_published_weights_match_pytorch(number, size, golden, golden_cnns):
     """Features and the logits of all 1,000 classes."""
     name = f"efficientnet_lite{number}"
-    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), size)))
     images = backbone_inputs.normalized(golden[f"photographs_{size}"])
-    features = jax.jit(nnx.merge(graph, weights.load_pretrained(name)))(images)
+    features = compiled(registry.get(name))(weights.load_pretrained(name), images)
     logits = features @ checkpoint(name)["_fc.weight"].T + checkpoint(name)["_fc.bias"]
     of_features, of_logits = (
         golden[f"efficientnet_{kind}_{size}"] if number == 0 else golden_cnns[f"lite{number}_{kind}"]

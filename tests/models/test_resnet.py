@@ -8,7 +8,7 @@ from flax import nnx
 
 from cib_jax.models import conv, registry, resnet, state_dict
 from tests.golden import backbone_inputs
-from tests.models.conftest import same_shapes
+from tests.models.conftest import compiled, same_shapes
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,7 @@ def checkpoint() -> dict[str, np.ndarray]:
 
 def test_features_match_torchvision(checkpoint, golden_cnns):
     """At 97 pixels, where the sides of maps are 49, 25, 13, 7 and 4."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get("resnet50").build(nnx.Rngs(0), 97)))
-    ours = jax.jit(nnx.merge(graph, resnet.convert(checkpoint)))(backbone_inputs.noise(97, 2))
+    ours = compiled(registry.get("resnet50"))(resnet.convert(checkpoint), backbone_inputs.noise(97, 2))
     np.testing.assert_allclose(ours, golden_cnns["resnet50_features_97"], rtol=0, atol=1e-4)
 
 

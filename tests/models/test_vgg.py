@@ -8,16 +8,14 @@ from flax import nnx
 
 from cib_jax.models import registry, state_dict, vgg
 from tests.golden import backbone_inputs
-from tests.models.conftest import same_shapes
+from tests.models.conftest import compiled, same_shapes
 
 
 def test_fc7_matches_torchvision(golden):
     """To 1e-4 of the largest value, for a batch of two; at 96 pixels the pool stretches a map of 3 × 3 to 7 × 7."""
     state = vgg.convert(backbone_inputs.vgg_tensors())
-    graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get("vgg16").build(nnx.Rngs(0), 96)))
-    apply = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
     expected = golden["vgg_fc7_96"]
-    ours = apply(state, backbone_inputs.noise(96, 2))
+    ours = compiled(registry.get("vgg16"))(state, backbone_inputs.noise(96, 2))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
