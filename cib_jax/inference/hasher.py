@@ -65,7 +65,7 @@ class Hasher:
 
     def __post_init__(self) -> None:
         # So all that encodes, saves or exports knows nothing of how a backbone was trained, and gives the same bits.
-        params, frozen = finetune.settled(self.params, self.frozen, self.encoder.lora_scale)
+        params, frozen = finetune.merge_params(self.params, self.frozen, self.encoder.lora_scale)
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "frozen", frozen)
 
