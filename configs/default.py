@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.raw_dir = (
         ""  # nuswide, mscoco: the folder of the published files; needed until they are prepared in data.dir
     )
-    c.data.labeled = True  # False: labels of a folder, a list or features are left aside
+    c.data.labelled = True  # False: labels of a folder, a list or features are left aside
 
     # The split. A protocol by name (cib_jax/data/protocols.py) says the six fields below it and k; -1, or "protocol",
     # leaves them to it. "own": what is -1 is 0, k is 1000.

@@ -121,7 +121,7 @@ FIELDS: dict[str, tuple[type, Check]] = {
     "data.name": (str, (bool, "must name a data set, such as cifar10")),
     "data.dir": (str, _ANYTHING),
     "data.raw_dir": (str, _ANYTHING),
-    "data.labeled": (bool, _ANYTHING),
+    "data.labelled": (bool, _ANYTHING),
     "data.protocol": (str, _one_of(*PROTOCOLS)),
     "data.queries": (int, _COUNT),
     "data.queries_per_class": (int, _COUNT),

@@ -2,40 +2,26 @@
 
 import contextlib
 import inspect
+import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from types import TracebackType
-from typing import NoReturn
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
 import jax
-from cib_jax import console
-from cib_jax import errors
+
+from cib_jax import console, errors
 from cib_jax.distributed import multihost
-from cib_jax.errors import DistributedError
-from cib_jax.errors import SaveError
-from cib_jax.errors import UserError
-from cib_jax.runs.workdir import LAST_WORDS
-from cib_jax.runs.workdir import exclusive
-from cib_jax.runs.workdir import write_bytes
-
-
+from cib_jax.errors import DistributedError, SaveError, UserError
+from cib_jax.runs.workdir import LAST_WORDS, exclusive, write_bytes
 
 # jobs.endings: How a program ends: in a sentence and an exit code, alike in all processes of a run.
-
-
-
-
-
-
-
 
 
 _ENDING = threading.Event()
@@ -91,7 +77,9 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
         _end(2, console.with_program_name(str(error)), at_once=at_once, workdir=workdir)
     except OSError as error:
         told = f"{error.filename or 'output'}: {error.strerror or error}; what was written before it is whole"
-        _end(2, console.with_program_name(told), at_once=True, workdir=workdir)  # libraries would try to write once more
+        _end(
+            2, console.with_program_name(told), at_once=True, workdir=workdir
+        )  # libraries would try to write once more
     except multihost.Preempted as error:
         _end(multihost.CODE, f"Stopped by SIGTERM: {error.message}; {goes_on}.", at_once=not _several())
     except KeyboardInterrupt:
@@ -103,7 +91,12 @@ def in_words(goes_on: str, workdir: str) -> Iterator[None]:
         # An orderly end would wait for the others, who wait for this one.
         if not multihost.is_peer_failure(error):
             traceback.print_exc()
-            _end(1, console.with_program_name("this process broke down, and the others with it"), at_once=True, workdir=workdir)
+            _end(
+                1,
+                console.with_program_name("this process broke down, and the others with it"),
+                at_once=True,
+                workdir=workdir,
+            )
         time.sleep(1)  # what it ended with may be on its way
         code, told = _last_words(workdir) or (multihost.CODE, "it was killed, or its machine is gone")
         again = "; the same commands go on from the last checkpoint" if code == multihost.CODE else ""
@@ -167,11 +160,7 @@ def _end(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRetu
     os._exit(code)
 
 
-
-
 # jobs.workers: Many runs on one machine: as many processes as there is room for, each taking what nobody else is at.
-
-
 
 
 WORKER_BYTES = 4 << 30
@@ -312,4 +301,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-

@@ -8,24 +8,19 @@ import pathlib
 import secrets
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from typing import NamedTuple
+
 from cib_jax import files
-from cib_jax.config.schema import MAY_CHANGE
-from cib_jax.config.schema import differences
-from cib_jax.config.schema import flatten
+from cib_jax.config.schema import MAY_CHANGE, differences, flatten
 from cib_jax.distributed import multihost
-from cib_jax.errors import BusyError
-from cib_jax.errors import UserError
-from cib_jax.errors import WorkdirError
+from cib_jax.errors import BusyError, UserError, WorkdirError
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
-
-
 
 # jobs.workdir: A run's folder: made, claimed, and written to so that a file is there whole or not at all.
 
@@ -270,18 +265,12 @@ def write_array(path: pathlib.Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-
-
 # jobs.ownership: Whose the checkpoints outside a workdir are: its lock does not reach there, and a bucket has none.
 #
 # A file beside the checkpoints names the workdir that they belong to and the session that last took them. A session of
 # another workdir is refused at its start. Two sessions of one workdir, as on two machines after the same command, cannot
 # be told apart then: the later one takes the place over, and the earlier one, which looks before each of its saves, ends
 # at the next. Between that look and the end of its save another may come; what both write then, checksums tell.
-
-
-
-
 
 
 OWNER = "owner.json"
@@ -394,4 +383,3 @@ def _read(directory: epath.Path) -> dict[str, str]:
     except Exception as error:  # Google's libraries raise many kinds
         raise checkpoint.unreachable(directory, "read", error) from error
     return content
-
