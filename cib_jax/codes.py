@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
+from cib_jax.errors import UserError
 
 
 @jax.custom_jvp
@@ -90,9 +91,10 @@ def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"
     """
     bits = codes.shape[-1] if codes.ndim else 0
     if bits == 0 or bits % 8:
-        raise ValueError(
+        raise UserError(
             f"the last axis of codes must be a positive multiple of 8, got the shape {list(codes.shape)}; "
-            "try 16, 32 or 64 bits"
+            "try 16, 32 or 64 bits",
+            field="codes",
         )
     return jnp.packbits(codes > 0, axis=-1)
 
@@ -110,7 +112,7 @@ def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bi
       [1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]
     """
     if packed.dtype != jnp.uint8:
-        raise ValueError(f"packed codes must be uint8, got {packed.dtype}; pass the result of pack_bits")
+        raise UserError(f"packed codes must be uint8, got {packed.dtype}; pass the result of pack_bits", field="packed")
     # jnp.unpackbits fails on an empty batch.
     bits = (jnp.asarray(packed)[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
     return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8).astype(jnp.float32) * 2.0 - 1.0

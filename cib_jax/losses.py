@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from cib_jax.codes import sample_codes
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
+from cib_jax.errors import UserError
 
 # Default precision rounds the operands to 8 bits of mantissa on TPUs and 10 on GPUs, which moves a loss by a percent.
 _exact_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -73,9 +74,10 @@ def nt_xent(
       0.5514
     """
     if codes1.shape != codes2.shape or codes1.ndim != 2 or codes1.shape[0] < 2:
-        raise ValueError(
+        raise UserError(
             "codes1 and codes2 must both be [batch, bits] with at least 2 images, since the contrast needs a negative; "
-            f"got {list(codes1.shape)} and {list(codes2.shape)}"
+            f"got {list(codes1.shape)} and {list(codes2.shape)}",
+            field="codes1",
         )
     batch = codes1.shape[0]
     codes = _unit(jnp.concatenate([codes1, codes2]))
@@ -213,7 +215,7 @@ def diffusion_match(
       0.3133
     """
     if codes1.shape != codes2.shape or codes1.ndim != 2 or coordinates.ndim != 2 or len(coordinates) != len(codes1):
-        raise ValueError(
+        raise UserError(
             "codes1 and codes2 must both be [batch, bits] and coordinates [batch, dimensions] of the same batch; got "
             f"{list(codes1.shape)}, {list(codes2.shape)} and {list(coordinates.shape)}"
         )
@@ -255,9 +257,10 @@ def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array,
       0.1438
     """
     if logits.shape != target_logits.shape or logits.ndim != 2:
-        raise ValueError(
+        raise UserError(
             f"logits and target_logits must both be [batch, bits]; got {list(logits.shape)} and "
-            f"{list(target_logits.shape)}"
+            f"{list(target_logits.shape)}",
+            field="logits",
         )
     target = jax.lax.stop_gradient(target_logits)
     p = jax.nn.sigmoid(logits)
@@ -310,12 +313,13 @@ def cib_loss(
       {'contrast': 0.5514, 'kl': 0.0, 'loss': 0.5514}
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        raise UserError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}", field="objective")
     parts = OBJECTIVES[objective]
     if parts.taught != (coordinates is not None):
-        raise ValueError(
-            f"coordinates: the objective {objective!r} {'needs' if parts.taught else 'does not take'} diffusion "
-            "coordinates of the images"
+        raise UserError(
+            f"coordinates must {'' if parts.taught else 'not '}be given for the objective {objective!r}; only the "
+            "objective 'diffusion' takes diffusion coordinates of the images",
+            field="coordinates",
         )
     compared = (logits1, logits2)
     if parts.binary:

@@ -62,7 +62,7 @@ def test_codes_of_a_frozen_network_are_those_of_the_hasher(tmp_path, lite0, dtyp
     made.export(tmp_path / "encoder.zip")
     loaded, given = exported.load(tmp_path / "encoder.zip"), images(32)
     assert np.array_equal(loaded.encode(given), made.encode(given))
-    program = jax.export.deserialize(bytearray(loaded.programs[exported.part_of("features", "cpu", 2)]))
+    program = jax.export.deserialize(bytearray(loaded.programs[exported.program_name("features", "cpu", 2)]))
     features = plain_features(made.encoder, made.params, made.frozen, given[:2])
     assert np.array_equal(jax.jit(program.call)(loaded.weights, given[:2]), features)
 
@@ -107,7 +107,7 @@ def test_each_platform_has_its_own_forms(tmp_path, lite0):
     programs = exported.load(tmp_path / "encoder.zip").programs
     found = {}
     for form, platforms in exported.FORMS.items():
-        program = jax.export.deserialize(bytearray(programs[exported.part_of("features", form, 1)]))
+        program = jax.export.deserialize(bytearray(programs[exported.program_name("features", form, 1)]))
         assert program.platforms == platforms
         convolutions = re.findall(r"stablehlo\.convolution.*feature_group_count = (\d+)", program.mlir_module())
         # A program for two platforms may say the same form once for each.
