@@ -43,7 +43,7 @@ def nt_xent(
     codes1: Float[Array, "batch bits"],
     codes2: Float[Array, "batch bits"],
     *,
-    temperature: float = 0.3,
+    temperature: float | Float[Array, ""] = 0.3,
     axis: Axis = None,
 ) -> Float[Array, ""]:
     """Returns the normalized-temperature cross-entropy of two views' codes, in nats.

@@ -196,14 +196,14 @@ def global_batch(rows: Any, here: Int[np.ndarray, " rows"], over: Mesh | None, b
 
 
 def map_batches(
-    function: Callable[[Shaped[np.ndarray, "batch ..."], int], Shaped[Array, "batch ..."]],
-    batches: Iterable[Shaped[np.ndarray, "rows ..."]],
+    function: Callable[[np.ndarray, int], Array],
+    batches: Iterable[Shaped[np.ndarray, "_ ..."]],
     on_images: Callable[[int], None] = lambda images: None,
     *,
     size: int = 0,
     first: int = 0,
     over: Mesh | None = None,
-) -> Iterator[Shaped[Array, "rows ..."]]:
+) -> Iterator[Shaped[Array, "_ ..."]]:
     """Yields `function(batch, index of its first image)` for each batch, or for one batch per device at a time.
 
     Smaller batches are padded with black images, and their rows removed from the result, so that a jitted `function`
@@ -218,7 +218,7 @@ def map_batches(
       over: Mesh of the devices that compute one batch each at the same time.
     """
     start = first
-    pending: Shaped[Array, "rows ..."] | None = None
+    pending: Array | None = None
     batches, devices = iter(batches), mesh_size(over)
     while group := list(itertools.islice(batches, devices)):
         size = size or len(group[0])

@@ -27,11 +27,11 @@ from cib_jax.models.encoder import Encoder, Params, logits_of_features, packed_o
 
 Items = (
     UInt8[np.ndarray, "n height width 3"]
-    | Sequence[UInt8[np.ndarray, "height width 3"]]
+    | Sequence[UInt8[np.ndarray, "_ _ 3"]]
     | Float[np.ndarray, "n *views features"]
 )
 """Items to encode: images of one size, images of several sizes, or features."""
-Batches = Iterable[Shaped[np.ndarray, "batch ..."]]
+Batches = Iterable[Shaped[np.ndarray, "_ ..."]]
 Stage = Callable[..., Array]
 """The program that follows the backbone: `packed_of_features` or `logits_of_features`."""
 
