@@ -16,20 +16,20 @@ import PIL
 import rich.console
 from jaxtyping import Shaped
 
-from cib_jax import __version__
 from cib_jax.commands.evaluate import overridden
 from cib_jax.config import schema
 from cib_jax.config.schema import flatten
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
-from cib_jax.distributed.multihost import Place, parts_of
+from cib_jax.distributed.multihost import ProcessIndex, strided_share
 from cib_jax.errors import CodeStoreError, DataError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights
 from cib_jax.storage import code_store
 from cib_jax.storage.code_store import Corpus, DamagedPartError, File
+from cib_jax.version import __version__
 
 PART = 8192
 """Files whose codes make one file: what a killed process can lose."""
@@ -56,7 +56,7 @@ def encode(
     codes: pathlib.Path | str,
     *,
     part: int = PART,
-    place: Place = Place(0, 1),  # noqa: B008 - it cannot change
+    place: ProcessIndex = ProcessIndex(0, 1),  # noqa: B008 - it cannot change
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> Encoded:
@@ -96,7 +96,7 @@ def encode(
     keep = isinstance(items, inputs.Photos)
     corpus = code_store.begin(folder, known(hasher, config), part, items.names, items.place, keep_list=keep)
     missing = []
-    for number in parts_of(corpus.parts, place):
+    for number in strided_share(corpus.parts, place):
         try:
             there = corpus.find(number) is not None
         except DamagedPartError as error:
@@ -114,7 +114,7 @@ def _items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = inputs.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
+        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         wanted = hasher.encoder.backbone.features
         if isinstance(items, inputs.Rows) and items.features.shape[-1] != wanted:
             raise DataError(
@@ -127,7 +127,7 @@ def _items(
     if not (folder / code_store.ABOUT).exists():
         raise CodeStoreError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
     begun = code_store.described(folder)
-    return inputs.listed(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
+    return inputs.load_listed_photos(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def _drawn(
                     return
                 yield number
 
-        for _, read in dataclasses.replace(found, size=side, see=False).read([due()]):
+        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([due()]):
             if read.content is not None and count < wanted:
                 images[count] = read.content
                 count += 1
@@ -411,7 +411,7 @@ def index(
     print_message(console, f"Looking through {place}")
     # Before the photos are looked for: what another process indexes while they are is not gone.
     before = table.state().keys if table is not None else np.zeros(0, np.int64)
-    found = inputs.find(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
+    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
     assert isinstance(found, Photos)
     for note in found.notes:
         print_message(console, note)
@@ -428,7 +428,7 @@ def index(
     elif given is None:
         validate_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
     validate_images(table, found, before, console)
-    found = dataclasses.replace(found, size=table.about.encoder["side"], see=True)
+    found = dataclasses.replace(found, size=table.about.encoder["side"], thumbnails=True)
     return _Run(table, named, found, before, config, console).go()
 
 
@@ -548,8 +548,8 @@ class _Run:
             squares = []
             for number, read in reads:
                 kept.append((number, read._replace(content=None)))
-                if read.seen is not None:
-                    squares.append(read.seen.square)
+                if read.decoded is not None:
+                    squares.append(read.decoded.square)
                     if len(squares) == self.hasher.batch_size:
                         yield np.stack(squares)
                         squares = []
@@ -563,10 +563,10 @@ class _Run:
             name = self.found.names[number]
             if read.size is None or read.modified_ns is None:
                 continue  # it went meanwhile, which the next run sees
-            if read.seen is None:
-                known = (-1, -1) if read.may_pass else (read.size, read.modified_ns)
+            if read.decoded is None:
+                known = (-1, -1) if read.transient else (read.size, read.modified_ns)
                 rows.append(Row(name, *known, reason=read.reason))
             else:
-                seen_as = (read.seen.width, read.seen.height, read.seen.thumbnail)
+                seen_as = (read.decoded.width, read.decoded.height, read.decoded.thumbnail)
                 rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *seen_as))
         return rows, len(kept) - len(encoded)

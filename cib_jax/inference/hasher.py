@@ -296,7 +296,7 @@ def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str 
             "hasher must have been trained on images, got one trained on features; pass features to hasher.encode",
             field="hasher",
         )
-    with inputs.asked_for_as("photos"):
+    with inputs.blame_field("photos"):
         return _encode_found(hasher, _find_photos(photos, hasher.side))
 
 
@@ -307,7 +307,7 @@ def _find_photos(photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     path = os.path.abspath(os.path.expanduser(photos))
     if os.path.isfile(path) and not path.lower().endswith(inputs.LISTS):
         return Photos(path, [os.path.basename(path)], os.path.dirname(path), side)
-    found = inputs.find(path, takes="images", size=side)
+    found = inputs.load_inputs(path, takes="images", size=side)
     assert isinstance(found, Photos)
     return found
 

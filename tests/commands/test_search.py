@@ -155,10 +155,10 @@ def test_an_unreadable_photo_of_a_folder_is_told_and_left_out(place):
 
 
 def test_what_is_the_systems_fault_is_told_of_the_query(place, monkeypatch):
-    def see(path, size, **options):
+    def decode(path, size, **options):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(photos, "see", see)
+    monkeypatch.setattr(photos, "decode_with_thumbnail", decode)
     for query in (place / "queries", place / "queries" / "0.jpg"):
         with pytest.raises(DataError, match=r"^--query: .*0\.jpg cannot be read now \(input/output error\)"):
             ask(place, query)

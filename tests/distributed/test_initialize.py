@@ -37,7 +37,13 @@ def test_a_launcher_numbers_the_processes(environment, index):
 
 @pytest.mark.parametrize(
     ("process", "processes", "field"),
-    [(1, None, "--processes"), (None, 3, "--process"), (0, 0, "--processes"), (3, 3, "--process"), (-1, 3, "--process")],
+    [
+        (1, None, "--processes"),
+        (None, 3, "--process"),
+        (0, 0, "--processes"),
+        (3, 3, "--process"),
+        (-1, 3, "--process"),
+    ],
 )
 def test_numbers_that_do_not_go_together_are_rejected(process, processes, field):
     with pytest.raises(DistributedError) as error:
