@@ -172,7 +172,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         validate(config)
     except OSError as error:
         raise CheckpointError(
-            f"--workdir must be the folder of a training run, got {workdir} without {RUN} ({error.strerror})",
+            f"--workdir must be the folder of a training run, got {workdir} without config.json ({error.strerror})",
             field="--workdir",
         ) from None
     except (ValueError, TypeError, AttributeError) as error:

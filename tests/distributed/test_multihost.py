@@ -58,8 +58,8 @@ mesh = sharding.make_mesh(0, 12)
 here = sharding.local_rows(mesh, 12)
 found["rows"] = here.tolist()
 batch = np.arange(12, dtype=np.float32)[:, None] * np.ones(2, np.float32)
-total = jax.jit(lambda x: (x * np.arange(1, 13)[None, :, None]).sum())(sharding.global_batch(batch[here], here, mesh, 12))
-found["weighted"] = float(total)
+chunk = sharding.global_batch(batch[here], here, mesh, 12)
+found["weighted"] = float(jax.jit(lambda x: (x * np.arange(1, 13)[None, :, None]).sum())(chunk))
 
 encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=8, hidden=8)
 images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
@@ -67,9 +67,9 @@ asked = []
 def batches(start, stop):
     asked.append((start, stop))
     return (images[at : min(at + 2, stop)] for at in range(start, stop, 2))
-bank = input_pipeline.build_view_bank(jax.random.key(1), encoder, {"backbone": params["backbone"]}, batches, count=11,
-                       batch_size=2, views=2,
-                       family="digits", over=sharding.local_mesh())
+bank = input_pipeline.build_view_bank(
+    jax.random.key(1), encoder, {"backbone": params["backbone"]}, batches, count=11, batch_size=2, views=2,
+    family="digits", over=sharding.local_mesh())
 found["asked"] = asked
 np.save(f"{folder}/bank-{number}.npy", bank)
 with open(f"{folder}/found-{number}.json", "w") as file:
