@@ -159,6 +159,7 @@ def test_it_runs_without_anything_of_training(tmp_path, convnet):
         "cib_jax",
         "cib_jax.errors",
         "cib_jax.exported",
+        "cib_jax.version",
     }
     training = "flax optax orbax grain tensorflow_datasets ml_collections safetensors jaxtyping PIL sklearn pyarrow"
     assert not {name.partition(".")[0] for name in modules.split()} & set(training.split())

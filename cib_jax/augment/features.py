@@ -119,7 +119,7 @@ def two_views(
 def _standardize(
     features: Array | np.ndarray, mean: Sequence[float] | np.ndarray, deviation: Sequence[float] | np.ndarray
 ) -> Array:
-    return (features.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(deviation, jnp.float32)
+    return (jnp.asarray(features, jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(deviation, jnp.float32)
 
 
 def _add_noise(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, axis: Axis) -> Array:

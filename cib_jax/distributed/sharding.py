@@ -187,7 +187,7 @@ def global_batch(rows: Any, here: Int[np.ndarray, " rows"], over: Mesh | None, b
     sharding = NamedSharding(over, ROWS_OF_STEPS)
 
     def chunk(array: np.ndarray) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return array[None, np.searchsorted(here, np.arange(batch_size)[index[1]])]
 
         return jax.make_array_from_callback((1, batch_size, *array.shape[1:]), sharding, part)
