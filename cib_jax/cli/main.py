@@ -88,7 +88,7 @@ def command_arguments(name: str, workdir: pathlib.Path | None, config_given: boo
     joining = {"coordinator", "distributed"} | ({"process", "processes"} if name == "evaluate" else set())
     arguments = {flag: flags.FLAGS[flag].value for flag in MODES[name].flags if flag not in joining}
     if "workdir" in arguments:
-        arguments |= {"workdir": workdir, "overrides": _overrides()}
+        arguments.update(workdir=workdir, overrides=_overrides())
     if name == "index":
         arguments["config"] = CONFIG.value
         if config_given:  # every field of the experiment was asked for
@@ -96,7 +96,7 @@ def command_arguments(name: str, workdir: pathlib.Path | None, config_given: boo
     elif config_given and "overrides" in arguments:
         # An experiment given beside a trained run must agree in the fields that identify the run.
         identity = {field: flatten(CONFIG.value)[field] for field in ("data.name", "backbone")}
-        arguments["overrides"] = identity | arguments["overrides"]
+        arguments["overrides"] = {**identity, **_overrides()}
     return arguments
 
 

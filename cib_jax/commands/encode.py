@@ -98,7 +98,7 @@ def encode(
     missing = []
     for number in strided_share(corpus.parts, place):
         try:
-            there = corpus.find(number) is not None
+            there = corpus.load_part(number) is not None
         except DamagedPartError as error:
             print_message(console, f"{corpus.path(number)} is damaged ({error}) and is made again")
             corpus.path(number).unlink(missing_ok=True)
@@ -124,10 +124,10 @@ def _items(
         return items
     if takes == "features":
         raise CodeStoreError("--images: it is missing; give the .npy of features to be encoded")
-    if not (folder / code_store.ABOUT).exists():
+    if not (folder / code_store.DESCRIPTION).exists():
         raise CodeStoreError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
-    begun = code_store.described(folder)
-    return inputs.load_listed_photos(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
+    begun = code_store.load_description(folder)
+    return inputs.load_listed_photos(begun.images, code_store.load_names(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def _make(corpus: Corpus, missing: list[int], items: Items, hasher: Hasher, cons
             codes = hasher.encode_batches(batches, moved, size=hasher.batch_size)
             names = (items.names[index] for index in corpus.of_part(number))
             files = [file._replace(path=name) for file, name in zip(files, names, strict=True)]
-            corpus.check()
-            code_store.write_shard(corpus.path(number), corpus.identity, files, codes, made_with)
+            corpus.validate_folder()
+            code_store.write_part(corpus.path(number), corpus.identity, files, codes, made_with)
             made += 1
     return made
 
@@ -215,7 +215,7 @@ def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Cons
             f"{corpus.folder}, which other processes make; where one of them was killed, start the same command again",
         )
     else:
-        code_store.tidy(corpus)
+        code_store.remove_temporary(corpus)
         print_message(
             console,
             f"{counted.files:,} {words} in {_parts(corpus.parts)}, {counted.unreadable:,} unreadable; the corpus in "

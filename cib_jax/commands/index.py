@@ -29,7 +29,7 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.models import registry, weights
 from cib_jax.runs import context
 from cib_jax.storage import collection, photo_table
-from cib_jax.storage.photo_table import AT_ONCE, About, PhotoTable, Row, State, key_of
+from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 
 # jobs.agreement: Whether an encoder, fields and photos that a user names agree with those that an index was made with.
 
@@ -82,7 +82,7 @@ def validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Pa
     Raises:
       TableError: it is such a one.
     """
-    ours, theirs = collection.known_by(hasher), table.about.encoder
+    ours, theirs = collection.encoder_identity(hasher), table.metadata.encoder
     other = [f"{name}: {theirs.get(name)} → {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
         raise IndexFolderError(
@@ -105,7 +105,7 @@ def validate_images(
     Raises:
       TableError: they are others.
     """
-    before = table.about.images
+    before = table.metadata.images
     if before == found.place:
         return
     if os.path.exists(before):
@@ -398,8 +398,8 @@ def index(
       ConfigError: a field cannot be set.
       CheckpointError, SavedError, WeightsError: there is no encoder in `workdir`.
     """
-    named, uri, console = str(uri), photo_table.place_of(uri), console or rich.console.Console()
-    photo_table.check_installed()
+    named, uri, console = str(uri), photo_table.normalize_uri(uri), console or rich.console.Console()
+    photo_table.validate_installed()
     schema.validate(config)
     given = given_flags(workdir, config, overrides or {}) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
@@ -407,7 +407,7 @@ def index(
         raise IndexFolderError(f"--images: there is no index at {uri} yet; give the folder of photos to make one")
     if table is not None and given is not None:
         validate_same_encoder(table, given, workdir)
-    place = str(images) if images is not None else table.about.images if table is not None else ""
+    place = str(images) if images is not None else table.metadata.images if table is not None else ""
     print_message(console, f"Looking through {place}")
     # Before the photos are looked for: what another process indexes while they are is not gone.
     before = table.state().keys if table is not None else np.zeros(0, np.int64)
@@ -418,17 +418,17 @@ def index(
     if table is None:
         made = given or train_index_encoder(found, config, console)
         learnt = {} if given else flatten(config)
-        about = About(found.place, collection.known_by(made), learnt)
-        table = PhotoTable.create(uri, about, collection.file_of(made))
-        if table.about.encoder != about.encoder:  # another process was faster
+        about = IndexMetadata(found.place, collection.encoder_identity(made), learnt)
+        table = PhotoTable.create(uri, about, collection.hasher_bytes(made))
+        if table.metadata.encoder != about.encoder:  # another process was faster
             if given:
                 validate_same_encoder(table, given, workdir)
-            validate_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+            validate_overrides(overrides or {}, f"the encoder of {uri}", table.metadata.learnt)
             print_message(console, "Another process made the index meanwhile; its encoder is taken")
     elif given is None:
-        validate_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+        validate_overrides(overrides or {}, f"the encoder of {uri}", table.metadata.learnt)
     validate_images(table, found, before, console)
-    found = dataclasses.replace(found, size=table.about.encoder["side"], thumbnails=True)
+    found = dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True)
     return _Run(table, named, found, before, config, console).go()
 
 
@@ -463,7 +463,7 @@ class _Run:
         todo = sorted([*found.missing, *found.changed, *found.again])
         if todo:
             self._make(todo)
-            self.table.tidy()
+            self.table.compact()
         for some, are in (
             (found.absent, "are not there"),
             (found.untold, "cannot be reached now, what is known of them is kept"),
@@ -497,7 +497,7 @@ class _Run:
     @functools.cached_property
     def hasher(self) -> Hasher:
         # As it is kept there: another process may have made the index meanwhile.
-        kept = collection.hasher_of(self.table)
+        kept = collection.load_hasher(self.table)
         return dataclasses.replace(kept, batch_size=self.config.encode_batch, devices=self.config.devices)
 
     def _make(self, todo: list[int]) -> None:
@@ -533,7 +533,7 @@ class _Run:
                 if unread:
                     bar(unread, "")
                 if commits % _TIDY_EVERY == 0:
-                    self.table.tidy()
+                    self.table.compact()
 
     def _not_done(self, block: Sequence[int]) -> list[int]:
         numbers = np.asarray(block)

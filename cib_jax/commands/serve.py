@@ -188,7 +188,7 @@ def serve_notebook(uri: pathlib.Path | str, *, port: int = 7860, patience: float
 
     if port in _beside:
         _beside[port].stop()
-    PhotoTable.open(photo_table.place_of(uri))  # told now, in the class of its own
+    PhotoTable.open(photo_table.normalize_uri(uri))  # told now, in the class of its own
     with server.listening(_HOST, port) as listener:
         port = listener.getsockname()[1]
     public = _public(port)

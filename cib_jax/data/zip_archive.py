@@ -57,7 +57,9 @@ class Unzipped(NamedTuple):
             notes.append(f"{len(self.refused):,} photos left out, the first: {self.refused[0]}")
         return notes
 
-    told = notes  # older name
+    def told(self) -> list[str]:
+        """Returns `notes()`, under its older name."""
+        return self.notes()
 
 
 def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = None) -> Unzipped:

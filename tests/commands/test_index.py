@@ -284,9 +284,9 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
         run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
     run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
     # Kept inside: the folder that it came from may go.
-    assert collection.known_by(collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))) == collection.known_by(
-        Hasher.load(encoder)
-    )
+    assert collection.encoder_identity(
+        collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
+    ) == collection.encoder_identity(Hasher.load(encoder))
 
 
 def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp_path, root, encoder, monkeypatch):
@@ -295,7 +295,7 @@ def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp
 
     def create(cls, uri, about, file):
         other = Hasher.load(tmp_path / "other")
-        original(cls, uri, about._replace(encoder=collection.known_by(other)), collection.file_of(other))
+        original(cls, uri, about._replace(encoder=collection.encoder_identity(other)), collection.hasher_bytes(other))
         return original(cls, uri, about, file)
 
     monkeypatch.setattr(PhotoTable, "create", classmethod(create))
@@ -373,7 +373,7 @@ def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
     _, told = run(tmp_path / "i", root, settings=tiny())
     run(tmp_path / "j", root, settings=tiny())
     assert "learning 16-bit codes from 20 of the photos, which are few" in " ".join(told.split())
-    learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
+    learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
     assert learnt.side == 20 and held(tmp_path / "i") == held(tmp_path / "j") == expected(root, learnt)
     run(tmp_path / "k", root, settings=tiny(seed=5))
     assert held(tmp_path / "k") != held(tmp_path / "i")
@@ -417,7 +417,7 @@ def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monke
             run(tmp_path / "i", root, workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     assert held(tmp_path / "i") == expected(root, hasher)
-    assert photo_table.local(str(tmp_path / "i"))
+    assert photo_table.is_local(str(tmp_path / "i"))
 
 
 @pytest.mark.slow
@@ -425,7 +425,7 @@ def test_a_few_photos_are_learnt_from_by_a_pretrained_network(tmp_path):
     """As a stranger's first command does, with fewer views and epochs."""
     indexing.fill(tmp_path / "photos", 40)
     done, _ = run(tmp_path / "i", tmp_path / "photos", settings=indexing.config(epochs=2, train__views=2))
-    learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
+    learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
     assert done == Indexed(40, 40, 0, 0, 0) and (learnt.encoder.bits, learnt.side) == (64, 160)
     assert held(tmp_path / "i") == expected(tmp_path / "photos", learnt)
 
