@@ -60,7 +60,7 @@ class ExportedEncoder:
 
     signature: dict[str, Any]
     """Description of the encoder, in JSON: "takes" ("images" or "features"), "input" and "output" (dtype and shape,
-    where "n" stands for any number), "bits", "preprocessing" (done inside), "batch_sizes", "platforms", "fingerprints",
+    where "n" is any number), "bits", "preprocessing" (done inside), "batch_sizes", "platforms", "fingerprints",
     "made_with"."""
     weights: list[Array]
     programs: dict[str, bytes]

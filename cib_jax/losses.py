@@ -222,7 +222,7 @@ def diffusion_match(
     all1, all2, all_coordinates = codes1, codes2, coordinates
     if axis is not None:
         all1, all2, all_coordinates = jax.lax.all_gather((codes1, codes2, coordinates), axis, tiled=True)
-    # The inner product of coordinates cut to a few dimensions can be negative, where it stands for no link.
+    # The inner product of coordinates cut to a few dimensions can be negative, which means no link.
     odds = jnp.log(jnp.maximum(_exact_matmul(coordinates, all_coordinates.T), 1e-6))
     target = jax.nn.log_softmax(sharpness * odds, axis=-1)
     # ±1 codes have norm √bits, so that their cosine is the inner product divided by the number of bits.

@@ -176,7 +176,7 @@ def rows_by_taps(
     first = jnp.floor(axis.center - reach + 0.5).astype(jnp.int32)
     rows = first[..., None] + jnp.arange(taps)
     weights = _weights(axis, rows)
-    rows = jnp.clip(rows, 0, images.shape[1] - 1)  # rows outside the image have weight 0, whichever row stands for them
+    rows = jnp.clip(rows, 0, images.shape[1] - 1)  # rows outside the image have weight 0
     look_up = jax.vmap(lambda image, rows: image.at[rows].get(mode="promise_in_bounds"))
     terms = [weights[:, :, k, None, None] * look_up(images, rows[:, :, k]) for k in range(taps)]
     return functools.reduce(jnp.add, terms)

@@ -74,7 +74,7 @@ def initialize(
     processes: int | None = None,
     *,
     detect: bool = False,
-    tell: Callable[[str], None] = lambda message: None,
+    report: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Connects this process with the others of its run, before JAX is used for anything else.
 
@@ -84,7 +84,7 @@ def initialize(
       processes: Number of processes; None takes it from the environment.
       detect: Whether there must be several processes. If False, and without `coordinator`, a process without other
         processes in its environment stays alone.
-      tell: Function that is called with a message when the others are awaited, and when they did not come. The program
+      report: Function that is called with a message when the others are awaited, and when they did not come. The program
         then ends with exit code 2, since JAX would abort it.
 
     Raises:
@@ -106,8 +106,8 @@ def initialize(
     remedy = "start all with the same --coordinator and --processes, and each with its own --process"
     try:
         with (
-            _after(NOTICE_SECONDS, lambda: tell(f"Waiting for {awaited}, at most {JOINING_SECONDS} s")),
-            _after(JOINING_SECONDS, lambda: _exit(tell, f"--coordinator: {awaited} did not come; {remedy}")),
+            _after(NOTICE_SECONDS, lambda: report(f"Waiting for {awaited}, at most {JOINING_SECONDS} s")),
+            _after(JOINING_SECONDS, lambda: _exit(report, f"--coordinator: {awaited} did not come; {remedy}")),
         ):
             # Without a coordinator, JAX detects the launcher by itself.
             jax.distributed.initialize(
@@ -204,16 +204,16 @@ def _after(seconds: float, act: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _exit(tell: Callable[[str], None], message: str) -> NoReturn:
-    tell(message)
+def _exit(report: Callable[[str], None], message: str) -> NoReturn:
+    report(message)
     os._exit(2)  # from the timer's thread, while JAX blocks the main thread
 
 
-def set_up_devices(tell: Callable[[str], None]) -> None:
+def set_up_devices(report: Callable[[str], None]) -> None:
     """Lets JAX set up its devices, after the processes of a run have joined and before anything is computed.
 
     Args:
-      tell: Function that is called with a message if JAX sees an accelerator that it cannot use.
+      report: Function that is called with a message if JAX sees an accelerator that it cannot use.
 
     Raises:
       DevicesError: JAX_PLATFORMS names a kind of device that JAX does not find.
@@ -232,7 +232,7 @@ def set_up_devices(tell: Callable[[str], None]) -> None:
                 field="JAX_PLATFORMS",
             ) from error
     for warning in warnings:
-        tell(
+        report(
             f"JAX leaves an accelerator unused ({warning.rstrip('.')}) and runs on {jax.devices()[0].platform}: pip "
             "install 'jax[cuda13]' to use NVIDIA GPUs, set JAX_PLATFORMS=cuda to fail without one, or "
             "JAX_PLATFORMS=cpu to use the CPU without this message"

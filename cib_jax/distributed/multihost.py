@@ -204,7 +204,7 @@ def is_peer_failure(error: Exception) -> bool:
 # Preemption: a scheduler takes a machine back with SIGTERM.
 
 
-CODE = 75
+PREEMPTED_CODE = 75
 """Exit code after preemption, EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command continues the work."""
 
 
@@ -216,7 +216,7 @@ class Preempted(SystemExit):
     """
 
     def __init__(self, message: str):
-        super().__init__(CODE)
+        super().__init__(PREEMPTED_CODE)
         self.message = message
 
 

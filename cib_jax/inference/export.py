@@ -37,8 +37,8 @@ def write(
       params: Trained parameters.
       frozen: Other parameters.
       side: Side of the images in pixels; unused if the encoder takes features.
-      batch_sizes: Batch sizes in ascending order. They must be known here: a CPU goes through a batch in chunks, whose
-        number is part of the program.
+      batch_sizes: Batch sizes in ascending order. They must be known here: a CPU goes through a batch in chunks, and
+        their number is part of the program.
 
     Raises:
       ExportedError: The file cannot be written, or flatbuffers is missing.

@@ -103,7 +103,7 @@ def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
         )
         with pytest.raises(multihost.Preempted) as stopped:
             train(small.config(), tmp_path / "run", console=console)
-    assert stopped.value.code == multihost.CODE == 75
+    assert stopped.value.code == multihost.PREEMPTED_CODE == 75
     assert f"step {after}, in epoch {(after - 1) // 4 + 1} of 3, is saved in {tmp_path}" in stopped.value.message
     results = train(small.config(), tmp_path / "run", console=console)
     assert f"Going on after step {after}, in epoch {(after - 1) // 4 + 1} of 3" in console.export_text()

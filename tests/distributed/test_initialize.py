@@ -88,7 +88,7 @@ try:
     module.initialize(detect=True)
 except module.DistributedError as error:
     print(error.field)
-module.initialize({address!r}, 1, 3, tell=print)
+module.initialize({address!r}, 1, 3, report=print)
 """
     done = subprocess.run([sys.executable, "-uc", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
