@@ -22,7 +22,7 @@ from cib_jax.config.schema import flatten
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
-from cib_jax.distributed.multihost import Place, parts_of
+from cib_jax.distributed.multihost import ProcessIndex, strided_share
 from cib_jax.errors import CodeStoreError, DataError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config
@@ -56,7 +56,7 @@ def encode(
     codes: pathlib.Path | str,
     *,
     part: int = PART,
-    place: Place = Place(0, 1),  # noqa: B008 - it cannot change
+    place: ProcessIndex = ProcessIndex(0, 1),  # noqa: B008 - it cannot change
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> Encoded:
@@ -96,7 +96,7 @@ def encode(
     keep = isinstance(items, inputs.Photos)
     corpus = code_store.begin(folder, known(hasher, config), part, items.names, items.place, keep_list=keep)
     missing = []
-    for number in parts_of(corpus.parts, place):
+    for number in strided_share(corpus.parts, place):
         try:
             there = corpus.load_part(number) is not None
         except DamagedPartError as error:

@@ -14,7 +14,7 @@ import cib_jax as cib
 from cib_jax.commands.encode import encode
 from cib_jax.commands.train import train
 from cib_jax.data import photos
-from cib_jax.distributed.multihost import Place
+from cib_jax.distributed.multihost import ProcessIndex
 from cib_jax.errors import ConfigError, DataError
 from cib_jax.storage.code_store import CorpusError, read_corpus
 from tests import small
@@ -112,7 +112,7 @@ def test_however_the_work_is_cut_and_shared_the_codes_are_the_same(run, root, wa
     counts = []
     for process in reversed(range(processes)):
         console = rich.console.Console(file=io.StringIO())
-        share = {"part": part, "place": Place(process, processes)}
+        share = {"part": part, "place": ProcessIndex(process, processes)}
         counts.append(encode(run, root, tmp_path, **share, console=console))
         assert ("is whole" in told(console)) == (counts[-1].missing == 0)
         missing = f"; {counts[-1].missing} of {counts[-1].parts} part"
@@ -156,7 +156,7 @@ def test_photos_of_a_list_are_encoded_in_the_order_of_their_paths(run, root, wan
 def test_when_files_came_and_went_the_list_as_it_was_can_be_finished(run, root, wanted, tmp_path, console):
     moved = tmp_path / "photos"
     shutil.copytree(root, moved)
-    encode(run, moved, tmp_path / "codes", part=10, place=Place(1, 2), console=console)
+    encode(run, moved, tmp_path / "codes", part=10, place=ProcessIndex(1, 2), console=console)
     pictures.write(moved / "a" / "new.png", pictures.smooth(9, 9))
     (moved / wanted[0][0]).unlink()
     with pytest.raises(
