@@ -19,3 +19,14 @@ class Refusal(ValueError):  # noqa: N818 - it is no fault of the program
     def _render_traceback_(self) -> list[str]:
         """Returns what IPython prints in place of a traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class WebError(Refusal):
+    """An invalid setting of the search page's server, or a missing package of the extra `web`."""
+
+    def __init__(self, message: str = "", *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+UserError = Refusal

@@ -110,7 +110,7 @@ def serve(uri: pathlib.Path | str, *, port: int = 7860, patience: float = 300.0)
       patience: seconds that it may take to answer.
 
     Raises:
-      WebError, TableError, SavedError, SearchError, BindError: as `jobs.serve.serve`.
+      WebError, TableError, SavedError, SearchError: as `jobs.serve.serve`.
       ServingError: it ends at once, or does not answer in time.
     """
     web.check_installed()

@@ -8,6 +8,7 @@ import rich.console
 
 from cib_jax import web
 from cib_jax.collection.collection import Collection
+from cib_jax.errors import WebError
 from cib_jax.jobs.presenting import say
 
 
@@ -28,30 +29,22 @@ def serve(
       port: 0 takes one that is free.
       below: the folder, such as "/photos", from which a reverse proxy passes on what is asked below it.
       console: where to report.
-      limits: fields of `web.limits.Limits`, of which `megapixels` is a photo's.
+      limits: Fields of `web.settings.Settings`.
 
     Raises:
-      WebError: the extra `web` is not installed.
+      WebError: The extra `web` is not installed, or a setting is invalid.
       TableError, SavedError: there is no index, or it cannot be read.
       SearchError: FAISS is not installed.
-      BindError, ProxyError, FrameError, DecoderError: as `web.server.serve`.
+      DecoderError: No decode process can be started.
     """
     web.check_installed()
-    from cib_jax.web import framing, page, server
-    from cib_jax.web.clients import Clients
-    from cib_jax.web.decoding import Decoding
-    from cib_jax.web.limits import Limits
+    from cib_jax.web import page, server
+    from cib_jax.web.settings import Settings
 
     console = console or rich.console.Console()
-    for name in ("searches", "photo_mb", "megapixels"):
-        if limits.get(name, 1) < 1:
-            raise web.WebError(f"--{name}: {limits[name]} must be 1 or more")
     if below and not below.startswith("/"):
-        raise web.WebError(f"--below: {below!r} is no folder of a server; give it with its slash, such as /photos")
-    decoding = Decoding(megapixels=limits.pop("megapixels", Decoding.megapixels))
-    chosen = Limits(decoding=decoding, **limits)
-    Clients(chosen.proxies)  # told now, not once all is loaded
-    framing.ancestors(chosen.frames)
+        raise WebError(f"--below must be a path that begins with a slash, got {below!r}; try /photos", field="--below")
+    settings = Settings(**limits)
     server.check_free(host, port)
     say(console, f"Opening {uri}")
     collection = Collection.open(uri)
@@ -66,8 +59,8 @@ def serve(
         collection,
         host=host,
         port=port,
-        page=functools.partial(page.mount, limits=chosen, root_path=below or None),
+        page=functools.partial(page.mount, settings=settings, root_path=below or None),
         renew=renewed,
-        limits=chosen,
-        tell=lambda sentence: say(console, sentence),
+        settings=settings,
+        print_line=lambda sentence: say(console, sentence),
     )

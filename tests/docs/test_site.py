@@ -18,8 +18,8 @@ def hook(name: str, event: str = "on_page_markdown"):
 
 
 def test_a_link_out_of_the_docs_becomes_the_files_name():
-    shown = hook("outside")("See [the page](data.md#a) and [routes.py](../cib_jax/web/routes.py).")
-    assert shown == "See [the page](data.md#a) and `cib_jax/web/routes.py`."
+    shown = hook("outside")("See [the page](data.md#a) and [middleware.py](../cib_jax/web/middleware.py).")
+    assert shown == "See [the page](data.md#a) and `cib_jax/web/middleware.py`."
 
 
 def test_the_link_to_the_repository_counts_no_stars():
