@@ -45,7 +45,8 @@ def serve(
     if below and not below.startswith("/"):
         raise WebError(f"--below must be a path that begins with a slash, got {below!r}; try /photos", field="--below")
     settings = Settings(**limits)
-    server.check_free(host, port)
+    with server.listening(host, port):
+        pass  # an address that cannot be used is refused before the index is opened
     say(console, f"Opening {uri}")
     collection = Collection.open(uri)
 

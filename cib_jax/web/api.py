@@ -174,11 +174,7 @@ class Api:
         return _jpeg(request, tag, b"" if cached else await self._decode(request, self._image, photo))
 
     async def _decode(self, request: Request, function: Callable[..., T], *arguments: Any) -> T:
-        """Returns the result of a function that uses the decoders.
-
-        Raises:
-          HTTPException: The photo cannot be used, or the server is busy.
-        """
+        """Returns the result of a function that uses the decoders."""
         try:
             return await self.decoding.run(_client(request), function, *arguments)
         except BadPhotoError as error:
@@ -192,7 +188,7 @@ class Api:
 
     def _image(self, photo: Photo) -> bytes:
         settings = self._settings
-        content = read_indexed_file(self.collection.root, photo, settings.shown_mb * 1_000_000)
+        content = _read_indexed_file(self.collection.root, photo, settings.shown_mb * 1_000_000)
         return self._decoders.reduced(content, settings.shown_side, max_megapixels=settings.shown_megapixels)
 
     def _photo(self, id: str) -> Photo:
@@ -297,11 +293,7 @@ def _client(request: Request) -> str:
 
 
 def _integer(query: QueryParams, name: str, default: int, least: int, most: int | None = None) -> int:
-    """Returns an integer parameter of the query.
-
-    Raises:
-      HTTPException: It is not an integer, or out of range.
-    """
+    """Returns an integer parameter of the query."""
     text = query.get(name, str(default))
     digits = text.removeprefix("-")
     if digits.isascii() and digits.isdigit() and len(digits) <= 9 and least <= int(text) <= (most or int(text)):
@@ -337,11 +329,7 @@ class _InMemoryParser(MultiPartParser):
 
 
 def _uploaded_photo(body: bytes, content_type: str) -> bytes:
-    """Returns the photo in a request's body: the body itself or, if that is a form, its only file.
-
-    Raises:
-      HTTPException: There is no photo, or more than one.
-    """
+    """Returns the photo in a request's body: the body itself or, if that is a form, its only file."""
     kind, options = parse_options_header(content_type)
     photo = _form_file(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
     if not photo:
@@ -365,20 +353,12 @@ def _form_file(body: bytes, boundary: bytes) -> bytes:
     return b""
 
 
-def read_indexed_file(root: str, photo: Photo, most: int) -> bytes:
-    """Returns the content of a photo's file, if it is still the file that was indexed.
+def _read_indexed_file(root: str, photo: Photo, most: int) -> bytes:
+    """Returns the content of a photo's file, at most `most` bytes, if it is still the file that was indexed.
 
     The file is opened first, and what was opened is examined, so that it cannot be replaced in between. It must be a
     regular file of the size and time that were indexed. With all links resolved, it must be inside the indexed folder;
     a file elsewhere that a list named must be in the folder that the list gave.
-
-    Args:
-      root: Folder of the photos.
-      photo: Photo of the index.
-      most: Largest file that is read, in bytes.
-
-    Raises:
-      HTTPException: The file is missing, replaced, changed, or too large.
     """
     path = os.path.join(root, photo.path)
     try:

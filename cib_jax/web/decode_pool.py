@@ -76,11 +76,7 @@ class DecodePool:
         self.close()
 
     def see(self, content: bytes, side: int) -> Seen:
-        """Returns the result of `photos.see` for a photo sent by a client.
-
-        Args:
-          content: Content of the photo's file.
-          side: Side of the square that is returned, in pixels.
+        """Returns the result of `photos.see` for the content of a file that a client sent.
 
         Raises:
           BadPhotoError: The photo cannot be used; the message is a sentence for the client.
@@ -98,11 +94,6 @@ class DecodePool:
 
     def reduced(self, content: bytes, longest: int, *, max_megapixels: int) -> bytes:
         """Returns the result of `photos.reduced`, a JPEG.
-
-        Args:
-          content: Content of the photo's file.
-          longest: Longer side of the JPEG, in pixels.
-          max_megapixels: Largest photo that is decoded.
 
         Raises:
           BadPhotoError: The photo cannot be used; the message is a sentence for the client.
@@ -132,7 +123,10 @@ class DecodePool:
         process = self._idle.get()
         try:
             if not process.alive():
-                process = self._replace(process)
+                process.end()
+                with self._lock:
+                    self._processes.discard(process)
+                process = self._start()
             head, result = process.ask(request, content, self._settings.decode_seconds)
             if head.get("out_of_memory"):
                 process.end()
@@ -155,12 +149,6 @@ class DecodePool:
         if reason := head.get("reason"):
             raise BadPhotoError(_sentence(str(reason)[:300], bool(head.get("too_large")), request["max_megapixels"]))
         return head, result
-
-    def _replace(self, old: "_Process") -> "_Process":
-        with self._lock:
-            self._processes.discard(old)
-        old.end()
-        return self._start()
 
     def _start(self) -> "_Process":
         process = _Process(self._worker, self._settings.decode_memory_mib)
@@ -247,13 +235,7 @@ def _sentence(reason: str, too_large: bool, megapixels: int) -> str:
 def send_message(
     connection: socket.socket, head: dict[str, Any], content: bytes, *, deadline: float | None = None
 ) -> None:
-    """Sends a message.
-
-    Args:
-      connection: Connected socket.
-      head: Value that can be represented in JSON.
-      content: Bytes that follow it.
-      deadline: Time on the clock `time.monotonic`, or None to wait without limit.
+    """Sends a message, until a deadline on the clock `time.monotonic` if there is one.
 
     Raises:
       TimeoutError: The message was not taken in time.
@@ -273,12 +255,7 @@ def send_message(
 def receive_message(
     connection: socket.socket, *, most: int = _MOST_BYTES, deadline: float | None = None
 ) -> tuple[dict[str, Any], bytes]:
-    """Returns the head and the content of the next message.
-
-    Args:
-      connection: Connected socket.
-      most: Largest content that is accepted, in bytes.
-      deadline: Time on the clock `time.monotonic`, or None to wait without limit.
+    """Returns the head and the content, of at most `most` bytes, of the next message.
 
     Raises:
       TimeoutError: The message did not arrive in time.

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import limits
 from limits.storage import MemoryStorage
@@ -330,7 +330,8 @@ class KnownHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on to the app, or raises an HTTPException."""
-        host = _host_name(Headers(scope=scope).getlist("host"))
+        hosts = Headers(scope=scope).getlist("host")
+        host = (_split_url(f"//{hosts[0]}").hostname or "").lower() if len(hosts) == 1 else ""
         # An address as the host cannot be the result of rebinding: no name server was asked.
         if not ("*" in self._hosts or host in self._hosts or (self._any_address and _is_address(host))):
             detail = "This host name is not the server's; use its address, or start it with --names."
@@ -338,11 +339,12 @@ class KnownHosts:
         await self._app(scope, receive, send)
 
 
-def _host_name(values: list[str]) -> str:
+def _split_url(url: str) -> SplitResult:
+    """Returns the parts of a URL, all of them empty if it is not valid."""
     try:
-        return (urlsplit(f"//{values[0]}").hostname or "").lower() if len(values) == 1 else ""
+        return urlsplit(url)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 def _is_address(host: str) -> bool:
@@ -388,15 +390,7 @@ class SameOrigin:
         # The scheme is not compared: it differs behind a proxy with TLS. A proxy that also changes the host name, for
         # example to localhost, serves the page under a name that the settings list.
         own = {value.lower() for value in headers.getlist("host")[:1]} | self._hosts
-        return all(_netloc(origin) in own for origin in headers.getlist("origin"))
-
-
-def _netloc(origin: str) -> str:
-    """Returns the host and port of an origin, "" if it is not valid."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""
+        return all(_split_url(origin).netloc.lower() in own for origin in headers.getlist("origin"))
 
 
 class BodyLimits:

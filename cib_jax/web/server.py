@@ -177,16 +177,6 @@ def _unusable_host(host: str, reason: str) -> WebError:
     return WebError(message, field="--host")
 
 
-def check_free(host: str, port: int) -> None:
-    """Checks that the server can listen there, before anything is prepared.
-
-    Raises:
-      WebError: The host or port cannot be used.
-    """
-    with listening(host, port):
-        pass
-
-
 def is_loopback(listener: socket.socket) -> bool:
     """Returns whether a socket can be reached from this machine only."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback

@@ -111,7 +111,8 @@ def results(browser):
 
 def drawn(element):
     """Returns the bits of a drawing as a string, and the places of those that are marked as different."""
-    classes = [bit.get_attribute("class").split() for bit in find_all(element, "svg rect")]
+    script = "return [...arguments[0].querySelectorAll('svg rect')].map((bit) => bit.getAttribute('class').split(' '))"
+    classes = element.parent.execute_script(script, element)
     word = "".join("1" if "on" in names else "0" for names in classes)
     return word, [place for place, names in enumerate(classes) if "apart" in names]
 
