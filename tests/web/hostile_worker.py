@@ -31,8 +31,9 @@ def by_content(request: dict, content: bytes) -> tuple[dict, bytes]:
         with open(rest[0], "wb") as file:
             file.write(b"0" * 100)
     if word == b"files":
-        for _ in range(1000):
+        for _ in range(100):
             os.open("/dev/null", os.O_RDONLY)
+        return {"reason": "opened"}, b""
     if word == b"width":
         return {"width": "wide", "height": 2}, square + b"\xff\xd8\xff"
     if word == b"script":

@@ -440,7 +440,7 @@ def test_the_requests_of_a_client_behind_a_proxy_are_bounded(running, collection
 
 def statuses_of_refused(connections):
     """Returns the statuses of the connections that were answered first."""
-    return [status_of(connection.recv(1000)) for connection in select.select(connections, [], [])[0]]
+    return [status_of(connection.recv(1000)) for connection in select.select(connections, [], [], 60)[0]]
 
 
 # Bodies

@@ -18,7 +18,7 @@ import tempfile
 import threading
 
 import pytest
-from starlette.responses import PlainTextResponse
+from starlette.responses import StreamingResponse
 
 from cib_jax import web
 from cib_jax.errors import UserError, WebError
@@ -62,7 +62,7 @@ def test_a_client_that_does_not_read_its_answer_is_disconnected(running, collect
     size = 20_000_000
 
     def page(app, collection):
-        app.add_route("/config", lambda request: PlainTextResponse(bytes(size)))
+        app.add_route("/config", lambda request: StreamingResponse(bytes(size // 20) for _ in range(20)))
 
     with running(collection, dataclasses.replace(few, taking_seconds=0.3), page=page) as served:
         with served.socket() as connection:
