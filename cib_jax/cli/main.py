@@ -81,7 +81,6 @@ def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     from cib_jax.commands.encode import encode
     from cib_jax.commands.evaluate import evaluate
     from cib_jax.config.schema import flatten
-    from cib_jax.distributed import initialize
 
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     if config_named:  # of an experiment named beside the run, what says which run this is must agree
@@ -91,8 +90,8 @@ def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
         return
     if not CODES.value:
         exit_with_error("--codes: --mode=encode wants a folder for the codes; give --codes=DIR")
-    place = initialize.process_place(PROCESS.value, PROCESSES.value)
-    encode(workdir, IMAGES.value, CODES.value, part=PART.value, place=place, overrides=overrides)
+    shared = {"process": PROCESS.value, "processes": PROCESSES.value}
+    encode(workdir, IMAGES.value, CODES.value, part=PART.value, **shared, overrides=overrides)
 
 
 def check_index(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> None:
@@ -125,7 +124,7 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
             place,
             radius=RADIUS.value,
             confirm=CONFIRM.value,
-            form=FORMAT.value,
+            format=FORMAT.value,
             show=SHOW.value,
         )
     elif mode == "serve":
@@ -136,27 +135,24 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
             host=HOST.value,
             port=PORT.value,
             below=BELOW.value,
-            hosts=tuple(NAMES.value),
-            proxies=tuple(PROXIES.value),
-            frames=tuple(FRAMES.value),
+            names=NAMES.value,
+            proxies=PROXIES.value,
+            frames=FRAMES.value,
             searches=SEARCHES.value,
             photo_mb=PHOTO_MB.value,
             megapixels=MEGAPIXELS.value,
         )
     elif mode == "search":
         from cib_jax.commands.search import search
-        from cib_jax.retrieval.index import kind_of
 
-        kind, settings = kind_of(KIND.value)
         search(
             place,
             query,
             k=K.value,
             radius=RADIUS.value,
-            kind=kind,
-            settings=settings,
+            kind=KIND.value,
             rerank=RERANK.value,
-            form=FORMAT.value,
+            format=FORMAT.value,
             show=SHOW.value,
         )
 

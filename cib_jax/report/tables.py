@@ -4,7 +4,7 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # report.published: Figures that papers published, to stand beside measured ones; none of them was measured by this project.
 
@@ -157,3 +157,29 @@ def _in_latex(words: str) -> str:
     special = {"\\": r"\textbackslash{}", "β": r"$\beta$", "τ": r"$\tau$", "·": r"$\cdot$", "±": r"$\pm$", "–": "--"}
     special |= {letter: "\\" + letter for letter in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(letter, letter) for letter in words)
+
+
+def metric_rows(results: dict[str, Any], k: object = None) -> list[tuple[str, str]]:
+    """Returns the rows of a table of a run's metrics: name and value.
+
+    Args:
+      results: Contents of results.json.
+      k: Label of the ranking's depth; None: its number.
+    """
+    figures, code_health = results["metrics"], results["metrics"]["code_health"]
+    k, rows = results["k"] if k is None else k, []
+    if results["map"] is not None:
+        at = figures["precision_at_k"]
+        rows = [
+            (f"MAP@{k}", f"{results['map']:.4f}"),
+            (f"MAP@{k}, ties in random order", f"{results['map_tie_aware']:.4f}"),
+            *((f"precision@{k}", f"{value:.4f}") for k, value in zip(at["k"], at["precision"], strict=True)),
+            ("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}"),
+            ("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}"),
+        ]
+    return [
+        *rows,
+        ("distinct codes in the database", f"{code_health['distinct_codes']:,} of {results['counts']['database']:,}"),
+        ("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}"),
+        ("entropy of the codes", f"{code_health['entropy']:.2f} bits"),
+    ]
