@@ -15,6 +15,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests.command_line import refusal, run_cli  # noqa: F401 - fixtures
+
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("cib")
 
