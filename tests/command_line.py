@@ -1,5 +1,6 @@
 """The command line in the test's own process: a process of its own would take seconds and show no more."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -10,6 +11,26 @@ from typing import NamedTuple
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def signal_once(number, condition):
+    """Sends this process a signal as soon as a condition holds, while the context lasts."""
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.002):
+            if condition():
+                os.kill(os.getpid(), number)
+                return
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
 
 
 class Ended(NamedTuple):
