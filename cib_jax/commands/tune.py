@@ -146,7 +146,7 @@ def parse_space(text: str, *, grid: bool = False) -> Space:
         if log not in ([], ["log"]):
             raise ConfigError(f"{where}: a range may be followed by 'log' alone, got {' '.join(log)!r}", SPACE)
         ends = [schema.parsed(name, end.strip(), where) for end in (low, high)]
-        kind = schema.FIELDS[name][0]
+        kind = schema.FIELDS[name]
         if kind not in (int, float) or ends[0] >= ends[1] or (log and ends[0] <= 0):
             raise ConfigError(f"{where}: a range must go from a number up to a larger one, with log above 0", SPACE)
         distribution = distributions.IntDistribution if kind is int else distributions.FloatDistribution

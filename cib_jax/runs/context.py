@@ -10,53 +10,26 @@ import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
 import ml_collections
 import numpy as np
 import rich.console
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
+
 from cib_jax.augment import features
 from cib_jax.augment.features import Standard
 from cib_jax.config import build
-from cib_jax.console import print_message
-from cib_jax.console import progress_bar
-from cib_jax.data import cache
-from cib_jax.data import dataset
-from cib_jax.data import feature_files
-from cib_jax.data.dataset import Bar
-from cib_jax.data.dataset import ImageSet
-from cib_jax.data.dataset import Source
-from cib_jax.data.dataset import gather
-from cib_jax.data.splits import Protocol
-from cib_jax.data.splits import Splits
-from cib_jax.distributed import multihost
-from cib_jax.distributed import sharding
+from cib_jax.console import print_message, progress_bar
+from cib_jax.data import cache, dataset, feature_files
+from cib_jax.data.dataset import Bar, ImageSet, Source, gather
+from cib_jax.data.splits import Protocol, Splits
+from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
 from cib_jax.files import printable
-from cib_jax.models import finetune
-from cib_jax.models import weights
-from cib_jax.models.encoder import Encoder
-from cib_jax.models.encoder import Params
+from cib_jax.models import finetune, weights
+from cib_jax.models.encoder import Encoder, Params
 from cib_jax.runs.workdir import write_bytes
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 
@@ -160,7 +133,9 @@ def prepare_run(
         standard = features.standard(_blocks(splits.train))
     print_weights_download(config, console)
     encoder, initial, frozen, fingerprint = build.encoder(config, trained=trained, standard=standard)
-    return RunContext(config, workdir, console, protocol, source, splits, standard, encoder, initial, frozen, fingerprint)
+    return RunContext(
+        config, workdir, console, protocol, source, splits, standard, encoder, initial, frozen, fingerprint
+    )
 
 
 def print_weights_download(config: ml_collections.ConfigDict, console: rich.console.Console) -> None:
@@ -246,4 +221,3 @@ def describe_data_change(setting: RunContext, extra: dict[str, Any]) -> str:
         return ""
     counts = [f"{data.get('train', 0):,} + {data.get('database', 0):,} images" for data in (then, now)]
     return f"the data changed since the run began (training and database {counts[0]} then, {counts[1]} now)"
-

@@ -8,43 +8,23 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
+
 from cib_jax import console
 from cib_jax.config import build
 from cib_jax.console import print_message
 from cib_jax.data import cache
-from cib_jax.data.cache import DamagedError
-from cib_jax.data.cache import FeatureCache
-from cib_jax.data.dataset import ImageSet
-from cib_jax.data.dataset import identity
-from cib_jax.distributed import multihost
-from cib_jax.distributed import sharding
+from cib_jax.data.cache import DamagedError, FeatureCache
+from cib_jax.data.dataset import ImageSet, identity
+from cib_jax.distributed import multihost, sharding
 from cib_jax.inference.hasher import Hasher
 from cib_jax.models import encoder
-from cib_jax.models.encoder import Params
-from cib_jax.models.encoder import plain_features
-from cib_jax.runs.context import Batches
-from cib_jax.runs.context import RunContext
+from cib_jax.models.encoder import Params, plain_features
+from cib_jax.runs.context import Batches, RunContext
 from cib_jax.training import input_pipeline
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 PART = 4096
 """Images whose features make one file, about: what an interrupted run can lose, and what is held at a time."""
@@ -282,7 +262,9 @@ class _Kept:
 
         Of several processes of one run the first does: they wait for each other.
         """
-        return self.cache.alone() if self.cache is not None and multihost.is_first_process() else contextlib.nullcontext()
+        return (
+            self.cache.alone() if self.cache is not None and multihost.is_first_process() else contextlib.nullcontext()
+        )
 
     def _give_up(self, error: OSError) -> None:
         assert self.cache is not None
@@ -304,4 +286,3 @@ def _digest_of_code() -> str:
     files = [package / name for name in _CODE]
     files += sorted((file for file in (package / "models").iterdir() if file.name.endswith(".py")), key=str)
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
