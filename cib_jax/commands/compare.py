@@ -1,6 +1,5 @@
 """Comparison of methods, code lengths and seeds: one run for each combination, and tables of their means."""
 
-import difflib
 import functools
 import hashlib
 import pathlib
@@ -24,13 +23,14 @@ from cib_jax.config import build, schema
 from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.errors import ConfigError, TrainingError, UserError
+from cib_jax.files import did_you_mean, write_bytes
 from cib_jax.losses import OBJECTIVES
 from cib_jax.report import figures, tables
 from cib_jax.report.html import Grid, Section
 from cib_jax.runs import context, features, many_runs, report
 from cib_jax.runs.context import RunContext
 from cib_jax.runs.many_runs import Record, load_record
-from cib_jax.runs.workdir import BASELINE, adopt, claim_workdir, read_json, write_bytes, write_json
+from cib_jax.runs.workdir import BASELINE, adopt, claim_workdir, read_json, write_json
 from cib_jax.training import checkpoint, metric_writers
 
 TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash", "diffusion": "Diffusion"} | {
@@ -137,8 +137,7 @@ def parse_methods(text: str) -> list[ComparedMethod]:
     for part in filter(None, map(str.strip, text.split(","))):
         name, *assignments = part.split()
         if name not in TITLES:
-            near = difflib.get_close_matches(name, TITLES, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, TITLES)
             raise ConfigError(
                 f"{METHODS} must name known methods, got {name!r}; {hint}try {', '.join(TITLES)}", METHODS
             )
@@ -159,9 +158,8 @@ def _parse_assignment(method: str, text: str) -> tuple[str, Any]:
     if name in {"bits", "seed", "objective", "k"} or name.startswith("data."):
         raise ConfigError(f"{where}: all rows share this field, or their figures would not be comparable", METHODS)
     if name not in schema.FIELDS or name in schema.AROUND:
-        near = difflib.get_close_matches(name, schema.FIELDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{where}: {name} must be a field of the config{hint}", METHODS)
+        hint = did_you_mean(name, schema.FIELDS).strip() or "configs/default.py lists them"
+        raise ConfigError(f"{where}: {name} must be a field of the config; {hint}", METHODS)
     return name, schema.parsed(name, value, where)
 
 

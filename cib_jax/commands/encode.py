@@ -18,8 +18,7 @@ from jaxtyping import Shaped
 
 from cib_jax import __version__
 from cib_jax.commands.evaluate import override_fields
-from cib_jax.config import schema
-from cib_jax.config.schema import flatten
+from cib_jax.config import flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read

@@ -14,8 +14,7 @@ import rich.table
 from jaxtyping import UInt8
 
 import cib_jax
-from cib_jax.config import schema
-from cib_jax.config.schema import flatten
+from cib_jax.config import flatten, schema
 from cib_jax.console import HINT, print_message
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError

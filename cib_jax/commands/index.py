@@ -17,8 +17,7 @@ import rich.console
 from jaxtyping import Bool, Int64, UInt8
 
 from cib_jax import fitting
-from cib_jax.config import build, schema
-from cib_jax.config.schema import flatten
+from cib_jax.config import build, flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos, Read

@@ -31,6 +31,7 @@ from cib_jax.errors import (
     UserError,
     WorkdirError,
 )
+from cib_jax.files import write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
 from cib_jax.report import figures, tables
@@ -40,7 +41,7 @@ from cib_jax.retrieval.code_quality import SCORES
 from cib_jax.runs import context, features, many_runs, report
 from cib_jax.runs.context import RunContext
 from cib_jax.runs.many_runs import Record, load_record
-from cib_jax.runs.workdir import adopt, exclusive, write_bytes, write_json
+from cib_jax.runs.workdir import adopt, exclusive, write_json
 from cib_jax.training import checkpoint, metric_writers
 
 SPACE = "config.tune.space"

@@ -13,13 +13,13 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from cib_jax.data.dataset import ImageSet, resized
+from cib_jax.files import write_bytes
 from cib_jax.report import contact_sheet, figures, tables
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.report.html import Grid, Picture, Section, render
 from cib_jax.retrieval import code_quality, hamming, metrics
 from cib_jax.retrieval.metrics import Curves
 from cib_jax.runs.context import RunContext
-from cib_jax.runs.workdir import write_bytes
 
 QUERIES = 8
 """Queries in each picture of retrieved images."""
