@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks import measuring
 from cib_jax.augment import augment, color, geometry
 from cib_jax.data import sources
+from cib_jax.data.dataset import DataConfig
 
 PROCESSES = 2  # of the other side, as many as the published code's loader has workers
 PASSES = 4  # over the batch in a round, so that handing out work to processes takes no visible part of it
@@ -25,7 +26,7 @@ def make_images(count: int, side: int, directory: str | None) -> np.ndarray:
     import PIL.Image
 
     if directory is not None:
-        images = sources.load("cifar10", directory).train.images
+        images = sources.load(DataConfig("cifar10", directory)).train.images
         pictures = [PIL.Image.fromarray(images[i]) for i in range(count)]
     else:
         noise = np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), np.uint8)

@@ -15,8 +15,7 @@ import rich.console
 from jaxtyping import Array, Float, UInt8
 
 from cib_jax import codes, errors
-from cib_jax.baselines import BASELINES
-from cib_jax.baselines.fitting import Encoder
+from cib_jax.baselines import BASELINES, Encoder
 from cib_jax.commands import evaluate
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
@@ -384,7 +383,7 @@ def make_tables(
     # Published figures are comparable only under the very protocol they were measured by.
     quoted = [
         tables.Row(f"{one.title}, published", [tables.Cell(one.values.get(bits, ())) for bits in lengths], True)
-        for one in ([] if protocol.changed else tables.rows(protocol.name, k))
+        for one in ([] if protocol.changed else tables.published_rows(protocol.name, k))
     ]
     first = [*map(row, baselines + complete + taught), *quoted]
     made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, first, seeds)]
@@ -412,7 +411,7 @@ def _table_to_json(table: tables.Table) -> dict[str, Any]:
 
 def _grid(table: tables.Table) -> Grid:
     header = ("method", *(f"{bits} bits" for bits in table.bits))
-    return Grid(table.title, header, [(row.title, *tables.texts(table, row)) for row in table.rows])
+    return Grid(table.title, header, [(row.title, *tables.cell_texts(table, row)) for row in table.rows])
 
 
 def _write_report(

@@ -16,7 +16,6 @@ import PIL
 import rich.console
 from jaxtyping import Shaped
 
-from cib_jax import __version__
 from cib_jax.commands.evaluate import override_fields
 from cib_jax.config import flatten, schema
 from cib_jax.console import print_message, progress_bar
@@ -30,6 +29,7 @@ from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights
 from cib_jax.storage import code_store
 from cib_jax.storage.code_store import Corpus, DamagedPartError, File
+from cib_jax.version import __version__
 
 PART = 8192
 """Files whose codes go into one file, and so the most that a killed process loses."""
@@ -106,7 +106,7 @@ def encode(
 def _is_intact(corpus: Corpus, number: int, console: rich.console.Console) -> bool:
     """Returns whether a part exists; removes it if it is damaged."""
     try:
-        return corpus.find(number) is not None
+        return corpus.load_part(number) is not None
     except DamagedPartError as error:
         print_message(console, f"{corpus.path(number)} is damaged ({error}) and will be written again")
         corpus.path(number).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def _find_items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = inputs.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
+        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         expected = hasher.encoder.backbone.features
         if isinstance(items, inputs.Rows) and items.features.shape[-1] != expected:
             raise DataError(
@@ -129,12 +129,12 @@ def _find_items(
         return items
     if takes == "features":
         raise CodeStoreError("--images is missing; give the .npy of features to encode", field="--images")
-    if not (folder / code_store.ABOUT).exists():
+    if not (folder / code_store.DESCRIPTION).exists():
         raise CodeStoreError(
             "--images is missing; give the folder of photos, or a .csv or .parquet list of them", field="--images"
         )
-    begun = code_store.described(folder)
-    return inputs.listed(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
+    begun = code_store.load_description(folder)
+    return inputs.load_listed_photos(begun.images, code_store.load_names(begun), size=hasher.side, max_megapixels=limit)
 
 
 def _identity(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def _write_parts(
             codes = hasher.encode_batches(batches, advance, size=hasher.batch_size)
             names = (items.names[index] for index in corpus.of_part(number))
             files = [file._replace(path=name) for file, name in zip(files, names, strict=True)]
-            corpus.check()
-            code_store.write_shard(corpus.path(number), corpus.identity, files, codes, made_with)
+            corpus.validate_folder()
+            code_store.write_part(corpus.path(number), corpus.identity, files, codes, made_with)
             written += 1
     return written
 
@@ -223,7 +223,7 @@ def _summarize(corpus: Corpus, written: int, words: str, console: rich.console.C
             f"{corpus.folder}, left to other processes; if one of them was killed, start the same command again",
         )
     else:
-        code_store.tidy(corpus)
+        code_store.remove_temporary(corpus)
         print_message(
             console,
             f"{counted.files:,} {words} in {_format_parts(corpus.parts)}, {counted.unreadable:,} unreadable; the "

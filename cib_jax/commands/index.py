@@ -28,7 +28,7 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.models import registry, weights
 from cib_jax.runs import context
 from cib_jax.storage import collection, photo_table
-from cib_jax.storage.photo_table import AT_ONCE, About, PhotoTable, Row, State, key_of
+from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 
 BLOCK = 512
 """Files in a commit, about, and so the most that a killed process loses."""
@@ -82,8 +82,8 @@ def index(
       ConfigError: A field cannot be set.
       CheckpointError, SavedHasherError, WeightsError: There is no encoder in `workdir`.
     """
-    uri, overrides, console = photo_table.place_of(index), overrides or {}, console or rich.console.Console()
-    photo_table.check_installed()
+    uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
+    photo_table.validate_installed()
     schema.validate(config)
     given = _load_encoder(workdir, config, overrides) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
@@ -93,38 +93,38 @@ def index(
         )
     if table is not None and given is not None:
         _validate_same_encoder(table, given, workdir)
-    place = str(images) if images is not None else table.about.images if table is not None else ""
+    place = str(images) if images is not None else table.metadata.images if table is not None else ""
     print_message(console, f"Looking through {place}")
     # Read before the files are listed: what another process indexes meanwhile is not gone.
     known = table.state().keys if table is not None else np.zeros(0, np.int64)
-    found = inputs.find(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
+    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
     assert isinstance(found, Photos)
     for note in found.notes:
         print_message(console, note)
     own = f"the encoder of {uri}"
     if table is None:
         made = given or train_index_encoder(found, config, console)
-        about = About(found.place, collection.known_by(made), {} if given else flatten(config))
-        table = PhotoTable.create(uri, about, collection.file_of(made))
-        if table.about.encoder != about.encoder:  # another process was faster
+        metadata = IndexMetadata(found.place, collection.encoder_identity(made), {} if given else flatten(config))
+        table = PhotoTable.create(uri, metadata, collection.hasher_bytes(made))
+        if table.metadata.encoder != metadata.encoder:  # another process was faster
             if given:
                 _validate_same_encoder(table, given, workdir)
-            _validate_overrides(overrides, own, table.about.learnt)
+            _validate_overrides(overrides, own, table.metadata.learnt)
             print_message(console, "Another process made the index meanwhile; its encoder is used")
     elif given is None:
-        _validate_overrides(overrides, own, table.about.learnt)
+        _validate_overrides(overrides, own, table.metadata.learnt)
     _validate_images(table, found, known, console)
-    files = _stat_files(dataclasses.replace(found, size=table.about.encoder["side"], see=True))
+    files = _stat_files(dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True))
     changes = _find_changes(table, files, known)
     for start in range(0, len(changes.gone), AT_ONCE):
         table.remove(changes.gone[start : start + AT_ONCE])
     if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
         # Loaded from the index, because another process may have made it.
         hasher = dataclasses.replace(
-            collection.hasher_of(table), batch_size=config.encode_batch, devices=config.devices
+            collection.load_hasher(table), batch_size=config.encode_batch, devices=config.devices
         )
         _encode_files(table, files, pending, hasher, console)
-        table.tidy()
+        table.compact()
     return _summarize(table, str(index), files, changes, console)
 
 
@@ -191,7 +191,7 @@ def _validate_overrides(overrides: dict[str, Any], encoder: str, trained_by: dic
 
 def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
     """Refuses an encoder that makes codes not comparable with those of the index."""
-    ours, theirs = collection.known_by(hasher), table.about.encoder
+    ours, theirs = collection.encoder_identity(hasher), table.metadata.encoder
     other = [f"{name}: {theirs.get(name)} → {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
         raise IndexFolderError(
@@ -212,7 +212,7 @@ def _validate_images(
       known: Keys of the files in the index.
       console: Console for messages.
     """
-    before = table.about.images
+    before = table.metadata.images
     if before == found.place:
         return
     if os.path.exists(before):
@@ -385,7 +385,7 @@ def _encode_files(
             if unread:
                 advance(unread)
             if commits % TIDY_EVERY == 0:
-                table.tidy()
+                table.compact()
 
 
 def _encode_block(
@@ -397,8 +397,8 @@ def _encode_block(
     def squares() -> Iterator[UInt8[np.ndarray, "side side 3"]]:
         for number, read in reads:
             kept.append((number, read._replace(content=None)))
-            if read.seen is not None:
-                yield read.seen.square
+            if read.decoded is not None:
+                yield read.decoded.square
 
     readable = squares()
     batches = iter(lambda: list(itertools.islice(readable, hasher.batch_size)), [])
@@ -409,11 +409,11 @@ def _encode_block(
         name = found.names[number]
         if read.size is None or read.modified_ns is None:
             continue  # the file has vanished meanwhile, and the next call will find it gone
-        if read.seen is None:
-            state = (-1, -1) if read.may_pass else (read.size, read.modified_ns)
+        if read.decoded is None:
+            state = (-1, -1) if read.transient else (read.size, read.modified_ns)
             rows.append(Row(name, *state, reason=read.reason))
         else:
-            photo = (read.seen.width, read.seen.height, read.seen.thumbnail)
+            photo = (read.decoded.width, read.decoded.height, read.decoded.thumbnail)
             rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *photo))
     return rows, len(kept) - len(encoded)
 
@@ -534,7 +534,7 @@ def _drawn(
                     return
                 yield number
 
-        for _, read in dataclasses.replace(found, size=side, see=False).read([due()]):
+        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([due()]):
             if read.content is not None and count < wanted:
                 images[count] = read.content
                 count += 1

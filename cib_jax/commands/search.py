@@ -16,13 +16,13 @@ from cib_jax import files
 from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
-from cib_jax.data.photos import BITS, decode, difference_hash
+from cib_jax.data.photos import HASH_BITS, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
 from cib_jax.files import map_in_order, printable
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import near_duplicates
-from cib_jax.retrieval.index import EXACT, KINDS, Index, kind_of
+from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
 K = 20
@@ -82,7 +82,7 @@ def search(
       SearchError: FAISS is not installed, or a value is invalid.
     """
     output = _open_output(format, show, console)
-    kind, settings = kind_of(kind)
+    kind, settings = parse_kind(kind)
     if k is not None and k < 1:
         raise SearchError(f"--k must be 1 photo or more, got {k}; leave it out for {K}", field="--k")
     _validate_radius(radius)
@@ -203,17 +203,17 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
     if not path.exists():
         raise DataError(f"--query must be a photo or a folder of photos, got {path}, which does not exist", "--query")
     readable = 0
-    with inputs.asked_for_as("--query"):
+    with inputs.blame_field("--query"):
         if path.is_dir():
-            found = inputs.find(query, takes="images", size=collection.side)
+            found = inputs.load_inputs(query, takes="images", size=collection.side)
             assert isinstance(found, Photos)
         else:
             found = Photos(str(path), [path.name], str(path.parent), collection.side)
-        for number, read in dataclasses.replace(found, see=True).read([range(len(found.names))]):
+        for number, read in dataclasses.replace(found, thumbnails=True).read([range(len(found.names))]):
             name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
-            if read.seen is not None:
+            if read.decoded is not None:
                 readable += 1
-                yield _Query(name, read.seen.square, read.seen.thumbnail)
+                yield _Query(name, read.decoded.square, read.decoded.thumbnail)
             elif not path.is_dir():
                 raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
             elif output.json:
@@ -261,7 +261,7 @@ def _confirm(
 ) -> list[list[int]]:
     """Returns the groups, each split into those with thumbnails that look alike."""
     members = [number for group in groups for number in group]
-    looks = np.empty((len(members), BITS // 8), np.uint8)
+    looks = np.empty((len(members), HASH_BITS // 8), np.uint8)
 
     def hash_page(start: int) -> list[np.ndarray]:
         photos = collection.photos(members[start : start + PAGE])

@@ -203,7 +203,7 @@ def serve_notebook(index: pathlib.Path | str, *, port: int = 7860, patience: flo
 
     if port in _pages:
         _pages[port].stop()
-    PhotoTable.open(photo_table.place_of(index))  # raises an error of its own class, at once
+    PhotoTable.open(photo_table.normalize_uri(index))  # raises an error of its own class, at once
     with server.listening(HOST, port) as listener:
         port = listener.getsockname()[1]
     colab = _colab()

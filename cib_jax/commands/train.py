@@ -59,7 +59,7 @@ def validator(setting: RunContext) -> Callable[[TrainState], float] | None:
         return None
     query, database = setting.splits.validation
     if query.labels is None or database.labels is None:
-        raise AssertionError("splits.draw lets nothing validate without labels")
+        raise AssertionError("draw_splits lets nothing validate without labels")
     labels = query.labels, database.labels
     kept: dict[str, list[Float[np.ndarray, "part features"]]] = {}
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cib_jax import __version__, files
+from cib_jax import files
 from cib_jax.errors import ExportedError
 from cib_jax.exported import FORMAT, FORMS, SIGNATURE, STAGES, VERSION, checksum, part_of
 from cib_jax.models.encoder import Encoder, Params, packed_of_features, plain_features
 from cib_jax.models.weights import fingerprint
+from cib_jax.version import __version__
 
 TIME = (1980, 1, 1, 0, 0, 0)  # of every part: the same encoder gives the same file
 LIMIT = "jax_traceback_in_locations_limit"

@@ -291,7 +291,7 @@ def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str 
     """
     if hasher.encoder.backbone.takes != "images":
         raise ValueError("hasher: it was trained on features; pass those to its encode")
-    with inputs.asked_for_as("photos"):
+    with inputs.blame_field("photos"):
         return _encoded(hasher, _found(photos, hasher.side))
 
 
@@ -325,6 +325,6 @@ def _found(photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], si
     place = os.path.abspath(os.path.expanduser(photos))
     if os.path.isfile(place) and not place.lower().endswith(inputs.LISTS):
         return Photos(place, [os.path.basename(place)], os.path.dirname(place), side)
-    found = inputs.find(place, takes="images", size=side)
+    found = inputs.load_inputs(place, takes="images", size=side)
     assert isinstance(found, Photos)
     return found

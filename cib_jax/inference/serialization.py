@@ -18,7 +18,7 @@ import safetensors.numpy
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from cib_jax import __version__, files
+from cib_jax import files
 from cib_jax.augment.features import Standard
 from cib_jax.config import build
 from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, differences, flatten, validate
@@ -27,6 +27,7 @@ from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.train_step import Progress, create_train_state
+from cib_jax.version import __version__
 
 # hashing.saved: A trained encoder in a folder of its own, without the run that made it: one safetensors file.
 #

@@ -263,7 +263,9 @@ class _Kept:
         Of several processes of one run the first does: they wait for each other.
         """
         return (
-            self.cache.alone() if self.cache is not None and multihost.is_first_process() else contextlib.nullcontext()
+            self.cache.exclusive()
+            if self.cache is not None and multihost.is_first_process()
+            else contextlib.nullcontext()
         )
 
     def _give_up(self, error: OSError) -> None:

@@ -22,7 +22,7 @@ import fastapi
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cib_jax.data.photos import BadPhotoError, Seen
+from cib_jax.data.photos import BadPhotoError, DecodedPhoto
 from cib_jax.web import indexed_file, upload
 from cib_jax.web.answers import Answers, Collection, Photo, QueryError, UnknownError, check, shown
 from cib_jax.web.clients import CLIENT
@@ -150,7 +150,7 @@ class Api:
         content = b"" if known else await self._decoding.run(_client(request), self._image, photo)
         return _picture(request, tag, content)
 
-    def _seen(self, body: bytes, kind: str) -> Seen:
+    def _seen(self, body: bytes, kind: str) -> DecodedPhoto:
         return self.decoders.see(upload.photo_of(body, kind), self.collection.side)
 
     def _thumbnail(self, id: str) -> tuple[str, bytes]:

@@ -28,7 +28,7 @@ _FILES = 32  # those open by now, and some that Pillow's readers may open
 
 
 def work(wanted: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Returns a photo as `photos.see` or `photos.reduced` gives it.
+    """Returns a photo as `photos.decode_with_thumbnail` or `photos.reduced` gives it.
 
     Raises:
       BadPhotoError: it cannot be used.
@@ -36,7 +36,7 @@ def work(wanted: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]
     megapixels = wanted["max_megapixels"]
     if wanted["kind"] == "reduced":
         return {}, photos.reduced(content, wanted["size"], max_megapixels=megapixels)
-    seen = photos.see(content, wanted["size"], max_megapixels=megapixels)
+    seen = photos.decode_with_thumbnail(content, wanted["size"], max_megapixels=megapixels)
     return {"width": seen.width, "height": seen.height}, seen.square.tobytes() + seen.thumbnail
 
 

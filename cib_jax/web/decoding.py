@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cib_jax.data.photos import BadPhotoError, Seen
+from cib_jax.data.photos import BadPhotoError, DecodedPhoto
 from cib_jax.web import frames
 
 _STARTING = 60.0
@@ -76,8 +76,8 @@ class Decoders:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def see(self, content: bytes, side: int) -> Seen:
-        """Returns a stranger's photo as `photos.see`.
+    def see(self, content: bytes, side: int) -> DecodedPhoto:
+        """Returns a stranger's photo as `photos.decode_with_thumbnail`.
 
         Raises:
           BadPhotoError: it cannot be used; the message is a sentence.
@@ -92,7 +92,7 @@ class Decoders:
             raise BadPhotoError(_NONSENSE)
         if not _is_jpeg(thumbnail):
             raise BadPhotoError(_NONSENSE)
-        return Seen(np.frombuffer(found, np.uint8, pixels).reshape(side, side, 3), thumbnail, width, height)
+        return DecodedPhoto(np.frombuffer(found, np.uint8, pixels).reshape(side, side, 3), thumbnail, width, height)
 
     def reduced(self, content: bytes, longest: int, *, max_megapixels: int) -> bytes:
         """Returns a photo as a JPEG as `photos.reduced`.

@@ -93,7 +93,7 @@ def test_codes_are_the_hashers(run, root, wanted, tmp_path, console):
     made = encode(run, root, tmp_path / "codes", part=10, console=console)
     assert made == (5, 5, 0, 46, 3)
     assert "46 photos in 5 parts, 3 unreadable" in told(console) and "is complete" in told(console)
-    assert "Not photos by name, left out: 1 .txt" in told(console)
+    assert "left out: 1 .txt" in told(console)
     check(tmp_path / "codes", wanted)
     whole = pyarrow.parquet.read_table(tmp_path / "codes")  # as any other program reads the folder's parts
     times = whole.column("modified").cast("int64").to_pylist()

@@ -26,7 +26,7 @@ from tests.commands.indexing import config
 
 settings = config(backbone="convnet", image_size=16, hidden=16, epochs=1, bits=16, frozen=False, train__views=0,
                   data__stored_size=20, data__train_images=0, batch_size=64)
-found = inputs.find(sys.argv[1], takes="images", size=1)
+found = inputs.load_inputs(sys.argv[1], takes="images", size=1)
 hasher = index.train_index_encoder(found, settings, rich.console.Console(file=io.StringIO()))
 codes = hasher.encode(np.zeros((3, 20, 20, 3), np.uint8))
 print(json.dumps({"devices": jax.local_device_count(), "codes": list(codes.shape)}))

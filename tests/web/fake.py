@@ -40,7 +40,7 @@ class FakeCollection:
         self._photos, squares = [], []
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             name, found = os.path.relpath(path, root), path.stat()
-            seen = photos.see(path, SIDE)
+            seen = photos.decode_with_thumbnail(path, SIDE)
             id = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
             known = (found.st_size, found.st_mtime_ns, seen.width, seen.height, seen.thumbnail)
             self._photos.append(Photo(id, name, *known))

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cib_jax.data.photos import see
+from cib_jax.data.photos import decode_with_thumbnail
 from tests.web import fake, hostile
 from tests.web.conftest import MANY, running
 
@@ -53,7 +53,7 @@ def test_search_within_a_radius(served):
 
 def test_search_by_photo_as_bytes_and_in_a_form(served):
     content = fake.encoded(fake.picture(77, 90, 50), "JPEG")
-    code = served.collection.encode(see(content, fake.SIDE).square[None])[0]
+    code = served.collection.encode(decode_with_thumbnail(content, fake.SIDE).square[None])[0]
     status, answer = served.json("/search?k=5", method="POST", body=content)
     assert status == 200
     assert answer["query"] == {"id": None, "code": bytes(code).hex()}
@@ -147,7 +147,7 @@ def test_photos_that_come_together_are_encoded_together(photos):
     assert set(collection.batches[1:]) == {1, 4, 16}
     assert len(collection.batches) < 4 + 8
     for n in range(24):
-        code = collection.encode(see(contents[n], fake.SIDE).square[None])[0]
+        code = collection.encode(decode_with_thumbnail(contents[n], fake.SIDE).square[None])[0]
         assert answers[n][0] == 200
         assert found(answers[n][1]) == expected(collection, code, 3)
 

@@ -33,7 +33,7 @@ def taken_over():
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_photo_is_decoded_as_in_this_process(decoders, form):
     content = encoded(picture(3, 500, 300), form)
-    seen, expected = decoders.see(content, 24), photos.see(content, 24)
+    seen, expected = decoders.see(content, 24), photos.decode_with_thumbnail(content, 24)
     assert np.array_equal(seen.square, expected.square)
     assert seen[1:] == expected[1:]
 
@@ -177,4 +177,4 @@ def test_many_threads_at_once(decoders):
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(np.array_equal(found[n], photos.see(contents[n], 8).square) for n in range(40))
+    assert all(np.array_equal(found[n], photos.decode_with_thumbnail(contents[n], 8).square) for n in range(40))

@@ -10,7 +10,7 @@ from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from cib_jax.data.photos import see
+from cib_jax.data.photos import decode_with_thumbnail
 from cib_jax.web import page
 from tests.web import browsing, fake
 from tests.web.browsing import Site, asked, drawn, find, find_all, look, results, wait
@@ -146,7 +146,7 @@ def test_a_photo_goes_to_the_search_alone_and_is_shown_from_the_browsers_copy(br
     send(browser, photo)
     wait(browser, lambda: "code" in asked(browser))
     words = site.check(browser, 7)
-    square = see(photo, fake.SIDE).square
+    square = decode_with_thumbnail(photo, fake.SIDE).square
     assert words["code"] == site.collection.encode(square[None])[0].tobytes().hex()
     assert find(browser, ".cib-photo").get_attribute("src").startswith("blob:")
     wait(browser, lambda: find(browser, ".cib-size").text == "64 × 48")
@@ -170,7 +170,7 @@ def test_a_photo_is_dropped_or_pasted(browser, site, way):
     content = browsing.jpeg({"drop": 1001, "paste": 1002}[way], (40, 40))
     browser.execute_script(browsing.CARRY, list(content), way)
     wait(browser, lambda: "code" in asked(browser))
-    square = see(content, fake.SIDE).square
+    square = decode_with_thumbnail(content, fake.SIDE).square
     assert site.check(browser, 3)["code"] == site.collection.encode(square[None])[0].tobytes().hex()
     assert find(browser, NAME).text == "carried.jpg"
     assert not find(browser, ".cib-drop").is_displayed()

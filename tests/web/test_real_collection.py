@@ -9,7 +9,7 @@ import pytest
 
 import cib_jax as cib
 from cib_jax.commands.index import index
-from cib_jax.data.photos import see
+from cib_jax.data.photos import decode_with_thumbnail
 from cib_jax.errors import IndexFolderError
 from cib_jax.storage.collection import Collection
 from cib_jax.web import server
@@ -39,7 +39,7 @@ def test_an_index_is_served(collection, photos):
             assert served.ask(f"/image/{photo.id}")[0] == 200
             content = (photos / photo.path).read_bytes()
             asked = served.json("/search?k=7", method="POST", body=content)[1]
-            code = collection.encode(see(content, collection.side).square[None])[0]
+            code = collection.encode(decode_with_thumbnail(content, collection.side).square[None])[0]
             assert asked["query"]["code"] == bytes(code).hex() == answer["query"]["code"]
             assert asked["results"] == answer["results"]
         assert len(served.json("/search?k=1000")[1]["results"]) == 20
