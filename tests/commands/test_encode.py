@@ -189,10 +189,17 @@ def test_vectors_are_encoded_by_a_run_on_vectors(tmp_path, console):
     assert not (tmp_path / "others").exists()
 
 
-def test_a_run_on_images_of_one_size_takes_photos_at_the_side_of_its_network(root, wanted, tmp_path, console):
-    train(small.config(epochs=1), tmp_path / "run", console=console)
-    encode(tmp_path / "run", root, tmp_path / "codes", console=console)
-    hasher = cib.Hasher.load(tmp_path / "run")
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A run on images of one size."""
+    folder = tmp_path_factory.mktemp("other")
+    train(small.config(epochs=1), folder / "run", console=rich.console.Console(quiet=True))
+    return folder / "run"
+
+
+def test_a_run_on_images_of_one_size_takes_photos_at_the_side_of_its_network(root, other, wanted, tmp_path, console):
+    encode(other, root, tmp_path / "codes", console=console)
+    hasher = cib.Hasher.load(other)
     side = hasher.encoder.image_size
     squares = np.stack([photos.decode(os.path.join(root, name), side) for name in wanted[0]])
     check(tmp_path / "codes", (wanted[0], hasher.encode(squares)))
@@ -205,15 +212,10 @@ def test_fields_that_change_the_run_are_refused_and_others_are_not(run, root, wa
         encode(run, root, tmp_path / "codes", overrides={"bits": 32}, console=console)
 
 
-def test_codes_of_another_run_are_refused(run, root, tmp_path, console):
+def test_codes_of_another_run_are_refused(run, root, other, tmp_path, console):
     encode(run, root, tmp_path / "codes", part=20, console=console)
-    fields = {"data__name": "folder", "data__dir": str(root), "data__stored_size": 20, "data__queries": 10}
-    config = small.config(
-        **fields, data__train_per_class=-1, data__max_bad_fraction=0.1, augment="photo", k=0, epochs=1, seed=1
-    )
-    train(config, tmp_path / "other", console=console)
     with pytest.raises(CodeStoreError, match=r"parameters: .*--workdir"):
-        encode(tmp_path / "other", root, tmp_path / "codes", part=20, console=console)
+        encode(other, root, tmp_path / "codes", part=20, console=console)
 
 
 @pytest.mark.parametrize(

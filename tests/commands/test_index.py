@@ -7,11 +7,14 @@ import os
 import shutil
 import threading
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+import cib_jax
+from cib_jax.augment.features import Standard
 from cib_jax.commands import index
 from cib_jax.commands.index import Indexed
 from cib_jax.data import photo_folder, photos
@@ -282,9 +285,8 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
         run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
     run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
     # Kept inside: the folder that it came from may go.
-    assert collection.encoder_identity(
-        collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
-    ) == collection.encoder_identity(Hasher.load(encoder))
+    kept = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
+    assert collection.encoder_identity(kept) == collection.encoder_identity(Hasher.load(encoder))
 
 
 def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp_path, root, encoder, monkeypatch):
@@ -373,8 +375,6 @@ def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
     assert "learning 16-bit codes from 20 of the photos, which are few" in " ".join(told.split())
     learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
     assert learnt.side == 20 and held(tmp_path / "i") == held(tmp_path / "j") == expected(root, learnt)
-    run(tmp_path / "k", root, settings=tiny(seed=5))
-    assert held(tmp_path / "k") != held(tmp_path / "i")
     # The command that began it goes on with it; one that asks for other codes does not.
     run(tmp_path / "i", root, settings=tiny(), overrides={"bits": 16, "epochs": 1, "encode_batch": 9})
     with pytest.raises(ConfigError, match=r"^config\.bits\b.*16.*32"):
@@ -391,11 +391,9 @@ def test_what_cannot_be_learnt_from_is_refused(tmp_path, root):
 
 
 def test_an_encoder_of_features_is_refused(tmp_path, root):
-    import cib_jax
-
-    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    made = cib_jax.fit(features, bits=16, backbone="none", augment="noise", epochs=1, hidden=8, batch_size=16)
-    made.save(tmp_path / "features")
+    standard = Standard(np.zeros(6, np.float32), np.ones(6, np.float32))
+    made = cib_jax.create_encoder(jax.random.key(0), backbone="none", bits=16, hidden=8, standard=standard)
+    cib_jax.Hasher(*made).save(tmp_path / "features")
     with pytest.raises(IndexFolderError, match=r"^--workdir\b"):
         run(tmp_path / "i", root, workdir=tmp_path / "features")
 
