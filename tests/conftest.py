@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 from tests.command_line import refusal, run_cli  # noqa: F401 - fixtures
@@ -64,3 +65,12 @@ def compiled_as_for_users():
         yield
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
+
+
+@pytest.fixture
+def without_shape_checks():
+    """Lets wrong shapes and types reach the code's own validation when jaxtyping checks the signatures."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

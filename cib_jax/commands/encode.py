@@ -22,7 +22,7 @@ from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
 from cib_jax.distributed import initialize
-from cib_jax.distributed.multihost import parts_of
+from cib_jax.distributed.multihost import strided_share
 from cib_jax.errors import CodeStoreError, DataError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config
@@ -98,7 +98,7 @@ def encode(
         print_message(console, note)
     keep = isinstance(items, inputs.Photos)
     corpus = code_store.begin(folder, _identity(hasher, config), part, items.names, items.place, keep_list=keep)
-    missing = [number for number in parts_of(corpus.parts, place) if not _is_intact(corpus, number, console)]
+    missing = [number for number in strided_share(corpus.parts, place) if not _is_intact(corpus, number, console)]
     made = _write_parts(corpus, missing, items, hasher, console) if missing else 0
     return _summarize(corpus, made, items.words, console)
 

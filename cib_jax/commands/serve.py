@@ -51,7 +51,7 @@ def serve(
       names: Host names by which browsers may request it, beside localhost; "*" allows any.
       below: Path, such as "/photos", under which a reverse proxy serves it.
       console: Console for messages.
-      settings: Fields of `web.limits.Limits`: proxies, frames, searches, photo_mb and megapixels.
+      settings: Fields of `web.settings.Settings`: proxies, frames, searches, photo_mb and megapixels.
 
     Raises:
       WebError: The extra `web` is not installed, or a setting is invalid.
@@ -59,25 +59,18 @@ def serve(
       SearchError: FAISS is not installed.
     """
     web.check_installed()
-    from cib_jax.web import framing, page, server
-    from cib_jax.web.clients import Clients
-    from cib_jax.web.decoding import Decoding
-    from cib_jax.web.limits import Limits
+    from cib_jax.web import page, server
+    from cib_jax.web.settings import Settings
 
     console = console or rich.console.Console()
     stop_with_parent()
-    for name in ("searches", "photo_mb", "megapixels"):
-        if settings.get(name, 1) < 1:
-            raise WebError(f"--{name} must be 1 or more, got {settings[name]}", field=f"--{name}")
     if below and not below.startswith("/"):
         raise WebError(f"--below must be a path that begins with a slash, got {below!r}; try /photos", field="--below")
     for name in ("proxies", "frames"):
         settings[name] = tuple(settings.get(name, ()))
-    decoding = Decoding(megapixels=settings.pop("megapixels", Decoding.megapixels))
-    limits = Limits(decoding=decoding, hosts=tuple(names), **settings)
-    Clients(limits.proxies)  # validated before everything is loaded
-    framing.ancestors(limits.frames)
-    server.check_free(host, port)
+    chosen = Settings(hosts=tuple(names), **settings)
+    with server.listening(host, port):
+        pass  # an address that cannot be used is refused before the index is opened
     print_message(console, f"Opening {index}")
     collection = Collection.open(index)
 
@@ -91,10 +84,10 @@ def serve(
         collection,
         host=host,
         port=port,
-        page=functools.partial(page.mount, limits=limits, root_path=below or None),
+        page=functools.partial(page.mount, settings=chosen, root_path=below or None),
         renew=renew,
-        limits=limits,
-        tell=lambda sentence: print_message(console, sentence),
+        settings=chosen,
+        print_line=lambda sentence: print_message(console, sentence),
     )
 
 
