@@ -12,6 +12,7 @@ import PIL.Image
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from cib_jax.errors import DataError
+from cib_jax.random_streams import stream_rng
 
 # data.images: What a set of images is: random access, labels where there are any, names, and where it came from.
 
@@ -188,7 +189,7 @@ Batch = UInt8[np.ndarray, "batch height width 3"]
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
     """Returns the order of `count` images in an epoch; any epoch's can be had without those before it."""
-    return np.random.default_rng((seed, 3, epoch)).permutation(count)
+    return stream_rng(seed, "epoch order", epoch).permutation(count)
 
 
 def stream(

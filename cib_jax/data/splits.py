@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from cib_jax.data.dataset import ImageSet, Labels, Source, joined
 from cib_jax.errors import DataError
+from cib_jax.random_streams import stream_rng
 
 # data.protocols: The protocols by name: papers split one data set in several ways, and only figures of the same way compare.
 
@@ -212,8 +213,8 @@ def draw(source: Source, protocol: Protocol, *, seed: int, validation_queries: i
         raise DataError("config.data.validation: this data set has no labels to validate by; set it to 'none'")
     if source.roles is not None:
         return _given(source, protocol)
-    database, query = _queries(source, protocol, _generator(seed, 0))
-    train_indices = _training(database, protocol, _generator(seed, 1))
+    database, query = _queries(source, protocol, stream_rng(seed, "queries"))
+    train_indices = _training(database, protocol, stream_rng(seed, "training images"))
     train = database if train_indices is None else database.take(train_indices)
     outside = np.arange(0) if train_indices is None else np.setdiff1d(np.arange(len(database)), train_indices)
     if not protocol.train_searched:
@@ -225,20 +226,16 @@ def draw(source: Source, protocol: Protocol, *, seed: int, validation_queries: i
         database, outside = database.take(outside), np.arange(len(outside))
     validating = None
     if protocol.validation == "query_half":
-        query, validating = _half(query, database, _generator(seed, 2))
+        query, validating = _half(query, database, stream_rng(seed, "validation"))
     elif protocol.validation == "database":
         if len(outside) < validation_queries:
             raise DataError(
                 f"config.data.validation_queries: {validation_queries} queries are wanted from the database outside "
                 f"training, which has {len(outside)} images; lower it or the number of training images"
             )
-        drawn = np.sort(_generator(seed, 2).choice(outside, validation_queries, replace=False))
+        drawn = np.sort(stream_rng(seed, "validation").choice(outside, validation_queries, replace=False))
         validating = (database.take(drawn), database.take(np.setdiff1d(np.arange(len(database)), drawn)))
     return Splits(train, query, database, validating)
-
-
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.default_rng((seed, stream))
 
 
 def _queries(source: Source, protocol: Protocol, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:

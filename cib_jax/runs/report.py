@@ -18,6 +18,7 @@ from cib_jax.report.html import Grid
 from cib_jax.report.html import Picture
 from cib_jax.report.html import Section
 from cib_jax.report.html import render
+from cib_jax.random_streams import stream_rng
 from cib_jax.retrieval import code_quality
 from cib_jax.retrieval import hamming
 from cib_jax.retrieval import metrics
@@ -219,7 +220,7 @@ def _codes(setting: RunContext, database: UInt8[np.ndarray, "database bytes"], r
 
 def _embedded(setting: RunContext, database: UInt8[np.ndarray, "database bytes"]) -> Picture | None:
     config = setting.config
-    draws = np.random.default_rng((config.data.seed, 5))
+    draws = stream_rng(config.data.seed, "t-SNE images")
     some = np.sort(draws.permutation(len(database))[: config.report.embedded])
     points = figures.points(database[some], config.data.seed)
     if points is None:
@@ -245,7 +246,7 @@ def _found(
 ) -> list[Picture]:
     if not _are_images(setting.splits.query):
         return []
-    some = np.random.default_rng((setting.config.data.seed, 4)).permutation(len(query))[:QUERIES].tolist()
+    some = stream_rng(setting.config.data.seed, "retrieval examples").permutation(len(query))[:QUERIES].tolist()
     bits = 8 * query.shape[1]
     title = f"{len(some)} random queries and their nearest by Hamming distance, of {bits} bits"
 
