@@ -185,7 +185,7 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
 
     if checkpoints.latest_step is not None:
         state, progress, extra = checkpoints.restore_newest(initial_state(), run.print)
-        if not checkpoints.without_best(state, progress, run.print):
+        if not checkpoints.lacks_best(state, progress, run.print):
             with multihost.shared_errors():
                 validate_fingerprint(run.fingerprint, extra, run.workdir)
                 if changed := context.describe_data_change(run, extra):
@@ -297,7 +297,7 @@ def _metric_log(run: RunContext, progress: Progress) -> Iterator[MetricLog | Non
                     progress.epoch,
                     writers=run.config.log.writers,
                     config=run.config.to_dict(),
-                    tell=run.print,
+                    warn=run.print,
                 )
                 stack.enter_context(log)
         yield log

@@ -28,7 +28,7 @@ from cib_jax.training import input_pipeline
 from cib_jax.training.input_pipeline import ImageBatches
 
 PART = 4096
-"""Images whose features make one file, approximately: what an interrupted run can lose, and what is in memory at a time."""
+"""Images per file of features, approximately: what an interrupted run can lose, and what is in memory at a time."""
 
 # Files that decide the features of images: if one of them changes, so may the features, and the cache is not used.
 _CODE = (
