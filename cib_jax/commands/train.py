@@ -36,7 +36,7 @@ from cib_jax.runs.workdir import (
     write_array,
     write_json,
 )
-from cib_jax.training import checkpoint, grad_cache, metric_writers, trainer
+from cib_jax.training import checkpoint, grad_cache, metric_writers, train_step, trainer
 from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.loop import EpochReport, Hooks, NonFiniteLossError
 from cib_jax.training.metric_writers import MetricLog
@@ -73,7 +73,8 @@ def train(
     with multihost.shared_errors():
         schema.validate(config)
         mesh = sharding.make_mesh(config.devices, config.batch_size)
-        grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
+        if config.micro_batch:
+            grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
         metric_writers.validate_writers(config.log.writers)
     console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))
@@ -120,7 +121,7 @@ def _print_summary(run: RunContext) -> None:
         f"{len(splits.database):,} in the database; {network}, "
         f"{config.bits} bits, {config.objective}; in {run.workdir}",
     )
-    print_message(run.console, evaluate.format_protocol(run))
+    print_message(run.console, context.format_protocol(run))
     if mesh := run.training_mesh:
         processes = f"{jax.process_count()} processes with " if multihost.is_distributed() else ""
         print_message(run.console, f"{processes}{mesh.size} devices share each batch")
@@ -181,7 +182,7 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
     """Returns the newest checkpoint: state, progress and extra; if there is none, saves and returns the initial one."""
 
     def initial_state() -> TrainState:
-        return trainer.initial_state(run.initial, build.optimizer(run.config), run.training_mesh)
+        return train_step.initial_state(run.initial, build.optimizer(run.config), run.training_mesh)
 
     if checkpoints.latest_step is not None:
         state, progress, extra = checkpoints.restore_newest(initial_state(), run.print)

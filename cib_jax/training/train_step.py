@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from cib_jax.deprecation import renamed_keywords
@@ -65,8 +66,10 @@ class Method:
             # A traced value, such as a temperature that follows a schedule, is known only when the step runs.
             if isinstance(value, int | float) and not value > 0:
                 raise ConfigError(f"{name} must be greater than 0, got {value}", field=name)
-        if isinstance(self.beta, int | float) and not self.beta >= 0:
-            raise ConfigError(f"beta must be 0 or more, got {self.beta}", field="beta")
+        for name in ("beta", "micro_batch"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value >= 0:
+                raise ConfigError(f"{name} must be 0 or more, got {value}", field=name)
 
     @property
     def loss_fields(self) -> dict[str, Any]:
@@ -147,8 +150,14 @@ def create_train_state(params: Params, optimizer: optax.GradientTransformation) 
       >>> int(state.step), state.params["head"].tolist()
       (0, [1.0, 1.0, 1.0])
     """
+    return initial_state(params, optimizer)
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """Returns the state before the first step, with a copy of the parameters, on all devices of a mesh."""
     params = jax.tree.map(jnp.array, params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return sharding.replicate(state, mesh)
 
 
 def adam(learning_rate: float, backbone_learning_rate: float = 0.0) -> optax.GradientTransformation:

@@ -10,18 +10,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Float32, PRNGKeyArray, UInt8
 
 from cib_jax.data import dataset
 from cib_jax.data.dataset import Images
-from cib_jax.distributed import sharding
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models.encoder import Params
 from cib_jax.training import input_pipeline, loop
 from cib_jax.training.loop import Feed, Hooks, Schedule
-from cib_jax.training.train_step import Method, Progress, TrainState, create_train_state
+from cib_jax.training.train_step import Method, Progress, TrainState, initial_state
 
 Coordinates = Float32[np.ndarray, "images dimensions"]
 """Coordinates of the training images on the diffusion map of a teacher's embeddings."""
@@ -89,11 +87,6 @@ def train(
     # 3. All steps of all epochs.
     with hooks.during_steps():
         return loop.run(state, progress, feed, key=run.key, schedule=run.schedule, hooks=hooks)
-
-
-def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
-    """Returns the state before the first step, on all devices of the mesh."""
-    return sharding.replicate(create_train_state(params, optimizer), mesh)
 
 
 def make_feed(run: TrainingRun, coordinates: Coordinates | None) -> Feed:
