@@ -1,4 +1,4 @@
-"""What the program is called where it tells a user something, and its end for a mistake in the flags."""
+"""Output on a terminal or in a log: messages, JSON lines, errors, progress bars."""
 
 import contextlib
 import datetime
@@ -18,9 +18,41 @@ import rich.text
 
 from cib_jax.files import printable
 
+INSTALLED = "cib_jax"
+"""Value of sys.argv[0] set by `python -m cib_jax`, which started processes inherit."""
+
+LINE_INTERVAL = 10.0
+"""Seconds between progress lines where the output is not a terminal; the first comes after a third of them."""
+
+MIN_RATE_SECONDS = 0.2
+"""Seconds after which a rate is shown: steps that have only been dispatched so far took no time."""
+
+
+def program_name() -> str:
+    """Returns "cib_jax" if the program was started by `python -m cib_jax`, else "run.py"."""
+    return INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
+
+
+def with_program_name(message: str) -> str:
+    """Returns the message preceded by the program's name, as Unix tools print errors."""
+    return f"{program_name()}: {message}"
+
+
+def wrap_words(text: str, width: int) -> str:
+    """Returns text broken into lines between words, never inside a word, so that paths can be copied."""
+    lines = text.split("\n")
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
+
+
+def format_text(text: str) -> rich.text.Text:
+    """Returns text, such as a path, with the characters escaped that would control a terminal."""
+    return rich.text.Text(
+        "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in printable(text))
+    )
+
 
 def print_message(console: rich.console.Console, sentence: str) -> None:
-    """Prints a sentence, whatever is in it, on one line; a terminal's are broken between words, never in a path."""
+    """Prints a sentence without interpreting markup in it; on a terminal, lines are broken between words only."""
     HINT.clear()
     words = format_text(sentence)
     if console.is_terminal:
@@ -29,82 +61,15 @@ def print_message(console: rich.console.Console, sentence: str) -> None:
 
 
 def print_json(console: rich.console.Console, content: dict[str, Any]) -> None:
-    """Prints a line of JSON."""
+    """Prints one line of JSON."""
     HINT.clear()
-    # Past the console, which would break and color it.
+    # Directly to the file: the console would break and color the line.
     console.file.write(json.dumps(content, ensure_ascii=False) + "\n")
     console.file.flush()
 
 
-def format_text(path: str) -> rich.text.Text:
-    """Returns a path, or words with one, as they are, but for characters that would command a terminal."""
-    plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in printable(path))
-    return rich.text.Text(plain)
-
-
-# program: What the program is called where it tells a user something, and its end for a mistake in the flags.
-
-INSTALLED = "cib_jax"
-"""What `python -m cib_jax` writes into sys.argv, which processes that it starts inherit."""
-
-
-def program_name() -> str:
-    """Returns "run.py", or "cib_jax" where that was started."""
-    return INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
-
-
-def with_program_name(message: str) -> str:
-    """Returns the message as a line of the program."""
-    return f"{program_name()}: {message}"
-
-
-def wrap_words(text: str, width: int) -> str:
-    """Returns text in lines of a width, broken between words and never in one: a path can be copied."""
-    lines = text.split("\n")
-    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
-
-
-class Hint:
-    """Words on a terminal while something takes long, which go again; elsewhere nothing is shown."""
-
-    AFTER = 1.0
-    """Seconds; what is faster needs no words."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._words = ""
-        self._shown = False
-
-    def show(self, words: str) -> None:
-        """Shows words, soon, unless `clear` comes first."""
-        self._words = words
-        timer = threading.Timer(self.AFTER, self._show)
-        timer.daemon = True
-        timer.start()
-
-    def clear(self) -> None:
-        """Takes the words away, or sees to it that they do not come."""
-        with self._lock:
-            self._words = ""
-            if self._shown:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
-                self._shown = False
-
-    def _show(self) -> None:
-        with self._lock:
-            if self._words and not self._shown and sys.stderr.isatty():
-                self._shown = True
-                sys.stderr.write(self._words[: shutil.get_terminal_size().columns - 1])
-                sys.stderr.flush()
-
-
-HINT = Hint()
-"""The program's one."""
-
-
 def print_error(text: str) -> None:
-    """Prints text to stderr: on a terminal broken between words and never in a path, elsewhere as it is."""
+    """Prints text to stderr; on a terminal, lines are broken between words only."""
     HINT.clear()
     if sys.stderr.isatty():
         text = wrap_words(text, shutil.get_terminal_size().columns)
@@ -112,65 +77,97 @@ def print_error(text: str) -> None:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Ends the program for a user's mistake: one sentence, no traceback."""
+    """Prints a user's mistake in one sentence and ends the program with exit code 2."""
     print_error(with_program_name(message))
     sys.exit(2)
 
 
-# jobs.progress: What a job shows while it works: bars on a terminal, a line now and then in a log.
+class Hint:
+    """A transient message on a terminal that is removed by the next output; elsewhere nothing is printed."""
+
+    DELAY = 1.0
+    """Seconds before the message appears: work that ends sooner needs none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._message = ""
+        self._visible = False
+
+    def show(self, message: str, delay: float = DELAY) -> None:
+        """Shows a message after `delay` seconds, unless `clear` is called before."""
+        self._message = message
+        timer = threading.Timer(delay, self._print)
+        timer.daemon = True
+        timer.start()
+
+    def clear(self) -> None:
+        """Removes the message, or keeps it from appearing."""
+        with self._lock:
+            self._message = ""
+            if self._visible:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+                self._visible = False
+
+    def _print(self) -> None:
+        with self._lock:
+            if self._message and not self._visible and sys.stderr.isatty():
+                self._visible = True
+                # Cut to one line: only the current line can be removed again.
+                sys.stderr.write(self._message[: shutil.get_terminal_size().columns - 1])
+                sys.stderr.flush()
 
 
-LINE_EVERY = 10.0
-"""Seconds between lines where the output is no terminal; the first comes after a third of them."""
-
-RATED_AFTER = 0.2
-"""Seconds after which images/s are told."""
+HINT = Hint()
+"""The hint of this process; the functions above clear it before they print."""
 
 
 @contextlib.contextmanager
 def progress_bar(
-    console: rich.console.Console, what: str, total: int, done: int = 0
+    console: rich.console.Console, title: str, total: int, done: int = 0, *, interval: float = LINE_INTERVAL
 ) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function of (images more, words about them) that moves a bar on, with images/s and the time left."""
+    """Yields a function `advance(images, note)` that moves a progress bar, with images/s and the time left.
+
+    Where the output is not a terminal, a line is printed every `interval` seconds instead.
+    """
     HINT.clear()
     if console.is_terminal:
         columns = (
-            rich.progress.TextColumn(what),
+            rich.progress.TextColumn(title),
             rich.progress.BarColumn(),
             rich.progress.TaskProgressColumn(),
-            rich.progress.TextColumn("{task.fields[words]}"),
+            rich.progress.TextColumn("{task.fields[note]}"),
             rich.progress.TimeRemainingColumn(),
         )
         with rich.progress.Progress(*columns, console=console) as progress:
-            task = progress.add_task(what, total=total, completed=done, words="")
-            moved = _rated(lambda more, words: progress.update(task, advance=more, words=words))
-            yield moved
+            task = progress.add_task(title, total=total, completed=done, note="")
+            yield _with_rate(lambda images, note: progress.update(task, advance=images, note=note))
         return
-    told = begun = time.monotonic()
-    before, wait = done, LINE_EVERY / 3
+    begun = last_line = time.monotonic()
+    done_before, wait = done, interval / 3
 
-    def line(more: int, words: str) -> None:
-        nonlocal done, told, wait
-        done += more
-        if time.monotonic() - told > wait or done >= total:
-            told, wait = time.monotonic(), LINE_EVERY
-            seconds = (told - begun) * (total - done) / max(done - before, 1)
+    def advance(images: int, note: str) -> None:
+        nonlocal done, last_line, wait
+        done += images
+        if time.monotonic() - last_line > wait or done >= total:
+            last_line, wait = time.monotonic(), interval
+            seconds = (last_line - begun) * (total - done) / max(done - done_before, 1)
             left = f", {datetime.timedelta(seconds=round(seconds))} left" if done < total else ""
-            told_of = ", ".join(filter(None, (f"{what}: {done:,} of {total:,}", words)))
-            console.print(f"{told_of}{left}", highlight=False, soft_wrap=True, markup=False)
+            line = ", ".join(filter(None, (f"{title}: {done:,} of {total:,}", note)))
+            console.print(f"{line}{left}", highlight=False, soft_wrap=True, markup=False)
 
-    yield _rated(line)
+    yield _with_rate(advance)
 
 
-def _rated(show: Callable[[int, str], None]) -> Callable[[int, str], None]:
-    begun, images = time.monotonic(), 0
+def _with_rate(advance: Callable[[int, str], None]) -> Callable[[int, str], None]:
+    """Returns an `advance` function whose notes end in the images per second since now."""
+    begun, total = time.monotonic(), 0
 
-    def moved(more: int, words: str = "") -> None:
-        nonlocal images
-        images += more
+    def advance_with_rate(images: int, note: str = "") -> None:
+        nonlocal total
+        total += images
         seconds = time.monotonic() - begun
-        # Steps that are only sent on their way took no time.
-        rate = f"{images / seconds:,.0f} images/s" if seconds > RATED_AFTER else ""
-        show(more, ", ".join(filter(None, (words, rate))))
+        rate = f"{total / seconds:,.0f} images/s" if seconds > MIN_RATE_SECONDS else ""
+        advance(images, ", ".join(filter(None, (note, rate))))
 
-    return moved
+    return advance_with_rate

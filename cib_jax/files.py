@@ -1,52 +1,86 @@
-"""A file that is there whole or not at all, whatever ends the process that writes it."""
+"""Atomic writes, locks, printable file names, hints for misspelled names, and threads that keep an order."""
 
 import collections
 import concurrent.futures
 import contextlib
+import difflib
+import fcntl
 import os
 import pathlib
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-
-# atomic: A file that is there whole or not at all, whatever ends the process that writes it.
+from typing import IO, Any
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path of this call's own, whose file takes the place of `path` when the context ends without an error.
+    """Yields a temporary path whose file replaces `path` atomically when the context ends without an error.
 
     Raises:
-      OSError: it cannot be written; what lay at `path` is still there.
+      OSError: The file cannot be written; an earlier file at `path` is unchanged.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield part
         with part.open("rb+") as file:
-            os.fsync(file.fileno())  # where a disk over a network tells that it is full
+            os.fsync(file.fileno())  # network file systems report a full disk only here
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-# data.names: Names of files as text: they are bytes, which need not be valid Unicode.
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file atomically; if several processes write it at once, the content of one of them remains."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> Iterator[IO[str]]:
+    """Holds an advisory lock on a file, which is created if necessary, while the context lasts.
+
+    Args:
+      path: The lock file. It is left behind: removing it would let two processes hold locks of the same name.
+      shared: Whether other holders of a shared lock are admitted.
+      wait: Whether to wait for the lock.
+
+    Raises:
+      BlockingIOError: The lock is held by another process, and `wait` is False.
+      OSError: The file system does not support locks.
+    """
+    with path.open("a") as lock:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        yield lock
 
 
 def printable(name: str) -> str:
-    """Returns a name, or words with one, as valid Unicode: a byte that is none of it is written as `\\udcff`."""
+    """Returns a file name as valid Unicode: a byte that is not part of valid UTF-8 is written as `\\udcff`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-# data.all_cores: A function of many items on all cores, its results in order.
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class if there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def did_you_mean(name: str, choices: Iterable[str], *, most: int = 1) -> str:
+    """Returns "did you mean X? " for the choices that resemble a misspelled name, "" if none does."""
+    near = difflib.get_close_matches(name, list(choices), most)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def core_count() -> int:
+    """Returns the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yields (item, function(item)) in order, computed on all cores, with a few results ahead of what is taken."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Yields (item, function(item)) in order, computed by one thread per core, a few results ahead of their use."""
+    threads = core_count()
     waiting: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        # Of EXIF, palettes and large images; what matters of them is told as a photo's reason.
+        # Pillow warns about EXIF data, palettes and large images; what matters is reported as an error of the photo.
         warnings.simplefilter("ignore")
         try:
             for item in items:

@@ -1,8 +1,9 @@
-"""What the program says on a terminal: lines broken between words, and words that go again."""
+"""Output on a terminal and in a file: line breaks, transient hints, progress bars."""
 
 import io
 import itertools
 import re
+import threading
 
 import pytest
 import rich.console
@@ -38,17 +39,71 @@ def test_a_sentence_is_broken_on_a_terminal_and_stays_one_line_in_a_file():
         assert len(lines) == (3 if terminal else 1)
 
 
+@pytest.mark.parametrize("text", ["a\x1b[31mb", "a\rb", "a\udcffb", "a\u202eb"])
+def test_text_that_controls_a_terminal_is_escaped(text):
+    plain = console_lib.format_text(text).plain
+    assert plain.isprintable() and plain.startswith("a") and plain.endswith("b")
+
+
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_hint_is_for_a_terminal_and_goes_again(monkeypatch, terminal):
+def test_a_hint_is_shown_on_a_terminal_and_removed_by_the_next_output(monkeypatch, terminal):
     hint, stderr = console_lib.Hint(), Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(console_lib, "HINT", hint)
     monkeypatch.setattr("sys.stderr", stderr)
-    hint.show("Loading " + "much " * 99)
-    hint._show()  # as the timer does
+    hint.show("Loading " + "much " * 99, delay=0)
+    wait_for_threads()
     shown = stderr.getvalue()
     assert shown.startswith("Loading much ") if terminal else shown == ""
-    assert len(shown) < 120  # it must stay on one line to be taken away
+    assert len(shown) < 120  # one line, so that it can be removed
     console_lib.print_error("run.py: done")
     assert stderr.getvalue() == shown + ("\r\x1b[K" if terminal else "") + "run.py: done\n"
-    hint._show()
-    assert stderr.getvalue().endswith("run.py: done\n")
+
+
+def test_a_hint_that_is_cleared_in_time_never_appears(monkeypatch):
+    stderr = Terminal()
+    monkeypatch.setattr("sys.stderr", stderr)
+    hint = console_lib.Hint()
+    hint.show("Loading", delay=0.05)
+    hint.clear()
+    wait_for_threads()
+    assert stderr.getvalue() == ""
+
+
+def wait_for_threads():
+    """Waits for the timers of hints."""
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
+
+
+@pytest.fixture
+def console():
+    return rich.console.Console(file=io.StringIO(), width=100)
+
+
+def test_progress_lines_have_a_rate_and_the_time_left(monkeypatch, console):
+    moments = iter([100.0, 100.0, *[110.0] * 3, *[120.0] * 3])
+    monkeypatch.setattr(console_lib.time, "monotonic", lambda: next(moments))
+    with console_lib.progress_bar(console, "Encoding", 4000, done=1000, interval=-1) as advance:
+        advance(100)
+        advance(2900)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "Encoding: 1,100 of 4,000, 10 images/s, 0:04:50 left"  # 2,900 images at 10 a second
+    assert re.fullmatch(r"Encoding: 4,000 of 4,000, 1\d\d images/s", lines[1])
+
+
+def test_steps_that_are_only_dispatched_have_no_rate(monkeypatch, console):
+    moments = iter([100.0, 100.0, *[100.000001] * 2, *[110.0] * 5])
+    monkeypatch.setattr(console_lib.time, "monotonic", lambda: next(moments))
+    with console_lib.progress_bar(console, "Training", 400, interval=-1) as advance:
+        advance(100, "loss 3")
+        advance(100, "")
+    assert [line.split(", ")[1] for line in console.file.getvalue().splitlines()] == ["loss 3", "20 images/s"]
+
+
+def test_progress_in_a_file_prints_few_lines_and_always_the_last(console):
+    with console_lib.progress_bar(console, "Encoding", 1000, interval=3600) as advance:
+        for _ in range(1000):
+            advance(1)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Encoding: 1,000 of 1,000")

@@ -55,7 +55,8 @@ def join(mode: str) -> None:
     import jax
 
     from cib_jax import errors
-    from cib_jax.config.schema import WHERE, flatten
+    from cib_jax.config import flatten
+    from cib_jax.config.schema import WHERE
     from cib_jax.distributed import initialize, multihost
     from cib_jax.runs import processes
 
@@ -70,17 +71,17 @@ def join(mode: str) -> None:
         if not WORKDIR.value:
             raise errors.DistributedError("--workdir: several processes need one folder; give it to all of them")
         if multihost.is_first_process():
-            processes.forget(WORKDIR.value)
+            processes.remove_last_words(WORKDIR.value)
         fields = {f"--config.{name}": value for name, value in flatten(CONFIG.value).items() if name not in WHERE}
         multihost.validate_alike({"--mode": mode, "--workdir": WORKDIR.value} | fields)
-        processes.watch(WORKDIR.value)
+        processes.end_with_peers(WORKDIR.value)
 
 
 def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
     """Starts a job on a trained run, whose config is its own."""
     from cib_jax.commands.encode import encode
     from cib_jax.commands.evaluate import evaluate
-    from cib_jax.config.schema import flatten
+    from cib_jax.config import flatten
     from cib_jax.distributed import initialize
 
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
@@ -112,7 +113,7 @@ def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> N
     place, query = INDEX.value or "", QUERY.value or ""  # refused by `check_index` where they are wanted
     if mode == "index":
         from cib_jax.commands.index import index
-        from cib_jax.config.schema import flatten
+        from cib_jax.config import flatten
 
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
         if config_named:  # all of it was asked for
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str]) -> None:
     from cib_jax.runs.workdir import default_name
 
     job = getattr(importlib.import_module(f"cib_jax.commands.{'search' if mode == 'duplicates' else mode}"), mode)
-    processes.quieten_background()
+    processes.install_background_hooks()
     if begins and workdir is None:
         workdir = default_name(CONFIG.value, mode)
     goes_on = {
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str]) -> None:
     keep_compilations()
     if signal.getsignal(signal.SIGINT) is python_check.end_early:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with processes.in_words(goes_on, WORKDIR.value or ""):
+    with processes.exit_on_error(goes_on, WORKDIR.value or ""):
         if "coordinator" in FLAGS_OF.get(mode, ()):
             join(mode)
         else:

@@ -1,4 +1,4 @@
-"""Whether the Python that was started can run the program at all; old ones read this, too, so it is in their words."""
+"""Checks that run before anything else is imported. Uses only syntax that old Python versions can parse."""
 
 import importlib.util
 import os
@@ -6,41 +6,49 @@ import signal
 import sys
 from typing import NoReturn
 
-from cib_jax import console
-
 OLDEST = (3, 11)
-FIRST = ("absl", "jax", "ml_collections", "rich")
-"""Of what is installed with it, what a start meets first: where these are, so is the rest, or pip said why not."""
+FIRST_IMPORTS = ("absl", "jax", "ml_collections", "rich")
+"""The first third-party imports; if these are present, the installation is assumed to be complete."""
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 75  # the exit code of a run that was saved on SIGTERM, too
 
 
-def check_python() -> None:
-    """Ends the program where Python is too old, or has none of the packages that it needs."""
-    if sys.version_info < OLDEST:
-        console.exit_with_error(
-            f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and {sys.executable} is {sys.version.split()[0]}; "
-            "make the environment with a newer one, such as python3.11 -m venv .venv"
+def check_python(oldest: tuple = OLDEST) -> None:
+    """Ends the program if Python is too old, or if required packages are not installed."""
+    if sys.version_info < oldest:
+        _exit(
+            f"Python {oldest[0]}.{oldest[1]} or newer is needed, but {sys.executable} is {sys.version.split()[0]}; "
+            "create the environment with a newer one, such as python3.11 -m venv .venv"
         )
-    missing = [name for name in FIRST if importlib.util.find_spec(name) is None]
+    missing = [name for name in FIRST_IMPORTS if importlib.util.find_spec(name) is None]
     if missing:
-        console.exit_with_error(
-            f"the packages that it needs ({missing[0]}, …) are not installed for {sys.executable}; start it with the "
-            "Python of the environment where they are, such as .venv/bin/python, or pip install -r requirements.txt"
+        _exit(
+            f"the required packages ({missing[0]}, …) are not installed for {sys.executable}; start the program with "
+            "the Python of the environment that has them, such as .venv/bin/python, or pip install -r requirements.txt"
         )
 
 
-def listen() -> None:
-    """Has SIGTERM and Ctrl-C end the program in a sentence while it is loaded, which is seconds long."""
+def _name() -> str:
+    return "cib_jax" if os.path.basename(sys.argv[0]) == "cib_jax" else "run.py"
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(f"{_name()}: {message}\n")
+    sys.exit(2)
+
+
+def handle_early_signals() -> None:
+    """Makes SIGTERM and Ctrl-C end the program with one sentence during the seconds that imports take."""
     signal.signal(signal.SIGTERM, end_early)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+    # Ctrl-C may be ignored, as in the background jobs of a shell script; then it stays ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_early)
 
 
 def end_early(number: int, *_: object) -> NoReturn:
-    """Ends the program while nothing is begun."""
+    """Ends the program before any work has begun."""
     interrupted = number == signal.SIGINT
-    told = "before anything began; the same command starts again.\n"
-    os.write(
-        2,
-        ("\nInterrupted " + told if interrupted else console.with_program_name("Stopped by SIGTERM " + told)).encode(),
-    )
-    os._exit(130 if interrupted else 75)  # 75 as `preemption.CODE`, which is not imported yet
+    cause = "\nInterrupted" if interrupted else f"{_name()}: Stopped by SIGTERM"
+    os.write(2, f"{cause} before anything began; the same command starts again.\n".encode())
+    os._exit(EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED)

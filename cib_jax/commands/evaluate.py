@@ -222,15 +222,6 @@ def _results(
     }
 
 
-def format_protocol(setting: RunContext) -> str:
-    """Returns the split, how far the ranking is looked at, and the published tables that compare."""
-    protocol = setting.protocol
-    split = protocol.says if setting.source.roles is None else "the split of the list"
-    if setting.splits.database.labels is None:
-        return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and by eye"
-    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; published tables: {protocol.tables()}"
-
-
 def versions() -> dict[str, str]:
     """Returns what the run was made with."""
     packages = (
@@ -254,7 +245,7 @@ def _print(results: dict[str, Any], setting: RunContext) -> None:
     figures, code_health, counts = results["metrics"], results["metrics"]["code_health"], results["counts"]
     table = rich.table.Table(
         title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits",
-        caption=format_protocol(setting),
+        caption=context.format_protocol(setting),
     )
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -90,7 +90,7 @@ def parse(words: str, *, grid: bool = False) -> Space:
         if log not in ([], ["log"]):
             raise ConfigError(f"{where}: after a range comes nothing, or 'log'")
         ends = [schema.parsed(name, end.strip(), where) for end in (low, high)]
-        kind = schema.FIELDS[name][0]
+        kind = schema.FIELDS[name]
         if kind not in (int, float) or ends[0] >= ends[1] or (log and ends[0] <= 0):
             raise ConfigError(f"{where}: a range goes from a number up to a larger one, with log above 0")
         made = distributions.IntDistribution if kind is int else distributions.FloatDistribution

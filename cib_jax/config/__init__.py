@@ -1,1 +1,19 @@
-"""A configuration: its fields, whether they make sense, and what they stand for."""
+"""Configuration: the allowed values of each field, and the objects that a config describes."""
+
+from typing import Any
+
+import ml_collections
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the fields of a config by their dotted names.
+
+    Here and not in `schema`, which imports JAX: mistakes in flags are reported before JAX is loaded.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat

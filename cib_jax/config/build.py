@@ -149,7 +149,7 @@ def source(
     return sources.load(
         data.name,
         data.dir,
-        labeled=data.labeled,
+        labeled=data.labelled,
         stored_size=data.stored_size,
         prepared=prepared,
         max_megapixels=data.max_megapixels,

@@ -1,7 +1,6 @@
-"""A configuration's fields by their dotted names; without JAX, so that a mistake in a flag is told at once."""
+"""Allowed values of the config fields, and which of them may differ when a run is resumed."""
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -10,178 +9,132 @@ from typing import Any
 import ml_collections
 
 from cib_jax.augment import augment, features
+from cib_jax.config import flatten
+from cib_jax.configs import default
 from cib_jax.data import photos
 from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import Teacher
 from cib_jax.errors import ConfigError
+from cib_jax.files import did_you_mean
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models import registry
 from cib_jax.models.encoder import DTYPES
-from cib_jax.models.finetune import FineTune
-from cib_jax.models.finetune import validate_fine_tune as check_fine_tune
+from cib_jax.models.finetune import FineTune, validate_fine_tune
 from cib_jax.retrieval.code_quality import SCORES
 from cib_jax.training import checkpoint, metric_writers
 
-# config.flat: A configuration's fields by their dotted names; without JAX, so that a mistake in a flag is told at once.
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value is allowed, and what is: the second part of "config.bits must be a multiple of 8, got 20"."""
 
 
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the fields of a config by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
+def _one_of(*choices: str) -> Rule:
+    return lambda value: value in choices, f"must be one of {', '.join(choices)}"
 
 
-# config.field_values: What the value of each field must be, how to say so, and which fields may change when a run is taken up again.
-
-
-Check = tuple[Callable[[Any], bool], str]
-
-
-def _one_of(*choices: str) -> Check:
-    return lambda value: value in choices, f"is not one of {', '.join(choices)}"
-
-
-def _at_least(least: float) -> Check:
+def _at_least(least: float) -> Rule:
     return lambda value: math.isfinite(value) and value >= least, f"must be {least} or more"
 
 
-_POSITIVE: Check = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
+def _pixels_or_zero(meaning: str) -> Rule:
+    return lambda size: 0 <= size <= 2048, f"must be 0 ({meaning}) or up to 2048 pixels"
 
-_SEED: Check = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
 
-_FRACTION: Check = (lambda part: 0 <= part <= 1, "must be from 0 to 1")
-
-_COUNT: Check = (lambda count: count >= AS_NAMED, "must be 0 or more, or -1 for what the protocol says")
-
-_NUMBERS: Check = (
+_POSITIVE: Rule = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
+_SEED: Rule = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
+_FRACTION: Rule = (lambda part: 0 <= part <= 1, "must be from 0 to 1")
+_COUNT: Rule = (lambda count: count >= AS_NAMED, "must be 0 or more, or -1 to take the protocol's number")
+_NUMBERS: Rule = (
     lambda text: bool(re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text)),
-    "must be whole numbers with commas between them, such as '16, 32, 64'",
+    "must be whole numbers separated by commas, such as '16, 32, 64'",
 )
 
-_ANYTHING: Check = (lambda value: True, "")
-
-FIELDS: dict[str, tuple[type, Check]] = {
-    "seed": (int, _SEED),
+RULES: dict[str, Rule] = {
+    "seed": _SEED,
     "bits": (
-        int,
-        (
-            lambda bits: 8 <= bits <= 4096 and bits % 8 == 0,
-            "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
-        ),
+        lambda bits: 8 <= bits <= 4096 and bits % 8 == 0,
+        "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
     ),
-    "k": (int, _COUNT),
+    "k": _COUNT,
     "backbone": (
-        str,
-        (
-            lambda name: name in registry.BACKBONES,
-            f"is not one of {', '.join(registry.BACKBONES)}; docs/backbones.md tells of each",
-        ),
+        lambda name: name in registry.BACKBONES,
+        f"must be one of {', '.join(registry.BACKBONES)}; docs/backbones.md describes them",
     ),
-    "backbone_weights": (str, _ANYTHING),
-    "backbone_dtype": (str, _one_of(*DTYPES)),
-    "frozen": (bool, _ANYTHING),
-    "image_size": (
-        int,
-        (lambda size: 0 <= size <= 2048, "must be 0 (the backbone's usual size) or up to 2048 pixels"),
-    ),
-    "hidden": (int, _at_least(1)),
-    "objective": (str, _one_of(*OBJECTIVES)),
-    "binary": (str, _one_of("stochastic", "deterministic")),
-    "temperature": (float, _POSITIVE),
-    "beta": (float, _at_least(0)),
-    "sharpness": (float, _POSITIVE),
-    "teacher.bits": (int, (lambda bits: bits >= 8 and bits % 8 == 0, "must be a multiple of 8, such as 128")),
-    "teacher.temperature": (float, _POSITIVE),
-    "teacher.epochs": (int, _at_least(0)),
-    "teacher.neighbours": (int, _at_least(1)),
-    "teacher.dimensions": (int, _at_least(2)),
-    "teacher.steps": (int, _at_least(1)),
-    "augment": (str, _one_of(*augment.FAMILIES, *features.FAMILIES)),
-    "feature_noise": (float, _at_least(0)),
-    "feature_dropout": (float, (lambda part: 0 <= part < 1, "must be from 0 to below 1")),
-    "batch_size": (
-        int,
-        (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
-    ),
-    "micro_batch": (int, _at_least(0)),
-    "devices": (int, _at_least(0)),
-    "epochs": (int, _at_least(1)),
-    "learning_rate": (float, _POSITIVE),
-    "fine_tune.blocks": (int, _at_least(0)),
-    "fine_tune.learning_rate": (float, _at_least(0)),
-    "fine_tune.checkpointing": (bool, _ANYTHING),
-    "fine_tune.lora_rank": (int, _at_least(0)),
-    "fine_tune.lora_alpha": (float, _POSITIVE),
-    "data.seed": (int, _SEED),
-    "data.name": (str, (bool, "must name a data set, such as cifar10")),
-    "data.dir": (str, _ANYTHING),
-    "data.raw_dir": (str, _ANYTHING),
-    "data.labeled": (bool, _ANYTHING),
-    "data.protocol": (str, _one_of(*PROTOCOLS)),
-    "data.queries": (int, _COUNT),
-    "data.queries_per_class": (int, _COUNT),
-    "data.train_images": (int, _COUNT),
-    "data.train_per_class": (int, _COUNT),
-    "data.validation": (str, _one_of("protocol", "none", "query_half", "database")),
-    "data.validation_queries": (int, _at_least(1)),
-    "data.image_feature": (str, _ANYTHING),
-    "data.label_feature": (str, _ANYTHING),
-    "data.database_split": (str, _ANYTHING),
-    "data.query_split": (str, _ANYTHING),
-    "data.stored_size": (
-        int,
-        (lambda size: 0 <= size <= 2048, "must be 0 (as the images are) or up to 2048 pixels"),
-    ),
-    "data.resident_mb": (int, _at_least(0)),
-    "data.max_bad_fraction": (float, _FRACTION),
+    "backbone_dtype": _one_of(*DTYPES),
+    "image_size": _pixels_or_zero("the backbone's usual size"),
+    "hidden": _at_least(1),
+    "objective": _one_of(*OBJECTIVES),
+    "binary": _one_of("stochastic", "deterministic"),
+    "temperature": _POSITIVE,
+    "beta": _at_least(0),
+    "sharpness": _POSITIVE,
+    "teacher.bits": (lambda bits: bits >= 8 and bits % 8 == 0, "must be a multiple of 8, such as 128"),
+    "teacher.temperature": _POSITIVE,
+    "teacher.epochs": _at_least(0),
+    "teacher.neighbours": _at_least(1),
+    "teacher.dimensions": _at_least(2),
+    "teacher.steps": _at_least(1),
+    "augment": _one_of(*augment.FAMILIES, *features.FAMILIES),
+    "feature_noise": _at_least(0),
+    "feature_dropout": (lambda part: 0 <= part < 1, "must be at least 0 and below 1"),
+    "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
+    "micro_batch": _at_least(0),
+    "devices": _at_least(0),
+    "epochs": _at_least(1),
+    "learning_rate": _POSITIVE,
+    "fine_tune.blocks": _at_least(0),
+    "fine_tune.learning_rate": _at_least(0),
+    "fine_tune.lora_rank": _at_least(0),
+    "fine_tune.lora_alpha": _POSITIVE,
+    "data.seed": _SEED,
+    "data.name": (bool, "must be the name of a data set, such as cifar10"),
+    "data.protocol": _one_of(*PROTOCOLS),
+    "data.queries": _COUNT,
+    "data.queries_per_class": _COUNT,
+    "data.train_images": _COUNT,
+    "data.train_per_class": _COUNT,
+    "data.validation": _one_of("protocol", "none", "query_half", "database"),
+    "data.validation_queries": _at_least(1),
+    "data.stored_size": _pixels_or_zero("the images' own size"),
+    "data.resident_mb": _at_least(0),
+    "data.max_bad_fraction": _FRACTION,
     "data.max_megapixels": (
-        int,
-        (
-            lambda limit: 1 <= limit <= photos.MAX_MEGAPIXELS,
-            f"must be from 1 to {photos.MAX_MEGAPIXELS}, Pillow's own limit against decompression bombs",
-        ),
+        lambda limit: 1 <= limit <= photos.MAX_MEGAPIXELS,
+        f"must be from 1 to {photos.MAX_MEGAPIXELS}, Pillow's own limit against decompression bombs",
     ),
     "train.views": (
-        int,
-        (
-            lambda views: views == 0 or views >= 2,
-            "must be 0 (fresh views at every step) or at least 2, since a pair needs two views",
-        ),
+        lambda views: views == 0 or views >= 2,
+        "must be 0 (new views at every step) or at least 2, since a pair needs two views",
     ),
-    "train.bank_mb": (int, _at_least(0)),
-    "train.validate_every": (int, _at_least(1)),
-    "train.patience": (int, _at_least(1)),
-    "train.checkpoint_every": (int, _at_least(1)),
-    "train.checkpoint_dir": (str, (checkpoint.is_valid_checkpoint_dir, checkpoint.CHOICES)),
-    "encode_batch": (int, _at_least(1)),
-    "cache.dir": (str, _ANYTHING),
-    "cache.mb": (int, _at_least(0)),
-    "log.writers": (str, (metric_writers.are_known_writers, metric_writers.CHOICES)),
-    "report.write": (bool, _ANYTHING),
-    "report.embedded": (int, _at_least(0)),
-    "compare.methods": (str, (lambda text: bool(text.strip()), "must name a method or more, such as 'itq, cibhash'")),
-    "compare.bits": (str, _NUMBERS),
-    "compare.seeds": (str, _NUMBERS),
-    "compare.workers": (int, _at_least(0)),
-    "tune.space": (str, (lambda text: bool(text.strip()), "must name a field or more, such as 'temperature=0.2|0.3'")),
-    "tune.trials": (int, _at_least(1)),
-    "tune.sampler": (str, _one_of("tpe", "random", "grid")),
-    "tune.score": (str, _one_of("validation_map", *SCORES)),
-    "tune.images": (int, _at_least(50)),
-    "tune.workers": (int, _at_least(0)),
+    "train.bank_mb": _at_least(0),
+    "train.validate_every": _at_least(1),
+    "train.patience": _at_least(1),
+    "train.checkpoint_every": _at_least(1),
+    "train.checkpoint_dir": (checkpoint.is_valid_checkpoint_dir, checkpoint.CHOICES),
+    "encode_batch": _at_least(1),
+    "cache.mb": _at_least(0),
+    "log.writers": (metric_writers.are_known_writers, metric_writers.CHOICES),
+    "report.embedded": _at_least(0),
+    "compare.methods": (lambda text: bool(text.strip()), "must name at least one method, such as 'itq, cibhash'"),
+    "compare.bits": _NUMBERS,
+    "compare.seeds": _NUMBERS,
+    "compare.workers": _at_least(0),
+    "tune.space": (lambda text: bool(text.strip()), "must name at least one field, such as 'temperature=0.2|0.3'"),
+    "tune.trials": _at_least(1),
+    "tune.sampler": _one_of("tpe", "random", "grid"),
+    "tune.score": _one_of("validation_map", *SCORES),
+    "tune.images": _at_least(50),
+    "tune.workers": _at_least(0),
 }
-"""Every field's type, what its value must be, and how to say so."""
+"""Allowed values of the fields; a field without a rule may have any value of its type."""
+
+FIELDS: dict[str, type] = {name: type(value) for name, value in flatten(default.get_config()).items()}
+"""The type of every field, which is that of its default in configs/default.py."""
 
 AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] in ("compare", "tune"))
-"""Fields of what is done with many runs, which make no difference to any one; a run's config may lack them."""
+"""Fields used only by compare and tune; the config of a single run may lack them."""
 
 WHERE = frozenset({"data.dir", "data.raw_dir", "backbone_weights", "cache.dir"})
-"""Fields that say where something lies on a machine, which may be elsewhere on the next."""
+"""Paths, which may differ from one machine to the next."""
 
 MAY_CHANGE = (
     AROUND
@@ -202,11 +155,10 @@ MAY_CHANGE = (
         }
     )
 )
-"""Fields that say where and how data are held, not what is learnt: they may differ when a run is taken up again.
+"""Fields that do not affect what is learned, so that they may differ when a run is resumed.
 
-Weights are compared by their fingerprint, wherever they lie.
+Paths are included: weights are compared by their fingerprint, data by their digest.
 """
-
 
 ADDED: dict[str, Any] = {
     "micro_batch": 0,
@@ -219,132 +171,134 @@ ADDED: dict[str, Any] = {
     **{f"teacher.{name}": value for name, value in dataclasses.asdict(Teacher()).items()},
     **{f"fine_tune.{name}": value for name, value in dataclasses.asdict(FineTune()).items()},
 }
-"""Fields that runs of earlier versions lack, with values under which those runs stay what they were."""
+"""Fields that runs of earlier versions lack, with the values that those runs had in effect."""
 
 MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})
-"""Fields that a trained run may be measured with other values of."""
+"""Fields that may differ when a trained run is evaluated again."""
 
 
 def parsed(name: str, text: str, where: str) -> Any:
-    """Returns the value that `text` gives a field.
+    """Returns the value of a field that is given as text.
 
     Args:
-      name: of the field, one of `FIELDS`.
-      text: its value, as on a command line.
-      where: what an error names.
+      name: Dotted name of the field, one of `FIELDS`.
+      text: Its value, as on a command line.
+      where: The flag or field that an error names.
 
     Raises:
-      ConfigError: it is of another type, or out of range.
+      ConfigError: The text is of another type, or the value is not allowed.
     """
-    kind, (good, message) = FIELDS[name]
+    kind = FIELDS[name]
     try:
         value = {"True": True, "False": False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise ConfigError(f"{where}: {text!r} is no {kind.__name__}") from None
-    if not good(value):
-        raise ConfigError(f"{where}: {value!r} {message}")
+        raise ConfigError(f"{where}: {name} must be of type {kind.__name__}, got {text!r}", where) from None
+    _validate_value(name, value, where)
     return value
 
 
-# config.checking: Whether a configuration makes sense, told before anything heavy starts. configs/default.py documents the fields.
-
-
 def fine_tune(config: ml_collections.ConfigDict) -> FineTune:
-    """Returns how a backbone that is not frozen learns."""
+    """Returns the fine-tuning that a config describes."""
     return FineTune(**config.fine_tune.to_dict())
 
 
 def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None:
-    """Checks every field by itself and those that depend on each other.
+    """Checks every field, and the fields that depend on each other.
 
     Args:
-      config: to be checked.
-      around: whether the fields of `AROUND` must be there too.
+      config: The config of a run.
+      around: Whether the fields of `AROUND` are required too.
 
     Raises:
-      ConfigError: a value cannot work; one sentence names the field, the value and the choices.
+      ConfigError: A value is not allowed, a field is missing or unknown, or two fields do not go together.
     """
     flat = flatten(config)
     for name in flat.keys() - FIELDS.keys():
-        near = difflib.get_close_matches(name, FIELDS, 1)
-        hint = f"did you mean {near[0]}" if near else "see configs/default.py"
-        raise ConfigError(f"config.{name}: there is no such field; {hint}")
-    for name, (kind, (good, message)) in FIELDS.items():
+        hint = did_you_mean(name, FIELDS) or "see configs/default.py "
+        raise _error(name, f"there is no such field; {hint.rstrip('? ')}")
+    for name, kind in FIELDS.items():
         if name not in flat:
             if name in AROUND and not around:
                 continue
-            raise ConfigError(f"config.{name}: the field is missing; start from configs/default.py, which lists them")
+            raise _error(name, "the field is missing; start from configs/default.py, which has all of them")
         value = flat[name]
         if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise ConfigError(f"config.{name}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
-        if not good(value):
-            raise ConfigError(f"config.{name}: {value!r} {message}")
+            raise _error(name, f"must be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
+        _validate_value(name, value, f"config.{name}")
     if (config.data.name == "features") != (config.backbone == "none"):
-        raise ConfigError(
-            f"config.backbone: {config.backbone} does not go with config.data.name={config.data.name}; 'none' is for "
-            "'features', which need no network, and for nothing else"
+        raise _error(
+            "backbone",
+            f"{config.backbone!r} cannot be used with config.data.name={config.data.name}; 'none' is for 'features', "
+            "which need no network, and for nothing else",
         )
-    family = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
-    if config.augment not in family:
-        raise ConfigError(
-            f"config.augment: {config.augment} makes no views of "
-            f"{'features' if config.backbone == 'none' else 'images'}; choose {' or '.join(family)}"
-        )
+    families = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
+    if config.augment not in families:
+        kind = "features" if config.backbone == "none" else "images"
+        raise _error("augment", f"must be one of {', '.join(families)} for {kind}, got {config.augment!r}")
     if config.backbone == "none":
-        _check_without_network(config)
+        _validate_without_network(config)
     else:
-        _check_network(config)
+        _validate_network(config)
 
 
-def _check_without_network(config: ml_collections.ConfigDict) -> None:
+def _validate_value(name: str, value: Any, where: str) -> None:
+    allowed, requirement = RULES.get(name, (lambda value: True, ""))
+    if not allowed(value):
+        raise ConfigError(f"{where}: {requirement}, got {value!r}", where)
+
+
+def _error(name: str, problem: str) -> ConfigError:
+    return ConfigError(f"config.{name}: {problem}", f"config.{name}")
+
+
+def _validate_without_network(config: ml_collections.ConfigDict) -> None:
     for name, neutral in (("image_size", 0), ("backbone_weights", ""), ("frozen", True)):
         if config[name] != neutral:
-            raise ConfigError(f"config.{name}: features go through no network; leave it at {neutral!r}")
-    of_images = ["train.views", "data.stored_size", "micro_batch"]
-    for name in of_images + [f"fine_tune.{name}" for name in fine_tune(config).asked]:
+            raise _error(name, f"must be {neutral!r} for features, which pass through no network, got {config[name]!r}")
+    for_images = ["train.views", "data.stored_size", "micro_batch"]
+    for name in for_images + [f"fine_tune.{name}" for name in fine_tune(config).asked]:
         if value := flatten(config)[name]:
-            raise ConfigError(f"config.{name}: it is for images; set it to {type(value)(0)} for features")
+            raise _error(name, f"is for images only; set it to {type(value)(0)} for features, got {value!r}")
 
 
-def _check_network(config: ml_collections.ConfigDict) -> None:
+def _validate_network(config: ml_collections.ConfigDict) -> None:
     backbone = registry.get(config.backbone)
+    from_scratch = backbone.convert is None
     if config.image_size and config.image_size < backbone.smallest:
-        raise ConfigError(
-            f"config.image_size: {config.image_size} is too small for {backbone.name}, which takes {backbone.smallest} "
-            "pixels or more"
+        raise _error(
+            "image_size", f"must be {backbone.smallest} pixels or more for {backbone.name}, got {config.image_size}"
         )
     if config.image_size % backbone.multiple:
-        near = round(config.image_size / backbone.multiple) * backbone.multiple
-        raise ConfigError(
-            f"config.image_size: {config.image_size} is not a multiple of {backbone.multiple}, the side of the patches "
-            f"that {backbone.name} cuts images into; try {near}"
+        nearest = round(config.image_size / backbone.multiple) * backbone.multiple
+        raise _error(
+            "image_size",
+            f"must be a multiple of {backbone.multiple}, the side of the patches of {backbone.name}, got "
+            f"{config.image_size}; try {nearest}",
         )
-    if backbone.convert is None and config.backbone_weights:
-        raise ConfigError(f"config.backbone_weights: {backbone.name} is trained from scratch; leave the field empty")
-    if backbone.convert is None and config.frozen:
-        raise ConfigError(
-            f"config.frozen: {backbone.name} starts from random weights and would learn nothing; set it to False"
-        )
+    if from_scratch and config.backbone_weights:
+        raise _error("backbone_weights", f"must be empty, since {backbone.name} is trained from scratch")
+    if from_scratch and config.frozen:
+        raise _error("frozen", f"must be False for {backbone.name}, which would keep its random initial weights")
     try:
-        check_fine_tune(
-            fine_tune(config), backbone, config.image_size, frozen=config.frozen, from_scratch=backbone.convert is None
+        validate_fine_tune(
+            fine_tune(config), backbone, config.image_size, frozen=config.frozen, from_scratch=from_scratch
         )
     except ConfigError as error:
-        raise ConfigError(f"config.{error}") from None
+        raise ConfigError(f"config.{error}", f"config.{error.field}") from None
     if config.train.views and not config.frozen:
-        raise ConfigError(
-            "config.train.views: features can be computed once only while the backbone is frozen; set it to 0, or "
-            "config.frozen to True"
+        raise _error(
+            "train.views",
+            "features can be computed once only while the backbone is frozen; set it to 0, or config.frozen to True",
         )
     if config.train.views and config.micro_batch:
-        raise ConfigError(
-            "config.micro_batch: features of config.train.views go through no backbone while training, so parts save "
-            "nothing; set it to 0"
+        raise _error(
+            "micro_batch",
+            "must be 0 with config.train.views, since cached features do not pass through the backbone in training",
         )
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset[str] = MAY_CHANGE) -> list[str]:
-    """Returns "field: theirs → mine" for each field in which two flat configs differ, but for the ignored ones."""
+    """Returns "field: theirs → mine" for each field in which two flat configs differ, except for the ignored ones."""
     mine, theirs = ADDED | mine, ADDED | theirs
     names = sorted((mine.keys() | theirs.keys()) - ignored)
     missing = object()

@@ -332,14 +332,14 @@ def _labels(path: str, read: _Read) -> tuple[Labels | None, Sequence[str]]:
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"config.data.dir: {beside} cannot be read as .npy ({error}); write it again, or leave labels aside by "
-                "--config.data.labeled=False"
+                "--config.data.labelled=False"
             ) from error
     if labels is None:
         return None, []
     if len(labels) != len(read.features):
         raise DataError(
             f"config.data.dir: {path} has {len(read.features):,} rows but {len(labels):,} labels; give one for each, "
-            "or leave them aside by --config.data.labeled=False"
+            "or leave them aside by --config.data.labelled=False"
         )
     if isinstance(labels, list):  # of a .parquet: names or numbers, or lists of them
         many = any(isinstance(label, list) for label in labels)

@@ -164,7 +164,7 @@ def _classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
     numbers = {name: number for number, name in enumerate(classes)}
     note = (
         f"{len(classes)} sub-folders are taken for classes, which serve only to measure; "
-        "--config.data.labeled=False leaves them aside"
+        "--config.data.labelled=False leaves them aside"
     )
     return np.array([numbers[name] for name in first], np.int64), classes, note
 

@@ -210,6 +210,15 @@ def _report_source(
     print_message(console, f"{summary}; the others are used")
 
 
+def format_protocol(run: RunContext) -> str:
+    """Returns the split, the depth of the ranking, and the published tables that compare with the run."""
+    protocol = run.protocol
+    split = protocol.says if run.source.roles is None else "the split of the list"
+    if run.splits.database.labels is None:
+        return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and by eye"
+    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; published tables: {protocol.tables()}"
+
+
 def validate_same_data(run: RunContext) -> None:
     """Checks that all processes of a run have the same data and weights, whatever their folders are.
 

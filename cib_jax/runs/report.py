@@ -1,39 +1,27 @@
 """What a run's codes find, as a picture: queries with the images nearest to them."""
 
-import io
-from collections.abc import Sequence
-import numpy as np
-from jaxtyping import UInt8
 import contextlib
+import io
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
-from cib_jax.data.dataset import ImageSet
-from cib_jax.data.dataset import resized
-from cib_jax.report import contact_sheet
-from cib_jax.report import figures
+
+from cib_jax.data.dataset import ImageSet, resized
+from cib_jax.report import contact_sheet, figures
 from cib_jax.report.contact_sheet import Tile
-from cib_jax.report.html import Grid
-from cib_jax.report.html import Picture
-from cib_jax.report.html import Section
-from cib_jax.report.html import render
+from cib_jax.report.html import Grid, Picture, Section, render
 from cib_jax.random_streams import stream_rng
-from cib_jax.retrieval import code_quality
-from cib_jax.retrieval import hamming
-from cib_jax.retrieval import metrics
+from cib_jax.retrieval import code_quality, hamming, metrics
 from cib_jax.retrieval.metrics import Curves
 from cib_jax.runs.context import RunContext
 from cib_jax.runs.workdir import write_bytes
 
-
-
 # jobs.neighbors: What a run's codes find, as a picture: queries with the images nearest to them.
-
-
-
-
-
 
 
 NEAREST = 10
@@ -92,18 +80,7 @@ def _relevant(query: ImageSet, index: int, database: ImageSet, place: int) -> bo
     return bool((mine & theirs).any()) if query.labels.ndim == 2 else bool(mine == theirs)
 
 
-
-
 # jobs.report: The report of a run: its numbers gathered, drawn, and written into one folder.
-
-
-
-
-
-
-
-
-
 
 
 QUERIES = 8
@@ -207,7 +184,9 @@ def _retrieval(found: Curves | None, results: dict[str, Any]) -> list[Picture]:
     ]
 
 
-def _codes(setting: RunContext, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]) -> list[Picture]:
+def _codes(
+    setting: RunContext, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]
+) -> list[Picture]:
     where = "Of the database"
     drawn = [
         picture("bit_balance", figures.bit_balance(results["metrics"]["code_health"]["bit_balance"]), where),
@@ -339,4 +318,3 @@ def _notes(results: dict[str, Any]) -> list[str]:
         ),
         f"Made with {versions}.",
     ]
-

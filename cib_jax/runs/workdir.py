@@ -1,37 +1,31 @@
-"""A run's folder: made, claimed, and written to so that a file is there whole or not at all."""
+"""The folder of a run: its lock, its owner, and atomic writes of JSON files and arrays."""
 
 import contextlib
 import datetime
-import fcntl
 import json
 import pathlib
 import secrets
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from typing import NamedTuple
+
 from cib_jax import files
-from cib_jax.config.schema import MAY_CHANGE
-from cib_jax.config.schema import differences
-from cib_jax.config.schema import flatten
+from cib_jax.config import flatten
+from cib_jax.config.schema import MAY_CHANGE, differences
 from cib_jax.distributed import multihost
-from cib_jax.errors import BusyError
-from cib_jax.errors import UserError
-from cib_jax.errors import WorkdirError
+from cib_jax.errors import BusyError, UserError, WorkdirError
+from cib_jax.files import write_bytes
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
 
 
-
-# jobs.workdir: A run's folder: made, claimed, and written to so that a file is there whole or not at all.
-
-
 def default_name(config: ml_collections.ConfigDict, mode: str = "train") -> pathlib.Path:
-    """Returns a new folder name under runs/ that tells what the run is."""
+    """Returns a new folder under runs/ named after the data set, network, method and time."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     if mode != "train":
         return pathlib.Path("runs") / f"{mode}-{config.data.name.replace('/', '-')}-{config.backbone}-{now}"
@@ -39,44 +33,51 @@ def default_name(config: ml_collections.ConfigDict, mode: str = "train") -> path
 
 
 LAST_WORDS = ".last-words"
-"""Exit code and sentence of a process that ended of itself, so that those that work with it end alike."""
+"""File with the exit code and message of a process that ended, so that its peers end in the same way."""
 
 BASELINE = "baseline.json"
-"""By which the folder of a baseline is known, and which one."""
+"""File that marks the folder of a baseline and names it."""
 
 KINDS = {"comparison": "cells", "search": "trials"}
-"""What holds many runs, and the folder inside by which it is known."""
+"""Kinds of folders that hold many runs, and the subfolder that marks each kind."""
 
 
-SEEN_AFTER = 10
-"""Seconds in which a network's file system must show what another machine wrote."""
+VISIBLE_SECONDS = 10
+"""Seconds within which a network file system must show what another machine wrote."""
 
 
 @contextlib.contextmanager
 def claim_workdir(workdir: pathlib.Path, *, baseline: bool = False) -> Iterator[None]:
-    """Keeps other runs out of a run's folder, which is made if need be, while the context lasts.
+    """Holds the lock of a run's folder, which is created if necessary, while the context lasts.
 
-    Of several processes that work together, the first claims it for all.
+    Of several processes of one run, the first holds it for all.
 
-    `baseline` says that it may be a baseline's, which is no run to be gone on with or evaluated.
+    Args:
+      workdir: The folder of the run.
+      baseline: Whether the folder may be that of a baseline, which cannot be resumed or evaluated.
 
     Raises:
-      BusyError: another process is at work in it.
-      WorkdirError: it holds something else than a run, it cannot be written to, or not all processes see it.
+      BusyError: Another process holds the lock.
+      WorkdirError: The folder holds something other than a run, cannot be written to, or is not visible to all
+        processes.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with multihost.shared_errors():
             if multihost.is_first_process():
-                held.enter_context(_claim(workdir, baseline))
-        check_seen(workdir / ".lock", "--workdir")
+                stack.enter_context(_claim(workdir, baseline))
+        validate_shared(workdir / ".lock", "--workdir")
         yield
 
 
-def check_seen(mark: pathlib.Path, field: str) -> None:
-    """Checks that what the first of several processes writes into a file is there for all.
+def validate_shared(mark: pathlib.Path, field: str) -> None:
+    """Checks that all processes of a run see a file that the first one writes.
+
+    Args:
+      mark: The file to write.
+      field: The flag or field to be changed if they do not.
 
     Raises:
-      SharedRefusal: it is not; `field` names what is to be changed.
+      SharedRefusal: A process does not see the file, or it cannot be written.
     """
     if not multihost.is_distributed():
         return
@@ -87,16 +88,17 @@ def check_seen(mark: pathlib.Path, field: str) -> None:
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.write_text(token)
             except OSError as error:
-                raise WorkdirError(f"{field}: {mark.parent} cannot be written to ({error.strerror})") from None
+                raise WorkdirError(f"{field}: {mark.parent} cannot be written to ({error.strerror})", field) from None
     with multihost.shared_errors():
-        if not any(_reads(mark, token) for _ in range(SEEN_AFTER)):
+        if not any(_contains(mark, token) for _ in range(VISIBLE_SECONDS)):
             raise WorkdirError(
-                f"{field}: process {jax.process_index()} does not find in {mark.parent} what the first process wrote "
-                "there; choose a folder on a disk that all machines share"
+                f"{field}: process {jax.process_index()} does not see in {mark.parent} what the first process wrote; "
+                "choose a folder on a disk that all machines share",
+                field,
             )
 
 
-def _reads(mark: pathlib.Path, token: str) -> bool:
+def _contains(mark: pathlib.Path, token: str) -> bool:
     with contextlib.suppress(OSError):
         if mark.read_text() == token:
             return True
@@ -107,36 +109,17 @@ def _reads(mark: pathlib.Path, token: str) -> bool:
 @contextlib.contextmanager
 def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
     new = not workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        inside = {path.name for path in workdir.iterdir()} - {LAST_WORDS}
-        if inside and not inside & {".lock", "config.json"}:
-            raise WorkdirError(
-                f"{workdir}: it holds files, but none of a run ({sorted(inside)[0]}, …); choose another --workdir"
-            )
-        if BASELINE in inside and not baseline:
-            raise WorkdirError(
-                f"{workdir}: it holds the figures of a baseline, which has no checkpoint; they are in results.json"
-            )
-        for kind, folder in KINDS.items():
-            if folder in inside:
-                raise WorkdirError(f"{workdir}: it holds a {kind} of many runs; choose another --workdir")
-        lock = (workdir / ".lock").open("a")
-    except OSError as error:
-        raise WorkdirError(
-            f"{workdir}: cannot be used as a workdir ({error.strerror}); choose another --workdir"
-        ) from None
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            workdir.mkdir(parents=True, exist_ok=True)
+            _validate_content({path.name for path in workdir.iterdir()} - {LAST_WORDS}, workdir, baseline)
+            stack.enter_context(files.locked(workdir / ".lock", wait=False))
         except BlockingIOError:
             raise BusyError(
-                f"{workdir}: another process is at work in it; wait for it to end or choose another --workdir"
+                f"{workdir}: another process is using it; wait for it to end or choose another --workdir", "--workdir"
             ) from None
         except OSError as error:
-            raise WorkdirError(
-                f"{workdir}: the file system cannot lock it ({error.strerror}); choose a --workdir on a local disk"
-            ) from None
+            raise _unusable(workdir, error) from None
         try:
             yield
         except UserError:
@@ -146,83 +129,110 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
             raise
 
 
+def _validate_content(names: set[str], workdir: pathlib.Path, baseline: bool) -> None:
+    if names and not names & {".lock", "config.json"}:
+        raise WorkdirError(
+            f"{workdir}: it holds files that are not those of a run ({min(names)}, …); choose another --workdir",
+            "--workdir",
+        )
+    if BASELINE in names and not baseline:
+        raise WorkdirError(
+            f"{workdir}: it holds the results of a baseline, in results.json, and no checkpoint; choose another "
+            "--workdir",
+            "--workdir",
+        )
+    for kind, folder in KINDS.items():
+        if folder in names:
+            raise WorkdirError(f"{workdir}: it holds a {kind} of many runs; choose another --workdir", "--workdir")
+
+
+def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
+    return WorkdirError(
+        f"{workdir}: cannot be used as a workdir ({error.strerror}); choose another --workdir, on a disk that supports "
+        "locks",
+        "--workdir",
+    )
+
+
 @contextlib.contextmanager
 def exclusive(path: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
-    """Keeps other processes out of what stands under the name of a lock file while the context lasts.
+    """Holds the lock file `path` while the context lasts.
 
     Raises:
-      BusyError: another process is in it, and `wait` is False.
+      BusyError: Another process holds it, and `wait` is False.
     """
-    with path.open("a") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            stack.enter_context(files.locked(path, wait=wait))
         except BlockingIOError:
-            raise BusyError(f"{path}: another process is at work here; wait for it to end") from None
+            raise BusyError(f"{path}: another process is using it; wait for it to end") from None
         yield
 
 
 def adopt(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, kind: str, fixed: frozenset[str] = frozenset()
 ) -> None:
-    """Makes a folder the place of many runs of one `kind`, or checks that it is.
+    """Makes a folder one of many runs of a `kind`, or checks that it is one with the same config.
 
-    Several processes may work in it; each run inside is claimed by itself. Fields that do not change a run may differ
-    from those it was begun with, but for the `fixed` ones.
+    Several processes may work in it; each run inside has a lock of its own. Fields that do not change a run may differ
+    from those of the first start, except for the `fixed` ones.
 
     Raises:
-      WorkdirError: it holds something else, runs of another config, or cannot be written to.
+      WorkdirError: The folder holds something else or runs of another config, or it cannot be written to.
     """
     marker, path = workdir / KINDS[kind], workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        inside = sorted(file.name for file in workdir.iterdir())
-        if inside and not marker.is_dir():
-            raise WorkdirError(f"{workdir}: it holds files, but no {kind} ({inside[0]}, …); choose another --workdir")
+        names = sorted(file.name for file in workdir.iterdir())
+        if names and not marker.is_dir():
+            raise WorkdirError(
+                f"{workdir}: it holds files that are not those of a {kind} ({names[0]}, …); choose another --workdir",
+                "--workdir",
+            )
         if path.exists():
-            theirs = flatten(ml_collections.ConfigDict(read_json(path)))
-            told = differences(flatten(config), theirs, MAY_CHANGE - fixed)
-            if told:
-                raise WorkdirError(
-                    f"{workdir}: its {kind} has another config ({'; '.join(told)}); choose another --workdir, or give "
-                    "the config that it was started with"
-                )
+            _validate_same_config(workdir, config, read_json(path), MAY_CHANGE - fixed)
         marker.mkdir(exist_ok=True)
         write_json(path, config.to_dict())
     except OSError as error:
+        raise _unusable(workdir, error) from None
+
+
+def _validate_same_config(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, theirs: dict[str, Any], ignored: frozenset[str]
+) -> None:
+    changed = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)), ignored)
+    if changed:
         raise WorkdirError(
-            f"{workdir}: cannot be used as a workdir ({error.strerror}); choose another --workdir"
-        ) from None
-
-
-def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that a run that was started in `workdir` has this config; one that has no checkpoint yet may have any.
-
-    Raises:
-      WorkdirError: it belongs to another config, or its checkpoints lie elsewhere.
-      PlaceError: the place of its checkpoints cannot be reached.
-    """
-    directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
-    if not _steps(directory):
-        before = checkpoint.checkpoint_dir(_checkpoint_dir_before(workdir), workdir)
-        if before != directory and _steps(before):
-            raise WorkdirError(
-                f"config.train.checkpoint_dir: the checkpoints of {workdir} lie in {before}, and there are none in "
-                f"{directory}; copy them there first, or leave the field as it was"
-            )
-        return
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        # By the checkpoint, not by config.json, which could be lost or edited.
-        theirs = checkpoints.extra()["config"]
-    told = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)))
-    if told:
-        raise WorkdirError(
-            f"{workdir}: it belongs to another config ({'; '.join(told)}); choose another --workdir, or give the "
-            "config that it was started with"
+            f"{workdir}: it belongs to another config ({'; '.join(changed)}); choose another --workdir, or give the "
+            "config that it was started with",
+            "--workdir",
         )
 
 
-def _steps(directory: epath.Path) -> bool:
-    # As the first of several processes sees it: to open checkpoints takes all of them.
+def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that the run in `workdir` has this config; a run without a checkpoint may have any.
+
+    Raises:
+      WorkdirError: The run has another config, or its checkpoints are elsewhere.
+      CheckpointError: The place of its checkpoints cannot be reached.
+    """
+    directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
+    if not _has_checkpoints(directory):
+        before = checkpoint.checkpoint_dir(_checkpoint_dir_before(workdir), workdir)
+        if before != directory and _has_checkpoints(before):
+            raise WorkdirError(
+                f"config.train.checkpoint_dir: the checkpoints of {workdir} are in {before}, and there are none in "
+                f"{directory}; copy them there first, or leave the field as it was",
+                "config.train.checkpoint_dir",
+            )
+        return
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        # The config in the checkpoint, since config.json could be lost or edited.
+        _validate_same_config(workdir, config, checkpoints.extra()["config"], MAY_CHANGE)
+
+
+def _has_checkpoints(directory: epath.Path) -> bool:
+    # As seen by the first of several processes: all of them have to open checkpoints together.
     if multihost.broadcast_text("there" if checkpoint.exists(directory) else "") == "":
         return False
     with Checkpoints(directory, read_only=True) as checkpoints:
@@ -230,20 +240,14 @@ def _steps(directory: epath.Path) -> bool:
 
 
 def _checkpoint_dir_before(workdir: pathlib.Path) -> str:
-    """Returns the field as a run was last started with it; "" where that is not known, as in earlier versions."""
+    """Returns the value of the field at the last start of the run; "" if it is unknown, as in earlier versions."""
     with contextlib.suppress(OSError, WorkdirError, KeyError, TypeError):
         return str(read_json(workdir / "config.json")["train"]["checkpoint_dir"])
     return ""
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file atomically; of several processes that write it at once, one wins."""
-    with files.replacing(path) as part:
-        part.write_bytes(content)
-
-
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a JSON file atomically; text that is no valid Unicode, as file names may be, is escaped."""
+    """Writes a JSON file atomically; text that is not valid Unicode, such as some file names, is escaped."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         write_bytes(path, text.encode())
@@ -252,15 +256,15 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what `write_json` wrote.
+    """Returns the content of a file that `write_json` wrote.
 
     Raises:
-      WorkdirError: the file is damaged.
+      WorkdirError: The file is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WorkdirError(f"{path}: the file is damaged ({error}); remove it to have it made again") from None
+        raise WorkdirError(f"{path}: the file is damaged ({error}); remove it, and it will be written again") from None
 
 
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:
@@ -270,92 +274,91 @@ def write_array(path: pathlib.Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-
-
-# jobs.ownership: Whose the checkpoints outside a workdir are: its lock does not reach there, and a bucket has none.
+# Ownership of a checkpoint directory outside the workdir, where the workdir's lock has no effect.
 #
-# A file beside the checkpoints names the workdir that they belong to and the session that last took them. A session of
-# another workdir is refused at its start. Two sessions of one workdir, as on two machines after the same command, cannot
-# be told apart then: the later one takes the place over, and the earlier one, which looks before each of its saves, ends
-# at the next. Between that look and the end of its save another may come; what both write then, checksums tell.
-
-
-
-
-
+# A file beside the checkpoints names the workdir that they belong to and the session that took them last. A session of
+# another workdir is refused when it starts. Two sessions of the same workdir, such as the same command on two machines,
+# cannot be told apart at that time: the later one takes the directory over, and the earlier one, which checks before
+# each save, ends at its next save. If another session arrives between that check and the end of the save, checksums
+# reveal what both have written.
 
 OWNER = "owner.json"
-"""Beside the checkpoints: the workdir and the session that they belong to."""
+"""File beside the checkpoints with the workdir and the session that they belong to."""
 
 SESSION = ".session"
-"""In the workdir: the last session that took them, by which it is known where it was moved to another path."""
+"""File in the workdir with its last session, which identifies it after the workdir has been moved."""
 
 
 class Owned(NamedTuple):
-    """Checkpoints as one session's own."""
+    """A checkpoint directory owned by this session."""
 
     directory: epath.Path
     session: str
-    """"" where they lie in the workdir, which its lock protects."""
+    """"" for a directory inside the workdir, which the workdir's lock protects."""
 
     def check(self) -> None:
-        """Checks that no other session has taken them since.
+        """Checks that no other session has taken the directory over.
 
         Raises:
-          WorkdirError: one has.
+          WorkdirError: Another session has.
         """
-        if self.session and (theirs := _read(self.directory)).get("session") != self.session:
+        if self.session and (theirs := _read_owner(self.directory)).get("session") != self.session:
             raise WorkdirError(
                 f"{self.directory}: a run in {theirs.get('workdir', 'an unknown workdir')} has taken over the "
-                "checkpoints here, so this one has stopped; leave one of them running, or give each a "
-                "config.train.checkpoint_dir of its own"
+                "checkpoints here, so this run has stopped; leave only one of them running, or give each its own "
+                "config.train.checkpoint_dir",
+                "config.train.checkpoint_dir",
             )
 
 
 def find_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that the place that a config names for checkpoints may be this workdir's.
+    """Checks that the checkpoint directory of a config may belong to this workdir.
 
     Raises:
-      PlaceError, WorkdirError: it cannot be reached, lies in another run's workdir or belongs to one.
+      CheckpointError: The directory cannot be reached.
+      WorkdirError: It is inside another run's workdir or belongs to another run.
     """
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not _outside(directory, workdir):
         return
     if checkpoint.is_local(directory) and any(_is_workdir(at) for at in (directory, *directory.parents)):
         raise WorkdirError(
-            f"config.train.checkpoint_dir: {directory} is in the workdir of another run; choose a folder of its own"
+            f"config.train.checkpoint_dir: {directory} is in the workdir of another run; choose a separate folder",
+            "config.train.checkpoint_dir",
         )
-    owner = _read(directory)
+    owner = _read_owner(directory)
     if not owner or owner.get("workdir") == str(workdir.absolute()):
         return
-    held = workdir / SESSION
-    if not held.exists() or held.read_text() != owner.get("session"):
+    session = workdir / SESSION
+    if not session.exists() or session.read_text() != owner.get("session"):
         raise WorkdirError(
             f"config.train.checkpoint_dir: the checkpoints in {directory} belong to the run in "
-            f"{owner.get('workdir')}; choose another place, or remove {directory / OWNER} if that run is over and this "
-            "one goes on with it"
+            f"{owner.get('workdir')}; choose another folder, or remove {directory / OWNER} if that run is over and "
+            "this one continues it",
+            "config.train.checkpoint_dir",
         )
 
 
 def validate_owner_seen(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that all processes of a run see the same place for its checkpoints.
+    """Checks that all processes of a run see the same checkpoint directory.
 
     Raises:
-      SharedRefusal: one does not.
+      SharedRefusal: One does not.
     """
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if _outside(directory, workdir) and checkpoint.is_local(directory):
-        check_seen(pathlib.Path(directory) / ".seen", "config.train.checkpoint_dir")
+        validate_shared(pathlib.Path(directory) / ".seen", "config.train.checkpoint_dir")
 
 
 def take_ownership(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Owned:
-    """Makes the place of a run's checkpoints this session's own, once more looked at.
+    """Makes this session the owner of the run's checkpoint directory, after checking it again.
 
     Raises:
-      PlaceError, WorkdirError: as `look`, or it cannot be written to.
+      CheckpointError: The directory cannot be reached or written to.
+      WorkdirError: It belongs to another run.
     """
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
-    # Of several processes that work together, the first takes it for all.
+    # The first of several processes takes it for all.
     if not _outside(directory, workdir) or not multihost.is_first_process():
         return Owned(directory, "")
     find_owner(workdir, config)
@@ -366,8 +369,8 @@ def take_ownership(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> 
         if checkpoint.is_local(directory):
             write_bytes(pathlib.Path(directory / OWNER), content.encode())
         else:
-            (directory / OWNER).write_text(content)  # atomic there by itself
-    except Exception as error:  # Google's libraries raise many kinds
+            (directory / OWNER).write_text(content)  # writes to a bucket are atomic
+    except Exception as error:  # Google's libraries raise many classes
         raise checkpoint.unreachable(directory, "written to", error) from error
     write_bytes(workdir / SESSION, owned.session.encode())
     owned.check()
@@ -382,8 +385,8 @@ def _outside(directory: epath.Path, workdir: pathlib.Path) -> bool:
     return not directory.is_relative_to(workdir.absolute())
 
 
-def _read(directory: epath.Path) -> dict[str, str]:
-    """Returns what is known of the owner of a place, nothing where it has none."""
+def _read_owner(directory: epath.Path) -> dict[str, str]:
+    """Returns the owner of a checkpoint directory, {} if it has none."""
     path = directory / OWNER
     try:
         if not path.exists():
@@ -391,7 +394,6 @@ def _read(directory: epath.Path) -> dict[str, str]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise WorkdirError(f"{path}: the file is damaged ({error}); remove it if no other run uses it") from None
-    except Exception as error:  # Google's libraries raise many kinds
+    except Exception as error:  # Google's libraries raise many classes
         raise checkpoint.unreachable(directory, "read", error) from error
     return content
-

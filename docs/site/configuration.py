@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md out of configs/default.py, whose comments say what each field means.
+"""Generator of docs/configuration.md, from the fields of configs/default.py and their comments.
 
 python docs/site/configuration.py
 """
@@ -16,10 +16,10 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Every field of an experiment, as [configs/default.py](../configs/default.py) says it; this page is made of that file by
-`python docs/site/configuration.py`. A file in `configs/` lists what it sets otherwise. Any field can be set on
-the command line, `--config.data.dir=DIR`; a field that does not exist, or a value that cannot work, is refused before
-anything starts ([troubleshooting](troubleshooting.md#what-a-config-is-refused-for)).
+Every field of an experiment, with its default and meaning. This page is generated from
+[configs/default.py](../configs/default.py) by `python docs/site/configuration.py`. A file in `configs/` lists only the
+fields that differ. Any field can be set on the command line, `--config.data.dir=DIR`; an unknown field, or a value that
+cannot work, is rejected before anything starts ([troubleshooting](troubleshooting.md#invalid-configurations)).
 """
 
 TITLES = {
@@ -33,16 +33,16 @@ TITLES = {
     "data": "Data",
     "train": "Training",
     "cache": "Cache",
-    "log": "Log",
+    "log": "Metric logging",
     "report": "Report",
     "compare": "Comparison",
-    "tune": "Search for hyper-parameters",
+    "tune": "Tuning",
 }
-"""By the name of a section's fields before the dot, or of its first one where they have no dot."""
+"""Title of a section, by the part of its fields' names before the dot, or by its first field if they have no dot."""
 
 
 class Field(NamedTuple):
-    """A field as the source has it."""
+    """One field of the source."""
 
     name: str
     default: str
@@ -50,18 +50,18 @@ class Field(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Fields that stand together."""
+    """Fields of one paragraph."""
 
     heading: str
-    """The comment above them all; "" where there is none."""
+    """The comment above the paragraph, or ""."""
     fields: list[Field]
 
 
 def read(source: str) -> list[Group]:
     """Returns the groups of a file that sets fields of `c` in `get_config`, in the order of the file.
 
-    A comment behind a field is its own, one right above it that begins no paragraph too. One that begins a paragraph is
-    the paragraph's; its first field has it for a meaning where it has none of its own.
+    A comment after a field belongs to the field, and so does one directly above it within a paragraph. A comment that
+    begins a paragraph belongs to the paragraph, and is the meaning of its first field if that has no other comment.
     """
     lines = source.splitlines()
     comments = {
@@ -114,7 +114,7 @@ def page(groups: list[Group]) -> str:
 
 
 def _code(value: str) -> str:
-    # An entity, not a backslash, which shows inside of code in one reader of Markdown or the other.
+    # An entity, since some Markdown renderers show a backslash inside code.
     return f"<code>{value.replace('|', '&#124;')}</code>"
 
 

@@ -1,12 +1,12 @@
-"""Equations as MathML, when the site is built: a page shows them without a script and without a network.
+"""MkDocs hook that converts equations to MathML, so that pages need no script and no network.
 
-`$$…$$` over lines of its own and `$…$` on one line hold LaTeX, as on GitHub.
+`$$…$$` on separate lines and `$…$` within a line contain LaTeX, as on GitHub.
 """
 
 import re
 from typing import Any
 
-# Code, in fences or between backticks, holds dollars of its own and is passed over.
+# Code, in fences or between backticks, may contain dollar signs and is skipped.
 PART = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^\s$][^$\n]*)\$", re.S | re.M)
 
 
@@ -14,7 +14,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Returns a page's text with its equations as MathML.
 
     Raises:
-      ValueError: an equation has a command that is not known, which would show as it was written.
+      ValueError: An equation has a command that latex2mathml does not know and would leave unchanged.
     """
     return PART.sub(_written, markdown)
 
@@ -27,6 +27,6 @@ def _written(part: re.Match) -> str:
     latex = (part["block"] or part["inline"]).strip()
     shown = convert(latex, display="block" if part["block"] else "inline")
     if "\\" in shown:
-        raise ValueError(f"equation: latex2mathml does not know all of {latex!r}; write it with commands that it knows")
-    # A wide equation scrolls by itself on a narrow screen.
+        raise ValueError(f"equation: latex2mathml does not know all commands of {latex!r}; use others")
+    # On a narrow screen, a wide equation scrolls without the rest of the page.
     return f'<div style="margin: 1em 0; overflow-x: auto">{shown}</div>' if part["block"] else shown

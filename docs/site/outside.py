@@ -1,4 +1,4 @@
-"""What leaves docs/: links to files become their names, and the link to the repository asks nothing of its host."""
+"""MkDocs hook for links that leave docs/: links to source files become their names, the repository is not queried."""
 
 import re
 from typing import Any
@@ -7,10 +7,10 @@ LINK = re.compile(r"\[[^\]\n]*\]\(\.\./([^)#\s]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Returns a page's text with `[text](../path)` as `path`; a link to a missing page stays, and is refused."""
+    """Returns a page's text with `[text](../path)` replaced by `path`; other links are checked by MkDocs."""
     return LINK.sub(r"`\1`", markdown)
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Returns a page on which the link to the repository is a link alone: the theme would count its stars at GitHub."""
+    """Returns a page with a plain link to the repository; the theme's script would query GitHub for stars."""
     return output.replace(' data-md-component="source"', "")

@@ -95,7 +95,7 @@ def test_labels_touch_neither_training_nor_codes(tmp_path, console):
     folder = photos(tmp_path / "photos")
     config = small.config(**PHOTOS, data__dir=str(folder))
     train(config, tmp_path / "labeled", console=console)
-    train(small.config(**PHOTOS, data__dir=str(folder), data__labeled=False), tmp_path / "not", console=console)
+    train(small.config(**PHOTOS, data__dir=str(folder), data__labelled=False), tmp_path / "not", console=console)
     for name in ("query_codes", "database_codes"):
         assert np.array_equal(codes_of(tmp_path / "labeled")[name], codes_of(tmp_path / "not")[name])
 

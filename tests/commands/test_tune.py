@@ -124,7 +124,7 @@ def test_people_without_labels_choose_by_a_score(tmp_path):
     config = searched(
         tmp_path,
         data__validation="none",
-        data__labeled=False,
+        data__labelled=False,
         tune__score="separation",
         tune__trials=2,
         epochs=1,

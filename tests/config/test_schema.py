@@ -1,4 +1,4 @@
-"""Every bad value is refused with its field's name and a way out."""
+"""Every bad value is refused by an error that names the field and the value, and every field has a type and a rule."""
 
 import importlib
 import pathlib
@@ -6,8 +6,7 @@ import pathlib
 import pytest
 
 import configs.default
-from cib_jax.config import build, schema
-from cib_jax.config.schema import flatten
+from cib_jax.config import build, flatten, schema
 from cib_jax.errors import ConfigError
 from tests import small
 
@@ -22,71 +21,88 @@ def test_the_experiments_are_valid(name):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "field", "mentioned"),
     [
-        ({"bits": 12}, r"config.bits: 12 must be a multiple of 8"),
-        ({"bits": 0}, r"config.bits: 0"),
-        ({"bits": 8192}, r"config.bits: 8192"),
-        ({"batch_size": 1}, r"config.batch_size: 1 must be 2 or more"),
-        (
-            {"backbone": "resnet"},
-            r"config.backbone: 'resnet' is not one of convnet, efficientnet_lite0, .*resnet50, .*vgg16, .*, none; docs",
-        ),
-        ({"backbone": ""}, r"config.backbone: '' is not one of convnet, efficientnet_lite0"),
-        ({"objective": "simclr"}, r"config.objective: 'simclr' is not one of naive_cl, cl_hash, cibhash"),
-        ({"binary": "soft"}, r"config.binary: 'soft' is not one of stochastic, deterministic"),
-        ({"augment": "none"}, r"config.augment: 'none' is not one of photo, digits"),
-        ({"temperature": 0.0}, r"config.temperature: 0.0 must be greater than 0"),
-        ({"temperature": float("nan")}, r"config.temperature: nan"),
-        ({"beta": -0.1}, r"config.beta: -0.1 must be 0 or more"),
-        ({"learning_rate": float("inf")}, r"config.learning_rate: inf"),
-        ({"epochs": 0}, r"config.epochs: 0 must be 1 or more"),
-        ({"seed": -1}, r"config.seed: -1 must be from 0"),
-        ({"bits": "32"}, r"config.bits: '32' is of type str, not int"),
-        ({"frozen": 1}, r"config.frozen: 1 is of type int, not bool"),
-        ({"data__name": ""}, r"config.data.name: '' must name a data set"),
-        ({"k": -2}, r"config.k: -2 must be 0 or more, or -1"),
-        ({"data__max_bad_fraction": 1.5}, r"config.data.max_bad_fraction: 1.5 must be from 0 to 1"),
-        ({"data__max_megapixels": 500}, r"config.data.max_megapixels: 500 must be from 1 to 178"),
-        ({"data__protocol": "cifar"}, r"config.data.protocol: 'cifar' is not one of own, cifar10-10k-50k"),
-        ({"feature_dropout": 1.0}, r"config.feature_dropout: 1.0 must be from 0 to below 1"),
-        ({"data__name": "features"}, r"config.backbone: convnet does not go with config.data.name=features"),
-        ({"augment": "noise"}, r"config.augment: noise makes no views of images; choose photo or digits"),
-        ({"train__views": 1}, r"config.train.views: 1 must be 0 .* or at least 2"),
-        (
-            {"data__validation": "half"},
-            r"config.data.validation: 'half' is not one of protocol, none, query_half, database",
-        ),
-        ({"image_size": 4}, r"config.image_size: 4 is too small for convnet, which takes 8"),
-        ({"frozen": True}, r"config.frozen: convnet starts from random weights"),
-        ({"backbone_weights": "a.pth"}, r"config.backbone_weights: convnet is trained from scratch"),
-        ({"train__views": 4}, r"config.train.views: .*only while the backbone is frozen"),
+        ({"bits": 12}, "bits", ("12", "multiple of 8")),
+        ({"bits": 0}, "bits", ("0",)),
+        ({"bits": 8192}, "bits", ("8192", "4096")),
+        ({"batch_size": 1}, "batch_size", ("1", "2")),
+        ({"backbone": "resnet"}, "backbone", ("'resnet'", "resnet50", "vgg16", "none")),
+        ({"backbone": ""}, "backbone", ("''", "efficientnet_lite0")),
+        ({"objective": "simclr"}, "objective", ("'simclr'", "naive_cl, cl_hash, cibhash")),
+        ({"binary": "soft"}, "binary", ("'soft'", "stochastic, deterministic")),
+        ({"augment": "none"}, "augment", ("'none'", "photo, digits")),
+        ({"temperature": 0.0}, "temperature", ("0.0", "greater than 0")),
+        ({"temperature": float("nan")}, "temperature", ("nan",)),
+        ({"beta": -0.1}, "beta", ("-0.1",)),
+        ({"learning_rate": float("inf")}, "learning_rate", ("inf",)),
+        ({"epochs": 0}, "epochs", ("0", "1")),
+        ({"seed": -1}, "seed", ("-1",)),
+        ({"bits": "32"}, "bits", ("'32'", "str", "int")),
+        ({"frozen": 1}, "frozen", ("1", "int", "bool")),
+        ({"data__name": ""}, "data.name", ("''",)),
+        ({"k": -2}, "k", ("-2", "-1")),
+        ({"data__max_bad_fraction": 1.5}, "data.max_bad_fraction", ("1.5",)),
+        ({"data__max_megapixels": 500}, "data.max_megapixels", ("500", "178")),
+        ({"data__protocol": "cifar"}, "data.protocol", ("'cifar'", "own, cifar10-10k-50k")),
+        ({"feature_dropout": 1.0}, "feature_dropout", ("1.0",)),
+        ({"data__name": "features"}, "backbone", ("'convnet'", "config.data.name=features")),
+        ({"augment": "noise"}, "augment", ("'noise'", "photo, digits", "images")),
+        ({"train__views": 1}, "train.views", ("1", "2")),
+        ({"data__validation": "half"}, "data.validation", ("'half'", "protocol, none, query_half, database")),
+        ({"image_size": 4}, "image_size", ("4", "8", "convnet")),
+        ({"frozen": True}, "frozen", ("convnet", "False")),
+        ({"backbone_weights": "a.pth"}, "backbone_weights", ("convnet",)),
+        ({"train__views": 4}, "train.views", ("config.frozen",)),
     ],
 )
-def test_a_bad_value_is_refused(fields, message):
-    with pytest.raises(ConfigError, match=message):
+def test_a_bad_value_is_refused(fields, field, mentioned):
+    with pytest.raises(ConfigError) as caught:
         schema.validate(small.unchecked(**fields))
+    assert caught.value.field == f"config.{field}" and f"config.{field}" in str(caught.value)
+    assert [words for words in mentioned if words not in str(caught.value)] == []
 
 
 def test_a_missing_field_is_named():
     config = small.config()
     del config.temperature
-    with pytest.raises(ConfigError, match=r"config.temperature: the field is missing"):
+    with pytest.raises(ConfigError) as caught:
         schema.validate(config)
+    assert caught.value.field == "config.temperature"
 
 
-def test_an_unknown_field_is_named():
+def test_an_unknown_field_is_named_with_one_like_it():
     config = small.config()
     config.train.view = 10
-    with pytest.raises(ConfigError, match=r"config.train.view: there is no such field; did you mean train.views"):
+    with pytest.raises(ConfigError, match=r"train\.views") as caught:
         schema.validate(config)
+    assert caught.value.field == "config.train.view"
 
 
-def test_every_field_of_the_default_is_checked_and_documented():
-    assert flatten(configs.default.get_config()).keys() == schema.FIELDS.keys()
+def test_every_number_and_choice_has_a_rule():
+    """Flags, paths and names of a data set's features may have any value; all else is limited."""
+    unlimited = {name for name in schema.FIELDS if name not in schema.RULES}
+    assert schema.RULES.keys() <= schema.FIELDS.keys()
+    assert {schema.FIELDS[name] for name in unlimited} <= {bool, str}
+    assert all(allowed(value) for name, value in flatten(configs.default.get_config()).items()
+               for allowed, _ in [schema.RULES.get(name, (lambda value: True, ""))])  # fmt: skip
 
 
-def test_differences_are_told_both_ways_but_for_where_the_data_lie():
+@pytest.mark.parametrize(
+    ("name", "text", "value"), [("bits", "16", 16), ("beta", "1e-3", 1e-3), ("frozen", "True", True)]
+)
+def test_a_value_is_parsed_by_the_type_of_its_default(name, text, value):
+    assert schema.parsed(name, text, "--flag") == value
+
+
+@pytest.mark.parametrize(("name", "text"), [("bits", "many"), ("bits", "12"), ("frozen", "yes"), ("beta", "nan")])
+def test_text_that_is_not_allowed_is_refused_by_the_flag(name, text):
+    with pytest.raises(ConfigError) as caught:
+        schema.parsed(name, text, "--flag")
+    assert caught.value.field == "--flag"
+
+
+def test_differences_name_both_values_and_ignore_paths():
     mine = flatten(small.config(bits=32, data__dir="elsewhere"))
     theirs = flatten(small.config())
     assert schema.differences(mine, theirs) == ["bits: 16 → 32"]
@@ -94,18 +110,19 @@ def test_differences_are_told_both_ways_but_for_where_the_data_lie():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "field"),
     [
-        ({"augment": "photo"}, r"config.augment: photo makes no views of features; choose noise or stored"),
-        ({"frozen": False}, r"config.frozen: features go through no network; leave it at True"),
-        ({"image_size": 32}, r"config.image_size: features go through no network; leave it at 0"),
-        ({"train__views": 4}, r"config.train.views: it is for images; set it to 0 for features"),
-        ({"data__stored_size": 64}, r"config.data.stored_size: it is for images"),
-        ({"data__name": "digits"}, r"config.backbone: none does not go with config.data.name=digits"),
+        ({"augment": "photo"}, "augment"),
+        ({"frozen": False}, "frozen"),
+        ({"image_size": 32}, "image_size"),
+        ({"train__views": 4}, "train.views"),
+        ({"data__stored_size": 64}, "data.stored_size"),
+        ({"data__name": "digits"}, "backbone"),
     ],
 )
-def test_features_have_no_network_to_set(fields, message):
+def test_features_have_no_network_to_set(fields, field):
     features = {"data__name": "features", "backbone": "none", "augment": "noise", "frozen": True, "image_size": 0}
     schema.validate(small.config(**features))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         schema.validate(small.config(**features | fields))
+    assert caught.value.field == f"config.{field}"

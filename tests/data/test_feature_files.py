@@ -161,7 +161,7 @@ def test_labels_beside_that_are_no_array_are_refused(tmp_path):
     path = write(tmp_path, "npy")
     for content in (b"", b"text, not numbers"):
         (tmp_path / "features.labels.npy").write_bytes(content)
-        with pytest.raises(DataError, match=r"features.labels.npy cannot be read as .npy .*labeled=False"):
+        with pytest.raises(DataError, match=r"features.labels.npy cannot be read as .npy .*labelled=False"):
             feature_files.load(str(path))
         assert feature_files.load(str(path), labeled=False).train.labels is None
 

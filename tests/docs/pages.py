@@ -1,4 +1,4 @@
-"""The documentation's pages, as tests read them."""
+"""Readers of the documentation's pages, for tests."""
 
 import pathlib
 import re
@@ -11,10 +11,10 @@ def text(name: str) -> str:
 
 
 def section(name: str, heading: str) -> str:
-    """What stands under a heading of the second level, up to the next one."""
+    """Returns the text between a heading of the second level and the next one."""
     return re.split(r"^## ", text(name).split(f"\n## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def code(part: str) -> list[str]:
-    """The fenced Python of a part of a page, in order."""
+    """Returns the fenced Python blocks of a text, in order."""
     return re.findall(r"^```python\n(.*?)^```", part, re.DOTALL | re.MULTILINE)

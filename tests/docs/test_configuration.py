@@ -1,4 +1,4 @@
-"""docs/configuration.md is what configs/default.py says: every field, its value and a meaning."""
+"""docs/configuration.md lists every field of configs/default.py with its default and a meaning."""
 
 import ast
 import html
@@ -22,10 +22,10 @@ def rows() -> list[tuple[str, str, str]]:
     return re.findall(r"^\| `([\w.]+)` \| <code>(.*?)</code> \| (.*) \|$", pages.text("configuration.md"), re.MULTILINE)
 
 
-def test_every_field_stands_there_once_with_its_value():
-    told = {name: ast.literal_eval(html.unescape(value)) for name, value, _ in rows()}
-    assert len(told) == len(rows())
-    assert told == flatten(default.get_config())
+def test_every_field_is_listed_once_with_its_default():
+    listed = {name: ast.literal_eval(html.unescape(value)) for name, value, _ in rows()}
+    assert len(listed) == len(rows())
+    assert listed == flatten(default.get_config())
 
 
 def test_every_field_has_a_meaning():
@@ -33,7 +33,7 @@ def test_every_field_has_a_meaning():
 
 
 def test_the_page_is_up_to_date():
-    """`python docs/site/configuration.py` would write what is there."""
+    """`python docs/site/configuration.py` changes nothing."""
     made = script()
     assert pages.text("configuration.md") == made.page(made.read(made.SOURCE.read_text(encoding="utf-8")))
 
@@ -57,7 +57,7 @@ def get_config():
 """
 
 
-def test_comments_go_to_the_fields_that_they_are_of():
+def test_comments_are_assigned_to_their_fields():
     groups = script().read(SOURCE)
     assert [group.heading for group in groups] == ["Of a paragraph.", ""]
     assert [[tuple(field) for field in group.fields] for group in groups] == [

@@ -1,4 +1,4 @@
-"""What the site does to a page's text: links that leave docs/, and equations."""
+"""The MkDocs hooks: links that leave docs/, and equations."""
 
 import importlib.util
 import pathlib
@@ -17,13 +17,13 @@ def hook(name: str, event: str = "on_page_markdown"):
     return getattr(module, event)
 
 
-def test_a_link_out_of_the_docs_becomes_the_files_name():
+def test_link_out_of_docs_becomes_the_file_name():
     shown = hook("outside")("See [the page](data.md#a) and [routes.py](../cib_jax/web/routes.py).")
     assert shown == "See [the page](data.md#a) and `cib_jax/web/routes.py`."
 
 
-def test_the_link_to_the_repository_counts_no_stars():
-    """By the theme's own template, whose attribute makes its script ask GitHub."""
+def test_link_to_the_repository_requests_nothing():
+    """Checked on the theme's own template, with the attribute that makes its script query GitHub."""
     material = pytest.importorskip("material", reason="it comes with the extra docs")
     (template,) = pathlib.Path(material.__file__).parent.glob("templates/partials/source.html")
     page = template.read_text()
@@ -31,7 +31,7 @@ def test_the_link_to_the_repository_counts_no_stars():
     assert "data-md-component" not in hook("outside", "on_post_page")(page)
 
 
-def test_files_that_pages_link_to_are_there():
+def test_linked_files_exist():
     for page in pages.DOCS.glob("*.md"):
         for path in re.findall(r"\]\(\.\./([^)#\s]+)\)", page.read_text(encoding="utf-8")):
             assert (pages.DOCS.parent / path).exists(), f"{page.name}: {path}"
@@ -52,7 +52,7 @@ def test_an_equation_is_mathml():
     assert ["".join(part.itertext()) for part in fraction] == ["a", "b"]
 
 
-def test_a_command_that_is_not_known_is_refused():
+def test_unknown_latex_command_is_an_error():
     pytest.importorskip("latex2mathml", reason="it comes with the extra docs")
-    with pytest.raises(ValueError, match="does not know"):
+    with pytest.raises(ValueError, match="nonsense"):
         hook("equations")(r"$a \nonsense b$")

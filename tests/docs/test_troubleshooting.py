@@ -1,4 +1,4 @@
-"""Every message on docs/troubleshooting.md is one that the program can give."""
+"""Every message listed in docs/troubleshooting.md occurs in the source."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def templates() -> list[str]:
-    """Every string of the program, "…" where a value goes in."""
+    """Returns every string in the program, with "…" for formatted values."""
     found = []
     for path in (ROOT / "run.py", *sorted((ROOT / "cib_jax").rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -27,29 +27,29 @@ def templates() -> list[str]:
 TEMPLATES = templates()
 
 
-def told(name: str) -> list[str]:
-    """The first cells, in backticks, of the rows of tables whose first column is of messages."""
-    messages = []
+def messages(name: str) -> list[str]:
+    """Returns the messages, in backticks, of all tables with a column "message" on a page."""
+    found = []
     for table in re.findall(r"^\| message.*\n\|.*\n((?:\|.*\n)+)", pages.text(name), re.MULTILINE):
-        messages += [re.match(r"\| `([^`]+)` \|", row).group(1) for row in table.splitlines()]
-    return messages
+        found += [re.match(r"\| `([^`]+)` \|", row).group(1) for row in table.splitlines()]
+    return found
 
 
 def fits(message: str, template: str) -> bool:
-    """Whether the template can give a sentence that begins so: "…" on either side stands for anything."""
+    """Returns whether the template can produce a sentence with this beginning; "…" on either side matches anything."""
     pattern = "".join(r".*" if part == "…" else re.escape(part) for part in re.split("(…)", message))
     return re.match(pattern, template) is not None
 
 
-@pytest.mark.parametrize("message", told("troubleshooting.md"))
+@pytest.mark.parametrize("message", messages("troubleshooting.md"))
 def test_the_message_is_in_the_source(message):
     whole = [template for template in TEMPLATES if fits(message, template)]
-    # Where a sentence is put together of two strings, such as a field's name and what its value must be.
+    # Some messages are composed of two strings, such as a field's name and the rule for its value.
     place, _, rest = message.partition(": … ")
     parts = [template for template in TEMPLATES if rest and template.startswith(rest)]
     name = place.removeprefix("config.")
     assert whole or (parts and name in TEMPLATES), message
 
 
-def test_there_are_enough_messages_to_be_worth_a_test():
-    assert len(told("troubleshooting.md")) > 35
+def test_page_lists_messages():
+    assert len(messages("troubleshooting.md")) > 35

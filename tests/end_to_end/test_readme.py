@@ -1,4 +1,4 @@
-"""The README's own words: its training loop runs, learns, and is short; its commands are two."""
+"""The Python examples of README.md and docs/library.md run, and the README's two set-up commands are what CI runs."""
 
 import ast
 import pathlib
@@ -14,24 +14,31 @@ import cib_jax as cib
 
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # it trains for half a minute
 
-README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 
 
-def test_the_loop_runs_as_it_stands(capsys):
-    text = re.search(r"<!-- loop -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+def example(page: str, marker: str) -> str:
+    """Returns the Python code that follows `<!-- marker -->` on a page."""
+    return re.search(rf"<!-- {marker} -->\n```python\n(.*?)```", page, re.DOTALL).group(1)
+
+
+@pytest.mark.parametrize(("page", "marker"), [(README, "example"), (LIBRARY, "loop")], ids=["README", "loop"])
+def test_training_example_learns(page, marker, capsys):
+    text = example(page, marker)
     assert len(text.strip().splitlines()) < 20
-    exec(compile(text, "README.md", "exec"), {})
+    exec(compile(text, marker, "exec"), {})
     assert float(capsys.readouterr().out) > 0.5  # random codes: 0.1
 
 
-def test_the_baseline_runs_as_it_stands(capsys):
-    text = re.search(r"<!-- baseline -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
-    exec(compile(text, "README.md", "exec"), {})
-    said = float(re.search(r"this prints about ([\d.]+)", README).group(1))
-    assert abs(float(capsys.readouterr().out) - said) < 0.03
+def test_baseline_example_prints_the_stated_map(capsys):
+    exec(compile(example(LIBRARY, "baseline"), "baseline", "exec"), {})
+    stated = float(re.search(r"gives a MAP of\s+about ([\d.]+)", LIBRARY).group(1))
+    assert abs(float(capsys.readouterr().out) - stated) < 0.05
 
 
-def test_five_lines_search_a_folder(tmp_path, monkeypatch, capsys):
+def test_search_example_finds_the_query_itself(tmp_path, monkeypatch, capsys):
     digits = sklearn.datasets.load_digits()
     images = (digits.images[:120, ..., None] * 15.9).astype("uint8").repeat(3, axis=-1)
     cib.fit(images, bits=16, image_size=16, augment="digits", epochs=1, hidden=32).save(tmp_path / "runs" / "photos")
@@ -39,29 +46,36 @@ def test_five_lines_search_a_folder(tmp_path, monkeypatch, capsys):
     for number, image in enumerate(images):
         PIL.Image.fromarray(image).save(tmp_path / "PHOTOS" / f"{number:03}.png")
     shutil.copy(tmp_path / "PHOTOS" / "007.png", tmp_path / "photo.jpg")
-    text = re.search(r"<!-- search -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len(text.strip().splitlines()) == 7  # five, an import and a space
     monkeypatch.chdir(tmp_path)
-    exec(compile(text, "README.md", "exec"), found := {})
+    exec(compile(example(LIBRARY, "search"), "search", "exec"), found := {})
     printed = ast.literal_eval(capsys.readouterr().out)
     assert printed == [found["paths"][number] for number in found["ids"][0]]
-    # The photo itself is as near as can be, unless others with its code come before it.
+    # The photo has distance 0, so only photos with the same code may come before it.
     codes = found["codes"]
     same = [str(tmp_path / "PHOTOS" / f"{number:03}.png") for number in range(120) if (codes[number] == codes[7]).all()]
     assert printed[: len(same)] == same[: len(printed)]
 
 
-def test_a_fresh_machine_needs_one_command_each_to_run_and_to_test():
-    opening = README.split("## The main job")[0]
-    commands = re.findall(r"^python3 .*$", opening, re.MULTILINE)
+def test_readme_is_short():
+    assert len(README.splitlines()) < 140
+    assert len(README.split()) < 800
+
+
+def test_setting_up_takes_one_command_to_run_and_one_to_test():
+    commands = re.findall(r"^python3 .*$", README, re.MULTILINE)
     assert len(commands) == 2
     assert "run.py" in commands[0]
     assert "pytest" in commands[1]
 
 
-def test_ci_runs_the_readmes_test_command():
-    """By the very line of .ci/run that takes it out of the README."""
-    root = pathlib.Path(__file__).parents[2]
-    taking = next(line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("test_command="))
-    taken = subprocess.check_output(["bash", "-c", f'{taking}; echo "$test_command"'], cwd=root, text=True)
-    assert taken.strip() == re.findall(r"^python3 .*$", README, re.MULTILINE)[1]
+def test_ci_runs_the_test_command_of_the_readme():
+    """Executes the line of .ci/run that extracts the command."""
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    extract = next(line.strip() for line in script if line.strip().startswith("test_command="))
+    command = subprocess.check_output(["bash", "-c", f'{extract}; echo "$test_command"'], cwd=ROOT, text=True)
+    assert command.strip() == re.findall(r"^python3 .*$", README, re.MULTILINE)[1]
+
+
+def test_links_of_the_readme_exist():
+    for path in re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", README):
+        assert (ROOT / path).exists(), path

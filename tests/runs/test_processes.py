@@ -22,8 +22,8 @@ def second(monkeypatch, tmp_path):
     def leave(code):
         raise Ended(code)
 
-    monkeypatch.setattr(multihost, "several", lambda: True)
-    monkeypatch.setattr(multihost, "first", lambda: False)
+    monkeypatch.setattr(multihost, "is_distributed", lambda: True)
+    monkeypatch.setattr(multihost, "is_first_process", lambda: False)
     monkeypatch.setattr(processes, "_ENDING", processes.threading.Event())
     monkeypatch.setattr(processes.os, "_exit", leave)
     monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
@@ -31,7 +31,7 @@ def second(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "here")
 
     def ends(error, workdir):
-        with pytest.raises(Ended) as ended, processes.in_words("", str(workdir)):
+        with pytest.raises(Ended) as ended, processes.exit_on_error("", str(workdir)):
             raise error
         assert not list((tmp_path / "here").iterdir())
         return ended.value.args[0]
@@ -58,7 +58,7 @@ def test_who_lost_another_leaves_no_word(second, tmp_path, capsys):
 def test_what_breaks_in_the_background_is_told_in_a_line_but_for_reads_given_up(monkeypatch, capsys):
     for place, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(place, hook, getattr(place, hook))
-    processes.quieten_background()
+    processes.install_background_hooks()
 
     async def read():
         pass

@@ -1,0 +1,1 @@
+"""The folder, context and cached features of one run."""

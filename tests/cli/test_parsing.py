@@ -1,0 +1,97 @@
+"""Command lines: the config file is found wherever --config stands, and mistakes name the flag."""
+
+import pathlib
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from cib_jax.cli import flags, parsing
+from cib_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """A function that parses arguments as run.py does; flags are restored."""
+
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        return parsing.parse(sys.argv)
+
+    with flagsaver.flagsaver():
+        yield parsed
+
+
+def test_an_experiment_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {*parsing.config_names()} == {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    (tmp_path / "cifar.py").write_text("")
+    assert pathlib.Path(parsing.config_path("cifar")).samefile(ROOT / "configs" / "cifar.py")
+    assert parsing.config_path("./cifar.py") == "./cifar.py"
+
+
+@pytest.mark.parametrize(("given", "mentioned"), [("cifra", "cifar?"), ("./none.py", "'./none.py'"), (".", "'.'")])
+def test_an_unknown_experiment_is_refused(given, mentioned):
+    with pytest.raises(ConfigError) as caught:
+        parsing.config_path(given)
+    assert caught.value.field == "--config" and mentioned in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--config=cifar", "--config.bits=16"),
+        ("--config.bits=16", "--config", "cifar"),
+        ("-config.bits=16", "--config=digits", "-config=cifar"),
+    ],
+)
+def test_the_last_config_counts_wherever_it_stands(parse, arguments):
+    assert parse(*arguments) == ["run.py", "cifar"]
+    assert flags.CONFIG.value.data.name == "cifar10" and flags.CONFIG.value.bits == 16
+
+
+@pytest.mark.parametrize(("mode", "data"), [("train", "digits"), ("index", "folder")])
+def test_the_default_experiment_depends_on_the_mode(parse, mode, data):
+    assert parse(f"--mode={mode}") == ["run.py"]
+    assert flags.CONFIG.value.data.name == data
+
+
+@pytest.mark.parametrize(("mode", "file"), [("search", "search.png"), ("duplicates", "duplicates.png")])
+def test_show_alone_names_a_file_after_the_mode(parse, mode, file):
+    parse(f"--mode={mode}", "--index=i", "--show")
+    assert flags.SHOW.value == file
+    parse(f"--mode={mode}", "--show=other.png", "--index=i")
+    assert flags.SHOW.value == "other.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentioned"),
+    [
+        (("--config",), "--config: "),
+        (("--config=nothing",), "--config: "),
+        (("--config.bit=16",), "--config.bit: "),
+        (("--config.views=2",), "train.views"),
+        (("--config.data=x",), "--config.data: "),
+        (("--mode=sing",), "mode"),
+        (("--k=many", "--mode=search"), "k"),
+        (("--workdri=x",), "workdri"),
+        (("folder",), "'folder'"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(parse, capsys, arguments, mentioned):
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and len(error.splitlines()) == 1
+    assert error.startswith("run.py: ") and mentioned in error
+
+
+def test_a_config_file_that_fails_is_named(parse, capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(SystemExit):
+        parse(f"--config={path}")
+    error = capsys.readouterr().err
+    assert str(path) in error and "ZeroDivisionError" in error

@@ -1,0 +1,63 @@
+"""Atomic writes, locks, names and the ordered thread map."""
+
+import threading
+
+import pytest
+
+from cib_jax import files
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError), files.replacing(path) as part:
+        part.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_keeps_others_out_and_shared_ones_admit_each_other(tmp_path):
+    path = tmp_path / "lock"
+    shared = (files.locked(path, shared=True), files.locked(path, shared=True, wait=False))
+    with shared[0], shared[1], pytest.raises(BlockingIOError), files.locked(path, wait=False):
+        pass
+    with files.locked(path, wait=False), pytest.raises(BlockingIOError), files.locked(path, shared=True, wait=False):
+        pass
+
+
+def test_names_that_are_not_unicode_are_printable():
+    assert files.printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")) == "caf\\udce9.jpg"
+    assert files.printable("café.jpg") == "café.jpg"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("one\ntwo"), "one"), (ValueError(), "ValueError"), (OSError("\n a"), "a")]
+)
+def test_the_first_line_of_an_error(error, line):
+    assert files.first_line(error) == line
+
+
+def test_a_hint_names_what_is_alike():
+    assert files.did_you_mean("bit", ["bits", "beta"]) == "did you mean bits? "
+    assert files.did_you_mean("xyz", ["bits", "beta"]) == ""
+
+
+def test_results_come_in_order_and_an_error_stops_the_map():
+    assert list(files.map_in_order(lambda n: n * n, range(50))) == [(n, n * n) for n in range(50)]
+    taken = []
+
+    def items():
+        for n in range(10_000):
+            taken.append(n)
+            yield n
+
+    with pytest.raises(ZeroDivisionError):
+        list(files.map_in_order(lambda n: 1 // (5 - n), items()))
+    assert len(taken) < 10_000
+
+
+def test_the_map_uses_as_many_threads_as_there_are_cores():
+    barrier = threading.Barrier(files.core_count())
+    assert len(list(files.map_in_order(lambda n: barrier.wait(timeout=60), range(files.core_count())))) > 0
