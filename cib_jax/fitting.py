@@ -17,7 +17,6 @@ from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import OBJECTIVES
-from cib_jax.models import finetune
 from cib_jax.models.encoder import Params, create_encoder
 from cib_jax.models.finetune import FineTune
 from cib_jax.random_streams import stream_key
@@ -129,7 +128,7 @@ def fit(
             f"micro_batch must be 0 where features are computed before training, got {chosen.micro_batch}",
             field="micro_batch",
         )
-    if views and (finetune.features_learn(params) or standard is not None):
+    if views and (params.keys() != {"head"} or standard is not None):
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
     if OBJECTIVES[chosen.objective].taught:
         teacher.check(len(array))

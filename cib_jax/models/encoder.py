@@ -149,7 +149,11 @@ class Encoder:
         if self.backbone.takes == "features":
             return views
         dtype = DTYPES[self.backbone_dtype]
-        state = _cast(finetune.backbone_state(params, frozen, self.lora_scale), dtype)
+        if params.keys() <= {"head"}:
+            state = frozen["backbone"]
+        else:  # some or all of the backbone is trained, or low-rank corrections of it
+            state = finetune.backbone_state(params, frozen, self.lora_scale)
+        state = _cast(state, dtype)
         network = nnx.merge(self.backbone_graph, state)
         if self.checkpointing:
             finetune.checkpoint_blocks(network)
@@ -257,7 +261,8 @@ def create_encoder(
         )
     if frozen is None:
         frozen = on_features or (has_pretrained and not fine_tune.asked)
-    finetune.validate_fine_tune(fine_tune, chosen, size, frozen=frozen, from_scratch=backbone_params is None)
+    if fine_tune != FineTune():
+        finetune.validate_fine_tune(fine_tune, chosen, size, frozen=frozen, from_scratch=backbone_params is None)
     backbone_key, head_key, lora_key = (fold_by_name(key, part) for part in ("backbone", "head", "lora"))
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
     head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))

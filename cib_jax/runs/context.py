@@ -27,7 +27,7 @@ from cib_jax.data.splits import Protocol, Splits
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
 from cib_jax.files import printable
-from cib_jax.models import finetune, weights
+from cib_jax.models import weights
 from cib_jax.models.encoder import Encoder, Params
 from cib_jax.runs.workdir import write_bytes
 
@@ -62,7 +62,7 @@ class RunContext:
     @property
     def features_stay(self) -> bool:
         """Whether the backbone is a network that is not trained, so that features of images never change."""
-        return bool(self.frozen) and not finetune.features_learn(self.initial)
+        return bool(self.frozen) and self.initial.keys() == {"head"}
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:

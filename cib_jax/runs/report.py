@@ -12,10 +12,10 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from cib_jax.data.dataset import ImageSet, resized
+from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet, figures
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.report.html import Grid, Picture, Section, render
-from cib_jax.random_streams import stream_rng
 from cib_jax.retrieval import code_quality, hamming, metrics
 from cib_jax.retrieval.metrics import Curves
 from cib_jax.runs.context import RunContext
