@@ -104,7 +104,7 @@ def build_view_bank(
 
     bank = np.empty((views, images.count, encoder.backbone.features), STORED)
     for view, rows in enumerate(bank):
-        kept = store.read(view) if store else None
+        kept = store.read(view) if store is not None else None
         if multihost.all_processes(kept is not None):
             rows[:] = kept
             on_images(mine.stop - mine.start)
@@ -122,7 +122,7 @@ def build_view_bank(
                 "0, or check the backbone's weights",
                 field="config.train.views",
             )
-        if store:
+        if store is not None:
             store.write(view, rows)
     return jnp.asarray(bank)
 
