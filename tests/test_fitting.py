@@ -32,7 +32,7 @@ def test_it_learns(digits):
     """MAP well above that of random codes, which is the share of a class, a tenth."""
     images, labels = digits
     losses = []
-    hasher = fit(images[:500], on_epoch=lambda report: losses.append(report.terms["loss"]))
+    hasher = fit(images[:500], image_size=16, on_epoch=lambda report: losses.append(report.terms["loss"]))
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.5
     codes = hasher.encode(images[:700])
@@ -62,8 +62,8 @@ def options_of(config):
     return named | {"views": config.train.views, "stochastic": config.binary == "stochastic"}
 
 
-def test_fit_and_run_end_with_the_same_bits(digits, tmp_path):
-    """With fresh views, and with the teacher that "diffusion" learns from."""
+def test_fit_and_run_end_with_the_same_bits(tmp_path):
+    """On fresh views, with the teacher that "diffusion" learns from."""
     teacher = {"bits": 16, "dimensions": 8, "neighbours": 5, "epochs": 1}
     config = small.config(
         objective="diffusion", seed=3, **COMMON, **{f"teacher__{name}": value for name, value in teacher.items()}
@@ -78,10 +78,6 @@ def test_fit_and_run_end_with_the_same_bits(digits, tmp_path):
     )
     assert_same(params, hasher.params)
     assert epochs == [1, 1, 2]  # the teacher's and the codes'
-    config.objective = "cibhash"
-    other, _ = of_run(config, tmp_path / "other")
-    assert_same(other, cib.fit(images, **options_of(config)).params)
-    assert not np.array_equal(other["head"]["out"]["kernel"], params["head"]["out"]["kernel"])
 
 
 def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def train(
     feed = make_feed(run, coordinates)
     # 3. All steps of all epochs.
     with hooks.during_steps():
-        return loop.run(state, progress, feed, key=run.key, schedule=run.schedule, hooks=hooks)
+        return loop.run(state, progress, feed=feed, key=run.key, schedule=run.schedule, hooks=hooks)
 
 
 def make_feed(run: TrainingRun, coordinates: Coordinates | None) -> Feed:
