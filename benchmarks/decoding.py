@@ -24,6 +24,7 @@ import PIL.ImageOps
 import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.data import dataset, photo_folder
+from cib_jax.data.photo_cache import PhotoCache
 from cib_jax.data.photos import decode
 from cib_jax.training import input_pipeline, loop
 from cib_jax.training.train_step import Method, Progress
@@ -112,7 +113,7 @@ def measure_folder(count: int, size: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
         make_folder(root, count)
-        load = functools.partial(photo_folder.load_folder, str(root), size=size, cache=pathlib.Path(name, "cache"))
+        load = functools.partial(photo_folder.load_folder, str(root), PhotoCache(pathlib.Path(name, "cache"), size))
         taken = []
         for _ in range(2):
             begun = time.perf_counter()
@@ -176,8 +177,8 @@ def waits(batches: Callable[[], Iterable[Any]], work: Callable[[Any], Any], shar
 def measure_waiting(size: int, count: int) -> None:
     """Prints whether the loader keeps ahead of a step that takes this and that share of what the cores can decode."""
     files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
-    order = np.random.default_rng(0).permutation(len(files))
-    stream = functools.partial(dataset.stream, files, order, BATCH, stored_size=size, drop_remainder=True)
+    order = np.random.default_rng(0).permutation(len(files))[: len(files) // BATCH * BATCH]
+    stream = functools.partial(dataset.stream, files, order, BATCH, stored_size=size)
     begun = time.perf_counter()
     collections.deque(stream(), maxlen=0)
     rate = len(order) / (time.perf_counter() - begun)
@@ -223,7 +224,7 @@ def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> Non
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
         make_folder(root, count)
-        images = photo_folder.load_folder(str(root), size=size, cache=pathlib.Path(name, "cache")).train.images
+        images = photo_folder.load_folder(str(root), PhotoCache(pathlib.Path(name, "cache"), size)).train.images
         rows = []
         for what, (batch, batches, work) in made_work(image_size).items():
             # Many times the 8 batches that the loader reads ahead, which would hide that work is starved.

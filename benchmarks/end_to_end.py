@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import measuring
 from cib_jax.data import dataset, sources, splits
+from cib_jax.data.dataset import DataConfig
 from cib_jax.data.splits import PROTOCOLS
 from configs import cifar
 
@@ -125,7 +126,9 @@ def main() -> None:
     parser.add_argument("--original-alone", action="store_true", help="leave our side out")
     flags = parser.parse_args()
     print(f"{measuring.machine('jax', 'torch')}; CIFAR-10, EfficientNet-Lite0, 128 px, {flags.bits} bits\n", flush=True)
-    drawn = splits.draw(sources.load("cifar10", flags.data_dir), PROTOCOLS["cifar10-10k-50k"], seed=0)
+    drawn = splits.draw_splits(
+        sources.load(DataConfig("cifar10", flags.data_dir)), PROTOCOLS["cifar10-10k-50k"], seed=0
+    )
     before = theirs(drawn, flags.bits, flags.seconds)
     total = sum(before.values())
     print("The original, each part from a sample, summed\n")

@@ -19,6 +19,7 @@ import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.baselines import BASELINES
 from cib_jax.data import dataset, sources, splits
+from cib_jax.data.dataset import DataConfig
 from cib_jax.data.splits import PROTOCOLS
 from cib_jax.models import registry
 from cib_jax.random_streams import stream_key
@@ -51,7 +52,7 @@ def digits() -> Task:
 
 def cifar(directory: str, train: int, queries: int, database: int) -> Task:
     """Returns so many of CIFAR-10's images, drawn from the paper's splits."""
-    drawn = splits.draw(sources.load("cifar10", directory), PROTOCOLS["cifar10-10k-50k"], seed=0)
+    drawn = splits.draw_splits(sources.load(DataConfig("cifar10", directory)), PROTOCOLS["cifar10-10k-50k"], seed=0)
 
     def some(part: splits.ImageSet, count: int) -> Part:
         taken = part.take(np.sort(np.random.default_rng(1).permutation(len(part))[:count]))

@@ -16,6 +16,7 @@ import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.baselines import BASELINES
 from cib_jax.data import dataset, sources, splits
+from cib_jax.data.dataset import DataConfig
 from cib_jax.data.splits import PROTOCOLS
 from cib_jax.models.encoder import plain_features
 
@@ -41,7 +42,7 @@ def make_digits() -> Task:
 
 def make_cifar(directory: str) -> Task:
     """Returns features of CIFAR-10 in the paper's splits."""
-    drawn = splits.draw(sources.load("cifar10", directory), PROTOCOLS["cifar10-10k-50k"], seed=0)
+    drawn = splits.draw_splits(sources.load(DataConfig("cifar10", directory)), PROTOCOLS["cifar10-10k-50k"], seed=0)
     encoder, params, frozen = cib.create_encoder(
         jax.random.key(0),
         backbone="efficientnet_lite0",

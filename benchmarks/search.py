@@ -245,11 +245,11 @@ def _mean_average_precision(relevant: np.ndarray) -> float:
 
 def table(size: int, bits: int, rounds: int) -> list[list[object]]:
     """Returns rows of what a table of photos on disk takes: to load its codes, to tell of 20 hits, to change."""
-    from cib_jax.storage.photo_table import About, PhotoTable, Row
+    from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, Row
 
     codes, generator = clustered(size, bits), np.random.default_rng(3)
     with tempfile.TemporaryDirectory() as folder:
-        made = PhotoTable.create(folder, About("/photos", {"bits": bits, "side": 128}), b"no encoder")
+        made = PhotoTable.create(folder, IndexMetadata("/photos", {"bits": bits, "side": 128}), b"no encoder")
         for start in range(0, size, 1 << 15):
             some = codes[start : start + (1 << 15)]
             thumbnails = generator.bytes(2000 * len(some))
@@ -267,7 +267,7 @@ def table(size: int, bits: int, rounds: int) -> list[list[object]]:
                     for at, code in enumerate(some)
                 ]
             )
-        made.tidy()
+        made.compact()
 
         def load() -> tuple[PhotoTable, object, cib.Index]:
             opened = PhotoTable.open(folder)

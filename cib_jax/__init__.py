@@ -1,21 +1,33 @@
 """cib_jax: unsupervised hashing with a contrastive information bottleneck, in JAX.
 
-The functional API, in the order in which an image meets it. Everything from `two_views` to `train_step` is a pure
-function, for use under `jax.jit`, `jax.vmap` and `jax.grad`; codes are ±1 floats in training and packed uint8
-[n, bits / 8] everywhere else.
-
     import cib_jax as cib
     hasher = cib.fit(images, bits=32, backbone="convnet", image_size=16, augment="digits")
     codes = hasher.encode(images)
+
+The functions from `two_views` to `train_step` are pure, for `jax.jit`, `jax.vmap` and `jax.grad`. Codes are ±1
+floats in training and packed uint8 [n, bits / 8] everywhere else.
 """
 
 import importlib
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
+
+from cib_jax.version import __version__ as __version__
+
+if sys.platform == "win32":
+    raise ImportError("cib_jax runs on Linux and macOS; on Windows, use it inside WSL (wsl --install)")
 
 if TYPE_CHECKING:
     from cib_jax.augment.augment import resize_and_normalize, two_views
     from cib_jax.codes import binarize, pack_bits, sample_codes, unpack_bits
+    from cib_jax.commands.evaluate import evaluate as evaluate_run
+    from cib_jax.commands.index import index as index_photos
+    from cib_jax.commands.search import duplicates as find_duplicates
+    from cib_jax.commands.search import search as search_photos
+    from cib_jax.commands.serve import serve_notebook
+    from cib_jax.commands.train import train
+    from cib_jax.data.zip_archive import unzip as unzip_photos
     from cib_jax.diffusion import Teacher
     from cib_jax.errors import Refusal, UserError
     from cib_jax.fitting import fit
@@ -40,8 +52,6 @@ if TYPE_CHECKING:
     from cib_jax.storage.collection import Collection
     from cib_jax.training.train_step import TrainState, create_train_state, train_step, train_step_on_features
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Collection",
     "Encoder",
@@ -61,8 +71,11 @@ __all__ = [
     "diffusion_match",
     "encode_photos",
     "evaluate",
+    "evaluate_run",
+    "find_duplicates",
     "fit",
     "hamming_distances",
+    "index_photos",
     "load_pretrained",
     "mean_average_precision",
     "nt_xent",
@@ -75,65 +88,78 @@ __all__ = [
     "recall_at_k",
     "resize_and_normalize",
     "sample_codes",
+    "search_photos",
+    "serve_notebook",
     "tie_aware_map",
+    "train",
     "train_step",
     "train_step_on_features",
     "two_views",
     "unpack_bits",
+    "unzip_photos",
 ]
 
-# Imported when they are asked for: `cib_jax.exported` runs where nothing of training is installed.
+# Imported on first use: `cib_jax.exported` works where the libraries for training are not installed.
 _HOMES = {
-    "Collection": "storage.collection",
-    "Encoder": "models.encoder",
-    "FineTune": "models.finetune",
-    "Hasher": "inference.hasher",
-    "Index": "retrieval.index",
-    "Refusal": "errors",
-    "Teacher": "diffusion",
-    "TrainState": "training.train_step",
-    "UserError": "errors",
-    "bernoulli_kl": "losses",
-    "binarize": "codes",
-    "cib_loss": "losses",
-    "code_health": "retrieval.code_quality",
-    "create_encoder": "models.encoder",
-    "create_train_state": "training.train_step",
-    "diffusion_match": "losses",
-    "encode_photos": "inference.hasher",
-    "evaluate": "retrieval.metrics",
-    "fit": "fitting",
-    "hamming_distances": "retrieval.hamming",
-    "load_pretrained": "models.weights",
-    "mean_average_precision": "retrieval.metrics",
-    "nt_xent": "losses",
-    "pack_bits": "codes",
-    "precision_at_k": "retrieval.metrics",
-    "precision_recall_curve": "retrieval.metrics",
-    "precision_within_radius": "retrieval.metrics",
-    "rank": "retrieval.hamming",
-    "read_corpus": "storage.code_store",
-    "recall_at_k": "retrieval.metrics",
-    "resize_and_normalize": "augment.augment",
-    "sample_codes": "codes",
-    "tie_aware_map": "retrieval.metrics",
-    "train_step": "training.train_step",
-    "train_step_on_features": "training.train_step",
-    "two_views": "augment.augment",
-    "unpack_bits": "codes",
+    "Collection": "storage.collection:Collection",
+    "Encoder": "models.encoder:Encoder",
+    "FineTune": "models.finetune:FineTune",
+    "Hasher": "inference.hasher:Hasher",
+    "Index": "retrieval.index:Index",
+    "Refusal": "errors:Refusal",
+    "Teacher": "diffusion:Teacher",
+    "TrainState": "training.train_step:TrainState",
+    "UserError": "errors:UserError",
+    "bernoulli_kl": "losses:bernoulli_kl",
+    "binarize": "codes:binarize",
+    "cib_loss": "losses:cib_loss",
+    "code_health": "retrieval.code_quality:code_health",
+    "create_encoder": "models.encoder:create_encoder",
+    "create_train_state": "training.train_step:create_train_state",
+    "diffusion_match": "losses:diffusion_match",
+    "encode_photos": "inference.hasher:encode_photos",
+    "evaluate": "retrieval.metrics:evaluate",
+    "evaluate_run": "commands.evaluate:evaluate",
+    "find_duplicates": "commands.search:duplicates",
+    "fit": "fitting:fit",
+    "hamming_distances": "retrieval.hamming:hamming_distances",
+    "index_photos": "commands.index:index",
+    "load_pretrained": "models.weights:load_pretrained",
+    "mean_average_precision": "retrieval.metrics:mean_average_precision",
+    "nt_xent": "losses:nt_xent",
+    "pack_bits": "codes:pack_bits",
+    "precision_at_k": "retrieval.metrics:precision_at_k",
+    "precision_recall_curve": "retrieval.metrics:precision_recall_curve",
+    "precision_within_radius": "retrieval.metrics:precision_within_radius",
+    "rank": "retrieval.hamming:rank",
+    "read_corpus": "storage.code_store:read_corpus",
+    "recall_at_k": "retrieval.metrics:recall_at_k",
+    "resize_and_normalize": "augment.augment:resize_and_normalize",
+    "sample_codes": "codes:sample_codes",
+    "search_photos": "commands.search:search",
+    "serve_notebook": "commands.serve:serve_notebook",
+    "tie_aware_map": "retrieval.metrics:tie_aware_map",
+    "train": "commands.train:train",
+    "train_step": "training.train_step:train_step",
+    "train_step_on_features": "training.train_step:train_step_on_features",
+    "two_views": "augment.augment:two_views",
+    "unpack_bits": "codes:unpack_bits",
+    "unzip_photos": "data.zip_archive:unzip",
 }
 
+_RENAMED = {"resize_and_normalise": "resize_and_normalize"}  # old names, which work for one more release
 
-if not TYPE_CHECKING:  # a checker would take any name at all for one that is found here
+if not TYPE_CHECKING:  # a type checker would accept any name if it saw this function
 
     def __getattr__(name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name == "resize_and_normalise":
-            warnings.warn("resize_and_normalise is now resize_and_normalize", DeprecationWarning, stacklevel=2)
-            name = "resize_and_normalize"
+        if name in _RENAMED:
+            warnings.warn(f"cib_jax.{name} has been renamed to {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+            name = _RENAMED[name]
         if name in _HOMES:
-            found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+            module, attribute = _HOMES[name].split(":")
+            found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
             globals()[name] = found
             return found
         try:
@@ -144,5 +170,5 @@ if not TYPE_CHECKING:  # a checker would take any name at all for one that is fo
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
-def __dir__() -> "list[str]":  # as a string, which a Python that is too old reads, too: it is told by the door
+def __dir__() -> "list[str]":  # a string, since old versions of Python parse this file before they are refused
     return sorted({*globals(), *__all__})

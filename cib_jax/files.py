@@ -93,3 +93,8 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterat
                 yield first, result.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def short_reason(error: BaseException) -> str:
+    """Returns the operating system's reason in lower case for an OSError, else the first line of the message."""
+    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -46,7 +46,7 @@ KEY_STREAMS = {
 RNG_STREAMS = {
     "queries": 0,
     "training images": 1,
-    "validation": 2,
+    "validation queries": 2,
     "epoch order": 3,
     "retrieval examples": 4,
     "t-SNE images": 5,

@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
@@ -60,3 +61,12 @@ def compiled_as_for_users():
         yield
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
+
+
+@pytest.fixture
+def without_shape_checks():
+    """Lets wrong shapes and types reach the code's own validation when jaxtyping checks the signatures."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

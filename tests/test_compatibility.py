@@ -277,4 +277,4 @@ def test_an_old_index_goes_on_with_photos_that_were_moved(index, copy, arrays, r
     now = {photo.path: photo for photo in collection.photos(range(len(collection)))}
     assert collection.root == str(photos) and now.keys() - then.keys() == {"new.png"}
     assert all(now[path] == photo for path, photo in then.items())
-    assert np.array_equal(collection.codes[collection.number_of_path("new.png")], arrays["query_codes"][0])
+    assert np.array_equal(collection.codes[list(now).index("new.png")], arrays["query_codes"][0])

@@ -22,7 +22,7 @@ def test_published_streams_keep_their_numbers():
     for name, number in (("initial weights", 0), ("view bank", 1), ("steps", 2), ("baseline", 3)):
         expected = jax.random.fold_in(jax.random.key(7), number)
         assert jax.random.key_data(stream_key(7, name)).tolist() == jax.random.key_data(expected).tolist()
-    for name, number in (("queries", 0), ("training images", 1), ("validation", 2), ("scored images", 6)):
+    for name, number in (("queries", 0), ("training images", 1), ("validation queries", 2), ("scored images", 6)):
         expected = np.random.default_rng((7, number)).random(4)
         assert np.array_equal(stream_rng(7, name).random(4), expected)
     assert np.array_equal(stream_rng(7, "epoch order", 2).random(4), np.random.default_rng((7, 3, 2)).random(4))

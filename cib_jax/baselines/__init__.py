@@ -1,36 +1,46 @@
-"""Other ways to hash features without labels, to compare with: each a pure `fit(features, bits, key) -> encoder`.
+"""Other methods that hash features without labels, for comparison: each a pure `fit(features, bits, key) -> encoder`.
 
-`features` are those of the training images, float [n, features]; an encoder is a pytree that, called with features
-[batch, features], returns logits [batch, bits] whose signs are the bits. `cib_jax.pack_bits` makes codes of them.
+`features` are the training images' features, float [n, features]. An encoder is a pytree that maps features
+[batch, features] to logits [batch, bits]; the signs of the logits are the bits, and `cib_jax.pack_bits` packs them.
 """
 
 from typing import NamedTuple
 
-from cib_jax.baselines import anchor_graph, autoencoder, bi_half, greedy_hash, itq, lsh, pca_sign, spectral, spherical
-from cib_jax.baselines.fitting import Fit
+from cib_jax.baselines import deep, linear, nonlinear
+from cib_jax.baselines.linear import Encoder, Fit
 
 
 class Baseline(NamedTuple):
-    """A way to hash."""
+    """A hashing method."""
 
     title: str
-    """As tables name it."""
+    """Name in tables."""
     source: str
-    """Who published it."""
+    """Authors and year of the publication."""
     fit: Fit
 
 
-BASELINES: dict[str, Baseline] = {
-    "lsh": Baseline("LSH", "Charikar 2002", lsh.fit),
-    "pca_sign": Baseline("PCA sign", "Wang, Kumar and Chang 2010", pca_sign.fit),
-    "itq": Baseline("ITQ", "Gong and Lazebnik 2011", itq.fit),
-    "spectral": Baseline("Spectral hashing", "Weiss, Torralba and Fergus 2008", spectral.fit),
-    "spherical": Baseline("Spherical hashing", "Heo et al. 2012", spherical.fit),
-    "anchor_graph": Baseline("Anchor graph hashing", "Liu et al. 2011", anchor_graph.fit),
-    "greedy_hash": Baseline("GreedyHash", "Su et al. 2018", greedy_hash.fit),
-    "bi_half": Baseline("Bi-half", "Li and van Gemert 2021", bi_half.fit),
-    "autoencoder": Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperchikolaei 2015", autoencoder.fit),
-}
-"""By the name that a comparison gives them."""
+lsh = Baseline("LSH", "Charikar 2002", linear.lsh)
+pca_sign = Baseline("PCA sign", "Wang, Kumar and Chang 2010", linear.pca_sign)
+itq = Baseline("ITQ", "Gong and Lazebnik 2011", linear.itq)
+spectral = Baseline("Spectral hashing", "Weiss, Torralba and Fergus 2008", nonlinear.spectral)
+spherical = Baseline("Spherical hashing", "Heo et al. 2012", nonlinear.spherical)
+anchor_graph = Baseline("Anchor graph hashing", "Liu et al. 2011", nonlinear.anchor_graph)
+greedy_hash = Baseline("GreedyHash", "Su et al. 2018", deep.greedy_hash)
+bi_half = Baseline("Bi-half", "Li and van Gemert 2021", deep.bi_half)
+autoencoder = Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperchikolaei 2015", deep.autoencoder)
 
-__all__ = ["BASELINES", "Baseline", "Fit"]
+BASELINES: dict[str, Baseline] = {
+    "lsh": lsh,
+    "pca_sign": pca_sign,
+    "itq": itq,
+    "spectral": spectral,
+    "spherical": spherical,
+    "anchor_graph": anchor_graph,
+    "greedy_hash": greedy_hash,
+    "bi_half": bi_half,
+    "autoencoder": autoencoder,
+}
+"""Baselines by their names in `compare.methods`."""
+
+__all__ = ["BASELINES", "Baseline", "Encoder", "Fit"]

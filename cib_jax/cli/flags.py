@@ -1,7 +1,62 @@
-"""Command-line flags, and the flags that each mode takes."""
+"""Modes of the program, and its command-line flags."""
+
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
+
+_CONTINUES = "--mode={mode} --workdir={workdir} with the same config continues with what is not done yet"
+
+
+class Mode(NamedTuple):
+    """A mode of the program."""
+
+    command: str
+    """Module and function in cib_jax.commands; its keyword arguments have the names of the flags."""
+    flags: tuple[str, ...]
+    """Flags that the mode takes, besides --config and --mode."""
+    required: tuple[str, ...] = ()
+    after_interrupt: str = "the same command starts again"
+    """What a user who interrupted it is told."""
+
+
+_RUN = ("workdir", "coordinator", "processes", "process", "distributed")
+
+MODES = {
+    "train": Mode(
+        "train.train", _RUN, after_interrupt="--workdir={workdir} with the same config continues from its checkpoint"
+    ),
+    "evaluate": Mode("evaluate.evaluate", _RUN, required=("workdir",)),
+    # compare and tune need no flags for several processes: each works on what no other one has locked.
+    "compare": Mode("compare.compare", ("workdir",), after_interrupt=_CONTINUES),
+    "tune": Mode("tune.tune", ("workdir",), after_interrupt=_CONTINUES),
+    "encode": Mode(
+        "encode.encode",
+        ("workdir", "processes", "process", "images", "codes", "part"),
+        required=("workdir", "codes"),
+        after_interrupt="the same command continues after the parts that are complete",
+    ),
+    "index": Mode(
+        "index.index",
+        ("workdir", "images", "index"),
+        required=("index",),
+        after_interrupt="the same command continues with what is not indexed yet",
+    ),
+    "search": Mode(
+        "search.search",
+        ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
+        required=("index", "query"),
+    ),
+    "duplicates": Mode("search.duplicates", ("index", "radius", "confirm", "format", "show"), required=("index",)),
+    "serve": Mode(
+        "serve.serve",
+        ("index", "host", "port", "names", "proxies", "frames", "below", "searches", "photo_mb", "megapixels"),
+        required=("index",),
+    ),
+}
+
+STARTING = ("train", "compare", "tune")
+"""Modes that start something new: functions of the config and the workdir."""
 
 DEFAULT_CONFIG = "digits"
 INDEX_CONFIG = "index"
@@ -19,7 +74,7 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "compare", "tune", "encode", "index", "search", "duplicates", "serve"],
+    [*MODES],
     "train (and evaluate); evaluate a trained run again; compare methods, code lengths and seeds; tune "
     "hyperparameters; encode many files with a trained run; index photos for search; search an index; find near "
     "duplicates in it; serve a search page.",
@@ -36,7 +91,7 @@ PROCESS = flags.DEFINE_integer("process", None, "train, evaluate, encode: number
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "train, evaluate: fail instead of running alone; the other processes are detected on a TPU pod, under SLURM or Open MPI.",
+    "train, evaluate: fail if alone; other processes are detected on a TPU pod, under SLURM or Open MPI.",
 )
 IMAGES = flags.DEFINE_string(
     "images",
@@ -91,22 +146,3 @@ BELOW = flags.DEFINE_string("below", "", "serve: path prefix, such as /photos, u
 SEARCHES = flags.DEFINE_integer("searches", 120, "serve: searches per minute and client.")
 PHOTO_MB = flags.DEFINE_integer("photo_mb", 20, "serve: largest accepted photo, in millions of bytes.")
 MEGAPIXELS = flags.DEFINE_integer("megapixels", 50, "serve: largest accepted photo, in millions of pixels.")
-
-FLAGS_OF = {
-    "train": ("workdir", "coordinator", "processes", "process", "distributed"),
-    "evaluate": ("workdir", "coordinator", "processes", "process", "distributed"),
-    "compare": ("workdir",),
-    "tune": ("workdir",),
-    "encode": ("workdir", "processes", "process", "images", "codes", "part"),
-    "index": ("workdir", "images", "index"),
-    "search": ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
-    "duplicates": ("index", "radius", "confirm", "format", "show"),
-    "serve": ("index", "host", "port", "names", "proxies", "frames", "below", "searches", "photo_mb", "megapixels"),
-}
-"""Flags that a mode takes, besides --config and --mode.
-
-compare and tune need no flags for several processes: each process works on what no other one has locked.
-"""
-
-BEGINNING = ("train", "compare", "tune")
-"""Modes that start something new: functions of the config and the workdir."""

@@ -1,174 +1,137 @@
-"""Each mode's job with what the flags say of it."""
+"""Entry point of the command line: validates the flags, then starts the command of the mode."""
 
 import importlib
 import pathlib
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cib_jax import console
 from cib_jax.cli import python_check
-from cib_jax.cli.flags import (
-    BEGINNING,
-    BELOW,
-    CODES,
-    CONFIG,
-    CONFIRM,
-    COORDINATOR,
-    DISTRIBUTED,
-    FLAGS_OF,
-    FORMAT,
-    FRAMES,
-    HOST,
-    IMAGES,
-    INDEX,
-    KIND,
-    MEGAPIXELS,
-    MODE,
-    NAMES,
-    PART,
-    PHOTO_MB,
-    PORT,
-    PROCESS,
-    PROCESSES,
-    PROXIES,
-    QUERY,
-    RADIUS,
-    RERANK,
-    SEARCHES,
-    SHOW,
-    WORKDIR,
-    K,
-    __name__,
-)
+from cib_jax.cli.flags import CONFIG, COORDINATOR, DISTRIBUTED, MODE, MODES, PROCESS, PROCESSES, STARTING, WORKDIR
 from cib_jax.cli.parsing import parse
+from cib_jax.config import flatten
 from cib_jax.console import exit_with_error
 
-# command.modes: Each mode's job with what the flags say of it.
+LOADING = "Loading JAX and other libraries; the first start takes longest"
 
 
-def join(mode: str) -> None:
-    """Has this process work together with others where the flags or the environment tell of some."""
+def start() -> None:
+    """Starts the program, under the docstring of the file that Python runs as the head of --help."""
+    console.HINT.show(LOADING)
+    for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists only these
+    app.run(main, flags_parser=parse)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs one command; `arguments` is the result of `parse`."""
+    logging.set_verbosity(logging.FATAL)  # messages of Orbax, TFDS and Grain that are not meant for users
+    name, mode, config_given = MODE.value, MODES[MODE.value], len(arguments) > 1
+    validate_flags(name, config_given)
+
+    console.HINT.show(LOADING)
+    # Imported only now, so that mistakes in the flags are reported at once.
+    from cib_jax.distributed import initialize, multihost
+    from cib_jax.runs import processes
+    from cib_jax.runs.workdir import default_name
+
+    module, function = mode.command.split(".")
+    command = getattr(importlib.import_module(f"cib_jax.commands.{module}"), function)
+    processes.install_background_hooks()
+    workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
+    if name in STARTING and workdir is None:
+        workdir = default_name(CONFIG.value, name)
+    use_compilation_cache()
+    if signal.getsignal(signal.SIGINT) is python_check.end_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    after_interrupt = mode.after_interrupt.format(mode=name, workdir=workdir)
+    with processes.exit_on_error(after_interrupt, WORKDIR.value or ""):
+        if "coordinator" in mode.flags:
+            join_processes(name)
+        else:
+            initialize.set_up_devices(_print_error)
+        initialize.validate_single_process()
+        multihost.install_sigterm_handler()
+        command(**command_arguments(name, workdir, config_given))
+
+
+def validate_flags(name: str, config_given: bool) -> None:
+    """Ends the program if a flag does not belong to the mode, or if a required one is missing."""
+    if WORKDIR.value == "":
+        exit_with_error("--workdir: the value is empty; name a folder, or omit the flag for a new one under runs/")
+    mode = MODES[name]
+    for flag in sorted({flag for other in MODES.values() for flag in other.flags} - {*mode.flags}):
+        if flags.FLAGS[flag].present:
+            modes = [f"--mode={other}" for other in MODES if flag in MODES[other].flags]
+            exit_with_error(f"--{flag}: this flag is for {' and '.join(modes)}; omit it with --mode={name}")
+    for flag in mode.required:
+        if not flags.FLAGS[flag].value:
+            meaning = flags.FLAGS[flag].help.partition(": ")[2].rstrip(".")
+            exit_with_error(
+                f"--{flag}: missing, but required by --mode={name}; give the {meaning.removeprefix('the ')}"
+            )
+    if name in ("search", "duplicates", "serve") and (config_given or _overrides()):
+        exit_with_error(f"--config: an index has its own encoder; omit --config and its fields with --mode={name}")
+    if name == "index" and WORKDIR.value and config_given:
+        exit_with_error(f"--config: the encoder in {WORKDIR.value} is already trained; omit --config or --workdir")
+
+
+def command_arguments(name: str, workdir: pathlib.Path | None, config_given: bool) -> dict[str, Any]:
+    """Returns the keyword arguments of a mode's command."""
+    if name in STARTING:
+        return {"config": CONFIG.value, "workdir": workdir}
+    joining = {"coordinator", "distributed"} | ({"process", "processes"} if name == "evaluate" else set())
+    arguments = {flag: flags.FLAGS[flag].value for flag in MODES[name].flags if flag not in joining}
+    if "workdir" in arguments:
+        arguments.update(workdir=workdir, overrides=_overrides())
+    if name == "index":
+        arguments["config"] = CONFIG.value
+        if config_given:  # every field of the experiment was asked for
+            arguments["overrides"] = flatten(CONFIG.value)
+    elif config_given and "overrides" in arguments:
+        # An experiment given beside a trained run must agree in the fields that identify the run.
+        identity = {field: flatten(CONFIG.value)[field] for field in ("data.name", "backbone")}
+        arguments["overrides"] = {**identity, **_overrides()}
+    return arguments
+
+
+def _overrides() -> dict[str, Any]:
+    return config_flags.get_override_values(flags.FLAGS["config"]) or {}
+
+
+def join_processes(name: str) -> None:
+    """Joins the processes of one run, as given by flags or by the environment, and checks that they agree."""
     import jax
 
     from cib_jax import errors
-    from cib_jax.config import flatten
     from cib_jax.config.schema import WHERE
     from cib_jax.distributed import initialize, multihost
     from cib_jax.runs import processes
 
-    def tell(words: str) -> None:
-        console.print_error(console.with_program_name(words))
-
-    initialize.initialize(COORDINATOR.value, PROCESS.value, PROCESSES.value, detect=DISTRIBUTED.value, tell=tell)
-    initialize.set_up_devices(tell)
+    initialize.initialize(
+        COORDINATOR.value, PROCESS.value, PROCESSES.value, detect=DISTRIBUTED.value, report=_print_error
+    )
+    initialize.set_up_devices(_print_error)
     if multihost.is_distributed():
         if not multihost.is_first_process():
-            tell(f"process {jax.process_index()} of {jax.process_count()} has joined; the first one reports")
+            _print_error(f"process {jax.process_index()} of {jax.process_count()} has joined; the first one reports")
         if not WORKDIR.value:
-            raise errors.DistributedError("--workdir: several processes need one folder; give it to all of them")
+            raise errors.DistributedError(
+                "--workdir: several processes need one folder; give the same to all of them", "--workdir"
+            )
         if multihost.is_first_process():
             processes.remove_last_words(WORKDIR.value)
-        fields = {f"--config.{name}": value for name, value in flatten(CONFIG.value).items() if name not in WHERE}
-        multihost.validate_alike({"--mode": mode, "--workdir": WORKDIR.value} | fields)
+        fields = {f"--config.{field}": value for field, value in flatten(CONFIG.value).items() if field not in WHERE}
+        multihost.validate_alike({"--mode": name, "--workdir": WORKDIR.value} | fields)
         processes.end_with_peers(WORKDIR.value)
 
 
-def use(mode: str, workdir: pathlib.Path, *, config_named: bool) -> None:
-    """Starts a job on a trained run, whose config is its own."""
-    from cib_jax.commands.encode import encode
-    from cib_jax.commands.evaluate import evaluate
-    from cib_jax.config import flatten
-    from cib_jax.distributed import initialize
-
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    if config_named:  # of an experiment named beside the run, what says which run this is must agree
-        overrides = {name: flatten(CONFIG.value)[name] for name in ("data.name", "backbone")} | overrides
-    if mode == "evaluate":
-        evaluate(workdir, overrides=overrides)
-        return
-    if not CODES.value:
-        exit_with_error("--codes: --mode=encode wants a folder for the codes; give --codes=DIR")
-    place = initialize.process_place(PROCESS.value, PROCESSES.value)
-    encode(workdir, IMAGES.value, CODES.value, part=PART.value, place=place, overrides=overrides)
-
-
-def check_index(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> None:
-    """Refuses a job on an index whose flags cannot work."""
-    if not INDEX.value:
-        exit_with_error(f"--index: --mode={mode} wants the index; give its folder, --index=DIR")
-    if mode != "index" and (config_named or config_flags.get_override_values(flags.FLAGS["config"])):
-        exit_with_error(f"--config: an index has its own encoder; leave --config and its fields out of --mode={mode}")
-    if workdir and config_named:
-        exit_with_error(f"--config: the encoder in {workdir} is trained already; leave --config or --workdir out")
-    if mode == "search" and not QUERY.value:
-        exit_with_error("--query: --mode=search wants a photo or a folder of photos; give --query=FILE")
-
-
-def look_up(mode: str, workdir: pathlib.Path | None, *, config_named: bool) -> None:
-    """Starts a job on an index."""
-    place, query = INDEX.value or "", QUERY.value or ""  # refused by `check_index` where they are wanted
-    if mode == "index":
-        from cib_jax.commands.index import index
-        from cib_jax.config import flatten
-
-        overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        if config_named:  # all of it was asked for
-            overrides = flatten(CONFIG.value)
-        index(place, IMAGES.value, workdir=workdir, config=CONFIG.value, overrides=overrides)
-    elif mode == "duplicates":
-        from cib_jax.commands.search import duplicates
-
-        duplicates(
-            place,
-            radius=RADIUS.value,
-            confirm=CONFIRM.value,
-            form=FORMAT.value,
-            show=SHOW.value,
-        )
-    elif mode == "serve":
-        from cib_jax.commands.serve import serve
-
-        serve(
-            place,
-            host=HOST.value,
-            port=PORT.value,
-            below=BELOW.value,
-            hosts=tuple(NAMES.value),
-            proxies=tuple(PROXIES.value),
-            frames=tuple(FRAMES.value),
-            searches=SEARCHES.value,
-            photo_mb=PHOTO_MB.value,
-            megapixels=MEGAPIXELS.value,
-        )
-    elif mode == "search":
-        from cib_jax.commands.search import search
-        from cib_jax.retrieval.index import kind_of
-
-        kind, settings = kind_of(KIND.value)
-        search(
-            place,
-            query,
-            k=K.value,
-            radius=RADIUS.value,
-            kind=kind,
-            settings=settings,
-            rerank=RERANK.value,
-            form=FORMAT.value,
-            show=SHOW.value,
-        )
-
-
-# command.door: The one door: flags in, one job out; a user's mistake told in one sentence.
-
-
-LOADING = "Loading JAX and what else is needed; the first start takes longest"
-
-
-def keep_compilations() -> None:
+def use_compilation_cache() -> None:
     """Turns on JAX's persistent compilation cache, unless the environment names one: a second run starts sooner."""
     import jax
 
@@ -176,69 +139,9 @@ def keep_compilations() -> None:
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache.home() / "jax"))
-        # JAX's second leaves out programs that take longer together than those it keeps.
+        # By default, programs that compile in less than a second are not kept, which together take longest.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Starts one job; `arguments` are what `parse` returned."""
-    logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and Grain tell much that no user asked for, errors included
-    mode = MODE.value
-    begins = mode in BEGINNING
-    if WORKDIR.value == "":
-        exit_with_error("--workdir: it is empty; name a folder, or leave the flag out for a new one under runs/")
-    for name in sorted({name for names in FLAGS_OF.values() for name in names} - {*FLAGS_OF.get(mode, ())}):
-        if flags.FLAGS[name].present:
-            *others, last = (f"--mode={other}" for other, names in FLAGS_OF.items() if name in names)
-            takers = f"{', '.join(others)} and {last}" if others else last
-            exit_with_error(f"--{name}: it is for {takers}; leave it out of --mode={mode}")
-    workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
-    if mode in ("evaluate", "encode") and workdir is None:
-        exit_with_error(f"--workdir: --mode={mode} wants the folder of a trained run; give --workdir=DIR")
-    if "index" in FLAGS_OF[mode]:
-        check_index(mode, workdir, config_named=bool(arguments[1:]))
-
-    console.HINT.show(LOADING)
-    # Only now, so that a mistake in the flags is told at once.
-    from cib_jax.distributed import initialize, multihost
-    from cib_jax.runs import processes
-    from cib_jax.runs.workdir import default_name
-
-    job = getattr(importlib.import_module(f"cib_jax.commands.{'search' if mode == 'duplicates' else mode}"), mode)
-    processes.install_background_hooks()
-    if begins and workdir is None:
-        workdir = default_name(CONFIG.value, mode)
-    goes_on = {
-        "train": f"--workdir={workdir} with the same config goes on from the last checkpoint",
-        "evaluate": "the same command measures again",
-        "encode": "the same command goes on after the parts that are there",
-        "index": "the same command goes on with what is not indexed",
-        "search": "the same command searches again",
-        "duplicates": "the same command searches again",
-        "serve": "the same command serves again",
-    }.get(mode, f"--mode={mode} --workdir={workdir} with the same config goes on with what is not done")
-    keep_compilations()
-    if signal.getsignal(signal.SIGINT) is python_check.end_early:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    with processes.exit_on_error(goes_on, WORKDIR.value or ""):
-        if "coordinator" in FLAGS_OF.get(mode, ()):
-            join(mode)
-        else:
-            initialize.set_up_devices(lambda words: console.print_error(console.with_program_name(words)))
-        initialize.validate_single_process()
-        multihost.install_sigterm_handler()
-        if begins:
-            job(CONFIG.value, workdir)
-        elif "index" in FLAGS_OF[mode]:
-            look_up(mode, workdir, config_named=bool(arguments[1:]))
-        else:
-            assert workdir is not None  # it was refused above
-            use(mode, workdir, config_named=bool(arguments[1:]))
-
-
-def start() -> None:
-    """Starts the program, for the file that Python runs, whose docstring stands above --help."""
-    console.HINT.show(LOADING)
-    for flag in flags.FLAGS.get_flags_for_module(__name__):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help tells of these alone
-    app.run(main, flags_parser=parse)
+def _print_error(message: str) -> None:
+    console.print_error(console.with_program_name(message))

@@ -17,8 +17,7 @@ import rich.table
 from jaxtyping import Array, Float, UInt8
 
 from cib_jax import codes, errors
-from cib_jax.baselines import BASELINES
-from cib_jax.baselines.fitting import Encoder
+from cib_jax.baselines import BASELINES, Encoder
 from cib_jax.commands import evaluate
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
@@ -383,7 +382,7 @@ def _tables(config: ml_collections.ConfigDict, wanted: list[Cell], records: list
     over = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
     quoted = [
         tables.Row(f"{row.title}, published", [tables.Cell(row.values.get(bits, ())) for bits in lengths], True)
-        for row in ([] if protocol.changed else tables.rows(protocol.name, k))
+        for row in ([] if protocol.changed else tables.published_rows(protocol.name, k))
     ]
 
     def rows(chosen: list[str]) -> list[tables.Row]:
@@ -449,7 +448,7 @@ def _report(config: ml_collections.ConfigDict, workdir: pathlib.Path, made: list
             Grid(
                 table.title,
                 ("method", *(f"{bits} bits" for bits in table.bits)),
-                [(row.title, *tables.texts(table, row)) for row in table.rows],
+                [(row.title, *tables.cell_texts(table, row)) for row in table.rows],
             )
             for table in made
         ],
@@ -466,5 +465,5 @@ def _on_screen(table: tables.Table) -> rich.table.Table:
     for bits in table.bits:
         shown.add_column(f"{bits} bits", justify="right")
     for row in table.rows:
-        shown.add_row(row.title, *tables.texts(table, row), style="dim" if row.published else "")
+        shown.add_row(row.title, *tables.cell_texts(table, row), style="dim" if row.published else "")
     return shown

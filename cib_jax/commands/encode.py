@@ -16,20 +16,20 @@ import PIL
 import rich.console
 from jaxtyping import Shaped
 
-from cib_jax import __version__
 from cib_jax.commands.evaluate import overridden
 from cib_jax.config import schema
 from cib_jax.config.schema import flatten
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
-from cib_jax.distributed.multihost import Place, parts_of
+from cib_jax.distributed.multihost import ProcessIndex, strided_share
 from cib_jax.errors import CodeStoreError, DataError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights
 from cib_jax.storage import code_store
 from cib_jax.storage.code_store import Corpus, DamagedPartError, File
+from cib_jax.version import __version__
 
 PART = 8192
 """Files whose codes make one file: what a killed process can lose."""
@@ -56,7 +56,7 @@ def encode(
     codes: pathlib.Path | str,
     *,
     part: int = PART,
-    place: Place = Place(0, 1),  # noqa: B008 - it cannot change
+    place: ProcessIndex = ProcessIndex(0, 1),  # noqa: B008 - it cannot change
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> Encoded:
@@ -96,9 +96,9 @@ def encode(
     keep = isinstance(items, inputs.Photos)
     corpus = code_store.begin(folder, known(hasher, config), part, items.names, items.place, keep_list=keep)
     missing = []
-    for number in parts_of(corpus.parts, place):
+    for number in strided_share(corpus.parts, place):
         try:
-            there = corpus.find(number) is not None
+            there = corpus.load_part(number) is not None
         except DamagedPartError as error:
             print_message(console, f"{corpus.path(number)} is damaged ({error}) and is made again")
             corpus.path(number).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def _items(
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = inputs.find(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
+        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         wanted = hasher.encoder.backbone.features
         if isinstance(items, inputs.Rows) and items.features.shape[-1] != wanted:
             raise DataError(
@@ -124,10 +124,10 @@ def _items(
         return items
     if takes == "features":
         raise CodeStoreError("--images: it is missing; give the .npy of features to be encoded")
-    if not (folder / code_store.ABOUT).exists():
+    if not (folder / code_store.DESCRIPTION).exists():
         raise CodeStoreError("--images: it is missing; give the folder of photos, or a .csv or .parquet list of them")
-    begun = code_store.described(folder)
-    return inputs.listed(begun.images, code_store.read_list(begun), size=hasher.side, max_megapixels=limit)
+    begun = code_store.load_description(folder)
+    return inputs.load_listed_photos(begun.images, code_store.load_names(begun), size=hasher.side, max_megapixels=limit)
 
 
 def known(hasher: Hasher, config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def _make(corpus: Corpus, missing: list[int], items: Items, hasher: Hasher, cons
             codes = hasher.encode_batches(batches, moved, size=hasher.batch_size)
             names = (items.names[index] for index in corpus.of_part(number))
             files = [file._replace(path=name) for file, name in zip(files, names, strict=True)]
-            corpus.check()
-            code_store.write_shard(corpus.path(number), corpus.identity, files, codes, made_with)
+            corpus.validate_folder()
+            code_store.write_part(corpus.path(number), corpus.identity, files, codes, made_with)
             made += 1
     return made
 
@@ -215,7 +215,7 @@ def _concluded(corpus: Corpus, made: int, words: str, console: rich.console.Cons
             f"{corpus.folder}, which other processes make; where one of them was killed, start the same command again",
         )
     else:
-        code_store.tidy(corpus)
+        code_store.remove_temporary(corpus)
         print_message(
             console,
             f"{counted.files:,} {words} in {_parts(corpus.parts)}, {counted.unreadable:,} unreadable; the corpus in "

@@ -30,7 +30,7 @@ from cib_jax.models import registry
 from cib_jax.random_streams import stream_rng
 from cib_jax.runs import context
 from cib_jax.storage import collection, photo_table
-from cib_jax.storage.photo_table import AT_ONCE, About, PhotoTable, Row, State, key_of
+from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
 
 # jobs.agreement: Whether an encoder, fields and photos that a user names agree with those that an index was made with.
@@ -84,7 +84,7 @@ def validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Pa
     Raises:
       TableError: it is such a one.
     """
-    ours, theirs = collection.known_by(hasher), table.about.encoder
+    ours, theirs = collection.encoder_identity(hasher), table.metadata.encoder
     other = [f"{name}: {theirs.get(name)} → {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
         raise IndexFolderError(
@@ -107,7 +107,7 @@ def validate_images(
     Raises:
       TableError: they are others.
     """
-    before = table.about.images
+    before = table.metadata.images
     if before == found.place:
         return
     if os.path.exists(before):
@@ -324,7 +324,7 @@ def _sample(
     with progress_bar(console, "Reading some photos", wanted) as advance:
         # Numbers are drawn lazily, so that reading ends when there are enough readable photos.
         numbers = itertools.takewhile(lambda number: count < wanted, order)
-        for _, read in dataclasses.replace(found, size=side, see=False).read([numbers]):
+        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([numbers]):
             if read.content is not None and count < wanted:
                 images[count] = read.content
                 count += 1
@@ -384,8 +384,8 @@ def index(
       ConfigError: a field cannot be set.
       CheckpointError, SavedError, WeightsError: there is no encoder in `workdir`.
     """
-    named, uri, console = str(uri), photo_table.place_of(uri), console or rich.console.Console()
-    photo_table.check_installed()
+    named, uri, console = str(uri), photo_table.normalize_uri(uri), console or rich.console.Console()
+    photo_table.validate_installed()
     schema.validate(config)
     given = given_flags(workdir, config, overrides or {}) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
@@ -393,28 +393,28 @@ def index(
         raise IndexFolderError(f"--images: there is no index at {uri} yet; give the folder of photos to make one")
     if table is not None and given is not None:
         validate_same_encoder(table, given, workdir)
-    place = str(images) if images is not None else table.about.images if table is not None else ""
+    place = str(images) if images is not None else table.metadata.images if table is not None else ""
     print_message(console, f"Looking through {place}")
     # Before the photos are looked for: what another process indexes while they are is not gone.
     before = table.state().keys if table is not None else np.zeros(0, np.int64)
-    found = inputs.find(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
+    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
     assert isinstance(found, Photos)
     for note in found.notes:
         print_message(console, note)
     if table is None:
         made = given or train_index_encoder(found, config, console)
         learnt = {} if given else flatten(config)
-        about = About(found.place, collection.known_by(made), learnt)
-        table = PhotoTable.create(uri, about, collection.file_of(made))
-        if table.about.encoder != about.encoder:  # another process was faster
+        about = IndexMetadata(found.place, collection.encoder_identity(made), learnt)
+        table = PhotoTable.create(uri, about, collection.hasher_bytes(made))
+        if table.metadata.encoder != about.encoder:  # another process was faster
             if given:
                 validate_same_encoder(table, given, workdir)
-            validate_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+            validate_overrides(overrides or {}, f"the encoder of {uri}", table.metadata.learnt)
             print_message(console, "Another process made the index meanwhile; its encoder is taken")
     elif given is None:
-        validate_overrides(overrides or {}, f"the encoder of {uri}", table.about.learnt)
+        validate_overrides(overrides or {}, f"the encoder of {uri}", table.metadata.learnt)
     validate_images(table, found, before, console)
-    found = dataclasses.replace(found, size=table.about.encoder["side"], see=True)
+    found = dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True)
     return _Run(table, named, found, before, config, console).go()
 
 
@@ -449,7 +449,7 @@ class _Run:
         todo = sorted([*found.missing, *found.changed, *found.again])
         if todo:
             self._make(todo)
-            self.table.tidy()
+            self.table.compact()
         for some, are in (
             (found.absent, "are not there"),
             (found.untold, "cannot be reached now, what is known of them is kept"),
@@ -483,7 +483,7 @@ class _Run:
     @functools.cached_property
     def hasher(self) -> Hasher:
         # As it is kept there: another process may have made the index meanwhile.
-        kept = collection.hasher_of(self.table)
+        kept = collection.load_hasher(self.table)
         return dataclasses.replace(kept, batch_size=self.config.encode_batch, devices=self.config.devices)
 
     def _make(self, todo: list[int]) -> None:
@@ -519,7 +519,7 @@ class _Run:
                 if unread:
                     bar(unread, "")
                 if commits % _TIDY_EVERY == 0:
-                    self.table.tidy()
+                    self.table.compact()
 
     def _not_done(self, block: Sequence[int]) -> list[int]:
         numbers = np.asarray(block)
@@ -534,8 +534,8 @@ class _Run:
             squares = []
             for number, read in reads:
                 kept.append((number, read._replace(content=None)))
-                if read.seen is not None:
-                    squares.append(read.seen.square)
+                if read.decoded is not None:
+                    squares.append(read.decoded.square)
                     if len(squares) == self.hasher.batch_size:
                         yield np.stack(squares)
                         squares = []
@@ -549,10 +549,10 @@ class _Run:
             name = self.found.names[number]
             if read.size is None or read.modified_ns is None:
                 continue  # it went meanwhile, which the next run sees
-            if read.seen is None:
-                known = (-1, -1) if read.may_pass else (read.size, read.modified_ns)
+            if read.decoded is None:
+                known = (-1, -1) if read.transient else (read.size, read.modified_ns)
                 rows.append(Row(name, *known, reason=read.reason))
             else:
-                seen_as = (read.seen.width, read.seen.height, read.seen.thumbnail)
+                seen_as = (read.decoded.width, read.decoded.height, read.decoded.thumbnail)
                 rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *seen_as))
         return rows, len(kept) - len(encoded)

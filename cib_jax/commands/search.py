@@ -16,7 +16,7 @@ from cib_jax import errors, files
 from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
-from cib_jax.data.photos import BITS, decode, difference_hash
+from cib_jax.data.photos import HASH_BITS, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
 from cib_jax.files import map_in_order, printable
 from cib_jax.random_streams import stream_rng
@@ -206,21 +206,21 @@ def _queries(query: str, collection: Collection, console: rich.console.Console, 
     if not path.exists():
         raise DataError(f"--query: there is no {path}; give a photo or a folder of photos")
     readable = 0
-    with inputs.asked_for_as("--query"):
+    with inputs.blame_field("--query"):
         if path.is_dir():
-            found = inputs.find(query, takes="images", size=collection.side)
+            found = inputs.load_inputs(query, takes="images", size=collection.side)
             assert isinstance(found, Photos)
         else:
             found = Photos(str(path), [path.name], str(path.parent), collection.side)
-        for number, read in dataclasses.replace(found, see=True).read([range(len(found.names))]):
+        for number, read in dataclasses.replace(found, thumbnails=True).read([range(len(found.names))]):
             name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
-            if read.seen is None:
+            if read.decoded is None:
                 if not path.is_dir():
                     raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo")
                 _tell_unreadable(name, read.reason, form, console)
                 continue
             readable += 1
-            yield Query(name, read.seen.square, read.seen.thumbnail)
+            yield Query(name, read.decoded.square, read.decoded.thumbnail)
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder")
 
@@ -382,7 +382,7 @@ def _confirmed(
 ) -> list[list[int]]:
     """Returns the groups, each cut into those whose thumbnails look alike, too."""
     members = [number for group in groups for number in group]
-    looks = np.empty((len(members), BITS // 8), np.uint8)
+    looks = np.empty((len(members), HASH_BITS // 8), np.uint8)
     starts = range(0, len(members), _AT_ONCE)
 
     def look(start: int) -> list[np.ndarray]:

@@ -57,22 +57,15 @@ def serve(
       BindError, ProxyError, FrameError, DecoderError: as `web.server.serve`.
     """
     web.check_installed()
-    from cib_jax.web import framing, page, server
-    from cib_jax.web.clients import Clients
-    from cib_jax.web.decoding import Decoding
-    from cib_jax.web.limits import Limits
+    from cib_jax.web import page, server
+    from cib_jax.web.settings import Settings
 
     console = console or rich.console.Console()
-    for name in ("searches", "photo_mb", "megapixels"):
-        if limits.get(name, 1) < 1:
-            raise web.WebError(f"--{name}: {limits[name]} must be 1 or more")
     if below and not below.startswith("/"):
-        raise web.WebError(f"--below: {below!r} is no folder of a server; give it with its slash, such as /photos")
-    decoding = Decoding(megapixels=limits.pop("megapixels", Decoding.megapixels))
-    chosen = Limits(decoding=decoding, **limits)
-    Clients(chosen.proxies)  # told now, not once all is loaded
-    framing.ancestors(chosen.frames)
-    server.check_free(host, port)
+        raise WebError(f"--below must be a path that begins with a slash, got {below!r}; try /photos", field="--below")
+    settings = Settings(**limits)
+    with server.listening(host, port):
+        pass  # an address that cannot be used is refused before the index is opened
     print_message(console, f"Opening {uri}")
     collection = Collection.open(uri)
 
@@ -86,10 +79,10 @@ def serve(
         collection,
         host=host,
         port=port,
-        page=functools.partial(page.mount, limits=chosen, root_path=below or None),
+        page=functools.partial(page.mount, settings=settings, root_path=below or None),
         renew=renewed,
-        limits=chosen,
-        tell=lambda sentence: print_message(console, sentence),
+        settings=settings,
+        print_line=lambda sentence: print_message(console, sentence),
     )
 
 
@@ -179,7 +172,7 @@ def serve_notebook(uri: pathlib.Path | str, *, port: int = 7860, patience: float
       patience: seconds that it may take to answer.
 
     Raises:
-      WebError, TableError, SavedError, SearchError, BindError: as `jobs.serve.serve`.
+      WebError, TableError, SavedError, SearchError: as `jobs.serve.serve`.
       ServingError: it ends at once, or does not answer in time.
     """
     web.check_installed()
@@ -188,7 +181,7 @@ def serve_notebook(uri: pathlib.Path | str, *, port: int = 7860, patience: float
 
     if port in _beside:
         _beside[port].stop()
-    PhotoTable.open(photo_table.place_of(uri))  # told now, in the class of its own
+    PhotoTable.open(photo_table.normalize_uri(uri))  # told now, in the class of its own
     with server.listening(_HOST, port) as listener:
         port = listener.getsockname()[1]
     public = _public(port)

@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray
 from cib_jax.augment.features import Standard
 from cib_jax.config.schema import fine_tune
 from cib_jax.data import dataset, sources, splits
-from cib_jax.data.dataset import Bar, no_bar
+from cib_jax.data.dataset import Bar, DataConfig, no_bar
 from cib_jax.data.splits import Protocol
 from cib_jax.diffusion import Teacher
 from cib_jax.errors import ConfigError
@@ -129,7 +129,7 @@ def protocol(config: ml_collections.ConfigDict) -> Protocol:
     """
     data = config.data
     names = ("queries", "queries_per_class", "train_images", "train_per_class", "validation")
-    return splits.named(data.protocol, data.name, {"k": config.k} | {name: data[name] for name in names})
+    return splits.get_protocol(data.protocol, data.name, {"k": config.k} | {name: data[name] for name in names})
 
 
 def source(
@@ -146,20 +146,19 @@ def source(
       DataError: The data set is missing or unusable.
     """
     data = config.data
-    return sources.load(
-        data.name,
-        data.dir,
+    which = DataConfig(
+        name=data.name,
+        directory=data.dir,
         labeled=data.labelled,
         stored_size=data.stored_size,
-        prepared=prepared,
         max_megapixels=data.max_megapixels,
-        raw=data.raw_dir,
-        image=data.image_feature,
-        label=data.label_feature,
-        database=data.database_split,
-        query=data.query_split,
-        bar=bar,
+        raw_directory=data.raw_dir,
+        image_feature=data.image_feature,
+        label_feature=data.label_feature,
+        database_split=data.database_split,
+        query_split=data.query_split,
     )
+    return sources.load(which, prepared, bar)
 
 
 def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | None = None) -> splits.Splits:
@@ -174,7 +173,7 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
       ConfigError: A field, such as `k` or `batch_size`, does not fit the number of images.
     """
     wanted = protocol(config)
-    drawn = splits.draw(
+    drawn = splits.draw_splits(
         source(config) if drawn_from is None else drawn_from,
         wanted,
         seed=config.data.seed,

@@ -1,6 +1,7 @@
 """Allowed values of the config fields, and which of them may differ when a run is resumed."""
 
 import dataclasses
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,6 @@ import ml_collections
 
 from cib_jax.augment import augment, features
 from cib_jax.config import flatten
-from cib_jax.configs import default
 from cib_jax.data import photos
 from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import Teacher
@@ -127,7 +127,10 @@ RULES: dict[str, Rule] = {
 }
 """Allowed values of the fields; a field without a rule may have any value of its type."""
 
-FIELDS: dict[str, type] = {name: type(value) for name, value in flatten(default.get_config()).items()}
+# The folder of `cib_jax.configs` is found at run time, so that type checkers do not know its modules.
+_DEFAULT = importlib.import_module("cib_jax.configs.default").get_config()
+
+FIELDS: dict[str, type] = {name: type(value) for name, value in flatten(_DEFAULT).items()}
 """The type of every field, which is that of its default in configs/default.py."""
 
 AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] in ("compare", "tune"))
@@ -233,8 +236,8 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None
         )
     families = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
     if config.augment not in families:
-        kind = "features" if config.backbone == "none" else "images"
-        raise _error("augment", f"must be one of {', '.join(families)} for {kind}, got {config.augment!r}")
+        inputs = "features" if config.backbone == "none" else "images"
+        raise _error("augment", f"must be one of {', '.join(families)} for {inputs}, got {config.augment!r}")
     if config.backbone == "none":
         _validate_without_network(config)
     else:

@@ -1,55 +1,162 @@
-"""Computed features on disk: one file per part, in a folder named by the hash of all that shaped them."""
+"""Disk caches: folders named by the hash of their key, with atomic files, reader/writer locks and pruning.
+
+The caches of features, of prepared photos and of copied Parquet files use it. A cache folder holds a file `KEY_FILE`
+with everything that its content depends on, so that a change in any of it leads to another folder.
+"""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from jaxtyping import Shaped, UInt8
 
-from cib_jax.data.dataset import Bar
+from cib_jax.data.dataset import Bar, data_error, no_bar
+from cib_jax.files import locked, replacing, short_reason, write_bytes
 
-# jobs.feature_cache: Computed features on disk: one file per part, in a folder named by the hash of all that shaped them.
-
-MADE_OF = "made_of.json"
+KEY_FILE = "made_of.json"
 
 
 class DamagedError(ValueError):
-    """A part is there, but cannot be trusted; the message says what is wrong with it."""
+    """A part of the feature cache exists but is not intact; the message says what is wrong with it."""
+
+
+# Folders
 
 
 def home() -> pathlib.Path:
-    """Returns the folder in which this user's caches of cib_jax lie."""
+    """Returns the folder of this user's caches."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "cib_jax"
 
 
-class FeatureCache:
-    """The features that one set of images, one network and one way of looking give.
+def key_folder(root: pathlib.Path, key: Mapping[str, Any]) -> pathlib.Path:
+    """Returns the cache folder under `root` for a key of plain JSON; nothing is written."""
+    return root / hashlib.sha256(_key_text(key)).hexdigest()[:24]
 
-    Whatever else they depend on belongs into `made_of`: a change in it makes another folder, so that nothing stale is
-    ever read. A part is written whole or not at all, and read with its checksum; several processes may share a folder.
+
+def create_folder(root: pathlib.Path, key: Mapping[str, Any]) -> pathlib.Path:
+    """Creates the cache folder under `root` for a key, if needed, and returns it."""
+    folder = key_folder(root, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / KEY_FILE).exists():
+        write_bytes(folder / KEY_FILE, _key_text(key))
+    return folder
+
+
+def _key_text(key: Mapping[str, Any]) -> bytes:
+    return json.dumps(key, sort_keys=True, indent=2).encode()
+
+
+def prune(root: pathlib.Path, max_bytes: int, keep: Callable[[pathlib.Path], bool]) -> None:
+    """Deletes the least recently used cache folders in `root` until all take at most `max_bytes`.
+
+    Args:
+      root: Folder of cache folders; anything in it without a `KEY_FILE` is left alone.
+      max_bytes: Size limit in bytes.
+      keep: Predicate of folders that must stay, such as `in_use`.
+    """
+    if not root.is_dir():
+        return
+    used, sizes = {}, {}
+    for folder in root.iterdir():
+        with contextlib.suppress(OSError):  # another process may be deleting it
+            if (folder / KEY_FILE).exists():
+                used[folder] = folder.stat().st_mtime
+                sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=used.__getitem__):
+        if total > max_bytes and not keep(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= sizes[folder]
+
+
+def mark_used(folder: pathlib.Path) -> None:
+    """Sets the time by which `prune` finds the least recently used folder."""
+    with contextlib.suppress(OSError):  # a shared cache may be readable but not writable
+        os.utime(folder)
+
+
+@contextlib.contextmanager
+def write_errors(folder: pathlib.Path, content: str) -> Iterator[None]:
+    """Turns an OSError of writing `content` to a cache folder into a DataError that names the cache's field."""
+    try:
+        yield
+    except OSError as error:
+        raise data_error(
+            "config.cache.dir",
+            f"{content} cannot be written to {folder} ({short_reason(error)}); free some space, or choose another "
+            "place with --config.cache.dir=DIR",
+        ) from error
+
+
+def validate_free_space(folder: pathlib.Path, needed: int, content: str, remedy: str) -> None:
+    """Checks that the disk of `folder` has `needed` bytes free for `content`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise data_error(
+            "config.cache.dir",
+            f"{content} need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; {remedy}, or "
+            "choose another place with --config.cache.dir=DIR",
+        )
+
+
+# Locks
+
+
+@contextlib.contextmanager
+def exclusive(folder: pathlib.Path, bar: Bar = no_bar) -> Iterator[None]:
+    """Holds the writer lock of a cache folder; shows a bar while it waits for another writer. Readers may go on."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / "lock", wait=False))
+        except BlockingIOError:
+            with bar("Waiting for another process that prepares the same data", 1) as advance:
+                stack.enter_context(locked(folder / "lock"))
+                advance(1)
+        yield
+
+
+def shared(folder: pathlib.Path) -> contextlib.AbstractContextManager[object]:
+    """Holds the reader lock of a cache folder."""
+    return locked(folder / "used", shared=True)
+
+
+def in_use(folder: pathlib.Path) -> bool:
+    """Returns whether a reader, in this process or another, holds the reader lock of a cache folder."""
+    try:
+        with locked(folder / "used", wait=False):
+            return False
+    except OSError:
+        return True
+
+
+# Features
+
+
+class FeatureCache:
+    """Features of one set of images by one network, one file per part.
+
+    A part is written atomically and read with its checksum; several processes may share a folder.
     """
 
-    def __init__(self, root: pathlib.Path, made_of: Mapping[str, Any]):
-        """Names the folder under `root`; nothing is written yet. `made_of` must be plain JSON."""
-        self._made_of = json.dumps(made_of, sort_keys=True, indent=2)
-        self.folder = root / hashlib.sha256(self._made_of.encode()).hexdigest()[:24]
+    def __init__(self, root: pathlib.Path, key: Mapping[str, Any]):
+        """Selects the folder under `root` for a key of plain JSON; nothing is written."""
+        self._root, self._key = root, dict(key)
+        self.folder = key_folder(root, key)
 
     def read(self, part: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> Shaped[np.ndarray, "..."] | None:
         """Returns the part called `part`, or None if it was never written.
 
         Raises:
-          DamagedError: the file is cut short, altered or holds something else.
-          OSError: the folder cannot be looked into.
+          DamagedError: The file is truncated, altered or holds another shape or type.
+          OSError: The folder cannot be read.
         """
         path = self._path(part)
         if not path.exists():
@@ -60,77 +167,42 @@ class FeatureCache:
         except (OSError, safetensors.SafetensorError) as error:
             raise DamagedError(f"{path} is damaged ({error})") from error
         if features.shape != shape or features.dtype != dtype or _checksum(features) != checksum:
-            raise DamagedError(f"{path} is damaged (its checksum is not that of its content)")
-        with contextlib.suppress(OSError):  # someone else's cache, which may be read but not written to
-            os.utime(self.folder)  # `prune` goes by it
+            raise DamagedError(f"{path} is damaged (its checksum, shape or type is wrong)")
+        mark_used(self.folder)
         return features
 
     def write(self, part: str, features: Shaped[np.ndarray, "..."]) -> None:
-        """Keeps a part, atomically.
+        """Writes a part atomically.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: It cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        made_of, path = self.folder / MADE_OF, self._path(part)
-        own = f".{secrets.token_hex(4)}.part"
-        if not made_of.exists():
-            made_of.with_suffix(own).write_text(self._made_of, encoding="utf-8")
-            os.replace(made_of.with_suffix(own), made_of)
+        create_folder(self._root, self._key)
         features = np.ascontiguousarray(features)
+        path = self._path(part)
         try:
-            safetensors.numpy.save_file(
-                {"features": features}, path.with_suffix(own), {"checksum": _checksum(features)}
-            )
-            os.replace(path.with_suffix(own), path)
-        except safetensors.SafetensorError as error:  # its way to say that the disk is full
+            with replacing(path) as temporary:
+                safetensors.numpy.save_file({"features": features}, temporary, {"checksum": _checksum(features)})
+        except safetensors.SafetensorError as error:  # raised instead of an OSError if the disk is full
             raise OSError(0, str(error), str(path)) from error
-        finally:
-            path.with_suffix(own).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits until no other process computes for this folder, and keeps others waiting while the context lasts.
+    def exclusive(self) -> Iterator[None]:
+        """Holds the writer lock, so that one of several processes computes the features and the others read them.
 
-        So that of several processes that want the same features one computes them and the others read. Where the
-        folder cannot be locked, nobody waits.
+        If the folder cannot be locked, nobody waits.
         """
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                self.folder.parent.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context(self.folder.with_suffix(".lock").open("a"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                stack.enter_context(exclusive(create_folder(self._root, self._key)))
             yield
 
-    def prune(self, most_bytes: int) -> None:
-        """Deletes the folders beside this one that were not used for longest, until all take `most_bytes` or less."""
-        prune(self.folder.parent, most_bytes, lambda folder: folder == self.folder)
+    def prune(self, max_bytes: int) -> None:
+        """Deletes the least recently used folders beside this one until all take at most `max_bytes`."""
+        prune(self._root, max_bytes, lambda folder: folder == self.folder)
 
     def _path(self, part: str) -> pathlib.Path:
         return self.folder / f"{part}.safetensors"
-
-
-def prune(root: pathlib.Path, most_bytes: int, stays: Callable[[pathlib.Path], bool]) -> None:
-    """Deletes the caches in `root` that were not used for longest, until all take `most_bytes` or less.
-
-    Args:
-      root: the folder of caches, each a folder with a file `MADE_OF`; nothing else is touched.
-      most_bytes: that they may take.
-      stays: says of a folder that it is in use.
-    """
-    if not root.is_dir():
-        return
-    used, sizes = {}, {}
-    for folder in root.iterdir():
-        with contextlib.suppress(OSError):  # another process may be deleting it
-            if (folder / MADE_OF).exists():
-                used[folder] = folder.stat().st_mtime
-                sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
-    total = sum(sizes.values())
-    for folder in sorted(sizes, key=used.__getitem__):
-        if total > most_bytes and not stays(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= sizes[folder]
 
 
 def _checksum(features: np.ndarray) -> str:
@@ -138,7 +210,7 @@ def _checksum(features: np.ndarray) -> str:
 
 
 def digest_of_images(batches: Iterable[UInt8[np.ndarray, "rows height width 3"]]) -> str:
-    """Returns a digest of images, of their sizes and of their order, however they are cut into batches."""
+    """Returns a digest of images, their sizes and their order that does not depend on the batch size."""
     digest, shape = hashlib.blake2b(digest_size=16), None
     for images in batches:
         if images.shape[1:] != shape:
@@ -146,39 +218,3 @@ def digest_of_images(batches: Iterable[UInt8[np.ndarray, "rows height width 3"]]
             digest.update(repr(shape).encode())
         digest.update(np.ascontiguousarray(images).data)
     return digest.hexdigest()
-
-
-# data.holding: Who works in a folder of prepared photos, and who looks at it: nothing is tidied away under one who looks.
-
-
-def in_use(folder: pathlib.Path) -> bool:
-    """Returns whether somebody, in this process or another, looks at the photos that are kept in `folder`."""
-    try:
-        hold(folder, fcntl.LOCK_EX | fcntl.LOCK_NB).close()
-    except OSError:
-        return True
-    return False
-
-
-def hold(folder: pathlib.Path, how: int) -> IO[str]:
-    """Returns a file that holds the folder until it is closed."""
-    file = (folder / "used").open("w")
-    try:
-        fcntl.flock(file, how)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-@contextlib.contextmanager
-def alone(folder: pathlib.Path, bar: Bar) -> Iterator[None]:
-    """Keeps other processes that prepare photos out of `folder` while it lasts; waits for one that is there already."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with bar("Waiting for another process that prepares the same photos", 1) as moved:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                moved(1)
-        yield

@@ -1,32 +1,57 @@
-"""What a set of images is: random access, labels where there are any, names, and where it came from."""
+"""Sets of images or feature vectors: random access, labels, subsets, and batches of uint8 images or of features."""
 
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
-import grain
 import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
+from cib_jax.data.photos import MAX_MEGAPIXELS
 from cib_jax.errors import DataError
+from cib_jax.files import printable
 from cib_jax.random_streams import stream_rng
 
-# data.images: What a set of images is: random access, labels where there are any, names, and where it came from.
-
-
 Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
-"""An image, or a vector of features that stands for one."""
+"""An image, or a feature vector in its place."""
+
+Labels = Int[np.ndarray, " images"] | Bool[np.ndarray, "images classes"]
+"""Class numbers, one for each image, or multi-hot rows for any number of classes per image."""
+
+Batch = UInt8[np.ndarray, "batch height width 3"]
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Progress-bar factory: (description, total) → context manager that yields `advance(count)`."""
+
+CLASS_SEPARATOR = "|"
+"""Separator between the classes of one image where they are written as one text, as in a CSV file."""
+
+
+def data_error(field: str, problem: str) -> DataError:
+    """Returns an error, the message of which begins with the config field, flag or file to blame."""
+    return DataError(f"{field}: {problem}", field=field)
+
+
+def config_error(field: str, problem: str) -> DataError:
+    """Returns an error about a field of `config.data`."""
+    return data_error(f"config.data.{field}", problem)
+
+
+def no_bar(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows no progress bar."""
+    del description, total
+    return nullcontext(lambda count: None)
 
 
 class Images(Protocol):
-    """Random access to decoded images, in a fixed order; an array of images is one.
+    """Random access to decoded images, in a fixed order; an array of images satisfies it.
 
-    A class may also have `resized(index, size)`, where it can decode straight to that size; `gather(indices)`, where
-    many items come faster together; and `identity`, a string that changes with the content, where that is known without
-    reading it.
+    A class may also define `resized(index, size)`, if it can decode straight to that size; `gather(indices)`, if
+    many items are read faster together; and `identity`, a string that changes with the content, if that is known
+    without reading the content.
     """
 
     def __len__(self) -> int: ...
@@ -34,27 +59,19 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Item: ...
 
 
-Labels = Int[np.ndarray, " images"] | Bool[np.ndarray, "images classes"]
-"""One class per image, or any number of them."""
-
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Of what is done and how many images it takes: a context that gives a function of how many more are done."""
-
-
-def no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Shows nothing."""
-    del what, total
-    return nullcontext(lambda more: None)
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images with their labels, which measure and, in the published protocol, balance; nothing learns from them."""
+    """Images with their labels. Labels measure and, in the published protocols, balance draws; nothing is fit to them.
+
+    Attributes:
+      images: Images or feature vectors.
+      labels: Labels, or None if the set has none.
+      names: Names of the images, such as their paths, or None if they have none.
+    """
 
     images: Images
     labels: Labels | None
     names: Sequence[str] | None = None
-    """Of the images, such as their paths, where they have any."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,11 +80,75 @@ class ImageSet:
         """Returns the images at `indices`, in that order, undecoded."""
         labels = None if self.labels is None else self.labels[indices]
         names = None if self.names is None else [self.names[int(index)] for index in indices]
-        return ImageSet(_Taken(self.images, indices), labels, names)
+        return ImageSet(_Subset(self.images, indices), labels, names)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Taken:
+class Unreadable:
+    """A file that could not be used, and the reason."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data set is loaded and how; the fields of `config.data` that concern loading.
+
+    Attributes:
+      name: Name of the data set: "digits" (from scikit-learn), "folder" (of photos), "list" (a CSV or Parquet file of
+        paths), "features" (vectors of any model), "nuswide", "mscoco", or a data set of tensorflow-datasets (TFDS),
+        spelled as there, such as "cifar10" or "mscoco/2017".
+      directory: Folder, file or TFDS data_dir ("": the default of TFDS). Unused for "digits".
+      labeled: Whether the labels of a folder, a list or features are used.
+      stored_size: Side in pixels to which the photos of a folder or a list are resized.
+      max_megapixels: Limit above which an image is left out.
+      raw_directory: Folder of the published files, for a TFDS data set with files that TFDS cannot download.
+      image_feature: TFDS feature that holds the image; "" selects the only one.
+      label_feature: TFDS feature that holds the label or labels, with slashes into nested features ("objects/label");
+        "" selects the only one.
+      database_split: TFDS split to train on and search, such as "train[:1000]"; "" is "train".
+      query_split: TFDS split of the queries; "" is "test", or none if "train" is the only split.
+    """
+
+    name: str
+    directory: str = ""
+    labeled: bool = True
+    stored_size: int = 0
+    max_megapixels: int = MAX_MEGAPIXELS
+    raw_directory: str = ""
+    image_feature: str = ""
+    label_feature: str = ""
+    database_split: str = ""
+    query_split: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set as it is published, before its images are split by role.
+
+    Attributes:
+      train: Training images, or the whole set if it comes in one piece.
+      test: Test images, or None if the set comes in one piece.
+      classes: Names of the classes, if they are known.
+      roles: Splits that a list of photos gives itself, by `splits.ROLES`.
+      unreadable: Files that were left out.
+      notes: Sentences for the user about how the data were read.
+    """
+
+    train: ImageSet
+    test: ImageSet | None
+    classes: Sequence[str] = ()
+    roles: Mapping[str, ImageSet] | None = None
+    unreadable: Sequence[Unreadable] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subset:
     images: Images
     indices: Int[np.ndarray, " taken"]
 
@@ -92,13 +173,13 @@ class _Taken:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Joined:
+class _Concatenation:
     parts: tuple[Images, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def _at(self, index: int) -> tuple[Images, int]:
+    def _locate(self, index: int) -> tuple[Images, int]:
         for part in self.parts:
             if index < len(part):
                 return part, index
@@ -106,11 +187,11 @@ class _Joined:
         raise IndexError(index)
 
     def __getitem__(self, index: int) -> Item:
-        part, index = self._at(int(index))
+        part, index = self._locate(int(index))
         return part[index]
 
     def resized(self, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        return resized(*self._at(int(index)), size)
+        return resized(*self._locate(int(index)), size)
 
     @property
     def identity(self) -> str | None:
@@ -118,28 +199,33 @@ class _Joined:
         return None if None in known else "+".join(map(str, known))
 
 
-def joined(*sets: ImageSet) -> ImageSet:
-    """Returns one set after the other, as one; labels and names are kept where all have them."""
+def concatenate(*sets: ImageSet) -> ImageSet:
+    """Returns one set after the other as one set; labels and names are kept if every set has them."""
     if len(sets) == 1:
         return sets[0]
     labels = [part.labels for part in sets if part.labels is not None]
     names = [part.names for part in sets if part.names is not None]
     return ImageSet(
-        _Joined(tuple(part.images for part in sets)),
+        _Concatenation(tuple(part.images for part in sets)),
         np.concatenate(labels) if len(labels) == len(sets) else None,
         [name for part in names for name in part] if len(names) == len(sets) else None,
     )
 
 
 def resized(images: Images, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns image `index` as a square of that size, decoded straight to it where the images can be."""
+    """Returns image `index` as a square, decoded straight to that size if the images support it."""
     if hasattr(images, "resized"):
         return images.resized(index, size)
     return resize(images[index], size)
 
 
+def resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns the image resized to a square on the host, bilinearly with antialiasing, by Pillow."""
+    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
 def gather(images: Images, indices: Int[np.ndarray, " items"]) -> Shaped[np.ndarray, "items ..."]:
-    """Returns the items at `indices`, all of one shape, as one array."""
+    """Returns the items at `indices`, which have one shape, as one array."""
     if isinstance(images, np.ndarray):
         return images[indices]
     if hasattr(images, "gather"):
@@ -148,105 +234,129 @@ def gather(images: Images, indices: Int[np.ndarray, " items"]) -> Shaped[np.ndar
 
 
 def identity(images: Images) -> str | None:
-    """Returns what stands for the content of all images, or None where only reading them tells."""
+    """Returns a string that changes with the content of the images, or None if only reading them would show it."""
     return getattr(images, "identity", None)
 
 
-def resize(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns the image resized on the host, bilinearly and antialiased, by Pillow."""
-    return np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BILINEAR))
+# Labels
 
 
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
-    """A file that could not be used, and why."""
-
-    path: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set as it is published. Where it comes in one piece, `test` is None."""
-
-    train: ImageSet
-    test: ImageSet | None
-    classes: Sequence[str] = ()
-    """Names of the classes, where there are any."""
-    roles: Mapping[str, ImageSet] | None = None
-    """Splits that the data set's own list gives, by role; see `cib_jax.data.splits`."""
-    unreadable: Sequence[Unreadable] = ()
-    """Files that were left out."""
-    notes: Sequence[str] = ()
-    """What a user should be told of how the data were read, a sentence each."""
+def multi_hot(rows: Sequence[Any], classes: int) -> Bool[np.ndarray, "images classes"]:
+    """Returns multi-hot labels from the class numbers of each image."""
+    labels = np.zeros((len(rows), classes), bool)
+    for label, numbers in zip(labels, rows, strict=True):
+        label[np.asarray(numbers, np.int64)] = True
+    return labels
 
 
-# data.loader: Images in batches of uint8, or features, in an order that (seed, epoch) alone decide: from memory, or streamed.
+def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Labels | None, list[str]]:
+    """Returns the labels in the columns of a table, and the names of the classes.
+
+    Args:
+      path: Path of the file, for messages.
+      columns: Columns by name. `label` holds one class per row, by number or name. `labels` holds lists of them, or
+        text with `CLASS_SEPARATOR` between them, and may be empty. Without either there are no labels.
+
+    Raises:
+      DataError: A label is missing, or both columns are there.
+    """
+    if "label" in columns and "labels" in columns:
+        raise config_error("dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
+    values = list(columns.get("label", columns.get("labels", ())))
+    if "labels" in columns:
+        values = [
+            [name for name in value.split(CLASS_SEPARATOR) if name] if isinstance(value, str) else value
+            for value in values
+        ]
+    elif "label" not in columns:
+        return None, []
+    several = any(isinstance(value, list) for value in values)
+    several |= "labels" in columns and all(value is None for value in values)
+    if not several:
+        for row, value in enumerate(values):
+            if value is None or value == "":
+                raise config_error(
+                    "dir",
+                    f"{path}, row {row + 1}: label is empty; give each row one, or name the column 'labels' if rows "
+                    "may have none",
+                )
+    rows = [list(value or ()) for value in values] if several else [[value] for value in values]
+    classes = _sort_classes({name for row in rows for name in row})
+    if not classes:
+        raise config_error("dir", f"{path} has a column 'labels' without any label; remove the column")
+    numbers = {name: number for number, name in enumerate(classes)}
+    names = [str(name) for name in classes]
+    if several:
+        return multi_hot([[numbers[name] for name in row] for row in rows], len(classes)), names
+    return np.array([numbers[name] for (name,) in rows], np.int64), names
 
 
-Batch = UInt8[np.ndarray, "batch height width 3"]
+def _sort_classes(names: set[Any]) -> list[Any]:
+    """Returns the classes in order: numbers by value, even if they are written as text, and names alphabetically."""
+    try:
+        return sorted(names, key=lambda name: (float(name), str(name)))
+    except (TypeError, ValueError):
+        return sorted(names, key=str)
+
+
+# Batches
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
-    """Returns the order of `count` images in an epoch; any epoch's can be had without those before it."""
+    """Returns the order of `count` images in an epoch; it depends on (seed, epoch) alone."""
     return stream_rng(seed, "epoch order", epoch).permutation(count)
 
 
 def stream(
-    images: Images,
-    order: Int[np.ndarray, " count"],
-    batch_size: int,
-    *,
-    stored_size: int = 0,
-    drop_remainder: bool = False,
+    images: Images, order: Int[np.ndarray, " count"], batch_size: int, *, stored_size: int = 0
 ) -> Iterator[Batch]:
-    """Yields batches of decoded images in the order given, read ahead by Grain's threads.
+    """Yields batches of decoded images in the given order, read ahead by Grain's threads; features come undecoded.
 
     Args:
-      images: random access to them.
-      order: indices into `images`.
-      batch_size: images per batch; the last batch may be smaller.
-      stored_size: side to which each image is resized on the host; 0 leaves images as they are.
-      drop_remainder: True leaves a smaller last batch out.
+      images: Images or feature vectors.
+      order: Indices into `images`.
+      batch_size: Images per batch; the last batch may be smaller.
+      stored_size: Side in pixels to which each image is resized on the host; 0 leaves images as they are.
 
     Raises:
-      DataError: images of different sizes, while `stored_size` is 0.
+      DataError: The images have different sizes, and `stored_size` is 0.
     """
     if not len(order):
         return
     first = images[int(order[0])].shape
-    if len(first) < 3:  # features: nothing to decode
-        last = len(order) // batch_size * batch_size if drop_remainder else len(order)
-        yield from (gather(images, order[start : start + batch_size]) for start in range(0, last, batch_size))
+    if len(first) < 3:  # feature vectors: nothing to decode
+        yield from (gather(images, order[start : start + batch_size]) for start in range(0, len(order), batch_size))
         return
+    import grain  # takes a second to import, which `--help` and the search commands do not need
 
     def fetch(index: int) -> UInt8[np.ndarray, "height width 3"]:
         if stored_size:
             return resized(images, int(index), stored_size)
         image = images[int(index)]
         if image.shape != first:
-            raise DataError(
-                f"config.data.stored_size: image {index} has shape {image.shape}, others {first}; set the field to the "
-                "side in pixels to which all are resized, such as 256"
+            raise config_error(
+                "stored_size",
+                f"it must be set for images of different sizes, got 0 with shapes {first} and {image.shape} (image "
+                f"{index}); set it to the side in pixels to which all are resized, such as 256",
             )
         return image
 
-    pipeline = grain.MapDataset.source(np.asarray(order)).map(fetch).batch(batch_size, drop_remainder=drop_remainder)
+    pipeline = grain.MapDataset.source(np.asarray(order)).map(fetch).batch(batch_size)
     yield from pipeline.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
 
 
 def materialize(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "images height width 3"]:
-    """Returns all images as one array.
+    """Returns all images as one array, resized to squares of `stored_size` pixels unless that is 0.
 
     Raises:
-      DataError: images of different sizes, while `stored_size` is 0.
+      DataError: The images have different sizes, and `stored_size` is 0.
     """
     if isinstance(images, np.ndarray) and not stored_size:
         return images
     whole: np.ndarray | None = None
     done = 0
     for batch in stream(images, np.arange(len(images)), 256, stored_size=stored_size):
-        if whole is None:  # made at once: joining batches at the end would hold everything twice
+        if whole is None:  # allocated once: concatenating the batches at the end would hold everything twice
             whole = np.empty((len(images), *batch.shape[1:]), batch.dtype)
         whole[done : done + len(batch)] = batch
         done += len(batch)
@@ -255,5 +365,5 @@ def materialize(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "i
 
 
 def size_in_bytes(images: Images, *, stored_size: int = 0) -> int:
-    """Returns what `materialize` would take, from the first image's size."""
+    """Returns the size of the result of `materialize`, estimated from the first image."""
     return len(images) * (stored_size * stored_size * 3 if stored_size else images[0].nbytes)

@@ -1,12 +1,17 @@
-"""Photos decoded and resized once, on all cores, and kept on disk, where later starts find them."""
+"""Photo cache: photos decoded and resized once, on all cores, and kept in shards on disk for later runs.
 
-import fcntl
+A cache folder holds numbered shards: `000000.npy` with the pixels of up to `SHARD` photos and `000000.json` with the
+path, size and modification time of each file and its row, or the reason why it could not be read.
+"""
+
+import contextlib
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
@@ -14,280 +19,248 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cib_jax.data import photos
-from cib_jax.data.cache import alone, hold, in_use
+from cib_jax.data import cache, photos
 from cib_jax.data.dataset import Bar, Unreadable, no_bar
-from cib_jax.errors import DataError
-from cib_jax.files import map_in_order
+from cib_jax.files import map_in_order, replacing, short_reason, write_bytes
 
 SHARD = 512
-"""Photos in a file: what an interrupted preparation can lose, and what is held in memory."""
+"""Photos per shard: an interrupted preparation loses at most these, and memory holds at most these."""
 
 _FORMAT = 1
 _OPEN_SHARDS = 64
 
 
-class _Stamp(NamedTuple):
-    """What a file is known by."""
+class _FileStamp(NamedTuple):
+    """Identity of a file version: two files with the same stamp have the same content."""
 
     path: str
     size: int
     mtime_ns: int
 
 
-class _Place(NamedTuple):
-    """Where a photo's pixels lie, or why there are none."""
+class _Location(NamedTuple):
+    """Location of a photo's pixels, or the reason why it has none."""
 
     shard: int
     row: int
     reason: str
 
 
-class Prepared(NamedTuple):
-    """What came of some files."""
+@dataclasses.dataclass(frozen=True)
+class PhotoCache:
+    """A place for prepared photos, and how they are prepared.
 
-    images: "PreparedPhotos"
+    Attributes:
+      root: Folder in which all prepared photos are kept.
+      size: Side in pixels of the squares to which photos are resized.
+      max_megapixels: Limit above which a photo counts as unreadable.
+      bar: Progress-bar factory.
+    """
+
+    root: pathlib.Path
+    size: int
+    max_megapixels: int = photos.MAX_MEGAPIXELS
+    bar: Bar = no_bar
+
+    def prepare(self, paths: Sequence[str], *, root: str, owner: str) -> "PreparedPhotos":
+        """Decodes and resizes the photos that were not prepared before, and returns all readable ones.
+
+        A file is identified by its path, size and modification time; a known one is not opened again, whether it was
+        readable or not. The pixels depend on the file alone, not on the number of cores. An interrupted call is
+        continued by the next one. If two processes prepare the same files, the second one waits.
+
+        Args:
+          paths: Distinct paths of the files, relative to `root` or absolute.
+          root: Folder of the relative paths.
+          owner: Folder or list that the files belong to; each owner has a cache folder of its own.
+
+        Raises:
+          DataError: The cache cannot be written, or the disk is too small.
+        """
+        key = {
+            "owner": os.path.abspath(owner),
+            "size": self.size,
+            "max_megapixels": self.max_megapixels,
+            "decoder": photos.VERSION,
+            "format": _FORMAT,
+        }
+        folder = cache.key_folder(self.root, key)
+        with cache.write_errors(folder, "prepared photos"):
+            cache.create_folder(self.root, key)
+            with cache.exclusive(folder, self.bar):
+                return self._prepare(paths, root, folder)
+
+    def _prepare(self, paths: Sequence[str], root: str, folder: pathlib.Path) -> "PreparedPhotos":
+        known, notes = _read_shards(folder, self.size)
+        files = [_stamp(root, path) for path in paths]
+        new = [file for file in files if isinstance(file, _FileStamp) and file not in known]
+        if new:
+            cache.validate_free_space(
+                folder, len(new) * self.size * self.size * 3, "prepared photos", "lower --config.data.stored_size"
+            )
+            if known:
+                notes.append(f"{len(files) - len(new):,} of {len(files):,} photos were prepared before")
+            with self.bar("Preparing photos", len(new)) as advance:
+                for shard in _batched(map_in_order(functools.partial(self._decode, root), new)):
+                    known |= _append_shard(folder, shard)
+                    advance(len(shard))
+        used = {file: known[file] for file in files if isinstance(file, _FileStamp)}
+        if not cache.in_use(folder):
+            used = _compact(folder, self.size, known, used)
+        kept, unreadable, locations = [], [], []
+        digest = hashlib.blake2b(f"{self.size} {photos.VERSION}".encode(), digest_size=16)
+        for index, file in enumerate(files):
+            if isinstance(file, Unreadable):
+                unreadable.append(file)
+            elif (location := used[file]).reason:
+                unreadable.append(Unreadable(file.path, location.reason))
+            else:
+                kept.append(index)
+                locations.append(location)
+                digest.update(json.dumps(file).encode())
+        images = CachedImages(folder, self.size, locations, f"photos-{digest.hexdigest()}")
+        return PreparedPhotos(images, np.array(kept, np.int64), unreadable, notes)
+
+    def _decode(self, root: str, file: _FileStamp) -> UInt8[np.ndarray, "size size 3"] | str:
+        try:
+            return photos.decode(os.path.join(root, file.path), self.size, max_megapixels=self.max_megapixels)
+        except photos.BadPhotoError as error:
+            return str(error)
+
+
+class PreparedPhotos(NamedTuple):
+    """Result of `PhotoCache.prepare`.
+
+    Attributes:
+      images: The readable photos.
+      kept: Indices of the paths that became images, in order.
+      unreadable: The other files, each with the reason.
+      notes: Sentences for the user.
+    """
+
+    images: "CachedImages"
     kept: Int[np.ndarray, " images"]
-    """Which of the files became images, in order."""
     unreadable: list[Unreadable]
     notes: list[str]
 
 
-class PreparedPhotos:
-    """Squares of RGB out of files: what is looked at is read, the rest stays on disk.
+class CachedImages:
+    """RGB squares in the shards of a cache folder; holds the folder's reader lock, so that none of them is deleted.
 
-    Read, not mapped: pages of a map count as the process's memory for as long as nobody else wants them.
+    Files are read, not mapped: pages of a map would count as memory of the process until they are evicted.
     """
 
-    def __init__(self, folder: pathlib.Path, size: int, places: Sequence[_Place], identity: str):
-        """Shows the photos at `places` of the shards in `folder`, which stays as it is meanwhile."""
+    def __init__(self, folder: pathlib.Path, size: int, locations: Sequence[_Location], identity: str):
+        """Opens the photos at `locations` in a cache folder."""
         self.identity = identity
-        self._used = hold(folder, fcntl.LOCK_SH)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(cache.shared(folder))
         self._size = size
-        self._shards = np.array([place.shard for place in places], np.int64)
-        self._rows = np.array([place.row for place in places], np.int64)
-        self._shard = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_open_shard, folder))
+        self._shards = np.array([location.shard for location in locations], np.int64)
+        self._rows = np.array([location.row for location in locations], np.int64)
+        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_open_shard, folder))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
-        file, start = self._shard(int(self._shards[index]))
+        file, offset = self._open(int(self._shards[index]))
         length = self._size * self._size * 3
-        pixels = os.pread(file.fileno(), length, start + int(self._rows[index]) * length)
+        pixels = os.pread(file.fileno(), length, offset + int(self._rows[index]) * length)
         return np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3)
 
 
 def _open_shard(folder: pathlib.Path, number: int) -> tuple[IO[bytes], int]:
-    """Returns a shard, open, and where its pixels begin."""
-    path = _pixels(folder, number)
+    """Returns the open file of a shard and the offset of its pixels."""
+    path = _pixels_path(folder, number)
     return path.open("rb"), np.load(path, mmap_mode="r").offset
 
 
-def prepare(
-    paths: Sequence[str],
-    *,
-    root: str,
-    owner: str,
-    size: int,
-    cache: pathlib.Path,
-    max_megapixels: int = photos.MAX_MEGAPIXELS,
-    bar: Bar = no_bar,
-) -> Prepared:
-    """Decodes and resizes what was not prepared before, and returns all photos that can be read.
-
-    A file is known by its path, size and time of change; a known one is not opened again, whether it was good or bad.
-    The pixels depend on the file alone, not on the number of cores. An interrupted call is gone on with by the next.
-    Of two processes that prepare the same files, the second waits.
-
-    Args:
-      paths: of the files, relative to `root` or absolute, each once.
-      root: the folder.
-      owner: what the files belong to, a folder or a list: another owner's are kept apart.
-      size: side of the squares in pixels.
-      cache: the folder in which all prepared photos are kept.
-      max_megapixels: larger photos are unreadable.
-      bar: shows the progress.
-
-    Raises:
-      DataError: the cache cannot be written, or the disk is too small.
-    """
-    made_of = {
-        "owner": os.path.abspath(owner),
-        "size": size,
-        "max_megapixels": max_megapixels,
-        "decoder": photos.VERSION,
-        "format": _FORMAT,
-    }
-    text = json.dumps(made_of, sort_keys=True, indent=2)
-    folder = cache / hashlib.sha256(text.encode()).hexdigest()[:24]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "made_of.json", text.encode())
-        with alone(folder, bar):
-            return _prepare(paths, root, size, folder, max_megapixels, bar)
-    except OSError as error:
-        raise DataError(
-            f"config.cache.dir: prepared photos cannot be kept in {folder} ({error.strerror or error}); make room or "
-            "name another place by --config.cache.dir=DIR, what was prepared is kept"
-        ) from error
-
-
-def _prepare(
-    paths: Sequence[str], root: str, size: int, folder: pathlib.Path, max_megapixels: int, bar: Bar
-) -> Prepared:
-    known, notes = _read(folder, size)
-    found: list[_Stamp | Unreadable] = [_stamp(root, path) for path in paths]
-    new = [stamp for stamp in found if isinstance(stamp, _Stamp) and stamp not in known]
-    if new:
-        validate_free_space(
-            folder, len(new) * size * size * 3, "photos take", "lower --config.data.stored_size or name"
-        )
-        if known:
-            notes.append(f"{len(found) - len(new):,} of {len(found):,} photos were prepared before")
-
-        def decoded(stamp: _Stamp) -> UInt8[np.ndarray, "size size 3"] | str:
-            try:
-                return photos.decode(os.path.join(root, stamp.path), size, max_megapixels=max_megapixels)
-            except photos.BadPhotoError as error:
-                return str(error)
-
-        with bar("Preparing photos", len(new)) as moved:
-            for shard in _shards(map_in_order(decoded, new)):
-                known |= _append(folder, shard)
-                moved(len(shard))
-    live = {stamp: known[stamp] for stamp in found if isinstance(stamp, _Stamp)}
-    if not in_use(folder):
-        live = _tidy(folder, size, known, live)
-    kept, unreadable, places = [], [], []
-    digest = hashlib.blake2b(f"{size} {photos.VERSION}".encode(), digest_size=16)
-    for index, stamp in enumerate(found):
-        if isinstance(stamp, Unreadable):
-            unreadable.append(stamp)
-        elif (place := live[stamp]).reason:
-            unreadable.append(Unreadable(stamp.path, place.reason))
-        else:
-            kept.append(index)
-            places.append(place)
-            digest.update(json.dumps(stamp).encode())
-    images = PreparedPhotos(folder, size, places, f"photos-{digest.hexdigest()}")
-    return Prepared(images, np.array(kept, np.int64), unreadable, notes)
-
-
-def _shards(results: Iterable[tuple[_Stamp, Any]]) -> Iterator[list[tuple[_Stamp, Any]]]:
-    shard: list[tuple[_Stamp, Any]] = []
-    for result in results:
-        shard.append(result)
-        if len(shard) == SHARD:
-            yield shard
-            shard = []
-    if shard:
+def _batched(results: Iterable[tuple[_FileStamp, Any]]) -> Iterator[list[tuple[_FileStamp, Any]]]:
+    results = iter(results)
+    while shard := list(itertools.islice(results, SHARD)):
         yield shard
 
 
-def _stamp(root: str, path: str) -> _Stamp | Unreadable:
+def _stamp(root: str, path: str) -> _FileStamp | Unreadable:
     try:
-        found = os.stat(os.path.join(root, path))
+        status = os.stat(os.path.join(root, path))
     except OSError as error:
-        return Unreadable(path, (error.strerror or str(error)).lower())
-    return _Stamp(path, found.st_size, found.st_mtime_ns)
+        return Unreadable(path, short_reason(error))
+    return _FileStamp(path, status.st_size, status.st_mtime_ns)
 
 
-def _pixels(folder: pathlib.Path, number: int) -> pathlib.Path:
+def _pixels_path(folder: pathlib.Path, number: int) -> pathlib.Path:
     return folder / f"{number:06}.npy"
 
 
-def _entries(folder: pathlib.Path, number: int) -> pathlib.Path:
+def _entries_path(folder: pathlib.Path, number: int) -> pathlib.Path:
     return folder / f"{number:06}.json"
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
-    part = path.with_suffix(f".{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _shard_numbers(folder: pathlib.Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
 
 
-def _append(folder: pathlib.Path, shard: list[tuple[_Stamp, Any]]) -> dict[_Stamp, _Place]:
-    """Writes a shard, pixels first: its entries make it count."""
-    number = 1 + max((int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()), default=-1)
+def _append_shard(folder: pathlib.Path, shard: list[tuple[_FileStamp, Any]]) -> dict[_FileStamp, _Location]:
+    """Writes a shard: first the pixels, which are valid only once their entries exist."""
+    number = 1 + max(_shard_numbers(folder), default=-1)
     good = [pixels for _, pixels in shard if not isinstance(pixels, str)]
-    part = folder / f"{number:06}.{secrets.token_hex(4)}.part"
-    try:
-        with part.open("wb") as file:
-            np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))
-        os.replace(part, _pixels(folder, number))
-    finally:
-        part.unlink(missing_ok=True)
-    places, row = {}, 0
+    with replacing(_pixels_path(folder, number)) as part, part.open("wb") as file:
+        np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))
+    locations, row = {}, 0
     for stamp, pixels in shard:
         bad = isinstance(pixels, str)
-        places[stamp] = _Place(number, -1 if bad else row, pixels if bad else "")
+        locations[stamp] = _Location(number, -1 if bad else row, pixels if bad else "")
         row += not bad
-    _write(_entries(folder, number), json.dumps([[*stamp, *place[1:]] for stamp, place in places.items()]).encode())
-    return places
+    entries = [[*stamp, *location[1:]] for stamp, location in locations.items()]
+    write_bytes(_entries_path(folder, number), json.dumps(entries).encode())
+    return locations
 
 
-def _read(folder: pathlib.Path, size: int) -> tuple[dict[_Stamp, _Place], list[str]]:
-    """Returns what was prepared before, and a sentence for each damaged shard, which is deleted."""
-    known: dict[_Stamp, _Place] = {}
+def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Location], list[str]]:
+    """Returns the photos prepared before, and a note for each damaged shard, which is deleted."""
+    known: dict[_FileStamp, _Location] = {}
     notes = []
-    for path in sorted(folder.glob("*.json")):
-        if not path.stem.isdigit():
-            continue
-        number = int(path.stem)
+    for number in _shard_numbers(folder):
+        path = _pixels_path(folder, number)
         try:
-            entries = {
-                _Stamp(*entry[:3]): _Place(number, *entry[3:]) for entry in json.loads(path.read_text(encoding="utf-8"))
-            }
-            rows = sum(not place.reason for place in entries.values())
-            pixels = np.load(_pixels(folder, number), mmap_mode="r")  # checks the file's length
+            entries = json.loads(_entries_path(folder, number).read_text(encoding="utf-8"))
+            locations = {_FileStamp(*entry[:3]): _Location(number, *entry[3:]) for entry in entries}
+            rows = sum(not location.reason for location in locations.values())
+            pixels = np.load(path, mmap_mode="r")  # checks the length of the file
             if pixels.dtype != np.uint8 or len(pixels) != rows or (rows and pixels.shape[1:] != (size, size, 3)):
-                raise ValueError(f"it holds {pixels.shape}, not {rows} photos of {size} pixels")
-            known |= entries
+                raise ValueError(f"its shape is {pixels.shape}, not that of {rows} photos of {size} pixels")
+            known |= locations
         except (OSError, ValueError, TypeError) as error:
-            notes.append(f"{_pixels(folder, number)} is damaged ({error}); its photos are prepared again")
-            _delete(folder, number)
+            notes.append(f"{path} is damaged ({error}); its photos are prepared again")
+            _delete_shard(folder, number)
     return known, notes
 
 
-def _delete(folder: pathlib.Path, number: int) -> None:
-    _entries(folder, number).unlink(missing_ok=True)  # first: without them the pixels count for nothing
-    _pixels(folder, number).unlink(missing_ok=True)
+def _delete_shard(folder: pathlib.Path, number: int) -> None:
+    _entries_path(folder, number).unlink(missing_ok=True)  # first, since pixels without entries are ignored
+    _pixels_path(folder, number).unlink(missing_ok=True)
 
 
-def _tidy(
-    folder: pathlib.Path, size: int, known: dict[_Stamp, _Place], live: dict[_Stamp, _Place]
-) -> dict[_Stamp, _Place]:
-    """Deletes shards of which no photo is left, and rewrites all when most rows are of photos that are gone."""
-    used = {place.shard for place in live.values()}
-    for number in {place.shard for place in known.values()} - used:
-        _delete(folder, number)
-    dead = sum(place.shard in used for place in known.values()) - len(live)
-    # Where there is no room for a second copy, the first one stays: nothing is wrong with it.
-    if dead <= len(live) or len(live) * size * size * 3 > shutil.disk_usage(folder).free:
-        return live
-    old = functools.lru_cache(4)(lambda number: np.load(_pixels(folder, number), mmap_mode="r"))
-    moved: dict[_Stamp, _Place] = {}
-    rows = ((stamp, place.reason or np.array(old(place.shard)[place.row])) for stamp, place in live.items())
-    for shard in _shards(rows):
-        moved |= _append(folder, shard)
-    for number in used:
-        _delete(folder, number)
+def _compact(
+    folder: pathlib.Path, size: int, known: dict[_FileStamp, _Location], used: dict[_FileStamp, _Location]
+) -> dict[_FileStamp, _Location]:
+    """Deletes shards without a used photo, and rewrites the others if most of their photos are unused."""
+    shards = {location.shard for location in used.values()}
+    for number in {location.shard for location in known.values()} - shards:
+        _delete_shard(folder, number)
+    unused = sum(location.shard in shards for location in known.values()) - len(used)
+    # Without space for a second copy, the first one stays as it is.
+    if unused <= len(used) or len(used) * size * size * 3 > shutil.disk_usage(folder).free:
+        return used
+    load = functools.lru_cache(4)(lambda number: np.load(_pixels_path(folder, number), mmap_mode="r"))
+    photos_and_reasons = (
+        (stamp, location.reason or np.array(load(location.shard)[location.row])) for stamp, location in used.items()
+    )
+    moved: dict[_FileStamp, _Location] = {}
+    for shard in _batched(photos_and_reasons):
+        moved |= _append_shard(folder, shard)
+    for number in shards:
+        _delete_shard(folder, number)
     return moved
-
-
-def validate_free_space(folder: pathlib.Path, needed: int, what: str, way_out: str) -> None:
-    """Checks that so many bytes fit on the disk of `folder`.
-
-    Raises:
-      DataError: they do not; the message says what they are and what can be done beside naming another place.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"config.cache.dir: the prepared {what} {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} "
-            f"GiB free; {way_out} another place by --config.cache.dir=DIR"
-        )

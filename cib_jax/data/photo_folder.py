@@ -1,119 +1,130 @@
-"""Any folder of photos, however it came to be; sub-folders may be classes."""
+"""Data sets of photos on disk: any folder, with sub-folders as classes, or a CSV or Parquet list of paths."""
 
 import collections
+import functools
 import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 
-from cib_jax.data import photo_cache, photos
-from cib_jax.data.dataset import Bar, ImageSet, Labels, Source, Unreadable, no_bar
+from cib_jax.data import photos
+from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, config_error, parse_labels
+from cib_jax.data.photo_cache import PhotoCache, PreparedPhotos
 from cib_jax.data.splits import ROLES
-from cib_jax.errors import DataError
-from cib_jax.files import printable
-
-# data.folder: Any folder of photos, however it came to be; sub-folders may be classes.
-
+from cib_jax.files import first_line, printable, short_reason
 
 FEWEST = 3
 
+_error = functools.partial(config_error, "dir")
 
-def load_folder(
-    directory: str,
-    *,
-    labeled: bool = True,
-    size: int,
-    cache: pathlib.Path,
-    max_megapixels: int = photos.MAX_MEGAPIXELS,
-    bar: Bar = no_bar,
-) -> Source:
-    """Returns the photos of a folder and of all folders in it, in the order of their paths.
 
-    Where every photo lies in one of two or more folders right under `directory`, these are the classes.
+def load_folder(directory: str, cache: PhotoCache, *, labeled: bool = True) -> Source:
+    """Returns the photos of a folder and its sub-folders, in the order of their paths.
+
+    If every photo is inside one of two or more folders directly under `directory`, these folders are the classes.
 
     Args:
-      directory: the folder.
-      labeled: False leaves classes aside.
-      size: side to which photos are resized, in pixels.
-      cache: where prepared photos are kept.
-      max_megapixels: larger photos are unreadable.
-      bar: shows the progress.
+      directory: Path of the folder.
+      cache: Photo cache, which also gives the size of the photos.
+      labeled: Whether sub-folders are used as classes.
 
     Raises:
-      DataError: there is no such folder, it cannot be read, or holds fewer than three readable photos.
+      DataError: The folder does not exist, cannot be read, or holds fewer than three readable photos.
     """
     directory = os.path.expanduser(directory)
-    _check(directory)
-    paths, others, unreadable = walk_folder(directory)
+    _validate_folder(directory)
+    paths, others, closed = walk_folder(directory)
     if not paths:
-        seen = f"only {counted(others)}{heic_hint(others)}" if others else "nothing"
-        raise DataError(
-            f"config.data.dir: {directory} holds no photos ({seen}); give a folder with files named "
-            f"{', '.join(sorted(photos.EXTENSIONS))}"
-        )
-    made = photo_cache.prepare(
-        paths, root=directory, owner=directory, size=size, cache=cache, max_megapixels=max_megapixels, bar=bar
-    )
-    unreadable = [*unreadable, *made.unreadable]
-    names = [paths[index] for index in made.kept]
-    validate_enough_images(directory, len(names), unreadable)
-    labels, classes, note = _classes(names) if labeled else (None, [], "")
-    notes = [*made.notes, note]
-    if others:
-        notes.append(f"Not photos by name, left out: {counted(others)}{heic_hint(others)}")
-    return Source(
-        ImageSet(made.images, labels, names),
-        None,
-        classes,
-        unreadable=unreadable,
-        notes=[note for note in notes if note],
-    )
+        raise _error(no_photos(directory, others))
+    prepared = _prepare(paths, directory, directory, cache, closed)
+    names = [paths[index] for index in prepared.kept]
+    labels, classes, note = _folder_classes(names) if labeled else (None, [], "")
+    notes = [*prepared.notes, note, skipped_files(others)]
+    images = ImageSet(prepared.images, labels, names)
+    return Source(images, None, classes, None, prepared.unreadable, [note for note in notes if note])
 
 
-def validate_enough_images(where: str, count: int, unreadable: list[Unreadable]) -> None:
-    """Checks that there are enough photos to learn from.
+def load_list(path: str, cache: PhotoCache, *, labeled: bool = True) -> Source:
+    """Returns the photos that a list names, in its order.
+
+    Its columns are `path`, relative to the folder of the list or absolute; `label` or `labels`, as in
+    `dataset.parse_labels`; and `split`, one of `splits.ROLES`. All but the first are optional; others are ignored.
+
+    Args:
+      path: Path of the list, a .csv or .parquet file.
+      cache: Photo cache, which also gives the size of the photos.
+      labeled: Whether labels are used.
 
     Raises:
-      DataError: there are fewer than three.
+      DataError: The list cannot be read, has an invalid value, or names fewer than three readable photos.
     """
-    if count < FEWEST:
-        first = f" (the first: {printable(unreadable[0].path)}: {unreadable[0].reason})" if unreadable else ""
-        raise DataError(
-            f"config.data.dir: {where} has {count} readable photos and {len(unreadable)} unreadable ones{first}; at "
-            f"least {FEWEST} readable ones are needed, and some hundred to learn anything from"
+    path = os.path.expanduser(path)
+    columns = _read_columns(path)
+    paths = _paths(path, columns)
+    labels, classes = parse_labels(path, columns) if labeled else (None, [])
+    splits = _texts(path, columns, "split") if "split" in columns else []
+    for row, role in enumerate(splits):
+        if role not in ROLES:
+            raise _error(f"{path}, row {row + 1}: split must be one of {', '.join(ROLES)}, got {role!r}")
+    prepared = _prepare(paths, os.path.dirname(os.path.abspath(path)), path, cache)
+    kept = prepared.kept
+    images = ImageSet(prepared.images, None if labels is None else labels[kept], [paths[index] for index in kept])
+    roles = None
+    if splits:
+        role_of = np.array(splits)[kept]
+        roles = {role: images.take(np.flatnonzero(role_of == role)) for role in ROLES if (role_of == role).any()}
+    return Source(images, None, classes, roles, prepared.unreadable, prepared.notes)
+
+
+def _prepare(
+    paths: list[str], root: str, source: str, cache: PhotoCache, closed: Sequence[Unreadable] = ()
+) -> PreparedPhotos:
+    """Prepares the photos of a folder or a list, and checks that enough of them can be read."""
+    prepared = cache.prepare(paths, root=root, owner=source)
+    unreadable = [*closed, *prepared.unreadable]
+    if len(prepared.kept) < FEWEST:
+        first = f" (the first: {unreadable[0]})" if unreadable else ""
+        raise _error(
+            f"{source} must have at least {FEWEST} readable photos, and some hundred to learn from, got "
+            f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
         )
+    return prepared._replace(unreadable=unreadable)
+
+
+# Folders
 
 
 def walk_folder(directory: str) -> tuple[list[str], collections.Counter[str], list[Unreadable]]:
-    """Returns the relative paths of photos, sorted; other files counted by extension; and folders that stay closed.
+    """Returns the sorted relative paths of photos, the number of other files by extension, and unreadable folders.
 
-    Links are followed, each folder is entered once, and hidden ones not at all. Real folders come before links to
-    them, so that a photo is known by the path that its owner gave it.
+    Links are followed, each folder is entered once, and hidden ones are skipped. Real folders come before links to
+    them, so that a photo is found under its original path.
     """
     paths: list[str] = []
     others: collections.Counter[str] = collections.Counter()
     closed: list[Unreadable] = []
-    waiting, links, entered = [""], collections.deque[str](), set()
-    while waiting or links:
-        inside = waiting.pop() if waiting else links.popleft()
+    folders, links, entered = [""], collections.deque[str](), set()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
         try:
-            found = os.stat(os.path.join(directory, inside))
-            if (found.st_dev, found.st_ino) in entered:
+            status = os.stat(os.path.join(directory, folder))
+            if (status.st_dev, status.st_ino) in entered:
                 continue
-            entered.add((found.st_dev, found.st_ino))
-            entries = sorted(os.scandir(os.path.join(directory, inside)), key=lambda entry: entry.name)
+            entered.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(os.path.join(directory, folder)), key=lambda entry: entry.name)
         except OSError as error:
-            closed.append(Unreadable(inside, (error.strerror or str(error)).lower()))
+            closed.append(Unreadable(folder or directory, short_reason(error)))
             continue
         for entry in entries:
-            path = f"{inside}/{entry.name}" if inside else entry.name
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if is_hidden(entry.name):
                 continue
             if _is_folder(entry):
-                links.append(path) if entry.is_symlink() else waiting.append(path)
+                links.append(path) if entry.is_symlink() else folders.append(path)
             elif (extension := os.path.splitext(entry.name)[1].lower()) in photos.EXTENSIONS:
                 paths.append(path)
             else:
@@ -121,176 +132,114 @@ def walk_folder(directory: str) -> tuple[list[str], collections.Counter[str], li
     return sorted(paths), others, closed
 
 
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder of this name is skipped: hidden ones, and metadata that macOS adds to zips."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads round in a circle
+    except OSError:  # a link that leads to itself
         return False
 
 
-def _check(directory: str) -> None:
+def _validate_folder(directory: str) -> None:
     if not directory:
-        raise DataError("config.data.dir: it is empty; give the folder of photos by --config.data.dir=PHOTOS")
+        raise _error("it must name the folder of photos, got ''; set it with --config.data.dir=PHOTOS")
     if not os.path.exists(directory):
-        raise DataError(f"config.data.dir: there is no folder {directory}; give the folder of photos")
+        raise _error(f"the folder {directory} does not exist; give the folder of photos")
     if not os.path.isdir(directory):
-        raise DataError(
-            f"config.data.dir: {directory} is a file; give a folder, or config.data.name=list for a list of paths"
-        )
+        raise _error(f"{directory} must be a folder, got a file; for a list of paths set config.data.name=list")
     try:
         os.scandir(directory).close()
     except OSError as error:
-        raise DataError(
-            f"config.data.dir: {directory} cannot be read ({(error.strerror or str(error)).lower()}); give a folder "
-            "that you may read"
-        ) from error
+        raise _error(f"{directory} cannot be read ({short_reason(error)}); change its permissions") from error
 
 
-def _classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
-    first = [name.partition("/")[0] if "/" in name else "" for name in names]
-    classes = sorted(set(first))
+def _folder_classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
+    """Returns labels and classes by first-level folder, and a note for the user."""
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    classes = sorted(set(folders))
     if "" in classes:
-        return (
-            None,
-            [],
-            "Photos lie right in the folder, so sub-folders are not taken for classes: nothing to measure by",
-        )
+        return None, [], "Some photos are outside any sub-folder, so sub-folders are not used as classes: no metrics"
     if len(classes) < 2:
         return (
             None,
             [],
-            f"All photos lie in one sub-folder, {printable(classes[0])}, which is no class: nothing to measure by",
+            f"All photos are in one sub-folder, {printable(classes[0])}, so there are no classes: no metrics",
         )
     numbers = {name: number for number, name in enumerate(classes)}
     note = (
-        f"{len(classes)} sub-folders are taken for classes, which serve only to measure; "
-        "--config.data.labelled=False leaves them aside"
+        f"{len(classes)} sub-folders are used as classes, for metrics only; --config.data.labelled=False ignores them"
     )
-    return np.array([numbers[name] for name in first], np.int64), classes, note
+    return np.array([numbers[name] for name in folders], np.int64), classes, note
 
 
-def counted(others: collections.Counter[str]) -> str:
-    """Returns how many files of which extensions, in words."""
-    return ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5)) + (
-        f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
+def no_photos(where: str, others: collections.Counter[str], reason: str = "") -> str:
+    """Returns the message for a folder or archive without photos, with the reason or the extensions of its files."""
+    return (
+        f"{where} holds no photos ({reason or format_extensions(others) or 'nothing'}); give one with files named "
+        f"{', '.join(sorted(photos.EXTENSIONS))}"
     )
 
 
-def heic_hint(others: collections.Counter[str]) -> str:
-    """Returns what to do about photos of formats that are not read; "" where there is none."""
-    return "; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else ""
+def skipped_files(others: collections.Counter[str]) -> str:
+    """Returns a note for the user about files without a photo's extension; "" if there are none."""
+    return f"Files without a photo's extension, left out: {format_extensions(others)}" if others else ""
 
 
-# data.lists: A list of photos, in a CSV or Parquet file: paths, and where they are known, labels and splits.
+def format_extensions(others: collections.Counter[str]) -> str:
+    """Returns the number of files by extension in words, with advice about formats that must be converted."""
+    text = ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5))
+    text += f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
+    return text + ("; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else "")
 
 
-SEPARATOR = "|"
-"""Between the labels of one photo in a CSV file."""
+# Lists
 
 
-def load_list(
-    path: str,
-    *,
-    labeled: bool = True,
-    size: int,
-    cache: pathlib.Path,
-    max_megapixels: int = photos.MAX_MEGAPIXELS,
-    bar: Bar = no_bar,
-) -> Source:
-    """Returns the photos that a list names, in its order.
-
-    Its columns are `path`, relative to the list's own folder or absolute; `label`, the name or number of a class, or
-    `labels`, any number of them, in CSV as one text with "|" between them; and `split`, one of `splits.ROLES`. All but
-    the first may be missing, and others are not looked at.
-
-    Args:
-      path: of the list, .csv or .parquet.
-      labeled: False leaves labels aside.
-      size: side to which photos are resized, in pixels.
-      cache: where prepared photos are kept.
-      max_megapixels: larger photos are unreadable.
-      bar: shows the progress.
+def read_list_paths(path: str) -> list[str]:
+    """Returns the paths in a list of photos, in its order.
 
     Raises:
-      DataError: the list cannot be read or says something that cannot be, or too few photos are readable.
+      DataError: The list cannot be read, names no photo, or names one twice.
     """
-    path = os.path.expanduser(path)
-    columns = _columns(path)
-    named = _names(path, columns)
-    labels, classes = _labels(path, columns) if labeled else (None, [])
-    split = _texts(path, columns, "split") if "split" in columns else None
-    for number, role in enumerate(split or ()):
-        if role not in ROLES:
-            raise DataError(
-                f"config.data.dir: {path}, row {number + 1}: split is {role!r}, not one of {', '.join(ROLES)}"
-            )
-    root = os.path.dirname(os.path.abspath(path))
-    made = photo_cache.prepare(
-        named, root=root, owner=path, size=size, cache=cache, max_megapixels=max_megapixels, bar=bar
-    )
-    validate_enough_images(path, len(made.kept), made.unreadable)
-    kept: Int[np.ndarray, " images"] = made.kept
-    whole = ImageSet(made.images, None if labels is None else labels[kept], [named[index] for index in kept])
-    roles = None
-    if split is not None:
-        of_kept = np.array(split)[kept]
-        roles = {role: whole.take(np.flatnonzero(of_kept == role)) for role in ROLES if (of_kept == role).any()}
-    return Source(whole, None, classes, roles, made.unreadable, made.notes)
+    return _paths(path, _read_columns(path))
 
 
-def is_list_file(path: str) -> list[str]:
-    """Returns the paths that a list names, in its order.
-
-    Raises:
-      DataError: the list cannot be read, or names no photo, or one twice.
-    """
-    return _names(path, _columns(path))
-
-
-def _names(path: str, columns: dict[str, list[Any]]) -> list[str]:
-    found = _texts(path, columns, "path")
-    if len(set(found)) < len(found):
-        twice = collections.Counter(found).most_common(1)[0][0]
-        raise DataError(f"config.data.dir: {path} names {twice!r} twice; leave one of the two rows out")
-    return found
+def _paths(path: str, columns: dict[str, list[Any]]) -> list[str]:
+    paths = _texts(path, columns, "path")
+    if len(set(paths)) < len(paths):
+        repeated = collections.Counter(paths).most_common(1)[0][0]
+        raise _error(f"{path} must name each photo once, got {repeated!r} twice; remove one of the rows")
+    return paths
 
 
-def _columns(path: str) -> dict[str, list[Any]]:
-    """Returns the list's columns by name."""
-    import pyarrow
-    import pyarrow.parquet
-
-    readers: dict[str, Callable[[str], Any]] = {".csv": _csv, ".parquet": pyarrow.parquet.read_table}
+def _read_columns(path: str) -> dict[str, list[Any]]:
+    readers = {".csv": _read_csv, ".parquet": pyarrow.parquet.read_table}
     if not os.path.isfile(path):
-        raise DataError(
-            f"config.data.dir: there is no file {path or 'named'}; give the list of photos, a .csv or .parquet file"
-        )
+        raise _error(f"the file {path!r} does not exist; give a .csv or .parquet list of photos")
     extension = os.path.splitext(path)[1].lower()
     if extension not in readers:
-        raise DataError(f"config.data.dir: {path} is neither .csv nor .parquet; write the list as one of them")
+        raise _error(f"{path} must be a .csv or .parquet file; save the list as one of them")
     try:
         table = readers[extension](path)
     except (OSError, pyarrow.ArrowException) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"config.data.dir: {path} cannot be read as {extension[1:]} ({first}); mend the file"
-        ) from error
+        raise _error(f"{path} cannot be read as {extension[1:]} ({first_line(error)}); correct it") from error
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     if "path" not in columns:
-        raise DataError(
-            f"config.data.dir: {path} has no column 'path', but {', '.join(map(repr, columns)) or 'none'}; name the "
-            "photos' paths so, in the first row of a CSV file"
+        raise _error(
+            f"{path} must have a column 'path', got {', '.join(map(repr, columns)) or 'none'}; name the columns in the "
+            "first row"
         )
     if not columns["path"]:
-        raise DataError(f"config.data.dir: {path} names no photo; give a row for each")
+        raise _error(f"{path} names no photo; add a row for each")
     return columns
 
 
-def _csv(path: str) -> Any:
+def _read_csv(path: str) -> Any:
     """Returns a CSV file as a table of texts: labels such as 007 are names, not numbers."""
-    import pyarrow
-    import pyarrow.csv
-
     with pyarrow.csv.open_csv(path) as reader:
         names = reader.schema.names
     texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
@@ -298,45 +247,7 @@ def _csv(path: str) -> Any:
 
 
 def _texts(path: str, columns: dict[str, list[Any]], name: str) -> list[str]:
-    for number, value in enumerate(columns[name]):
+    for row, value in enumerate(columns[name]):
         if not isinstance(value, str) or not value:
-            raise DataError(f"config.data.dir: {path}, row {number + 1}: {name} is {value!r}; give it as text")
+            raise _error(f"{path}, row {row + 1}: {name} must be text, got {value!r}")
     return columns[name]
-
-
-def _labels(path: str, columns: dict[str, list[Any]]) -> tuple[Labels | None, Sequence[str]]:
-    if "label" in columns and "labels" in columns:
-        raise DataError(f"config.data.dir: {path} has both 'label' and 'labels'; leave one of the columns out")
-    if "label" in columns:
-        values = columns["label"]
-        for number, value in enumerate(values):
-            if value is None or value == "":
-                raise DataError(
-                    f"config.data.dir: {path}, row {number + 1}: label is empty; give one, or name the column 'labels' "
-                    "if photos may have none"
-                )
-        classes = _ordered(set(values))
-        numbers = {value: number for number, value in enumerate(classes)}
-        return np.array([numbers[value] for value in values], np.int64), [str(value) for value in classes]
-    if "labels" not in columns:
-        return None, []
-    sets = [
-        [part for part in value.split(SEPARATOR) if part] if isinstance(value, str) else list(value or ())
-        for value in columns["labels"]
-    ]
-    classes = _ordered({label for labels in sets for label in labels})
-    if not classes:
-        raise DataError(f"config.data.dir: {path} has a column 'labels' without any label; leave the column out")
-    numbers = {value: number for number, value in enumerate(classes)}
-    hot = np.zeros((len(sets), len(classes)), bool)
-    for row, labels in zip(hot, sets, strict=True):
-        row[[numbers[label] for label in labels]] = True
-    return hot, [str(value) for value in classes]
-
-
-def _ordered(values: set[Any]) -> list[Any]:
-    """Returns class names in order: numbers by value, even where they are written as text."""
-    try:
-        return sorted(values, key=lambda value: (float(value), str(value)))
-    except (TypeError, ValueError):
-        return sorted(values, key=str)

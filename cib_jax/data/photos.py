@@ -1,4 +1,4 @@
-"""The look of a photo in 64 bits, by which copies of one picture are known, however they were saved or resized."""
+"""One photo of any format, mode, size and state: decoding to an RGB square, thumbnails, and a perceptual hash."""
 
 import contextlib
 import io
@@ -12,34 +12,17 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-# data.difference_hash: The look of a photo in 64 bits, by which copies of one picture are known, however they were saved or resized.
-
-BITS = 64
-_SIDE = 8
-
-
-def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "8"]:
-    """Returns, packed, whether each of 8 × 8 places is brighter than the one left of it.
-
-    Copies of a picture differ in a few bits of 64, pictures of like things in about half (Krawetz, Kind of Like That,
-    2013, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html).
-    """
-    gray = PIL.Image.fromarray(image).convert("L").resize((_SIDE + 1, _SIDE), PIL.Image.Resampling.BOX)
-    levels = np.asarray(gray, np.int16)
-    return np.packbits(levels[:, 1:] > levels[:, :-1])
-
-
-# data.photos: One photo, whatever its format, mode, size and state, as a square of RGB; or the reason why not.
+from cib_jax.files import first_line, short_reason
 
 MAX_MEGAPIXELS = 178
-"""Pillow refuses larger images as decompression bombs."""
+"""Limit above which Pillow rejects images as decompression bombs."""
 
 VERSION = f"1-pillow-{PIL.__version__}"
-"""Changes whenever the same file may come to other pixels."""
+"""Version of the decoder: changes whenever the same file may be decoded to other pixels."""
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})
 
-# Named, so that a file never reaches one of Pillow's forty other readers, some of which start other programs.
+# Listed, so that a file never reaches one of Pillow's forty other readers, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 _READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF image"
 
@@ -47,7 +30,7 @@ _LARGE_PIXELS = 32_000_000
 _one_large = threading.Lock()
 
 _TRANSPOSE = PIL.Image.Transpose
-# By the tag Orientation of EXIF (TIFF 6.0, section 8): what turns the stored pixels upright.
+# Transpositions that turn the stored pixels upright, by the EXIF tag Orientation (TIFF 6.0, section 8).
 _UPRIGHT = {
     2: _TRANSPOSE.FLIP_LEFT_RIGHT,
     3: _TRANSPOSE.ROTATE_180,
@@ -58,64 +41,79 @@ _UPRIGHT = {
     8: _TRANSPOSE.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-_LYING = range(5, 9)  # width and height change places
+_SWAPPED = range(5, 9)  # orientations that swap width and height
 
 THUMBNAIL = 192
 """Longer side of a thumbnail in pixels."""
+
+HASH_BITS = 64
+"""Bits of `difference_hash`."""
+
 _THUMBNAIL_QUALITY = 78
 
 
 class BadPhotoError(ValueError):
-    """A photo cannot be used; the message is the reason, in a few words."""
+    """A photo cannot be used; the message is a short reason."""
 
 
 class TooLargeError(BadPhotoError):
     """A photo has more pixels than are allowed."""
 
 
-class Seen(NamedTuple):
-    """A photo as a network and as people see it."""
+class DecodedPhoto(NamedTuple):
+    """A photo for a network and for people.
+
+    Attributes:
+      square: RGB square.
+      thumbnail: JPEG without metadata; its longer side is `THUMBNAIL` pixels, or that of the photo if it is smaller.
+      width: Width of the upright photo in pixels.
+      height: Height of the upright photo in pixels.
+    """
 
     square: UInt8[np.ndarray, "size size 3"]
     thumbnail: bytes
-    """A JPEG without any metadata, its longer side `THUMBNAIL` pixels or, if the photo is smaller, the photo's."""
     width: int
-    """Of the photo, upright, in pixels."""
     height: int
-    """The same."""
 
 
 def decode(
     content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns a photo in RGB, upright, resized to a square, bilinearly and antialiased; of animations the first frame.
+    """Returns a photo in RGB, upright, resized to a square bilinearly with antialiasing.
 
-    Transparent parts become white. 16-bit gray is scaled to 8 bits, floating-point gray by its own range unless it lies
-    within [0, 1].
+    Of an animation, the first frame is decoded. Transparent parts become white. 16-bit gray is scaled to 8 bits,
+    floating-point gray by its own range unless that is within [0, 1].
 
     Args:
-      content: of the file, or its path.
-      size: side in pixels; 0 leaves the photo at its own size, [height, width, 3].
-      max_megapixels: of the photo as stored.
+      content: Content of the file, or its path.
+      size: Side in pixels; 0 keeps the size of the photo, [height, width, 3].
+      max_megapixels: Limit for the photo as stored.
 
     Raises:
-      BadPhotoError: it cannot be read, is no image, is damaged or too large.
+      BadPhotoError: The photo cannot be read, is not an image, is damaged or is too large.
     """
     with _image(content, max_megapixels) as image:
         return np.asarray(_square(image, size))
 
 
-def see(content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> Seen:
-    """Returns what `decode` does, a thumbnail and the photo's own size, of one file and, mostly, of one decoding.
+def decode_with_thumbnail(
+    content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
+) -> DecodedPhoto:
+    """Returns the square that `decode` returns, a thumbnail and the photo's size, mostly from one decoding.
+
+    Args:
+      content: Content of the file, or its path.
+      size: Side of the square in pixels; 0 keeps the size of the photo.
+      max_megapixels: Limit for the photo as stored.
 
     Raises:
-      BadPhotoError: as `decode`.
+      BadPhotoError: The photo cannot be read, is not an image, is damaged or is too large.
     """
     with _image(content, max_megapixels) as image:
         width, height = image.size
         square = _square(image, size)
         orientation = _orientation(image)
-        # Decoded for a small square, a JPEG may have fewer pixels left than a thumbnail has.
+        # A JPEG that was decoded for a small square may have fewer pixels than a thumbnail.
         again = max(image.size) < min(THUMBNAIL, max(width, height))
         thumbnail = b"" if again else _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
     if again:
@@ -123,14 +121,16 @@ def see(content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: i
             image.draft(None, (THUMBNAIL, THUMBNAIL))
             image.load()
             thumbnail = _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
-    return Seen(np.asarray(square), thumbnail, *((height, width) if orientation in _LYING else (width, height)))
+    return DecodedPhoto(
+        np.asarray(square), thumbnail, *((height, width) if orientation in _SWAPPED else (width, height))
+    )
 
 
 def reduced(content: bytes | str | os.PathLike[str], longest: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
-    """Returns a photo as a JPEG without any metadata, upright, its longer side at most `longest` pixels.
+    """Returns a photo as an upright JPEG without metadata, the longer side of which is at most `longest` pixels.
 
     Raises:
-      BadPhotoError: as `decode`.
+      BadPhotoError: The photo cannot be read, is not an image, is damaged or is too large.
     """
     with _image(content, max_megapixels) as image:
         image.draft(None, (longest, longest))
@@ -138,9 +138,23 @@ def reduced(content: bytes | str | os.PathLike[str], longest: int, *, max_megapi
         return _jpeg(image, longest, _orientation(image), 88)
 
 
+def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "8"]:
+    """Returns a perceptual hash: for 8 × 8 areas, packed, whether each is brighter than its left neighbor.
+
+    Resized or recompressed copies of a picture differ in a few of the 64 bits, different pictures in about half.
+
+    References:
+      Krawetz, Kind of Like That, 2013,
+      https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html
+    """
+    gray = PIL.Image.fromarray(image).convert("L").resize((9, 8), PIL.Image.Resampling.BOX)
+    levels = np.asarray(gray, np.int16)
+    return np.packbits(levels[:, 1:] > levels[:, :-1])
+
+
 @contextlib.contextmanager
 def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iterator[Any]:
-    """Yields an image whose pixels are not read yet; turns whatever goes wrong with it into a BadPhotoError."""
+    """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
         with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
@@ -148,12 +162,12 @@ def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iter
                 raise TooLargeError(
                     f"{image.width} × {image.height} pixels, more than data.max_megapixels={max_megapixels}"
                 )
-            # One at a time: a few of them at once could take all memory.
+            # Large images are decoded one at a time, since a few at once could exhaust memory.
             with _one_large if pixels > _LARGE_PIXELS else contextlib.nullcontext():
                 yield image
     except BadPhotoError:
         raise
-    except Exception as error:  # whatever a crafted or damaged file makes Pillow raise, it is a reason to leave it out
+    except Exception as error:  # a crafted or damaged file can make Pillow raise anything
         raise BadPhotoError(_reason(error)) from error
 
 
@@ -164,10 +178,10 @@ def _opened(content: bytes | str | os.PathLike[str]) -> Iterator[Any]:
             raise BadPhotoError("0 bytes")
         yield io.BytesIO(content)
         return
-    found = os.stat(content)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.stat(content)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise BadPhotoError("not a file")
-    if not found.st_size:
+    if not status.st_size:
         raise BadPhotoError("0 bytes")
     with open(content, "rb") as file:
         yield file
@@ -175,14 +189,14 @@ def _opened(content: bytes | str | os.PathLike[str]) -> Iterator[Any]:
 
 def _square(image: Any, size: int) -> PIL.Image.Image:
     if size:
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 where that still leaves twice the pixels that are wanted.
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still leaves twice the side of the square.
         image.draft(None, (2 * size, 2 * size))
     image.load()
     orientation = _orientation(image)
     if not size:
-        return _turned(_rgb(image), orientation)
+        return _upright(_rgb(image), orientation)
     image = _color_or_gray(image).resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return _turned(image if image.mode == "RGB" else image.convert("RGB"), orientation)
+    return _upright(image if image.mode == "RGB" else image.convert("RGB"), orientation)
 
 
 def _color_or_gray(image: Any) -> Any:
@@ -195,8 +209,8 @@ def _jpeg(image: Any, longest: int, orientation: int, quality: int) -> bytes:
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
-    image = _turned(image, orientation).copy()
-    image.info = {}  # among it are comments and color profiles, which would be written, too
+    image = _upright(image, orientation).copy()
+    image.info = {}  # it may hold comments and color profiles, which would be saved, too
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -205,11 +219,11 @@ def _jpeg(image: Any, longest: int, orientation: int, quality: int) -> bytes:
 def _orientation(image: PIL.Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF, of which Pillow tells in many ways, says nothing about the pixels
+    except Exception:  # damaged EXIF, for which Pillow raises many classes, does not affect the pixels
         return 1
 
 
-def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+def _upright(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -225,7 +239,7 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _eight_bits(gray: np.ndarray) -> UInt8[np.ndarray, "height width"]:
-    """Returns gray levels of 16 or 32 bits or in floating point as bytes."""
+    """Returns gray levels of 16 or 32 bits or in floating point as 8 bits."""
     if gray.dtype.kind in "ui" and gray.min() >= 0 and gray.max() < 1 << 16:
         return ((gray.astype(np.uint32) + 128) // 257).astype(np.uint8)
     gray = np.nan_to_num(gray.astype(np.float64), posinf=0.0, neginf=0.0)
@@ -239,8 +253,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, PIL.Image.DecompressionBombError):
         return f"more than {MAX_MEGAPIXELS} million pixels, a decompression bomb"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    if "truncated" in first.lower():
-        return f"truncated ({first})"
-    return f"damaged ({type(error).__name__}: {first})"
+        return short_reason(error)
+    message = first_line(error)
+    return (
+        f"truncated ({message})" if "truncated" in message.lower() else f"damaged ({type(error).__name__}: {message})"
+    )

@@ -1,76 +1,47 @@
-"""Data sets by name: where each kind comes from, and how it is asked for."""
+"""Registry of data sets: loads one by the name in a data config."""
 
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
-from cib_jax.data import feature_files, photo_folder, photos
-from cib_jax.data.dataset import Bar, ImageSet, Source, no_bar
-from cib_jax.errors import DataError
+from cib_jax.data import feature_files, photo_folder
+from cib_jax.data.dataset import Bar, DataConfig, ImageSet, Source, config_error, no_bar
+from cib_jax.data.photo_cache import PhotoCache
 
 
-def load(
-    name: str,
-    directory: str = "",
-    *,
-    labeled: bool = True,
-    stored_size: int = 0,
-    prepared: pathlib.Path | None = None,
-    max_megapixels: int = photos.MAX_MEGAPIXELS,
-    raw: str = "",
-    image: str = "",
-    label: str = "",
-    database: str = "",
-    query: str = "",
-    bar: Bar = no_bar,
-) -> Source:
-    """Returns the data set `name`.
+def load(data: DataConfig, cache_root: pathlib.Path | None = None, bar: Bar = no_bar) -> Source:
+    """Returns the data set that a data config names.
 
     Args:
-      name: "digits" (scikit-learn's), "folder" (of photos), "list" (a CSV or Parquet file of paths), "features"
-        (vectors of any model), "nuswide", "mscoco", or a data set of tensorflow-datasets.
-      directory: the folder, the file, or the TFDS data_dir ("": TFDS's usual place). Unused for "digits".
-      labeled: False leaves labels aside where a folder, a list or features have any.
-      stored_size: side to which a folder's or a list's photos are prepared, in pixels.
-      prepared: where such photos are kept, decoded and resized.
-      max_megapixels: larger images are left out.
-      raw, image, label, database, query: see `cib_jax.data.tfds.load`.
-      bar: shows the progress of preparing photos and of checking features; TFDS shows its own.
+      data: Name of the data set and how it is loaded.
+      cache_root: Folder for prepared photos and copied features; required for a folder or a list of photos.
+      bar: Progress-bar factory for preparing photos and checking features; TFDS shows its own bars.
 
     Raises:
-      DataError: there is no such set, it cannot be had, or it is unusable.
+      DataError: The data set does not exist, cannot be downloaded or prepared, or has invalid content.
     """
-    if name in OWN:
-        return OWN[name](directory)
-    if name == "features":
-        return feature_files.load(directory, labeled=labeled, cache=prepared, bar=bar)
-    if name in ("folder", "list"):
-        if not stored_size or prepared is None:
-            raise DataError(
-                "config.data.stored_size: photos of a folder or a list are of several sizes; set it to the side in "
-                "pixels to which all are resized, such as 160"
+    if data.name in DATA_SETS:
+        return DATA_SETS[data.name](data.directory)
+    if data.name == "features":
+        return feature_files.load(data.directory, labeled=data.labeled, cache_root=cache_root, bar=bar)
+    if data.name in ("folder", "list"):
+        if not data.stored_size or cache_root is None:
+            raise config_error(
+                "stored_size",
+                f"it must be positive for a folder or a list of photos, got {data.stored_size}; set it to the side in "
+                "pixels to which all are resized, such as 160",
             )
-        read = photo_folder.load_folder if name == "folder" else photo_folder.load_list
-        return read(
-            directory, labeled=labeled, size=stored_size, cache=prepared, max_megapixels=max_megapixels, bar=bar
-        )
-    from cib_jax.data import tfds  # with it comes tensorflow-datasets, which nothing else wants
+        cache = PhotoCache(cache_root, data.stored_size, data.max_megapixels, bar)
+        load_photos = photo_folder.load_folder if data.name == "folder" else photo_folder.load_list
+        return load_photos(data.directory, cache, labeled=data.labeled)
+    from cib_jax.data import tfds  # imports tensorflow-datasets, which the other data sets do not need
 
-    return tfds.load(
-        name,
-        directory,
-        raw=raw,
-        image=image,
-        label=label,
-        database=database,
-        query=query,
-        max_megapixels=max_megapixels,
-    )
+    return tfds.load(data)
 
 
-def _digits(directory: str) -> Source:
-    del directory  # they come with scikit-learn
+def _load_digits(directory: str) -> Source:
+    del directory  # scikit-learn contains the digits
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
@@ -79,5 +50,8 @@ def _digits(directory: str) -> Source:
     return Source(ImageSet(images, digits.target.astype(np.int64)), None, [str(digit) for digit in range(10)])
 
 
-OWN: dict[str, Callable[[str], Source]] = {"digits": _digits}
-"""Data sets that want nothing but a directory, or not even that: each a function of `config.data.dir`."""
+DATA_SETS: dict[str, Callable[[str], Source]] = {"digits": _load_digits}
+"""Loaders by name, each a function of `config.data.dir`; add a row for a data set of your own."""
+
+OWN = DATA_SETS
+"""Older name of `DATA_SETS`."""

@@ -1,61 +1,74 @@
-"""The protocols by name: papers split one data set in several ways, and only figures of the same way compare."""
+"""Splits of a data set into training images, queries, database and validation, by published protocol or own numbers.
+
+Papers split one data set in several ways, and only metrics of the same split compare. All draws depend on `data.seed`
+alone.
+"""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from cib_jax.data.dataset import ImageSet, Labels, Source, joined
-from cib_jax.errors import DataError
+from cib_jax.data.dataset import ImageSet, Labels, Source, concatenate, config_error
+from cib_jax.files import did_you_mean
 from cib_jax.random_streams import stream_rng
 
-# data.protocols: The protocols by name: papers split one data set in several ways, and only figures of the same way compare.
-
-
 ALL = 0
-"""As `k`: MAP over the whole ranked database."""
+"""Value of `k` for MAP over the whole ranked database."""
 
 AS_NAMED = -1
-"""As a number in a config: what the protocol says."""
+"""Value of a number in a config that leaves it to the protocol."""
+
+ROLES = ("train", "database", "query", "validation", "train_only")
+"""Values of the column `split` of a list: trains and is searched; is searched; is a query; is a query during training,
+in the same database; or trains and is not searched."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Which images train, which are queries, which are searched, and how far a ranking is looked at."""
+    """Which images train, which are queries, which are searched, and how many ranks are evaluated.
+
+    Attributes:
+      name: Name of the protocol.
+      says: Description in words.
+      data_sets: Data sets that it applies to; () if any.
+      pooled: Whether the data set's own splits are joined before anything is drawn.
+      queries: Number of random queries. If `queries_per_class` is 0, too, the data set's own test split is the queries.
+      queries_per_class: Number of random queries per class.
+      train_images: Number of training images, drawn from the database. The whole database trains if it is not larger,
+        or if `train_per_class` is 0, too.
+      train_per_class: Number of training images per class.
+      train_searched: Whether the training images stay in the database.
+      validation: Origin of the validation queries: "none"; "query_half", half of the queries, and only the other half
+        is tested; or "database", images of the database outside training, which are searched for in the rest of it.
+      k: Number of ranks that MAP@k evaluates; 0 means all.
+      published: Published tables that used this protocol, by k.
+      changed: Fields in which a config departs from the protocol that it names.
+    """
 
     name: str = "own"
     says: str = "as the config says"
     data_sets: tuple[str, ...] = ()
-    """Those that it is for; none: any."""
     pooled: bool = False
-    """Whether the data set's own splits are put together before anything is drawn."""
     queries: int = 0
-    """Drawn at random; with `queries_per_class` 0 too, the data set's own test split is the queries."""
     queries_per_class: int = 0
     train_images: int = 0
-    """Drawn at random from the database; all of it trains where there are no more or `train_per_class` is 0, too."""
     train_per_class: int = 0
     train_searched: bool = True
-    """Whether the training images stay in the database."""
     validation: str = "none"
     k: int = 1000
-    """How many ranked images MAP@k looks at; 0: all."""
     published: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    """By k, the tables that were made in this way."""
     changed: tuple[str, ...] = ()
-    """Fields in which a config departs from the protocol that it names."""
 
     def tables(self) -> str:
-        """Returns, in words, the published tables with which figures made in this way compare."""
+        """Returns, in words, the published tables that metrics of this protocol compare with."""
         if self.name == "own":
-            return "none compares with a split of one's own"
+            return "none compares with an own split"
         if self.changed:
             return f"none compares, since {', '.join(self.changed)} departs from the protocol"
-        at = "all" if self.k == ALL else self.k
-        return self.published.get(self.k, f"none is known at MAP@{at}")
+        return self.published.get(self.k, f"none is known at MAP@{'all' if self.k == ALL else self.k}")
 
 
 CIBHASH = "CIBHash, IJCAI 2021, table 1"
@@ -78,7 +91,7 @@ PROTOCOLS: dict[str, Protocol] = {
             data_sets=("cifar10",),
             train_per_class=500,
             validation="query_half",
-            published={1000: "none: what CIBHash's published code does, where its paper has 10,000 queries"},
+            published={1000: "none: used by CIBHash's published code, while its paper has 10,000 queries"},
         ),
         Protocol(
             name="cifar10-pooled-10k-50k",
@@ -139,196 +152,169 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
-"""Where they were read: CIBHash, section 4.1, and github.com/zexuanqiu/CIBHash (utils/data.py); the README of
+"""Protocols by name. Sources: CIBHash, section 4.1, and github.com/zexuanqiu/CIBHash (utils/data.py); the README of
 github.com/swuxyj/DeepHash-pytorch; github.com/liyunqianggyn/Deep-Unsupervised-Image-Hashing (ImageHashing)."""
 
 
-def named(name: str, data_set: str, fields: Mapping[str, Any]) -> Protocol:
-    """Returns the protocol `name`, with the fields that a config sets otherwise.
+def get_protocol(name: str, data_set: str, fields: Mapping[str, Any]) -> Protocol:
+    """Returns a protocol with the fields that a config changes.
 
     Args:
-      name: one of `PROTOCOLS`.
-      data_set: the name of the data set that it is to be used with, "cifar10" or "mscoco/2017".
-      fields: values by field; -1, or "protocol" for a word, leaves the protocol's.
+      name: One of `PROTOCOLS`.
+      data_set: Name of the data set to split, such as "cifar10" or "mscoco/2017".
+      fields: Values by field; -1, or "protocol" for a word, leaves the protocol's value.
 
     Raises:
-      DataError: there is no such protocol, or it is another data set's.
+      DataError: The protocol does not exist, or is for another data set.
     """
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise DataError(f"config.data.protocol: {name!r} is unknown; {hint}There are {', '.join(PROTOCOLS)}")
+        hint = did_you_mean(name, PROTOCOLS).rstrip()
+        raise config_error("protocol", f"it must be one of {', '.join(PROTOCOLS)}, got {name!r}{hint and f'; {hint}'}")
     protocol = PROTOCOLS[name]
     if protocol.data_sets and data_set.partition("/")[0] not in protocol.data_sets:
-        raise DataError(
-            f"config.data.protocol: {name} is for {' and '.join(protocol.data_sets)}, not {data_set}; 'own' takes the "
-            "fields of config.data as they stand"
-        )
+        raise config_error("protocol", f"{name} is for {' or '.join(protocol.data_sets)}, got {data_set}; use 'own'")
     given = {
         field: value
         for field, value in fields.items()
         if value not in (AS_NAMED, "protocol") and value != getattr(protocol, field)
     }
-    # A k of one's own keeps the split: its tables are looked up by k.
+    # Another k leaves the split as it is, and the published tables are listed by k.
     changed = () if name == "own" else tuple(f"{field}={value}" for field, value in given.items() if field != "k")
     return dataclasses.replace(protocol, **given, changed=changed)
 
 
-# data.splits: The protocol carried out: which images train, which are queries, which are searched. Drawn from `data.seed` alone.
-
-
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The images of an experiment by their role."""
+    """The images of an experiment by role; `validation` is None or its queries and the database to search."""
 
     train: ImageSet
     query: ImageSet
     database: ImageSet
     validation: tuple[ImageSet, ImageSet] | None
-    """Validation queries and the database they are searched in, or None."""
 
 
-ROLES = ("train", "database", "query", "validation", "train_only")
-"""What a list of one's own may say of an image: it trains and is searched; is searched; asks; asks while training,
-searching the same database; or trains and is not searched."""
-
-
-def draw(source: Source, protocol: Protocol, *, seed: int, validation_queries: int = 1000) -> Splits:
+def draw_splits(source: Source, protocol: Protocol, *, seed: int, validation_queries: int = 1000) -> Splits:
     """Returns the splits of a data set.
 
-    Where labels are missing, nothing can be drawn by class, and nothing validates.
-
     Args:
-      source: the data set as published.
-      protocol: what is drawn. Its validation is "none"; "query_half", half of the queries validate and only the other
-        half is tested on; or "database", validation queries come from the database, outside training, are searched in
-        the rest of it, and the test is left whole.
-      seed: decides every draw; each draw has a stream of its own, so that one setting does not change another's draw.
-      validation_queries: how many, with "database".
+      source: Data set as published.
+      protocol: Protocol that says what is drawn.
+      seed: Random seed; each draw has a stream of its own, so that one setting does not change another's draw.
+      validation_queries: Number of validation queries from the database.
 
     Raises:
-      DataError: the set is too small for what is asked, or has no labels where it needs them.
+      DataError: The set is too small for the protocol, or lacks the labels that it needs.
     """
     if protocol.validation != "none" and source.train.labels is None:
-        raise DataError("config.data.validation: this data set has no labels to validate by; set it to 'none'")
+        raise config_error(
+            "validation", f"it must be 'none' for a data set without labels, got {protocol.validation!r}"
+        )
     if source.roles is not None:
-        return _given(source, protocol)
-    database, query = _queries(source, protocol, stream_rng(seed, "queries"))
-    train_indices = _training(database, protocol, stream_rng(seed, "training images"))
-    train = database if train_indices is None else database.take(train_indices)
-    outside = np.arange(0) if train_indices is None else np.setdiff1d(np.arange(len(database)), train_indices)
+        return _splits_of_list(source.roles, protocol)
+    database, query = _draw_queries(source, protocol, stream_rng(seed, "queries"))
+    drawn = _draw_training(database, protocol, stream_rng(seed, "training images"))
+    train = database if drawn is None else database.take(drawn)
+    outside = np.arange(0) if drawn is None else _rest(database, drawn)
     if not protocol.train_searched:
         if not len(outside):
-            raise DataError(
-                f"config.data.protocol: {protocol.name} does not search what trains, and everything trains; set "
-                "config.data.train_images or config.data.train_per_class"
-            )
+            raise config_error("protocol", f"{protocol.name} searches only images that do not train; set train_images")
         database, outside = database.take(outside), np.arange(len(outside))
-    validating = None
+    validation, generator = None, stream_rng(seed, "validation queries")
     if protocol.validation == "query_half":
-        query, validating = _half(query, database, stream_rng(seed, "validation"))
+        half = len(query) // 2
+        if half < 1:
+            raise config_error(
+                "validation", f"'query_half' needs at least 2 queries, got {len(query)}; set it to 'none'"
+            )
+        order = generator.permutation(len(query))
+        validation = (query.take(np.sort(order[:half])), database)
+        query = query.take(np.sort(order[half:]))
     elif protocol.validation == "database":
         if len(outside) < validation_queries:
-            raise DataError(
-                f"config.data.validation_queries: {validation_queries} queries are wanted from the database outside "
-                f"training, which has {len(outside)} images; lower it or the number of training images"
+            raise config_error(
+                "validation_queries",
+                f"it must be at most {len(outside)}, the database images outside training, got {validation_queries}",
             )
-        drawn = np.sort(stream_rng(seed, "validation").choice(outside, validation_queries, replace=False))
-        validating = (database.take(drawn), database.take(np.setdiff1d(np.arange(len(database)), drawn)))
-    return Splits(train, query, database, validating)
+        asked = np.sort(generator.choice(outside, validation_queries, replace=False))
+        validation = (database.take(asked), database.take(_rest(database, asked)))
+    return Splits(train, query, database, validation)
 
 
-def _queries(source: Source, protocol: Protocol, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:
+def _rest(images: ImageSet, drawn: Int[np.ndarray, " drawn"]) -> Int[np.ndarray, " rest"]:
+    return np.setdiff1d(np.arange(len(images)), drawn)
+
+
+def _draw_queries(source: Source, protocol: Protocol, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:
     """Returns the database and the queries."""
-    drawn = protocol.queries or protocol.queries_per_class
+    count = protocol.queries or protocol.queries_per_class
     if source.test is not None and not protocol.pooled:
-        if drawn:
-            raise DataError(
-                "config.data.queries: this data set has a test split of its own, which are the queries; set it and "
-                f"config.data.queries_per_class to 0, not {drawn}"
+        if count:
+            raise config_error(
+                "queries", f"it and queries_per_class must be 0 for a data set with a test split, got {count}"
             )
         return source.train, source.test
-    pool = source.train if source.test is None else joined(source.train, source.test)
+    pool = source.train if source.test is None else concatenate(source.train, source.test)
     if protocol.queries and protocol.queries_per_class:
-        raise DataError("config.data.queries: set it or config.data.queries_per_class, not both")
+        raise config_error("queries", "only one of it and config.data.queries_per_class may be set")
     if protocol.queries_per_class:
-        indices = _per_class(pool, protocol.queries_per_class, generator, "queries_per_class")
-        return pool.take(np.setdiff1d(np.arange(len(pool)), indices)), pool.take(indices)
-    if not 0 < drawn < len(pool):
-        raise DataError(
-            f"config.data.queries: this data set comes in one piece of {len(pool)} images; say how many of them are "
-            f"queries, from 1 to {len(pool) - 1}, not {drawn}"
+        drawn = _draw_per_class(pool, protocol.queries_per_class, generator, "queries_per_class")
+        return pool.take(_rest(pool, drawn)), pool.take(drawn)
+    if not 0 < count < len(pool):
+        raise config_error(
+            "queries", f"it must be from 1 to {len(pool) - 1}, of {len(pool)} images in one piece, got {count}"
         )
     order = generator.permutation(len(pool))
-    return pool.take(np.sort(order[drawn:])), pool.take(np.sort(order[:drawn]))
+    return pool.take(np.sort(order[count:])), pool.take(np.sort(order[:count]))
 
 
-def _training(
+def _draw_training(
     database: ImageSet, protocol: Protocol, generator: np.random.Generator
 ) -> Int[np.ndarray, " drawn"] | None:
-    """Returns which images of the database train; None: all."""
+    """Returns the indices of the training images in the database, or None if all train."""
     if protocol.train_images and protocol.train_per_class:
-        raise DataError("config.data.train_images: set it or config.data.train_per_class, not both")
+        raise config_error("train_images", "only one of it and config.data.train_per_class may be set")
     if protocol.train_per_class:
-        return _per_class(database, protocol.train_per_class, generator, "train_per_class")
+        return _draw_per_class(database, protocol.train_per_class, generator, "train_per_class")
     if protocol.train_images > len(database) and protocol.name != "own":
-        raise DataError(
-            f"config.data.train_images: the database has {len(database)} images, where {protocol.name} wants "
-            f"{protocol.train_images} to train; lower the number, or set config.data.protocol to 'own'"
+        raise config_error(
+            "train_images",
+            f"{protocol.name} needs {protocol.train_images}, but the database has {len(database)} images; try 'own'",
         )
     if 0 < protocol.train_images < len(database):
         return np.sort(generator.choice(len(database), protocol.train_images, replace=False))
     return None
 
 
-def _half(
-    query: ImageSet, database: ImageSet, generator: np.random.Generator
-) -> tuple[ImageSet, tuple[ImageSet, ImageSet]]:
-    order = generator.permutation(len(query))
-    half = len(query) // 2
-    if half < 1:
-        raise DataError("config.data.validation: 'query_half' wants at least 2 queries; set it to 'none'")
-    return query.take(np.sort(order[half:])), (query.take(np.sort(order[:half])), database)
-
-
-def _given(source: Source, protocol: Protocol) -> Splits:
-    """Returns the splits that a data set's own list names, of `ROLES`."""
-    assert source.roles is not None
-    asked = {
-        "queries": protocol.queries,
-        "queries_per_class": protocol.queries_per_class,
-        "train_images": protocol.train_images,
-        "train_per_class": protocol.train_per_class,
-    }
-    for field, value in asked.items():
-        if value:
-            raise DataError(f"config.data.{field}: the list names the splits itself; set it to 0, not {value}")
+def _splits_of_list(roles: Mapping[str, ImageSet], protocol: Protocol) -> Splits:
+    """Returns the splits that a list of photos gives itself."""
+    for field in ("queries", "queries_per_class", "train_images", "train_per_class"):
+        if value := getattr(protocol, field):
+            raise config_error(field, f"it must be 0 for a list with a column 'split', got {value}")
     if protocol.validation != "none":
-        raise DataError(
-            "config.data.validation: the list names the splits itself; give its validation queries the split "
-            "'validation' and set the field to 'none'"
+        raise config_error(
+            "validation", f"it must be 'none' for a list, which has the split 'validation', got {protocol.validation!r}"
         )
-    roles = source.roles
     searched = [roles[role] for role in ("train", "database") if role in roles]
-    learnt = [roles[role] for role in ("train", "train_only") if role in roles]
-    if not (searched and learnt and "query" in roles):
-        raise DataError(
-            f"config.data.dir: the list's column 'split' has {', '.join(roles)}, but images that train, that are "
-            "searched and that ask are needed; 'train' is the first two, 'query' the third"
+    learned = [roles[role] for role in ("train", "train_only") if role in roles]
+    if not (searched and learned and "query" in roles):
+        raise config_error(
+            "dir", f"the column 'split' must name images to train, to search and as queries, got {', '.join(roles)}"
         )
-    database, train = joined(*searched), joined(*learnt)
-    validating = (roles["validation"], database) if "validation" in roles else None
-    if validating and database.labels is None:
-        raise DataError("config.data.dir: the list has validation queries but no labels; leave them out")
-    return Splits(train, roles["query"], database, validating)
+    database, train = concatenate(*searched), concatenate(*learned)
+    validation = (roles["validation"], database) if "validation" in roles else None
+    if validation and database.labels is None:
+        raise config_error("dir", "the list has validation queries but no labels; remove those rows")
+    return Splits(train, roles["query"], database, validation)
 
 
-def _per_class(images: ImageSet, count: int, generator: np.random.Generator, field: str) -> Int[np.ndarray, " drawn"]:
+def _draw_per_class(
+    images: ImageSet, count: int, generator: np.random.Generator, field: str
+) -> Int[np.ndarray, " drawn"]:
     """Draws `count` images of each class without replacement, sorted; an image drawn for one class serves only it."""
     if images.labels is None:
-        raise DataError(
-            f"config.data.{field}: this data set has no labels to draw by; set it to 0 and give "
-            f"config.data.{'queries' if field == 'queries_per_class' else 'train_images'} instead"
+        instead = "queries" if field == "queries_per_class" else "train_images"
+        raise config_error(
+            field, f"it must be 0 for a data set without labels, got {count}; set config.data.{instead} instead"
         )
     labels: Labels = images.labels
     drawn = np.zeros(len(labels), bool)
@@ -336,9 +322,8 @@ def _per_class(images: ImageSet, count: int, generator: np.random.Generator, fie
     for name in classes:
         members = np.flatnonzero(((labels == name) if labels.ndim == 1 else labels[:, name]) & ~drawn)
         if len(members) < count:
-            raise DataError(
-                f"config.data.{field}: class {name} has {len(members)} images left to draw from, not {count}; lower "
-                "the number, or 0 draws nothing by class"
+            raise config_error(
+                field, f"it must be at most {len(members)}, the images left of class {name}, got {count}"
             )
         drawn[generator.choice(members, count, replace=False)] = True
     return np.flatnonzero(drawn)

@@ -1,1 +1,1 @@
-"""Tables, figures and pages of runs, from numbers alone: nothing here reads a file or knows of a network."""
+"""Tables, figures and pages of runs, from numbers alone: no file is read, no network imported."""

@@ -1,4 +1,4 @@
-"""Pictures of search results: a row per query, its nearest images beside it, drawn from arrays alone."""
+"""Contact sheets of search results: a row for each query with its nearest images, drawn from arrays alone."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,29 +14,25 @@ _GAP, _CAPTION, _FRAME = 8, 20, 4
 _QUERY_GAP = 24
 _NOTE = 16
 _COLUMNS = 10  # results in a line
-# Okabe and Ito's colors, which most color-blind readers can tell apart; a miss is crossed out, too, for print.
+# Okabe and Ito's colors, which most color-blind readers can distinguish; a miss is also notched, for print in gray.
 _HIT, _MISS, _INK, _PAPER = (0, 114, 178), (213, 94, 0), (40, 40, 40), (255, 255, 255)
 
 
 class Tile(NamedTuple):
-    """An image with a few words under it."""
+    """An image with a caption."""
 
     image: UInt8[np.ndarray, "height width 3"]
     caption: str
     hit: bool | None = None
-    """Whether it is relevant to the query; None: not known."""
+    """Whether it is relevant to the query; None if not known."""
     note: str = ""
-    """A second line, which is cut from the left where it is too long: of a path, the end tells most."""
+    """A second line, cut from the left if it is too long: the end of a path is its most informative part."""
 
 
 def draw(title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> PIL.Image.Image:
-    """Returns a picture with the title and, row by row, each query, if there is one, and its results in order.
-
-    Raises:
-      ValueError: there is no row.
-    """
+    """Returns a picture with a title and, in each row, a query, if there is one, and its results in order."""
     if not rows:
-        raise ValueError("rows: there is none; give at least one query with its results")
+        raise ValueError("rows must have at least one query with its results, got none")
     font = PIL.ImageFont.load_default(13)
     rows = [line for query, results in rows for line in _lines(query, results)]
     caption = _CAPTION + (_NOTE if any(tile and tile.note for query, some in rows for tile in (query, *some)) else 0)
@@ -61,15 +57,15 @@ def draw(title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> PIL.
 def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: Tile, x: int, y: int) -> None:
     inside = SIDE - 2 * _FRAME
     picture = PIL.Image.fromarray(tile.image)
-    # Small images, such as digits, stay sharp.
-    how = PIL.Image.Resampling.NEAREST if max(picture.size) * 2 <= inside else PIL.Image.Resampling.BILINEAR
+    # Small images, such as digits, are enlarged without blur.
+    resampling = PIL.Image.Resampling.NEAREST if max(picture.size) * 2 <= inside else PIL.Image.Resampling.BILINEAR
     if tile.hit is not None:
-        # White beside a picture that is no square, so that a notch shows there, too.
+        # White beside a picture that is not square, so that a notch is visible there.
         pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), _PAPER, _HIT if tile.hit else _MISS, _FRAME)
     scale = inside / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     corner = (x + _FRAME + (inside - size[0]) // 2, y + _FRAME + (inside - size[1]) // 2)
-    sheet.paste(picture.resize(size, how), corner)
+    sheet.paste(picture.resize(size, resampling), corner)
     if tile.hit is False:
         pen.line((x, y + SIDE - 1, x + 20, y + SIDE - 21), _MISS, _FRAME)
     pen.text((x + _FRAME, y + SIDE + 2), tile.caption, _INK, font)
@@ -77,7 +73,7 @@ def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: 
 
 
 def _lines(query: Tile | None, results: Sequence[Tile]) -> list[tuple[Tile | None, Sequence[Tile]]]:
-    """Returns a query's results in lines that fit a screen, the query before the first."""
+    """Returns a query's results in lines that fit a screen, with the query before the first line."""
     parts = [results[start : start + _COLUMNS] for start in range(0, len(results), _COLUMNS)] or [results]
     return [(query if number == 0 else None, part) for number, part in enumerate(parts)]
 

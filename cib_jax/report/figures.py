@@ -1,4 +1,7 @@
-"""How all figures look: legible in print, in gray and to color-blind readers."""
+"""Figures of runs and comparisons, drawn from numbers alone; each title states what the numbers show.
+
+All are legible in print, in gray and for color-blind readers: lines differ in dashes and markers too, bars in hatching.
+"""
 
 import functools
 import math
@@ -15,25 +18,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cib_jax import codes
+from cib_jax.files import printable
 from cib_jax.retrieval import hamming
 from cib_jax.retrieval.metrics import Curves
 
-# report.style: How all figures look: legible in print, in gray and to color-blind readers.
+# Style.
 
-# Okabe and Ito's colors, which most color-blind readers can tell apart. Never alone: lines differ in their dashes
-# and marks too, bars in their hatching.
-BLUE, ORANGE, GREEN, PURPLE, SKY, RUST, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#6E6E6E",
-)
+# Okabe and Ito's colors, which most color-blind readers can distinguish.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, RUST, GREY = "#56B4E9", "#D55E00", "#6E6E6E"
 COLORS = (BLUE, RUST, GREEN, PURPLE, ORANGE, SKY, "#332288", "#882255", "#999933", "#44AA99")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-SEQUENTIAL, DIVERGING = "cividis", "PuOr"
+CLASSES = 10
+"""Largest number of classes in an embedding: more colors and markers cannot be distinguished."""
 
 _RULES: Any = {
     "font.size": 9,
@@ -51,18 +48,12 @@ _RULES: Any = {
 }
 
 
-def words(text: object) -> str:
-    """Returns text of a user's as Matplotlib shows it letter by letter: no formula, no hidden label, valid Unicode."""
-    shown = str(text).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
-
-
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Returns a function that draws under the rules of this file, and leaves Matplotlib's own as they were."""
+    """Returns a function that draws in this file's style and leaves Matplotlib's settings as they were."""
 
     @functools.wraps(draw)
     def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -75,98 +66,44 @@ def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 def figure(
     title: str, *, width: float = 6.4, height: float = 3.8, columns: int = 1
 ) -> tuple[matplotlib.figure.Figure, Sequence[Axes]]:
-    """Returns a figure, in inches, with a title that says what to see, and its axes side by side."""
-    # No pyplot: no figure stays behind, and no display is wanted.
+    """Returns a figure with a title and its axes side by side; width and height are in inches."""
+    # Without pyplot, which keeps every figure in memory and looks for a display.
     made = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     made.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", wrap=True)
     return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
-# report.embedding: Codes as points of a plane, near where codes are near: t-SNE, and which classes to show on it.
+def escape(text: object) -> str:
+    """Returns any text in a form that Matplotlib draws literally: no formula, no hidden label, valid Unicode."""
+    escaped = printable(str(text)).replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
-CLASSES = 10
-"""Classes shown at most: more colors and marks cannot be told apart."""
-
-
-class Shown(NamedTuple):
-    """The classes of a picture."""
-
-    labels: Int[np.ndarray, " n"]
-    """An index into `names` for each image, −1 for classes that are not shown."""
-    names: list[str]
-
-
-def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray, "n 2"] | None:
-    """Returns where t-SNE puts codes, from their Hamming distances; None for fewer than 5 items or different codes.
-
-    van der Maaten and Hinton, JMLR 2008, by scikit-learn, perplexity 30 or a third of the items.
-    """
-    if len(packed) < 5 or len(np.unique(packed, axis=0)) < 5:
-        return None
-    # The squared Euclidean distance of bits is their Hamming distance.
-    bits = codes.ones(packed).astype(np.float32)
-    perplexity = min(30.0, (len(packed) - 1) / 3)
-    return sklearn.manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(bits)
-
-
-def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> Shown:
-    """Returns the most frequent classes, up to ten; of several labels, an image shows its rarest one among them."""
-    multi = labels.ndim == 2
-    hot = labels.astype(bool) if multi else labels[:, None] == np.arange(int(labels.max()) + 1)
-    counts = hot.sum(axis=0)
-    most = np.argsort(-counts, kind="stable")[:CLASSES]
-    most = most[counts[most] > 0]
-    if not len(most):
-        return Shown(np.full(len(labels), -1), [])
-    shown = np.full(len(labels), -1)
-    for number, name in enumerate(most):  # from the most frequent on: a rarer one is written over it
-        shown[hot[:, name]] = number
-    # By class, not by frequency, as a legend is looked up.
-    place = np.argsort(np.argsort(most))
-    shown = np.where(shown >= 0, place[shown], -1)
-    return Shown(shown, [names[name] if name < len(names) else f"class {name}" for name in np.sort(most)])
-
-
-def agreement(packed: UInt8[np.ndarray, "n bytes"], labels: Shaped[np.ndarray, "n ..."]) -> float:
-    """Returns the share of items that share a label with the nearest other one, the first of several."""
-    nearest = hamming.rank(packed, packed, 2)
-    own = np.arange(len(packed))
-    other = np.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
-    if labels.ndim == 2:
-        return float(np.mean((labels.astype(bool) & labels.astype(bool)[other]).any(axis=1)))
-    return float(np.mean(labels == labels[other]))
-
-
-# report.figures: The figures of one run, each from numbers, each under a title that says what those numbers show.
+# Training.
 
 
 @styled
 def training(records: Sequence[Mapping[str, float]]) -> Figure:
-    """Returns the loss terms, and the validation MAP where there is one, over epochs, from lines of metrics.jsonl."""
-    epochs = [record["epoch"] for record in records]
+    """Returns the loss terms over epochs, and the validation MAP if there is one, from the lines of metrics.jsonl."""
     first, last = records[0], records[-1]
     panels = [("contrast", "contrast (nats)"), ("kl", "KL bottleneck (nats)"), ("loss", "loss (nats)")]
-    validated = [record for record in records if "validation_map" in record]
+    if any("validation_map" in record for record in records):
+        panels.append(("validation_map", "validation MAP"))
     made, axes = figure(
         f"Contrast went from {first['contrast']:.2f} to {last['contrast']:.2f} nats in {last['epoch']:g} epochs; "
         f"KL ended at {last['kl']:.2f} nats",
-        width=8.6 if validated else 7.4,
+        width=3.8 + 1.2 * len(panels),
         height=3.2,
-        columns=3 + bool(validated),
+        columns=len(panels),
     )
-    for axis, (name, words), color in zip(axes, panels, COLORS, strict=False):
-        axis.plot(epochs, [record[name] for record in records], color=color, marker="." if len(epochs) < 20 else "")
-        axis.set(xlabel="epoch", ylabel=words)
-    if validated:
-        axes[3].plot(
-            [record["epoch"] for record in validated],
-            [record["validation_map"] for record in validated],
-            color=PURPLE,
-            marker="o",
-        )
-        axes[3].set(xlabel="epoch", ylabel="validation MAP")
+    for axis, (name, label), color in zip(axes, panels, COLORS, strict=False):
+        values = [(record["epoch"], record[name]) for record in records if name in record]
+        axis.plot(*zip(*values, strict=True), color=color, marker="." if len(values) < 20 else "")
+        axis.set(xlabel="epoch", ylabel=label)
     return made
+
+
+# Retrieval.
 
 
 @styled
@@ -178,7 +115,7 @@ def map_against_k(curves: Curves) -> Figure:
         f"k = {curves.k[-1]:,}"
     )
     axis.plot(curves.k, curves.map, color=BLUE, marker="o")
-    axis.set(xlabel="k, images looked at (log scale)", ylabel="MAP@k", xscale="log", ylim=(0, 1))
+    axis.set(xlabel="k (log scale)", ylabel="MAP@k", xscale="log", ylim=(0, 1))
     return made
 
 
@@ -189,18 +126,18 @@ def precision_recall(
     """Returns the precision–recall curve over Hamming radii.
 
     Args:
-      precision: within each radius, from 0 on.
-      recall: the same.
-      chance: the share of pairs that are relevant.
+      precision: Precision within each radius, from 0 on.
+      recall: Recall within each radius.
+      chance: Share of the pairs that are relevant.
     """
-    title = f"Precision is {precision[-1]:.2f} where recall ends, at {recall[-1]:.2f}; chance gives {chance:.2f}"
+    title = f"Precision is {precision[-1]:.2f} at the highest recall, {recall[-1]:.2f}; chance gives {chance:.2f}"
     if recall[0] <= 0.5 <= recall[-1]:
         half = float(np.interp(0.5, recall, precision))
-        title = f"With half of all relevant images found, precision is {half:.2f}, where chance gives {chance:.2f}"
+        title = f"At recall 0.5, precision is {half:.2f}; chance gives {chance:.2f}"
     made, (axis,) = figure(title)
     axis.plot(recall, precision, color=BLUE, marker="o", markersize=3, label="within Hamming radius 0, 1, 2, …")
     axis.axhline(chance, color=GREY, linestyle="--", label="chance")
-    # Labelled where there is room between two.
+    # Labels only where two do not overlap.
     last = -1.0
     for radius, (x, y) in enumerate(zip(recall, precision, strict=True)):
         if x - last > 0.06:
@@ -213,7 +150,7 @@ def precision_recall(
 
 @styled
 def precision_against_returned(curves: Curves, chance: float) -> Figure:
-    """Returns precision over the number of images returned."""
+    """Returns precision and recall over the number of images returned."""
     at = min(range(len(curves.k)), key=lambda place: abs(curves.k[place] - 100))
     made, (axis,) = figure(f"Of the first {curves.k[at]:,} images, {curves.precision[at]:.0%} are relevant")
     axis.plot(curves.k, curves.precision, color=BLUE, marker="o", label="precision")
@@ -226,17 +163,17 @@ def precision_against_returned(curves: Curves, chance: float) -> Figure:
 
 @styled
 def precision_within_radius(curves: Curves) -> Figure:
-    """Returns precision and the share of empty lookups within Hamming radius 0 to 4."""
+    """Returns precision and the share of empty lookups within each Hamming radius from 0 to 4."""
     made, (axis,) = figure(
         f"Within Hamming radius 2, precision is {curves.radius_precision[2]:.2f} and "
         f"{curves.radius_empty[2]:.0%} of the queries find nothing"
     )
     radii = np.arange(len(curves.radius_precision))
-    for bars, hatch, color, words, shift in (
+    for bars, hatch, color, label, shift in (
         (curves.radius_precision, "", BLUE, "precision (0 where nothing is found)", -0.2),
         (curves.radius_empty, "///", ORANGE, "share of queries that find nothing", 0.2),
     ):
-        drawn = axis.bar(radii + shift, bars, 0.38, color=color, hatch=hatch, edgecolor="white", label=words)
+        drawn = axis.bar(radii + shift, bars, 0.38, color=color, hatch=hatch, edgecolor="white", label=label)
         axis.bar_label(drawn, fmt="%.2f", fontsize=8)
     axis.set(xlabel="Hamming radius (bits)", ylabel="mean over queries", xticks=radii, ylim=(0, 1.12))
     axis.legend(loc="upper center", ncols=2)
@@ -245,7 +182,7 @@ def precision_within_radius(curves: Curves) -> Figure:
 
 @styled
 def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.ndarray, " distances"]) -> Figure:
-    """Returns how far apart relevant and irrelevant pairs are, from their shares at each distance."""
+    """Returns the distributions of the distances of relevant and of irrelevant pairs, from shares at each distance."""
     bits = np.arange(len(relevant))
     means = [float(bits @ share) for share in (relevant, irrelevant)]
     title = (
@@ -257,11 +194,11 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
             f"All pairs are {'relevant' if relevant.any() else 'irrelevant'}, {max(means):.1f} bits apart on average"
         )
     made, (axis,) = figure(title)
-    for share, color, hatch, words, mean in (
+    for share, color, hatch, label, mean in (
         (relevant, BLUE, "", "pairs that share a label", means[0]),
         (irrelevant, RUST, "///", "pairs that share none", means[1]),
     ):
-        axis.bar(bits, share, 1.0, facecolor=color, alpha=0.45, hatch=hatch, edgecolor="white", label=words)
+        axis.bar(bits, share, 1.0, facecolor=color, alpha=0.45, hatch=hatch, edgecolor="white", label=label)
         axis.step(bits, share, where="mid", color=color)
         axis.axvline(mean, color=color, linestyle="--", linewidth=1)
     axis.set(
@@ -269,6 +206,9 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
     )
     axis.legend()
     return made
+
+
+# Codes.
 
 
 @styled
@@ -282,22 +222,22 @@ def bit_balance(balance: Sequence[float]) -> Figure:
     )
     axis.bar(np.arange(len(shares)), shares - 0.5, 0.85, bottom=0.5, color=BLUE)
     axis.axhline(0.5, color=GREY, linewidth=1)
-    axis.set(xlabel="bit", ylabel="share of images in which it is one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
+    axis.set(xlabel="bit", ylabel="share of images with a one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
     return made
 
 
 @styled
 def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
-    """Returns the correlation of every two bits; blank with a bit that never changes."""
+    """Returns the matrix of correlations of bits; blank for a bit that never changes."""
     pairs = np.abs(correlation[np.triu_indices(len(correlation), 1)])
     pairs = pairs[np.isfinite(pairs)]
     title = "No two bits change, so none correlate"
     if len(pairs):
         title = f"Two bits correlate by {pairs.mean():.2f} on average and by {pairs.max():.2f} at most"
     made, (axis,) = figure(title, width=5.2, height=4.4)
-    shown = correlation.copy()
-    np.fill_diagonal(shown, np.nan)
-    image = axis.imshow(shown, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+    correlation = correlation.copy()
+    np.fill_diagonal(correlation, np.nan)
+    image = axis.imshow(correlation, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     axis.grid(False)
     axis.set(xlabel="bit", ylabel="bit")
     made.colorbar(image, label="Pearson correlation")
@@ -306,20 +246,73 @@ def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
 
 @styled
 def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
-    """Returns how many images share a code, the fullest code first."""
+    """Returns the number of images that share each code, largest first."""
     alone = int((counts == 1).sum())
     total = int(counts.sum())
     made, (axis,) = figure(
-        f"{total:,} images have {len(counts):,} different codes; {alone / total:.0%} of the images are alone "
-        f"in theirs, {counts[0]:,} share the fullest"
+        f"{total:,} images have {len(counts):,} different codes; {alone / total:.0%} of the images share theirs "
+        f"with no other, {counts[0]:,} share the most frequent one"
     )
-    axis.plot(np.arange(1, len(counts) + 1), counts, color=BLUE, linewidth=2, label="these codes")
+    axis.plot(np.arange(1, len(counts) + 1), counts, color=BLUE, linewidth=2, label="measured")
     even = math.ldexp(total, -bits)
     if even >= 1:
-        axis.axhline(even, color=GREY, linestyle="--", label=f"spread evenly over 2^{bits} codes")
+        axis.axhline(even, color=GREY, linestyle="--", label=f"uniform over 2^{bits} codes")
         axis.legend()
-    axis.set(xlabel="code, by rank (log scale)", ylabel="images with it (log scale)", xscale="log", yscale="log")
+    axis.set(xlabel="code, by rank (log scale)", ylabel="images (log scale)", xscale="log", yscale="log")
     return made
+
+
+# Embedding by t-SNE.
+
+
+class ClassLegend(NamedTuple):
+    """Classes of an embedding."""
+
+    labels: Int[np.ndarray, " n"]
+    """Index into `names` for each image, −1 for other classes."""
+    names: list[str]
+
+
+def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray, "n 2"] | None:
+    """Returns t-SNE's points for codes, from their Hamming distances; None for fewer than 5 items or distinct codes.
+
+    Perplexity is 30, or a third of the items.
+
+    References:
+      van der Maaten & Hinton, Visualizing data using t-SNE, JMLR 2008.
+    """
+    if len(packed) < 5 or len(np.unique(packed, axis=0)) < 5:
+        return None
+    # The squared Euclidean distance of bits is their Hamming distance.
+    bits = codes.ones(packed).astype(np.float32)
+    perplexity = min(30.0, (len(packed) - 1) / 3)
+    return sklearn.manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(bits)
+
+
+def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> ClassLegend:
+    """Returns the most frequent classes, up to ten; an image with several of them gets the rarest."""
+    multi = labels.ndim == 2
+    hot = labels.astype(bool) if multi else labels[:, None] == np.arange(int(labels.max()) + 1)
+    counts = hot.sum(axis=0)
+    most = np.argsort(-counts, kind="stable")[:CLASSES]
+    most = most[counts[most] > 0]
+    if not len(most):
+        return ClassLegend(np.full(len(labels), -1), [])
+    legend = np.sort(most)  # by class, which is easier to look up than by frequency
+    indices = np.full(len(labels), -1)
+    for number in most:  # the most frequent first, so that a rarer one replaces it
+        indices[hot[:, number]] = np.searchsorted(legend, number)
+    return ClassLegend(indices, [names[number] if number < len(names) else f"class {number}" for number in legend])
+
+
+def agreement(packed: UInt8[np.ndarray, "n bytes"], labels: Shaped[np.ndarray, "n ..."]) -> float:
+    """Returns the share of items that have a label in common with the nearest other item, ties in order."""
+    nearest = hamming.rank(packed, packed, 2)
+    own = np.arange(len(packed))
+    other = np.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
+    if labels.ndim == 2:
+        return float(np.mean((labels.astype(bool) & labels.astype(bool)[other]).any(axis=1)))
+    return float(np.mean(labels == labels[other]))
 
 
 @styled
@@ -329,20 +322,21 @@ def embedding(
     names: Sequence[str],
     agreement: float | None,
 ) -> Figure:
-    """Returns a map of codes, colored and marked by class.
+    """Returns a scatter plot of codes, colored and marked by class.
 
     Args:
-      points: where t-SNE puts each image.
-      labels: an index into `names` each, −1 for classes that are not shown; None: not known.
-      names: of the classes that are shown, at most ten.
-      agreement: the share of images whose nearest other image is of their class.
+      points: Points of the images, from `points` of this file.
+      labels: Index into `names` for each image, −1 for other classes; None if not known.
+      names: Names of the classes, at most ten.
+      agreement: Share of images with a nearest other image of their own class; None if not known.
     """
-    seen = f"{len(points):,} images by t-SNE of their codes"
-    title = f"{seen}: {agreement:.0%} have an image of their own class nearest" if agreement is not None else seen
+    title = f"{len(points):,} images by t-SNE of their codes"
+    if agreement is not None:
+        title += f": for {agreement:.0%}, the nearest image is of the same class"
     made, (axis,) = figure(title, width=7.4, height=5.6)
     axis.grid(False)
     axis.spines[:].set_visible(False)
-    axis.set(xticks=[], yticks=[], xlabel="nearness alone means something; the axes have no unit")
+    axis.set(xticks=[], yticks=[], xlabel="only which points are near is meaningful; the axes have no unit")
     if labels is None:
         axis.scatter(points[:, 0], points[:, 1], s=6, color=BLUE, linewidths=0)
         return made
@@ -360,13 +354,13 @@ def embedding(
             linewidths=0.3,
             edgecolors="white",
             alpha=0.85,
-            label=words(name),
+            label=escape(name),
         )
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=1.6)
     return made
 
 
-# report.many_runs: The figures of a comparison or a search: many runs, each a number or a few.
+# Comparisons of many runs.
 
 
 @styled
@@ -378,23 +372,23 @@ def heat_map(
     names: tuple[str, str],
     score: str,
 ) -> Figure:
-    """Returns a score over two hyper-parameters, blank where it was not tried.
+    """Returns a score over two hyperparameters, blank for pairs that were not tried.
 
     Args:
-      columns: values of the first one.
-      rows: values of the second one.
-      values: the score of each pair, NaN where there is none.
-      names: of the two.
-      score: its name.
+      columns: Values of the first hyperparameter.
+      rows: Values of the second hyperparameter.
+      values: Score of each pair, NaN if there is none.
+      names: Names of the two.
+      score: Name of the score.
     """
     row, column = (int(at) for at in np.unravel_index(np.nanargmax(values), values.shape))
     made, (axis,) = figure(
-        f"{_capital(score)} is best, {values[row, column]:.3f}, at {names[0]} = {columns[column]:.3g} and {names[1]} = "
-        f"{rows[row]:.3g}; over the sweep it varies by {np.nanmax(values) - np.nanmin(values):.3f}",
+        f"{score[:1].upper()}{score[1:]} is best, {values[row, column]:.3f}, at {names[0]} = {columns[column]:.3g} and "
+        f"{names[1]} = {rows[row]:.3g}; over the sweep it varies by {np.nanmax(values) - np.nanmin(values):.3f}",
         width=1.6 + 0.75 * max(len(columns), 6),
         height=1.6 + 0.5 * max(len(rows), 4),
     )
-    image = axis.imshow(values, cmap=SEQUENTIAL, aspect="auto", interpolation="nearest", origin="lower")
+    image = axis.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", origin="lower")
     axis.grid(False)
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
@@ -422,16 +416,16 @@ def methods(
     *,
     score: str,
 ) -> Figure:
-    """Returns a comparison of methods, the best above; NaN where nothing was measured."""
+    """Returns a comparison of methods, the best at the top; NaN for what was not measured."""
     known = np.isfinite(mean)
     overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
     order = np.argsort(overall, kind="stable")
-    titles = [words(title) for title in titles]
+    titles = [escape(title) for title in titles]
     measured = [length for length, column in zip(bits, mean.T, strict=True) if np.isfinite(column).any()]
     leaders = [titles[int(np.nanargmax(column))] for column in mean.T if np.isfinite(column).any()]
-    lead = f"{leaders[0]} leads" if len(set(leaders)) == 1 else " and ".join(dict.fromkeys(leaders)) + " lead"
+    best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(
-        f"{lead} in {score} at {', '.join(map(str, measured))} bits", width=7.4, height=1.4 + 0.36 * len(titles)
+        f"{best} in {score} at {', '.join(map(str, measured))} bits", width=7.4, height=1.4 + 0.36 * len(titles)
     )
     spread = np.linspace(-0.22, 0.22, len(bits)) if len(bits) > 1 else [0.0]
     for place, (length, shift) in enumerate(zip(bits, spread, strict=True)):
@@ -445,7 +439,7 @@ def methods(
             capsize=2,
             label=f"{length} bits",
         )
-    axis.set(xlabel=f"{score}, mean and deviation over seeds", yticks=range(len(titles)))
+    axis.set(xlabel=f"{score}, mean and standard deviation over seeds", yticks=range(len(titles)))
     axis.set_yticklabels([titles[number] for number in order])
     axis.legend(loc="lower right")
     return made
@@ -453,7 +447,7 @@ def methods(
 
 @styled
 def search(numbers: Sequence[int], values: Float[np.ndarray, " trials"], *, score: str) -> Figure:
-    """Returns what each trial of a search came to, and the best so far."""
+    """Returns the score of each trial of a search, and the best so far."""
     best = int(np.argmax(values))
     made, (axis,) = figure(
         f"Trial {numbers[best]} of {numbers[-1]} was the best by {score}, {values[best]:.3f}; the median is "
@@ -470,18 +464,20 @@ def search(numbers: Sequence[int], values: Float[np.ndarray, " trials"], *, scor
 def parameters(
     drawn: Mapping[str, Sequence[float | str]], values: Float[np.ndarray, " trials"], *, score: str
 ) -> Figure:
-    """Returns a score over each hyper-parameter of a search."""
+    """Returns a score over each hyperparameter of a search."""
     best = int(np.argmax(values))
-    told = ", ".join(
-        f"{name} {column[best]:.3g}" if isinstance(column[best], float) else words(f"{name} {column[best]}")
+    values_of_best = ", ".join(
+        f"{name} {column[best]:.3g}" if isinstance(column[best], float) else escape(f"{name} {column[best]}")
         for name, column in drawn.items()
     )
-    made, axes = figure(f"Best at {told} (the star)", width=2.6 * max(len(drawn), 2), height=3.2, columns=len(drawn))
+    made, axes = figure(
+        f"Best at {values_of_best} (the star)", width=2.6 * max(len(drawn), 2), height=3.2, columns=len(drawn)
+    )
     for axis, (name, column) in zip(axes, drawn.items(), strict=True):
         positions: Sequence[float]
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
             positions = [float(value) for value in column]
-            # Over more than a factor of ten, values are told apart by their logarithm.
+            # On a log scale if they span more than a factor of ten.
             if min(positions) > 0 and max(positions) > 10 * min(positions):
                 axis.set_xscale("log", subs=[])
                 axis.xaxis.set_major_locator(
@@ -491,7 +487,7 @@ def parameters(
         else:
             names = sorted({str(value) for value in column})
             positions = [float(names.index(str(value))) for value in column]
-            axis.set_xticks(range(len(names)), [words(name) for name in names])
+            axis.set_xticks(range(len(names)), [escape(name) for name in names])
         axis.plot(positions, values, "o", color=BLUE, markersize=4)
         axis.plot(positions[best], values[best], "*", color=RUST, markersize=13)
         axis.set(xlabel=name, ylabel=score if axis is axes[0] else "")
@@ -500,10 +496,10 @@ def parameters(
 
 @styled
 def rank_correlations(ranked: Mapping[str, float], *, of: str, trials: int) -> Figure:
-    """Returns how far scores without labels order the trials as a MAP does."""
+    """Returns the rank correlation of each label-free score with a MAP, over trials."""
     names = list(ranked)[::-1]
     made, (axis,) = figure(
-        f"Of scores without labels, {names[-1].replace('_', ' ')} orders {trials} trials most like {of}: "
+        f"Of the scores without labels, {names[-1].replace('_', ' ')} ranks {trials} trials most like {of}: "
         f"rank correlation {ranked[names[-1]]:+.2f}",
         height=1.6 + 0.35 * len(names),
     )
@@ -512,7 +508,3 @@ def rank_correlations(ranked: Mapping[str, float], *, of: str, trials: int) -> F
     axis.axvline(0, color=GREY, linewidth=1)
     axis.set(xlabel=f"Spearman's rank correlation with {of}", xlim=(-1.3, 1.3))
     return made
-
-
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]

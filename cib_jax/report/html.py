@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that holds all its pictures."""
+"""HTML page of a report: one file with all its pictures."""
 
 import base64
 import importlib.resources
@@ -9,15 +9,15 @@ import jinja2
 
 
 class Picture(NamedTuple):
-    """A PNG with its place in the page."""
+    """A picture of a page."""
 
     name: str
-    """Of its file, without .png."""
+    """Name of its file, without .png."""
     png: bytes
     title: str
-    """What is seen, for readers who cannot see it too."""
+    """Alternative text."""
     note: str = ""
-    """How it was made."""
+    """Caption: how it was made."""
 
 
 class Section(NamedTuple):
@@ -28,7 +28,7 @@ class Section(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A table; a row's first entry is its heading."""
+    """A table; the first entry of a row is its heading."""
 
     title: str
     header: Sequence[str]
@@ -50,16 +50,16 @@ def render(
     config: str,
     wide: Collection[str] = (),
 ) -> str:
-    """Returns the page as HTML; whatever it is given is shown as text, never taken as markup.
+    """Returns the page as HTML; all arguments are shown as text, never interpreted as markup.
 
     Args:
-      title: of the page.
-      lead: one sentence below it.
-      grids: the tables.
-      sections: the pictures.
-      notes: about how they were made.
-      config: of the run, as text.
-      wide: names of pictures that take the whole width.
+      title: Title of the page.
+      lead: One sentence below the title.
+      grids: Tables.
+      sections: Pictures.
+      notes: Paragraphs on how the results were made.
+      config: Config of the run, as text.
+      wide: Names of pictures that take the whole width.
     """
     encoded = {
         picture.name: base64.b64encode(picture.png).decode() for section in sections for picture in section.pictures

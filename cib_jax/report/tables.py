@@ -1,12 +1,10 @@
-"""Figures that papers published, to stand beside measured ones; none of them was measured by this project."""
+"""Tables of results: methods by code lengths, mean ± standard deviation over seeds, beside published results."""
 
 import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-# report.published: Figures that papers published, to stand beside measured ones; none of them was measured by this project.
+from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
@@ -22,11 +20,11 @@ _CIBHASH = {
     ("nuswide-2100", 5000): ((0.790, 0.807, 0.815), (0.717, 0.725, 0.735), (0.627, 0.645, 0.664)),
     ("coco-5000", 5000): ((0.737, 0.760, 0.775), (0.706, 0.735, 0.722), (0.598, 0.624, 0.648)),
 }
-"""CIBHash, IJCAI 2021, table 1, by protocol and k: CIBHash, TBH and ITQ, on VGG-16's fc7 features."""
+"""Table 1 of CIBHash (IJCAI 2021) by protocol and k: MAP of CIBHash, TBH and ITQ at 16, 32 and 64 bits."""
 
 
-def rows(protocol: str, k: int) -> list[Published]:
-    """Returns what was published under a protocol, by its name, and a k; nothing where no table is known."""
+def published_rows(protocol: str, k: int) -> list[Published]:
+    """Returns published results for a protocol, by its name, and a k; empty if no table is known."""
     lines = _CIBHASH.get((protocol, k), ())
     titles = ("CIBHash (VGG-16)", "TBH (VGG-16)", "ITQ (VGG-16)")
     return [
@@ -35,11 +33,8 @@ def rows(protocol: str, k: int) -> list[Published]:
     ]
 
 
-# report.tables: A comparison as the field prints it: methods down, code lengths across, mean ± deviation over seeds.
-
-
 class Cell(NamedTuple):
-    """The MAP of one method with one code length, seed by seed; empty where none was measured."""
+    """MAP of one method at one code length, by seed; empty if not measured."""
 
     values: Sequence[float]
 
@@ -55,22 +50,22 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method's line in the table."""
+    """One method of a table."""
 
     title: str
     cells: Sequence[Cell]
     published: bool = False
-    """Whether the figures are quoted from a paper; they are in no competition for the best."""
+    """Whether the values are quoted from a paper; such a row is never marked as the best."""
 
 
 class Table(NamedTuple):
-    """A title, the code lengths, and a row per method."""
+    """A table with a row for each method and a column for each code length."""
 
     title: str
     bits: Sequence[int]
     rows: Sequence[Row]
     seeds: int = 0
-    """How many seeds make a cell; cells of fewer say so. 0: not said."""
+    """Number of seeds per cell; a cell with fewer shows its number. 0 shows none."""
 
 
 def markdown(table: Table) -> str:
@@ -82,13 +77,13 @@ def markdown(table: Table) -> str:
         f"| --- |{' ---: |' * len(table.bits)}",
     ]
     for row, bold in _with_best(table):
-        cells = [f"**{text}**" if best else text for text, best in zip(texts(table, row), bold, strict=True)]
+        cells = [f"**{text}**" if best else text for text, best in zip(cell_texts(table, row), bold, strict=True)]
         lines.append(f"| {_in_markdown(row.title)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def latex(table: Table) -> str:
-    """Returns the table in LaTeX, for the package booktabs, the best mean of each column in bold."""
+    """Returns the table in LaTeX with the package booktabs, the best mean of each column in bold."""
     lines = [
         r"\begin{table}",
         r"  \centering",
@@ -101,7 +96,7 @@ def latex(table: Table) -> str:
     for row, bold in _with_best(table):
         cells = [
             rf"\textbf{{{text}}}" if best else text
-            for text, best in zip(texts(table, row, r" $\pm$ "), bold, strict=True)
+            for text, best in zip(cell_texts(table, row, r" $\pm$ "), bold, strict=True)
         ]
         cells = [cell.replace("–", "--") for cell in cells]
         lines.append(rf"    {_in_latex(row.title)} & {' & '.join(cells)} \\")
@@ -119,41 +114,60 @@ def comma_separated(records: Sequence[dict[str, object]]) -> str:
     return file.getvalue()
 
 
-def texts(table: Table, row: Row, between: str = " ± ") -> list[str]:
-    """Returns mean and deviation of each cell of a row with three decimals; a dash where nothing was measured."""
-    return [_text(cell, between, 0 if row.published else table.seeds) for cell in row.cells]
+def cell_texts(table: Table, row: Row, separator: str = " ± ") -> list[str]:
+    """Returns mean and deviation of each cell of a row with three decimals; a dash if not measured."""
+    seeds = 0 if row.published else table.seeds
 
+    def text(cell: Cell) -> str:
+        if cell.mean is None:
+            return "–"
+        deviation = f"{separator}{cell.deviation:.3f}" if cell.deviation is not None else ""
+        return f"{cell.mean:.3f}{deviation}" + (f" ({len(cell.values)} of {seeds})" if len(cell.values) < seeds else "")
 
-def _text(cell: Cell, between: str, seeds: int) -> str:
-    if cell.mean is None:
-        return "–"
-    deviation = f"{between}{cell.deviation:.3f}" if cell.deviation is not None else ""
-    return f"{cell.mean:.3f}{deviation}" + (f" ({len(cell.values)} of {seeds})" if len(cell.values) < seeds else "")
+    return [text(cell) for cell in row.cells]
 
 
 def _with_best(table: Table) -> list[tuple[Row, list[bool]]]:
-    """Returns each row with whether its cells are the best of their columns, as printed."""
-    best = []
-    for column in range(len(table.bits)):
-        means = [row.cells[column].mean for row in table.rows if not row.published]
-        best.append(max((round(mean, 3) for mean in means if mean is not None), default=None))
-    return [
-        (
-            row,
-            [
-                not row.published and cell.mean is not None and round(cell.mean, 3) == most
-                for cell, most in zip(row.cells, best, strict=True)
-            ],
-        )
-        for row in table.rows
-    ]
+    """Returns each row, and for each of its cells whether it is the best of its column, as printed."""
+
+    def printed(row: Row) -> list[float]:
+        return [-1.0 if row.published or cell.mean is None else round(cell.mean, 3) for cell in row.cells]
+
+    best = [max(column) for column in zip(*map(printed, table.rows), strict=True)]
+    return [(row, [mean == most >= 0 for mean, most in zip(printed(row), best, strict=True)]) for row in table.rows]
 
 
-def _in_markdown(words: str) -> str:
-    return words.replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
+def _in_markdown(text: str) -> str:
+    return text.replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
 
 
-def _in_latex(words: str) -> str:
+def _in_latex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "β": r"$\beta$", "τ": r"$\tau$", "·": r"$\cdot$", "±": r"$\pm$", "–": "--"}
     special |= {letter: "\\" + letter for letter in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(letter, letter) for letter in words)
+    return "".join(special.get(letter, letter) for letter in text)
+
+
+def metric_rows(results: dict[str, Any], k: object = None) -> list[tuple[str, str]]:
+    """Returns the rows of a table of a run's metrics: name and value.
+
+    Args:
+      results: Contents of results.json.
+      k: Label of the ranking's depth; None: its number.
+    """
+    figures, code_health = results["metrics"], results["metrics"]["code_health"]
+    k, rows = results["k"] if k is None else k, []
+    if results["map"] is not None:
+        at = figures["precision_at_k"]
+        rows = [
+            (f"MAP@{k}", f"{results['map']:.4f}"),
+            (f"MAP@{k}, ties in random order", f"{results['map_tie_aware']:.4f}"),
+            *((f"precision@{k}", f"{value:.4f}") for k, value in zip(at["k"], at["precision"], strict=True)),
+            ("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}"),
+            ("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}"),
+        ]
+    return [
+        *rows,
+        ("distinct codes in the database", f"{code_health['distinct_codes']:,} of {results['counts']['database']:,}"),
+        ("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}"),
+        ("entropy of the codes", f"{code_health['entropy']:.2f} bits"),
+    ]

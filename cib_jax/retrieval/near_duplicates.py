@@ -1,4 +1,4 @@
-"""Groups of codes that chains of near neighbors join, found without comparing every code with every other."""
+"""Groups of near-duplicate codes, found without comparing every code with every other."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,26 +8,28 @@ from jaxtyping import Int64, Integer, UInt8
 from scipy import sparse
 from scipy.sparse import csgraph
 
-# Pairs compared at once, in bytes of code, and pairs held before they are joined.
-_BLOCK_BYTES = 1 << 24
-_MOST_PAIRS = 1 << 22
+# Bytes of code that are compared at once, and pairs that are collected before their components are joined.
+BLOCK_BYTES = 1 << 24
+MAX_PAIRS = 1 << 22
 
 
 def groups(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Int64[np.ndarray, " members"]]:
-    """Returns the connected components, of two members or more, of the graph that joins codes within `radius` bits.
+    """Returns the connected components of two or more codes in the graph that joins codes within `radius` bits.
 
     Members ascend, and so do the groups' first members. Two codes of one group may be farther apart than `radius`.
 
-    Equal codes are taken as one. Codes that differ in at most r bits agree in at least one of r + 1 pieces (Norouzi et
-    al., Fast search in Hamming space with multi-index hashing, CVPR 2012), so that only codes that share a piece are
-    compared: of 64 random bits and r = 3, one pair of 16,000. Beside some numbers per code, a bounded number of pairs
-    is held.
+    Codes that differ in at most r bits agree in at least one of r + 1 pieces, so that only codes that share a piece
+    are compared: with 64 random bits and r = 3, one pair in 16,000. Equal codes are compared once. Memory is a few
+    numbers per code and a bounded number of pairs.
+
+    References:
+      Norouzi et al., Fast search in Hamming space with multi-index hashing, CVPR 2012.
     """
     distinct, owner = _distinct(codes)
-    words = _as_words(distinct)
+    words = distinct.view(np.uint64) if distinct.shape[1] % 8 == 0 else distinct
     component = np.arange(len(distinct))
     for buckets in _pieces(distinct, radius):
-        component = _joined(words, component, buckets, radius)
+        component = _join_buckets(words, component, buckets, radius)
         if component.max() == 0:
             break
     return _members(component[owner])
@@ -36,6 +38,7 @@ def groups(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Int64[np.nd
 def _distinct(
     codes: UInt8[np.ndarray, "n bytes"],
 ) -> tuple[UInt8[np.ndarray, "distinct bytes"], Int64[np.ndarray, " n"]]:
+    """Returns the distinct codes, and the position of each code among them."""
     width = codes.shape[1]
     if width <= 8:  # numbers sort many times faster than bytes
         padded = np.zeros((len(codes), 8), np.uint8)
@@ -47,42 +50,38 @@ def _distinct(
     return codes[first], owner
 
 
-def _as_words(codes: UInt8[np.ndarray, "n bytes"]) -> Integer[np.ndarray, "n words"]:
-    return codes.view(np.uint64) if codes.shape[1] % 8 == 0 else codes
-
-
 def _pieces(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> Iterator[Int64[np.ndarray, " n"]]:
-    """Yields, for each piece of the codes, a number per code that codes with that piece in common share."""
+    """Yields, for each piece of the codes, a bucket number per code, the same for codes that agree in the piece."""
     bits = 8 * codes.shape[1]
     count = radius + 1
-    # Pieces so short that all together pair more codes than there are pairs.
+    # Pieces too short to separate codes: one bucket, in which every pair is compared once, is cheaper.
     if count > bits or count >= 1 << bits // count:
         yield np.zeros(len(codes), np.int64)
         return
-    bounds = [bits * piece // count for piece in range(count + 1)]
+    bounds = [bits * number // count for number in range(count + 1)]
     for begin, end in itertools.pairwise(bounds):
-        held = codes[:, begin // 8 : -(-end // 8)].copy()
-        held[:, 0] &= 0xFF >> begin % 8
-        held[:, -1] &= 0xFF << (-end % 8) & 0xFF
-        yield _distinct(held)[1]
+        piece = codes[:, begin // 8 : -(-end // 8)].copy()
+        piece[:, 0] &= 0xFF >> begin % 8
+        piece[:, -1] &= 0xFF << (-end % 8) & 0xFF
+        yield _distinct(piece)[1]
 
 
-def _joined(
+def _join_buckets(
     words: Integer[np.ndarray, "n words"],
     component: Int64[np.ndarray, " n"],
     buckets: Int64[np.ndarray, " n"],
     radius: int,
 ) -> Int64[np.ndarray, " n"]:
-    """Returns the components once codes of one bucket that are within the radius are joined.
+    """Returns the components after joining those of codes in one bucket within the radius.
 
-    Sorted by bucket, a code is compared with the one after it, the second after it, … as long as the bucket goes on.
+    Codes are sorted by bucket. Step s compares every code with the s-th one after it, if that is in the same bucket.
     """
     order = np.argsort(buckets, kind="stable")
     sizes = np.bincount(buckets)
-    left = np.cumsum(sizes)[buckets[order]] - 1 - np.arange(len(order))  # how many of its bucket come after each
-    words, most = words[order], max(1, _BLOCK_BYTES // words[0].nbytes)
+    left = np.cumsum(sizes)[buckets[order]] - 1 - np.arange(len(order))  # codes after each in its bucket
+    words, most = words[order], max(1, BLOCK_BYTES // words[0].nbytes)
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    held, step, active = 0, 1, np.flatnonzero(left >= 1)
+    count, step, active = 0, 1, np.flatnonzero(left >= 1)
     while len(active):
         for start in range(0, len(active), most):
             here = active[start : start + most]
@@ -92,15 +91,16 @@ def _joined(
             apart = ends[0] != ends[1]
             if apart.any():
                 pairs.append((ends[0][apart], ends[1][apart]))
-                held += int(apart.sum())
-            if held > _MOST_PAIRS:
-                component, pairs, held = _merge(component, pairs), [], 0
+                count += int(apart.sum())
+            if count > MAX_PAIRS:
+                component, pairs, count = _merge(component, pairs), [], 0
         step += 1
         active = active[left[active] >= step]
     return _merge(component, pairs) if pairs else component
 
 
 def _merge(component: Int64[np.ndarray, " n"], pairs: list[tuple[np.ndarray, np.ndarray]]) -> Int64[np.ndarray, " n"]:
+    """Returns the components after joining those of each pair."""
     count = int(component.max()) + 1
     one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
     graph = sparse.coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(count, count))

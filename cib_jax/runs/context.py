@@ -157,7 +157,7 @@ def prepare_run(
 
 def print_weights_download(config: ml_collections.ConfigDict, console: rich.console.Console) -> None:
     """Prints the address if a backbone's weights must be downloaded, which takes minutes, or long to fail."""
-    address = "" if config.backbone_weights else weights.to_fetch(config.backbone)
+    address = "" if config.backbone_weights else weights.download_url(config.backbone)
     if address:
         print_message(console, f"Downloading the weights of {config.backbone} from {address}, once")
 

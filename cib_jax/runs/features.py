@@ -280,7 +280,9 @@ class _CachedFeatures:
         The first of several processes takes the lock; the others wait for that process.
         """
         return (
-            self.cache.alone() if self.cache is not None and multihost.is_first_process() else contextlib.nullcontext()
+            self.cache.exclusive()
+            if self.cache is not None and multihost.is_first_process()
+            else contextlib.nullcontext()
         )
 
     def _disable(self, error: OSError) -> None:

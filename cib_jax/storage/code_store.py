@@ -1,4 +1,9 @@
-"""The names of a corpus's files: kept beside its codes, known by a digest, compared with those of now."""
+"""Packed codes of a corpus on disk: a folder of Parquet files, written by any number of processes.
+
+The files of a corpus are cut into parts of equal size, and each part is one Parquet file that is complete or absent.
+`_corpus.json` describes the corpus and `_files.parquet` is the manifest, the list of all file names. Functions raise a
+CodeStoreError if the folder holds something else or another corpus, or cannot be read or written.
+"""
 
 import dataclasses
 import functools
@@ -7,7 +12,6 @@ import io
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,57 +19,313 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cib_jax.errors import CodeStoreError
-from cib_jax.files import printable
+from cib_jax.files import first_line, printable, write_bytes
+from cib_jax.storage.rows import file_columns, path_of
 
-# corpus.corpus_list: The names of a corpus's files: kept beside its codes, known by a digest, compared with those of now.
-
-
-def digest(names: Sequence[str]) -> str:
-    """Returns what names in an order are known by."""
-    made = hashlib.blake2b(digest_size=16)
-    for name in names:
-        made.update(os.fsencode(name) + b"\0")
-    return made.hexdigest()
+FORMAT = 1
+# Programs that read a folder of Parquet files as one table ignore names that begin with an underscore.
+DESCRIPTION = "_corpus.json"
+MANIFEST = "_files.parquet"
+# Key of the JSON in the metadata of a part.
+_KEY = b"cib_jax"
 
 
-def write_manifest(path: pathlib.Path, names: Sequence[str]) -> None:
-    """Keeps the names in a Parquet file, as the bytes that the file system has.
+class DamagedPartError(ValueError):
+    """A part does not hold what was written; the message says how, in a few words."""
+
+
+class File(NamedTuple):
+    """One file of a corpus."""
+
+    path: str
+    size: int | None
+    """Size in bytes; None if not known."""
+    modified_ns: int | None
+    """Time of the last change in nanoseconds since 1970; None if not known."""
+    reason: str
+    """Why it has no code; "" if it has one."""
+
+
+class Part(NamedTuple):
+    """A part of a corpus."""
+
+    corpus: str
+    """Identity of the corpus."""
+    total: int
+    """Number of files."""
+    unreadable: int
+    """Number of files without a code."""
+    files: Sequence[File] = ()
+    """Empty if only the header was read."""
+    codes: UInt8[np.ndarray, "readable bytes"] | None = None
+    """Packed codes of the files without a reason, in order; None if only the header was read."""
+
+
+class Tally(NamedTuple):
+    """Progress of a corpus."""
+
+    files: int
+    """Number of files in the parts that exist."""
+    unreadable: int
+    """Number of files without a code among them."""
+    missing: list[int]
+    """Parts that do not exist or have a damaged header."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Description of a folder of codes."""
+
+    folder: pathlib.Path
+    encoder: dict[str, Any]
+    """Identity of the encoder and of its input, which all codes have in common."""
+    part: int
+    """Number of files in a part; the last one may have fewer."""
+    files: int
+    """Number of files."""
+    listed: str
+    """Digest of the file names, in order."""
+    images: str
+    """Place of the files when the corpus was begun; they may be elsewhere now."""
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.files // self.part)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Digest of everything but the place of the files; each part carries it."""
+        fields = {name: value for name, value in self.description().items() if name != "images"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:24]
+
+    def description(self) -> dict[str, Any]:
+        """Returns the content of `_corpus.json`."""
+        known = {"format": FORMAT, "encoder": self.encoder, "part": self.part, "files": self.files}
+        return known | {"parts": self.parts, "listed": self.listed, "images": self.images}
+
+    def of_part(self, number: int) -> range:
+        """Returns the positions of the files of a part."""
+        return range(number * self.part, min((number + 1) * self.part, self.files))
+
+    def path(self, number: int) -> pathlib.Path:
+        """Returns the path of a part, whether it exists or not."""
+        return self.folder / f"part-{number:08}.parquet"
+
+    def load_part(self, number: int, *, rows: bool = True) -> Part | None:
+        """Returns a part, or None if it does not exist; without `rows` only its header, so that damage may be missed.
+
+        Raises:
+          DamagedPartError: It is damaged.
+        """
+        path = self.path(number)
+        try:
+            part = read_part(path, rows=rows)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _error(f"{path} cannot be read ({_reason(error)}); repair that first") from error
+        if part.corpus != self.identity:
+            raise _error(
+                f"{path} is of another corpus than the one in {self.folder / DESCRIPTION}; move it elsewhere, and the "
+                "same command makes this corpus's part"
+            )
+        if part.total != len(self.of_part(number)):
+            raise DamagedPartError(f"{part.total} rows for {len(self.of_part(number))} files")
+        return part
+
+    def validate_folder(self) -> None:
+        """Raises a CodeStoreError if the folder does not hold this corpus any more."""
+        theirs = load_description(self.folder)
+        if theirs.identity == self.identity:
+            return
+        mine = self.encoder | {name: None for name in theirs.encoder if name not in self.encoder}
+        differences = [
+            f"{name}: {theirs.encoder.get(name)!r} → {value!r}"
+            for name, value in mine.items()
+            if theirs.encoder.get(name) != value
+        ]
+        if differences:
+            raise _error(
+                f"{self.folder} holds codes of another encoder ({'; '.join(differences)}); give the --workdir of that "
+                "encoder, or another --codes"
+            )
+        if theirs.part != self.part:
+            raise _error(
+                f"{self.folder} holds parts of {theirs.part} files, not of {self.part}; give --part={theirs.part}, or "
+                "another --codes"
+            )
+        raise _error(
+            f"{self.folder} holds codes of another list of files, {theirs.files:,} then and {self.files:,} now; give "
+            "the --images of that list, or another --codes"
+        )
+
+
+def begin(
+    folder: pathlib.Path, encoder: dict[str, Any], part: int, names: Sequence[str], images: str, *, keep_list: bool
+) -> Corpus:
+    """Begins a corpus in a folder, or checks that the folder holds it; any number of processes may do so at once.
+
+    Args:
+      folder: Folder of the codes.
+      encoder: Identity of the encoder and of its input.
+      part: Number of files in a part.
+      names: Names of all files, in order.
+      images: Place of the files.
+      keep_list: Whether the names are kept, so that the corpus can be finished even if files come and go.
+    """
+    corpus = Corpus(folder, encoder, part, len(names), _digest_names(names), images)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = sorted(os.listdir(folder))
+    except OSError as error:
+        raise _error(f"{folder} cannot be used ({_reason(error)}); choose another folder") from error
+    if DESCRIPTION not in inside:
+        foreign = [name for name in inside if not name.startswith((".", "part-")) and name != MANIFEST]
+        if foreign:
+            raise _error(f"{folder} holds files, but no codes of a corpus ({foreign[0]}, …); choose another folder")
+        if keep_list:
+            _write_manifest(folder / MANIFEST, names)
+        text = json.dumps(corpus.description(), indent=2) + "\n"
+        _write_file(folder / DESCRIPTION, text.encode())
+    # Read again even if just written: another process may have written another corpus at the same moment. Each process
+    # also checks before each part, and a part carries the identity of its corpus.
+    theirs = load_description(folder)
+    if keep_list and (theirs.encoder, theirs.part) == (encoder, part) and theirs.listed != corpus.listed:
+        changes = _format_changes(load_names(theirs), names)
+        raise CodeStoreError(
+            f"--images: the files are others than when {folder} was begun: {changes}; leave --images out to finish the "
+            "list as it was and name what came in a list, --images=NEW.csv, for a folder of its own, or give another "
+            "--codes",
+            field="--images",
+        )
+    corpus.validate_folder()
+    return corpus
+
+
+def load_description(folder: pathlib.Path) -> Corpus:
+    """Returns the corpus that the `_corpus.json` of a folder describes."""
+    path = folder / DESCRIPTION
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["format"] != FORMAT:
+            raise _error(f"{path} is of another version of this program; choose another folder")
+        corpus = Corpus(folder, known["encoder"], known["part"], known["files"], known["listed"], known["images"])
+        if not isinstance(corpus.encoder, dict) or corpus.part < 1 or corpus.parts != known["parts"]:
+            raise ValueError("its numbers do not agree")
+    except CodeStoreError:
+        raise
+    except OSError as error:
+        raise _error(
+            f"{folder} is not a folder of a corpus's codes ({DESCRIPTION}: {_reason(error)}); give one that "
+            "--mode=encode has made"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _error(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it, and the same --mode=encode command "
+            "writes it again and keeps the parts"
+        ) from error
+    return corpus
+
+
+def tally(corpus: Corpus) -> Tally:
+    """Returns the progress of a corpus, from the headers of its parts alone."""
+    files = unreadable = 0
+    missing = []
+    for number in range(corpus.parts):
+        try:
+            part = corpus.load_part(number, rows=False)
+        except DamagedPartError:
+            part = None
+        if part is None:
+            missing.append(number)
+        else:
+            files, unreadable = files + part.total, unreadable + part.unreadable
+    return Tally(files, unreadable, missing)
+
+
+def remove_temporary(corpus: Corpus) -> None:
+    """Deletes temporary files that killed processes left; a process that writes one now finds its part complete."""
+    for left in corpus.folder.glob(".part-*"):
+        left.unlink(missing_ok=True)
+
+
+def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray, "readable bytes"]]:
+    """Returns the paths of all files of a finished corpus that have a code, in order, and their packed codes.
+
+    Args:
+      folder: Folder of the codes.
+
+    Returns:
+      Paths, relative to the folder of photos or to that of the list, as they were encoded; codes [n, bits / 8].
 
     Raises:
-      CorpusError: it cannot be written.
+      CodeStoreError: There is no corpus, parts are missing or damaged, or one is of another corpus.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> paths, codes = cib.read_corpus("CODES")  # of --mode=encode
+      >>> paths, codes.shape
+      (['blue.png', 'green.png', 'red.png'], (3, 2))
     """
-    import pyarrow
+    folder = pathlib.Path(folder).expanduser()
+    corpus = load_description(folder)
+    missing = tally(corpus).missing
+    remedy = "run the same --mode=encode command again, which makes what is missing"
+    if missing:
+        raise _error(
+            f"{folder} is unfinished: {len(missing):,} of {corpus.parts:,} parts are missing (the first: "
+            f"{corpus.path(missing[0]).name}); {remedy}"
+        )
+    paths: list[str] = []
+    codes = np.empty((corpus.files, corpus.encoder["bits"] // 8), np.uint8)
+    for number in range(corpus.parts):
+        try:
+            part = corpus.load_part(number)
+        except DamagedPartError as error:
+            raise _error(f"{corpus.path(number)} is damaged ({error}); {remedy}") from error
+        assert part is not None and part.codes is not None
+        codes[len(paths) : len(paths) + len(part.codes)] = part.codes
+        paths += [file.path for file in part.files if not file.reason]
+    return paths, codes[: len(paths)]
+
+
+# The manifest.
+
+
+def load_names(corpus: Corpus) -> list[str]:
+    """Returns the names of a corpus's files, in order, as they were when it was begun."""
     import pyarrow.parquet
 
-    table = pyarrow.table({"raw_path": pyarrow.array([os.fsencode(name) for name in names], pyarrow.binary())})
-    content = io.BytesIO()
-    pyarrow.parquet.write_table(table, content, compression="zstd", use_dictionary=False)
-    write_bytes(path, content.getbuffer())
-
-
-def read_manifest(path: pathlib.Path, known_by: str) -> list[str]:
-    """Returns the names that `write` kept, in order.
-
-    Raises:
-      CorpusError: there is no such file, or it does not hold the names with this digest.
-    """
-    import pyarrow.parquet
-
+    path = corpus.folder / MANIFEST
     try:
         names = [os.fsdecode(name) for name in pyarrow.parquet.read_table(path).column("raw_path").to_pylist()]
-        if digest(names) != known_by:
+        if _digest_names(names) != corpus.listed:
             raise ValueError("it names other files")
-    except Exception as error:  # whatever damaged bytes make Parquet's reader raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise CodeStoreError(
-            f"--codes: {path}, which keeps the list of files, cannot be read ({type(error).__name__}: {first}); give "
-            "the --images that the corpus was begun with, unchanged, or another --codes"
+    except Exception as error:  # Parquet's reader raises any class for damaged bytes
+        raise _error(
+            f"{path}, which keeps the list of files, cannot be read ({type(error).__name__}: {first_line(error)}); "
+            "give the --images that the corpus was begun with, unchanged, or another --codes"
         ) from error
     return names
 
 
-def changes(then: Sequence[str], now: Sequence[str]) -> str:
-    """Returns, in words, how many names came and went, and the first of each."""
+def _write_manifest(path: pathlib.Path, names: Sequence[str]) -> None:
+    import pyarrow
+
+    table = pyarrow.table({"raw_path": pyarrow.array([os.fsencode(name) for name in names], pyarrow.binary())})
+    _write_table(path, table, use_dictionary=False)
+
+
+def _digest_names(names: Sequence[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
+
+
+def _format_changes(then: Sequence[str], now: Sequence[str]) -> str:
+    """Returns, in words, the numbers of names that came and went, and the first of each."""
     before, after = set(then), set(now)
     came, went = [name for name in now if name not in before], [name for name in then if name not in after]
     return " and ".join(
@@ -75,50 +335,10 @@ def changes(then: Sequence[str], now: Sequence[str]) -> str:
     )
 
 
-# corpus.corpus_parts: One part of a corpus's codes: a Parquet file that is there whole or not at all, and known when it was damaged.
+# Parts.
 
 
-class DamagedPartError(ValueError):
-    """The file of a part is not what was written; the message says how, in a few words."""
-
-
-class File(NamedTuple):
-    """What is told of one file of the corpus beside its code."""
-
-    path: str
-    size: int | None
-    """In bytes; None where it is not known."""
-    modified_ns: int | None
-    """Time of the last change, in nanoseconds since 1970; None where it is not known."""
-    reason: str
-    """Why it has no code; "" where it has one."""
-
-
-class Head(NamedTuple):
-    """What a part says of itself without its rows being read."""
-
-    corpus: str
-    files: int
-    unreadable: int
-
-
-class Part(NamedTuple):
-    """All of a part."""
-
-    files: list[File]
-    codes: UInt8[np.ndarray, "readable bytes"]
-    """Packed codes of the files without a reason, in their order."""
-
-
-_KEY = b"cib_jax"
-
-
-def name(number: int) -> str:
-    """Returns the file name of part `number`."""
-    return f"part-{number:08}.parquet"
-
-
-def write_shard(
+def write_part(
     path: pathlib.Path,
     corpus: str,
     files: Sequence[File],
@@ -127,414 +347,110 @@ def write_shard(
 ) -> None:
     """Writes a part atomically; of several processes that write it at once, one wins.
 
-    Columns are `path`, `code` (fixed-size binary, null where there is none), `size` in bytes, `modified`, `reason`, and
-    `raw_path`, null but for paths that are no valid text, whose bytes it holds.
+    The columns are those of `file_columns` and `code`, fixed-size binary, null for a file that cannot be read.
 
     Args:
-      path: of the file.
-      corpus: what the corpus is known by.
-      files: of this part, in order.
-      codes: of those without a reason, in the same order.
-      made_with: versions and device, for who wants to know.
-
-    Raises:
-      CorpusError: it cannot be written.
+      path: Path of the part.
+      corpus: Identity of the corpus.
+      files: Files of this part, in order.
+      codes: Packed codes of the files without a reason, in order.
+      made_with: Versions and device, for information.
     """
     import pyarrow
-    import pyarrow.parquet
 
-    following = iter(codes)
-    packed = [None if file.reason else next(following).tobytes() for file in files]
-    valid = [_valid(file.path) for file in files]
-    texts = [printable(file.path) for file in files]
-    raw = [None if good else os.fsencode(file.path) for file, good in zip(files, valid, strict=True)]
-    times = pyarrow.array([file.modified_ns for file in files], pyarrow.int64())
-    about = {
+    remaining = iter(codes)
+    packed = [None if file.reason else next(remaining).tobytes() for file in files]
+    columns = file_columns(*zip(*files, strict=True))
+    columns["code"] = pyarrow.array(packed, pyarrow.binary(codes.shape[1]))
+    metadata = {
         "corpus": corpus,
         "unreadable": sum(bool(file.reason) for file in files),
-        "content": _digest(files, np.asarray(codes)),
+        "content": _digest_rows(files, np.asarray(codes)),
         "made_with": made_with,
     }
-    table = pyarrow.table(
-        {
-            "path": pyarrow.array(texts, pyarrow.string()),
-            "code": pyarrow.array(packed, pyarrow.binary(codes.shape[1])),
-            "size": pyarrow.array([file.size for file in files], pyarrow.int64()),
-            "modified": times.cast(pyarrow.timestamp("ns", "UTC")),
-            "reason": pyarrow.array([file.reason or None for file in files], pyarrow.string()),
-            "raw_path": pyarrow.array(raw, pyarrow.binary()),
-        },
-        metadata={_KEY: json.dumps(about).encode()},
-    )
-    # In memory first: a full disk is then told by the system's own words, not by Parquet's.
-    content = io.BytesIO()
-    pyarrow.parquet.write_table(table, content, compression="zstd", use_dictionary=["reason"])
-    write_bytes(path, content.getbuffer())
+    order = ("path", "code", "size", "modified", "reason", "raw_path")
+    table = pyarrow.table({name: columns[name] for name in order}, metadata={_KEY: json.dumps(metadata).encode()})
+    _write_table(path, table, use_dictionary=["reason"])
 
 
-def read_header(path: pathlib.Path) -> Head:
-    """Returns what a part says of itself.
+def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
+    """Returns a part, checked; without `rows` only its header.
 
     Raises:
-      DamagedPartError: the end of the file, where it stands, is damaged.
-      OSError: the file cannot be opened.
+      DamagedPartError: The file does not hold what was written.
+      OSError: The file cannot be opened.
     """
-    return _read(path, rows=False)[0]
-
-
-def read_shard(path: pathlib.Path) -> tuple[Head, Part]:
-    """Returns all of a part, checked.
-
-    Raises:
-      DamagedPartError: what is read is not what was written.
-      OSError: the file cannot be opened.
-    """
-    about, part = _read(path, rows=True)
-    assert part is not None
-    return about, part
-
-
-def _read(path: pathlib.Path, *, rows: bool) -> tuple[Head, Part | None]:
+    import pyarrow
     import pyarrow.parquet
 
     with path.open("rb") as content:
         try:
             file = pyarrow.parquet.ParquetFile(content)
-            about = json.loads(file.schema_arrow.metadata[_KEY])
-            told = Head(str(about["corpus"]), file.metadata.num_rows, int(about["unreadable"]))
+            metadata = json.loads(file.schema_arrow.metadata[_KEY])
+            header = Part(str(metadata["corpus"]), file.metadata.num_rows, int(metadata["unreadable"]))
             if not rows:
-                return told, None
-            part = _part(file.read())
-            if _digest(*part) != about["content"]:
+                return header
+            table = file.read()
+            times = table.column("modified").cast(pyarrow.int64()).to_pylist()
+            records = table.select(["path", "raw_path", "code", "size", "reason"]).to_pylist()
+            files = [
+                File(path_of(row), row["size"], time, row["reason"] or "")
+                for row, time in zip(records, times, strict=True)
+            ]
+            packed = [row["code"] for row in records]
+            if [code is None for code in packed] != [bool(file.reason) for file in files]:
+                raise ValueError("its codes do not belong to the readable files")
+            width = table.schema.field("code").type.byte_width
+            codes = np.frombuffer(b"".join(code for code in packed if code is not None), np.uint8).reshape(-1, width)
+            agrees = (len(files), len(files) - len(codes)) == (header.total, header.unreadable)
+            if not agrees or _digest_rows(files, codes) != metadata["content"]:
                 raise ValueError("its content is not what was written")
-            return told, part
-        except Exception as error:  # whatever damaged bytes make Parquet's reader raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-            raise DamagedPartError(f"{type(error).__name__}: {first}") from error
+            return header._replace(files=files, codes=codes)
+        except Exception as error:  # Parquet's reader raises any class for damaged bytes
+            raise DamagedPartError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
-def _part(table: Any) -> Part:
-    import pyarrow
-
-    of = {column: table.column(column).to_pylist() for column in ("path", "code", "size", "reason", "raw_path")}
-    times = table.column("modified").cast(pyarrow.int64()).to_pylist()
-    paths = [text if raw is None else os.fsdecode(raw) for text, raw in zip(of["path"], of["raw_path"], strict=True)]
-    reasons = [reason or "" for reason in of["reason"]]
-    width = table.schema.field("code").type.byte_width
-    codes = np.frombuffer(b"".join(code for code in of["code"] if code is not None), np.uint8).reshape(-1, width)
-    if [code is None for code in of["code"]] != [bool(reason) for reason in reasons]:
-        raise ValueError("codes stand at other files than were readable")
-    return Part([File(*file) for file in zip(paths, of["size"], times, reasons, strict=True)], codes)
-
-
-def _digest(files: Sequence[File], codes: UInt8[np.ndarray, "readable bytes"]) -> str:
-    """Returns a digest of all that a part holds: Parquet has none of its own that is always looked at."""
+def _digest_rows(files: Sequence[File], codes: UInt8[np.ndarray, "readable bytes"]) -> str:
+    # Parquet's own checksums are of pages alone: they leave out the schema and the headers of pages.
     digest = hashlib.blake2b(json.dumps([list(file) for file in files]).encode(), digest_size=16)
     digest.update(repr(codes.shape).encode())
     digest.update(np.ascontiguousarray(codes).tobytes())
     return digest.hexdigest()
 
 
-def _valid(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+# Writing, and what can go wrong.
 
 
-def write_bytes(path: pathlib.Path, content: bytes | memoryview) -> None:
-    """Writes a file of a corpus atomically, under a name of this call's own until it is whole.
+def _write_table(path: pathlib.Path, table: Any, use_dictionary: bool | list[str]) -> None:
+    import pyarrow.parquet
 
-    What processes that were killed left of the same file is tidied away.
+    # In memory first: a full disk is then reported by the system's error, not by Parquet's.
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content, compression="zstd", use_dictionary=use_dictionary)
+    _write_file(path, content.getvalue())
 
-    Raises:
-      CorpusError: it cannot be written; the message says why.
-    """
-    # No process number: processes of several machines may have the same.
-    mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+def _write_file(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file atomically, and removes temporary files of it that killed processes left."""
     try:
         try:
-            with mine.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # where a disk over a network tells that it is full
-            os.replace(mine, path)
+            write_bytes(path, content)
         except FileNotFoundError:
-            # Another process wrote the same file meanwhile, and took this one's for what a killed one had left.
+            # Another process wrote the same file meanwhile and removed this one's temporary file as a leftover.
             if not path.exists():
                 raise
-        finally:
-            mine.unlink(missing_ok=True)
         for left in path.parent.glob(f".{path.name}.*"):
             left.unlink(missing_ok=True)
     except OSError as error:
-        raise CodeStoreError(
-            f"--codes: {path} cannot be written ({(error.strerror or str(error)).lower()}); make room or mend it, and "
-            "the same command goes on after the parts that are there"
+        raise _error(
+            f"{path} cannot be written ({_reason(error)}); make room or repair it, and the same command goes on after "
+            "the parts that exist"
         ) from error
 
 
-# corpus.corpus: Packed codes of a corpus of many files on disk: a folder of parts, filled by any number of processes, and read.
+def _error(sentence: str) -> CodeStoreError:
+    return CodeStoreError(f"--codes: {sentence}", field="--codes")
 
 
-FORMAT = 1
-# Programs that read a folder of Parquet files as one table look past names with an underscore.
-ABOUT = "_corpus.json"
-LIST = "_files.parquet"
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """A folder of codes: whose they are, of which files, cut into parts of how many."""
-
-    folder: pathlib.Path
-    encoder: dict[str, Any]
-    """What the encoder, and what it is shown of a file, are known by."""
-    part: int
-    """Files in a part; the last has what is left."""
-    files: int
-    listed: str
-    """Digest of the files' names, in order."""
-    images: str
-    """Where the files were when the corpus was begun; they may lie elsewhere by now."""
-
-    @property
-    def parts(self) -> int:
-        """How many parts the files make."""
-        return -(-self.files // self.part)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """What every part of it carries."""
-        return hashlib.sha256(json.dumps(self._known(), sort_keys=True).encode()).hexdigest()[:24]
-
-    def _known(self) -> dict[str, Any]:
-        known = {"format": FORMAT, "encoder": self.encoder, "part": self.part}
-        return known | {"files": self.files, "parts": self.parts, "listed": self.listed}
-
-    def described(self) -> dict[str, Any]:
-        """Returns what _corpus.json holds."""
-        return self._known() | {"images": self.images}
-
-    def of_part(self, number: int) -> range:
-        """Returns which files part `number` is of."""
-        return range(number * self.part, min((number + 1) * self.part, self.files))
-
-    def path(self, number: int) -> pathlib.Path:
-        """Returns where part `number` lies, or will."""
-        return self.folder / name(number)
-
-    def find(self, number: int, *, rows: bool = True) -> tuple[Head, Part | None] | None:
-        """Returns a part, or None where it is not there; without its rows it is not checked as a whole.
-
-        Raises:
-          CorpusError: it is of another corpus, or cannot be opened.
-          DamagedPartError: it was damaged.
-        """
-        path = self.path(number)
-        try:
-            head, part = read_shard(path) if rows else (read_header(path), None)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise CodeStoreError(
-                f"--codes: {path} cannot be read ({(error.strerror or str(error)).lower()}); mend that first"
-            ) from error
-        if head.corpus != self.identity:
-            raise CodeStoreError(
-                f"--codes: {path} is of another corpus than {self.folder / ABOUT} tells; move it elsewhere, and the "
-                "same command makes this one's"
-            )
-        if head.files != len(self.of_part(number)):
-            raise DamagedPartError(f"{head.files} rows for {len(self.of_part(number))} files")
-        return head, part
-
-    def check(self) -> None:
-        """Checks that the folder is still this corpus's.
-
-        Raises:
-          CorpusError: it is another's; the message says in what and what to do.
-        """
-        theirs = described(self.folder)
-        if theirs.identity == self.identity:
-            return
-        where = f"--codes: {self.folder} holds"
-        if told := _differences(self.encoder, theirs.encoder):
-            raise CodeStoreError(
-                f"{where} codes of another encoder ({told}); give the --workdir that they are of, or another --codes"
-            )
-        if theirs.part != self.part:
-            raise CodeStoreError(
-                f"{where} parts of {theirs.part} files, not of {self.part}; give --part={theirs.part}, or another "
-                "--codes"
-            )
-        raise CodeStoreError(
-            f"{where} codes of another list of files, {theirs.files:,} then and {self.files:,} now; give the --images "
-            "that they are of, or another --codes"
-        )
-
-
-def begin(
-    folder: pathlib.Path, encoder: dict[str, Any], part: int, names: Sequence[str], images: str, *, keep_list: bool
-) -> Corpus:
-    """Makes a folder the place of a corpus's codes, or checks that it is; any number of processes may do so at once.
-
-    Args:
-      folder: of the codes.
-      encoder: what it is known by.
-      part: files in a part.
-      names: of all files, in order.
-      images: where they are.
-      keep_list: whether the names are kept, so that the corpus can be finished though files come and go.
-
-    Raises:
-      CorpusError: it holds something else, another corpus, or cannot be written to.
-    """
-    corpus = Corpus(folder, encoder, part, len(names), digest(names), images)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = sorted(os.listdir(folder))
-    except OSError as error:
-        raise CodeStoreError(
-            f"--codes: {folder} cannot be used ({(error.strerror or str(error)).lower()}); choose another folder"
-        ) from error
-    if ABOUT not in inside:
-        foreign = [name for name in inside if not name.startswith((".", "part-")) and name != LIST]
-        if foreign:
-            raise CodeStoreError(
-                f"--codes: {folder} holds files, but no codes of a corpus ({foreign[0]}, …); choose another folder"
-            )
-        if keep_list:
-            write_manifest(folder / LIST, names)
-        text = json.dumps(corpus.described(), indent=2) + "\n"
-        write_bytes(folder / ABOUT, text.encode())
-    # Also of what was just written: another process may have written another corpus at the same moment. It checks again
-    # before each part, and a part says which corpus it is of.
-    theirs = described(folder)
-    if keep_list and (theirs.encoder, theirs.part) == (encoder, part) and theirs.listed != corpus.listed:
-        changed = changes(read_list(theirs), names)
-        raise CodeStoreError(
-            f"--images: the files are others than when {folder} was begun: {changed}; leave --images out to finish the "
-            "list as it was and name what came in a list, --images=NEW.csv, for a folder of its own, or give another "
-            "--codes"
-        )
-    corpus.check()
-    return corpus
-
-
-def described(folder: pathlib.Path) -> Corpus:
-    """Returns the corpus that a folder's _corpus.json tells of.
-
-    Raises:
-      CorpusError: there is none, or it is damaged.
-    """
-    path = folder / ABOUT
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["format"] != FORMAT:
-            raise CodeStoreError(f"--codes: {path} is of another version of this program; choose another folder")
-        corpus = Corpus(folder, known["encoder"], known["part"], known["files"], known["listed"], known["images"])
-        if not isinstance(corpus.encoder, dict) or corpus.part < 1 or corpus.parts != known["parts"]:
-            raise ValueError("its numbers do not go together")
-    except CodeStoreError:
-        raise
-    except OSError as error:
-        raise CodeStoreError(
-            f"--codes: {folder} is no folder of a corpus's codes ({ABOUT}: {(error.strerror or str(error)).lower()}); "
-            "give one that --mode=encode has made"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CodeStoreError(
-            f"--codes: {path} is damaged ({type(error).__name__}: {error}); remove it, and the same --mode=encode "
-            "command writes it again and keeps the parts"
-        ) from error
-    return corpus
-
-
-class Tally(NamedTuple):
-    """How far a corpus is."""
-
-    files: int
-    """In the parts that are there."""
-    unreadable: int
-    """Of these."""
-    missing: list[int]
-    """Parts that are not there, or were damaged where even their end tells so."""
-
-
-def tally(corpus: Corpus) -> Tally:
-    """Returns how far a corpus is, by the ends of its parts alone.
-
-    Raises:
-      CorpusError: a part is of another corpus.
-    """
-    files = unreadable = 0
-    missing = []
-    for number in range(corpus.parts):
-        try:
-            found = corpus.find(number, rows=False)
-        except DamagedPartError:
-            found = None
-        if found is None:
-            missing.append(number)
-        else:
-            files, unreadable = files + found[0].files, unreadable + found[0].unreadable
-    return Tally(files, unreadable, missing)
-
-
-def tidy(corpus: Corpus) -> None:
-    """Deletes what killed processes left of parts of a whole corpus; one that is at a part now finds it made."""
-    for left in corpus.folder.glob(".part-*"):
-        left.unlink(missing_ok=True)
-
-
-def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray, "readable bytes"]]:
-    """Returns the paths of all files of a finished corpus that have a code, in order, and their packed codes.
-
-    Paths are relative to the folder of photos, or to that of the list, as they were encoded. Codes are [n, bits / 8].
-
-    Raises:
-      CorpusError: there is no corpus, parts are missing or damaged, or one is of another corpus.
-
-    Examples:
-      >>> import cib_jax as cib
-      >>> paths, codes = cib.read_corpus("CODES")  # of --mode=encode
-      >>> paths, codes.shape
-      (['blue.png', 'green.png', 'red.png'], (3, 2))
-    """
-    folder = pathlib.Path(folder).expanduser()
-    corpus = described(folder)
-    counted = tally(corpus)
-    again = "run the same --mode=encode command again, which makes what is missing"
-    if counted.missing:
-        raise CodeStoreError(
-            f"--codes: {folder} is unfinished: {len(counted.missing):,} of {corpus.parts:,} parts are missing (the "
-            f"first: {name(counted.missing[0])}); {again}"
-        )
-    paths: list[str] = []
-    codes = np.empty((counted.files - counted.unreadable, corpus.encoder["bits"] // 8), np.uint8)
-    for number in range(corpus.parts):
-        try:
-            found = corpus.find(number)
-        except DamagedPartError as error:
-            raise CodeStoreError(f"--codes: {corpus.path(number)} is damaged ({error}); {again}") from error
-        assert found is not None and found[1] is not None
-        part = found[1]
-        codes[len(paths) : len(paths) + len(part.codes)] = part.codes
-        paths += [file.path for file in part.files if not file.reason]
-    return paths, codes
-
-
-def read_list(corpus: Corpus) -> list[str]:
-    """Returns the names of a corpus's files, in order, as they were when it was begun.
-
-    Raises:
-      CorpusError: they were not kept, or the file that keeps them is damaged.
-    """
-    return read_manifest(corpus.folder / LIST, corpus.listed)
-
-
-def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
-    names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-    return "; ".join(f"{name}: {theirs.get(name)!r} → {mine.get(name)!r}" for name in names)
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

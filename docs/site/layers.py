@@ -22,14 +22,14 @@ LAYERS = (
     ("networks, losses, ranking, data", ("models", "losses", "retrieval", "data")),
     ("arrays to arrays", ("augment", "codes", "diffusion", "exported")),
     ("devices and hosts", ("distributed",)),
-    ("used by all", ("errors", "files", "console", "configs")),
+    ("used by all", ("errors", "files", "console", "configs", "version")),
 )
 """From top to bottom: a part imports parts of lower layers only. A part is a folder of the package, or a file."""
 
 PURE = ("augment", "codes", "losses", "diffusion", "baselines")
 """Parts without files, logs or state."""
 
-ENTRY_POINTS = ("__init__", "__main__")
+ENTRY_POINTS = ("__init__", "__main__", "jobs")
 
 WIDTH, ROW, BOX, LEFT = 860, 46, 32, 230
 

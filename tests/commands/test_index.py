@@ -48,13 +48,13 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def looked(monkeypatch):
     """Counts how often each photo is decoded."""
-    counted, original = collections.Counter(), photos.see
+    counted, original = collections.Counter(), photos.decode_with_thumbnail
 
-    def see(path, size, **options):
+    def decode(path, size, **options):
         counted[os.path.basename(path)] += 1
         return original(path, size, **options)
 
-    monkeypatch.setattr(photos, "see", see)
+    monkeypatch.setattr(photos, "decode_with_thumbnail", decode)
     return counted
 
 
@@ -70,7 +70,7 @@ def test_the_index_holds_the_codes_of_every_photo_and_a_second_run_does_nothing(
     assert done == Indexed(25, 27, 0, 0, 2)
     assert held(tmp_path / "i") == expected(root, hasher)
     assert set(looked.values()) == {1} and len(looked) == 27
-    assert "Not photos by name, left out: 1 .txt" in told and "Cannot be read: a/empty.jpg: 0 bytes" in told
+    assert "left out: 1 .txt" in told and "Cannot be read: a/empty.jpg: 0 bytes" in told
     assert f"25 photos in {tmp_path / 'i'}: 27 files new, 0 changed, 0 gone, 2 unreadable" in told
     version = PhotoTable.open(str(tmp_path / "i")).version
     for options in ({}, {"images": root}, {"images": root, "workdir": encoder}):
@@ -163,10 +163,10 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
         paths, others, closed = original(directory)
         return [path for path in paths if path[0] != "a"], others, [*closed, Unreadable("a", "permission denied")]
 
-    monkeypatch.setattr(photo_folder, "walk", walk)
+    monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, told = run(tmp_path / "i")
     assert done.removed == 1 and held(tmp_path / "i") == before
-    assert "1 folders cannot be entered, what is in them is left out; the first: a: permission denied" in told
+    assert "the first: a: permission denied" in told
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -197,12 +197,12 @@ def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
 
     def walk(directory):
         found = original(directory)
-        monkeypatch.setattr(photo_folder, "walk", original)
+        monkeypatch.setattr(photo_folder, "walk_folder", original)
         pictures.write(root / "a" / "late.jpg", pictures.smooth(40, 50, seed=96))
         run(tmp_path / "i")
         return found
 
-    monkeypatch.setattr(photo_folder, "walk", walk)
+    monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, _ = run(tmp_path / "i")
     assert done.removed == 0 and held(tmp_path / "i") == expected(root, hasher)
     assert "a/late.jpg" in held(tmp_path / "i")
@@ -238,7 +238,7 @@ def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
     run(tmp_path / "i", root, workdir=encoder)
     before = held(tmp_path / "i")
     shutil.rmtree(root)
-    with pytest.raises(DataError, match="--images: there is no "):
+    with pytest.raises(DataError, match="^--images: "):
         run(tmp_path / "i")
     root.mkdir()
     with pytest.raises(DataError, match="holds no photos"):
@@ -270,7 +270,7 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
     with pytest.raises(IndexFolderError, match=r"--images: there is no index at .* yet; give the folder of photos"):
         run(tmp_path / "i")
     assert not (tmp_path / "i").exists()
-    with pytest.raises(DataError, match="--images: there is no "):
+    with pytest.raises(DataError, match="^--images: "):
         run(tmp_path / "i", tmp_path / "nowhere", workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     indexing.save_hasher(tmp_path / "seed", seed=1)
@@ -284,9 +284,9 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
         run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
     run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
     # Kept inside: the folder that it came from may go.
-    assert collection.known_by(collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))) == collection.known_by(
-        Hasher.load(encoder)
-    )
+    assert collection.encoder_identity(
+        collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
+    ) == collection.encoder_identity(Hasher.load(encoder))
 
 
 def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp_path, root, encoder, monkeypatch):
@@ -295,7 +295,7 @@ def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp
 
     def create(cls, uri, about, file):
         other = Hasher.load(tmp_path / "other")
-        original(cls, uri, about._replace(encoder=collection.known_by(other)), collection.file_of(other))
+        original(cls, uri, about._replace(encoder=collection.encoder_identity(other)), collection.hasher_bytes(other))
         return original(cls, uri, about, file)
 
     monkeypatch.setattr(PhotoTable, "create", classmethod(create))
@@ -373,7 +373,7 @@ def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
     _, told = run(tmp_path / "i", root, settings=tiny())
     run(tmp_path / "j", root, settings=tiny())
     assert "learning 16-bit codes from 20 of the photos, which are few" in " ".join(told.split())
-    learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
+    learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
     assert learnt.side == 20 and held(tmp_path / "i") == held(tmp_path / "j") == expected(root, learnt)
     run(tmp_path / "k", root, settings=tiny(seed=5))
     assert held(tmp_path / "k") != held(tmp_path / "i")
@@ -404,7 +404,7 @@ def test_an_encoder_of_features_is_refused(tmp_path, root):
 
 def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monkeypatch):
     """An answer of the system that is no photo's fault ends the run, and the next one goes on."""
-    original = photos.see
+    original = photos.decode_with_thumbnail
 
     def failing(path, size, **options):
         if path.endswith("20.webp"):
@@ -412,12 +412,12 @@ def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monke
         return original(path, size, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photos, "see", failing)
+        patch.setattr(photos, "decode_with_thumbnail", failing)
         with pytest.raises(DataError, match="cannot be read now"):
             run(tmp_path / "i", root, workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     assert held(tmp_path / "i") == expected(root, hasher)
-    assert photo_table.local(str(tmp_path / "i"))
+    assert photo_table.is_local(str(tmp_path / "i"))
 
 
 @pytest.mark.slow
@@ -425,7 +425,7 @@ def test_a_few_photos_are_learnt_from_by_a_pretrained_network(tmp_path):
     """As a stranger's first command does, with fewer views and epochs."""
     indexing.fill(tmp_path / "photos", 40)
     done, _ = run(tmp_path / "i", tmp_path / "photos", settings=indexing.config(epochs=2, train__views=2))
-    learnt = collection.hasher_of(PhotoTable.open(str(tmp_path / "i")))
+    learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
     assert done == Indexed(40, 40, 0, 0, 0) and (learnt.encoder.bits, learnt.side) == (64, 160)
     assert held(tmp_path / "i") == expected(tmp_path / "photos", learnt)
 

@@ -283,9 +283,9 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
 def test_the_report_says_which_protocol_and_which_published_tables(tmp_path, console):
     results = train(small.config(epochs=1), tmp_path / "run", console=console)
     assert results["protocol"]["name"] == "own"
-    assert results["protocol"]["published_tables"] == "none compares with a split of one's own"
+    assert results["protocol"]["published_tables"].startswith("none compares")
     assert "published tables: none compares" in console.export_text().replace("\n", " ")
-    with pytest.raises(DataError, match=r"config.data.protocol: coco-5000 is for mscoco, not digits"):
+    with pytest.raises(DataError, match=r"config.data.protocol: .*digits"):
         train(small.config(data__protocol="coco-5000"), tmp_path / "other", console=console)
 
 

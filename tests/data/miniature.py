@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cib_jax.data import sources
+from cib_jax.data.dataset import DataConfig
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -33,5 +34,5 @@ def prepare(data_dir: pathlib.Path, per_file: int = 20) -> pathlib.Path:
     with unittest.mock.patch.object(
         tfds.download.DownloadManager, "download_and_extract", lambda manager, url: archive
     ):
-        sources.load("cifar10", str(data_dir))
+        sources.load(DataConfig("cifar10", str(data_dir)))
     return data_dir

@@ -1,20 +1,24 @@
-"""Features on disk: read as written, never stale, never half, and told apart when damaged."""
+"""Disk caches: read as written, never stale, never half-written, pruned by use, locked, and damage detected."""
 
+import contextlib
 import os
+import threading
 
 import numpy as np
 import pytest
 
+from cib_jax.data import cache
 from cib_jax.data.cache import DamagedError, FeatureCache, digest_of_images
+from tests.data import errors
 
 MADE_OF = {"backbone": "vgg16", "size": 224}
 FEATURES = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float16)
 
 
 def written(root, made_of=MADE_OF):
-    cache = FeatureCache(root, made_of)
-    cache.write("view-0", FEATURES)
-    return cache
+    features = FeatureCache(root, made_of)
+    features.write("view-0", FEATURES)
+    return features
 
 
 def test_a_part_is_read_as_it_was_written_by_whoever_asks_for_the_same(tmp_path):
@@ -38,13 +42,13 @@ def flipped(content):
 
 @pytest.mark.parametrize("damage", [flipped, lambda old: old[:-3], lambda old: b"", lambda old: b"x" * 99])
 def test_a_damaged_part_is_refused_and_can_be_written_again(tmp_path, damage):
-    cache = written(tmp_path)
-    path = cache.folder / "view-0.safetensors"
+    features = written(tmp_path)
+    path = features.folder / "view-0.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DamagedError, match=r"view-0.safetensors is damaged"):
-        cache.read("view-0", (5, 7), np.float16)
-    cache.write("view-0", FEATURES)
-    assert np.array_equal(cache.read("view-0", (5, 7), np.float16), FEATURES)
+    with pytest.raises(DamagedError, match=r"view-0\.safetensors"):
+        features.read("view-0", (5, 7), np.float16)
+    features.write("view-0", FEATURES)
+    assert np.array_equal(features.read("view-0", (5, 7), np.float16), FEATURES)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((5, 8), np.float16), ((5, 7), np.float32)])
@@ -53,16 +57,13 @@ def test_a_part_of_another_shape_or_type_is_refused(tmp_path, shape, dtype):
         written(tmp_path).read("view-0", shape, dtype)
 
 
-def test_nothing_half_written_stays_behind(tmp_path, monkeypatch):
-    cache = written(tmp_path)
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        cache.write("view-1", FEATURES)
-    assert sorted(file.name for file in cache.folder.iterdir()) == ["made_of.json", "view-0.safetensors"]
+def test_nothing_half_written_stays_behind(tmp_path):
+    features = written(tmp_path)
+    (features.folder / "view-1.safetensors").mkdir()  # so that replacing it fails
+    with pytest.raises(OSError):
+        features.write("view-1", FEATURES)
+    names = ["made_of.json", "view-0.safetensors", "view-1.safetensors"]
+    assert sorted(file.name for file in features.folder.iterdir()) == names
 
 
 def test_a_folder_that_cannot_be_made_is_an_oserror(tmp_path):
@@ -73,15 +74,15 @@ def test_a_folder_that_cannot_be_made_is_an_oserror(tmp_path):
 
 def test_pruning_takes_what_was_not_used_for_longest_and_never_its_own(tmp_path):
     caches = [written(tmp_path, MADE_OF | {"number": number}) for number in range(4)]
-    for age, cache in enumerate(caches):
-        os.utime(cache.folder, (1000 - age, 1000 - age))
+    for age, used in enumerate(caches):
+        os.utime(used.folder, (1000 - age, 1000 - age))
     (tmp_path / "not ours").mkdir()
     caches[3].read("view-0", (5, 7), np.float16)  # the oldest, and now the newest
     one = sum(file.stat().st_size for file in caches[0].folder.iterdir())
     caches[2].prune(2 * one + one // 2)
-    assert [cache.folder.exists() for cache in caches] == [False, False, True, True]
+    assert [used.folder.exists() for used in caches] == [False, False, True, True]
     caches[2].prune(0)
-    assert [cache.folder.exists() for cache in caches] == [False, False, True, False]
+    assert [used.folder.exists() for used in caches] == [False, False, True, False]
     assert (tmp_path / "not ours").exists()
 
 
@@ -96,13 +97,58 @@ def test_the_digest_sees_pixels_order_and_size_but_not_how_images_are_cut_into_b
 
 
 def test_a_cache_that_may_only_be_read_is_read(tmp_path, monkeypatch):
-    cache = written(tmp_path)
+    features = written(tmp_path)
 
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "utime", denied)
-    assert np.array_equal(cache.read("view-0", (5, 7), np.float16), FEATURES)
+    assert np.array_equal(features.read("view-0", (5, 7), np.float16), FEATURES)
+
+
+def test_one_writer_waits_for_another_and_says_so(tmp_path):
+    shown, done = [], threading.Event()
+
+    @contextlib.contextmanager
+    def bar(description, total):
+        shown.append((description, total))
+        done.set()
+        yield shown.append
+
+    def wait():
+        with cache.exclusive(tmp_path, bar):
+            shown.append("second")
+
+    second = threading.Thread(target=wait)
+    with cache.exclusive(tmp_path):
+        second.start()
+        assert done.wait(30)
+        shown.append("first")
+    second.join()
+    assert [shown[0][1], *shown[1:]] == [1, "first", 1, "second"]
+
+
+def test_a_folder_is_in_use_as_long_as_a_reader_is_open(tmp_path):
+    with cache.shared(tmp_path):
+        with cache.shared(tmp_path):
+            assert cache.in_use(tmp_path)
+        assert cache.in_use(tmp_path)
+    assert not cache.in_use(tmp_path)
+    with cache.exclusive(tmp_path):  # writers are no readers
+        assert not cache.in_use(tmp_path)
+
+
+def test_features_are_computed_without_a_lock_if_there_cannot_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    with FeatureCache(tmp_path / "file", MADE_OF).exclusive():
+        pass
+
+
+def test_errors_name_the_field_of_the_cache(tmp_path):
+    with errors.raises("config.cache.dir", tmp_path, "no space left"), cache.write_errors(tmp_path, "photos"):
+        raise OSError(28, "No space left on device")
+    with errors.raises("config.cache.dir", tmp_path, "1048576.0 GiB"):
+        cache.validate_free_space(tmp_path, 2**50, "photos", "lower something")
 
 
 def test_pruning_passes_over_what_another_process_deletes(tmp_path, monkeypatch):

@@ -1,18 +1,21 @@
-"""Any folder: what is found in it, what its classes are, what is left out, and what is refused."""
+"""Folders and lists of photos: what is found, its classes and splits, what is left out, and what is refused."""
 
 import os
 
 import numpy as np
 import PIL.Image
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cib_jax.data import photo_folder, photos
-from cib_jax.errors import DataError
-from tests.data import pictures
+from cib_jax.data.dataset import no_bar
+from cib_jax.data.photo_cache import PhotoCache
+from tests.data import errors, pictures
 
 
-def load(directory, cache, **options):
-    return photo_folder.load_folder(str(directory), size=16, cache=cache, **options)
+def load(directory, cache, bar=no_bar, **options):
+    return photo_folder.load_folder(str(directory), PhotoCache(cache, 16, bar=bar), **options)
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_first_level_folders_are_classes(root, cache):
     assert list(source.classes) == ["cat", "dog", "owl"]
     # By path, in which "cat/1" comes before "cat/2020".
     assert source.train.labels.tolist() == [0, 0, 1, 2]
-    assert any("3 sub-folders are taken for classes" in note for note in source.notes)
+    assert any(note.startswith("3 sub-folders") for note in source.notes)
     assert load(root, cache, labeled=False).train.labels is None
 
 
@@ -63,7 +66,7 @@ def test_where_a_photo_has_no_class_nothing_has(root, cache):
     fill(root, "cat/1.jpg", "dog/3.jpg", "4.jpg")
     source = load(root, cache)
     assert (source.train.labels, list(source.classes)) == (None, [])
-    assert any("not taken for classes" in note for note in source.notes)
+    assert len(source.notes) == 1
     alone = root / "cat"
     fill(alone, "only/2.jpg", "only/3.jpg", "only/4.jpg")
     (alone / "1.jpg").unlink()
@@ -97,7 +100,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(root, cache):
     reasons = {bad.path: bad.reason for bad in source.unreadable}
     assert reasons.keys() == {"empty.jpg", "text.jpg", "cut.jpg"}
     assert reasons["empty.jpg"] == "0 bytes" and reasons["cut.jpg"].startswith("truncated")
-    assert any("1 .txt, 1 .heic" in note and "must be converted" in note for note in source.notes)
+    assert any("1 .txt, 1 .heic" in note and "converted" in note for note in source.notes)
 
 
 def test_a_folder_that_may_not_be_entered_is_listed(root, cache, monkeypatch):
@@ -114,45 +117,45 @@ def test_a_folder_that_may_not_be_entered_is_listed(root, cache, monkeypatch):
     assert len(source.train) == 4
     assert [(bad.path, bad.reason) for bad in source.unreadable] == [("secret", "permission denied")]
     monkeypatch.setattr(os, "scandir", lambda path: guarded("secret"))
-    with pytest.raises(DataError, match=r"config.data.dir: .* cannot be read \(permission denied\)"):
+    with errors.raises("config.data.dir", root, "permission denied"):
         load(root, cache)
 
 
 def test_what_is_no_folder_of_photos_is_refused(root, cache):
-    with pytest.raises(DataError, match=r"config.data.dir: it is empty"):
+    with errors.raises("config.data.dir", "''"):
         load("", cache)
-    with pytest.raises(DataError, match=r"config.data.dir: there is no folder .*my photos"):
+    with errors.raises("config.data.dir", root):
         load(root, cache)
     root.mkdir()
-    with pytest.raises(DataError, match=r"holds no photos \(nothing\)"):
+    with errors.raises("config.data.dir", root, "(nothing)"):
         load(root, cache)
     (root / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=r"holds no photos \(only 1 .txt\)"):
+    with errors.raises("config.data.dir", root, "(1 .txt)"):
         load(root, cache)
-    with pytest.raises(DataError, match=r"a.txt is a file; give a folder, or config.data.name=list"):
+    with errors.raises("config.data.dir", root / "a.txt", "config.data.name=list"):
         load(root / "a.txt", cache)
     fill(root, "1.jpg", "2.jpg")
     (root / "3.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"has 2 readable photos and 1 unreadable ones \(the first: 3.jpg: 0 bytes\)"):
+    with errors.raises("config.data.dir", root, "got 2", "(the first: 3.jpg: 0 bytes)"):
         load(root, cache)
 
 
-def test_the_bar_is_told_of_every_photo(root, cache):
+def test_the_bar_advances_for_every_photo(root, cache):
     fill(root, "1.png", "2.png", "3.png")
-    told = []
+    calls = []
 
     class Bar:
-        def __init__(self, what, total):
-            told.append((what, total))
+        def __init__(self, description, total):
+            calls.append((description, total))
 
         def __enter__(self):
-            return told.append
+            return calls.append
 
         def __exit__(self, *_):
             pass
 
     load(root, cache, bar=Bar)
-    assert told[0] == ("Preparing photos", 3) and sum(told[1:]) == 3
+    assert calls[0][1] == 3 and sum(calls[1:]) == 3
 
 
 def test_upright_photos_and_one_pixel_wide_ones(root, cache):
@@ -164,3 +167,107 @@ def test_upright_photos_and_one_pixel_wide_ones(root, cache):
     source = load(root, cache)
     assert source.train.names == ["thin.png", "turned.jpg", "wide.png"]
     assert (source.train.images[0] == 90).all() and (source.train.images[2] == 255).all()
+
+
+@pytest.fixture
+def listed(tmp_path):
+    for number in range(6):
+        pictures.write(tmp_path / "in here" / f"{number}.png", pictures.colored(number, 6))
+    return tmp_path
+
+
+PATHS = [f"in here/{number}.png" for number in (3, 1, 5, 0)]
+
+
+def write_list(listed, columns, kind):
+    path = listed / f"list.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        rows = zip(*columns.values(), strict=True)
+        path.write_text("\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def load_list(path, **options):
+    return photo_folder.load_list(str(path), PhotoCache(path.parent / "cache", 16), **options)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_photos_come_in_the_order_of_the_list_with_their_labels(listed, kind):
+    source = load_list(write_list(listed, {"path": PATHS, "label": ["b", "a", "b", "c"], "other": [1, 2, 3, 4]}, kind))
+    assert source.train.names == PATHS
+    assert (list(source.classes), source.train.labels.tolist()) == (["a", "b", "c"], [1, 0, 1, 2])
+    for index, name in enumerate(PATHS):
+        assert np.array_equal(source.train.images[index], photos.decode(listed / name, 16))
+    assert source.roles is None
+
+
+def test_without_labels_there_are_none(listed):
+    assert load_list(write_list(listed, {"path": PATHS}, "csv")).train.labels is None
+    assert (
+        load_list(write_list(listed, {"path": PATHS, "label": list("abab")}, "csv"), labeled=False).train.labels is None
+    )
+
+
+def test_the_list_may_give_the_splits_and_unreadable_photos_leave_theirs(listed):
+    (listed / "in here" / "1.png").write_bytes(b"")
+    columns = {
+        "path": [*PATHS, "in here/2.png", str(listed / "in here" / "4.png"), "gone.png"],
+        "label": list("abcabca"),
+    }
+    columns["split"] = ["train", "train", "query", "database", "train", "train_only", "query"]
+    source = load_list(write_list(listed, columns, "csv"))
+    assert {role: part.names for role, part in source.roles.items()} == {
+        "train": ["in here/3.png", "in here/2.png"],
+        "query": ["in here/5.png"],
+        "database": ["in here/0.png"],
+        "train_only": [str(listed / "in here" / "4.png")],
+    }
+    assert source.roles["train"].labels.tolist() == [0, 1]
+    assert [(bad.path, bad.reason) for bad in source.unreadable] == [
+        ("in here/1.png", "0 bytes"),
+        ("gone.png", "no such file or directory"),
+    ]
+
+
+def test_a_csv_as_spreadsheets_write_it(listed):
+    path = listed / "list.csv"
+    path.write_bytes('\ufeffpath,label\r\n"in here/3.png","a, b"\r\nin here/1.png,ü\r\nin here/5.png,ü\r\n'.encode())
+    source = load_list(path)
+    assert (list(source.classes), source.train.labels.tolist()) == (["a, b", "ü"], [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("file,label\na,b\n", ["'path'", "'file', 'label'"]),
+        ("path\n", []),
+        ("", ["Empty CSV file"]),
+        ("path,label\na\n", ["CSV parse error"]),
+        ("path,label\na.png,x\na.png,x\n", ["'a.png'"]),
+        ("path,label\na.png,x\nb.png,\n", ["row 2", "label"]),
+        ("path,labels\na.png,\n", ["'labels'"]),
+        ("path,split\na.png,learn\n", ["row 1", "'learn'", "train, database, query"]),
+        ("path,label\na.png,x\n,x\n", ["row 2", "''"]),
+        ("path,label\na.png,x\nb.png,x\n", ["got 0", "2 unreadable"]),
+    ],
+)
+def test_a_bad_list_is_refused(listed, text, values):
+    path = listed / "list.csv"
+    path.write_text(text)
+    with errors.raises("config.data.dir", path, *values):
+        load_list(path)
+
+
+def test_what_is_no_list_is_refused(listed):
+    for name, content in (
+        ("list.txt", b"path\n"),
+        ("list.parquet", b"no"),
+        ("latin.csv", "path\nä.png\n".encode("latin1")),
+    ):
+        (listed / name).write_bytes(content)
+        with errors.raises("config.data.dir", name):
+            load_list(listed / name)
+    with errors.raises("config.data.dir", "nothing.csv"):
+        load_list(listed / "nothing.csv")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from cib_jax.data import photos
-from cib_jax.data.photos import BadPhotoError, decode
+from cib_jax.data.photos import HASH_BITS, BadPhotoError, decode, decode_with_thumbnail, difference_hash
 from tests.data import pictures
 
 
@@ -116,7 +116,7 @@ def test_the_first_frame_of_an_animation_counts():
 
 
 @hypothesis.given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 60))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_any_size_becomes_a_square(width, height, size):
 
     file = pictures.content(pictures.smooth(width, height))
@@ -251,7 +251,7 @@ def in_mode(mode, width=70, height=50):
 
 def seen_alike(file, size):
     """Checks what holds for every photo, and returns what was seen and its thumbnail."""
-    seen = photos.see(file, size)
+    seen = decode_with_thumbnail(file, size)
     assert np.array_equal(seen.square, decode(file, size)) and seen.square.dtype == np.uint8
     upright = plainly(PIL.Image.open(io.BytesIO(file)), 0)
     assert (seen.height, seen.width) == upright.shape[:2]
@@ -313,13 +313,13 @@ def test_seen_in_extreme_shapes(width, height, form):
 
 
 @hypothesis.given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([1, 8, 32, 160]))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_seen_in_any_size(width, height, size):
     seen_alike(pictures.content(pictures.smooth(width, height), "JPEG"), size)
 
 
-def secretive():
-    """A photo with all that must not leave the house: place, maker, comment, profile, resolution, XMP."""
+def photo_with_metadata():
+    """A photo with all the metadata that must be removed: place, maker, comment, profile, resolution, XMP."""
     exif = PIL.Image.Exif()
     exif[0x010F] = "http://maker"
     exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.0)})
@@ -338,15 +338,15 @@ def secretive():
 
 
 def test_a_thumbnail_and_a_reduced_photo_tell_nothing_of_place_or_maker():
-    file = secretive()
-    bare_jpeg(photos.see(file, 64).thumbnail, 192, 800, 600)
-    bare_jpeg(photos.see(file, 16).thumbnail, 192, 800, 600)
+    file = photo_with_metadata()
+    bare_jpeg(decode_with_thumbnail(file, 64).thumbnail, 192, 800, 600)
+    bare_jpeg(decode_with_thumbnail(file, 16).thumbnail, 192, 800, 600)
     bare_jpeg(photos.reduced(file, 400), 400, 800, 600)
     bare_jpeg(photos.reduced(file, 5000), 5000, 800, 600)
     for form in ("PNG", "TIFF", "WEBP"):
         image = PIL.Image.open(io.BytesIO(file))
         again = pictures.content(image, form, exif=image.getexif(), icc_profile=image.info["icc_profile"])
-        bare_jpeg(photos.see(again, 64).thumbnail, 192, 800, 600)
+        bare_jpeg(decode_with_thumbnail(again, 64).thumbnail, 192, 800, 600)
         bare_jpeg(photos.reduced(again, 300), 300, 800, 600)
 
 
@@ -368,10 +368,50 @@ def test_reduced_photos_look_like_themselves(longest, orientation):
 def test_a_damaged_file_is_refused_alike_however_it_is_looked_at(form):
     file = pictures.content(pictures.smooth(600, 400, seed=5), form)
     for length in np.random.default_rng(0).integers(1, int(0.9 * len(file)), 5):
-        for look in (photos.see, photos.reduced):
+        for look in (decode_with_thumbnail, photos.reduced):
             with pytest.raises(BadPhotoError):
                 look(file[:length], 16)
     with pytest.raises(photos.TooLargeError, match=r"more than data\.max_megapixels=50"):
-        photos.see(bomb(9_000, 9_000), 16, max_megapixels=50)
+        decode_with_thumbnail(bomb(9_000, 9_000), 16, max_megapixels=50)
     with pytest.raises(photos.TooLargeError, match=r"more than data\.max_megapixels=50"):
         photos.reduced(bomb(9_000, 9_000), 16, max_megapixels=50)
+
+
+def apart(a, b):
+    return int(np.bitwise_count(a ^ b).sum())
+
+
+def test_each_bit_says_whether_a_place_is_brighter_than_the_one_left_of_it():
+    """On a picture of 9 × 8 pixels, where nothing is averaged."""
+    levels = np.random.default_rng(0).integers(0, 256, (8, 9), np.uint8)
+    bits = np.unpackbits(difference_hash(levels[..., None].repeat(3, axis=-1)))
+    expected = [levels[y, x + 1] > levels[y, x] for y in range(8) for x in range(8)]
+    assert bits.tolist() == expected and len(bits) == HASH_BITS
+
+
+def test_a_place_is_the_mean_of_its_pixels():
+    levels = np.random.default_rng(1).integers(0, 256, (80, 90), np.uint8)
+    means = levels.astype(float).reshape(8, 10, 9, 10).mean(axis=(1, 3))
+    clear = np.abs(np.diff(means, axis=1)) > 1  # not decided by rounding
+    bits = np.unpackbits(difference_hash(levels[..., None].repeat(3, axis=-1))).reshape(8, 8).astype(bool)
+    assert clear.mean() > 0.8 and np.array_equal(bits[clear], (np.diff(means, axis=1) > 0)[clear])
+
+
+@pytest.mark.parametrize("width", [1, 5, 192])
+def test_any_shape_has_a_look(width):
+    assert difference_hash(np.asarray(pictures.smooth(width, 40))).shape == (8,)
+
+
+def test_copies_are_near_and_other_pictures_far():
+    seen = []
+    for seed in range(30):
+        image = pictures.smooth(320, 240, seed=seed)
+        own = []
+        for size, quality in [((320, 240), 95), ((240, 180), 60), ((500, 375), 30), ((200, 160), 80)]:
+            file = pictures.content(image.resize(size, PIL.Image.Resampling.LANCZOS), "JPEG", quality=quality)
+            own.append(difference_hash(decode(decode_with_thumbnail(file, 32).thumbnail, 0)))
+        assert max(apart(own[0], other) for other in own) <= 6, seed
+        seen.append(own[0])
+    others = [apart(a, b) for at, a in enumerate(seen) for b in seen[:at]]
+    # A few waves may run alike by chance.
+    assert np.mean(np.array(others) > 6) > 0.99 and 20 < np.mean(others) < 44

@@ -1,16 +1,19 @@
-"""The protocol's splits: counts, disjointness, determinism, errors."""
+"""Protocols and splits: counts, disjointness, determinism, published tables, errors."""
+
+import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from cib_jax.data import splits
 from cib_jax.data.dataset import ImageSet, Source
-from cib_jax.data.splits import PROTOCOLS, Protocol
-from cib_jax.errors import DataError
+from cib_jax.data.splits import PROTOCOLS, Protocol, get_protocol
+from tests.data import errors
 
 
 def numbered(count, labels, first=0):
-    """Images whose pixel tells their number."""
+    """Images with their number in every pixel."""
     images = np.broadcast_to(np.arange(first, first + count).astype(np.uint8)[:, None, None, None], (count, 2, 2, 3))
     return ImageSet(images, labels)
 
@@ -20,7 +23,7 @@ def numbers(images):
 
 
 def draw(source, *, seed, validation_queries=1000, **fields):
-    return splits.draw(source, Protocol(**fields), seed=seed, validation_queries=validation_queries)
+    return splits.draw_splits(source, Protocol(**fields), seed=seed, validation_queries=validation_queries)
 
 
 @pytest.fixture
@@ -81,30 +84,33 @@ def test_multi_hot_labels_are_drawn_per_class_without_repeats():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field", "values"),
     [
-        ({"train_per_class": 21}, "config.data.train_per_class: class 0 has 20 images left"),
-        ({"train_per_class": 1, "queries": 5}, "config.data.queries: this data set has a test split of its own"),
+        ({"train_per_class": 21}, "train_per_class", ["class 0", 20, 21]),
+        ({"train_per_class": 1, "queries": 5}, "queries", [5]),
+        ({"train_per_class": 1, "train_images": 5}, "train_images", ["train_per_class"]),
         (
             {"train_per_class": 19, "validation": "database", "validation_queries": 6},
-            "config.data.validation_queries: 6 .* has 5 images",
+            "validation_queries",
+            [5, 6],
         ),
+        ({"train_searched": False, "name": "all"}, "protocol", ["all"]),
     ],
 )
-def test_too_small_a_set_is_refused(two_splits, options, message):
-    with pytest.raises(DataError, match=message):
+def test_too_small_a_set_is_refused(two_splits, options, field, values):
+    with errors.raises(f"config.data.{field}", *values):
         draw(two_splits, seed=0, **options)
 
 
 @pytest.mark.parametrize("queries", [0, 50, 51])
 def test_a_set_in_one_piece_must_leave_a_database(queries):
-    with pytest.raises(DataError, match=r"one piece of 50 images"):
+    with errors.raises("config.data.queries", "1 to 49", f"got {queries}"):
         draw(Source(numbered(50, np.arange(50) % 5), None), seed=0, train_per_class=0, queries=queries)
 
 
 @pytest.fixture(scope="module")
 def cifar():
-    """As many labels as CIFAR-10 has; an image tells its number in its pixels."""
+    """As many labels as CIFAR-10 has; the pixels of an image hold its number."""
     numbers = np.arange(60_000)
     images = np.stack([numbers // 256, numbers % 256, numbers * 0], axis=-1).astype(np.uint8)[:, None, None]
     labels = np.concatenate([np.random.default_rng(0).permutation(numbers[:50_000] % 10), numbers[50_000:] % 10])
@@ -128,12 +134,12 @@ def identities(images):
     ],
 )
 def test_each_cifar_protocol_has_the_published_counts(cifar, name, queries, database, train, searched):
-    drawn = splits.draw(cifar, PROTOCOLS[name], seed=0)
+    drawn = splits.draw_splits(cifar, PROTOCOLS[name], seed=0)
     assert (len(drawn.query), len(drawn.database), len(drawn.train)) == (queries, database, train)
-    asked, found, learnt = map(identities, (drawn.query, drawn.database, drawn.train))
+    asked, found, learned = map(identities, (drawn.query, drawn.database, drawn.train))
     assert len(set(asked)) == queries
-    assert not set(asked) & set(found) and not set(asked) & set(learnt)
-    assert (set(learnt) <= set(found)) == searched and (searched or not set(learnt) & set(found))
+    assert not set(asked) & set(found) and not set(asked) & set(learned)
+    assert (set(learned) <= set(found)) == searched and (searched or not set(learned) & set(found))
     assert np.bincount(drawn.train.labels).tolist() == [train // 10] * 10
     if PROTOCOLS[name].pooled:
         assert np.bincount(drawn.query.labels).tolist() == [queries // 10] * 10
@@ -148,9 +154,9 @@ def test_queries_and_training_images_are_drawn_without_labels():
     assert (len(drawn.query), len(drawn.database), len(drawn.train)) == (10, 40, 15)
     assert set(numbers(drawn.train)) < set(numbers(drawn.database))
     for field in ("queries_per_class", "train_per_class"):
-        with pytest.raises(DataError, match=rf"config.data.{field}: this data set has no labels"):
+        with errors.raises(f"config.data.{field}", "got 2"):
             draw(source, seed=0, **{"queries": 10 * (field == "train_per_class"), field: 2})
-    with pytest.raises(DataError, match=r"config.data.validation: this data set has no labels"):
+    with errors.raises("config.data.validation", "'query_half'"):
         draw(source, seed=0, queries=10, validation="query_half")
 
 
@@ -186,22 +192,70 @@ def test_a_list_gives_the_splits_itself():
 
 
 @pytest.mark.parametrize(
-    ("source", "fields", "message"),
+    ("source", "fields", "field", "value"),
     [
-        (given(train=(0, 9), query=(9, 12)), {"queries": 3}, "config.data.queries: the list names the splits itself"),
-        (given(train=(0, 9), query=(9, 12)), {"validation": "database"}, "config.data.validation: the list names"),
-        (given(database=(0, 9), query=(9, 12)), {}, "column 'split' has database, query, but images that train"),
-        (given(train=(0, 9)), {}, "column 'split' has train, but"),
+        (given(train=(0, 9), query=(9, 12)), {"queries": 3}, "queries", "got 3"),
+        (given(train=(0, 9), query=(9, 12)), {"validation": "database"}, "validation", "'database'"),
+        (given(database=(0, 9), query=(9, 12)), {}, "dir", "got database, query"),
+        (given(train=(0, 9)), {}, "dir", "got train"),
     ],
 )
-def test_a_list_that_gives_its_splits_badly_is_refused(source, fields, message):
-    with pytest.raises(DataError, match=message):
+def test_a_list_that_gives_its_splits_badly_is_refused(source, fields, field, value):
+    with errors.raises(f"config.data.{field}", value):
         draw(source, seed=0, **fields)
 
 
-def test_training_images_are_at_most_what_there_are_but_a_protocol_wants_its_number():
+def test_training_images_are_at_most_all_images_but_a_protocol_needs_its_number():
     source = Source(numbered(50, None), None)
     assert len(draw(source, seed=0, queries=10, train_images=40).train) == 40
     assert len(draw(source, seed=0, queries=10, train_images=5000).train) == 40
-    with pytest.raises(DataError, match=r"config.data.train_images: the database has 40 images, where coco wants 5000"):
+    with errors.raises("config.data.train_images", "coco", 40, 5000):
         draw(source, seed=0, queries=10, train_images=5000, name="coco")
+
+
+def test_minus_one_leaves_the_protocols_value_and_anything_else_changes_it():
+    as_named = {"k": -1, "queries": -1, "queries_per_class": -1, "train_per_class": -1, "validation": "protocol"}
+    paper = get_protocol("cifar10-10k-50k", "cifar10", as_named)
+    assert (paper.k, paper.train_per_class, paper.validation, paper.changed) == (1000, 500, "none", ())
+    assert paper.tables() == "CIBHash, IJCAI 2021, table 1"
+    other = get_protocol("cifar10-10k-50k", "cifar10", as_named | {"train_per_class": 100})
+    assert (other.train_per_class, other.changed) == (100, ("train_per_class=100",))
+    assert other.tables().startswith("none") and "train_per_class=100" in other.tables()
+    same = get_protocol("cifar10-10k-50k", "cifar10", as_named | {"train_per_class": 500})
+    assert same == paper
+
+
+def test_published_tables_go_by_k():
+    at_5000 = get_protocol("cifar10-1k-59k", "cifar10", {"k": 5000})
+    assert at_5000.tables().startswith("none") and "MAP@5000" in at_5000.tables()
+    assert get_protocol("cifar10-1k-59k", "cifar10", {"k": 0}).tables().startswith("the tables of DeepHash-pytorch")
+    assert at_5000.changed == ()
+
+
+def test_an_own_split_compares_with_nothing():
+    own = get_protocol("own", "anything", {"queries": 7, "k": -1})
+    assert (own.queries, own.k, own.changed) == (7, 1000, ())
+    assert own.tables().startswith("none")
+
+
+def test_a_protocol_is_for_its_own_data_set():
+    assert get_protocol("coco-5000", "mscoco/2017", {}).queries == 5000
+    with errors.raises("config.data.protocol", "coco-5000", "mscoco", "cifar10"):
+        get_protocol("coco-5000", "cifar10", {})
+    with errors.raises("config.data.protocol", "'cifar10-10k'", "did you mean cifar10-10k-50k?"):
+        get_protocol("cifar10-10k", "cifar10", {})
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
+def test_every_protocol_but_own_says_which_tables_used_it(protocol):
+    assert protocol.name == "own" or protocol.k in protocol.published
+
+
+def test_the_documentation_names_every_protocol():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert re.findall(
+        r"^\| `([a-z0-9-]+)` \|", page.split("## Protocols by name")[1].split("## ")[0], re.MULTILINE
+    ) == [
+        *[name for name in PROTOCOLS if name != "own"],
+        "own",
+    ]

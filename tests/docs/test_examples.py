@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     paths = ["blue.png", "green.png", "red.png"]  # as --mode=encode keeps them: relative to the folder
     held = code_store.begin(folder / "CODES", {"bits": 16}, 3, paths, str(folder / "PHOTOS"), keep_list=True)
     files = [code_store.File(path, 1, 0, "") for path in paths]
-    code_store.write_shard(held.path(0), held.identity, files, codes, {})
+    code_store.write_part(held.path(0), held.identity, files, codes, {})
     index.index(
         str(folder / "INDEX"),
         str(folder / "PHOTOS"),

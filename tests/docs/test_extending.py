@@ -12,6 +12,7 @@ import cib_jax as cib
 from cib_jax import losses
 from cib_jax.baselines import BASELINES
 from cib_jax.data import sources
+from cib_jax.data.dataset import DataConfig
 from cib_jax.models import registry
 from tests.docs import pages
 
@@ -30,7 +31,7 @@ def test_a_part_is_under_forty_lines(part):
 
 
 def test_the_baseline_turns_principal_components(monkeypatch):
-    """Against scikit-learn's components: a rotation keeps their lengths and angles, and mixes all of them."""
+    """Compares with scikit-learn's components: a rotation keeps their lengths and angles, and mixes all of them."""
     monkeypatch.setattr("cib_jax.baselines.BASELINES", rows := dict(BASELINES))
     run("A baseline")
     assert rows.keys() - BASELINES.keys() == {"pca_rotated"}
@@ -41,7 +42,7 @@ def test_the_baseline_turns_principal_components(monkeypatch):
     np.testing.assert_allclose(logits @ logits.T, components @ components.T, atol=1e-3)
     # The variance of a bit is no longer that of its component.
     assert np.var(logits, axis=0).max() < np.var(components, axis=0).max()
-    with pytest.raises(ValueError, match="the number of features"):
+    with pytest.raises(ValueError, match=r"^bits .*24"):
         rows["pca_rotated"].fit(features, 32, jax.random.key(0))
 
 
@@ -102,12 +103,12 @@ def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):
 
 
 def test_a_data_set_is_found_by_its_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "OWN", dict(sources.OWN))
+    monkeypatch.setattr(sources, "DATA_SETS", dict(sources.DATA_SETS))
     run("A data set")
     pixels = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
     np.savez(tmp_path / "set.npz", images=pixels, labels=np.array([0, 1, 0, 1, 0, 1]))
-    source = sources.load("npz", str(tmp_path / "set.npz"))
+    source = sources.load(DataConfig("npz", str(tmp_path / "set.npz")))
     assert (source.test, source.classes) == (None, ["0", "1"])
     np.testing.assert_array_equal(source.train.take(np.array([4, 1])).images[0], pixels[4])
-    with pytest.raises(cib.Refusal, match=r"config.data.dir: 'nowhere.npz' is no .npz"):
-        sources.load("npz", "nowhere.npz")
+    with pytest.raises(cib.Refusal, match=r"config.data.dir: 'nowhere.npz'"):
+        sources.load(DataConfig("npz", "nowhere.npz"))

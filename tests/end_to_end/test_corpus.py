@@ -131,7 +131,7 @@ def test_interrupted_by_its_user_it_ends_quietly(run, tmp_path):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        (["--workdir=nowhere", "--images=x", "--codes=y"], "is no run's folder"),
+        (["--workdir=nowhere", "--images=x", "--codes=y"], "--workdir must be the folder of a training run"),
         (["--images=x", "--codes=y"], "--workdir: --mode=encode wants the folder of a trained run"),
         (["--workdir=RUN", "--images=x"], "--codes: --mode=encode wants a folder for the codes"),
         (["--workdir=RUN", "--codes=y"], "--images: it is missing; give the folder of photos"),

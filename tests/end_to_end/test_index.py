@@ -139,7 +139,10 @@ MISTAKES = [
     (["--mode=index", "--index=docs", "--images=docs"], "docs holds files, but no index ("),
     (["--mode=index", "--index=INDEX", "--images=nowhere"], "--images: there is no "),
     (["--mode=index", "--index=INDEX", "--images=configs"], "configs holds no photos"),
-    (["--mode=index", "--index=INDEX", "--images=docs", "--workdir=docs"], "docs is no run's folder"),
+    (
+        ["--mode=index", "--index=INDEX", "--images=docs", "--workdir=docs"],
+        "--workdir must be the folder of a training run",
+    ),
     (
         ["--mode=index", "--index=INDEX", "--images=docs", "--workdir=x", "--config=configs/index.py"],
         "--config: the encoder in x is trained already; leave --config or --workdir out",

@@ -162,7 +162,7 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, who
         (["--workdir="], "--workdir: it is empty"),
         (["--mode=fly"], "flag --mode=fly: value should be one of <train|evaluate|compare|tune|encode|"),
         (["--mode=evaluate"], "--mode=evaluate wants the folder of a trained run"),
-        (["--mode=evaluate", "--workdir=nowhere"], "is no run's folder"),
+        (["--mode=evaluate", "--workdir=nowhere"], "--workdir must be the folder of a training run"),
         (
             ["--mode=compare", "--config.compare.methods=itqq"],
             "config.compare.methods: 'itqq' is unknown; did you mean",
@@ -198,7 +198,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_told_of_in_one_sentence(tm
     command = [sys.executable, "run.py", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("run.py: JAX_PLATFORMS: 'cuda' is asked for, and JAX finds no such device")
+    assert done.stderr.startswith("run.py: JAX_PLATFORMS must name devices that JAX finds, got 'cuda'")
 
 
 def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):

@@ -1,9 +1,9 @@
-"""Writes baselines.npz: how far FAISS brings iterative quantisation. Run by hand, with faiss-cpu installed.
+"""Writes baselines.npz: the loss of iterative quantization by FAISS. Run by hand, with faiss-cpu installed.
 
 `python -m tests.golden.make_baselines`
 
 FAISS 1.15.1 alternates as the paper does, but its loss rises at the first iteration and ends higher than that of plain
-orthogonal Procrustes from the same rotation, so its answer is a bound and not the target.
+orthogonal Procrustes from the same rotation. Its loss is therefore an upper bound, not the target.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ BITS = 8
 
 def main() -> None:
     generator = np.random.default_rng(0)
-    # Centred and cut to as many axes as bits, so that the rotation alone is compared.
+    # Centered, and with as many axes as bits, so that only the rotation is compared.
     projected = generator.normal(size=(300, BITS)) * np.linspace(3, 0.5, BITS)
     projected = (projected - projected.mean(axis=0)).astype(np.float32)
     start = np.linalg.qr(generator.normal(size=(BITS, BITS)))[0]

@@ -39,20 +39,20 @@ import jax
 import numpy as np
 import PIL.Image
 import rich.console
-
-import cib_jax as cib
-from cib_jax.config import from_config
 from cib_jax.config.field_values import ADDED, AROUND
-from cib_jax.data import photos
 from cib_jax.data.images import gather
 from cib_jax.hashing.restoring import read_config, read_standard
-from cib_jax.jobs import preemption, setting
 from cib_jax.jobs.encode import encode
 from cib_jax.jobs.evaluate import evaluate
 from cib_jax.jobs.index import index
 from cib_jax.jobs.train import train
-from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.state import create_train_state
+
+import cib_jax as cib
+from cib_jax.config import from_config
+from cib_jax.data import photos
+from cib_jax.jobs import preemption, setting
+from cib_jax.training.checkpoint import Checkpoints
 from configs import features as features_config
 from configs import index as index_config
 

@@ -226,7 +226,7 @@ def test_data_that_cannot_be_had_are_told_of_in_a_sentence(tmp_path, monkeypatch
     imports = next(cell.source for cell in cells if "IPython.display" in cell.source)
     names: dict = {"train_per_class": 10, "backbone": "efficientnet_lite0"}
     exec("\n".join(line for line in imports.splitlines() if not line.startswith("%")), names)
-    with pytest.raises(SystemExit, match=r"there is no folder .*/nope; give a TFDS data_dir"):
+    with pytest.raises(SystemExit, match="/nope"):
         exec(loading, names | {"data_dir": str(tmp_path / "nope")})
 
     def unreachable(manager, url):

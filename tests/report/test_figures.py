@@ -1,21 +1,26 @@
-"""Titles and drawn data against numbers worked out by hand; extremes that must not break a figure."""
+"""Figures: numbers in titles and drawn data against values worked out by hand; extremes."""
 
-import io
+import re
 
 import matplotlib
 import numpy as np
 import pytest
+import threadpoolctl
 
 from cib_jax.report import figures
-from cib_jax.report.html import Grid, Picture, Section, render
 from cib_jax.retrieval import code_quality
 from cib_jax.retrieval.metrics import curves
 
 
 def drawn(figure):
-    """Renders it, as only then text is laid out, and returns its title."""
-    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    """Lays the figure out, as rendering does, and returns its title."""
+    figure.draw_without_rendering()
     return figure.get_suptitle()
+
+
+def numbers(figure):
+    """The numbers in the title of a figure, as text."""
+    return re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?%?", drawn(figure))
 
 
 def heights(figure, axis=0):
@@ -31,30 +36,28 @@ def ranking():
 
 
 def test_figures_of_a_perfect_ranking(ranking):
-    assert drawn(figures.map_against_k(ranking)) == "MAP@k is highest, 1.000, at k = 1, and 1.000 at k = 4"
-    assert (
-        drawn(figures.precision_against_returned(ranking, ranking.chance)) == "Of the first 4 images, 50% are relevant"
-    )
+    assert numbers(figures.map_against_k(ranking)) == ["1.000", "1", "1.000", "4"]
+    assert numbers(figures.precision_against_returned(ranking, ranking.chance)) == ["4", "50%"]
     # Query 1 finds itself and one more, both relevant; query 2 itself. Within radius 4, query 1 finds a wrong one, too.
     figure = figures.precision_within_radius(ranking)
-    assert drawn(figure) == "Within Hamming radius 2, precision is 1.00 and 0% of the queries find nothing"
+    assert numbers(figure) == ["2", "1.00", "0%"]
     assert heights(figure)[:5] == pytest.approx([1, 1, 1, 1, (2 / 3 + 1) / 2])
     # Relevant pairs lie 0, 1, 0 and 4 bits apart, irrelevant ones 4, 8, 8 and 7.
     figure = figures.distances(ranking.relevant, ranking.irrelevant)
-    assert drawn(figure) == "Relevant pairs are 1.2 bits apart on average, irrelevant ones 6.8; the two overlap by 25%"
+    assert numbers(figure) == ["1.2", "6.8", "25%"]
     assert heights(figure)[:9] == [0.5, 0.25, 0, 0, 0.25, 0, 0, 0, 0]
 
 
 def test_precision_recall_interpolates_between_radii():
     figure = figures.precision_recall(np.array([1.0, 0.8, 0.2]), np.array([0.0, 0.4, 0.6]), 0.1)
-    assert drawn(figure) == "With half of all relevant images found, precision is 0.50, where chance gives 0.10"
+    assert numbers(figure) == ["0.5", "0.50", "0.10"]
 
 
 def test_titles_of_rankings_without_a_middle():
     few = figures.precision_recall(np.array([0.0, 0.3]), np.array([0.0, 0.3]), 0.1)
-    assert drawn(few) == "Precision is 0.30 where recall ends, at 0.30; chance gives 0.10"
+    assert numbers(few) == ["0.30", "0.30", "0.10"]
     none = figures.distances(np.zeros(9), np.eye(9)[4])
-    assert drawn(none) == "All pairs are irrelevant, 4.0 bits apart on average"
+    assert numbers(none) == ["4.0"]
 
 
 def test_names_are_shown_letter_by_letter():
@@ -70,24 +73,24 @@ def test_names_are_shown_letter_by_letter():
 
 
 def test_long_codes_and_images_without_labels():
-    assert "1 share the fullest" in drawn(figures.occupancy(np.ones(5, int), 4096))
+    assert numbers(figures.occupancy(np.ones(5, int), 4096)) == ["5", "5", "100%", "1"]
     assert figures.classes(np.full(4, -1), []).names == []
     assert figures.classes(np.zeros((4, 3)), ["a", "b", "c"]).labels.tolist() == [-1] * 4
 
 
 def test_bits():
-    assert drawn(figures.bit_balance([0.5, 0.25, 1.0])) == "Bits are one in 25% to 100% of the images; 1 never change"
+    assert numbers(figures.bit_balance([0.5, 0.25, 1.0])) == ["25%", "100%", "1"]
     dead = np.zeros((9, 1), np.uint8)
-    assert drawn(figures.bit_correlation(code_quality.bit_correlation(dead))) == "No two bits change, so none correlate"
+    assert numbers(figures.bit_correlation(code_quality.bit_correlation(dead))) == []
     packed = np.array([[0b11], [0b11], [0b00], [0b00]], np.uint8)
-    title = drawn(figures.bit_correlation(code_quality.bit_correlation(packed)))
-    assert title == "Two bits correlate by 1.00 on average and by 1.00 at most"
+    assert numbers(figures.bit_correlation(code_quality.bit_correlation(packed))) == ["1.00", "1.00"]
 
 
 def test_occupancy():
-    title = drawn(figures.occupancy(np.array([3, 2, 1, 1]), 8))
-    assert title == "7 images have 4 different codes; 29% of the images are alone in theirs, 3 share the fullest"
-    assert "the fullest" in drawn(figures.occupancy(np.array([1]), 64))
+    figure = figures.occupancy(np.array([3, 2, 1, 1]), 8)
+    assert numbers(figure) == ["7", "4", "29%", "3"]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [3, 2, 1, 1]
+    assert numbers(figures.occupancy(np.array([1]), 64)) == ["1", "1", "100%", "1"]
 
 
 @pytest.mark.parametrize("validated", [False, True])
@@ -96,15 +99,15 @@ def test_training(validated):
     if validated:
         records[1]["validation_map"] = 0.5
     figure = figures.training(records)
-    assert drawn(figure) == "Contrast went from 3.00 to 2.00 nats in 2 epochs; KL ended at 4.00 nats"
-    assert len(figure.axes) == 3 + validated
-    assert drawn(figures.training(records[:1])).endswith("in 1 epochs; KL ended at 2.00 nats")
+    assert numbers(figure) == ["3.00", "2.00", "2", "4.00"]
+    assert [axis.lines[0].get_ydata()[-1] for axis in figure.axes] == [2.0, 4.0, 4.0, *([0.5] if validated else [])]
+    assert numbers(figures.training(records[:1])) == ["3.00", "3.00", "1", "2.00"]
 
 
 def test_a_heat_map_leaves_out_what_was_not_tried():
     values = np.array([[0.1, np.nan], [0.3, 0.2]])
     figure = figures.heat_map([0.2, 0.4], [1e-4, 1e-3], values, names=("τ", "β"), score="validation MAP")
-    assert drawn(figure) == "Validation MAP is best, 0.300, at τ = 0.2 and β = 0.001; over the sweep it varies by 0.200"
+    assert numbers(figure) == ["0.300", "0.2", "0.001", "0.200"]
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0.100", "0.200", "0.300"]
 
 
@@ -112,22 +115,20 @@ def test_methods_are_sorted_and_gaps_left_open():
     mean = np.array([[0.1, 0.2], [0.5, np.nan], [0.3, 0.4]])
     unmeasured = np.array([[0.1, np.nan], [0.5, np.nan]])
     figure = figures.methods(["a", "b"], [16, 32], unmeasured, 0 * unmeasured, score="MAP")
-    assert drawn(figure) == "b leads in MAP at 16 bits"
+    assert drawn(figure).startswith("b is best") and numbers(figure) == ["16"]
     figure = figures.methods(["a", "b", "c"], [16, 32], mean, np.zeros((3, 2)), score="MAP")
-    assert drawn(figure) == "b and c lead in MAP at 16, 32 bits"
+    assert drawn(figure).startswith("b and c are best") and numbers(figure) == ["16", "32"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "c", "b"]
 
 
 def test_search_and_parameters():
     values = np.array([0.1, 0.4, 0.3])
-    assert drawn(figures.search([1, 2, 4], values, score="MAP")).startswith("Trial 2 of 4 was the best by MAP, 0.400")
+    assert numbers(figures.search([1, 2, 4], values, score="MAP")) == ["2", "4", "0.400", "0.300"]
     drawn_from = {"beta": [1e-5, 1e-2, 1e-1], "augment": ["a", "b", "a"], "train.views": [2, 4, 8]}
-    assert (
-        drawn(figures.parameters(drawn_from, values, score="MAP"))
-        == "Best at beta 0.01, augment b, train.views 4 (the star)"
-    )
-    title = drawn(figures.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9))
-    assert "entropy orders 9 trials most like test MAP: rank correlation +0.50" in title
+    title = drawn(figures.parameters(drawn_from, values, score="MAP"))
+    assert all(f"{name} {value}" in title for name, value in (("beta", 0.01), ("augment", "b"), ("train.views", 4)))
+    figure = figures.rank_correlations({"entropy": 0.5, "contrast": -1.0}, of="test MAP", trials=9)
+    assert "entropy" in drawn(figure) and numbers(figure) == ["9", "0.50"]
 
 
 def test_drawing_leaves_matplotlib_as_it_was():
@@ -142,13 +143,13 @@ def test_classes_differ_in_more_than_color():
 
 def test_points_keep_clusters_together():
     generator = np.random.default_rng(0)
-    labels = np.repeat([0, 1, 2], 40)
-    packed = generator.integers(0, 256, (3, 8), np.uint8)[labels] ^ (1 << generator.integers(0, 8, (120, 8))).astype(
-        np.uint8
-    )
-    points = figures.points(packed, 0)
-    np.testing.assert_array_equal(points, figures.points(packed, 0))
-    apart = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(120)
+    labels = np.repeat([0, 1, 2], 15)
+    packed = generator.integers(0, 256, (3, 8), np.uint8)[labels]
+    packed ^= (1 << generator.integers(0, 8, (45, 8))).astype(np.uint8)
+    with threadpoolctl.threadpool_limits(1):  # for so few points, threads mostly wait for each other
+        points = figures.points(packed, 0)
+        np.testing.assert_array_equal(points, figures.points(packed, 0))
+    apart = np.linalg.norm(points[:, None] - points[None], axis=-1) + 1e9 * np.eye(45)
     assert (labels[apart.argmin(axis=1)] == labels).mean() > 0.95
     assert figures.agreement(packed, labels) == 1.0
 
@@ -173,17 +174,3 @@ def test_agreement_counts_any_shared_label():
     hot = np.array([[1, 0], [1, 1], [0, 1], [0, 1]], bool)
     # 0's nearest other is 1 (shares), 1's is 0 (shares), 2's is 0 (none), 3's is 2 (shares).
     assert figures.agreement(packed, hot) == 0.75
-
-
-def test_a_page_shows_markup_as_text():
-    page = render(
-        "<script>alert(1)</script>",
-        "a & b",
-        [Grid("t", ("h",), [("<b>x</b>", "y")])],
-        [Section("empty", []), Section("one", [Picture("p", b"png", 'say "hi"')])],
-        notes=["<i>note</i>"],
-        config="{}",
-    )
-    assert "<script>" not in page and "<b>x</b>" not in page and "<i>note" not in page
-    assert "&lt;script&gt;" in page and "a &amp; b" in page
-    assert "empty" not in page and 'alt="say &#34;hi&#34;"' in page

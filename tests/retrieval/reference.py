@@ -1,10 +1,11 @@
-"""The metrics as plain loops over images and bits, as their definitions read, and data to compare on."""
+"""Metrics as plain loops over images and bits, as their definitions read, and data to compare on."""
 
 from itertools import permutations, product
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.spatial.distance import cdist
 
 
 def distance(a, b):
@@ -85,3 +86,29 @@ def random_data(q=6, n=80, width=2, classes=4, seed=0):
     codes = rng.integers(0, 256, (q + n, width), dtype=np.uint8)
     labels = rng.integers(0, classes, q + n)
     return codes[:q], codes[q:], labels[:q], labels[q:]
+
+
+def distances_of(queries, codes):
+    """SciPy's, of unpacked bits."""
+    return cdist(np.unpackbits(queries, axis=1), np.unpackbits(codes, axis=1), "cityblock").astype(int)
+
+
+def random_codes(n, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, width), np.uint8)
+
+
+def clustered_codes(n, width, seed=0, centers=8):
+    """A sixteenth of the bits around a few centers turned, so that ties and near neighbors abound."""
+    rng = np.random.default_rng(seed)
+    flips = rng.integers(0, 256, (4, n, width), np.uint8)
+    return random_codes(centers, width, seed)[rng.integers(0, centers, n)] ^ np.bitwise_and.reduce(flips)
+
+
+@st.composite
+def tied_codes(draw):
+    """Queries, codes of the same width, from few byte values, and k."""
+    width = draw(st.sampled_from([1, 2, 3, 5, 8, 9, 16, 20, 32]))
+    byte = st.sampled_from([0, 1, 3, 255])
+    queries = draw(hnp.arrays(np.uint8, (draw(st.integers(1, 5)), width), elements=byte))
+    codes = draw(hnp.arrays(np.uint8, (draw(st.integers(1, 70)), width), elements=byte))
+    return queries, codes, draw(st.integers(1, len(codes)))

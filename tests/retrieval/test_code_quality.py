@@ -1,3 +1,5 @@
+"""Statistics and scores of codes against NumPy, SciPy, scikit-learn and plain loops."""
+
 import warnings
 
 import numpy as np
@@ -6,9 +8,12 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.neighbors import NearestNeighbors
 
+from cib_jax.errors import UserError
 from cib_jax.retrieval import code_quality
 from cib_jax.retrieval.code_quality import code_health
+from tests.retrieval.reference import distance, enumerated_average_precision
 
 
 def unpack(packed):
@@ -36,7 +41,7 @@ def test_worst_balance_is_the_farthest_from_a_half():
 
 @pytest.mark.parametrize("block", [1 << 14, 64])
 def test_correlation_matches_corrcoef(block, monkeypatch):
-    monkeypatch.setattr(code_quality, "_BLOCK", block)
+    monkeypatch.setattr(code_quality, "BLOCK", block)
     packed = random_codes(500, 3)
     correlation = np.corrcoef(unpack(packed), rowvar=False)
     pairs = [abs(correlation[i, j]) for i in range(24) for j in range(i)]
@@ -106,20 +111,88 @@ def test_identical_codes():
     assert (str(report["entropy"]), str(report["mean_bit_entropy"])) == ("0.0", "0.0")
 
 
-@pytest.mark.parametrize(
-    ("packed", "message"),
-    [
-        (
-            np.zeros((3, 2), bool),
-            r"packed must be uint8 codes of shape .* not bool of shape \(3, 2\): pack them",
-        ),
-        (
-            np.zeros(3, np.uint8),
-            r"packed must be uint8 codes of shape .* not uint8 of shape \(3,\): pack them",
-        ),
-        (np.zeros((0, 2), np.uint8), r"packed is empty, with shape \(0, 2\): pass at least one code"),
-    ],
-)
-def test_malformed_codes_are_refused(packed, message):
-    with pytest.raises(ValueError, match=message):
-        code_health(packed)
+@pytest.mark.parametrize("packed", [np.zeros((3, 2), bool), np.zeros(3, np.uint8), np.zeros((0, 2), np.uint8)])
+def test_malformed_codes_are_refused(packed):
+    for measure in (code_health, code_quality.bit_correlation, code_quality.occupancy):
+        with pytest.raises(UserError) as refused:
+            measure(packed)
+        assert refused.value.field == "packed"
+
+
+def test_correlation_of_bits_is_numpys_and_unknown_for_a_constant_bit():
+    packed = np.random.default_rng(0).integers(0, 256, (200, 2), np.uint8) & np.uint8(0b11111110)
+    bits = np.unpackbits(packed, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = np.corrcoef(bits.T)
+    np.testing.assert_allclose(code_quality.bit_correlation(packed), expected, atol=1e-12)
+    assert np.isnan(code_quality.bit_correlation(packed)[7]).all()
+
+
+def test_occupancy_counts_items_of_each_code():
+    packed = np.array([[1], [2], [1], [3], [1], [3]], np.uint8)
+    assert code_quality.occupancy(packed).tolist() == [3, 2, 1]
+
+
+@given(st.integers(0, 1000))
+def test_neighbour_agreement_is_the_mean_over_all_orders_of_ties(seed):
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(6, 3)) + 5
+    packed = generator.integers(0, 16, (6, 1), np.uint8)
+    centered = features - features.mean(axis=0)
+    nearest = NearestNeighbors(n_neighbors=3, metric="cosine").fit(centered).kneighbors(centered)[1][:, 1:]
+    expected = []
+    for query in range(6):
+        others = [at for at in range(6) if at != query]
+        distances = [distance(packed[query], packed[at]) for at in others]
+        expected.append(enumerated_average_precision(distances, [at in nearest[query] for at in others], 5))
+    assert code_quality.neighbour_agreement(packed, features, neighbours=2) == pytest.approx(
+        np.mean(expected), abs=1e-9
+    )
+
+
+@given(st.integers(0, 1000))
+def test_view_agreement_is_the_expected_reciprocal_rank(seed):
+    generator = np.random.default_rng(seed)
+    one, other = (generator.integers(0, 8, (5, 1), np.uint8) for _ in range(2))
+    expected = [
+        enumerated_average_precision([distance(one[at], code) for code in other], [n == at for n in range(5)], 5)
+        for at in range(5)
+    ]
+    assert code_quality.view_agreement(one, other) == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+@given(st.integers(0, 1000), st.integers(3, 12))
+def test_separation_is_the_plain_loops(seed, n):
+    packed = np.random.default_rng(seed).integers(0, 256, (n, 1), np.uint8)
+    every = [[distance(a, b) for j, b in enumerate(packed) if j != i] for i, a in enumerate(packed)]
+    count = max(1, round(0.3 * (n - 1)))
+    nearest = np.mean([sorted(row)[:count] for row in every])
+    deviation = np.std(every)
+    expected = (np.mean(every) - nearest) / deviation if deviation else 0
+    assert code_quality.separation(packed, share=0.3) == pytest.approx(expected, abs=1e-9)
+
+
+def test_separation_rewards_groups_and_nothing_else():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 40)
+    groups = generator.integers(0, 256, (10, 4), np.uint8)[labels]
+    noisy = groups ^ (1 << generator.integers(0, 8, (400, 4))).astype(np.uint8)
+    random = generator.integers(0, 256, (400, 4), np.uint8)
+    assert code_quality.separation(noisy) > code_quality.separation(random) + 0.3
+    assert code_quality.separation(np.zeros((50, 4), np.uint8)) == 0
+    with pytest.raises(UserError, match="3"):
+        code_quality.separation(np.zeros((2, 4), np.uint8))
+
+
+def test_perfect_and_useless_codes():
+    codes = np.arange(64, dtype=np.uint8)[:, None]
+    assert code_quality.view_agreement(codes, codes) == 1
+    same = np.zeros((64, 1), np.uint8)
+    assert code_quality.view_agreement(same, same) == pytest.approx(np.mean(1 / np.arange(1, 65)))
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(UserError, match="21"):
+        code_quality.neighbour_agreement(np.zeros((20, 1), np.uint8), np.zeros((20, 4)))
+    with pytest.raises(UserError, match="packed2"):
+        code_quality.view_agreement(np.zeros((3, 1), np.uint8), np.zeros((2, 1), np.uint8))

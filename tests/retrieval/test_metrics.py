@@ -1,12 +1,21 @@
+"""Metrics against plain loops over their definitions and scikit-learn."""
+
+import os
+from itertools import permutations, product
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
+from cib_jax.errors import UserError
 from cib_jax.retrieval import hamming, metrics
 from tests.retrieval.reference import (
+    average_precision,
+    enumerated_average_precision,
     per_query,
     random_data,
     reference_ball,
@@ -91,22 +100,22 @@ def test_wide_codes_match_the_definition(width):
     np.testing.assert_allclose(np.stack([precision, recall], axis=1)[::4], expected, atol=1e-12)
 
 
-@given(tied_data(), st.data())
-def test_the_accelerators_way_gives_the_same_figures(data, draw):
-    k = draw.draw(st.integers(1, len(data[1])))
-    with pytest.MonkeyPatch.context() as patched:
-        expected = metrics.evaluate(*data, k)
-        patched.setattr(hamming, "_is_host", lambda: False)
-        patched.delattr(hamming, "nearest")
-        patched.delattr(hamming, "histograms")
-        assert metrics.evaluate(*data, k) == expected
-
-
-def test_cpus_counts_are_not_asked_of_the_device(monkeypatch):
-    data = random_data()
-    monkeypatch.delattr(hamming, "nearest")
-    monkeypatch.delattr(hamming, "histograms")
-    assert metrics.evaluate(*data, 5)["map"] == pytest.approx(reference_map(data, 5), abs=1e-12)
+@pytest.mark.parametrize("labels", ["classes", "sets"])
+@pytest.mark.parametrize("host", [True, False])
+def test_numpys_way_and_the_accelerators_way_match_the_definitions(monkeypatch, host, labels):
+    monkeypatch.setattr(hamming, "is_host", lambda: host)
+    for unused in ("nearest_jax", "histograms_jax") if host else ("nearest_numpy", "histograms_numpy"):
+        monkeypatch.delattr(hamming, unused)
+    data = random_data(q=7)
+    if labels == "sets":
+        data = (*data[:2], *(np.arange(3) == part[:, None] for part in data[2:]))
+    report = metrics.evaluate(*data, 5)
+    assert report["map"] == pytest.approx(reference_map(data, 5), abs=1e-12)
+    assert report["precision_at_k"]["recall"][1] == pytest.approx(reference_recall(data, 5), abs=1e-12)
+    for radius in (0, 3, 16):
+        curve = report["precision_recall"]
+        expected = reference_ball(data, radius)[:2]
+        assert (curve["precision"][radius], curve["recall"][radius]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_figures_of_histograms_rank_nothing(monkeypatch):
@@ -122,16 +131,16 @@ def test_figures_of_histograms_rank_nothing(monkeypatch):
 def test_the_number_of_threads_does_not_show_to_the_last_bit(monkeypatch, cores):
     data = random_data(q=50, n=300)
     expected = metrics.evaluate(*data, 30)
-    monkeypatch.setattr(hamming, "_MOST_QUERIES", 4)
+    monkeypatch.setattr(hamming, "MAX_QUERIES", 4)
     one_by_four = metrics.evaluate(*data, 30)
-    monkeypatch.setattr(hamming.os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
     assert metrics.evaluate(*data, 30) == one_by_four
     assert one_by_four["map"] == pytest.approx(expected["map"], abs=1e-12)
 
 
 def test_block_boundaries_do_not_show(monkeypatch):
     data = random_data(q=11)
-    monkeypatch.setattr(hamming, "_MOST_QUERIES", 4)
+    monkeypatch.setattr(hamming, "MAX_QUERIES", 4)
     assert metrics.mean_average_precision(*data, 30) == pytest.approx(reference_map(data, 30), abs=1e-12)
 
 
@@ -198,21 +207,18 @@ Q, D = np.zeros((2, 2), np.uint8), np.zeros((3, 2), np.uint8)
 QL, DL = np.zeros(2, int), np.zeros(3, int)
 HOT = np.zeros((3, 5), bool)
 REFUSED = [
-    (
-        (Q, D.astype(float), QL, DL),
-        r"database_codes must be uint8 codes of shape .* not float64 of shape \(3, 2\)",
-    ),
-    ((Q[:0], D, QL[:0], DL), r"query_codes is empty, with shape \(0, 2\): pass at least one"),
-    ((Q, D[:, :1], QL, DL), r"query_codes has shape \(2, 2\) and database_codes \(3, 1\).*hash both"),
-    ((Q, D, QL[:1], DL), r"query_labels has shape \(1,\) and query_codes \(2, 2\).*pass the labels"),
-    ((Q, D, QL, DL[:2]), r"database_labels has shape \(2,\) and database_codes \(3, 2\).*pass the labels"),
-    ((Q, D, QL, HOT), r"query_labels has shape \(2,\) and database_labels \(3, 5\).*align them"),
-    ((Q, D, HOT[:2, :4], HOT), r"query_labels has shape \(2, 4\) and database_labels \(3, 5\).*align them"),
-    ((Q, D, QL.astype(float), DL), r"query_labels must be integers .* not float64 of shape \(2,\): convert"),
-    ((Q, D, QL.astype(bool), DL), r"query_labels must be integers .* not bool of shape \(2,\): convert"),
-    ((Q, D, QL, DL[:, None, None]), r"database_labels must be integers .* not int64 of shape \(3, 1, 1\)"),
-    ((Q, D, HOT[:2], HOT + 2), r"database_labels of shape \(3, 5\) is not multi-hot.*pass class numbers"),
-    ((Q, D, HOT[:2, :0], HOT[:, :0]), r"query_labels of shape \(2, 0\) is not multi-hot.*pass class numbers"),
+    ((Q, D.astype(float), QL, DL), "database_codes"),
+    ((Q[:0], D, QL[:0], DL), "query_codes"),
+    ((Q, D[:, :1], QL, DL), "query_codes"),
+    ((Q, D, QL[:1], DL), "query_labels"),
+    ((Q, D, QL, DL[:2]), "database_labels"),
+    ((Q, D, QL, HOT), "query_labels"),
+    ((Q, D, HOT[:2, :4], HOT), "query_labels"),
+    ((Q, D, QL.astype(float), DL), "query_labels"),
+    ((Q, D, QL.astype(bool), DL), "query_labels"),
+    ((Q, D, QL, DL[:, None, None]), "database_labels"),
+    ((Q, D, HOT[:2], HOT + 2), "database_labels"),
+    ((Q, D, HOT[:2, :0], HOT[:, :0]), "query_labels"),
 ]
 METRICS = [
     lambda *data: metrics.mean_average_precision(*data, 1),
@@ -225,29 +231,29 @@ METRICS = [
 ]
 
 
-@pytest.mark.parametrize(("data", "message"), REFUSED)
-def test_malformed_arguments_are_refused(data, message):
+def refused_field(metric, *arguments):
+    with pytest.raises(UserError) as refused:
+        metric(*arguments)
+    return refused.value.field
+
+
+@pytest.mark.parametrize(("data", "field"), REFUSED)
+def test_malformed_arguments_are_refused(data, field):
     for metric in METRICS:
-        with pytest.raises(ValueError, match=message):
-            metric(*data)
+        assert refused_field(metric, *data) == field
 
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_a_k_outside_the_database_is_refused(k):
-    message = f"is {k}, but the database holds 3 codes: pass a k"
-    for metric in (metrics.mean_average_precision, metrics.tie_aware_map, metrics.evaluate):
-        with pytest.raises(ValueError, match=f"^k {message}"):
-            metric(Q, D, QL, DL, k)
+    for metric in (metrics.mean_average_precision, metrics.tie_aware_map, metrics.evaluate, metrics.curves):
+        assert refused_field(metric, Q, D, QL, DL, k) == "k"
     for metric in (metrics.precision_at_k, metrics.recall_at_k):
-        with pytest.raises(ValueError, match=f"^k in ks {message}"):
-            metric(Q, D, QL, DL, [1, k])
+        assert refused_field(metric, Q, D, QL, DL, [1, k]) == "ks"
 
 
 def test_no_ks_and_a_negative_radius_are_refused():
-    with pytest.raises(ValueError, match="ks is empty: pass at least one k"):
-        metrics.precision_at_k(Q, D, QL, DL, [])
-    with pytest.raises(ValueError, match=r"radius is -1.*pass 0 or more"):
-        metrics.precision_within_radius(Q, D, QL, DL, -1)
+    assert refused_field(metrics.precision_at_k, Q, D, QL, DL, []) == "ks"
+    assert refused_field(metrics.precision_within_radius, Q, D, QL, DL, -1) == "radius"
 
 
 def test_labels_and_codes_may_be_lists_or_jax_arrays():
@@ -256,3 +262,96 @@ def test_labels_and_codes_may_be_lists_or_jax_arrays():
     codes, labels = data[:2], data[2:]
     assert metrics.mean_average_precision(*codes, *(part.tolist() for part in labels), 3) == expected
     assert metrics.mean_average_precision(*map(jnp.asarray, codes), *labels, 3) == expected
+
+
+# Curves.
+
+
+@given(tied_data(), st.data())
+def test_curves_match_their_definitions(data, draw):
+    k = draw.draw(st.integers(1, len(data[1])))
+    found = metrics.curves(*data, k)
+    assert found.k == sorted({k, *(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500) if s <= k)})
+    for place, at in enumerate(found.k):
+        assert found.map[place] == pytest.approx(reference_map(data, at), abs=1e-12)
+        assert found.precision[place] == pytest.approx(reference_precision(data, at), abs=1e-12)
+        assert found.recall[place] == pytest.approx(reference_recall(data, at), abs=1e-12)
+    for radius, (precision, empty) in enumerate(zip(found.radius_precision, found.radius_empty, strict=True)):
+        expected = reference_ball(data, radius)
+        assert (precision, empty) == pytest.approx((expected[0], expected[2]), abs=1e-12)
+    assert found.average_precision.mean() == pytest.approx(found.map[-1], abs=1e-12)
+
+
+@given(tied_data())
+def test_distances_of_pairs_are_counted_one_by_one(data):
+    found = metrics.curves(*data, 1)
+    bits = data[0].shape[1] * 8
+    counts = np.zeros((2, bits + 1))
+    answerable = []
+    for query, label in zip(data[0], data[2], strict=True):
+        distances = np.unpackbits(query ^ data[1], axis=1).sum(axis=1)
+        relevant = (data[3] == label) if data[3].ndim == 1 else (data[3].astype(bool) & label.astype(bool)).any(axis=1)
+        for distance, hit in zip(distances, relevant, strict=True):
+            counts[int(hit), distance] += 1
+        answerable.append(relevant.any())
+    for mine, theirs in ((found.relevant, counts[1]), (found.irrelevant, counts[0])):
+        np.testing.assert_allclose(mine, theirs / max(theirs.sum(), 1), atol=1e-12)
+    assert found.answerable.tolist() == answerable
+
+
+# Expected average precision.
+
+
+@given(tied_data(largest=6), st.data())
+def test_tie_aware_map_is_the_mean_over_all_orders(data, draw):
+    """Every permutation of every tie group is ranked: k cuts groups anywhere."""
+    k = draw.draw(st.integers(1, len(data[1])))
+    expected = np.mean([enumerated_average_precision(d, r, k) for d, r in per_query(data)])
+    assert metrics.tie_aware_map(*data, k) == pytest.approx(expected, abs=1e-12)
+    assert metrics.evaluate(*data, k)["map_tie_aware"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1, 6), (3, 4), (2, 3, 2), (1, 1, 5)])
+def test_expected_average_precision_of_every_small_histogram(sizes):
+    """All relevant counts in each group, all k; 7 images have at most 5,040 orders."""
+    for relevant in product(*(range(size + 1) for size in sizes)):
+        groups = [[True] * r + [False] * (size - r) for size, r in zip(sizes, relevant, strict=True)]
+        distances = [g for g, group in enumerate(groups) for _ in group]
+        flat = [r for group in groups for r in group]
+        for k in range(1, 8):
+            # Orders of equal images rank alike: distinct orders stand for all, each equally often.
+            orders = product(*(sorted(set(permutations(group))) for group in groups))
+            expected = np.mean([average_precision([r for g in order for r in g], k) for order in orders])
+            found = metrics.expected_average_precision(np.array([sizes]), np.array([relevant]), k)
+            assert found == pytest.approx([expected], abs=1e-12), (distances, flat, k)
+
+
+def test_expected_average_precision_matches_monte_carlo():
+    """Groups far too large to enumerate, the fourth cut: within 5 standard errors of 4,000 orders."""
+    counts, relevant, k = np.array([[3, 0, 40, 300, 60]]), np.array([[1, 0, 22, 30, 60]]), 150
+    rng = np.random.default_rng(0)
+    groups = [np.arange(n) < r for n, r in zip(counts[0], relevant[0], strict=True)]
+    drawn = np.array([average_precision(np.concatenate([rng.permutation(g) for g in groups]), k) for _ in range(4000)])
+    error = drawn.std() / np.sqrt(len(drawn))
+    assert metrics.expected_average_precision(counts, relevant, k)[0] == pytest.approx(drawn.mean(), abs=5 * error)
+
+
+@pytest.mark.parametrize(
+    ("n", "r", "c"),
+    [(50_000, 5_000, 1_000), (50_000, 49_999, 5_000), (9, 4, 9), (30, 0, 4), (1_000_000, 7, 500)],
+)
+def test_hypergeometric_matches_scipy(n, r, c):
+    """Beside a query of wide support, so that the narrow ones are filled up."""
+    m, probability = metrics.hypergeometric(np.array([n, 400]), np.array([r, 200]), np.array([c, 200]))
+    np.testing.assert_allclose(probability[0], scipy.stats.hypergeom(n, r, c).pmf(m[0]), rtol=1e-6, atol=1e-13)
+    assert probability.sum(axis=1) == pytest.approx([1, 1])
+
+
+def test_without_ties_the_tie_aware_map_is_the_map():
+    """A database of one code per distance: 0, 1, 3, 7, … differ from the query in 0, 1, 2, 3, … bits."""
+    codes = np.packbits(np.tri(17, 16, -1, dtype=np.uint8), axis=1)
+    relevance = np.random.default_rng(0).integers(0, 2, 17)
+    for k in (1, 5, 17):
+        expected = average_precision(relevance, k)
+        data = codes[:1], codes, np.array([1]), relevance
+        assert metrics.tie_aware_map(*data, k) == pytest.approx(expected, abs=1e-12)

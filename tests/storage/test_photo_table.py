@@ -1,36 +1,36 @@
-"""The table of an index: rows kept as they were given, two writers at once, and every state a place can be in."""
+"""Table of an index: round trips of rows, several writers, and places in every state."""
 
-import builtins
 import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import threading
 
+import lancedb
 import numpy as np
 import pytest
 
 from cib_jax.errors import IndexFolderError
 from cib_jax.storage import photo_table
-from cib_jax.storage.photo_table import About, PhotoTable, Row, key_of
+from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, Row, key_of
 
-ROOT = pathlib.Path(__file__).parents[2]
 COLUMNS = ["path", "raw_path", "size", "modified", "width", "height", "thumbnail"]
 
 
-def about(bits=16, images="/photos"):
-    return About(images, {"bits": bits, "weights": "none"}, {"epochs": 3})
+def metadata(bits=16, images="/photos"):
+    return IndexMetadata(images, {"bits": bits, "weights": "none"}, {"epochs": 3})
 
 
 def made(uri, bits=16):
-    return PhotoTable.create(str(uri), about(bits), b"the encoder")
+    return PhotoTable.create(str(uri), metadata(bits), b"the encoder")
 
 
 def row(number, bits=16, by=0):
-    """A photo whose every value tells its number and its writer."""
+    """A photo with values that identify its number and its writer."""
     code = np.random.default_rng([number, by]).bytes(bits // 8)
     return Row(f"{number:03}.jpg", number, 1_600_000_000_123_456_789 + by, code, 1 + by, 2, b"jpeg %d" % by)
 
@@ -48,7 +48,13 @@ def content(table):
     return found, table.unreadable()
 
 
-@pytest.mark.parametrize("bits", [8, 16, 64, 96, 128])
+def refuse(value, function, *arguments):
+    with pytest.raises(IndexFolderError, match=re.escape(value)) as refused:
+        function(*arguments)
+    assert refused.value.field == "--index" and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("bits", [8, 64, 96])
 def test_rows_come_back_as_they_were_put(tmp_path, bits):
     table = made(tmp_path / "i", bits)
     rows = [row(number, bits) for number in range(20)]
@@ -63,7 +69,7 @@ def test_rows_come_back_as_they_were_put(tmp_path, bits):
     found, unreadable = content(again)
     assert found == {one.path: one for one in rows}
     assert unreadable == [("\\udce9", "0 bytes"), ("broken.jpg", "truncated")]
-    assert len(again) == len(rows) + 2 and again.about == about(bits) and again.encoder() == b"the encoder"
+    assert len(again) == len(rows) + 2 and again.metadata == metadata(bits) and again.encoder() == b"the encoder"
     state = again.state()
     assert np.array_equal(state.keys, np.sort(state.keys))
     known = zip(state.keys.tolist(), state.sizes.tolist(), state.modified_ns.tolist(), strict=True)
@@ -100,7 +106,7 @@ def test_a_snapshot_stays_as_it_was(tmp_path):
     before, version = table.snapshot(), table.version
     table.put([row(number, by=1) for number in range(5, 15)])
     table.remove([key_of("000.jpg")])
-    table.tidy()
+    table.compact()
     read = table.read(before, [3, 0, 3, 9], ["path", "modified"])
     order = sorted(range(10), key=lambda number: key_of(f"{number:03}.jpg"))
     assert {at: (one["path"], one["modified"]) for at, one in read.items()} == {
@@ -131,7 +137,7 @@ def test_threads_that_put_the_same_and_other_photos_leave_each_once_with_the_val
                 if by == 0:
                     tables[by].remove([key_of(f"{100 * (by + 1) + block:03}.jpg")])
                 if by == 1:
-                    tables[by].tidy()
+                    tables[by].compact()
         except BaseException as error:
             errors.append(error)
             together.abort()
@@ -152,41 +158,17 @@ def test_threads_that_put_the_same_and_other_photos_leave_each_once_with_the_val
         assert one in [row(number, by=by) for by in range(4)]
 
 
-WRITER = """
-import pathlib, sys, time
-from cib_jax.storage.photo_table import PhotoTable
-from tests.storage.test_photo_table import about, row
-uri, by, ready = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-(ready / str(by)).touch()
-while len(list(ready.iterdir())) < 2:
-    time.sleep(0.002)
-table = PhotoTable.create(uri, about(), b"by %d" % by)
-for block in range(6):
-    table.put([row(number, by=by) for number in range(block * 5, block * 5 + 10)])
-"""
-
-
-def test_two_processes_that_make_and_fill_one_index_at_once(tmp_path):
-    (tmp_path / "ready").mkdir()
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "i")]
-    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, str(by), str(tmp_path / "ready")], **options) for by in range(2)]
-    assert [(process.communicate(timeout=100)[1], process.returncode) for process in processes] == [("", 0)] * 2
-    table = PhotoTable.open(str(tmp_path / "i"))
-    found, _ = content(table)
-    assert len(table) == len(found) == 35 and table.encoder() in (b"by 0", b"by 1")
-    assert all(one in [row(one.size, by=by) for by in range(2)] for one in found.values())
-
-
-def test_threads_that_make_an_index_at_once_come_to_one(tmp_path):
-    for attempt in range(8):
+def test_threads_that_make_and_fill_an_index_at_once_come_to_one(tmp_path):
+    """Processes do so in tests/end_to_end/test_index.py."""
+    for attempt in range(3):
         uri, together, errors = str(tmp_path / str(attempt)), threading.Barrier(5), []
 
         def make(by, uri=uri, together=together, errors=errors):
             together.wait()
             try:
-                table = PhotoTable.create(uri, about(), b"by %d" % by)
-                table.put([row(by)])
+                table = PhotoTable.create(uri, metadata(), b"by %d" % by)
+                for block in range(3):
+                    table.put([row(number, by=by) for number in range(block * 5, block * 5 + 10)])
             except BaseException as error:
                 errors.append(error)
 
@@ -196,72 +178,68 @@ def test_threads_that_make_an_index_at_once_come_to_one(tmp_path):
         for thread in threads:
             thread.join()
         assert not errors
-        assert len(PhotoTable.open(uri)) == 5
+        table = PhotoTable.open(uri)
+        found, _ = content(table)
+        assert len(table) == len(found) == 20 and table.encoder() in [b"by %d" % by for by in range(5)]
+        assert all(one in [row(one.size, by=by) for by in range(5)] for one in found.values())
 
 
-def test_a_conflict_is_tried_again_and_told_only_if_it_lasts(tmp_path, monkeypatch):
+def test_a_conflict_is_tried_again_and_raised_only_if_it_lasts(tmp_path, monkeypatch):
     table = made(tmp_path / "i")
     monkeypatch.setattr(photo_table.time, "sleep", lambda seconds: None)
-    left = [3]
-    original = type(table._photos).merge_insert
+    conflicts = [3]
+    original = lancedb.table.LanceTable.merge_insert
 
-    def met(self, on):
-        if left[0]:
-            left[0] -= 1
+    def conflicting(self, on):
+        if conflicts[0]:
+            conflicts[0] -= 1
             raise RuntimeError("lance error: Commit conflict for version 3: concurrent commit")
         return original(self, on)
 
-    monkeypatch.setattr(type(table._photos), "merge_insert", met)
+    monkeypatch.setattr(lancedb.table.LanceTable, "merge_insert", conflicting)
     table.put([row(1)])
-    assert left == [0] and set(content(table)[0]) == {"001.jpg"}
-    left[0] = 1000
-    with pytest.raises(IndexFolderError, match=r"cannot be written \(lance error: Commit conflict"):
-        table.put([row(2)])
-    assert 1000 - left[0] == 20
+    assert conflicts == [0] and set(content(table)[0]) == {"001.jpg"}
+    conflicts[0] = 1000
+    refuse("Commit conflict", table.put, [row(2)])
+    assert 1000 - conflicts[0] == 20
 
 
 def test_a_place_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(IndexFolderError, match="is a file; give a folder"):
-        PhotoTable.exists(str(tmp_path / "file"))
+    refuse("is a file", PhotoTable.exists, str(tmp_path / "file"))
     (tmp_path / "folder").mkdir()
     assert not PhotoTable.exists(str(tmp_path / "folder"))
     (tmp_path / "folder" / ".DS_Store").touch()
     assert not PhotoTable.exists(str(tmp_path / "folder")) and not PhotoTable.exists(str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
     (tmp_path / "folder" / "letter.txt").touch()
-    with pytest.raises(IndexFolderError, match=r"holds files, but no index \(letter.txt, …\); give another folder"):
-        PhotoTable.exists(str(tmp_path / "folder"))
-    with pytest.raises(
-        IndexFolderError, match=r"there is no index at .*none; make one by --mode=index --images=PHOTOS"
-    ):
-        PhotoTable.open(str(tmp_path / "none"))
-    with pytest.raises(IndexFolderError, match="--index: it is empty; give a folder"):
-        photo_table.place_of("")
+    refuse("letter.txt", PhotoTable.exists, str(tmp_path / "folder"))
+    refuse("--mode=index", PhotoTable.open, str(tmp_path / "none"))
+    refuse("empty", photo_table.normalize_uri, "")
 
 
 def test_places_are_absolute_but_for_uris(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert photo_table.place_of("a b/ü") == str(tmp_path / "a b/ü") and photo_table.place_of("s3://b/c") == "s3://b/c"
+    assert (
+        photo_table.normalize_uri("a b/ü") == str(tmp_path / "a b/ü")
+        and photo_table.normalize_uri("s3://b/c") == "s3://b/c"
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert photo_table.place_of("~/x") == photo_table.place_of(pathlib.Path("x")) == str(tmp_path / "x")
+    assert photo_table.normalize_uri("~/x") == photo_table.normalize_uri(pathlib.Path("x")) == str(tmp_path / "x")
 
 
 def test_an_index_of_another_version_is_refused(tmp_path):
-    table = made(tmp_path / "i")
-    told = json.dumps({"version": 99, "images": "/photos", "encoder": {"bits": 16}})
-    table._connection.open_table("encoder").update(values={"about": told})
-    with pytest.raises(
-        IndexFolderError, match="is of version 99, this package reads version 1; index the photos again"
-    ):
-        PhotoTable.open(str(tmp_path / "i"))
+    made(tmp_path / "i")
+    other = json.dumps({"version": 99, "images": "/photos", "encoder": {"bits": 16}})
+    lancedb.connect(tmp_path / "i").open_table("encoder").update(values={"about": other})
+    refuse("99", PhotoTable.open, str(tmp_path / "i"))
 
 
 def test_photos_that_moved_are_noted(tmp_path):
     made(tmp_path / "i").move("/elsewhere/list.CSV")
     moved = PhotoTable.open(str(tmp_path / "i"))
-    assert moved.about == about(images="/elsewhere/list.CSV") and moved.about.root == "/elsewhere"
-    assert about().root == "/photos" and moved.encoder() == b"the encoder"
+    assert moved.metadata == metadata(images="/elsewhere/list.CSV") and moved.metadata.root == "/elsewhere"
+    assert metadata().root == "/photos" and moved.encoder() == b"the encoder"
 
 
 @pytest.mark.parametrize("left", ["encoder.lance/data/0.lance", "encoder.lance/_versions/.tmp"])
@@ -278,40 +256,28 @@ def test_what_a_killed_process_began_is_made_anew(tmp_path, left):
 def test_an_index_that_lost_its_encoder_is_not_taken_for_a_new_one(tmp_path):
     made(tmp_path / "i").put([row(1)])
     shutil.rmtree(tmp_path / "i" / "encoder.lance" / "_versions")
-    with pytest.raises(IndexFolderError, match=r"is damaged, its encoder is gone; bring encoder\.lance back"):
-        PhotoTable.exists(str(tmp_path / "i"))
+    refuse("encoder.lance", PhotoTable.exists, str(tmp_path / "i"))
 
 
 @pytest.mark.parametrize("which", ["encoder.lance/_versions", "photos.lance/_versions", "photos.lance/data"])
-def test_a_damaged_index_is_told_in_a_sentence(tmp_path, which):
+def test_a_damaged_index_is_reported_in_a_sentence(tmp_path, which):
     made(tmp_path / "i").put([row(number) for number in range(50)])
     for path in (tmp_path / "i" / which).iterdir():
         path.write_bytes(b"\0" * 37)
-    with pytest.raises(IndexFolderError) as told:
-        PhotoTable.open(str(tmp_path / "i")).snapshot()
-    assert str(told.value).startswith(f"--index: {tmp_path / 'i'} cannot be read (") and "\n" not in str(told.value)
+    refuse(f"{tmp_path / 'i'} cannot be read", lambda: PhotoTable.open(str(tmp_path / "i")).snapshot())
 
 
 def test_without_lancedb_the_extra_is_named(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def missing(name, *rest, **named):
-        if name == "lancedb":
-            raise ImportError("No module named 'lancedb'")
-        return original(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(IndexFolderError, match=r"LanceDB is not installed; pip install 'cib-jax\[search\]'"):
-        made(tmp_path / "i")
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    refuse("cib-jax[search]", made, tmp_path / "i")
 
 
-def test_a_hosted_index_without_a_key_is_told_in_a_sentence(monkeypatch):
+def test_a_hosted_index_without_a_key_is_reported_in_a_sentence(monkeypatch):
     monkeypatch.delenv("LANCEDB_API_KEY", raising=False)
-    with pytest.raises(IndexFolderError, match="--index: db://photos cannot be reached"):
-        PhotoTable.exists("db://photos")
+    refuse("db://photos cannot be reached", PhotoTable.exists, "db://photos")
 
 
-def test_a_folder_that_may_not_be_read_is_told_in_a_sentence(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_read_is_reported_in_a_sentence(tmp_path, monkeypatch):
     """Simulated: root may read everything."""
 
     def forbidden(self):
@@ -319,10 +285,7 @@ def test_a_folder_that_may_not_be_read_is_told_in_a_sentence(tmp_path, monkeypat
 
     (tmp_path / "i").mkdir()
     monkeypatch.setattr(pathlib.Path, "iterdir", forbidden)
-    with pytest.raises(
-        IndexFolderError, match=r"cannot be read \(Permission denied\); give a folder that you may read"
-    ):
-        PhotoTable.exists(str(tmp_path / "i"))
+    refuse("Permission denied", PhotoTable.exists, str(tmp_path / "i"))
 
 
 @contextlib.contextmanager
@@ -339,7 +302,7 @@ def mounted(folder, options):
         subprocess.run(["umount", "-l", folder], check=False)
 
 
-def test_a_full_disk_is_told_in_a_sentence_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_reported_in_a_sentence_and_loses_nothing(tmp_path):
     disk = tmp_path / "disk"
     with mounted(disk, "size=2m"):
         table = made(disk / "i")
@@ -348,8 +311,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_loses_nothing(tmp_path):
             while True:
                 filling.write(b"\1" * 4096)
         large = Row("large.jpg", 1, 1, b"ab", 1, 1, b"x" * 100_000)
-        with pytest.raises(IndexFolderError, match=r"cannot be written \(the disk is full\); mend that"):
-            table.put([large])
+        refuse("the disk is full", table.put, [large])
         assert set(content(PhotoTable.open(str(disk / "i")))[0]) == {"001.jpg"}
         (disk / "filling").unlink()
         table.put([large])
