@@ -88,7 +88,7 @@ def encode(
     console = console or rich.console.Console()
     if part < 1:
         raise CodeStoreError(f"--part must be 1 file or more, got {part}; try {PART}", field="--part")
-    mine = initialize.process_index(process, processes)
+    place = initialize.process_index(process, processes)
     config = override_fields(read_config(workdir).copy_and_resolve_references(), overrides or {})
     schema.validate(config)
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
@@ -98,7 +98,7 @@ def encode(
         print_message(console, note)
     keep = isinstance(items, inputs.Photos)
     corpus = code_store.begin(folder, _identity(hasher, config), part, items.names, items.place, keep_list=keep)
-    missing = [number for number in strided_share(corpus.parts, mine) if not _is_intact(corpus, number, console)]
+    missing = [number for number in strided_share(corpus.parts, place) if not _is_intact(corpus, number, console)]
     made = _write_parts(corpus, missing, items, hasher, console) if missing else 0
     return _summarize(corpus, made, items.words, console)
 
