@@ -59,6 +59,21 @@ def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: i
     )
 
 
+def _torchvision(
+    name: str, features: int, network: Callable[[nnx.Rngs], nnx.Module], convert: Callable[..., Tree]
+) -> Backbone:
+    return Backbone(
+        name=name,
+        features=features,
+        mean=IMAGENET[0],
+        deviation=IMAGENET[1],
+        image_size=224,
+        smallest=32,
+        build=lambda rngs, image_size: network(rngs),
+        convert=convert,
+    )
+
+
 def _vit(
     name: str,
     design: Design,
@@ -108,26 +123,8 @@ BACKBONES: dict[str, Backbone] = {
         _efficientnet_lite(0, efficientnet.LITE0, 224),
         _efficientnet_lite(1, efficientnet.LITE1, 240),
         _efficientnet_lite(2, efficientnet.LITE2, 260),
-        Backbone(
-            name="resnet50",
-            features=resnet.FEATURES,
-            mean=IMAGENET[0],
-            deviation=IMAGENET[1],
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: resnet.ResNet50(rngs),
-            convert=resnet.convert,
-        ),
-        Backbone(
-            name="vgg16",
-            features=vgg.FEATURES,
-            mean=IMAGENET[0],
-            deviation=IMAGENET[1],
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: vgg.VGG16(rngs),
-            convert=vgg.convert,
-        ),
+        _torchvision("resnet50", resnet.FEATURES, resnet.ResNet50, resnet.convert),
+        _torchvision("vgg16", vgg.FEATURES, vgg.VGG16, vgg.convert),
         _dinov2("dinov2_small", dinov2.SMALL),
         _dinov2("dinov2_base", dinov2.BASE),
         _dinov2("dinov2_small_registers", dinov2.SMALL_REGISTERS),
