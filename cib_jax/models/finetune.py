@@ -202,8 +202,8 @@ def join_states(first: State, second: State) -> Tree:
 def kernel_shapes(shapes: State) -> Iterator[tuple[tuple[Any, ...], tuple[int, int]]]:
     """Yields the path, the number of rows and that of columns of every kernel that LoRA applies to, in a fixed order.
 
-    These are matrices [inputs, outputs] and convolutions [height, width, inputs, outputs]. Rows of a convolution are the
-    pixels under it, channel by channel: A is a convolution to few channels and B a 1×1 convolution. Depthwise
+    These are matrices [inputs, outputs] and convolutions [height, width, inputs, outputs]. Rows of a convolution are
+    the pixels under it, channel by channel: A is a convolution to few channels and B a 1×1 convolution. Depthwise
     kernels have no inputs to mix and are left out.
 
     Args:

@@ -110,16 +110,7 @@ def _clip(name: str, design: Design) -> Backbone:
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
-        Backbone(
-            name="convnet",
-            features=convnet.FEATURES,
-            mean=HALF,
-            deviation=HALF,
-            image_size=32,
-            smallest=8,
-            build=convnet.ConvNet,
-            convert=None,
-        ),
+        Backbone("convnet", convnet.FEATURES, HALF, HALF, 32, 8, build=convnet.ConvNet, convert=None),
         _efficientnet_lite(0, efficientnet.LITE0, 224),
         _efficientnet_lite(1, efficientnet.LITE1, 240),
         _efficientnet_lite(2, efficientnet.LITE2, 260),
@@ -133,17 +124,7 @@ BACKBONES: dict[str, Backbone] = {
         _clip("clip_vit_b16", clip.B16),
         _vit("siglip_base", clip.BASE, clip.SigLIP, clip.convert_siglip, (HALF, HALF), reads=clip.SIGLIP_READS),
         # The number of features, their means and deviations come from the data; `create_encoder` fills them in.
-        Backbone(
-            name="none",
-            features=0,
-            mean=(),
-            deviation=(),
-            image_size=0,
-            smallest=0,
-            build=lambda rngs, image_size: _Identity(),
-            convert=None,
-            takes="features",
-        ),
+        Backbone("none", 0, (), (), 0, 0, build=lambda rngs, size: _Identity(), convert=None, takes="features"),
     )
 }
 
