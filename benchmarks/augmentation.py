@@ -81,9 +81,14 @@ def loader(images: np.ndarray, image_size: int) -> Callable[[], None]:
     return draw
 
 
+def view(key: jax.Array, images: jax.Array, image_size: int) -> jax.Array:
+    """Returns one view of every image."""
+    return augment.view_each(augment.image_keys(key, len(images)), images, image_size=image_size)
+
+
 def ours(images: np.ndarray, image_size: int) -> Callable[[], None]:
     """Returns a function that makes the views in one compiled program, once per pass."""
-    program = jax.jit(functools.partial(augment.view, image_size=image_size))
+    program = jax.jit(lambda key, images: view(key, images, image_size))
     keys = list(jax.random.split(jax.random.key(0), PASSES))
 
     def draw() -> None:
@@ -94,21 +99,21 @@ def ours(images: np.ndarray, image_size: int) -> Callable[[], None]:
 
 
 def stages(images: np.ndarray, image_size: int) -> dict[str, Callable[[], None]]:
-    """Returns programs that go one stage further each, as `augment.view` does it on a CPU."""
+    """Returns programs that go one stage further each, as `augment.view_each` does it on a CPU."""
     batch, height, width, _ = images.shape
     sample = functools.partial(augment.sample_photo, height=height, width=width)
 
-    def drawn(key: jax.Array) -> augment.Photo:
+    def drawn(key: jax.Array) -> augment.PhotoDraws:
         return jax.vmap(sample)(augment.image_keys(key, batch))
 
-    def crop(draws: augment.Photo, images: jax.Array) -> jax.Array:
+    def crop(draws: augment.PhotoDraws, images: jax.Array) -> jax.Array:
         return geometry.resized_crop_rows(images / 255, draws.crop, image_size=image_size, flip=draws.flip, margin=1)
 
-    def jitter(draws: augment.Photo, images: jax.Array) -> jax.Array:
-        form = color.jitter_alone if augment.chunk_of(image_size) == 1 else color.jitter_rows
+    def jitter(draws: augment.PhotoDraws, images: jax.Array) -> jax.Array:
+        form = color.jitter_one if augment.chunk_of(image_size) == 1 else color.jitter_rows
         return form(crop(draws, images), draws.jitter, draws.grayscale, margin=1)
 
-    def blur(draws: augment.Photo, images: jax.Array) -> jax.Array:
+    def blur(draws: augment.PhotoDraws, images: jax.Array) -> jax.Array:
         return color.blur_rows(jitter(draws, images), draws.sigma)
 
     def so_far(step: Callable[..., jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -119,7 +124,7 @@ def stages(images: np.ndarray, image_size: int) -> dict[str, Callable[[], None]]
         "crop, flip": so_far(crop),
         "jitter, grayscale": so_far(jitter),
         "blur": so_far(blur),
-        "normalize, channels last": functools.partial(augment.view, image_size=image_size),
+        "normalize, channels last": lambda key, images: view(key, images, image_size),
     }
     key = jax.random.key(0)
     compiled = {name: jax.jit(program) for name, program in programs.items()}

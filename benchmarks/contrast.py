@@ -20,7 +20,7 @@ BITS = 64
 def measure(batch: int, form: str) -> None:
     """Prints seconds of a step after the first, and the MiB that the process grew by."""
     if form == "whole":
-        losses.ENTRIES = 1 << 62
+        losses.MAX_SIMILARITIES = 1 << 62
     codes = jnp.sign(jax.random.normal(jax.random.key(0), (2, batch, BITS)))
     step = jax.jit(jax.value_and_grad(losses.nt_xent, argnums=(0, 1)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -76,8 +76,9 @@ def augmented(side: int) -> Callable[[], Any]:
     from cib_jax.augment import augment
 
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
-    view = jax.jit(functools.partial(augment.view, image_size=side))
-    return lambda: view(jax.random.key(0), images).block_until_ready()
+    view = jax.jit(functools.partial(augment.view_each, image_size=side))
+    keys = augment.image_keys(jax.random.key(0), len(images))
+    return lambda: view(keys, images).block_until_ready()
 
 
 WORK: dict[str, Callable[[int], Callable[[], Any]]] = {

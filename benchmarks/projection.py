@@ -161,12 +161,12 @@ def memory() -> list[list[str]]:
     rows = []
     for machine in MACHINES:
         mine = VIEWS * BATCH // machine.devices * VIEWS * BATCH
-        blocks = math.ceil(mine / losses.ENTRIES)
+        blocks = math.ceil(mine / losses.MAX_SIMILARITIES)
         rows.append(
             [
                 f"NT-Xent's similarities of a device, {machine.name}",
                 f"{4 * mine / 1e9:.2f} GB",
-                f"{4 * min(mine, losses.ENTRIES) / 1e6:.0f} MB held, in {blocks} block{'s' if blocks > 1 else ''}",
+                f"{4 * min(mine, losses.MAX_SIMILARITIES) / 1e6:.0f} MB held, in {blocks} block{'s' if blocks > 1 else ''}",
             ]
         )
     return [

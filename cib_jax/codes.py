@@ -1,7 +1,8 @@
-"""The three forms of a code and every way between them.
+"""Conversions between the three forms of a code: logits, ±1 codes and packed bytes.
 
-logits (encoder → objective) → ±1 codes (inside a training step) → packed uint8 (everywhere else). Bit j of a code is
-bit 7 − j mod 8 of byte j // 8, the order of `numpy.packbits`."""
+Logits leave the encoder and enter the loss, ±1 codes exist inside a training step, and packed uint8 are used everywhere
+else. Bit j of a code is bit 7 − j mod 8 of byte j // 8, the order of `numpy.packbits`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
+from cib_jax.errors import UserError
 
 
 @jax.custom_jvp
 def _straight_through(probabilities: Array, codes: Array) -> Array:
-    """Returns `codes`, exactly, with the derivative of `probabilities`.
+    """Returns `codes` unchanged, with the derivative of `probabilities`.
 
-    `p + stop_gradient(b − p)` would do the same up to rounding; here a code is ±1 to the last bit.
+    The usual `p + stop_gradient(b − p)` has the same derivative, but rounds: its codes are not exactly ±1.
     """
     return codes
 
@@ -27,9 +29,9 @@ def _straight_through_jvp(primals, tangents):
 
 
 def binarize(logits: Float[Array, "*batch bits"]) -> Float[Array, "*batch bits"]:
-    """Returns the deterministic ±1 codes of test time: +1 where a logit is greater than 0, −1 elsewhere.
+    """Returns the deterministic ±1 codes of test time: +1 where a logit is greater than 0, else −1.
 
-    A logit of exactly 0 gives −1: a code never has a third value. No gradient passes.
+    A logit of exactly 0 gives −1, so that a code has two values only. No gradient passes; `sample_codes` has one.
 
     Examples:
       >>> import cib_jax as cib
@@ -48,17 +50,18 @@ def sample_codes(
     The probabilistic binary layer of CIBHash (https://arxiv.org/abs/2105.06138, section 3.2).
 
     Args:
-      key: a random key; unused, but asked for, where `stochastic` is False.
-      logits: the outputs of the hash head.
-      stochastic: True draws each bit as +1 with probability p, the paper's layer; False takes +1 where p > ½, as the
-        published code does.
-      axis: see `spread`; with one, the logits are [batch, bits].
+      key: Random key; ignored if `stochastic` is False.
+      logits: Outputs of the hash head.
+      stochastic: Whether each bit is drawn as +1 with probability p, the paper's layer. False takes +1 where p > ½, as
+        the published code does.
+      axis: Name of the mesh axis over which the batch is divided, inside `jax.shard_map`; the logits are then
+        [batch, bits]. The bits do not depend on the number of devices.
 
     Examples:
       >>> import cib_jax as cib
       >>> import jax, jax.numpy as jnp
       >>> key = jax.random.key(0)
-      >>> cib.sample_codes(key, jnp.array([20.0, -20.0])).tolist()  # bits that are as good as certain
+      >>> cib.sample_codes(key, jnp.array([20.0, -20.0])).tolist()  # bits that are almost certain
       [1.0, -1.0]
       >>> jax.grad(lambda logits: cib.sample_codes(key, logits).sum())(jnp.zeros(2)).tolist()  # p (1 - p)
       [0.25, 0.25]
@@ -73,12 +76,12 @@ def sample_codes(
 
 
 def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"]:
-    """Returns the codes with eight bits to the byte; a bit is 1 where the code is greater than 0.
+    """Returns codes with eight bits per byte; a bit is 1 where the code is greater than 0.
 
-    Takes ±1 codes, {0, 1} codes, booleans or logits alike.
+    Accepts ±1 codes, {0, 1} codes, booleans and logits.
 
     Raises:
-      ValueError: the number of bits is not a multiple of 8.
+      ValueError: The number of bits is not a multiple of 8.
 
     Examples:
       >>> import cib_jax as cib
@@ -88,15 +91,16 @@ def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"
     """
     bits = codes.shape[-1] if codes.ndim else 0
     if bits == 0 or bits % 8:
-        raise ValueError(
-            f"pack_bits: codes have shape {codes.shape}, but the last axis must be a positive multiple of 8; "
-            "choose `bits` as 16, 32, 64, …"
+        raise UserError(
+            f"the last axis of codes must be a positive multiple of 8, got the shape {list(codes.shape)}; "
+            "try 16, 32 or 64 bits",
+            field="codes",
         )
     return jnp.packbits(codes > 0, axis=-1)
 
 
 def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bits"]:
-    """Returns the ±1 codes (float32) that `pack_bits` packed.
+    """Returns the ±1 codes, in float32, of packed codes: the inverse of `pack_bits`.
 
     Raises:
       ValueError: `packed` is not uint8.
@@ -108,12 +112,12 @@ def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bi
       [1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]
     """
     if packed.dtype != jnp.uint8:
-        raise ValueError(f"unpack_bits: packed codes are uint8, not {packed.dtype}; pass what pack_bits returned")
-    # Not jnp.unpackbits, which fails on an empty batch.
+        raise UserError(f"packed codes must be uint8, got {packed.dtype}; pass the result of pack_bits", field="packed")
+    # jnp.unpackbits fails on an empty batch.
     bits = (jnp.asarray(packed)[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
     return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8).astype(jnp.float32) * 2.0 - 1.0
 
 
 def ones(packed: UInt8[np.ndarray, "*batch bytes"]) -> UInt8[np.ndarray, "*batch bits"]:
-    """Returns the bits that `pack_bits` packed as 0 and 1, in NumPy, for what counts on the host."""
+    """Returns the bits of packed codes as 0 and 1, in NumPy, for statistics on the host."""
     return np.unpackbits(packed, axis=-1)

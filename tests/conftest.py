@@ -7,13 +7,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # In the environment, so that processes that tests start take what others have compiled, and come to the same bits.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Threads of OpenMP wait by spinning: on cores that are shared, t-SNE of 200 points takes twenty times as long with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. With "0" in the
 # environment, all tests run programs as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+from tests.command_line import refusal, run_cli  # noqa: F401 - fixtures
 
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("cib")
@@ -27,7 +32,7 @@ LONGEST = (
     "end_to_end/test_index.py",
     "end_to_end/test_readme.py",
     "end_to_end/test_corpus.py",
-    "commands/test_own_data.py",
+    "end_to_end/test_data_sets.py",
     "commands/test_fine_tuned_runs.py",
     "commands/test_compare.py",
     "commands/test_tune.py",
@@ -60,3 +65,12 @@ def compiled_as_for_users():
         yield
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()
+
+
+@pytest.fixture
+def without_shape_checks():
+    """Lets wrong shapes and types reach the code's own validation when jaxtyping checks the signatures."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

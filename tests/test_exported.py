@@ -1,4 +1,4 @@
-"""An exported encoder: the codes of the hasher, in a process that has nothing of training, or a refusal."""
+"""Exported encoders: the codes of the hasher, in a process without anything of training; damaged files."""
 
 import json
 import re
@@ -50,21 +50,38 @@ def test_codes_are_those_of_the_hasher(convnet):
 
 
 @pytest.fixture(scope="module")
-def lite0():
-    """From random weights, of the spread that the pretrained ones have."""
+def lite0(tmp_path_factory):
+    """With random weights, whose spread is that of the pretrained ones."""
     pretrained = cib.load_pretrained("efficientnet_lite0")
-    return jax.tree.map(lambda w: RNG.normal(0, w.std(), w.shape).astype(np.float32), pretrained)
+    weights = jax.tree.map(lambda w: RNG.normal(0, w.std(), w.shape).astype(np.float32), pretrained)
+    path = tmp_path_factory.mktemp("lite0") / "encoder.zip"
+    made = hasher("efficientnet_lite0", 32, 2, frozen=True, backbone_params=weights)
+    made.export(path)
+    return made, path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # .npy has no name for the second
-def test_codes_of_a_frozen_network_are_those_of_the_hasher(tmp_path, lite0, dtype):
-    made = hasher("efficientnet_lite0", 32, 2, frozen=True, backbone_dtype=dtype, backbone_params=lite0)
-    made.export(tmp_path / "encoder.zip")
-    loaded, given = exported.load(tmp_path / "encoder.zip"), images(32)
+def check_codes_and_features(made, path, size):
+    loaded, given = exported.load(path), images(size)
     assert np.array_equal(loaded.encode(given), made.encode(given))
-    program = jax.export.deserialize(bytearray(loaded.programs[exported.part_of("features", "cpu", 2)]))
+    program = jax.export.deserialize(bytearray(loaded.programs[exported.program_name("features", "cpu", 2)]))
     features = plain_features(made.encoder, made.params, made.frozen, given[:2])
     assert np.array_equal(jax.jit(program.call)(loaded.weights, given[:2]), features)
+
+
+def test_codes_of_a_frozen_network_are_those_of_the_hasher(lite0):
+    check_codes_and_features(*lite0, 32)
+
+
+def test_codes_of_a_network_in_bfloat16_are_those_of_the_hasher(tmp_path, convnet):
+    """The .npy format has no name for this type."""
+    weights = convnet[0].params["backbone"]
+    made = hasher("convnet", 16, 2, frozen=True, backbone_dtype="bfloat16", backbone_params=weights)
+    made.export(tmp_path / "encoder.zip")
+    assert (
+        json.loads(zipfile.ZipFile(tmp_path / "encoder.zip").read(exported.SIGNATURE))["weights"][0]["dtype"]
+        == "bfloat16"
+    )
+    check_codes_and_features(made, tmp_path / "encoder.zip", 16)
 
 
 def test_codes_of_features_are_those_of_the_hasher(tmp_path):
@@ -75,10 +92,9 @@ def test_codes_of_features_are_those_of_the_hasher(tmp_path):
     assert loaded.signature["input"] == {"dtype": "float32", "shape": ["n", 24]}
     for given in (features, features[:, 0], features[:3].astype(np.float64), features[:2, 1].astype(np.float16)):
         assert np.array_equal(loaded.encode(given), made.encode(given))
-    with pytest.raises(
-        ValueError, match=r"images: wanted features in floating point \[n, 24\], got float32 \[11, 2, 23\]"
-    ):
+    with pytest.raises(errors.UserError) as error:
         loaded.encode(features[..., 1:])
+    assert error.value.field == "images"
 
 
 def test_images_of_the_stored_size_are_taken_and_resized_inside(tmp_path, convnet):
@@ -101,13 +117,12 @@ def test_the_signature_says_what_goes_in_and_out(convnet):
     assert "mean [0.5, 0.5, 0.5]" in signature["preprocessing"]
 
 
-def test_each_platform_has_its_own_forms(tmp_path, lite0):
+def test_each_platform_has_its_own_forms(lite0):
     """EfficientNet on a CPU is products and sums, elsewhere 49 convolutions: a stem, 16 blocks of 3 less 1, a head."""
-    hasher("efficientnet_lite0", 32, 1, backbone_params=lite0).export(tmp_path / "encoder.zip")
-    programs = exported.load(tmp_path / "encoder.zip").programs
+    programs = exported.load(lite0[1]).programs
     found = {}
     for form, platforms in exported.FORMS.items():
-        program = jax.export.deserialize(bytearray(programs[exported.part_of("features", form, 1)]))
+        program = jax.export.deserialize(bytearray(programs[exported.program_name("features", form, 2)]))
         assert program.platforms == platforms
         convolutions = re.findall(r"stablehlo\.convolution.*feature_group_count = (\d+)", program.mlir_module())
         # A program for two platforms may say the same form once for each.
@@ -144,30 +159,24 @@ def test_it_runs_without_anything_of_training(tmp_path, convnet):
         "cib_jax",
         "cib_jax.errors",
         "cib_jax.exported",
+        "cib_jax.version",
     }
     training = "flax optax orbax grain tensorflow_datasets ml_collections safetensors jaxtyping PIL sklearn pyarrow"
     assert not {name.partition(".")[0] for name in modules.split()} & set(training.split())
-
-
-def test_every_name_of_the_package_is_found_where_type_checkers_find_it():
-    for name in cib.__all__:
-        assert getattr(cib, name).__name__ == name
-    assert set(cib.__all__) <= set(dir(cib))
-    assert cib.objective.nt_xent is cib.nt_xent
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        cib.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize(
     "given",
     [np.zeros((2, 17, 16, 3), np.uint8), np.zeros((2, 16, 16, 3), np.float32), np.zeros((16, 16, 3), np.uint8)],
 )
-def test_other_images_are_refused(convnet, given):
-    with pytest.raises(ValueError, match=r"images: wanted uint8 \[n, 16, 16, 3\], got"):
+@pytest.mark.usefixtures("without_shape_checks")
+def test_other_images_are_rejected(convnet, given):
+    with pytest.raises(errors.UserError) as error:
         exported.load(convnet[1]).encode(given)
+    assert error.value.field == "images"
 
 
-def test_every_damage_is_refused(tmp_path, convnet):
+def test_every_damage_is_rejected(tmp_path, convnet):
     whole = convnet[1].read_bytes()
     path = tmp_path / "damaged.zip"
     places = np.linspace(0, len(whole) - 1, 40).astype(int)
@@ -183,8 +192,9 @@ def test_every_damage_is_refused(tmp_path, convnet):
             assert loaded.signature == exported.load(convnet[1]).signature
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(cib.Refusal, match=r"damaged.zip: the file is damaged, or none that Hasher.export wrote"):
+        with pytest.raises(errors.ExportedError, match="damaged") as error:
             exported.load(path)
+        assert error.value.field == str(path)
 
 
 def rewritten(path, target, change):
@@ -201,32 +211,37 @@ def rewritten(path, target, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "word"),
     [
-        ({"version": 2}, "it is of version 2, this package reads version 1; export it again"),
-        ({"format": "other"}, "its signature.json is another format's"),
-        ({"batch_sizes": [1, 2, 4, 8]}, "programs are missing"),
-        ({"parts": {}}, "the file is damaged"),
+        ({"version": 2}, "2"),
+        ({"format": "other"}, "format"),
+        ({"batch_sizes": [1, 2, 4, 8]}, "programs"),
+        ({"parts": {}}, "damaged"),
     ],
 )
-def test_other_contents_are_refused(tmp_path, convnet, change, message):
-    rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature.update(change))
-    with pytest.raises(errors.ExportedError, match=message):
-        exported.load(tmp_path / "other.zip")
+def test_other_contents_are_rejected(tmp_path, convnet, change, word):
+    path = tmp_path / "other.zip"
+    rewritten(convnet[1], path, lambda signature: signature.update(change))
+    with pytest.raises(errors.ExportedError, match=word) as error:
+        exported.load(path)
+    assert error.value.field == str(path)
 
 
-def test_platforms_that_it_was_not_exported_for_are_refused(tmp_path, convnet):
+def test_an_encoder_runs_only_on_platforms_it_was_exported_for(tmp_path, convnet):
     rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature["platforms"].update(cpu=["tpu"]))
-    with pytest.raises(errors.ExportedError, match=r"platforms: it was exported for tpu, cuda, tpu, not for cpu"):
+    with pytest.raises(errors.ExportedError) as error:
         exported.load(tmp_path / "other.zip").encode(images(16, 1))
+    assert error.value.field == "JAX_PLATFORMS"
 
 
-def test_what_is_no_file_is_refused(tmp_path, convnet):
-    with pytest.raises(errors.ExportedError, match=r"nothing: it cannot be read \(No such file"):
-        exported.load(tmp_path / "nothing")
-    with pytest.raises(errors.ExportedError, match=r"it cannot be written \(no such file"):
-        convnet[0].export(tmp_path / "nowhere" / "encoder.zip")
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path, convnet):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(errors.ExportedError, match=r"it cannot be written \(is a directory"):
-        convnet[0].export(tmp_path / "folder")
+    for call, field in (
+        (lambda: exported.load(tmp_path / "nothing"), str(tmp_path / "nothing")),
+        (lambda: convnet[0].export(tmp_path / "nowhere" / "encoder.zip"), "path"),
+        (lambda: convnet[0].export(tmp_path / "folder"), "path"),
+    ):
+        with pytest.raises(errors.ExportedError) as error:
+            call()
+        assert error.value.field == field
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -139,6 +139,6 @@ def test_a_hasher_of_features_takes_no_others():
     features, _ = grouped()
     hasher = cib.fit(features, backbone="none", augment="noise", bits=8, epochs=1, hidden=8)
     for wrong in (features[:, :5], features.astype(int), np.zeros((2, 8, 8, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r"images: wanted features \[n, 64\] in floating point, as in training"):
+        with pytest.raises(ValueError, match=r"^images .*\[n, 64\]"):
             hasher.encode(wrong)
     assert hasher.encode(features[:0]).shape == (0, 1)

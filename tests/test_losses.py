@@ -1,5 +1,6 @@
-"""The objective against loops in float64, SciPy and finite differences, and at its extremes."""
+"""Losses against loops in float64, SciPy, optax and finite differences, and at extremes; the blockwise sums."""
 
+import functools
 import itertools
 import math
 
@@ -16,6 +17,7 @@ import scipy.stats
 
 from cib_jax import losses
 from cib_jax.codes import sample_codes
+from cib_jax.errors import UserError
 
 
 def reference_nt_xent(codes1, codes2, temperature):
@@ -46,43 +48,47 @@ def draw(seed, batch, bits, scale=1.0):
     return (scale * np.random.default_rng(seed).standard_normal((batch, bits))).astype(np.float32)
 
 
+# Compiled whole, since each operation of an eager call would be compiled alone for every shape.
+nt_xent, bernoulli_kl = jax.jit(losses.nt_xent), jax.jit(losses.bernoulli_kl)
+
+
 @pytest.mark.parametrize(("batch", "bits", "temperature"), [(2, 8, 0.3), (5, 16, 0.1), (17, 64, 1.0)])
 @pytest.mark.parametrize("continuous", [True, False])
 def test_nt_xent_matches_the_loop(batch, bits, temperature, continuous):
     codes1, codes2 = draw(0, batch, bits), draw(1, batch, bits)
     if not continuous:
         codes1, codes2 = np.sign(codes1), np.sign(codes2)
-    value = losses.nt_xent(jnp.asarray(codes1), jnp.asarray(codes2), temperature=temperature)
+    value = nt_xent(codes1, codes2, temperature=temperature)
     np.testing.assert_allclose(value, reference_nt_xent(codes1, codes2, temperature), rtol=2e-6)
 
 
 def test_nt_xent_matches_optax():
     codes1, codes2 = draw(2, 9, 32), draw(3, 9, 32)
     labels = jnp.concatenate([jnp.arange(9), jnp.arange(9)])
-    expected = optax.ntxent(jnp.concatenate([codes1, codes2]), labels, temperature=0.3)
-    np.testing.assert_allclose(losses.nt_xent(jnp.asarray(codes1), jnp.asarray(codes2)), expected, rtol=1e-5)
+    expected = jax.jit(optax.ntxent)(jnp.concatenate([codes1, codes2]), labels, 0.3)
+    np.testing.assert_allclose(nt_xent(codes1, codes2, temperature=0.3), expected, rtol=1e-5)
 
 
 def test_nt_xent_of_identical_codes_is_its_closed_form():
     """All 2N − 1 others look alike: log(2N − 1), whatever the temperature."""
     for batch, temperature in itertools.product((2, 7), (0.05, 0.3)):
         codes = jnp.ones((batch, 16))
-        value = losses.nt_xent(codes, codes, temperature=temperature)
+        value = nt_xent(codes, codes, temperature=temperature)
         np.testing.assert_allclose(value, math.log(2 * batch - 1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "seed"), [(0.1, 0), (1.0, 1), (5.0, 2)])
 def test_bernoulli_kl_matches_scipy(scale, seed):
     logits, target = draw(seed, 6, 24, scale), draw(seed + 10, 6, 24, scale)
-    value = losses.bernoulli_kl(jnp.asarray(logits), jnp.asarray(target))
+    value = bernoulli_kl(logits, target)
     np.testing.assert_allclose(value, reference_kl(logits.astype(np.float64), target.astype(np.float64)), rtol=1e-4)
 
 
 @hypothesis.given(st.integers(0, 2**31), st.floats(0.0, 50.0))
 def test_bernoulli_kl_is_never_negative_and_zero_on_itself(seed, scale):
-    logits, target = jnp.asarray(draw(seed, 3, 8, scale)), jnp.asarray(draw(seed + 1, 3, 8, scale))
-    assert losses.bernoulli_kl(logits, target) >= -1e-4
-    assert losses.bernoulli_kl(logits, logits) == 0
+    logits, target = draw(seed, 3, 8, scale), draw(seed + 1, 3, 8, scale)
+    assert bernoulli_kl(logits, target) >= -1e-4
+    assert bernoulli_kl(logits, logits) == 0
 
 
 def finite_difference(function, x, direction, step=1e-3):
@@ -93,19 +99,18 @@ def test_gradients_match_finite_differences_where_the_function_is_smooth():
     """Of NT-Xent on continuous codes and of KL, along random directions, against the float64 references."""
     logits1, logits2 = draw(4, 5, 8), draw(5, 5, 8)
     wide1, wide2 = logits1.astype(np.float64), logits2.astype(np.float64)
+    contrast, kl = (jax.jit(jax.grad(loss))(logits1, logits2) for loss in (losses.nt_xent, losses.bernoulli_kl))
     for seed in range(3):
         direction = draw(6 + seed, 5, 8).astype(np.float64)
-        gradient = jax.grad(lambda x: losses.nt_xent(x, jnp.asarray(logits2)))(jnp.asarray(logits1))
         expected = finite_difference(lambda x: reference_nt_xent(x, wide2, 0.3), wide1, direction)
-        np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-3, atol=1e-5)
-        gradient = jax.grad(lambda x: losses.bernoulli_kl(x, jnp.asarray(logits2)))(jnp.asarray(logits1))
+        np.testing.assert_allclose(np.sum(contrast * direction), expected, rtol=1e-3, atol=1e-5)
         expected = finite_difference(lambda x: reference_kl(x, wide2), wide1, direction)
-        np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(np.sum(kl * direction), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_no_gradient_reaches_the_target_of_the_kl():
     logits, target = jnp.asarray(draw(9, 4, 8)), jnp.asarray(draw(10, 4, 8))
-    assert not jnp.any(jax.grad(losses.bernoulli_kl, argnums=1)(logits, target))
+    assert not jnp.any(jax.jit(jax.grad(losses.bernoulli_kl, argnums=1))(logits, target))
 
 
 def test_the_objectives_are_made_of_their_parts():
@@ -122,16 +127,10 @@ def test_the_objectives_are_made_of_their_parts():
         "diffusion": reference_diffusion_match(*codes, coordinates, 0.2, 6.0) + 0.05 * kl,
     }
     assert set(expected) == set(losses.OBJECTIVES)
+    cib_loss = functools.partial(losses.cib_loss, temperature=0.2, beta=0.05, stochastic=False)
     for name, value in expected.items():
-        loss, terms = losses.cib_loss(
-            key,
-            jnp.asarray(logits1),
-            jnp.asarray(logits2),
-            objective=name,
-            temperature=0.2,
-            beta=0.05,
-            stochastic=False,
-            coordinates=jnp.asarray(coordinates) if losses.OBJECTIVES[name].taught else None,
+        loss, terms = jax.jit(cib_loss, static_argnames="objective")(
+            key, logits1, logits2, objective=name, coordinates=coordinates if losses.OBJECTIVES[name].taught else None
         )
         np.testing.assert_allclose(loss, value, rtol=1e-5)
         np.testing.assert_allclose(terms["kl"], kl, rtol=1e-5)
@@ -141,9 +140,9 @@ def test_the_objectives_are_made_of_their_parts():
 def test_the_gradient_of_the_loss_is_the_chain_through_the_codes():
     """Straight through: the gradient of the contrast in the codes (finite differences in float64), times p (1 − p)."""
     logits1, logits2 = draw(13, 4, 8), draw(14, 4, 8)
-    gradient = jax.grad(
-        lambda x: losses.cib_loss(jax.random.key(0), x, jnp.asarray(logits2), objective="cl_hash", stochastic=False)[0]
-    )(jnp.asarray(logits1))
+    gradient = jax.jit(
+        jax.grad(lambda x, y: losses.cib_loss(jax.random.key(0), x, y, objective="cl_hash", stochastic=False)[0])
+    )(logits1, logits2)
     codes1, codes2 = np.where(logits1 > 0, 1.0, -1.0), np.where(logits2 > 0, 1.0, -1.0)
     p = scipy.special.expit(logits1.astype(np.float64))
     for row, bit in [(0, 0), (1, 5), (3, 7)]:
@@ -158,7 +157,7 @@ def test_the_views_bits_are_drawn_independently():
     logits = jnp.zeros((64, 64))
     first = sample_codes(jax.random.fold_in(jax.random.key(0), 1), logits)
     second = sample_codes(jax.random.fold_in(jax.random.key(0), 2), logits)
-    loss, _ = losses.cib_loss(jax.random.key(0), logits, logits, objective="cl_hash")
+    loss, _ = jax.jit(functools.partial(losses.cib_loss, objective="cl_hash"))(jax.random.key(0), logits, logits)
     np.testing.assert_allclose(loss, reference_nt_xent(np.asarray(first), np.asarray(second), 0.3), rtol=1e-5)
     assert abs(float(jnp.mean(first * second))) < 0.1
 
@@ -179,16 +178,21 @@ def test_loss_and_gradient_stay_finite(name):
         assert np.all(np.isfinite(gradient)), (magnitude, sign)
 
 
-def test_bad_input_is_refused():
-    ones = jnp.ones((4, 8))
-    with pytest.raises(ValueError, match=r"at least 2 images"):
-        losses.nt_xent(ones[:1], ones[:1])
-    with pytest.raises(ValueError, match=r"codes1 \(4, 8\) and codes2 \(3, 8\)"):
-        losses.nt_xent(ones, ones[:3])
-    with pytest.raises(ValueError, match=r"must both be \[batch, bits\]"):
-        losses.bernoulli_kl(ones, ones[:, :4])
-    with pytest.raises(ValueError, match=r"'simclr' is not one of naive_cl, cl_hash, cibhash"):
-        losses.cib_loss(jax.random.key(0), ones, ones, objective="simclr")
+@pytest.mark.usefixtures("without_shape_checks")
+def test_invalid_arguments_are_named():
+    ones, key = jnp.ones((4, 8)), jax.random.key(0)
+    for field, call in (
+        ("codes1", lambda: losses.nt_xent(ones[:1], ones[:1])),
+        ("codes1", lambda: losses.nt_xent(ones, ones[:3])),
+        ("logits", lambda: losses.bernoulli_kl(ones, ones[:, :4])),
+        ("objective", lambda: losses.cib_loss(key, ones, ones, objective="simclr")),
+        ("coordinates", lambda: losses.cib_loss(key, ones, ones, objective="diffusion")),
+        ("coordinates", lambda: losses.cib_loss(key, ones, ones, coordinates=ones)),
+        ("", lambda: losses.diffusion_match(ones, ones, ones[:3])),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert error.value.field == field
 
 
 def reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpness):
@@ -206,9 +210,8 @@ def reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpnes
 def test_diffusion_match_is_the_divergence_of_two_rankings(batch, bits, temperature, sharpness):
     codes1, codes2 = np.sign(draw(0, batch, bits)), np.sign(draw(1, batch, bits))
     coordinates = draw(2, batch, 5)
-    value = losses.diffusion_match(
-        *map(jnp.asarray, (codes1, codes2, coordinates)), temperature=temperature, sharpness=sharpness
-    )
+    match = functools.partial(losses.diffusion_match, temperature=temperature, sharpness=sharpness)
+    value = jax.jit(match)(codes1, codes2, coordinates)
     expected = reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpness)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
@@ -223,11 +226,64 @@ def test_diffusion_match_is_zero_where_codes_rank_as_the_walk_does():
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
 
 
-def test_only_the_objective_that_is_taught_takes_coordinates():
-    logits, key = jnp.asarray(draw(0, 4, 8)), jax.random.key(0)
-    with pytest.raises(ValueError, match="'diffusion' needs diffusion coordinates"):
-        losses.cib_loss(key, logits, logits, objective="diffusion")
-    with pytest.raises(ValueError, match="'cibhash' takes no diffusion coordinates"):
-        losses.cib_loss(key, logits, logits, coordinates=logits)
-    with pytest.raises(ValueError, match=r"coordinates \(3, 8\)"):
-        losses.diffusion_match(logits, logits, logits[:3])
+@pytest.mark.parametrize(
+    ("rows", "codes", "entries"), [(1, 2, 1), (9, 13, 1), (9, 13, 25), (7, 13, 40), (8, 12, 48), (5, 6, 30), (5, 6, 60)]
+)
+def test_any_division_into_blocks_gives_scipys_sums(rows, codes, entries):
+    """One row in a block, blocks that divide the rows evenly or not, and one block; −1 leaves no code out."""
+    asked, among = draw(rows, rows, 5), draw(codes, codes, 5)
+    places = np.random.default_rng(rows).integers(-1, codes, rows)
+    places[0] = -1
+    sums = losses.log_sum_exp_of_others(*map(jnp.asarray, (asked, among, places)), entries=entries)
+    similarity = asked.astype(np.float64) @ among.T
+    similarity[places[:, None] == np.arange(codes)] = -np.inf
+    np.testing.assert_allclose(sums, scipy.special.logsumexp(similarity, axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [20, 97])
+def test_gradients_of_blocks_are_those_of_the_plain_form(entries):
+    rows, codes = jnp.asarray(draw(0, 7, 6)), jnp.asarray(draw(1, 20, 6))
+    places, weights = jnp.array([0, 3, -1, 19, 5, 5, 2]), jnp.asarray(draw(2, 7, 1)[:, 0])
+
+    def loss(rows, codes, entries):
+        return jnp.sum(weights * jnp.sin(losses.log_sum_exp_of_others(rows, codes, places, entries=entries)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    for one, other in zip(gradient(rows, codes, 10**9), gradient(rows, codes, entries), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+def test_sums_of_equal_rows_of_large_norm_stay_finite():
+    rows = 1e3 * jnp.ones((5, 4))
+    value, gradients = jax.jit(
+        jax.value_and_grad(
+            lambda rows: jnp.sum(losses.log_sum_exp_of_others(rows, rows, jnp.arange(5, dtype=jnp.int32), entries=7))
+        )
+    )(rows)
+    assert np.isfinite(value) and np.isfinite(gradients).all()
+
+
+def test_nt_xent_of_a_large_batch_matches_optax():
+    """With more than 4,096 codes, from which on blocks are used: value, gradients of the codes and the temperature."""
+    codes1, codes2 = (jnp.asarray(np.sign(draw(seed, 2100, 16))) for seed in (0, 1))
+    labels = jnp.tile(jnp.arange(2100), 2)
+
+    def of_optax(a, b, temperature):
+        return optax.ntxent(jnp.concatenate([a, b]), labels, temperature=temperature)
+
+    def of_blocks(a, b, temperature):
+        return losses.nt_xent(a, b, temperature=temperature)
+
+    expected, value = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(codes1, codes2, 0.3) for loss in (of_optax, of_blocks)
+    )
+    np.testing.assert_allclose(value[0], expected[0], rtol=1e-5)
+    for one, other in zip(value[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_memory_grows_with_the_batch_and_not_with_its_square():
+    """8,192 images: the whole matrix would take 1 GiB, and its gradient another."""
+    codes = jax.ShapeDtypeStruct((8192, 64), jnp.float32)
+    step = jax.jit(jax.value_and_grad(losses.nt_xent, argnums=(0, 1)))
+    assert step.lower(codes, codes).compile().memory_analysis().temp_size_in_bytes < 600 << 20

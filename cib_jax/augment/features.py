@@ -1,4 +1,4 @@
-"""Features that stand for images: standardised, and two views of each, by noise or as they were stored."""
+"""Features in place of images: standardization, and two views of each item, by noise or from stored views."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,71 +10,72 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
+from cib_jax.errors import UserError
 
 FAMILIES = ("noise", "stored")
-"""noise: a vector per item, its views by noise and dropout; stored: several vectors per item, two of them drawn."""
+"""noise: one vector per item, views by noise and dropout; stored: several vectors per item, of which two are drawn."""
+
+Features = Float[Array | np.ndarray, "batch *views features"]
 
 
 class Standard(NamedTuple):
-    """What takes features to mean 0 and deviation 1, each by itself."""
+    """Mean and deviation of each feature, by which features are standardized to mean 0 and deviation 1."""
 
     mean: Float32[np.ndarray, " features"]
     deviation: Float32[np.ndarray, " features"]
 
     def to_lists(self) -> dict[str, list[float]]:
-        """Returns the numbers as JSON can hold them, exactly."""
+        """Returns the numbers in a form that JSON can represent exactly."""
         return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
 
     @classmethod
     def from_lists(cls, lists: dict[str, list[float]]) -> "Standard":
-        """Returns what `to_lists` was given."""
+        """Returns the inverse of `to_lists`."""
         return cls(np.array(lists["mean"], np.float32), np.array(lists["deviation"], np.float32))
 
 
-def standard(blocks: Iterable[Float[np.ndarray, "rows *views features"]]) -> Standard:
-    """Returns mean and deviation of each feature over all rows, and views, of blocks read one after the other.
+def standard(blocks: Iterable[Float[np.ndarray, "... features"]]) -> Standard:
+    """Returns mean and deviation of each feature over all rows and views of blocks, which are read one by one.
 
-    Sums are of differences from a running mean, in float64 (Chan, Golub and LeVeque 1983), so that a large mean costs
-    no precision. Features that never change get deviation 1.
+    Sums are taken of differences from a running mean, in float64 (Chan, Golub and LeVeque 1983), so that a large mean
+    costs no precision. Constant features get deviation 1.
 
     Raises:
-      ValueError: there is no row.
+      ValueError: The blocks have no row.
     """
     count, mean, squares = 0, np.zeros(0), np.zeros(0)
     for block in blocks:
         rows = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
         if not len(rows):
             continue
-        of_block = rows.mean(axis=0)
-        spread = np.square(rows - of_block).sum(axis=0)
+        block_mean = rows.mean(axis=0)
+        block_squares = np.square(rows - block_mean).sum(axis=0)
         if not count:
-            count, mean, squares = len(rows), of_block, spread
+            count, mean, squares = len(rows), block_mean, block_squares
             continue
-        whole = count + len(rows)
-        apart = of_block - mean
-        squares += spread + np.square(apart) * (count * len(rows) / whole)
-        mean = mean + apart * (len(rows) / whole)
-        count = whole
+        total = count + len(rows)
+        difference = block_mean - mean
+        squares += block_squares + np.square(difference) * (count * len(rows) / total)
+        mean = mean + difference * (len(rows) / total)
+        count = total
     if not count:
-        raise ValueError("blocks: there is no row; give at least one")
+        raise UserError("blocks must have at least one row of features, got none", field="blocks")
     deviation = np.sqrt(squares / count)
-    # Below this, what looks like a spread is the rounding of float32.
+    # Below this, the apparent deviation is the rounding of float32.
     constant = deviation <= 1e-6 * np.abs(mean)
     return Standard(mean.astype(np.float32), np.where(constant, 1, deviation).astype(np.float32))
 
 
 def plain(
-    features: Float[Array, "batch *views features"],
-    mean: Sequence[float],
-    deviation: Sequence[float],
+    features: Features, mean: Sequence[float] | np.ndarray, deviation: Sequence[float] | np.ndarray
 ) -> Float32[Array, "batch features"]:
-    """Returns standardised features as at test time: of stored views, the first."""
-    return _standardised(features[:, 0] if features.ndim == 3 else features, mean, deviation)
+    """Returns standardized features as at test time: of stored views, the first."""
+    return _standardize(features[:, 0] if features.ndim == 3 else features, mean, deviation)
 
 
 def two_views(
     key: PRNGKeyArray,
-    features: Float[Array, "batch *views features"],
+    features: Features,
     mean: Sequence[float],
     deviation: Sequence[float],
     *,
@@ -83,46 +84,49 @@ def two_views(
     dropout: float,
     axis: Axis = None,
 ) -> tuple[Float32[Array, "batch features"], Float32[Array, "batch features"]]:
-    """Returns two views of each item, standardised.
+    """Returns two standardized views of each item.
 
     Args:
-      key: decides them.
-      features: a vector per item; with the family "stored", two or more.
-      mean: of each feature.
-      deviation: of each feature.
-      family: one of `FAMILIES`.
-      noise: with "noise", the deviation of what is added to each standardised feature.
-      dropout: with "noise", the probability with which a feature is set to its mean; the others are scaled by
-        1 / (1 − dropout), so that a view is the item on average.
-      axis: see `spread`.
+      key: Random key.
+      features: One vector per item; for the family "stored", two or more.
+      mean: Mean of each feature.
+      deviation: Standard deviation of each feature.
+      family: One of `FAMILIES`.
+      noise: Standard deviation of the Gaussian noise on each standardized feature, for the family "noise".
+      dropout: Probability with which a feature is set to its mean, for the family "noise". The others are scaled by
+        1 / (1 − dropout), so that the expectation of a view is the item.
+      axis: Name of the mesh axis over which the batch is divided, inside `jax.shard_map`.
 
     Raises:
-      ValueError: the family is unknown, or does not go with the shape.
+      ValueError: The family is unknown, or does not go together with the shape of the features.
     """
     if family not in FAMILIES:
-        raise ValueError(f"augment is {family!r}, which makes no views of features; choose {' or '.join(FAMILIES)}.")
+        raise UserError(f"family must be one of {', '.join(FAMILIES)} for features, got {family!r}", field="family")
     if family == "stored":
         if features.ndim != 3 or features.shape[1] < 2:
-            raise ValueError(
-                f"features are {list(features.shape)}, but augment='stored' needs [batch, views, features] with two or "
-                "more views; store more, or choose augment='noise'."
+            raise UserError(
+                "features must be [batch, views, features] with two or more views for the family 'stored', got "
+                f"{list(features.shape)}; store more views, or choose the family 'noise'",
+                field="features",
             )
-        return _two_stored(key, features, mean, deviation, axis)
+        one, other = _two_stored(key, features, axis)
+        return _standardize(one, mean, deviation), _standardize(other, mean, deviation)
     vectors = plain(features, mean, deviation)
-    one, other = jax.random.split(key)
-    return _noisy(one, vectors, noise, dropout, axis), _noisy(other, vectors, noise, dropout, axis)
+    one_key, other_key = jax.random.split(key)
+    return _add_noise(one_key, vectors, noise, dropout, axis), _add_noise(other_key, vectors, noise, dropout, axis)
 
 
-def _standardised(features: Array, mean: Sequence[float], deviation: Sequence[float]) -> Array:
-    return (features.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(deviation, jnp.float32)
+def _standardize(
+    features: Array | np.ndarray, mean: Sequence[float] | np.ndarray, deviation: Sequence[float] | np.ndarray
+) -> Array:
+    return (jnp.asarray(features, jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(deviation, jnp.float32)
 
 
-def _noisy(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, axis: Axis) -> Array:
+def _add_noise(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, axis: Axis) -> Array:
     noise_key, dropout_key = jax.random.split(key)
     if noise:
-        vectors = vectors + noise * sharding.draw_sharded(
-            lambda shape: jax.random.normal(noise_key, shape), vectors.shape, axis
-        )
+        normal = sharding.draw_sharded(lambda shape: jax.random.normal(noise_key, shape), vectors.shape, axis)
+        vectors = vectors + noise * normal
     if dropout:
         kept = sharding.draw_sharded(
             lambda shape: jax.random.bernoulli(dropout_key, 1 - dropout, shape), vectors.shape, axis
@@ -131,17 +135,11 @@ def _noisy(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, axis
     return vectors
 
 
-def _two_stored(
-    key: PRNGKeyArray, features: Array, mean: Sequence[float], deviation: Sequence[float], axis: Axis
-) -> tuple[Array, Array]:
+def _two_stored(key: PRNGKeyArray, features: Features, axis: Axis) -> tuple[Array | np.ndarray, Array | np.ndarray]:
+    """Returns two different views of each item, uniformly drawn among its pairs of views."""
     batch, views = features.shape[:2]
-    one, other = jax.random.split(key)
-    first = sharding.draw_sharded(lambda shape: jax.random.randint(one, shape, 0, views), (batch,), axis)
-    second = (
-        first + sharding.draw_sharded(lambda shape: jax.random.randint(other, shape, 1, views), (batch,), axis)
-    ) % views
+    first_key, distance_key = jax.random.split(key)
+    first = sharding.draw_sharded(lambda shape: jax.random.randint(first_key, shape, 0, views), (batch,), axis)
+    distance = sharding.draw_sharded(lambda shape: jax.random.randint(distance_key, shape, 1, views), (batch,), axis)
     rows = jnp.arange(batch)
-    return (
-        _standardised(features[rows, first], mean, deviation),
-        _standardised(features[rows, second], mean, deviation),
-    )
+    return features[rows, first], features[rows, (first + distance) % views]

@@ -114,7 +114,7 @@ def join_processes(name: str) -> None:
     from cib_jax.runs import processes
 
     initialize.initialize(
-        COORDINATOR.value, PROCESS.value, PROCESSES.value, detect=DISTRIBUTED.value, tell=_print_error
+        COORDINATOR.value, PROCESS.value, PROCESSES.value, detect=DISTRIBUTED.value, report=_print_error
     )
     initialize.set_up_devices(_print_error)
     if multihost.is_distributed():

@@ -42,6 +42,11 @@ def data_error(field: str, problem: str) -> DataError:
     return DataError(f"{field}: {problem}", field=field)
 
 
+def config_error(field: str, problem: str) -> DataError:
+    """Returns an error about a field of `config.data`."""
+    return data_error(f"config.data.{field}", problem)
+
+
 def no_bar(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Shows no progress bar."""
     del description, total
@@ -263,7 +268,7 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
       DataError: A label is missing, or both columns are there.
     """
     if "label" in columns and "labels" in columns:
-        raise data_error("config.data.dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
+        raise config_error("dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
     values = list(columns.get("label", columns.get("labels", ())))
     if "labels" in columns:
         values = [
@@ -277,15 +282,15 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
     if not several:
         for row, value in enumerate(values):
             if value is None or value == "":
-                raise data_error(
-                    "config.data.dir",
+                raise config_error(
+                    "dir",
                     f"{path}, row {row + 1}: label is empty; give each row one, or name the column 'labels' if rows "
                     "may have none",
                 )
     rows = [list(value or ()) for value in values] if several else [[value] for value in values]
     classes = _sort_classes({name for row in rows for name in row})
     if not classes:
-        raise data_error("config.data.dir", f"{path} has a column 'labels' without any label; remove the column")
+        raise config_error("dir", f"{path} has a column 'labels' without any label; remove the column")
     numbers = {name: number for number, name in enumerate(classes)}
     names = [str(name) for name in classes]
     if several:
@@ -336,8 +341,8 @@ def stream(
             return resized(images, int(index), stored_size)
         image = images[int(index)]
         if image.shape != first:
-            raise data_error(
-                "config.data.stored_size",
+            raise config_error(
+                "stored_size",
                 f"it must be set for images of different sizes, got 0 with shapes {first} and {image.shape} (image "
                 f"{index}); set it to the side in pixels to which all are resized, such as 256",
             )

@@ -1,6 +1,7 @@
-"""The processes that work at one run together: their shares, what they exchange, and refusing together.
+"""Several processes that work at one run: shares of the work, exchange of data, shared errors and preemption.
 
-Alone, a process is the first of one, and everything here costs nothing."""
+A single process counts as the first of one, and all functions here then cost nothing.
+"""
 
 import contextlib
 import itertools
@@ -18,29 +19,22 @@ from orbax.checkpoint import multihost
 
 from cib_jax.errors import DistributedError, SharedRefusal, UserError
 
-# devices.processes: The processes that work at one run together: their shares, what they exchange, and refusing together.
-#
-# Alone, a process is the first of one, and everything here costs nothing.
-
-
 Result = TypeVar("Result")
 
-LONGEST_WAIT_SECONDS = 7 * 24 * 3600
-"""After which a process that waits for the others gives up."""
+BARRIER_TIMEOUT_SECONDS = 7 * 24 * 3600
+"""Time after which a process that waits for the others gives up."""
 
-_WAITS = itertools.count()
+_barriers = itertools.count()
 
 
-class Place(NamedTuple):
-    """Which process this is, of how many."""
+# Shares of the work.
+
+
+class ProcessIndex(NamedTuple):
+    """The number of a process, from 0, and the number of processes."""
 
     process: int
     processes: int
-
-
-def parts_of(parts: int, place: Place) -> range:
-    """Returns which of `parts` are a process's: every one whose number leaves its own when divided by their count."""
-    return range(place.process, parts, place.processes)
 
 
 def is_distributed() -> bool:
@@ -53,24 +47,28 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def share(count: int) -> slice:
-    """Returns the part of `count` things that is this process's; the parts are contiguous and differ by 1 at most."""
-    return share_of(count, Place(jax.process_index(), jax.process_count()))
+def share(count: int, index: ProcessIndex | None = None) -> slice:
+    """Returns the contiguous share of `count` items of a process, by default of this one; sizes differ by at most 1."""
+    process, processes = index or (jax.process_index(), jax.process_count())
+    return slice(count * process // processes, count * (process + 1) // processes)
 
 
 def share_of_batches(count: int, batch_size: int) -> slice:
-    """Returns this process's part of `count` things, in whole batches but for the last one's end."""
+    """Returns this process's share of `count` items in whole batches; only the last batch may be smaller."""
     mine = share(-(-count // batch_size))
     return slice(min(mine.start * batch_size, count), min(mine.stop * batch_size, count))
 
 
-def share_of(count: int, place: Place) -> slice:
-    """Returns the part of `count` things that is a process's."""
-    return slice(count * place.process // place.processes, count * (place.process + 1) // place.processes)
+def strided_share(count: int, index: ProcessIndex) -> range:
+    """Returns the indices of one process's share of `count` items: every `index.processes`-th one."""
+    return range(index.process, count, index.processes)
 
 
-def gather(rows: Shaped[np.ndarray, "rows ..."]) -> list[Shaped[np.ndarray, "rows ..."]]:
-    """Returns every process's rows, of any number each, in the order of the processes."""
+# Exchange of data.
+
+
+def gather(rows: Shaped[np.ndarray, "rows ..."]) -> list[Shaped[np.ndarray, "_ ..."]]:
+    """Returns the rows of every process, in the order of the processes; their numbers of rows may differ."""
     if not is_distributed():
         return [rows]
     parts = _gather_bytes(np.ascontiguousarray(rows).tobytes())
@@ -78,181 +76,183 @@ def gather(rows: Shaped[np.ndarray, "rows ..."]) -> list[Shaped[np.ndarray, "row
 
 
 def gather_texts(text: str) -> list[str]:
-    """Returns every process's text, in the order of the processes."""
+    """Returns the text of every process, in the order of the processes."""
     return [part.decode() for part in _gather_bytes(text.encode())] if is_distributed() else [text]
 
 
 def broadcast_text(text: str) -> str:
-    """Returns what the first process says here, in all of them."""
+    """Returns the text of the first process, in all processes."""
     return gather_texts(text)[0]
 
 
 def all_processes(flag: bool) -> bool:
-    """Returns whether something is so in every process."""
+    """Returns whether `flag` is True in every process."""
     return bool(np.concatenate(gather(np.array([flag]))).all())
 
 
 def _gather_bytes(content: bytes) -> list[bytes]:
     barrier()
-    # As bytes, since JAX would make 32 bits of 64; all of one length, since that is what can be exchanged.
+    # As bytes, since JAX would convert 64-bit numbers to 32 bits; padded to one length, since only arrays of the same
+    # shape can be gathered.
     sizes = multihost_utils.process_allgather(np.frombuffer(np.int64(len(content)).tobytes(), np.uint8))
     lengths = np.ascontiguousarray(sizes).view(np.int64)[:, 0]
     if not lengths.max():
         return [b""] * len(lengths)
     padded = np.frombuffer(content.ljust(int(lengths.max()), b"\0"), np.uint8)
-    return [
-        part[:length].tobytes() for part, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
-    ]
-
-
-def is_peer_failure(error: Exception) -> bool:
-    """Returns whether an error is what an exchange with other processes ends in when one of them is gone."""
-    # Of several types; by the words of Gloo, NCCL and JAX's coordination service.
-    return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"))
+    gathered = multihost_utils.process_allgather(padded)
+    return [part[:length].tobytes() for part, length in zip(gathered, lengths, strict=True)]
 
 
 def barrier() -> None:
-    """Returns when every process has come here, however long one of them downloads or decodes."""
+    """Returns when every process has called it, however long one of them downloads or decodes."""
     if is_distributed():
-        # Not by an exchange between devices, which gives up after half an hour.
-        multihost.get_barrier_sync_fn()(key=f"cib_jax-{next(_WAITS)}", timeout_ms=LONGEST_WAIT_SECONDS * 1000)
+        # An exchange between devices would give up after half an hour.
+        wait = multihost.get_barrier_sync_fn()
+        wait(key=f"cib_jax-{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_SECONDS * 1000)
+
+
+def run_first_then_others(work: Callable[[], Result]) -> Result:
+    """Returns the result of `work`, called in the first process and then in the others, which find what it wrote.
+
+    Raises:
+      SharedRefusal: One of several processes raised a `UserError`.
+    """
+    results: list[Result] = []
+    for turn_of_first in (True, False):
+        with shared_errors():
+            if is_first_process() is turn_of_first:
+                results.append(work())
+    return results[0]
+
+
+def mean_over_processes(compute: Callable[[slice], Result], count: int) -> Result:
+    """Returns `compute(slice(0, count))`, with the work shared by the processes.
+
+    Args:
+      compute: Function from a slice of the queries to means over these queries: numbers in dicts and lists of any
+        depth. It is called with this process's share.
+      count: Number of all queries.
+    """
+    if not is_distributed():
+        return compute(slice(0, count))
+    mine = share(count)
+    figures = compute(mine) if mine.stop > mine.start else None
+    gathered = [json.loads(text) for text in gather_texts(json.dumps([mine.stop - mine.start, figures]))]
+    return _weighted_mean([(weight / count, part) for weight, part in gathered if weight])
+
+
+def _weighted_mean(parts: list[tuple[float, Any]]) -> Any:
+    """Returns the mean of nested figures of the same structure, given as (weight, figures)."""
+    _, like = parts[0]
+    if isinstance(like, dict):
+        return {name: _weighted_mean([(weight, part[name]) for weight, part in parts]) for name in like}
+    if isinstance(like, list):
+        return [_weighted_mean([(weight, part[i]) for weight, part in parts]) for i in range(len(like))]
+    if isinstance(like, int):  # a setting, or the size of the database that all processes searched
+        if any(part != like for _, part in parts):
+            raise AssertionError(f"a count that differs between processes has no mean: {[part for _, part in parts]}")
+        return like
+    return sum(weight * part for weight, part in parts)
+
+
+# Errors.
 
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Has what one process refuses in this step end the step in all of them, with its words.
-
-    Raises:
-      SharedRefusal: one of several processes refused.
-    """
+    """Raises `SharedRefusal` in every process if the block raised a `UserError` in any of them."""
     if not is_distributed():
         yield
         return
-    refused = ""
+    message = ""
     try:
         yield
     except UserError as error:
-        refused = str(error)
-    words = gather_texts(refused)
-    if any(words):
-        raise SharedRefusal(next(filter(None, words)))
+        message = str(error)
+    messages = gather_texts(message)
+    if any(messages):
+        raise SharedRefusal(next(filter(None, messages)))
 
 
-def validate_alike(words: dict[str, Any]) -> None:
-    """Checks that all processes were told the same.
+def validate_alike(values: dict[str, Any]) -> None:
+    """Checks that all processes were started with the same values.
 
     Args:
-      words: what this one was told, by name, in values that JSON has.
+      values: Values of this process by name, as JSON can represent them.
 
     Raises:
-      SharedRefusal: one was told something else than the first.
+      SharedRefusal: The values of one process differ from those of the first.
     """
-    firsts = json.loads(broadcast_text(json.dumps(words)))
+    first_values = json.loads(broadcast_text(json.dumps(values)))
     with shared_errors():
-        for name in firsts | words:
-            if words.get(name) != firsts.get(name):
+        for name in first_values | values:
+            if values.get(name) != first_values.get(name):
                 raise DistributedError(
-                    f"{name}: process {jax.process_index()} was started with {words.get(name)!r}, the first one with "
-                    f"{firsts.get(name)!r}; give all the same, but for --process"
+                    f"{name} must be the same in all processes, got {values.get(name)!r} in process "
+                    f"{jax.process_index()} and {first_values.get(name)!r} in the first; start all with the same "
+                    "flags, except for --process",
+                    field=name,
                 )
 
 
-def run_first_then_others(work: Callable[[], Result]) -> Result:
-    """Returns what `work` does, in the first process and then in the others, which find what that one left.
-
-    Raises:
-      SharedRefusal: one of several processes refused.
-    """
-    done: list[Result] = []
-    for turn in (True, False):
-        with shared_errors():
-            if is_first_process() is turn:
-                done.append(work())
-    return done[0]
+def is_peer_failure(error: Exception) -> bool:
+    """Returns whether an error is one in which an exchange ends when another process has died."""
+    # The errors have several types; these are words of Gloo, NCCL and JAX's coordination service.
+    return any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"))
 
 
-# jobs.over_processes: Figures of many queries, each process taking its share of them.
+# Preemption: a scheduler takes a machine back with SIGTERM.
 
 
-Figures = TypeVar("Figures")
-
-
-def mean_over_processes(of_queries: Callable[[slice], Figures], count: int) -> Figures:
-    """Returns what `of_queries` gives for all of `count` queries, of which it is asked for this process's share.
-
-    Args:
-      of_queries: gives figures that are means over the queries of a slice, numbers in dicts and lists of any depth.
-      count: of all queries.
-    """
-    if not is_distributed():
-        return of_queries(slice(0, count))
-    mine = share(count)
-    figures = of_queries(mine) if mine.stop > mine.start else None
-    told = [json.loads(text) for text in gather_texts(json.dumps([mine.stop - mine.start, figures]))]
-    return _mean([(weight / count, theirs) for weight, theirs in told if weight])
-
-
-def _mean(parts: list[tuple[float, Any]]) -> Any:
-    """Returns the mean of what several processes found, each with the weight that its part has in the whole."""
-    _, like = parts[0]
-    if isinstance(like, dict):
-        return {name: _mean([(weight, theirs[name]) for weight, theirs in parts]) for name in like}
-    if isinstance(like, list):
-        return [_mean([(weight, theirs[at]) for weight, theirs in parts]) for at in range(len(like))]
-    if isinstance(like, int):  # of what all of them searched, or a setting
-        if any(theirs != like for _, theirs in parts):
-            raise AssertionError(f"a count that differs between processes has no mean: {[found for _, found in parts]}")
-        return like
-    return sum(weight * theirs for weight, theirs in parts)
-
-
-# jobs.preemption: SIGTERM, by which schedulers take a machine back: what is under way is saved, and the exit code says so.
-
-
-CODE = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on."""
+PREEMPTED_CODE = 75
+"""Exit code after preemption, EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command continues the work."""
 
 
 class Preempted(SystemExit):
-    """The job was asked to end and what it had done is on disk; the message says how far it came."""
+    """The program was asked to end, and its work so far is saved.
+
+    Attributes:
+      message: Description of the saved progress.
+    """
 
     def __init__(self, message: str):
-        super().__init__(CODE)
+        super().__init__(PREEMPTED_CODE)
         self.message = message
 
 
 def install_sigterm_handler() -> None:
-    """Has SIGTERM end this program as an exception that leaves what is written whole; for the main thread.
+    """Lets SIGTERM end this program by an exception, which leaves written files whole; only for the main thread.
 
-    Of several processes, JAX listens: one may be told alone, and they must stop at the same step.
+    In a run of several processes, JAX handles the signal: a scheduler may signal only one of them, and all must stop at
+    the same step.
     """
     if not is_distributed():
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, _raise_preempted)
 
 
-def _interrupt(*_: object) -> NoReturn:
+def _raise_preempted(*_: object) -> NoReturn:
     raise Preempted("nothing was left half done")
 
 
 @contextlib.contextmanager
 def sigterm_flag() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether to stop, for a loop that can do so between two of its steps.
+    """Yields a function that returns whether SIGTERM came, for a loop that can stop between two of its steps.
 
-    While the context lasts, SIGTERM interrupts nothing. Of several processes, all must ask equally often, and are told
-    at the same time.
+    Inside the context, SIGTERM interrupts nothing. In a run of several processes, all must call the function equally
+    often, and it becomes True in all of them at the same call.
     """
     if is_distributed():
-        asked = itertools.count()
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
+        steps = itertools.count()
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(steps))
         return
-    told = threading.Event()
+    came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told.is_set  # only the main thread hears signals
+        yield came.is_set  # Python delivers signals only to the main thread
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield told.is_set
+        yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-    if told.is_set():  # too late for the loop to hear
+    if came.is_set():  # after the last call of the function
         raise Preempted("the loop had come to its end, which is saved")

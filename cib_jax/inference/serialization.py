@@ -1,8 +1,9 @@
-"""A trained encoder in a folder of its own, without the run that made it: one safetensors file.
+"""Saved encoders and finished runs: writing and reading hasher.safetensors, loading a run's config and parameters.
 
-What `create_encoder` was told stands in its metadata, so that weights and config are never of two writings. A frozen
-backbone's weights lie inside too: they may have come from memory, so a fingerprint would name something that nobody can
-find again."""
+A saved encoder is one safetensors file. The arguments of `create_encoder` are in its metadata, so that weights and
+config cannot come from different writings. The weights of a frozen backbone are inside too: they may never have been in
+a file, so that a fingerprint could name something that cannot be found again.
+"""
 
 import hashlib
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from cib_jax import files
@@ -29,61 +31,61 @@ from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.train_step import Progress, create_train_state
 from cib_jax.version import __version__
 
-# hashing.saved: A trained encoder in a folder of its own, without the run that made it: one safetensors file.
-#
-# What `create_encoder` was told stands in its metadata, so that weights and config are never of two writings. A frozen
-# backbone's weights lie inside too: they may have come from memory, so a fingerprint would name something that nobody can
-# find again.
-
-
 FILE = "hasher.safetensors"
 VERSION = 1
 KEY = "cib_jax.hasher"
-"""Of the one entry of the metadata: of several, safetensors changes the order, and so the file, each time."""
+"""Key of the only metadata entry; safetensors writes several in random order, and so a different file each time."""
 RUN = "config.json"
-"""By which a run's folder is known."""
+"""File by which the folder of a run is recognized."""
+
+
+# Saved encoders.
 
 
 def is_saved(folder: pathlib.Path) -> bool:
-    """Returns whether `write` wrote to this folder."""
+    """Returns whether `folder` holds a saved encoder."""
     return (folder / FILE).exists()
 
 
 def write(folder: pathlib.Path, encoder: Encoder, params: Params, frozen: Params, settings: dict[str, int]) -> None:
-    """Writes the file, atomically; the folder is made if need be.
+    """Writes an encoder to a folder, which is created if needed; an existing file is replaced in one step.
 
     Args:
-      folder: no run's.
-      encoder: of `create_encoder`.
-      params: its trained parameters.
-      frozen: its others.
-      settings: plain JSON that `read` gives back.
+      folder: Folder of the encoder; must not be that of a run.
+      encoder: Encoder from `create_encoder`.
+      params: Trained parameters.
+      frozen: Other parameters.
+      settings: JSON values that `read` returns.
 
     Raises:
-      SavedError: the folder is a run's, or cannot be written to.
+      SavedHasherError: The folder is that of a run, or cannot be written.
     """
     path = folder / FILE
     if (folder / RUN).exists():
         raise SavedHasherError(
-            f"{folder}: this is a run's folder, which is loaded from its checkpoints; name another one"
+            f"folder must not be that of a run, which is loaded from its checkpoints, got {folder}; name another one",
+            field="folder",
         )
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _flat({"params": params, "frozen": frozen}).items()}
-    about = {"version": VERSION, "encoder": _told(encoder, params), "settings": settings}
-    head = {KEY: json.dumps(about | {"checksum": _checksum(about, tensors)}, sort_keys=True)}
+    flat = traverse_util.flatten_dict({"params": params, "frozen": frozen})
+    tensors = {"/".join(map(str, names)): np.ascontiguousarray(leaf) for names, leaf in flat.items()}
+    about = {"version": VERSION, "encoder": _encoder_arguments(encoder, params), "settings": settings}
+    metadata = {KEY: json.dumps(about | {"checksum": _checksum(about, tensors)}, sort_keys=True)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as own:
-            safetensors.numpy.save_file(tensors, own, head)
-    except (OSError, safetensors.SafetensorError) as error:  # the second is its way to say that the disk is full
+        with files.replacing(path) as part:
+            safetensors.numpy.save_file(tensors, part, metadata)
+    except (OSError, safetensors.SafetensorError) as error:  # the latter if the disk is full
         reason = getattr(error, "strerror", None) or str(error)
-        raise SavedHasherError(f"{path}: it cannot be written ({reason}); make room, or name another folder") from error
+        raise SavedHasherError(
+            f"{path} cannot be written ({reason}); free some space, or name another folder", field=str(path)
+        ) from error
 
 
 def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]:
-    """Returns the encoder, its trained parameters, its others, and the settings, as they were written.
+    """Returns a saved encoder, its trained parameters, its other parameters, and the settings.
 
     Raises:
-      SavedError: the file cannot be read, is damaged, or of another version.
+      SavedHasherError: The file cannot be read, is damaged, or of another version.
     """
     path = folder / FILE
     try:
@@ -92,24 +94,32 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
             checksum = about.pop("checksum")
             if about["version"] != VERSION:
                 raise SavedHasherError(
-                    f"{path}: it is of version {about['version']}, this package reads version {VERSION}; save it again "
-                    "with this package, or load it with the one that wrote it"
+                    f"{path} must be of version {VERSION}, got version {about['version']}; save it again with this "
+                    "version of cib_jax, or load it with the version that saved it",
+                    field=str(path),
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if _checksum(about, tensors) != checksum:
             raise ValueError("its checksum is not that of its content")
     except SavedHasherError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise SavedHasherError(
-            f"{path}: the file is damaged, or none that Hasher.save wrote ({error}); copy it again or train again"
+            f"{path} is damaged, or was not written by Hasher.save ({error}); copy it again or train again",
+            field=str(path),
         ) from error
-    trees = _nested({name: jnp.asarray(tensor) for name, tensor in tensors.items()})
+    trees = traverse_util.unflatten_dict(
+        {
+            tuple(int(part) if part.isdigit() else part for part in name.split("/")): jnp.asarray(tensor)
+            for name, tensor in tensors.items()
+        }
+    )
     params, frozen = trees["params"], trees.get("frozen", {})
-    return _encoder(about["encoder"], params, frozen), params, frozen, about["settings"]
+    return _create_encoder(about["encoder"], params, frozen), params, frozen, about["settings"]
 
 
-def _told(encoder: Encoder, params: Params) -> dict[str, Any]:
+def _encoder_arguments(encoder: Encoder, params: Params) -> dict[str, Any]:
+    """Returns the arguments of `create_encoder` as JSON can represent them."""
     backbone = encoder.backbone
     standard = None
     if backbone.takes == "features":
@@ -126,34 +136,15 @@ def _told(encoder: Encoder, params: Params) -> dict[str, Any]:
     }
 
 
-def _encoder(told: dict[str, Any], params: Params, frozen: Params) -> Encoder:
-    standard = told["standard"] and Standard.from_lists(told["standard"])
-    weights = params.get("backbone") or frozen.get("backbone")
-    made, _, _ = create_encoder(
-        jax.random.key(0),
-        **told | {"standard": standard},
+def _create_encoder(arguments: dict[str, Any], params: Params, frozen: Params) -> Encoder:
+    standard = arguments["standard"] and Standard.from_lists(arguments["standard"])
+    encoder, _, _ = create_encoder(
+        jax.random.key(0),  # for parameters that are not used
+        **arguments | {"standard": standard},
         frozen="backbone" in frozen,
-        backbone_params=weights,
+        backbone_params=params.get("backbone") or frozen.get("backbone"),
     )
-    return made
-
-
-def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _nested(flat: dict[str, Any]) -> Params:
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *groups, last = (int(name) if name.isdigit() else name for name in path.split("/"))
-        inner = tree
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[last] = leaf
-    return tree
+    return encoder
 
 
 def _checksum(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
@@ -164,68 +155,68 @@ def _checksum(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# hashing.restoring: What a run left, read again: its config, the parameters it is judged by, what its features were standardised with.
+# Finished runs.
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """Returns the config that a run was started with.
+    """Returns the config of the run in `workdir`.
 
     Raises:
-      CheckpointError: there is no run in `workdir`.
+      CheckpointError: There is no run in `workdir`, or its config is damaged or of another version.
     """
-    path, flat = workdir / "config.json", {}
+    path, flat = workdir / RUN, {}
     try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-        flat = flatten(config)
-        lacking = {name: value for name, value in ADDED.items() if name not in flat}
-        config = ml_collections.ConfigDict(_with(config.to_dict(), lacking))
+        flat = flatten(ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
+        # Runs of earlier versions lack some fields.
+        config = ml_collections.ConfigDict(traverse_util.unflatten_dict(ADDED | flat, sep="."))
         validate(config)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: there is no such file ({error.strerror}), so {workdir} is no run's folder; give the "
-            "--workdir of a training run"
+            f"--workdir must be the folder of a training run, got {workdir} without config.json ({error.strerror})",
+            field="--workdir",
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         if flat.keys() == FIELDS.keys() or len(flat.keys() & FIELDS.keys()) < len(FIELDS) / 2:
-            damaged = f"{path}: the file is damaged ({error}); restore it from a copy or train again"
-            raise CheckpointError(damaged) from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); restore it from a copy or train again", field=str(path)
+            ) from None
         raise CheckpointError(
-            f"{path}: it does not fit this version of cib_jax, {__version__} ({error}); take the version that "
-            "the run was made with, which its results.json names, or train again in another --workdir"
+            f"{path} does not fit this version of cib_jax, {__version__} ({error}); use the version of the run, which "
+            "its results.json names, or train again in another --workdir",
+            field=str(path),
         ) from None
     return config
-
-
-def _with(fields: dict[str, Any], lacking: dict[str, Any]) -> dict[str, Any]:
-    for name, value in lacking.items():
-        group, _, field = name.rpartition(".")
-        (fields.setdefault(group, {}) if group else fields)[field] = value
-    return fields
 
 
 def restore_best(
     workdir: pathlib.Path, params: Params, config: ml_collections.ConfigDict
 ) -> tuple[Params, Progress, dict[str, Any]]:
-    """Returns the parameters a run is judged by, how far it came, and what its checkpoint holds beside them.
+    """Returns a run's parameters, its progress, and the other contents of its checkpoint.
+
+    The parameters are those of the best checkpoint if the run was validated, of the last one otherwise.
+
+    Args:
+      workdir: Folder of the run.
+      params: Parameters of the same structure and shapes.
+      config: Config of the run.
 
     Raises:
-      CheckpointError: there is no checkpoint, it is unusable, or it was made under another config.
-      PlaceError: the place of its checkpoints cannot be reached.
+      CheckpointError: There is no checkpoint, it is unusable, was made under another config, or cannot be reached.
     """
-    directory = _checkpoints_of(workdir, config)
-    # On one device of this process: it may have been trained on others, which are not there now.
+    directory = _checkpoint_dir(workdir, config)
+    # Restored to one device of this process: the devices of the training may not exist here.
     device = SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         jax.eval_shape(lambda: create_train_state(params, build.optimizer(config))),
     )
     with Checkpoints(directory, read_only=True) as checkpoints:
-        theirs = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
-        told = differences(flatten(config), theirs, MAY_CHANGE | MEASURING)
-        if told:
+        saved = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
+        if changes := differences(flatten(config), saved, MAY_CHANGE | MEASURING):
             raise CheckpointError(
-                f"{workdir / 'config.json'}: it is not the config of the checkpoints here ({'; '.join(told)}); put "
-                "the original back"
+                f"{workdir / RUN} must be the config of the run's checkpoints, but differs from it "
+                f"({'; '.join(changes)}); restore the original",
+                field=str(workdir / RUN),
             )
         state, progress, extra = checkpoints.restore(template)
         if progress.best_step and progress.best_step != progress.step:
@@ -234,32 +225,36 @@ def restore_best(
 
 
 def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Standard | None:
-    """Returns mean and deviation of the features that a run was trained on, None if it was trained on images.
+    """Returns mean and deviation of the features on which a run was trained, None for a run on images.
 
     Raises:
-      CheckpointError: there is no readable checkpoint.
+      CheckpointError: There is no readable checkpoint.
     """
     if config.backbone != "none":
         return None
-    with Checkpoints(_checkpoints_of(workdir, config), read_only=True) as checkpoints:
+    with Checkpoints(_checkpoint_dir(workdir, config), read_only=True) as checkpoints:
         return Standard.from_lists(checkpoints.extra()["standard"])
 
 
-def _checkpoints_of(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> epath.Path:
+def _checkpoint_dir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> epath.Path:
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not checkpoint.exists(directory):
-        raise CheckpointError(f"{directory}: there is no checkpoint here; train first, with --mode=train")
+        raise CheckpointError(
+            f"--workdir must hold a trained run, but {directory} has no checkpoint; train first, with --mode=train",
+            field="--workdir",
+        )
     return directory
 
 
 def validate_fingerprint(fingerprint: str, extra: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Checks that the backbone's weights are those of the run.
+    """Checks that the backbone's weights are those of the run; with others, its codes would be meaningless.
 
     Raises:
-      CheckpointError: they are others, so its codes would be meaningless.
+      CheckpointError: The weights differ.
     """
     if extra.get("backbone_fingerprint", "") != fingerprint:
         raise CheckpointError(
-            f"{workdir}: the run was trained on backbone weights {extra.get('backbone_fingerprint')!r}, but those "
-            f"found now are {fingerprint!r}; set config.backbone_weights to the file that the run used"
+            f"config.backbone_weights must be the file with which {workdir} was trained, of fingerprint "
+            f"{extra.get('backbone_fingerprint')!r}, got {fingerprint!r}",
+            field="config.backbone_weights",
         )

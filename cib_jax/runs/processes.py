@@ -83,7 +83,7 @@ def exit_on_error(remedy: str, workdir: str) -> Iterator[None]:
         # At once: libraries would try to write again.
         _exit(2, console.with_program_name(message), at_once=True, workdir=workdir)
     except multihost.Preempted as error:
-        _exit(multihost.CODE, f"Stopped by SIGTERM: {error.message}; {remedy}.", at_once=not _several())
+        _exit(multihost.PREEMPTED_CODE, f"Stopped by SIGTERM: {error.message}; {remedy}.", at_once=not _several())
     except KeyboardInterrupt:
         # At once: all files are written and closed, and XLA may crash if Python shuts down while it computes.
         _exit(130, f"\nInterrupted; {remedy}.", at_once=True, workdir=workdir)
@@ -96,8 +96,8 @@ def exit_on_error(remedy: str, workdir: str) -> Iterator[None]:
             message = "this process broke down, and the others with it"
             _exit(1, console.with_program_name(message), at_once=True, workdir=workdir)
         time.sleep(1)  # the other process's last words may not be on the disk yet
-        code, message = _read_last_words(workdir) or (multihost.CODE, "it was killed, or its machine is gone")
-        again = "; the same commands continue from the last checkpoint" if code == multihost.CODE else ""
+        code, message = _read_last_words(workdir) or (multihost.PREEMPTED_CODE, "it was killed, or its machine is gone")
+        again = "; the same commands continue from the last checkpoint" if code == multihost.PREEMPTED_CODE else ""
         _exit(code, console.with_program_name(f"another process of this run ended: {message}{again}"), at_once=True)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cib_jax.augment import color, geometry
+from cib_jax.augment import geometry
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "augment.npz")
 # Compiled whole, as eagerly each of their steps would be compiled alone, for every new shape.
@@ -43,7 +43,7 @@ def test_resized_crop_matches_torchvision(size):
     images, boxes = jnp.asarray(GOLDEN["images"]), crops(GOLDEN["crops"])
     plain = resized_crop(images, boxes, image_size=size)
     np.testing.assert_allclose(plain, GOLDEN[f"crop_{size}"], atol=1e-5)
-    flipped = resized_crop(images, boxes, image_size=size, flip=True)
+    flipped = resized_crop(images, boxes, image_size=size, flip=jnp.ones(6, bool))
     np.testing.assert_allclose(flipped, GOLDEN[f"crop_flipped_{size}"], atol=1e-5)
 
 
@@ -58,9 +58,9 @@ def test_resized_crop_flips_only_the_chosen():
 @pytest.mark.parametrize("size", GOLDEN["sizes"].tolist())
 def test_rows_have_two_forms_with_the_same_values(size):
     """The CPU's sum of a few rows, which the tests against torchvision see, and the accelerators' product."""
-    images, boxes = color.to_rows(jnp.asarray(GOLDEN["images"])), crops(GOLDEN["crops"])
-    axis = geometry.axis_of(boxes.top, boxes.height, jnp.zeros(6, bool), size, margin=1)
-    taps = geometry.taps_of(images.shape[1], size)
+    images, boxes = jnp.swapaxes(jnp.asarray(GOLDEN["images"]), -1, -2), crops(GOLDEN["crops"])
+    axis = geometry.resized_axis(boxes.top, boxes.height, jnp.zeros(6, bool), size, margin=1)
+    taps = geometry.tap_count(images.shape[1], size)
     product = jax.jit(geometry.rows_by_product)(images, axis)
     by_taps = jax.jit(geometry.rows_by_taps, static_argnames="taps")(images, axis, taps=taps)
     np.testing.assert_allclose(by_taps, product, atol=1e-6)
@@ -70,7 +70,7 @@ def test_images_that_shrink_a_lot():
     """Beyond the number of rows that are added up one by one."""
     images = np.random.default_rng(0).random((2, 60, 60, 3), np.float32)
     got = resize(jnp.asarray(images), image_size=5)
-    assert geometry.MOST_TAPS < 2 * 60 / 5
+    assert geometry.MAX_TAPS < 2 * 60 / 5
     triangle = np.maximum(1 - np.abs(np.arange(60) + 0.5 - (np.arange(5)[:, None] + 0.5) * 12) / 12, 0)
     triangle /= triangle.sum(1, keepdims=True)
     np.testing.assert_allclose(got, np.einsum("yh,xw,bhwc->byxc", triangle, triangle, images), atol=1e-6)

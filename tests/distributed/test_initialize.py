@@ -1,13 +1,15 @@
-"""Which process this is, by flags or by what started it; and who is waited for in vain."""
+"""Which process this is, by flags or by its launcher; processes that wait in vain; missing and idle devices."""
 
+import logging
 import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from cib_jax import errors
 from cib_jax.distributed import initialize
+from cib_jax.errors import DevicesError, DistributedError
 from tests.end_to_end.processes import ROOT, free_port
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
@@ -15,7 +17,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "wanted"),
+    ("environment", "index"),
     [
         ({}, (0, 1)),
         (SLURM, (3, 8)),
@@ -27,69 +29,73 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),  # a shell
     ],
 )
-def test_a_launcher_says_which_process_this_is(environment, wanted):
-    assert initialize.process_place(None, None, environment) == wanted
-    assert initialize.told_by_environment(environment) == (None if wanted == (0, 1) else wanted)
-    assert initialize.process_place(4, 5, environment) == (4, 5)
+def test_a_launcher_numbers_the_processes(environment, index):
+    assert initialize.process_index(None, None, environment) == index
+    assert initialize.detect_process(environment) == (None if index == (0, 1) else index)
+    assert initialize.process_index(4, 5, environment) == (4, 5)
 
 
 @pytest.mark.parametrize(
-    ("count", "process", "message"),
+    ("process", "processes", "field"),
     [
-        (None, 1, "--processes: it is missing beside --process=1"),
-        (3, None, "--process: it is missing beside --processes=3; give each its number, from 0 to 2"),
-        (0, 0, "--processes: 0 must be 1 or more"),
-        (3, 3, "--process: 3 must be from 0 to 2"),
-        (3, -1, "--process: -1 must be from 0 to 2"),
+        (1, None, "--processes"),
+        (None, 3, "--process"),
+        (0, 0, "--processes"),
+        (3, 3, "--process"),
+        (-1, 3, "--process"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_refused(count, process, message):
-    with pytest.raises(errors.DistributedError, match=message):
-        initialize.process_place(process, count, {})
+def test_numbers_that_do_not_go_together_are_rejected(process, processes, field):
+    with pytest.raises(DistributedError) as error:
+        initialize.process_index(process, processes, {})
+    assert error.value.field == field
 
 
 @pytest.mark.parametrize(
-    ("given_", "message"),
+    ("arguments", "field"),
     [
-        (("", 1, 2), "--coordinator: it is missing"),
-        (("localhost", 0, 2), "'localhost' has no host or no port"),
-        (("localhost:abc", 0, 2), "'localhost:abc' has no host or no port"),
-        (("localhost:70000", 0, 2), "has no host or no port"),
-        (("no.such.host.invalid:1234", 1, 2), "no.such.host.invalid is no machine that is known here"),
-        (("localhost:1", 2, 2), "--process: 2 must be from 0 to 1"),
-        (("localhost:1", None, None), "--process=I, which one this is, are missing beside it"),
+        (("", 1, 2), "--coordinator"),
+        (("localhost", 0, 2), "--coordinator"),
+        (("localhost:abc", 0, 2), "--coordinator"),
+        (("localhost:70000", 0, 2), "--coordinator"),
+        (("no.such.host.invalid:1234", 1, 2), "--coordinator"),
+        (("localhost:1", 2, 2), "--process"),
+        (("localhost:1", None, None), "--processes"),
     ],
 )
-def test_joining_nobody_is_refused(given_, message):
-    with pytest.raises(errors.DistributedError, match=message):
-        initialize.initialize(*given_)
+def test_incomplete_or_wrong_addresses_are_rejected(arguments, field):
+    with pytest.raises(DistributedError) as error:
+        initialize.initialize(*arguments)
+    assert error.value.field == field
 
 
-def test_who_does_not_come_is_told_of_and_ends_the_program():
-    """With the others waited for for a second, not five minutes."""
-    program = (
-        "from cib_jax.distributed import initialize as r; r.NOTICE_SECONDS, r.JOINING_SECONDS = 0.2, 1; "
-        f"r.join('127.0.0.1:{free_port()}', 1, 3, tell=print)"
-    )
-    done = subprocess.run([sys.executable, "-uc", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    waiting, in_vain = done.stdout.splitlines()
-    assert waiting.startswith("Waiting for the first of 3 processes at 127.0.0.1:") and waiting.endswith("at most 1 s")
-    assert "the first of 3 processes did not come at 127.0.0.1:" in in_vain and "that no other has" in in_vain
-
-
-def test_a_port_that_is_taken_is_told_of():
+def test_a_port_in_use_is_rejected():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        with pytest.raises(errors.DistributedError, match=r"cannot be had on this machine .*address already in use"):
+        with pytest.raises(DistributedError) as error:
             initialize.initialize(f"127.0.0.1:{other.getsockname()[1]}", 0, 2)
+    assert error.value.field == "--coordinator" and "in use" in str(error.value)
 
 
-def test_without_word_of_others_distributed_refuses_to_run_alone():
-    program = "from cib_jax.distributed import initialize as r; r.initialize(detect=True)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "ProcessesError: --distributed: neither a TPU pod nor srun nor mpirun tells" in done.stderr
+def test_a_process_does_not_wait_forever_for_the_others():
+    """Without a launcher there is an error; with an address where nobody answers, the program ends after a second."""
+    address = f"127.0.0.1:{free_port()}"
+    program = f"""
+from cib_jax.distributed import initialize as module
+module.NOTICE_SECONDS, module.JOINING_SECONDS = 0.2, 1
+try:
+    module.initialize(detect=True)
+except module.DistributedError as error:
+    print(error.field)
+module.initialize({address!r}, 1, 3, report=print)
+"""
+    done = subprocess.run([sys.executable, "-uc", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    field, waiting, in_vain = done.stdout.splitlines()
+    assert field == "--distributed"
+    assert address in waiting and waiting.endswith("1 s")
+    assert in_vain.startswith("--coordinator") and address in in_vain
 
 
 @pytest.mark.parametrize(
@@ -105,3 +111,34 @@ def test_without_word_of_others_distributed_refuses_to_run_alone():
 )
 def test_a_task_takes_all_gpus_that_no_other_task_of_its_machine_takes(environment, devices):
     assert initialize.local_devices(environment) == devices
+
+
+def test_an_idle_gpu_is_reported_whatever_the_level_of_logs(monkeypatch):
+    """JAX only logs it, and the program silences logs."""
+    devices = jax.devices()
+
+    def devices_of_jax():
+        logging.getLogger("jax._src.xla_bridge").warning("An NVIDIA GPU may be present. Falling back to %s.", "cpu")
+        return devices
+
+    monkeypatch.setattr(jax, "devices", devices_of_jax)
+    monkeypatch.setattr(logging.root, "level", logging.CRITICAL)
+    log, messages = logging.getLogger("jax"), []
+    before = (log.level, log.propagate, list(log.handlers))
+    initialize.set_up_devices(messages.append)
+    assert len(messages) == 1 and "(An NVIDIA GPU may be present. Falling back to cpu)" in messages[0]
+    assert (log.level, log.propagate, log.handlers) == before
+
+
+@pytest.mark.parametrize("platforms", ["", "tpu"])
+def test_only_a_missing_device_that_was_requested_is_a_users_error(monkeypatch, request, platforms):
+    def broken():
+        raise RuntimeError("all is lost (set JAX_PLATFORMS='' to choose)")
+
+    request.addfinalizer(lambda kept=jax.config.values["jax_platforms"]: jax.config.update("jax_platforms", kept))
+    jax.config.update("jax_platforms", platforms)
+    monkeypatch.setattr(jax, "devices", broken)
+    with pytest.raises(DevicesError if platforms else RuntimeError) as error:
+        initialize.set_up_devices(print)
+    assert "all is lost" in str(error.value)
+    assert getattr(error.value, "field", "JAX_PLATFORMS") == "JAX_PLATFORMS"

@@ -1,4 +1,4 @@
-"""What several processes exchange and agree on, in three processes on loopback; and how work is shared."""
+"""Exchange, shared errors and divided work in two processes on loopback; shares of work."""
 
 import json
 import os
@@ -13,53 +13,53 @@ from hypothesis import strategies as st
 
 import cib_jax as cib
 from cib_jax.distributed import initialize, multihost
-from cib_jax.distributed.multihost import Place
+from cib_jax.distributed.multihost import ProcessIndex
 from cib_jax.training import input_pipeline
 from tests.end_to_end.processes import ROOT, free_port
 
-COUNT = 3
+COUNT = 2
 
 PROGRAM = """
 import json, sys
 import jax, numpy as np
 import cib_jax as cib
 from cib_jax.distributed import initialize, multihost, sharding
-from cib_jax.errors import Refusal
-from cib_jax.training import view_bank
+from cib_jax.errors import SharedRefusal, UserError
+from cib_jax.training import input_pipeline
 
 number, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-rendezvous.join(f"127.0.0.1:{port}", number, count)
-told = {"several": processes.several(), "first": processes.first()}
-rows = np.arange(number * 2, dtype=np.float64)[:, None] / 3 + number  # 0, 2 and 4 rows; no float32 holds them
-told["gathered"] = [part.tolist() for part in processes.gather(rows)]
-told["nothing"] = [part.shape for part in processes.gather(rows[:0])]
-told["texts"] = processes.gather_texts("ä" * number)
-told["from first"] = processes.from_first(f"said by {number}")
-told["all"] = [processes.all_of(True), processes.all_of(number != 1)]
+initialize.initialize(f"127.0.0.1:{port}", number, count)
+found = {"distributed": multihost.is_distributed(), "first": multihost.is_first_process()}
+rows = np.arange(number * 2, dtype=np.float64)[:, None] / 3 + number  # 0 and 2 rows; float32 cannot represent them
+found["gathered"] = [part.tolist() for part in multihost.gather(rows)]
+found["nothing"] = [part.shape for part in multihost.gather(rows[:0])]
+found["texts"] = multihost.gather_texts("ä" * number)
+found["broadcast"] = multihost.broadcast_text(f"said by {number}")
+found["all"] = [multihost.all_processes(True), multihost.all_processes(number != 1)]
 try:
-    with processes.agreed():
+    with multihost.shared_errors():
         if number == 1:
-            raise Refusal("one of them")
-except processes.SharedRefusal as error:
-    told["refused"] = str(error)
+            raise UserError("one of them")
+except SharedRefusal as error:
+    found["shared"] = str(error)
 try:
-    processes.check_alike({"--seed": 3, "--bits": 16 + number // 2})
-except processes.SharedRefusal as error:
-    told["unlike"] = str(error)
-processes.check_alike({"--seed": 3})
+    multihost.validate_alike({"--seed": 3, "--bits": 16 + number})
+except SharedRefusal as error:
+    found["differing"] = str(error)
+multihost.validate_alike({"--seed": 3})
 order = folder + "/order"
 def note():
     with open(order, "a") as file:
         file.write(str(number))
     return open(order).read()[0]
-told["first saw"] = processes.first_then_others(note)
+found["first saw"] = multihost.run_first_then_others(note)
 
-mesh = parallel.mesh(0, 12)
-here = parallel.rows_here(mesh, 12)
-told["rows"] = here.tolist()
+mesh = sharding.make_mesh(0, 12)
+here = sharding.local_rows(mesh, 12)
+found["rows"] = here.tolist()
 batch = np.arange(12, dtype=np.float32)[:, None] * np.ones(2, np.float32)
-total = jax.jit(lambda x: (x * np.arange(1, 13)[None, :, None]).sum())(parallel.batch_of(batch[here], here, mesh, 12))
-told["weighted"] = float(total)
+chunk = sharding.global_batch(batch[here], here, mesh, 12)
+found["weighted"] = float(jax.jit(lambda x: (x * np.arange(1, 13)[None, :, None]).sum())(chunk))
 
 encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=8, hidden=8)
 images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
@@ -67,19 +67,19 @@ asked = []
 def batches(start, stop):
     asked.append((start, stop))
     return (images[at : min(at + 2, stop)] for at in range(start, stop, 2))
-bank = view_bank.build(jax.random.key(1), encoder, {"backbone": params["backbone"]}, batches, count=11,
-                       batch_size=2, views=2,
-                       family="digits", over=parallel.local_mesh())
-told["asked"] = asked
+bank = input_pipeline.build_view_bank(
+    jax.random.key(1), encoder, {"backbone": params["backbone"]}, batches, count=11, batch_size=2, views=2,
+    family="digits", over=sharding.local_mesh())
+found["asked"] = asked
 np.save(f"{folder}/bank-{number}.npy", bank)
-with open(f"{folder}/told-{number}.json", "w") as file:
-    json.dump(told, file)
+with open(f"{folder}/found-{number}.json", "w") as file:
+    json.dump(found, file)
 """
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What each of three processes, with two devices each, found."""
+def found(tmp_path_factory):
+    """The results of each of the processes, with two devices each."""
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -92,46 +92,46 @@ def told(tmp_path_factory):
         for number in range(COUNT)
     ]
     assert [process.wait(timeout=200) for process in started] == [0] * COUNT
-    found = [json.loads((folder / f"told-{number}.json").read_text()) for number in range(COUNT)]
-    for number, one in enumerate(found):
+    results = [json.loads((folder / f"found-{number}.json").read_text()) for number in range(COUNT)]
+    for number, one in enumerate(results):
         one["bank"] = np.load(folder / f"bank-{number}.npy")
         one["order"] = (folder / "order").read_text()
-    return found
+    return results
 
 
-def test_everyone_gets_everyones_rows_to_the_last_bit(told):
+def test_everyone_gets_everyones_rows_to_the_last_bit(found):
     rows = [(np.arange(number * 2)[:, None] / 3 + number).tolist() for number in range(COUNT)]
-    for one in told:
-        assert one["several"] and one["gathered"] == rows
+    for one in found:
+        assert one["distributed"] and one["gathered"] == rows
         assert one["nothing"] == [[0, 1]] * COUNT
-        assert one["texts"] == ["", "ä", "ää"]
-        assert one["from first"] == "said by 0"
+        assert one["texts"] == ["", "ä"]
+        assert one["broadcast"] == "said by 0"
         assert one["all"] == [True, False]
-    assert [one["first"] for one in told] == [True, False, False]
+    assert [one["first"] for one in found] == [True, False]
 
 
-def test_what_one_refuses_all_refuse(told):
-    assert [one["refused"] for one in told] == ["one of them"] * COUNT
+def test_an_error_of_one_process_is_raised_in_all(found):
+    assert [one["shared"] for one in found] == ["one of them"] * COUNT
 
 
-def test_what_one_was_told_otherwise_is_refused_in_all(told):
-    words = "--bits: process 2 was started with 17, the first one with 16; give all the same, but for --process"
-    assert [one["unlike"] for one in told] == [words] * COUNT
+def test_differing_values_are_an_error_in_all(found):
+    (message,) = {one["differing"] for one in found}
+    assert message.startswith("--bits") and "17" in message and "16" in message
 
 
-def test_the_first_goes_first(told):
-    assert [one["first saw"] for one in told] == ["0"] * COUNT
-    assert sorted(told[0]["order"]) == ["0", "1", "2"] and told[0]["order"][0] == "0"
+def test_the_first_goes_first(found):
+    assert [one["first saw"] for one in found] == ["0"] * COUNT
+    assert sorted(found[0]["order"]) == ["0", "1"] and found[0]["order"][0] == "0"
 
 
-def test_a_batch_is_made_of_what_each_process_holds(told):
-    assert sorted(row for one in told for row in one["rows"]) == list(range(12))
-    assert all(len(one["rows"]) == 4 for one in told)
+def test_a_batch_is_made_of_what_each_process_holds(found):
+    assert sorted(row for one in found for row in one["rows"]) == list(range(12))
+    assert all(len(one["rows"]) == 6 for one in found)
     expected = sum(2.0 * row * (row + 1) for row in range(12))
-    assert [one["weighted"] for one in told] == [expected] * COUNT
+    assert [one["weighted"] for one in found] == [expected] * COUNT
 
 
-def test_a_bank_is_computed_once_each_process_its_share(told):
+def test_a_bank_is_computed_once_each_process_its_share(found):
     encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=8, hidden=8)
     images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
     alone = input_pipeline.build_view_bank(
@@ -144,15 +144,15 @@ def test_a_bank_is_computed_once_each_process_its_share(told):
         views=2,
         family="digits",
     )
-    for one in told:
+    for one in found:
         np.testing.assert_allclose(one["bank"], alone, rtol=1e-3, atol=1e-5)
-        assert np.array_equal(one["bank"], told[0]["bank"])
-    assert [one["asked"] for one in told] == [[[0, 4]] * 2, [[4, 8]] * 2, [[8, 11]] * 2]
+        assert np.array_equal(one["bank"], found[0]["bank"])
+    assert [one["asked"] for one in found] == [[[0, 6]] * 2, [[6, 11]] * 2]
 
 
-@given(count=st.integers(0, 10_000), processes_=st.integers(1, 300))
-def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, processes_):
-    shares = [multihost.share_of(count, Place(number, processes_)) for number in range(processes_)]
+@given(count=st.integers(0, 10_000), processes=st.integers(1, 300))
+def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, processes):
+    shares = [multihost.share(count, ProcessIndex(number, processes)) for number in range(processes)]
     assert [row for share in shares for row in range(share.start, share.stop)] == list(range(count))
     sizes = [share.stop - share.start for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -160,9 +160,9 @@ def test_shares_are_the_whole_in_order_and_differ_by_one_at_most(count, processe
 
 @given(parts=st.integers(0, 500), count=st.integers(1, 64))
 def test_every_part_is_one_processs(parts, count):
-    taken = [part for process in range(count) for part in multihost.parts_of(parts, Place(process, count))]
+    taken = [part for process in range(count) for part in multihost.strided_share(parts, ProcessIndex(process, count))]
     assert sorted(taken) == list(range(parts))
-    sizes = [len(multihost.parts_of(parts, Place(process, count))) for process in range(count)]
+    sizes = [len(multihost.strided_share(parts, ProcessIndex(process, count))) for process in range(count)]
     assert max(sizes) - min(sizes) <= 1
 
 

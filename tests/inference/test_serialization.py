@@ -1,0 +1,141 @@
+"""Saved hashers come back bit for bit; damaged ones, other versions and folders that are not a run are rejected."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import cib_jax as cib
+from cib_jax import errors
+from cib_jax.augment.features import standard
+from cib_jax.inference import serialization
+from tests import small
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def hasher():
+    encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
+    return cib.Hasher(encoder, params, frozen, batch_size=10)
+
+
+def test_a_folder_that_is_not_a_run_is_rejected(tmp_path):
+    for folder in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(errors.CheckpointError) as error:
+            cib.Hasher.load(folder)
+        assert error.value.field == "--workdir"
+    path = tmp_path / "config.json"
+    for damaged in ('{"bits": ', "[1]", "5", '{"a.b": 1}', "{}", '{"bits": "32"}'):
+        path.write_text(damaged)
+        with pytest.raises(errors.CheckpointError, match="damaged") as error:
+            cib.Hasher.load(tmp_path)
+        assert error.value.field == str(path)
+
+
+def same(tree, other) -> bool:
+    return jax.tree.structure(tree) == jax.tree.structure(other) and all(
+        np.array_equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    )
+
+
+def test_a_saved_hasher_is_the_same_again(hasher, tmp_path):
+    given = cib.Hasher(hasher.encoder, hasher.params, hasher.frozen, batch_size=7, stored_size=12, devices=1)
+    given.save(tmp_path / "new" / "hasher")
+    loaded = cib.Hasher.load(tmp_path / "new" / "hasher")
+    assert (loaded.batch_size, loaded.stored_size, loaded.devices) == (7, 12, 1)
+    assert same((loaded.params, loaded.frozen), (given.params, given.frozen))
+    assert np.array_equal(loaded.encode(IMAGES), given.encode(IMAGES))
+    with pytest.raises(errors.SavedHasherError) as error:
+        cib.Hasher.load(tmp_path / "new" / "hasher", backbone_weights="vgg16.pth")
+    assert error.value.field == "backbone_weights"
+    given.save(tmp_path / "other")
+    loaded.save(tmp_path / "new" / "hasher")  # in place of the other
+    files = [folder / serialization.FILE for folder in (tmp_path / "other", tmp_path / "new" / "hasher")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [file.name for file in files[1].parent.iterdir()] == [serialization.FILE]
+
+
+def test_what_fit_returns_can_be_kept(tmp_path):
+    features = np.random.default_rng(1).normal(2, 3, (40, 12)).astype(np.float32)
+    fitted = cib.fit(features, bits=8, backbone="none", augment="noise", hidden=16, epochs=1, batch_size=8)
+    fitted.save(tmp_path)
+    loaded = cib.Hasher.load(tmp_path)
+    assert np.array_equal(loaded.encode(features), fitted.encode(features))
+    for field in ("backbone", "bits", "image_size", "backbone_dtype", "feature_noise", "feature_dropout"):
+        ours, theirs = getattr(fitted.encoder, field), getattr(loaded.encoder, field)
+        # `build` is a function made anew, or not: all else of a backbone is plain.
+        assert vars(ours) == vars(theirs) if field == "backbone" else ours == theirs
+    assert loaded.encoder.backbone.mean == tuple(standard([features]).mean.tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_backbone_is_saved_with_it(tmp_path, dtype):
+    weights = cib.load_pretrained("efficientnet_lite0")
+    encoder, params, frozen = cib.create_encoder(
+        jax.random.key(0), backbone="efficientnet_lite0", bits=16, image_size=32, hidden=16, backbone_params=weights,
+        backbone_dtype=dtype,
+    )  # fmt: skip
+    cib.Hasher(encoder, params, frozen).save(tmp_path)
+    loaded = cib.Hasher.load(tmp_path)
+    assert same((loaded.params, loaded.frozen), (params, frozen))
+    assert (loaded.encoder.backbone_dtype, loaded.encoder.backbone_graph) == (dtype, encoder.backbone_graph)
+
+
+def test_a_damaged_hasher_is_rejected(hasher, tmp_path):
+    hasher.save(tmp_path)
+    path = tmp_path / serialization.FILE
+    whole = path.read_bytes()
+
+    def rejected(content):
+        path.write_bytes(content)
+        with pytest.raises(errors.SavedHasherError) as error:
+            cib.Hasher.load(tmp_path)
+        return error.value.field == str(path)
+
+    for place in np.linspace(0, len(whole) - 1, 40).astype(int):
+        altered = bytearray(whole)
+        altered[place] ^= 0x10
+        assert rejected(altered)
+    for length in (0, 10, len(whole) - 1):
+        assert rejected(whole[:length])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "word"),
+    [
+        ({serialization.KEY: '{"version": 2, "checksum": ""}'}, "version 2"),
+        ({serialization.KEY: "[]"}, "damaged"),
+        ({"format": "pt"}, "damaged"),
+    ],
+)
+def test_another_version_or_format_of_a_hasher_is_rejected(tmp_path, metadata, word):
+    safetensors.numpy.save_file({"x": np.zeros(1)}, tmp_path / serialization.FILE, metadata)
+    with pytest.raises(errors.SavedHasherError, match=word):
+        cib.Hasher.load(tmp_path)
+
+
+def test_no_hasher_is_saved_in_a_run_or_below_a_file(hasher, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for folder, field in (
+        (tmp_path, "folder"),
+        (tmp_path / "config.json" / "below", str(tmp_path / "config.json" / "below" / serialization.FILE)),
+    ):
+        with pytest.raises(errors.SavedHasherError) as error:
+            hasher.save(folder)
+        assert error.value.field == field
+    assert [path.name for path in pathlib.Path(tmp_path).iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(("change", "name"), [({"novel": 3}, "config.novel"), ({"temperature": None}, "temperature")])
+def test_a_run_of_another_version_is_not_called_damaged(tmp_path, change, name):
+    fields = {name: value for name, value in (small.config().to_dict() | change).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(errors.CheckpointError) as error:
+        cib.Hasher.load(tmp_path)
+    message = str(error.value)
+    assert cib.__version__ in message and name in message and "damaged" not in message
