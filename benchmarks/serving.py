@@ -84,10 +84,10 @@ def serve(uri: str, at_once: int) -> None:
     """Serves an index with no bound on rates; this process."""
     from cib_jax.storage.collection import Collection
     from cib_jax.web import server
-    from cib_jax.web.limits import Limits
+    from cib_jax.web.settings import Settings
 
-    limits = Limits(searches=10**9, images=10**9, others=10**9, at_once=at_once)
-    server.serve(Collection.open(uri), port=0, limits=limits, tell=lambda line: print(line, flush=True))
+    settings = Settings(searches=10**9, images=10**9, others=10**9, at_once=at_once)
+    server.serve(Collection.open(uri), port=0, settings=settings, print_line=lambda line: print(line, flush=True))
 
 
 class Client(threading.Thread):

@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BESIDES_PYTHON = {
     "cib_jax/py.typed",
     "cib_jax/report/page.html.jinja",
-    *(f"cib_jax/web/{name}" for name in ("asking.js", "bits.js", "page.css", "page.html", "page.js")),
+    *(f"cib_jax/web/{name}" for name in ("api.js", "code_glyph.js", "page.css", "page.html", "page.js")),
 }
 BUILD = """
 import sys

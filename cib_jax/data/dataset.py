@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from cib_jax.data.photos import MAX_MEGAPIXELS
 from cib_jax.errors import DataError
 from cib_jax.files import printable
+from cib_jax.random_streams import stream_rng
 
 Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
 """An image, or a feature vector in its place."""
@@ -28,18 +29,15 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 CLASS_SEPARATOR = "|"
 """Separator between the classes of one image where they are written as one text, as in a CSV file."""
 
-STREAMS = {"queries": 0, "training images": 1, "validation queries": 2, "epoch order": 3}
-"""Numbers of the independent NumPy streams of one seed, so that a change in one draw leaves the others as they are."""
-
-
-def random_stream(seed: int, name: str, *more: int) -> np.random.Generator:
-    """Returns the generator of one of `STREAMS`; `more` numbers, such as an epoch, divide a stream further."""
-    return np.random.default_rng((seed, STREAMS[name], *more))
-
 
 def data_error(field: str, problem: str) -> DataError:
     """Returns an error, the message of which begins with the config field, flag or file to blame."""
     return DataError(f"{field}: {problem}", field=field)
+
+
+def config_error(field: str, problem: str) -> DataError:
+    """Returns an error about a field of `config.data`."""
+    return data_error(f"config.data.{field}", problem)
 
 
 def no_bar(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -263,7 +261,7 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
       DataError: A label is missing, or both columns are there.
     """
     if "label" in columns and "labels" in columns:
-        raise data_error("config.data.dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
+        raise config_error("dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
     values = list(columns.get("label", columns.get("labels", ())))
     if "labels" in columns:
         values = [
@@ -277,15 +275,15 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
     if not several:
         for row, value in enumerate(values):
             if value is None or value == "":
-                raise data_error(
-                    "config.data.dir",
+                raise config_error(
+                    "dir",
                     f"{path}, row {row + 1}: label is empty; give each row one, or name the column 'labels' if rows "
                     "may have none",
                 )
     rows = [list(value or ()) for value in values] if several else [[value] for value in values]
     classes = _sort_classes({name for row in rows for name in row})
     if not classes:
-        raise data_error("config.data.dir", f"{path} has a column 'labels' without any label; remove the column")
+        raise config_error("dir", f"{path} has a column 'labels' without any label; remove the column")
     numbers = {name: number for number, name in enumerate(classes)}
     names = [str(name) for name in classes]
     if several:
@@ -306,7 +304,7 @@ def _sort_classes(names: set[Any]) -> list[Any]:
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
     """Returns the order of `count` images in an epoch; it depends on (seed, epoch) alone."""
-    return random_stream(seed, "epoch order", epoch).permutation(count)
+    return stream_rng(seed, "epoch order", epoch).permutation(count)
 
 
 def stream(
@@ -336,8 +334,8 @@ def stream(
             return resized(images, int(index), stored_size)
         image = images[int(index)]
         if image.shape != first:
-            raise data_error(
-                "config.data.stored_size",
+            raise config_error(
+                "stored_size",
                 f"it must be set for images of different sizes, got 0 with shapes {first} and {image.shape} (image "
                 f"{index}); set it to the side in pixels to which all are resized, such as 256",
             )

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from jaxtyping import Float, Int, Shaped
 
 from cib_jax.data import cache
-from cib_jax.data.dataset import Bar, ImageSet, Labels, Source, data_error, no_bar, parse_labels
+from cib_jax.data.dataset import Bar, ImageSet, Labels, Source, config_error, no_bar, parse_labels
 from cib_jax.errors import DataError
 from cib_jax.files import first_line, replacing
 
@@ -23,7 +23,7 @@ FEWEST = 3
 BLOCK = 8192
 """Rows that are read and checked together."""
 
-_error = functools.partial(data_error, "config.data.dir")
+_error = functools.partial(config_error, "dir")
 _SAFETENSORS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
 _SAFETENSORS |= {"I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 

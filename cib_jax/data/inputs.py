@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -20,18 +20,8 @@ LISTS = (".csv", ".parquet")
 """Extensions of lists of photos."""
 
 # Errors of the system rather than of a file: skipping the file would drop a good photo from the codes for good.
-_SYSTEM_ERRORS = frozenset(
-    {
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.EIO,
-        errno.ESTALE,
-        errno.ENOTCONN,
-        errno.ETIMEDOUT,
-        errno.EHOSTUNREACH,
-    }
-)
+_SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+_SYSTEM_ERRORS |= {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH}
 
 
 class Read(NamedTuple):
@@ -52,27 +42,6 @@ class Read(NamedTuple):
     modified_ns: int | None = None
     decoded: photos.DecodedPhoto | None = None
     transient: bool = False
-
-
-class Items(Protocol):
-    """Named items in a fixed order, of a kind that `words` names in the plural."""
-
-    words: str
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of all items, in order."""
-
-    @property
-    def place(self) -> str:
-        """Absolute path of the folder or file that the user named."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Sentences for the user."""
-
-    def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
-        """Yields (number, result) of the items in `ranges`, in order, with a few read ahead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +103,13 @@ class Photos:
         if isinstance(error, FileNotFoundError) and gone:
             raise data_error(
                 "--images",
-                f"{printable(gone)} is missing or empty; mount its disk and run the same command again, or give a list "
-                "of the photos that still exist",
+                f"{printable(gone)} is missing or empty; mount its disk and repeat the command, or list other photos",
             )
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS):
             reason = short_reason(error) if isinstance(error, OSError) else "out of memory"
             raise data_error(
                 "--images",
-                f"{printable(path)} cannot be read now ({reason}), which is not an error in the photo; correct that "
-                "and run the same command again",
+                f"{printable(path)} cannot be read now ({reason}), through no error in it; repeat the command later",
             )
 
 
@@ -172,6 +139,10 @@ class Rows:
                 finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
                 for row, good in enumerate(finite):
                     yield start + row, Read(block[row]) if good else Read(None, "values that are not finite")
+
+
+Items = Photos | Rows
+"""Named items in a fixed order; `words` is their kind in the plural, and `place` the path that the user gave."""
 
 
 def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS) -> Items:
@@ -220,7 +191,8 @@ def load_listed_photos(
     Raises:
       DataError: Their folder does not exist any more.
     """
-    root = place if os.path.isdir(place) else os.path.dirname(place)
+    is_list = place.lower().endswith(LISTS) and not os.path.isdir(place)
+    root = os.path.dirname(place) if is_list else place
     if _is_missing_or_empty(root):
         raise data_error("--images", f"{root} is missing or empty; mount its disk, or give its new path with --images")
     return Photos(place, names, root, size, max_megapixels)

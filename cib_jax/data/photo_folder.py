@@ -12,14 +12,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from cib_jax.data import photos
-from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, data_error, parse_labels
+from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, config_error, parse_labels
 from cib_jax.data.photo_cache import PhotoCache, PreparedPhotos
 from cib_jax.data.splits import ROLES
 from cib_jax.files import first_line, printable, short_reason
 
 FEWEST = 3
 
-_error = functools.partial(data_error, "config.data.dir")
+_error = functools.partial(config_error, "dir")
 
 
 def load_folder(directory: str, cache: PhotoCache, *, labeled: bool = True) -> Source:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cib_jax.data import feature_files, photo_folder
-from cib_jax.data.dataset import Bar, DataConfig, ImageSet, Source, data_error, no_bar
+from cib_jax.data.dataset import Bar, DataConfig, ImageSet, Source, config_error, no_bar
 from cib_jax.data.photo_cache import PhotoCache
 
 
@@ -27,8 +27,8 @@ def load(data: DataConfig, cache_root: pathlib.Path | None = None, bar: Bar = no
         return feature_files.load(data.directory, labeled=data.labeled, cache_root=cache_root, bar=bar)
     if data.name in ("folder", "list"):
         if not data.stored_size or cache_root is None:
-            raise data_error(
-                "config.data.stored_size",
+            raise config_error(
+                "stored_size",
                 f"it must be positive for a folder or a list of photos, got {data.stored_size}; set it to the side in "
                 "pixels to which all are resized, such as 160",
             )

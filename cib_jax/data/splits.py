@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from cib_jax.data.dataset import ImageSet, Labels, Source, concatenate, data_error, random_stream
+from cib_jax.data.dataset import ImageSet, Labels, Source, concatenate, config_error
 from cib_jax.files import did_you_mean
+from cib_jax.random_streams import stream_rng
 
 ALL = 0
 """Value of `k` for MAP over the whole ranked database."""
@@ -168,15 +169,10 @@ def get_protocol(name: str, data_set: str, fields: Mapping[str, Any]) -> Protoco
     """
     if name not in PROTOCOLS:
         hint = did_you_mean(name, PROTOCOLS).rstrip()
-        raise data_error(
-            "config.data.protocol", f"it must be one of {', '.join(PROTOCOLS)}, got {name!r}{hint and f'; {hint}'}"
-        )
+        raise config_error("protocol", f"it must be one of {', '.join(PROTOCOLS)}, got {name!r}{hint and f'; {hint}'}")
     protocol = PROTOCOLS[name]
     if protocol.data_sets and data_set.partition("/")[0] not in protocol.data_sets:
-        raise data_error(
-            "config.data.protocol",
-            f"{name} is for {' and '.join(protocol.data_sets)}, got {data_set}; 'own' uses the fields of config.data",
-        )
+        raise config_error("protocol", f"{name} is for {' or '.join(protocol.data_sets)}, got {data_set}; use 'own'")
     given = {
         field: value
         for field, value in fields.items()
@@ -210,39 +206,34 @@ def draw_splits(source: Source, protocol: Protocol, *, seed: int, validation_que
       DataError: The set is too small for the protocol, or lacks the labels that it needs.
     """
     if protocol.validation != "none" and source.train.labels is None:
-        raise data_error(
-            "config.data.validation", f"it must be 'none' for a data set without labels, got {protocol.validation!r}"
+        raise config_error(
+            "validation", f"it must be 'none' for a data set without labels, got {protocol.validation!r}"
         )
     if source.roles is not None:
         return _splits_of_list(source.roles, protocol)
-    database, query = _draw_queries(source, protocol, random_stream(seed, "queries"))
-    drawn = _draw_training(database, protocol, random_stream(seed, "training images"))
+    database, query = _draw_queries(source, protocol, stream_rng(seed, "queries"))
+    drawn = _draw_training(database, protocol, stream_rng(seed, "training images"))
     train = database if drawn is None else database.take(drawn)
     outside = np.arange(0) if drawn is None else _rest(database, drawn)
     if not protocol.train_searched:
         if not len(outside):
-            raise data_error(
-                "config.data.protocol",
-                f"{protocol.name} does not search the training images, but all images train; set "
-                "config.data.train_images or config.data.train_per_class",
-            )
+            raise config_error("protocol", f"{protocol.name} searches only images that do not train; set train_images")
         database, outside = database.take(outside), np.arange(len(outside))
-    validation, generator = None, random_stream(seed, "validation queries")
+    validation, generator = None, stream_rng(seed, "validation queries")
     if protocol.validation == "query_half":
         half = len(query) // 2
         if half < 1:
-            raise data_error(
-                "config.data.validation", f"'query_half' needs at least 2 queries, got {len(query)}; set it to 'none'"
+            raise config_error(
+                "validation", f"'query_half' needs at least 2 queries, got {len(query)}; set it to 'none'"
             )
         order = generator.permutation(len(query))
         validation = (query.take(np.sort(order[:half])), database)
         query = query.take(np.sort(order[half:]))
     elif protocol.validation == "database":
         if len(outside) < validation_queries:
-            raise data_error(
-                "config.data.validation_queries",
-                f"it must be at most {len(outside)}, the number of database images outside training, got "
-                f"{validation_queries}; lower it or the number of training images",
+            raise config_error(
+                "validation_queries",
+                f"it must be at most {len(outside)}, the database images outside training, got {validation_queries}",
             )
         asked = np.sort(generator.choice(outside, validation_queries, replace=False))
         validation = (database.take(asked), database.take(_rest(database, asked)))
@@ -258,23 +249,19 @@ def _draw_queries(source: Source, protocol: Protocol, generator: np.random.Gener
     count = protocol.queries or protocol.queries_per_class
     if source.test is not None and not protocol.pooled:
         if count:
-            raise data_error(
-                "config.data.queries",
-                f"it and config.data.queries_per_class must be 0 for a data set with a test split, which is the "
-                f"queries, got {count}",
+            raise config_error(
+                "queries", f"it and queries_per_class must be 0 for a data set with a test split, got {count}"
             )
         return source.train, source.test
     pool = source.train if source.test is None else concatenate(source.train, source.test)
     if protocol.queries and protocol.queries_per_class:
-        raise data_error("config.data.queries", "only one of it and config.data.queries_per_class may be set")
+        raise config_error("queries", "only one of it and config.data.queries_per_class may be set")
     if protocol.queries_per_class:
         drawn = _draw_per_class(pool, protocol.queries_per_class, generator, "queries_per_class")
         return pool.take(_rest(pool, drawn)), pool.take(drawn)
     if not 0 < count < len(pool):
-        raise data_error(
-            "config.data.queries",
-            f"it must be from 1 to {len(pool) - 1} for a data set of {len(pool)} images without a test split, got "
-            f"{count}",
+        raise config_error(
+            "queries", f"it must be from 1 to {len(pool) - 1}, of {len(pool)} images in one piece, got {count}"
         )
     order = generator.permutation(len(pool))
     return pool.take(np.sort(order[count:])), pool.take(np.sort(order[:count]))
@@ -285,14 +272,13 @@ def _draw_training(
 ) -> Int[np.ndarray, " drawn"] | None:
     """Returns the indices of the training images in the database, or None if all train."""
     if protocol.train_images and protocol.train_per_class:
-        raise data_error("config.data.train_images", "only one of it and config.data.train_per_class may be set")
+        raise config_error("train_images", "only one of it and config.data.train_per_class may be set")
     if protocol.train_per_class:
         return _draw_per_class(database, protocol.train_per_class, generator, "train_per_class")
     if protocol.train_images > len(database) and protocol.name != "own":
-        raise data_error(
-            "config.data.train_images",
-            f"{protocol.name} needs {protocol.train_images} training images, but the database has {len(database)}; "
-            "lower the number, or set config.data.protocol to 'own'",
+        raise config_error(
+            "train_images",
+            f"{protocol.name} needs {protocol.train_images}, but the database has {len(database)} images; try 'own'",
         )
     if 0 < protocol.train_images < len(database):
         return np.sort(generator.choice(len(database), protocol.train_images, replace=False))
@@ -303,25 +289,21 @@ def _splits_of_list(roles: Mapping[str, ImageSet], protocol: Protocol) -> Splits
     """Returns the splits that a list of photos gives itself."""
     for field in ("queries", "queries_per_class", "train_images", "train_per_class"):
         if value := getattr(protocol, field):
-            raise data_error(f"config.data.{field}", f"it must be 0 for a list with a column 'split', got {value}")
+            raise config_error(field, f"it must be 0 for a list with a column 'split', got {value}")
     if protocol.validation != "none":
-        raise data_error(
-            "config.data.validation",
-            f"it must be 'none' for a list with a column 'split', got {protocol.validation!r}; give its validation "
-            "queries the split 'validation'",
+        raise config_error(
+            "validation", f"it must be 'none' for a list, which has the split 'validation', got {protocol.validation!r}"
         )
     searched = [roles[role] for role in ("train", "database") if role in roles]
     learned = [roles[role] for role in ("train", "train_only") if role in roles]
     if not (searched and learned and "query" in roles):
-        raise data_error(
-            "config.data.dir",
-            "the column 'split' of the list must name training images ('train' or 'train_only'), images to search "
-            f"('train' or 'database') and queries ('query'), got {', '.join(roles)}",
+        raise config_error(
+            "dir", f"the column 'split' must name images to train, to search and as queries, got {', '.join(roles)}"
         )
     database, train = concatenate(*searched), concatenate(*learned)
     validation = (roles["validation"], database) if "validation" in roles else None
     if validation and database.labels is None:
-        raise data_error("config.data.dir", "the list has validation queries but no labels; remove those rows")
+        raise config_error("dir", "the list has validation queries but no labels; remove those rows")
     return Splits(train, roles["query"], database, validation)
 
 
@@ -331,9 +313,8 @@ def _draw_per_class(
     """Draws `count` images of each class without replacement, sorted; an image drawn for one class serves only it."""
     if images.labels is None:
         instead = "queries" if field == "queries_per_class" else "train_images"
-        raise data_error(
-            f"config.data.{field}",
-            f"it must be 0 for a data set without labels, got {count}; set config.data.{instead} instead",
+        raise config_error(
+            field, f"it must be 0 for a data set without labels, got {count}; set config.data.{instead} instead"
         )
     labels: Labels = images.labels
     drawn = np.zeros(len(labels), bool)
@@ -341,10 +322,8 @@ def _draw_per_class(
     for name in classes:
         members = np.flatnonzero(((labels == name) if labels.ndim == 1 else labels[:, name]) & ~drawn)
         if len(members) < count:
-            raise data_error(
-                f"config.data.{field}",
-                f"it must be at most {len(members)}, the images left of class {name}, got {count}; 0 draws nothing by "
-                "class",
+            raise config_error(
+                field, f"it must be at most {len(members)}, the images left of class {name}, got {count}"
             )
         drawn[generator.choice(members, count, replace=False)] = True
     return np.flatnonzero(drawn)

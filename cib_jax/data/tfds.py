@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from cib_jax.data import photos, tfds_builders
-from cib_jax.data.dataset import DataConfig, ImageSet, Labels, Source, data_error, multi_hot
+from cib_jax.data.dataset import DataConfig, ImageSet, Labels, Source, Unreadable, config_error, multi_hot
 from cib_jax.errors import DataError
 from cib_jax.files import did_you_mean, first_line
 
@@ -40,27 +40,21 @@ def load(data: DataConfig) -> Source:
         train = _load_split(builder, database, image, label, data.max_megapixels)
         test = _load_split(builder, query, image, label, data.max_megapixels) if query else None
     except Exception as error:  # TFDS and array_record raise many classes; each means that the files are unusable
-        raise data_error(
-            "config.data.dir",
-            f"{place} cannot be read ({_describe(error)}); if its files are damaged, remove that folder to have it "
-            "prepared again",
+        raise config_error(
+            "dir", f"{place} cannot be read ({_describe(error)}); remove its files to have it prepared again"
         ) from error
-    unreadable = tfds_builders.excluded_images(builder) if isinstance(builder, tfds_builders.Nuswide) else ()
+    unreadable = [Unreadable(*file) for file in (builder.info.metadata or {}).get("left_out", ())]
     return Source(train, test, _class_names(builder, label), unreadable=unreadable)
 
 
 def _open_builder(name: str, directory: str, place: str) -> Any:
     if directory and not os.path.isdir(directory):
-        raise data_error(
-            "config.data.dir",
-            f"the folder {directory} does not exist; give a TFDS data_dir, or create it if {name} is to be prepared "
-            "there",
-        )
+        raise config_error("dir", f"the folder {directory} does not exist; give a TFDS data_dir, or create it")
     base = name.partition("/")[0].partition(":")[0]
     if base not in BUILDERS and base not in (known := tfds.list_builders(with_community_datasets=False)):
         hint = did_you_mean(base, [*known, *BUILDERS], most=3).rstrip()
-        raise data_error(
-            "config.data.name",
+        raise config_error(
+            "name",
             f"it must be digits, folder, list, features, {', '.join(BUILDERS)} or a data set of tensorflow-datasets, "
             f"got {name!r}; {hint or 'see https://www.tensorflow.org/datasets/catalog'}",
         )
@@ -68,20 +62,18 @@ def _open_builder(name: str, directory: str, place: str) -> Any:
         # array_record is the only format with random access and without TensorFlow.
         return tfds.builder(name, data_dir=directory or None, file_format="array_record")
     except Exception as error:  # of many classes; most likely the folder was prepared as tfrecord
-        raise data_error(
-            "config.data.dir",
-            f"{place} cannot be opened ({_describe(error)}); if it was prepared in another format than array_record, "
-            "set another --config.data.dir to have it prepared there",
+        raise config_error(
+            "dir",
+            f"{place} cannot be opened ({_describe(error)}); if its format is not array_record, set another folder, in "
+            "which it is prepared again",
         ) from error
 
 
 def _prepare(builder: Any, name: str, place: str, raw_directory: str) -> None:
     own = type(builder) in BUILDERS.values()
     if own and not os.path.isdir(raw_directory):
-        raise data_error(
-            "config.data.raw_dir",
-            f"it must be the folder of published files that docs/data.md lists, since {place} is not prepared yet, got "
-            f"{raw_directory!r}",
+        raise config_error(
+            "raw_dir", f"it must be the folder of files in docs/data.md to prepare {place}, got {raw_directory!r}"
         )
     options = {"manual_dir": raw_directory} if raw_directory else {}
     try:
@@ -91,17 +83,16 @@ def _prepare(builder: Any, name: str, place: str, raw_directory: str) -> None:
         raise
     except Exception as error:  # the remedies do not depend on the class
         if "TensorFlow itself is needed" in str(error):
-            raise data_error(
-                "config.data.name",
-                f"{name} can only be prepared with TensorFlow ({_describe(error)}); pip install tensorflow once, or "
-                "prepare it elsewhere with `tfds build --file_format=array_record` and set config.data.dir to its "
-                "data_dir",
+            raise config_error(
+                "name",
+                f"{name} can only be prepared with TensorFlow ({_describe(error)}); install it, or prepare the set "
+                "elsewhere with `tfds build --file_format=array_record`",
             ) from error
         remedy = "see docs/data.md"
         if not own:
             remedy = "run the same command with network and --config.data.dir=DIR, then copy DIR here and set it"
-        raise data_error(
-            "config.data.dir", f"{place} is not prepared, and preparing it failed ({_describe(error)}); {remedy}"
+        raise config_error(
+            "dir", f"{place} is not prepared, and preparing it failed ({_describe(error)}); {remedy}"
         ) from error
 
 
@@ -126,17 +117,15 @@ def _select_features(builder: Any, data: DataConfig) -> tuple[str, str]:
 
 def _select(name: str, kind: str, requested: str, candidates: list[str], usual: tuple[str, ...], available: str) -> str:
     if requested and requested not in candidates:
-        raise data_error(f"config.data.{kind}_feature", f"{name} has no {kind} feature {requested!r}; {available}")
+        raise config_error(f"{kind}_feature", f"{name} has no {kind} feature {requested!r}; {available}")
     if requested or len(candidates) == 1:
         return requested or candidates[0]
     if not candidates:
-        raise data_error("config.data.name", f"{name} has no {kind} feature ({available}); choose another data set")
+        raise config_error("name", f"{name} has no {kind} feature ({available}); choose another data set")
     for path in usual:
         if path in candidates:
             return path
-    raise data_error(
-        f"config.data.{kind}_feature", f"{name} has several; set the field to one of {', '.join(candidates)}"
-    )
+    raise config_error(f"{kind}_feature", f"{name} has several; set the field to one of {', '.join(candidates)}")
 
 
 def _flatten_features(builder: Any) -> dict[str, Any]:
@@ -185,11 +174,11 @@ def _select_splits(builder: Any, data: DataConfig) -> tuple[str, str]:
     for field, split in (("database_split", data.database_split), ("query_split", data.query_split)):
         for part in split.split("+"):
             if part and part.partition("[")[0] not in available:
-                raise data_error(f"config.data.{field}", f"{data.name} has no split {part!r}; {choice}")
+                raise config_error(field, f"{data.name} has no split {part!r}; {choice}")
     if not data.database_split and "train" not in available:
-        raise data_error("config.data.database_split", f"{data.name} has no 'train'; {choice}")
+        raise config_error("database_split", f"{data.name} has no 'train'; {choice}")
     if not data.query_split and available != ["train"] and "test" not in available:
-        raise data_error("config.data.query_split", f"{data.name} has no 'test'; {choice}")
+        raise config_error("query_split", f"{data.name} has no 'test'; {choice}")
     return data.database_split or "train", data.query_split or ("test" if "test" in available else "")
 
 
@@ -257,8 +246,8 @@ class TfdsImages:
             encoded = _lookup(self.source[int(index)], self.feature)
             return photos.decode(encoded, size, max_megapixels=self.max_megapixels)
         except photos.BadPhotoError as error:
-            raise data_error(
-                "config.data.dir",
+            raise config_error(
+                "dir",
                 f"image {index} of {self.identity.rpartition('-')[0]} cannot be decoded ({error}); remove the prepared "
                 "data set to have it prepared again",
             ) from None

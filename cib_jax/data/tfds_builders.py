@@ -20,10 +20,10 @@ from etils import epath
 from jaxtyping import Bool, Int, Shaped
 
 from cib_jax.data import photos
-from cib_jax.data.dataset import Unreadable, data_error
+from cib_jax.data.dataset import Unreadable, config_error
 from cib_jax.files import first_line, map_in_order, short_reason
 
-_error = functools.partial(data_error, "config.data.raw_dir")
+_error = functools.partial(config_error, "raw_dir")
 
 Examples = Iterator[tuple[int, dict[str, Any]]]
 """TFDS examples with their keys."""
@@ -133,11 +133,6 @@ class Nuswide(PublishedBuilder):
                 f"{missing[0]}); unpack the images so that this path is right"
             )
         self.info.metadata["left_out"] = [[file.path, file.reason] for file in missing]
-
-
-def excluded_images(builder: Nuswide) -> list[Unreadable]:
-    """Returns the listed images that were missing or unreadable when the set was prepared."""
-    return [Unreadable(*file) for file in builder.info.metadata.get("left_out", ())]
 
 
 def read_nuswide(root: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images concepts"], list[str]]:
@@ -269,8 +264,8 @@ def without_tensorflow() -> Iterator[None]:
 
         original = _ImageEncoder._encode_image
     except (ImportError, AttributeError) as error:
-        raise data_error(
-            "config.data.name",
+        raise config_error(
+            "name",
             f"preparing data sets without TensorFlow needs tensorflow-datasets 4.9.10, got {tfds.__version__} "
             f"({first_line(error)}); install that version, or TensorFlow",
         ) from error

@@ -66,7 +66,7 @@ class Hasher:
     def __post_init__(self) -> None:
         # LoRA factors and retrained blocks are merged into the backbone once, here, whoever constructs the hasher.
         # Encoding, saving and exporting then need not know how the backbone was trained, and give the same bits.
-        params, frozen = finetune.settled(self.params, self.frozen, self.encoder.lora_scale)
+        params, frozen = finetune.merge_params(self.params, self.frozen, self.encoder.lora_scale)
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "frozen", frozen)
 

@@ -1,4 +1,8 @@
-"""CLIP's image towers, ViT-B/32 and ViT-B/16, up to the embedding that images and texts share (arXiv 2103.00020)."""
+"""The image towers of CLIP (arXiv 2103.00020) and SigLIP (arXiv 2303.15343).
+
+Both end with the embedding that images and texts share, before it is scaled to unit length. Published files contain the
+text tower too; `CLIP_READS` and `SIGLIP_READS` are the beginnings of the names of the image tower's tensors.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -10,121 +14,61 @@ from jaxtyping import Array, Float
 
 from cib_jax.models import vit
 from cib_jax.models.state_dict import Tree
-from cib_jax.models.vit import (
-    MLP,
-    Attention,
-    Block,
-    Design,
-    LayerNorm,
-    Layout,
-    Linear,
-    Part,
-    Stem,
-    drawn,
-    gelu_by_sigmoid,
-    gelu_by_tanh,
-    in_chunks,
-)
+from cib_jax.models.vit import MLP, Attention, Design, LayerNorm, Layout, Linear, Part, VisionTransformer
 
-# backbones.clip: CLIP's image towers, ViT-B/32 and ViT-B/16, up to the embedding that images and texts share (arXiv 2103.00020).
-
-
-FEATURES = 512  # of the shared embedding
+FEATURES = 512  # channels of CLIP's shared embedding
 CLIP_READS = ("vision_model.", "visual_projection.")
+SIGLIP_READS = ("vision_model.",)
+ATTENTION = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+}
 
 
-def _design(patch: int) -> Design:
+def _clip_design(patch: int) -> Design:
     return Design(
         patch=patch,
         grid=224 // patch,
         width=768,
         heads=12,
         epsilon=1e-5,
-        activation=gelu_by_sigmoid,
+        activation=vit.gelu_by_sigmoid,
         patch_bias=False,
+        first_norm=True,
     )
 
 
-B32 = _design(32)
-B16 = _design(16)
-
-
-class CLIP(nnx.Module):
-    """The image tower with its projection; it takes any multiples of a patch's side."""
-
-    def __init__(self, rngs: nnx.Rngs, design: Design):
-        self.stem = Stem(rngs, design)
-        self.first_norm = LayerNorm(design.width, design.epsilon)
-        self.blocks = nnx.List([Block(rngs, design) for _ in range(design.depth)])
-        self.norm = LayerNorm(design.width, design.epsilon)
-        self.projection = Linear(rngs, design.width, FEATURES, bias=False)
-        self.design = design
-
-    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 512"]:
-        """Returns the embeddings of normalized images, not of unit length, in their dtype if the parameters have it.
-
-        Raises:
-            ValueError: if the images cannot be cut into whole patches.
-        """
-        return in_chunks(self._features, images, self.design)
-
-    def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 512"]:
-        x = self.first_norm(self.stem(images))
-        for block in self.blocks:
-            x = block(x)
-        return self.projection(self.norm(x[:, 0]))
-
-
-def convert_clip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
-    """Returns the state of `CLIP` from tensors in the names of `transformers`, as published on the Hugging Face hub.
-
-    The published files hold the text tower too: `READS` says how the names of the others begin.
-
-    Raises:
-        MismatchError: if tensors are missing, unknown or of another shape.
-    """
-    # The numbers 0, 1, 2, …, which older versions of `transformers` stored.
-    return vit.fill(clip_parameters(design), tensors, {"vision_model.embeddings.position_ids"})
-
-
-def clip_parameters(design: Design) -> Layout:
-    """Returns where each parameter lies in the published file."""
-    width = design.width
-    stem = {
-        "patches": vit.patches("vision_model.embeddings.patch_embedding", design),
-        "class_token": Part("vision_model.embeddings.class_embedding", (width,)),
-        "positions": Part("vision_model.embeddings.position_embedding.weight", (design.positions, width)),
-    }
-    blocks = {i: vit.clip_block(f"vision_model.encoder.layers.{i}", design) for i in range(design.depth)}
-    return {
-        "stem": stem,
-        "first_norm": vit.norm("vision_model.pre_layrnorm", width),  # so spelled in the files
-        "blocks": blocks,
-        "norm": vit.norm("vision_model.post_layernorm", width),
-        "projection": vit.linear("visual_projection", width, FEATURES, bias=False),
-    }
-
-
-# backbones.siglip: SigLIP's image tower, ViT-B/16, up to the embedding that images and texts share (arXiv 2303.15343).
-
-
-SIGLIP_READS = ("vision_model.",)
+B32, B16 = _clip_design(32), _clip_design(16)
 BASE = Design(
     patch=16,
     grid=14,
     width=768,
     heads=12,
     epsilon=1e-6,
-    activation=gelu_by_tanh,
+    activation=vit.gelu_by_tanh,
     class_token=False,
 )
+"""SigLIP's ViT-B/16."""
+
+
+class CLIP(VisionTransformer):
+    """CLIP's image tower with its projection."""
+
+    def __init__(self, rngs: nnx.Rngs, design: Design):
+        super().__init__(rngs, design)
+        self.projection = Linear(rngs, design.width, FEATURES, bias=False)
+
+    def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 512"]:
+        return self.projection(self.norm(self._tokens(images)[:, 0]))
 
 
 class Pool(nnx.Module):
-    """One learned query that gathers from all tokens, then an MLP (arXiv 2106.04560, appendix D)."""
+    """Attention of one learned query to all tokens, then an MLP (arXiv 2106.04560, appendix D)."""
 
     def __init__(self, rngs: nnx.Rngs, design: Design):
-        self.query = drawn(rngs, design.width)
+        self.query = vit.drawn(rngs, design.width)
         self.attention = Attention(rngs, design)
         self.norm = LayerNorm(design.width, design.epsilon)
         self.mlp = MLP(rngs, design)
@@ -136,61 +80,60 @@ class Pool(nnx.Module):
         return x + self.mlp(self.norm(x))
 
 
-class SigLIP(nnx.Module):
-    """The image tower with its pool; it takes any multiples of 16 pixels."""
+class SigLIP(VisionTransformer):
+    """SigLIP's image tower with its pool in place of a class token."""
 
     def __init__(self, rngs: nnx.Rngs, design: Design):
-        self.stem = Stem(rngs, design)
-        self.blocks = nnx.List([Block(rngs, design) for _ in range(design.depth)])
-        self.norm = LayerNorm(design.width, design.epsilon)
+        super().__init__(rngs, design)
         self.pool = Pool(rngs, design)
-        self.design = design
-
-    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch width"]:
-        """Returns the embeddings of normalized images, not of unit length, in their dtype if the parameters have it.
-
-        Raises:
-            ValueError: if the images are not multiples of 16 pixels high and wide.
-        """
-        return in_chunks(self._features, images, self.design)
 
     def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch width"]:
-        x = self.stem(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.pool(self.norm(x))
+        return self.pool(self.norm(self._tokens(images)))
+
+
+def convert_clip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
+    """Returns the state of `CLIP` from tensors in the names of `transformers`, as published on the Hugging Face hub.
+
+    Raises:
+      MismatchError: Tensors are missing, unknown or of another shape.
+    """
+    layout = _layout(design) | {"projection": vit.linear("visual_projection", design.width, FEATURES, bias=False)}
+    layout["stem"]["class_token"] = Part("vision_model.embeddings.class_embedding", (design.width,))
+    layout["first_norm"] = vit.norm("vision_model.pre_layrnorm", design.width)  # spelled so in the files
+    # Older versions of `transformers` stored the numbers 0, 1, 2, … under this name.
+    return vit.fill(layout, tensors, {"vision_model.embeddings.position_ids"})
 
 
 def convert_siglip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
     """Returns the state of `SigLIP` from tensors in the names of `transformers`, as published on the Hugging Face hub.
 
-    The published file holds the text tower too: `READS` says how the names of the others begin.
-
     Raises:
-        MismatchError: if tensors are missing, unknown or of another shape.
+      MismatchError: Tensors are missing, unknown or of another shape.
     """
-    return vit.fill(siglip_parameters(design), tensors, set())
+    head = "vision_model.head"
+    pool = {
+        "query": Part(f"{head}.probe", (1, 1, design.width), np.ravel),
+        "attention": _pool_attention(f"{head}.attention", design.width),
+        "norm": vit.norm(f"{head}.layernorm", design.width),
+        "mlp": vit.mlp(f"{head}.mlp", design),
+    }
+    return vit.fill(_layout(design) | {"pool": pool}, tensors, set())
 
 
-def siglip_parameters(design: Design) -> Layout:
-    """Returns where each parameter lies in the published file."""
-    width = design.width
+def _layout(design: Design) -> Layout:
+    """Returns the layout of what both towers share."""
     stem = {
         "patches": vit.patches("vision_model.embeddings.patch_embedding", design),
-        "positions": Part("vision_model.embeddings.position_embedding.weight", (design.positions, width)),
+        "positions": Part("vision_model.embeddings.position_embedding.weight", (design.positions, design.width)),
     }
-    blocks = {i: vit.clip_block(f"vision_model.encoder.layers.{i}", design) for i in range(design.depth)}
-    pool = {
-        "query": Part("vision_model.head.probe", (1, 1, width), np.ravel),
-        "attention": _pool_attention("vision_model.head.attention", width),
-        "norm": vit.norm("vision_model.head.layernorm", width),
-        "mlp": vit.mlp("vision_model.head.mlp", design),
+    blocks = {
+        i: vit.block(f"vision_model.encoder.layers.{i}", design, "layer_norm", ATTENTION) for i in range(design.depth)
     }
-    return {"stem": stem, "blocks": blocks, "norm": vit.norm("vision_model.post_layernorm", width), "pool": pool}
+    return {"stem": stem, "blocks": blocks, "norm": vit.norm("vision_model.post_layernorm", design.width)}
 
 
 def _pool_attention(name: str, width: int) -> Layout:
-    """PyTorch's own attention keeps the kernels of query, key and value in one tensor, one above the other."""
+    """Returns the layout of `torch.nn.MultiheadAttention`, which stacks the kernels of query, key and value."""
 
     def third(i: int, tensor: np.ndarray) -> np.ndarray:
         return tensor[i * width : (i + 1) * width].T

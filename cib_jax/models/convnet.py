@@ -1,4 +1,4 @@
-"""A small ConvNet for small images, trained from scratch with the hash head; it keeps no batch statistics."""
+"""A ConvNet for small images, trained from scratch with the hash head, without batch statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,21 @@ FEATURES = 256
 
 
 class Layer(Convolution):
-    """A 3×3 convolution, standardised, pooled, and a ReLU."""
+    """A 3×3 convolution, standardized per image, with a pool and a ReLU."""
 
     def __call__(self, x: Float[Array, "batch h w inputs"]) -> Float[Array, "batch h//2 w//2 outputs"]:
         """Applies the layer."""
-        x = _standardise(conv.conv(x, *self.arrays))
-        # The pool comes before the ReLU: the result is the same and a quarter of the ReLUs remain.
+        x = _standardize(conv.conv(x, *self.arrays))
+        # Maximum and ReLU commute; in this order only a quarter of the ReLUs is computed.
         return jax.nn.relu(conv.max_pool_2x2(x))
 
 
 class ConvNet(nnx.Module):
-    """Three 3×3 convolutions, each standardised per channel and halving the map, then one linear layer over all of it.
+    """Three 3×3 convolutions, each standardized per channel and halving the map, then a linear layer over the last map.
 
-    Each image's channels are standardised by themselves (instance normalization, https://arxiv.org/abs/1607.08022,
-    without parameters). Where all images have much in common, as digits on black have, stochastic codes would otherwise
-    learn first to be all alike: that already lowers the contrast to log(2 × batch − 1), and nothing leads out of it.
+    The channels of each image are standardized by themselves (instance normalization, https://arxiv.org/abs/1607.08022,
+    without parameters). Otherwise, if all images have much in common, such as digits on black, stochastic codes first
+    learn to be all alike: this lowers the contrastive loss to log(2 × batch − 1), where its gradient vanishes.
     """
 
     def __init__(self, rngs: nnx.Rngs, image_size: int):
@@ -41,12 +41,12 @@ class ConvNet(nnx.Module):
         """Returns the features of normalized images.
 
         Raises:
-            ValueError: if the images are not of the size that the network was built for.
+          ValueError: The images do not have the size that the network was built for.
         """
         if images.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(
-                f"images are {images.shape[1]} × {images.shape[2]} but this ConvNet was built for "
-                f"{self.image_size} × {self.image_size}: resize them or build it for their size."
+                f"images must be {self.image_size} × {self.image_size}, the size that this ConvNet was built for, got "
+                f"{images.shape[1]} × {images.shape[2]}; resize them or build the network for their size"
             )
         x = images
         for layer in self.convolutions:
@@ -55,7 +55,7 @@ class ConvNet(nnx.Module):
         return jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
 
 
-def _standardise(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:
+def _standardize(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:
     """Returns each image's channels with mean 0 and variance 1 over their pixels; a constant channel becomes 0."""
     centered = x - jnp.mean(x, axis=(1, 2), keepdims=True)
     return centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=(1, 2), keepdims=True) + 1e-5)

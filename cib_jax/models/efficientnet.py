@@ -1,6 +1,7 @@
-"""EfficientNet-Lite: the small networks without squeeze-and-excitation, ReLU6 throughout (arXiv 1905.11946).
+"""EfficientNet-Lite: EfficientNets (arXiv 1905.11946) without squeeze-and-excitation and with ReLU6 throughout.
 
-Loading weights folds the frozen batch norms into the convolutions, so a layer is a kernel and a bias."""
+Loading weights folds the batch norms into the convolutions, so a layer is a kernel and a bias.
+"""
 
 import math
 from collections.abc import Mapping
@@ -15,15 +16,16 @@ from jaxtyping import Array, Float
 from cib_jax.models import conv as conv_lib
 from cib_jax.models import state_dict
 from cib_jax.models.conv import Convolution
-from cib_jax.models.state_dict import Shape, Tree, validate_shapes
+from cib_jax.models.state_dict import NormedConvolution, Shape, Tree
 
 FEATURES = 1280
 CLASSES = 1000
-CLASSIFIER: dict[str, Shape] = {"_fc.weight": (CLASSES, FEATURES), "_fc.bias": (CLASSES,)}  # of the checkpoint
+# The published files contain the ImageNet classifier too, which the features do not need.
+CLASSIFIER: dict[str, Shape] = {"_fc.weight": (CLASSES, FEATURES), "_fc.bias": (CLASSES,)}
 STEM = 32
-EPSILON = 1e-3  # of the batch norms
-DIVISOR = 8  # of scaled channels
-# Of each stage of Lite0: blocks, kernel, stride of the first block, expansion, channels out.
+EPSILON = 1e-3  # added to the variance by the batch norms
+DIVISOR = 8  # of the number of channels after scaling
+# (blocks, kernel side, stride of the first block, expansion, output channels) of each stage of Lite0
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -36,19 +38,19 @@ STAGES = (
 
 
 class Scaling(NamedTuple):
-    """How a network differs from Lite0: its stages' channels and blocks times these."""
+    """Factors by which a network has more channels and blocks in its stages than Lite0."""
 
     width: float
     depth: float
 
     def channels(self, count: int) -> int:
-        """Returns the nearest multiple of 8, or the next where that would lose more than a tenth."""
+        """Returns the scaled number, rounded to a multiple of 8 but not down by more than a tenth."""
         scaled = count * self.width
         rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
         return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
 
     def blocks(self, count: int) -> int:
-        """Returns the number of blocks, rounded up."""
+        """Returns the scaled number of blocks, rounded up."""
         return math.ceil(count * self.depth)
 
 
@@ -56,7 +58,7 @@ LITE0, LITE1, LITE2 = Scaling(1.0, 1.0), Scaling(1.0, 1.1), Scaling(1.1, 1.2)
 
 
 class Row(NamedTuple):
-    """One block: the side and stride of its depthwise kernel, and its channels."""
+    """One block: the side and stride of its depthwise kernel, the expansion and its channels."""
 
     kernel: int
     stride: int
@@ -66,12 +68,12 @@ class Row(NamedTuple):
 
     @property
     def wide(self) -> int:
-        """The channels between expansion and projection."""
+        """The number of channels between expansion and projection."""
         return self.inputs * self.expansion
 
 
 def block_plan(scaling: Scaling) -> list[Row]:
-    """Returns the blocks in order; in the Lite networks the first and the last stage keep their one block."""
+    """Returns the blocks in order. In the Lite networks the first and the last stage keep their single block."""
     plan, inputs = [], STEM
     for stage, (blocks, kernel, stride, expansion, outputs) in enumerate(STAGES):
         for i in range(blocks if stage in (0, len(STAGES) - 1) else scaling.blocks(blocks)):
@@ -81,7 +83,7 @@ def block_plan(scaling: Scaling) -> list[Row]:
 
 
 class Block(nnx.Module):
-    """An inverted bottleneck: widen, filter each channel, narrow; add the input where its shape allows it."""
+    """An inverted bottleneck: 1×1 to more channels, depthwise, 1×1 to fewer; plus the input if shapes are equal."""
 
     def __init__(self, rngs: nnx.Rngs, row: Row):
         self.expand = Convolution(rngs, 1, 1, row.inputs, row.wide) if row.expansion > 1 else None
@@ -101,9 +103,9 @@ class Block(nnx.Module):
 
 
 class EfficientNetLite(nnx.Module):
-    """The network up to the global average pool; it pads as TensorFlow does and takes any size from 32 up.
+    """The network up to the global average pool, with TensorFlow's padding; any size from 32 pixels up works.
 
-    Stem and head have the same channels at every scaling.
+    Stem and head have the same number of channels at every scaling.
     """
 
     def __init__(self, rngs: nnx.Rngs, scaling: Scaling = LITE0):
@@ -113,9 +115,9 @@ class EfficientNetLite(nnx.Module):
         self.head = Convolution(rngs, 1, 1, plan[-1].outputs, FEATURES)
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
-        """Returns the features of normalized images (pixels in [0, 1], mean 0.5, deviation 0.5).
+        """Returns the features of images with pixels in [-1, 1]: means over the last map, taken in float32.
 
-        They are of the images' dtype, if the parameters have it too; the average is taken in float32.
+        The features have the images' dtype, which must be the dtype of the parameters.
         """
         return conv_lib.in_chunks(self._features, images)
 
@@ -127,33 +129,22 @@ class EfficientNetLite(nnx.Module):
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
 
 
-def class_logits(
-    features: Float[Array, "batch 1280"], classifier: Mapping[str, Array | np.ndarray]
-) -> Float[Array, "batch 1000"]:
-    """Returns the logits of the 1,000 ImageNet classes; `classifier` comes from `convert_classifier`."""
-    return features @ classifier["kernel"] + classifier["bias"]
-
-
 def torch_shapes(scaling: Scaling = LITE0) -> dict[str, Shape]:
     """Returns the name and shape of every tensor that the published PyTorch checkpoint must hold."""
-    shapes: dict[str, Shape] = {}
-    for layer in _layers(scaling):
-        shapes |= state_dict.torch_shapes(*layer)
-    return shapes | CLASSIFIER
+    return {name: shape for layer in _layers(scaling) for name, shape in layer.torch_shapes.items()} | CLASSIFIER
 
 
 def convert(tensors: Mapping[str, np.ndarray], scaling: Scaling = LITE0) -> Tree:
-    """Returns the state of `EfficientNetLite` from a PyTorch checkpoint's tensors, batch norms folded in.
+    """Returns the state of `EfficientNetLite` from a PyTorch checkpoint's tensors, with batch norms folded in.
 
     Names are those of the `efficientnet-lite-pytorch` package.
 
     Raises:
-        MismatchError: if tensors are missing, unknown or of another shape.
+      MismatchError: Tensors are missing, unknown or of another shape.
     """
     layers = _layers(scaling)
-    counters = {f"{norm}.num_batches_tracked" for _, norm, _ in layers}
-    validate_shapes(tensors, torch_shapes(scaling), counters)
-    folded = {conv: state_dict.fold(tensors, conv, norm, EPSILON) for conv, norm, _ in layers}
+    state_dict.validate_shapes(tensors, torch_shapes(scaling), state_dict.counters(layers))
+    folded = state_dict.fold_batch_norms(tensors, layers, EPSILON)
     parts = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}
     blocks = {
         i: {part: folded[f"_blocks.{i}.{name}"] for part, name in parts.items() if f"_blocks.{i}.{name}" in folded}
@@ -162,23 +153,15 @@ def convert(tensors: Mapping[str, np.ndarray], scaling: Scaling = LITE0) -> Tree
     return {"stem": folded["_conv_stem"], "blocks": blocks, "head": folded["_conv_head"]}
 
 
-def convert_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the checkpoint's ImageNet classifier: `kernel` [1280, 1000] and `bias` [1000]."""
-    validate_shapes({n: t for n, t in tensors.items() if n.startswith("_fc.")}, CLASSIFIER, set())
-    return {
-        "kernel": np.ascontiguousarray(tensors["_fc.weight"].T, dtype=np.float32),
-        "bias": np.asarray(tensors["_fc.bias"], dtype=np.float32),
-    }
-
-
-def _layers(scaling: Scaling) -> list[tuple[str, str, Shape]]:
-    """The checkpoint's convolutions: name, batch norm, and shape of the weight [outputs, inputs, kh, kw]."""
-    layers: list[tuple[str, str, Shape]] = [("_conv_stem", "_bn0", (STEM, 3, 3, 3))]
+def _layers(scaling: Scaling) -> list[NormedConvolution]:
+    layers = [NormedConvolution("_conv_stem", "_bn0", (STEM, 3, 3, 3))]
     plan = block_plan(scaling)
     for i, row in enumerate(plan):
-        own = f"_blocks.{i}"
+        block = f"_blocks.{i}"
         if row.expansion > 1:
-            layers.append((f"{own}._expand_conv", f"{own}._bn0", (row.wide, row.inputs, 1, 1)))
-        layers.append((f"{own}._depthwise_conv", f"{own}._bn1", (row.wide, 1, row.kernel, row.kernel)))
-        layers.append((f"{own}._project_conv", f"{own}._bn2", (row.outputs, row.wide, 1, 1)))
-    return [*layers, ("_conv_head", "_bn1", (FEATURES, plan[-1].outputs, 1, 1))]
+            layers.append(NormedConvolution(f"{block}._expand_conv", f"{block}._bn0", (row.wide, row.inputs, 1, 1)))
+        layers += [
+            NormedConvolution(f"{block}._depthwise_conv", f"{block}._bn1", (row.wide, 1, row.kernel, row.kernel)),
+            NormedConvolution(f"{block}._project_conv", f"{block}._bn2", (row.outputs, row.wide, 1, 1)),
+        ]
+    return [*layers, NormedConvolution("_conv_head", "_bn1", (FEATURES, plan[-1].outputs, 1, 1))]

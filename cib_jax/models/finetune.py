@@ -1,4 +1,8 @@
-"""Low-rank corrections of kernels (LoRA, https://arxiv.org/abs/2106.09685): a kernel stays, two thin factors learn."""
+"""The trainable part of a backbone: everything, the last blocks, or low-rank factors of the kernels (LoRA).
+
+LoRA (https://arxiv.org/abs/2106.09685) keeps a kernel W as it is and learns two thin factors, so that the layer uses
+W + α / rank · A·B.
+"""
 
 import dataclasses
 import math
@@ -8,88 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
 from cib_jax.errors import ConfigError
 from cib_jax.models.registry import Backbone
+from cib_jax.models.state_dict import Tree
 
-# backbones.lora: Low-rank corrections of kernels (LoRA, https://arxiv.org/abs/2106.09685): a kernel stays, two thin factors learn.
-
-Tree = dict[Any, Any]
-
-
-def kernels(shapes: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yields the path and the rows and columns of every kernel that can be corrected, in the order of the tree.
-
-    Those are products [inputs, outputs] and convolutions [height, width, inputs, outputs], whose rows are the pixels
-    under it, channel by channel: the first factor is then a convolution to few channels, the second a 1×1 one. A
-    depthwise kernel has a row for each tap and no inputs to mix, and is left as it is.
-
-    Args:
-      shapes: a state, or the shapes of one.
-      path: put before the names.
-    """
-    for name, inner in shapes.items():
-        if isinstance(inner, Mapping):
-            yield from kernels(inner, f"{path}{name}/")
-        elif name == "kernel" and (len(inner.shape) == 2 or (len(inner.shape) == 4 and inner.shape[2] > 1)):
-            yield f"{path}{name}", (int(np.prod(inner.shape[:-1])), inner.shape[-1])
-
-
-def create(key: PRNGKeyArray, state: Mapping[Any, Any], rank: int) -> Tree:
-    """Returns factors "a" [rows, rank] and "b" [rank, columns] of every kernel, in a tree like the state's.
-
-    "b" is 0, so that the corrected state is at first the state itself; "a" is normal with deviation 1/√rows.
-    """
-    made: Tree = {}
-    for number, (path, (rows, columns)) in enumerate(kernels(state)):
-        inner = made
-        for name in path.split("/"):
-            inner = inner.setdefault(int(name) if name.isdigit() else name, {})
-        inner["a"] = jax.random.normal(jax.random.fold_in(key, number), (rows, rank)) * rows**-0.5
-        inner["b"] = jnp.zeros((rank, columns))
-    return made
-
-
-def corrected(state: Mapping[Any, Any], factors: Tree, scale: float) -> Tree:
-    """Returns the state whose kernels are W + scale · A·B, for training: gradients flow to the factors."""
-
-    def one(kernel: Array, a: Array, b: Array) -> Array:
-        # Not in the short products of an accelerator, so that what is trained is what `merged` gives.
-        return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
-
-    return _each(state, factors, one)
-
-
-def merged(state: Mapping[Any, Any], factors: Tree, scale: float) -> Tree:
-    """Returns the same for use: computed once on the host, in float64, and rounded to float32."""
-
-    def one(kernel: Array, a: Array, b: Array) -> Array:
-        product = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-        return jnp.asarray((np.asarray(kernel, np.float64) + scale * product.reshape(kernel.shape)).astype(np.float32))
-
-    return _each(state, factors, one)
-
-
-def _each(state: Mapping[Any, Any], factors: Tree, function: Callable[[Array, Array, Array], Array]) -> Tree:
-    made: Tree = {}
-    for name, inner in state.items():
-        if name not in factors:
-            made[name] = inner
-        elif isinstance(inner, Mapping):
-            made[name] = _each(inner, factors[name], function)
-        else:
-            made[name] = function(inner, factors[name]["a"], factors[name]["b"])
-    return made
-
-
-# backbones.fine_tuning: What of a backbone training changes: all of it, its last blocks, or low-rank corrections of their kernels.
+State = Mapping[Any, Any]
+"""A network's parameters, or their shapes, as nested dicts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTune:
-    """How a backbone that is not frozen learns; the fields of the config's group of this name.
+    """How a backbone that is not frozen learns: the fields of the config's group of this name.
 
     Examples:
       >>> import cib_jax as cib
@@ -98,166 +34,227 @@ class FineTune:
     """
 
     blocks: int = 0
-    """The last blocks, which learn with all that comes after them; what comes before stays. 0: all learns."""
+    """Number of last blocks that learn, with all layers after them; 0: the whole backbone learns."""
     learning_rate: float = 0.0
-    """Of what learns of the backbone; 0: that of the head."""
+    """Learning rate of the backbone; 0: that of the head."""
     checkpointing: bool = False
-    """Whether a block is computed again for its gradient instead of being kept: less memory, more time."""
+    """Whether blocks are recomputed for their gradients instead of being kept: less memory, more time."""
     lora_rank: int = 0
-    """Of the corrections that learn in place of the weights, which stay; 0: the weights learn themselves."""
+    """Rank of LoRA's factors, which learn in place of the weights; 0: the weights themselves learn."""
     lora_alpha: float = 8.0
-    """α, by whose ratio to the rank corrections are scaled."""
+    """α of LoRA; factors are scaled by α / rank."""
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The fields that ask for something."""
+        """The names of the fields that change how a backbone learns."""
         return tuple(name for name in ("blocks", "learning_rate", "checkpointing", "lora_rank") if getattr(self, name))
 
     @property
     def keeps(self) -> bool:
-        """Whether weights stay as they are loaded, though the backbone learns."""
+        """Whether some loaded weights are kept although the backbone learns."""
         return bool(self.blocks or self.lora_rank)
 
 
 def validate_fine_tune(how: FineTune, backbone: Backbone, image_size: int, *, frozen: bool, from_scratch: bool) -> None:
-    """Checks that a network can be trained so.
+    """Checks that a network can be trained in this way.
 
     Args:
-      how: it shall be.
-      backbone: the network, which takes images.
-      image_size: side of its input in pixels; 0: its usual one.
-      frozen: whether nothing of it shall learn.
-      from_scratch: whether its weights are random.
+      how: Options of fine-tuning.
+      backbone: The network; it takes images.
+      image_size: Side of its input in pixels; 0: its usual one.
+      frozen: Whether the whole network is frozen.
+      from_scratch: Whether its weights are random.
 
     Raises:
-      FineTuneError: it cannot.
+      ConfigError: A value is out of range or does not fit the network.
     """
     for name in ("blocks", "learning_rate", "lora_rank"):
         value = getattr(how, name)
         if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"fine_tune.{name}: {value} must be 0 or more")
+            raise _error(name, f"must be 0 or more, got {value}")
         if name != "learning_rate" and value != int(value):
-            raise ConfigError(f"fine_tune.{name}: {value} must be a whole number")
+            raise _error(name, f"must be a whole number, got {value}")
     if not (math.isfinite(how.lora_alpha) and how.lora_alpha > 0):
-        raise ConfigError(f"fine_tune.lora_alpha: {how.lora_alpha} must be greater than 0")
+        raise _error("lora_alpha", f"must be greater than 0, got {how.lora_alpha}")
     if not how.asked:
         return
     if frozen:
         name = how.asked[0]
-        raise ConfigError(
-            f"fine_tune.{name}: {getattr(how, name)} is for a backbone that learns, and this one is frozen; set frozen "
-            f"to False, or leave {name} at {getattr(FineTune(), name)}"
+        default, given = getattr(FineTune(), name), getattr(how, name)
+        raise _error(name, f"must be {default} for a frozen backbone, got {given}; or set frozen to False")
+    if not how.keeps:
+        return
+    if from_scratch:
+        fault = f"must be 0, since {backbone.name} starts from random weights, which would mostly stay random"
+        raise _error("lora_rank" if how.lora_rank else "blocks", fault)
+    shapes = state_shapes(backbone, image_size)
+    count = len(shapes[_blocks_name(shapes)])
+    if how.blocks > count:
+        raise _error(
+            "blocks", f"must be at most {count}, the blocks of {backbone.name}, got {how.blocks}; 0 trains everything"
         )
-    if from_scratch and how.keeps:
-        name = "lora_rank" if how.lora_rank else "blocks"
-        raise ConfigError(
-            f"fine_tune.{name}: {backbone.name} starts from random weights, most of which would stay as they are; set "
-            "it to 0"
-        )
-    if how.keeps:
-        shapes = outline(backbone, image_size)
-        count = len(shapes[_list_of(shapes)])
-        if how.blocks > count:
-            raise ConfigError(
-                f"fine_tune.blocks: {how.blocks} is more than the {count} blocks of {backbone.name}; lower it, or 0 "
-                "trains all of it"
-            )
-        sides = {path: min(sides) for path, sides in kernels(split(shapes, how.blocks)[0])}
-        narrow = min(sides, key=sides.__getitem__)
-        if how.lora_rank > sides[narrow]:
-            raise ConfigError(
-                f"fine_tune.lora_rank: {how.lora_rank} is more than the {sides[narrow]} that {narrow} of "
-                f"{backbone.name} can have; lower it"
-            )
+    ranks = {path: min(sides) for path, sides in kernel_shapes(split_blocks(shapes, how.blocks)[0])}
+    smallest = min(ranks, key=ranks.__getitem__)
+    if how.lora_rank > ranks[smallest]:
+        kernel = "/".join(map(str, smallest))
+        fault = f"must be at most {ranks[smallest]}, the rank of {kernel} of {backbone.name}, got {how.lora_rank}"
+        raise _error("lora_rank", fault)
 
 
-def outline(backbone: Backbone, image_size: int) -> dict[str, Any]:
-    """Returns the shapes of a backbone's state; its entries from input to output, as its `__init__` makes them."""
+def _error(name: str, fault: str) -> ConfigError:
+    return ConfigError(f"fine_tune.{name} {fault}", field=f"fine_tune.{name}")
+
+
+def state_shapes(backbone: Backbone, image_size: int) -> Tree:
+    """Returns the shapes of a backbone's state, with its entries in the order in which images pass them."""
     order: list[str] = []
 
     def build() -> nnx.Module:
         network = backbone.build(nnx.Rngs(0), image_size or backbone.image_size)
-        order.extend(vars(network))
+        order.extend(vars(network))  # networks assign their layers in this order; a state is sorted by name
         return network
 
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
     return {name: shapes[name] for name in order if name in shapes}
 
 
-def split(state: Mapping[Any, Any], blocks: int) -> tuple[Tree, Tree]:
-    """Returns the last `blocks` (0: all) of a state with what comes after them, and the rest.
+def split_blocks(state: State, blocks: int) -> tuple[Tree, Tree]:
+    """Returns the last blocks with everything after them, and the rest of a state.
 
     Args:
-      state: whose entries lie in the order from input to output, one of them the blocks, by number.
-      blocks: how many.
+      state: A state with its entries in the order in which images pass them, such as that of `state_shapes`.
+      blocks: Number of blocks; 0 gives the whole state and an empty rest.
     """
     if not blocks:
         return dict(state), {}
-    order, listed = list(state), _list_of(state)
-    first = len(state[listed]) - blocks
-    place = order.index(listed)
+    order, listed = list(state), _blocks_name(state)
+    first, position = len(state[listed]) - blocks, order.index(listed)
     last = {listed: {number: block for number, block in state[listed].items() if number >= first}}
     rest = {listed: {number: block for number, block in state[listed].items() if number < first}} if first else {}
-    before = {name: state[name] for name in order[:place]}
-    return last | {name: state[name] for name in order[place + 1 :]}, before | rest
+    before = {name: state[name] for name in order[:position]}
+    return last | {name: state[name] for name in order[position + 1 :]}, before | rest
 
 
-def _list_of(state: Mapping[Any, Any]) -> str:
-    """Returns the name of the entry whose own entries are numbered: an `nnx.List` of blocks."""
+def _blocks_name(state: State) -> str:
+    """Returns the name of the `nnx.List` of blocks: the entry with numbers as keys."""
     (name,) = (name for name, inner in state.items() if isinstance(inner, Mapping) and 0 in inner)
     return name
 
 
 def create_parts(
-    key: PRNGKeyArray, how: FineTune, backbone: Backbone, image_size: int, state: Mapping[Any, Any]
+    key: PRNGKeyArray, how: FineTune, backbone: Backbone, image_size: int, state: State
 ) -> tuple[Tree, Tree]:
-    """Returns what training changes and what it leaves alone, as entries "backbone" or "lora" beside the head's.
+    """Returns what training changes, as an entry "backbone" or "lora", and what it keeps, as an entry "backbone".
 
     Args:
-      key: for corrections.
-      how: it learns.
-      backbone: the network.
-      image_size: side of its input in pixels.
-      state: of the whole network.
+      key: Random key of LoRA's factors.
+      how: Options of fine-tuning.
+      backbone: The network.
+      image_size: Side of its input in pixels.
+      state: Parameters of the whole network.
     """
     if not how.keeps:
         return {"backbone": dict(state)}, {}
-    last, rest = split({name: state[name] for name in outline(backbone, image_size)}, how.blocks)
+    last, rest = split_blocks({name: state[name] for name in state_shapes(backbone, image_size)}, how.blocks)
     if how.lora_rank:
-        return {"lora": create(key, last, how.lora_rank)}, {"backbone": dict(state)}
+        return {"lora": create_lora(key, last, how.lora_rank)}, {"backbone": dict(state)}
     return {"backbone": last}, {"backbone": rest} if rest else {}
 
 
-def features_learn(params: Tree) -> bool:
-    """Returns whether training changes the features: `params` hold more than the hash head."""
+def features_learn(params: State) -> bool:
+    """Returns whether training changes the features: whether `params` contain more than the hash head."""
     return params.keys() != {"head"}
 
 
-def backbone_state(params: Tree, frozen: Tree, scale: float) -> Tree:
-    """Returns the whole state of a backbone out of what learns and what does not; `scale`: of corrections."""
-    state = _joined(frozen.get("backbone", {}), params.get("backbone", {}))
-    return corrected(state, params["lora"], scale) if "lora" in params else state
+def backbone_state(params: State, frozen: State, scale: float) -> Tree:
+    """Returns the state with which a backbone is trained.
+
+    Args:
+      params: Parameters that training changes.
+      frozen: Parameters that it keeps.
+      scale: α / rank of LoRA.
+    """
+    state = join_states(frozen.get("backbone", {}), params.get("backbone", {}))
+    return apply_lora(state, params["lora"], scale) if "lora" in params else state
 
 
-def settled(params: Tree, frozen: Tree, scale: float) -> tuple[Tree, Tree]:
-    """Returns parameters for use, with the whole backbone in one of the two and no corrections beside it."""
+def merge_params(params: State, frozen: State, scale: float) -> tuple[State, State]:
+    """Returns parameters for inference: the whole backbone in one of both trees, with LoRA's factors in its kernels.
+
+    Args:
+      params: Parameters that training changed.
+      frozen: Parameters that it kept.
+      scale: α / rank of LoRA.
+    """
     if not (features_learn(params) and frozen):
         return params, frozen
-    state = _joined(frozen["backbone"], params.get("backbone", {}))
+    state = join_states(frozen["backbone"], params.get("backbone", {}))
     if "lora" in params:
-        state = merged(state, params["lora"], scale)
+        state = merge_lora(state, params["lora"], scale)
     return {"head": params["head"], "backbone": state}, {}
 
 
-def _joined(one: Tree, other: Tree) -> Tree:
-    made = dict(one)
-    for name, inner in other.items():
-        made[name] = _joined(made[name], inner) if name in made else inner
-    return made
+def join_states(first: State, second: State) -> Tree:
+    """Returns the entries of two states that have no array in common."""
+    return traverse_util.unflatten_dict(traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second))
+
+
+def kernel_shapes(shapes: State) -> Iterator[tuple[tuple[Any, ...], tuple[int, int]]]:
+    """Yields the path, the number of rows and that of columns of every kernel that LoRA applies to, in a fixed order.
+
+    These are matrices [inputs, outputs] and convolutions [height, width, inputs, outputs]. Rows of a convolution are
+    the pixels under it, channel by channel: A is a convolution to few channels and B a 1×1 convolution. Depthwise
+    kernels have no inputs to mix and are left out.
+
+    Args:
+      shapes: A state, or the shapes of one.
+    """
+    for path, leaf in traverse_util.flatten_dict(shapes).items():
+        if path[-1] == "kernel" and (len(leaf.shape) == 2 or (len(leaf.shape) == 4 and leaf.shape[2] > 1)):
+            yield path, (math.prod(leaf.shape[:-1]), leaf.shape[-1])
+
+
+def create_lora(key: PRNGKeyArray, state: State, rank: int) -> Tree:
+    """Returns factors "a" [rows, rank] and "b" [rank, columns] of every kernel, in a tree like the state.
+
+    B is 0, so that training starts from the state itself; A is normal with deviation 1/√rows.
+    """
+    factors = {}
+    for number, (path, (rows, columns)) in enumerate(kernel_shapes(state)):
+        a = jax.random.normal(jax.random.fold_in(key, number), (rows, rank)) * rows**-0.5
+        factors[path] = {"a": a, "b": jnp.zeros((rank, columns))}
+    return traverse_util.unflatten_dict(factors)
+
+
+def apply_lora(state: State, factors: State, scale: float) -> Tree:
+    """Returns the state with the kernels W + scale · A·B, for training: gradients reach the factors."""
+
+    def add(kernel: Array, a: Array, b: Array) -> Array:
+        # In full precision also on accelerators, so that training uses the same kernels as `merge_lora` returns.
+        return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
+
+    return _map_kernels(add, state, factors)
+
+
+def merge_lora(state: State, factors: State, scale: float) -> Tree:
+    """Returns the state with the kernels W + scale · A·B, for inference: in float64 on the host, rounded to float32."""
+
+    def add(kernel: Array, a: Array, b: Array) -> Array:
+        product = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+        return jnp.asarray((np.asarray(kernel, np.float64) + scale * product.reshape(kernel.shape)).astype(np.float32))
+
+    return _map_kernels(add, state, factors)
+
+
+def _map_kernels(function: Callable[[Array, Array, Array], Array], state: State, factors: State) -> Tree:
+    pairs = traverse_util.flatten_dict(factors)
+    leaves = traverse_util.flatten_dict(state)
+    made = {p: function(x, pairs[*p, "a"], pairs[*p, "b"]) if (*p, "a") in pairs else x for p, x in leaves.items()}
+    return traverse_util.unflatten_dict(made)
 
 
 def checkpoint_blocks(network: nnx.Module) -> None:
-    """Has the gradient of each block of a network compute anew what the block made, instead of keeping it."""
+    """Replaces each block of a network by one that keeps only its input and recomputes the rest for its gradient."""
     for name, blocks in list(vars(network).items()):
         if isinstance(blocks, nnx.List):
             setattr(network, name, nnx.List([_Checkpointed(block) for block in blocks]))
@@ -270,5 +267,6 @@ class _Checkpointed(nnx.Module):
         self.block = block
 
     def __call__(self, x: Array) -> Array:
+        # `jax.checkpoint` differentiates with respect to its arguments only, so the state must be one of them.
         graph, state = nnx.split(self.block)
         return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)

@@ -1,4 +1,4 @@
-"""The backbones by name, each with what its input must look like."""
+"""The backbones by name: how to build each one, prepare its input and load its weights."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cib_jax.errors import ConfigError
 from cib_jax.models import clip, convnet, dinov2, efficientnet, resnet, vgg
 from cib_jax.models.state_dict import Tree
 from cib_jax.models.vit import Design
@@ -17,31 +18,32 @@ Numbers = tuple[float, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A network from images [batch, h, w, 3] to features [batch, `features`], and how to feed and load it."""
+    """A network from images [batch, h, w, 3] to features [batch, `features`]."""
 
     name: str
     features: int
-    mean: Numbers  # of the channels of pixels scaled to [0, 1]; where features are taken, of each feature
-    deviation: Numbers
-    image_size: int  # its usual input size, in pixels
-    smallest: int  # the smallest input size that it takes
-    build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) to the network, randomly initialized
-    convert: Callable[[Mapping[str, np.ndarray]], Tree] | None  # named tensors to its state; None: from scratch
-    reads: tuple[str, ...] = ("",)  # how the names of its tensors begin, where a file of weights holds more than them
-    multiple: int = 1  # what an input size must be a multiple of, in pixels
-    takes: str = "images"  # or "features": there is no network, and they are standardised alone
+    mean: Numbers  # subtracted from pixels in [0, 1], by channel; if `takes` is "features", from each feature
+    deviation: Numbers  # by which the differences are divided
+    image_size: int  # usual side of the input in pixels
+    smallest: int  # smallest side of the input
+    build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) → network with random weights
+    convert: Callable[[Mapping[str, np.ndarray]], Tree] | None  # named tensors → state; None: no published weights
+    reads: tuple[str, ...] = ("",)  # beginnings of its tensors' names, if weight files contain other networks too
+    multiple: int = 1  # divisor of every possible side of the input
+    takes: str = "images"  # or "features", which go through no network and are only standardized
 
 
-class _Nothing(nnx.Module):
-    """Hands on what it gets."""
+class _Identity(nnx.Module):
+    """The network of features that come from the data."""
 
     def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch features"]:
         return features
 
 
+# Means and deviations of the channels.
 HALF = (0.5, 0.5, 0.5)
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: int) -> Backbone:
@@ -57,101 +59,72 @@ def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: i
     )
 
 
-def _dinov2(name: str, design: Design) -> Backbone:
+def _torchvision(
+    name: str, features: int, network: Callable[[nnx.Rngs], nnx.Module], convert: Callable[..., Tree]
+) -> Backbone:
     return Backbone(
         name=name,
-        features=design.width,
-        mean=IMAGENET_MEAN,
-        deviation=IMAGENET_DEVIATION,
+        features=features,
+        mean=IMAGENET[0],
+        deviation=IMAGENET[1],
+        image_size=224,
+        smallest=32,
+        build=lambda rngs, image_size: network(rngs),
+        convert=convert,
+    )
+
+
+def _vit(
+    name: str,
+    design: Design,
+    network: Callable[[nnx.Rngs, Design], nnx.Module],
+    convert: Callable[..., Tree],
+    statistics: tuple[Numbers, Numbers],
+    features: int = 0,
+    reads: tuple[str, ...] = ("",),
+) -> Backbone:
+    """Returns a vision transformer; it has `features` or, by default, as many as a token has channels."""
+    mean, deviation = statistics
+    return Backbone(
+        name=name,
+        features=features or design.width,
+        mean=mean,
+        deviation=deviation,
         image_size=224,
         smallest=design.patch,
-        build=lambda rngs, image_size: dinov2.DINOv2(rngs, design),
-        convert=functools.partial(dinov2.convert, design=design),
+        build=lambda rngs, image_size: network(rngs, design),
+        convert=functools.partial(convert, design=design),
+        reads=reads,
         multiple=design.patch,
     )
+
+
+def _dinov2(name: str, design: Design) -> Backbone:
+    return _vit(name, design, dinov2.DINOv2, dinov2.convert, IMAGENET)
 
 
 def _clip(name: str, design: Design) -> Backbone:
-    return Backbone(
-        name=name,
-        features=clip.FEATURES,
-        mean=CLIP_MEAN,
-        deviation=CLIP_DEVIATION,
-        image_size=224,
-        smallest=design.patch,
-        build=lambda rngs, image_size: clip.CLIP(rngs, design),
-        convert=functools.partial(clip.convert_clip, design=design),
-        reads=clip.CLIP_READS,
-        multiple=design.patch,
-    )
+    return _vit(name, design, clip.CLIP, clip.convert_clip, CLIP, clip.FEATURES, clip.CLIP_READS)
 
 
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
-        Backbone(
-            name="convnet",
-            features=convnet.FEATURES,
-            mean=HALF,
-            deviation=HALF,
-            image_size=32,
-            smallest=8,
-            build=convnet.ConvNet,
-            convert=None,
-        ),
+        Backbone("convnet", convnet.FEATURES, HALF, HALF, 32, 8, build=convnet.ConvNet, convert=None),
         _efficientnet_lite(0, efficientnet.LITE0, 224),
         _efficientnet_lite(1, efficientnet.LITE1, 240),
         _efficientnet_lite(2, efficientnet.LITE2, 260),
-        Backbone(
-            name="resnet50",
-            features=resnet.FEATURES,
-            mean=IMAGENET_MEAN,
-            deviation=IMAGENET_DEVIATION,
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: resnet.ResNet50(rngs),
-            convert=resnet.convert,
-        ),
-        Backbone(
-            name="vgg16",
-            features=vgg.FEATURES,
-            mean=IMAGENET_MEAN,
-            deviation=IMAGENET_DEVIATION,
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: vgg.VGG16(rngs),
-            convert=vgg.convert,
-        ),
+        _torchvision("resnet50", resnet.FEATURES, resnet.ResNet50, resnet.convert),
+        _torchvision("vgg16", vgg.FEATURES, vgg.VGG16, vgg.convert),
         _dinov2("dinov2_small", dinov2.SMALL),
         _dinov2("dinov2_base", dinov2.BASE),
         _dinov2("dinov2_small_registers", dinov2.SMALL_REGISTERS),
         _dinov2("dinov2_base_registers", dinov2.BASE_REGISTERS),
         _clip("clip_vit_b32", clip.B32),
         _clip("clip_vit_b16", clip.B16),
-        Backbone(
-            name="siglip_base",
-            features=clip.BASE.width,
-            mean=HALF,
-            deviation=HALF,
-            image_size=224,
-            smallest=clip.BASE.patch,
-            build=lambda rngs, image_size: clip.SigLIP(rngs, clip.BASE),
-            convert=functools.partial(clip.convert_siglip, design=clip.BASE),
-            reads=clip.SIGLIP_READS,
-            multiple=clip.BASE.patch,
-        ),
-        # How many features there are, their mean and deviation come from the data: `encoder.create_encoder` fills in.
-        Backbone(
-            name="none",
-            features=0,
-            mean=(),
-            deviation=(),
-            image_size=0,
-            smallest=0,
-            build=lambda rngs, image_size: _Nothing(),
-            convert=None,
-            takes="features",
-        ),
+        _vit("siglip_base", clip.BASE, clip.SigLIP, clip.convert_siglip, (HALF, HALF), reads=clip.SIGLIP_READS),
+        # The number of features, their means and deviations come from the data; `create_encoder` fills them in.
+        Backbone("none", 0, (), (), 0, 0, build=lambda rngs, size: _Identity(), convert=None, takes="features"),
     )
 }
 
@@ -160,8 +133,8 @@ def get(name: str) -> Backbone:
     """Returns the backbone called `name`.
 
     Raises:
-        ValueError: if there is none.
+      ConfigError: There is no backbone of this name.
     """
     if name not in BACKBONES:
-        raise ValueError(f"backbone is {name!r}: choose one of {', '.join(sorted(BACKBONES))}.")
+        raise ConfigError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, got {name!r}", field="backbone")
     return BACKBONES[name]

@@ -1,65 +1,93 @@
-"""A checkpoint's named tensors, held against what a network needs."""
+"""A PyTorch state-dict's tensors: comparison with a network's shapes, and folding of batch norms into convolutions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# backbones.tensors: A checkpoint's named tensors, held against what a network needs.
-
 Shape = tuple[int, ...]
-Tree = dict  # nested: names to trees or float32 arrays
+Tree = dict[Any, Any]
+"""Nested dicts of arrays, keyed by names and, for blocks, by numbers."""
 
 
 class MismatchError(ValueError):
-    """The tensors are not this network's: some are missing, unknown or of another shape."""
+    """The tensors belong to another network: some are missing, unknown or of another shape."""
+
+
+class NormedConvolution(NamedTuple):
+    """A convolution without bias and the batch norm after it, by their names in the state-dict."""
+
+    conv: str
+    norm: str
+    shape: Shape  # of PyTorch's weight: [outputs, inputs, height, width]
+
+    @property
+    def torch_shapes(self) -> dict[str, Shape]:
+        """The names and shapes of the tensors of both."""
+        parts = ("weight", "bias", "running_mean", "running_var")
+        return {f"{self.conv}.weight": self.shape} | {f"{self.norm}.{part}": self.shape[:1] for part in parts}
 
 
 def validate_shapes(
     tensors: Mapping[str, np.ndarray], needed: Mapping[str, Shape], extra: frozenset[str] | set[str]
 ) -> None:
-    """Raises MismatchError unless all that is `needed` is there, in its shape, and else only `extra`."""
-    faults = _list("missing", [name for name in needed if name not in tensors])
-    faults += _list("unknown", [name for name in tensors if name not in needed and name not in extra])
+    """Raises `MismatchError` unless all `needed` tensors are there, in these shapes, and no others but `extra` ones."""
     present = {name: tensors[name] for name in needed if name in tensors}
-    faults += _list(
-        "of another shape",
-        [f"{n} {list(t.shape)} (needed {list(needed[n])})" for n, t in present.items() if t.shape != needed[n]],
-    )
-    faults += _list("not of floats", [f"{n} ({t.dtype})" for n, t in present.items() if not is_float(t)])
-    if faults:
-        raise MismatchError("; ".join(faults))
+    faults = {
+        "missing": [name for name in needed if name not in tensors],
+        "unknown": [name for name in tensors if name not in needed and name not in extra],
+        "of another shape": [
+            f"{name} {list(tensor.shape)} (needed {list(needed[name])})"
+            for name, tensor in present.items()
+            if tensor.shape != needed[name]
+        ],
+        "not of floats": [f"{name} ({tensor.dtype})" for name, tensor in present.items() if not _is_float(tensor)],
+    }
+    listed = [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
+    if listed:
+        raise MismatchError("; ".join(listed))
 
 
-def is_float(tensor: np.ndarray) -> bool:
-    """Returns whether the dtype is a float, bfloat16 included (which NumPy itself does not count as one)."""
+def fold_batch_norms(
+    tensors: Mapping[str, np.ndarray], layers: Sequence[NormedConvolution], epsilon: float
+) -> dict[str, Tree]:
+    """Returns a `kernel` [height, width, inputs, outputs] and a `bias` [outputs], float32, for each convolution.
+
+    A batch norm with fixed statistics scales and shifts each output, so it can become a part of the convolution. The
+    result is computed in float64 and rounded once.
+
+    Args:
+      tensors: The state-dict.
+      layers: The network's convolutions.
+      epsilon: The number that the batch norms add to the variance.
+    """
+    folded = {}
+    for layer in layers:
+        weight = tensors[f"{layer.conv}.weight"].astype(np.float64)
+        gain, offset, mean, variance = (
+            tensors[f"{layer.norm}.{part}"].astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gain / np.sqrt(variance + epsilon)
+        kernel = weight.transpose(2, 3, 1, 0) * scale
+        folded[layer.conv] = {"kernel": as_float32(kernel), "bias": as_float32(offset - mean * scale)}
+    return folded
+
+
+def counters(layers: Sequence[NormedConvolution]) -> set[str]:
+    """Returns the names of the batch norms' step counters, which PyTorch's files may contain."""
+    return {f"{layer.norm}.num_batches_tracked" for layer in layers}
+
+
+def as_float32(tensor: np.ndarray) -> np.ndarray:
+    """Returns the tensor in float32, contiguous."""
+    return np.ascontiguousarray(tensor, dtype=np.float32)
+
+
+def _is_float(tensor: np.ndarray) -> bool:
+    # NumPy itself does not count the extension type bfloat16 as a float.
     return np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == "bfloat16"
 
 
-def _list(fault: str, names: list[str], shown: int = 3) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return [f"{fault}: {', '.join(names[:shown])}{more}"]
-
-
-# backbones.folding: A convolution and the frozen batch norm after it, as one layer: a kernel and a bias.
-
-
-def torch_shapes(conv: str, norm: str, shape: Shape) -> dict[str, Shape]:
-    """Returns the names and shapes of PyTorch's tensors for both; `shape` is [outputs, inputs, kh, kw]."""
-    parts = ("weight", "bias", "running_mean", "running_var")
-    return {f"{conv}.weight": shape} | {f"{norm}.{part}": shape[:1] for part in parts}
-
-
-def fold(tensors: Mapping[str, np.ndarray], conv: str, norm: str, epsilon: float) -> Tree:
-    """Returns the layer's `kernel` [kh, kw, inputs, outputs] and `bias` [outputs], float32.
-
-    Computed in float64, so that the folding rounds only once. `epsilon` is what the norm adds to the variance.
-    """
-    weight = tensors[f"{conv}.weight"].astype(np.float64)
-    gain, offset, mean, variance = (
-        tensors[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gain / np.sqrt(variance + epsilon)
-    kernel = weight.transpose(2, 3, 1, 0) * scale
-    return {"kernel": kernel.astype(np.float32), "bias": (offset - mean * scale).astype(np.float32)}
+def _first(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

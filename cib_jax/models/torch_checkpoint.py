@@ -1,73 +1,49 @@
-"""A torch file's pickle, read as data: nothing that it names is ever imported or called.
+"""Reader of PyTorch's checkpoint files without PyTorch; nothing that a file names is imported.
 
-A pickle is a program. `pickle` is therefore not used to run it: `pickletools` splits it into operations, and
-the few that a saved state-dict needs are interpreted here, over dicts, tuples, lists and descriptions of
-tensors. Any other operation, and any other name, is refused.
-Source: the standard library's `pickletools`, which documents every operation."""
+Both formats are read: zip archives (since PyTorch 1.6) and, before them, five pickles in a row followed by the numbers
+(`torch/serialization.py`). A pickle is a program, so it runs in an unpickler that knows nothing but what a state-dict
+of tensors needs.
+"""
 
-import dataclasses
 import io
 import math
-import pickletools
+import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-# backbones.torch_pickle: A torch file's pickle, read as data: nothing that it names is ever imported or called.
-#
-# A pickle is a program. `pickle` is therefore not used to run it: `pickletools` splits it into operations, and
-# the few that a saved state-dict needs are interpreted here, over dicts, tuples, lists and descriptions of
-# tensors. Any other operation, and any other name, is refused.
-# Source: the standard library's `pickletools`, which documents every operation.
-
 DTYPES = {
-    ("torch", f"{name}Storage"): np.dtype(dtype)
+    f"torch.{name}Storage": np.dtype(dtype)
     for name, dtype in {
-        "Float": "<f4",
-        "Double": "<f8",
-        "Half": "<f2",
-        "BFloat16": ml_dtypes.bfloat16,
-        "Long": "<i8",
-        "Int": "<i4",
-        "Short": "<i2",
-        "Char": "i1",
-        "Byte": "u1",
-        "Bool": "?",
+        "Float": "<f4", "Double": "<f8", "Half": "<f2", "BFloat16": ml_dtypes.bfloat16, "Long": "<i8", "Int": "<i4",
+        "Short": "<i2", "Char": "i1", "Byte": "u1", "Bool": "?",
     }.items()
-}
-ORDERED_DICT = ("collections", "OrderedDict")
-TENSOR = ("torch._utils", "_rebuild_tensor_v2")
-PARAMETER = ("torch._utils", "_rebuild_parameter")
-KNOWN = {ORDERED_DICT, TENSOR, PARAMETER, *DTYPES}
+}  # fmt: skip
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_VERSION = 1001
+LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little") + b"."
+ZIP_START = b"PK\x03\x04"
+LARGEST_PICKLE = 4 << 20  # bytes; a network with 300 tensors has a pickle of 30 KB
 
 
 class FormatError(ValueError):
-    """The bytes are not a torch file that holds plain tensors; the message says why, in half a sentence."""
+    """The bytes are not a PyTorch file of plain tensors; the message completes a sentence that begins with the path."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """What a pickle refers to as module and name: a label here, never looked up."""
-
-    path: tuple[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """A run of numbers in the file, that tensors are views of."""
+class Storage(NamedTuple):
+    """An array of numbers in the file; tensors are views of it."""
 
     dtype: np.dtype
     key: str
-    count: int
+    size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A strided view of a storage; offset and strides count elements."""
 
     storage: Storage
@@ -76,135 +52,28 @@ class Tensor:
     strides: tuple[int, ...]
 
 
-def interpret(data: bytes) -> tuple[Any, int]:
-    """Returns what the first pickle in `data` describes, and its length in bytes. Runs nothing that it names.
-
-    Raises:
-        FormatError: if the pickle is cut short or asks for more than dicts, tuples, lists, numbers, tensors.
-    """
-    machine = _Machine()
-    try:
-        for opcode, argument, position in pickletools.genops(data):
-            if opcode.name == "STOP":
-                return machine.stack.pop(), (position or 0) + 1
-            if opcode.name not in OPERATIONS:
-                raise FormatError(f"holds the pickle operation {opcode.name}, which no file of weights needs")
-            OPERATIONS[opcode.name](machine, argument)
-    except FormatError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise FormatError(f"is cut short or corrupt ({shown(error)})") from error
-    raise FormatError("is cut short: its pickle does not end")
-
-
-def shown(value: object, longest: int = 80) -> str:
-    """Returns text from an untrusted file such that a terminal can show it: plain ASCII, not too long."""
+def printable(value: object, longest: int = 80) -> str:
+    """Returns text from an untrusted file in plain ASCII, without control characters and not too long."""
     text = ascii(str(value)[: longest + 1])[1:-1]
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
-class _Machine:
-    """The stack, the marks and the memo of a pickle."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def pop(self, count: int) -> tuple[Any, ...]:
-        if len(self.stack) < count:
-            raise FormatError("is corrupt (its pickle takes more than it gave)")
-        taken = tuple(self.stack[len(self.stack) - count :])
-        del self.stack[len(self.stack) - count :]
-        return taken
-
-    def mark(self) -> None:
-        self.marks.append(self.stack)
-        self.stack = []
-
-    def pop_mark(self) -> tuple[Any, ...]:
-        taken, self.stack = tuple(self.stack), self.marks.pop()
-        return taken
-
-    def set_items(self, pairs: tuple[Any, ...]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in pairs[::2]):
-            raise FormatError("is corrupt (its pickle fills what is not a dict of names)")
-        target.update(zip(pairs[::2], pairs[1::2], strict=True))
-
-    def extend(self, items: tuple[Any, ...]) -> None:
-        if not isinstance(self.stack[-1], list):
-            raise FormatError("is corrupt (its pickle extends what is not a list)")
-        self.stack[-1].extend(items)
+def _natural(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
+        raise FormatError("is corrupt or malicious (a size, stride or offset is not a number from 0 to 2⁴⁸)")
+    return value
 
 
-def _push(machine: _Machine, argument: Any) -> None:
-    machine.push(argument)
+class _Dict(dict[Any, Any]):
+    """A dict of a pickle; its keys are text or integers, since hashing nested tuples can exhaust time or the stack."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int):
+            raise FormatError("is corrupt (a key of a dict is neither text nor a number)")
+        super().__setitem__(key, value)
 
 
-def _constant(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(make())
-
-
-def _tuple(count: int) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(machine.pop(count))
-
-
-def _name(machine: _Machine, argument: str) -> None:
-    module, _, name = argument.partition(" ")
-    _push_name(machine, (module, name))
-
-
-def _stack_name(machine: _Machine, _: None) -> None:
-    module, name = machine.pop(2)
-    _push_name(machine, (module, name))
-
-
-def _push_name(machine: _Machine, path: tuple[str, str]) -> None:
-    if not all(isinstance(part, str) for part in path):
-        raise FormatError("is corrupt (a name that is no text)")
-    if path not in KNOWN:
-        raise FormatError(
-            f"asks for the Python object {shown('.'.join(path))}: not a plain state-dict, perhaps malicious"
-        )
-    machine.push(Name(path))
-
-
-def _reduce(machine: _Machine, _: None) -> None:
-    """What would be a call: each of the three known makers is carried out here, by hand."""
-    maker, arguments = machine.pop(2)
-    if maker == Name(ORDERED_DICT) and arguments == ():
-        machine.push({})
-    elif maker == Name(TENSOR) and isinstance(arguments, tuple) and len(arguments) in (6, 7):
-        machine.push(_describe(*arguments[:4]))
-    elif maker == Name(PARAMETER) and isinstance(arguments, tuple) and isinstance(arguments[0], Tensor):
-        machine.push(arguments[0])
-    else:
-        raise FormatError("is corrupt (its pickle calls what cannot be called)")
-
-
-def _build(machine: _Machine, _: None) -> None:
-    """A state-dict carries its layers' versions as an attribute, which is of no use here: it is dropped."""
-    target, _state = machine.pop(2)
-    if not isinstance(target, dict):
-        raise FormatError("is corrupt (its pickle sets attributes of what is not a dict)")
-    machine.push(target)
-
-
-def _persistent(machine: _Machine, _: None) -> None:
-    (identity,) = machine.pop(1)
-    kind, name, key, _location, count = identity[:5]
-    if kind != "storage" or not isinstance(name, Name) or name.path not in DTYPES or not isinstance(key, str):
-        raise FormatError("is corrupt (it refers to a storage of no known type)")
-    if len(identity) > 5 and identity[5] is not None:
-        raise FormatError("holds views of storages, which PyTorch stopped writing in 2017")
-    machine.push(Storage(DTYPES[name.path], key, _natural(count)))
-
-
-def _describe(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_unused: Any) -> Tensor:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise FormatError("is corrupt (a tensor without storage, shape or strides)")
     if len(shape) != len(strides) or len(shape) > 8:
@@ -212,177 +81,204 @@ def _describe(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     return Tensor(storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides)))
 
 
-def _natural(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
-        raise FormatError("is corrupt or malicious (a size, stride or offset that is negative or absurd)")
-    return value
+def _parameter(tensor: Any, *_unused: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise FormatError("is corrupt (a parameter that is not a tensor)")
+    return tensor
 
 
-OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"), _push),
-    "NONE": _constant(lambda: None),
-    "NEWTRUE": _constant(lambda: True),
-    "NEWFALSE": _constant(lambda: False),
-    "EMPTY_DICT": _constant(dict),
-    "EMPTY_LIST": _constant(list),
-    "EMPTY_TUPLE": _constant(tuple),
-    "TUPLE1": _tuple(1),
-    "TUPLE2": _tuple(2),
-    "TUPLE3": _tuple(3),
-    "MARK": lambda machine, _: machine.mark(),
-    "TUPLE": lambda machine, _: machine.push(machine.pop_mark()),
-    "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
-    "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
-    "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda machine, i: machine.memo.__setitem__(i, machine.stack[-1])),
-    "MEMOIZE": lambda machine, _: machine.memo.__setitem__(len(machine.memo), machine.stack[-1]),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, i: machine.push(machine.memo[i])),
-    "GLOBAL": _name,
-    "STACK_GLOBAL": _stack_name,
-    "REDUCE": _reduce,
-    "BUILD": _build,
-    "BINPERSID": _persistent,
+# The only functions that a pickle can call. Each stands in for the one of this name and validates its arguments.
+CONSTRUCTORS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda: _Dict(),  # noqa: PLW0108 - it takes no arguments
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
 }
+# Operations that a state-dict needs, in the protocols 2 to 5.
+OPERATIONS = (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE,
+    pickle.SHORT_BINUNICODE, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.MARK, pickle.TUPLE, pickle.SETITEM, pickle.SETITEMS, pickle.APPEND, pickle.APPENDS, pickle.BINPUT,
+    pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL, pickle.STACK_GLOBAL,
+    pickle.REDUCE, pickle.BINPERSID,
+)  # fmt: skip
 
 
-# backbones.torch_format: PyTorch's two file formats without PyTorch: a zip archive (since 1.6) and, before it, pickles in a row.
-#
-# Source: the layout that `torch/serialization.py` writes. The pickles are interpreted by `torch_pickle`.
+class _Unpickler(pickle._Unpickler):
+    """Unpickles dicts, lists, tuples, numbers, text and descriptions of tensors; refuses every other operation.
+
+    It extends the Python implementation, not the one in C: only here operations can be left out, and the one in C
+    allocates as much memory for its memo as a file of ten bytes asks for.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns one of `CONSTRUCTORS`, or the name of a type of storage, which is not callable."""
+        path = f"{module}.{name}"
+        if path not in CONSTRUCTORS and path not in DTYPES:
+            raise FormatError(f"asks for the Python object {printable(path)}: not a plain state-dict, maybe malicious")
+        return CONSTRUCTORS.get(path, path)
+
+    def persistent_load(self, identity: Any) -> Storage:
+        """Returns the description of a storage."""
+        kind, name, key, _location, count, *view = identity
+        if kind != "storage" or not isinstance(name, str) or name not in DTYPES or not isinstance(key, str):
+            raise FormatError("is corrupt (it refers to a storage of unknown type)")
+        if view and view[0] is not None:
+            raise FormatError("holds views of storages, which PyTorch stopped writing in 2017")
+        return Storage(DTYPES[name], key, _natural(count))
+
+    def _empty_dict(self) -> None:
+        self.stack.append(_Dict())
+
+    def _build(self) -> None:
+        """Drops the attributes of a state-dict (its layers' versions); pickle's own BUILD would set any attribute."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _Dict):
+            raise FormatError("is corrupt (its pickle sets attributes of something other than a dict)")
+
+    def _refuse(self) -> None:
+        raise FormatError("holds a pickle operation that a state-dict does not need")
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict.fromkeys(range(256), _refuse)
+    dispatch.update({code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPERATIONS})
+    dispatch.update({pickle.EMPTY_DICT[0]: _empty_dict, pickle.BUILD[0]: _build})
 
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_VERSION = 1001
-LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little") + b"."
-ZIP_START = b"PK\x03\x04"
-LARGEST_PICKLE = 4 << 20  # bytes; that of a network with 300 tensors has 30 KB
+def _unpickle(data: bytes) -> tuple[Any, int]:
+    """Returns the content of the first pickle in `data` and its length in bytes."""
+    file = io.BytesIO(data)
+    try:
+        return _Unpickler(file).load(), file.tell()
+    except FormatError:
+        raise
+    # Everything that damaged pickles raise: they pop from an empty stack, call a number, end too early …
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+        struct.error,
+    ) as error:  # fmt: skip
+        raise FormatError(f"is cut short or corrupt ({printable(error) or type(error).__name__})") from error
 
 
 def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file written by PyTorch 1.6 or later whose names begin with one of `prefixes`.
+    """Returns the tensors of a file of PyTorch 1.6 or later.
+
+    Args:
+      file: The open file.
+      prefixes: Beginnings of tensor names; the numbers of other tensors are not read.
 
     Raises:
-        FormatError: if it is cut short, corrupt, or holds anything but tensors.
+      FormatError: The file is cut short, corrupt, or holds anything but tensors.
     """
     length = file.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            # PyTorch stores without compression. Held to that, no file can grow when it is read.
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
+            # PyTorch stores without compression; with this rule, no file can expand when it is read.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
                 raise FormatError("holds compressed entries, which PyTorch never writes")
-            if sum(e.file_size for e in archive.infolist()) > length:
+            if sum(entry.file_size for entry in archive.infolist()) > length:
                 raise FormatError("claims to hold more bytes than it has")
             roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
             if len(roots) != 1:
-                raise FormatError("is a zip archive but not one of PyTorch: it has no data.pkl")
+                raise FormatError("is a zip archive but not a PyTorch file: it has no data.pkl")
             root = roots[0]
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise FormatError("was written on a big-endian machine, which is not supported")
             if entries[f"{root}data.pkl"].file_size > LARGEST_PICKLE:
                 raise FormatError(f"has a pickle of more than {LARGEST_PICKLE} bytes")
-            content, _ = interpret(archive.read(f"{root}data.pkl"))
+            content, _ = _unpickle(archive.read(f"{root}data.pkl"))
 
-            def read_storage(storage: Storage) -> bytes:
-                name = f"{root}data/{storage.key}"
-                if name not in entries:
-                    raise FormatError(f"lacks the numbers of storage {shown(storage.key)}")
-                return archive.read(name)
+            def read_storage(key: str) -> bytes:
+                if f"{root}data/{key}" not in entries:
+                    raise FormatError(f"lacks the numbers of storage {printable(key)}")
+                return archive.read(f"{root}data/{key}")
 
-            return _materialize(_chosen(_state_dict(content), prefixes), read_storage)
+            return _arrays(_select(_state_dict(content), prefixes), read_storage)
     except FormatError:
         raise
-    # What zipfile raises on damaged archives, depending on which of their fields is damaged.
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        struct.error,
-        zlib.error,
-    ) as error:
-        raise FormatError(f"is cut short or corrupt ({shown(error)})") from error
+    # Everything that zipfile raises on damaged archives, depending on which field is damaged.
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error, zlib.error) as error:
+        raise FormatError(f"is cut short or corrupt ({printable(error)})") from error
 
 
 def read_legacy(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
-    """Returns the same of a file in the format before PyTorch 1.6: five pickles, then all the numbers.
+    """Returns the tensors of a file in the format before PyTorch 1.6: five pickles, then all numbers.
+
+    Args:
+      file: The open file.
+      prefixes: Beginnings of tensor names; the numbers of other tensors are skipped.
 
     Raises:
-        FormatError: if it is cut short, corrupt, or holds anything but tensors.
+      FormatError: The file is cut short, corrupt, or holds anything but tensors.
     """
-    length = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    parts = []
+    length, position, parts = file.seek(0, io.SEEK_END), 0, []
     for _ in range(5):
-        start = file.tell()
-        part, used = interpret(file.read(LARGEST_PICKLE))
-        file.seek(start + used)
+        file.seek(position)
+        part, used = _unpickle(file.read(LARGEST_PICKLE))
+        position += used
         parts.append(part)
+    file.seek(position)
     magic, version, system, content, keys = parts
     if magic != LEGACY_MAGIC or version != LEGACY_VERSION or not isinstance(system, dict):
-        raise FormatError("does not begin as PyTorch's files do")
+        raise FormatError("does not begin like a PyTorch file")
     if system.get("little_endian") is not True:
         raise FormatError("was written on a big-endian machine, which is not supported")
     if not isinstance(keys, list):
         raise FormatError("lists no storages")
     tensors = _state_dict(content)
     declared = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    chosen = _chosen(tensors, prefixes)
-    wanted = {tensor.storage.key for tensor in chosen.values()}
+    selected = _select(tensors, prefixes)
+    needed = {tensor.storage.key for tensor in selected.values()}
     numbers: dict[str, bytes] = {}
     for key in keys:
         if not isinstance(key, str) or key not in declared or key in numbers:
             raise FormatError("is corrupt (it lists a storage that no tensor uses)")
         size = int.from_bytes(file.read(8), "little", signed=True) * declared[key].dtype.itemsize
         if not 0 <= size <= length - file.tell():
-            raise FormatError(f"is cut short or corrupt (storage {shown(key)} would end after the file)")
-        numbers[key] = file.read(size) if key in wanted else b""
-        if key not in wanted:
+            raise FormatError(f"is cut short or corrupt (storage {printable(key)} would end after the file)")
+        numbers[key] = file.read(size) if key in needed else b""
+        if key not in needed:
             file.seek(size, io.SEEK_CUR)
-    missing = declared.keys() - numbers.keys()
-    if missing:
-        raise FormatError(f"lacks the numbers of storage {shown(min(missing))}")
-    return _materialize(chosen, lambda storage: numbers[storage.key])
+    if missing := declared.keys() - numbers.keys():
+        raise FormatError(f"lacks the numbers of storage {printable(min(missing))}")
+    return _arrays(selected, numbers.__getitem__)
 
 
-def _chosen(tensors: dict[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
+def _select(tensors: dict[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(prefixes))}
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
+    # A training checkpoint holds the state-dict under this name, beside an epoch and the like.
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content:
         raise FormatError("holds no state-dict of named tensors")
-    strangers = [n for n, t in content.items() if not isinstance(n, str) or not isinstance(t, Tensor)]
-    if strangers:
-        raise FormatError(f"holds more than named tensors: {shown(strangers[0])} is not one")
+    others = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if others:
+        raise FormatError(f"holds more than named tensors: {printable(others[0])} is not one")
     return content
 
 
-def _materialize(tensors: dict[str, Tensor], read: Callable[[Storage], bytes]) -> dict[str, np.ndarray]:
-    """Views of the storages; a view takes no memory of its own, whatever sizes the file claims."""
+def _arrays(tensors: dict[str, Tensor], read: Callable[[str], bytes]) -> dict[str, np.ndarray]:
+    """Returns views of the storages; a view takes no memory of its own, whatever sizes the file claims."""
     numbers: dict[Storage, np.ndarray] = {}
-    arrays = {}
-    for name, tensor in tensors.items():
-        storage = tensor.storage
-        if storage not in numbers:
-            data = read(storage)
-            if len(data) != storage.count * storage.dtype.itemsize:
-                raise FormatError(f"is cut short or corrupt (storage {shown(storage.key)} has another size)")
-            numbers[storage] = np.frombuffer(data, storage.dtype)
-        arrays[name] = _view(name, tensor, numbers[storage])
-    return arrays
+    for storage in dict.fromkeys(tensor.storage for tensor in tensors.values()):
+        data = read(storage.key)
+        if len(data) != storage.size * storage.dtype.itemsize:
+            raise FormatError(f"is cut short or corrupt (storage {printable(storage.key)} has another size)")
+        numbers[storage] = np.frombuffer(data, storage.dtype)
+    return {name: _view(name, tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def _view(name: str, tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
     count = math.prod(tensor.shape)
     steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)]
     last = tensor.offset + sum(steps) if count else tensor.offset - 1
+    # The second condition refuses strides of 0, by which a few numbers would become an array of any size.
     if last >= len(numbers) or count > len(numbers):
-        raise FormatError(f"is corrupt or malicious (tensor {shown(name)} reaches beyond its storage)")
+        raise FormatError(f"is corrupt or malicious (tensor {printable(name)} reaches beyond its storage)")
     byte_strides = [stride * numbers.itemsize for stride in tensor.strides]
     start = numbers[tensor.offset :] if count else numbers[:0]
     return np.lib.stride_tricks.as_strided(start, tensor.shape, byte_strides, writeable=False)

@@ -1,4 +1,4 @@
-"""VGG-16 up to fc7, the features that CIBHash's published results rest on (arXiv 1409.1556, column D)."""
+"""VGG-16 (arXiv 1409.1556, column D) up to the layer fc7, which gives the features of CIBHash's published results."""
 
 import itertools
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from jaxtyping import Array, Float
 
 from cib_jax.models import conv
 from cib_jax.models.conv import Convolution
-from cib_jax.models.state_dict import Shape, Tree, validate_shapes
+from cib_jax.models.state_dict import Shape, Tree, as_float32, validate_shapes
 
 FEATURES = 4096
-GRID = 7  # the side of the map that fc6 reads
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # a pool after each
+GRID = 7  # side of the map that fc6 takes
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; a pool after each
 PADDING = ((1, 1), (1, 1))
 
 
 class Layer(Convolution):
-    """A 3×3 convolution and a ReLU; a pool after them where it is the last of its stage."""
+    """A 3×3 convolution and a ReLU, followed by a pool in the last layer of a stage."""
 
     def __init__(self, rngs: nnx.Rngs, inputs: int, outputs: int, pools: bool):
         super().__init__(rngs, 3, 3, inputs, outputs)
@@ -42,8 +42,9 @@ class VGG16(nnx.Module):
         self.fc7 = Convolution(rngs, FEATURES, FEATURES)
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 4096"]:
-        """Returns fc7, after its ReLU, of normalized images; in their dtype, if the parameters have it too."""
-        # The last stage's weights are larger than its maps, so it takes the whole batch.
+        """Returns fc7 of normalized images, after its ReLU, in their dtype (the parameters must have the same)."""
+        # The last stage's weights are larger than its maps. Chunks would read them from memory again and again, so this
+        # stage takes the whole batch.
         last = len(self.convolutions) - len(STAGES[-1])
         x = conv.in_chunks(lambda x: self._convolve(x, 0, last), images)
         x = self._convolve(x, last, len(self.convolutions))
@@ -62,10 +63,10 @@ class VGG16(nnx.Module):
 
 
 def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> Float[Array, "batch size size channels"]:
-    """Returns means over `size` × `size` cells, which overlap where the map does not divide evenly.
+    """Returns means over `size` × `size` cells, which overlap if the map does not divide evenly.
 
-    As in `torch.nn.AdaptiveAvgPool2d`, cell i of n inputs takes floor(i n / size) to ceil((i + 1) n / size). Sums are
-    taken in float32, whatever the dtype of `x`, which is the result's.
+    As in `torch.nn.AdaptiveAvgPool2d`, cell i of n inputs covers floor(i n / size) to ceil((i + 1) n / size). Sums are
+    taken in float32; the result has the dtype of `x`.
     """
     if x.shape[1:3] == (size, size):
         return x
@@ -75,42 +76,36 @@ def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> F
 
 def torch_shapes() -> dict[str, Shape]:
     """Returns the name and shape of every tensor that fc7 needs, in torchvision's names."""
-    shapes: dict[str, Shape] = {}
-    for index, (inputs, outputs) in zip(_feature_indices(), _channels(), strict=True):
-        shapes |= {f"features.{index}.weight": (outputs, inputs, 3, 3), f"features.{index}.bias": (outputs,)}
-    shapes |= {"classifier.0.weight": (FEATURES, GRID * GRID * STAGES[-1][-1]), "classifier.0.bias": (FEATURES,)}
-    return shapes | {"classifier.3.weight": (FEATURES, FEATURES), "classifier.3.bias": (FEATURES,)}
+    layers: dict[str, Shape] = {
+        f"features.{index}": (outputs, inputs, 3, 3)
+        for index, (inputs, outputs) in zip(_feature_indices(), _channels(), strict=True)
+    }
+    layers |= {"classifier.0": (FEATURES, GRID * GRID * STAGES[-1][-1]), "classifier.3": (FEATURES, FEATURES)}
+    weights = {f"{name}.weight": shape for name, shape in layers.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
 
 
 def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
     """Returns the state of `VGG16` from tensors in torchvision's or timm's names, with or without classifier.
 
     Raises:
-        MismatchError: if tensors are missing, unknown or of another shape.
+      MismatchError: Tensors are missing, unknown or of another shape.
     """
     if any(name.startswith("pre_logits.") for name in tensors):
         tensors = _from_timm(tensors)
     validate_shapes(tensors, torch_shapes(), {"classifier.6.weight", "classifier.6.bias"})
-    convolutions = {
-        i: {
-            "kernel": _float32(tensors[f"features.{index}.weight"].transpose(2, 3, 1, 0)),
-            "bias": _float32(tensors[f"features.{index}.bias"]),
-        }
-        for i, index in enumerate(_feature_indices())
-    }
-    # torchvision flattens channels first, a NHWC map flattens channels last: fc6's inputs change their order.
+
+    def layer(name: str, kernel: np.ndarray) -> Tree:
+        return {"kernel": as_float32(kernel), "bias": as_float32(tensors[f"{name}.bias"])}
+
+    names = [f"features.{index}" for index in _feature_indices()]
+    # torchvision flattens the last map with channels first, this network with channels last, so fc6's inputs move.
     fc6 = tensors["classifier.0.weight"].reshape(FEATURES, -1, GRID, GRID).transpose(2, 3, 1, 0)
-    fully_connected = {
-        "fc6": {
-            "kernel": _float32(fc6).reshape(-1, FEATURES),
-            "bias": _float32(tensors["classifier.0.bias"]),
-        },
-        "fc7": {
-            "kernel": _float32(tensors["classifier.3.weight"].T),
-            "bias": _float32(tensors["classifier.3.bias"]),
-        },
+    return {
+        "convolutions": {i: layer(n, tensors[f"{n}.weight"].transpose(2, 3, 1, 0)) for i, n in enumerate(names)},
+        "fc6": layer("classifier.0", fc6.reshape(-1, FEATURES)),
+        "fc7": layer("classifier.3", tensors["classifier.3.weight"].T),
     }
-    return {"convolutions": convolutions, **fully_connected}
 
 
 def _channels() -> list[tuple[int, int]]:
@@ -123,7 +118,7 @@ def _last_of_stage() -> set[int]:
 
 
 def _feature_indices() -> list[int]:
-    """torchvision numbers convolutions, ReLUs and pools in one sequence: the numbers of the convolutions."""
+    """Returns the convolutions' numbers in torchvision's sequence of convolutions, ReLUs and pools."""
     indices, position = [], 0
     for i in range(len(_channels())):
         indices.append(position)
@@ -132,7 +127,7 @@ def _feature_indices() -> list[int]:
 
 
 def _from_timm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """timm's names and shapes into torchvision's: there fc6 and fc7 are convolutions."""
+    """Returns the tensors in torchvision's names and shapes; timm has fc6 and fc7 as convolutions."""
     names = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": "classifier.6"}
     renamed = {}
     for name, tensor in tensors.items():
@@ -149,7 +144,3 @@ def _averaging(inputs: int, outputs: int) -> np.ndarray:
         start, end = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
         matrix[i, start:end] = 1 / (end - start)
     return matrix
-
-
-def _float32(tensor: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(tensor, dtype=np.float32)

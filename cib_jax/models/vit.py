@@ -1,4 +1,8 @@
-"""Position embeddings learned on one grid of patches, brought to another as PyTorch's bicubic interpolation does it."""
+"""Vision transformers (arXiv 2010.11929): position embeddings, layers, the network, and the layout of published files.
+
+Kernels are matrices [inputs, outputs]. Layer norms and softmaxes are computed in float32; everything else has the dtype
+of the images, which must be the dtype of the parameters.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,117 +10,57 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
 from cib_jax.models import conv
-from cib_jax.models.state_dict import Shape, Tree, validate_shapes
+from cib_jax.models.state_dict import Shape, Tree, as_float32, validate_shapes
 
-# backbones.positions: Position embeddings learned on one grid of patches, brought to another as PyTorch's bicubic interpolation does it.
-
-
-def interpolate(
-    grid: Float[Array, "rows columns width"], rows: int, columns: int, *, antialias: bool
-) -> Float[Array, "rows2 columns2 width"]:
-    """Returns the grid with another number of rows and columns, in float32.
-
-    As `torch.nn.functional.interpolate(mode="bicubic", align_corners=False, antialias=antialias)` gives it.
-    """
-    if grid.shape[:2] == (rows, columns):
-        return grid.astype(jnp.float32)
-    down = jnp.asarray(bicubic(grid.shape[0], rows, antialias=antialias), jnp.float32)
-    across = jnp.asarray(bicubic(grid.shape[1], columns, antialias=antialias), jnp.float32)
-    return jnp.einsum("jw,iwc->ijc", across, jnp.einsum("ih,hwc->iwc", down, grid.astype(jnp.float32)))
-
-
-def bicubic(inputs: int, outputs: int, *, antialias: bool) -> np.ndarray:
-    """Returns the matrix [outputs, inputs] of the interpolation along one axis, in float64.
-
-    Without `antialias` the cubic has the sharpness −0.75, is one input wide whatever the ratio, and what lies outside
-    counts as the border. With it, as in Pillow: −0.5, as wide as an output where that is wider, and what lies outside
-    does not count.
-    """
-    ratio = inputs / outputs
-    centers = (np.arange(outputs) + 0.5) * ratio - 0.5
-    wide = max(ratio, 1.0) if antialias else 1.0
-    beyond = 2  # how far the cubic reaches over the border
-    distances = np.abs(np.arange(-beyond, inputs + beyond) - centers[:, None]) / wide
-    weights = _cubic(distances, -0.5 if antialias else -0.75)
-    inside = weights[:, beyond:-beyond].copy()
-    if antialias:
-        return inside / inside.sum(1, keepdims=True)
-    inside[:, 0] += weights[:, :beyond].sum(1)
-    inside[:, -1] += weights[:, -beyond:].sum(1)
-    return inside
-
-
-def _cubic(x: np.ndarray, sharpness: float) -> np.ndarray:
-    """Keys' convolution kernel (IEEE Trans. ASSP 29, 1981) at distances x ≥ 0."""
-    near = ((sharpness + 2) * x - (sharpness + 3)) * x**2 + 1
-    far = sharpness * (((x - 5) * x + 8) * x - 4)
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-# backbones.transformer: What the vision transformers share: from images to tokens, attention, and blocks (arXiv 2010.11929).
-#
-# Kernels are matrices [inputs, outputs]. Layer norms and softmaxes are taken in float32; all else is of the images'
-# dtype, if the parameters have it too.
-
-
-CHUNK_TOKENS = 2**9  # that a CPU takes through a network together: fewer, and it waits for the weights to be read
-DEVIATION = 0.02  # of random weights, as in the paper's own code and those after it
+CHUNK_TOKENS = 2**9  # tokens that a CPU takes through a network at once; with fewer, reading the weights takes longest
+DEVIATION = 0.02  # standard deviation of random weights, as in the code of the paper
 
 
 class Design(NamedTuple):
-    """What sets one vision transformer apart from another."""
+    """The sizes and options in which vision transformers differ."""
 
     patch: int  # side of a patch in pixels
-    grid: int  # patches along a side where the position embeddings were learned
-    width: int  # of a token
+    grid: int  # patches along a side of the images for which the position embeddings were learned
+    width: int  # channels of a token
     heads: int
-    epsilon: float  # of the layer norms
+    epsilon: float  # added to the variance by the layer norms
     activation: Callable[[Array], Array]
-    depth: int = 12  # blocks
-    layer_scale: bool = False  # whether what a block adds is scaled, channel by channel
-    class_token: bool = True  # whether a learned token goes before the patches
-    registers: int = 0  # learned tokens more, without positions
+    depth: int = 12  # number of blocks
+    layer_scale: bool = False  # whether the output of attention and MLP is scaled channel by channel
+    class_token: bool = True  # whether a learned token comes before the patches
+    registers: int = 0  # additional learned tokens, without positions
     patch_bias: bool = True
-    antialias: bool = False  # how position embeddings are brought to another grid
+    first_norm: bool = False  # whether a layer norm comes before the blocks
+    antialias: bool = False  # whether position embeddings are filtered on the way to a smaller grid
 
     @property
     def hidden(self) -> int:
-        """The width inside the MLPs."""
+        """The number of channels inside the MLPs."""
         return 4 * self.width
 
     @property
     def positions(self) -> int:
-        """How many position embeddings there are."""
+        """The number of position embeddings."""
         return self.grid**2 + self.class_token
 
 
 def gelu(x: Array) -> Array:
-    """Returns x Φ(x) by the error function; JAX's own goes by its complement, which takes a CPU three times as long."""
+    """Returns x Φ(x). `jax.nn.gelu` computes it by erfc, which takes three times as long on a CPU."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def gelu_by_tanh(x: Array) -> Array:
-    """Returns the approximation of x Φ(x) by a hyperbolic tangent."""
+    """Returns the approximation of x Φ(x) by tanh."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def gelu_by_sigmoid(x: Array) -> Array:
-    """Returns the approximation x σ(1.702 x) of x Φ(x), which CLIP calls quick."""
+    """Returns the approximation x σ(1.702 x) of x Φ(x), CLIP's "quick GELU"."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def in_chunks(
-    function: Callable[[Float[Array, "images h w 3"]], Float[Array, "images width"]],
-    images: Float[Array, "batch h w 3"],
-    design: Design,
-) -> Float[Array, "batch width"]:
-    """Returns `function(images)`, which must treat every image by itself, on a CPU a few images at a time."""
-    patches = images.shape[1] * images.shape[2] // design.patch**2
-    return conv.in_chunks(function, images, CHUNK_TOKENS // max(1, patches))
 
 
 def attend(
@@ -125,10 +69,11 @@ def attend(
     values: Float[Array, "batch others width"],
     heads: int,
 ) -> Float[Array, "batch tokens width"]:
-    """Returns what each query gathers: softmax(q kᵀ / √d) v in every head of d channels, heads side by side."""
+    """Returns softmax(q kᵀ / √d) v for every head of d channels, with the heads side by side."""
 
     def by_head(x: Array) -> Float[Array, "batch heads tokens channels"]:
-        # Ahead of the products, so that they are plain ones of matrices: half the time of JAX's own form on a CPU.
+        # Transposed first, so that both products are plain batched matrix products. On a CPU this takes half the time
+        # of `jax.nn.dot_product_attention`.
         return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
     q, k, v = by_head(queries), by_head(keys), by_head(values)
@@ -138,7 +83,7 @@ def attend(
 
 
 class Linear(nnx.Module):
-    """A `kernel` [inputs, outputs] and, if wanted, a `bias`."""
+    """A linear layer: a `kernel` [inputs, outputs] and, optionally, a `bias` [outputs]."""
 
     def __init__(self, rngs: nnx.Rngs, inputs: int, outputs: int, *, bias: bool = True):
         self.kernel = drawn(rngs, inputs, outputs)
@@ -151,7 +96,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Each token with mean 0 and variance 1 over its channels, then scaled and shifted."""
+    """Normalizes each token to mean 0 and variance 1 over its channels, then scales and shifts it."""
 
     def __init__(self, width: int, epsilon: float):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
@@ -167,7 +112,7 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Attention of several heads, of tokens among themselves or of queries to tokens."""
+    """Multi-head attention of queries to tokens, or of tokens to themselves."""
 
     def __init__(self, rngs: nnx.Rngs, design: Design):
         self.query, self.key, self.value, self.out = (Linear(rngs, design.width, design.width) for _ in range(4))
@@ -176,7 +121,7 @@ class Attention(nnx.Module):
     def __call__(
         self, queries: Float[Array, "batch tokens width"], tokens: Float[Array, "batch others width"]
     ) -> Float[Array, "batch tokens width"]:
-        """Returns what each of the queries gathers from the tokens."""
+        """Returns the projected outputs of all heads, one per query."""
         return self.out(attend(self.query(queries), self.key(tokens), self.value(tokens), self.heads))
 
 
@@ -194,7 +139,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, each on normalized tokens and added to them."""
+    """Attention and an MLP, each applied to normalized tokens and added to the tokens."""
 
     def __init__(self, rngs: nnx.Rngs, design: Design):
         self.norm1 = LayerNorm(design.width, design.epsilon)
@@ -212,7 +157,7 @@ class Block(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """From images to tokens: each patch through one linear layer, learned tokens ahead, and positions added."""
+    """From images to tokens: a linear layer per patch, position embeddings, and learned tokens before the patches."""
 
     def __init__(self, rngs: nnx.Rngs, design: Design):
         self.patches = Linear(rngs, 3 * design.patch**2, design.width, bias=design.patch_bias)
@@ -222,17 +167,17 @@ class Stem(nnx.Module):
         self.design = design
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch tokens width"]:
-        """Returns the class token, the registers and the patches row by row, each where the design has them.
+        """Returns the class token and the registers, if the design has them, and the patches row by row.
 
         Raises:
-            ValueError: if the images cannot be cut into whole patches.
+          ValueError: The images cannot be cut into whole patches.
         """
         side, width = self.design.patch, self.design.width
         batch, height, broad, _ = images.shape
         if height % side or broad % side:
             raise ValueError(
-                f"images are {height} × {broad} but are cut into patches of {side} × {side}: "
-                f"resize them to multiples of {side} pixels."
+                f"images must be multiples of {side} pixels high and wide, the side of a patch, got {height} × "
+                f"{broad}; resize them"
             )
         rows, columns = height // side, broad // side
         pixels = images.reshape(batch, rows, side, columns, side, 3).swapaxes(2, 3)
@@ -248,8 +193,40 @@ class Stem(nnx.Module):
         return jnp.concatenate(parts, axis=1)
 
 
+class VisionTransformer(nnx.Module):
+    """The stem, the blocks and a layer norm; a subclass defines `_features` in terms of `_tokens`."""
+
+    def __init__(self, rngs: nnx.Rngs, design: Design):
+        # In the order in which images pass them, on which fine-tuning of the last blocks relies.
+        self.stem = Stem(rngs, design)
+        self.first_norm = LayerNorm(design.width, design.epsilon) if design.first_norm else None
+        self.blocks = nnx.List([Block(rngs, design) for _ in range(design.depth)])
+        self.norm = LayerNorm(design.width, design.epsilon)
+        self.design = design
+
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
+        """Returns the features of normalized images, whose sides can be any multiples of a patch's.
+
+        Raises:
+          ValueError: The images cannot be cut into whole patches.
+        """
+        patches = images.shape[1] * images.shape[2] // self.design.patch**2
+        return conv.in_chunks(self._features, images, CHUNK_TOKENS // max(1, patches))
+
+    def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
+        raise NotImplementedError
+
+    def _tokens(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch tokens width"]:
+        x = self.stem(images)
+        if self.first_norm is not None:
+            x = self.first_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def drawn(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    """Returns random weights: normal, cut off at two deviations."""
+    """Returns random weights from a normal distribution, truncated at two standard deviations."""
     return nnx.Param(jax.nn.initializers.truncated_normal(DEVIATION)(rngs.params(), shape, jnp.float32))
 
 
@@ -257,15 +234,61 @@ def _scaled(x: Float[Array, "... width"], scale: nnx.Param | None) -> Float[Arra
     return x if scale is None else x * scale[...]
 
 
-# backbones.layout: Where the parameters of a vision transformer lie in a published file: names, shapes and how they become ours.
+# Position embeddings at other image sizes.
+
+
+def interpolate(
+    grid: Float[Array, "rows columns width"], rows: int, columns: int, *, antialias: bool
+) -> Float[Array, "rows2 columns2 width"]:
+    """Returns the grid with another number of rows and columns, in float32.
+
+    Equivalent to `torch.nn.functional.interpolate(mode="bicubic", align_corners=False, antialias=antialias)`, by which
+    the published networks take images of other sizes than those of training.
+    """
+    if grid.shape[:2] == (rows, columns):
+        return grid.astype(jnp.float32)
+    down = jnp.asarray(bicubic(grid.shape[0], rows, antialias=antialias), jnp.float32)
+    across = jnp.asarray(bicubic(grid.shape[1], columns, antialias=antialias), jnp.float32)
+    return jnp.einsum("jw,iwc->ijc", across, jnp.einsum("ih,hwc->iwc", down, grid.astype(jnp.float32)))
+
+
+def bicubic(inputs: int, outputs: int, *, antialias: bool) -> np.ndarray:
+    """Returns the matrix [outputs, inputs] of the interpolation along one axis, in float64.
+
+    Without `antialias`, the cubic has the sharpness −0.75 and is one input wide at any ratio; inputs beyond the border
+    equal the border. With it, as in Pillow, the sharpness is −0.5, the cubic is as wide as an output when shrinking,
+    and inputs beyond the border have no weight.
+    """
+    ratio = inputs / outputs
+    centers = (np.arange(outputs) + 0.5) * ratio - 0.5
+    wide = max(ratio, 1.0) if antialias else 1.0
+    beyond = 2  # inputs beyond the border that the cubic reaches
+    distances = np.abs(np.arange(-beyond, inputs + beyond) - centers[:, None]) / wide
+    weights = _cubic(distances, -0.5 if antialias else -0.75)
+    inside = weights[:, beyond:-beyond].copy()
+    if antialias:
+        return inside / inside.sum(1, keepdims=True)
+    inside[:, 0] += weights[:, :beyond].sum(1)
+    inside[:, -1] += weights[:, -beyond:].sum(1)
+    return inside
+
+
+def _cubic(x: np.ndarray, sharpness: float) -> np.ndarray:
+    """Returns Keys' convolution kernel (IEEE Trans. ASSP 29, 1981) at distances x ≥ 0."""
+    near = ((sharpness + 2) * x - (sharpness + 3)) * x**2 + 1
+    far = sharpness * (((x - 5) * x + 8) * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+# The names, shapes and order of a published file's tensors.
 
 
 class Part(NamedTuple):
-    """The tensor of one parameter: its name and shape in the file, and how the parameter comes from it."""
+    """The tensor in a file that holds one parameter."""
 
     name: str
     shape: Shape
-    taken: Callable[[np.ndarray], np.ndarray] = np.asarray
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray  # from the tensor to the parameter
 
 
 Layout = dict[Any, Any]
@@ -273,41 +296,35 @@ Layout = dict[Any, Any]
 
 
 def fill(layout: Layout, tensors: Mapping[str, np.ndarray], extra: set[str]) -> Tree:
-    """Returns the state whose arrays lie in `tensors` as the layout says, in float32.
+    """Returns a network's state in float32, taken from a file's tensors.
 
     Args:
-        layout: of the network.
-        tensors: of a file, by name.
-        extra: names in the file that the network does without.
+      layout: The network's layout.
+      tensors: The tensors by name.
+      extra: Names of tensors that a file may contain in addition.
 
     Raises:
-        MismatchError: if tensors are missing, unknown or of another shape.
+      MismatchError: Tensors are missing, unknown or of another shape.
     """
-    validate_shapes(tensors, shapes(layout), extra)
-    return _filled(layout, tensors)
-
-
-def shapes(layout: Layout) -> dict[str, Shape]:
-    """Returns the name and shape of every tensor that the network needs."""
-    found: dict[str, Shape] = {}
-    for part in layout.values():
-        found |= {part.name: part.shape} if isinstance(part, Part) else shapes(part)
-    return found
+    parts = traverse_util.flatten_dict(layout)
+    validate_shapes(tensors, {part.name: part.shape for part in parts.values()}, extra)
+    arrays = {path: as_float32(part.convert(tensors[part.name])) for path, part in parts.items()}
+    return traverse_util.unflatten_dict(arrays)
 
 
 def linear(name: str, inputs: int, outputs: int, *, bias: bool = True) -> Layout:
-    """Returns where a linear layer lies; PyTorch keeps its kernel as [outputs, inputs]."""
+    """Returns the layout of a linear layer; PyTorch's kernels are [outputs, inputs]."""
     kernel: Layout = {"kernel": Part(f"{name}.weight", (outputs, inputs), np.transpose)}
     return kernel | ({"bias": Part(f"{name}.bias", (outputs,))} if bias else {})
 
 
 def norm(name: str, width: int) -> Layout:
-    """Returns where a layer norm lies."""
+    """Returns the layout of a layer norm."""
     return {"scale": Part(f"{name}.weight", (width,)), "bias": Part(f"{name}.bias", (width,))}
 
 
 def patches(name: str, design: Design) -> Layout:
-    """Returns where the layer of the patches lies; in PyTorch it is a convolution."""
+    """Returns the layout of the linear layer of patches, which is a convolution in PyTorch."""
 
     def as_matrix(kernel: np.ndarray) -> np.ndarray:
         return kernel.transpose(2, 3, 1, 0).reshape(-1, design.width)
@@ -316,33 +333,30 @@ def patches(name: str, design: Design) -> Layout:
     return kernel | ({"bias": Part(f"{name}.bias", (design.width,))} if design.patch_bias else {})
 
 
-def clip_block(name: str, design: Design) -> Layout:
-    """Returns where a block lies in the names that CLIP and SigLIP share."""
+def block(name: str, design: Design, norms: str, attention: Mapping[str, str]) -> Layout:
+    """Returns the layout of a block.
+
+    Args:
+      name: The block's name in the file.
+      design: The network's sizes.
+      norms: The name of a layer norm, without its number.
+      attention: The names of the linear layers "query", "key", "value" and "out".
+    """
     width = design.width
-    attention = {
-        ours: linear(f"{name}.self_attn.{theirs}", width, width)
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj"))
-    }
-    return {
-        "norm1": norm(f"{name}.layer_norm1", width),
-        "attention": attention,
-        "norm2": norm(f"{name}.layer_norm2", width),
+    made: Layout = {
+        "norm1": norm(f"{name}.{norms}1", width),
+        "attention": {ours: linear(f"{name}.{theirs}", width, width) for ours, theirs in attention.items()},
+        "norm2": norm(f"{name}.{norms}2", width),
         "mlp": mlp(f"{name}.mlp", design),
     }
+    if design.layer_scale:
+        made |= {f"scale{i}": Part(f"{name}.layer_scale{i}.lambda1", (width,)) for i in (1, 2)}
+    return made
 
 
 def mlp(name: str, design: Design) -> Layout:
-    """Returns where an MLP lies."""
+    """Returns the layout of an MLP."""
     return {
         "hidden": linear(f"{name}.fc1", design.width, design.hidden),
         "out": linear(f"{name}.fc2", design.hidden, design.width),
-    }
-
-
-def _filled(layout: Layout, tensors: Mapping[str, np.ndarray]) -> Tree:
-    return {
-        key: np.ascontiguousarray(part.taken(tensors[part.name]), dtype=np.float32)
-        if isinstance(part, Part)
-        else _filled(part, tensors)
-        for key, part in layout.items()
     }

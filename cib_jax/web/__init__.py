@@ -1,20 +1,19 @@
-"""An index on a network: answers in JSON, the photos behind them, and what keeps both from harm."""
+"""Search page and JSON API of a photo index, served over HTTP."""
 
 import importlib.util
 
-from cib_jax.errors import UserError
-
-
-class WebError(UserError):
-    """What a server is made of is not installed."""
+from cib_jax.errors import WebError
 
 
 def check_installed() -> None:
-    """Checks that the packages of the extra `web` are there.
+    """Checks that the packages of the extra `web` are installed.
 
     Raises:
-      WebError: one is not.
+      WebError: A package is missing.
     """
     for package in ("fastapi", "gradio", "limits", "python_multipart", "starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise WebError(f"--mode=serve: the package {package} is not installed; pip install 'cib-jax[web]'")
+            raise WebError(
+                f"--mode=serve needs the package {package}, which is not installed; pip install 'cib-jax[web]'",
+                field="--mode",
+            )

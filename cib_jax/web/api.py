@@ -1,174 +1,232 @@
-"""The JSON API of a collection: search, thumbnails, and the photos themselves, by id alone.
+"""JSON API of a photo index: search, thumbnails, and the photos themselves, by id only.
 
-| ask | and get |
+| request | answer |
 | --- | --- |
-| `GET /search?id=ID` or `?code=HEX`, with `&k=` and `&radius=` | the nearest; without both, of a random photo |
-| `POST /search?k=`, a photo's bytes or a form with one file | the nearest to that photo, of which nothing is kept |
-| `GET /photo?id=ID` | path and size of a photo, as a search tells them of its results |
-| `GET /thumbnail/ID`, `GET /image/ID` | a JPEG; the second at most 2,048 pixels long, made anew, without metadata |
-| `GET /health` | how many photos there are |
+| `GET /search?id=ID` or `?code=HEX`, with `&k=` and `&radius=` | the nearest photos; without both, of a random photo |
+| `POST /search?k=`, with a photo as the body, or as the only file of a form | the nearest to it; it is not kept |
+| `GET /photo?id=ID` | path and size of a photo, as in the results of a search |
+| `GET /thumbnail/ID`, `GET /image/ID` | a JPEG; the second encoded anew, at most 2,048 pixels long, without metadata |
+| `GET /health` | the number of photos |
 """
 
+import asyncio
 import collections
-import contextlib
 import hashlib
-import json
+import os
+import re
+import secrets
+import stat
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol, TypeVar
 
 import fastapi
+import numpy as np
+from jaxtyping import UInt8
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, QueryParams, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from cib_jax.data.photos import BadPhotoError, DecodedPhoto
-from cib_jax.web import indexed_file, upload
-from cib_jax.web.answers import Answers, Collection, Photo, QueryError, UnknownError, check, shown
-from cib_jax.web.clients import CLIENT
-from cib_jax.web.decoding import BusyError, DecoderError, Decoders
-from cib_jax.web.indexed_file import ChangedError
-from cib_jax.web.limits import Limits
-from cib_jax.web.threads import Threads
+from cib_jax.data.photos import BadPhotoError
+from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
+from cib_jax.web.decode_pool import DecodePool, DecoderError
+from cib_jax.web.middleware import error_response
+from cib_jax.web.settings import Settings
 
+MAX_RESULTS = 1000
+"""Largest number of results of one search."""
+
+_ID = re.compile(r"[0-9a-f]{16}")
 _DAY = 86_400
+_CHANGED = "The photo's file was changed since it was indexed"
+
+T = TypeVar("T")
 
 
-def create(collection: Collection, limits: Limits, *, work: str = "") -> fastapi.FastAPI:
-    """Returns the app, at `state.api` of which the `Api` is; `guard.Guard` must stand before it on a network.
+class Photo(Protocol):
+    """An indexed photo, such as `cib_jax.storage.collection.Photo`."""
+
+    id: str
+    path: str
+    size: int
+    modified_ns: int
+    width: int
+    height: int
+    thumbnail: bytes
+
+
+class Collection(Protocol):
+    """What is searched, such as `cib_jax.Collection`."""
+
+    @property
+    def root(self) -> str: ...  # noqa: D102
+    @property
+    def bits(self) -> int: ...  # noqa: D102
+    @property
+    def side(self) -> int: ...  # noqa: D102
+    @property
+    def codes(self) -> UInt8[np.ndarray, "n bytes"]: ...  # noqa: D102
+    def __len__(self) -> int: ...
+    def encode(self, squares: UInt8[np.ndarray, "n side side 3"], /) -> UInt8[np.ndarray, "n bytes"]: ...  # noqa: D102
+    def nearest(self, codes: UInt8[np.ndarray, "q bytes"], k: int, /) -> Any: ...  # noqa: D102
+    def photos(self, numbers: Any, /, *, thumbnails: bool = True) -> Any: ...  # noqa: D102
+    def number_of(self, id: str, /) -> int | None: ...  # noqa: D102
+
+
+def create_app(collection: Collection, settings: Settings, decoders: DecodePool) -> fastapi.FastAPI:
+    """Returns the app, with the `Api` at `state.api`. On a network it needs `middleware.protect` around it.
 
     Args:
-      collection: what is searched.
-      limits: of what is taken.
-      work: in place of `decoder.work`, "module:function".
-
-    Raises:
-      DecoderError: no process that decodes can be started.
+      collection: What is searched.
+      settings: Limits of the server.
+      decoders: Processes that decode photos; the caller closes them after the `Api`.
     """
-    api = Api(collection, limits, work=work)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            api.close()
-
-    app = fastapi.FastAPI(title="cib_jax", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.api = api
-    app.add_route("/search", _told(api.search), methods=["GET", "POST"])
-    app.add_route("/photo", _told(api.photo), methods=["GET"])
-    app.add_route("/thumbnail/{id}", _told(api.thumbnail), methods=["GET"])
-    app.add_route("/image/{id}", _told(api.image), methods=["GET"])
-    app.add_route("/health", _told(api.health), methods=["GET"])
+    handlers: dict[Any, Any] = {HTTPException: _handle_error, Exception: _handle_error}
+    app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=handlers)
+    api = app.state.api = Api(collection, settings, decoders)
+    app.add_route("/search", api.search, methods=["GET", "POST"])
+    app.add_route("/photo", api.photo, methods=["GET"])
+    app.add_route("/thumbnail/{id}", api.thumbnail, methods=["GET"])
+    app.add_route("/image/{id}", api.image, methods=["GET"])
+    app.add_route("/health", api.health, methods=["GET"])
     return app
 
 
+async def _handle_error(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
 class Api:
-    """What the routes do."""
+    """Endpoints of the API, and the threads that they use. Close it."""
 
-    def __init__(self, collection: Collection, limits: Limits, *, work: str = "") -> None:
-        self.collection, self._limits = collection, limits
-        self.decoders = Decoders(limits.decoding, work)
-        try:
-            self.answers = Answers(lambda: self.collection)
-        except BaseException:
-            self.decoders.close()
-            raise
-        self._searches = Threads(limits.threads, limits.waiting, "search")
-        self._lookups = Threads(4, limits.waiting, "lookup")
-        # As many as processes, so that photos wait here, where clients take turns.
-        self._decoding = Threads(limits.decoding.processes, limits.waiting, "decode", patience=limits.decoding.patience)
-        self._thumbnails = _Kept(limits.thumbnails_mb * 1_000_000)
-        self._closed = False
+    def __init__(self, collection: Collection, settings: Settings, decoders: DecodePool) -> None:
+        """Compiles the encoder, which takes some seconds."""
+        self.collection = collection
+        """The collection that is searched now."""
+        self._settings, self._decoders = settings, decoders
+        self._batcher = EncodeBatcher(collection.encode, collection.side)
 
-    def take(self, collection: Collection) -> None:
-        """Answers from another collection of the same encoder from now on."""
-        self.collection, self._thumbnails = collection, _Kept(self._limits.thumbnails_mb * 1_000_000)
+        def executor(threads: int, name: str) -> FairExecutor:
+            return FairExecutor(threads, settings.waiting, name, patience=settings.patience)
+
+        self._searches, self._lookups = executor(settings.threads, "search"), executor(4, "lookup")
+        # As many threads as processes, so that photos wait here, where clients take turns, and not in the pool.
+        self.decoding = executor(settings.decode_processes, "decode")
+        """Executor of the calls that decode."""
+        self._thumbnails = _ThumbnailCache(settings.thumbnails_mb * 1_000_000)
+
+    def replace(self, collection: Collection) -> None:
+        """Answers from another collection with the same encoder from now on."""
+        self.collection, self._thumbnails = collection, _ThumbnailCache(self._settings.thumbnails_mb * 1_000_000)
 
     def close(self) -> None:
-        """Ends threads and processes; more than once does no harm."""
-        if self._closed:
-            return
-        self._closed = True
-        for threads in (self._searches, self._lookups, self._decoding):
-            threads.close()
-        self.decoders.close()
-        self.answers.close()
+        """Ends all threads."""
+        for executor in (self._searches, self._lookups, self.decoding):
+            executor.close()
+        self._batcher.close()
 
-    async def health(self, request: Request) -> Response:
-        """Tells that the server answers."""
+    async def health(self, _: Request) -> Response:
+        """Returns the number of photos, which also shows that the server is alive."""
         return _json({"status": "ok", "photos": len(self.collection), "bits": self.collection.bits})
 
     async def search(self, request: Request) -> Response:
-        """Answers by an id, a code, a photo, or by chance."""
-        asked = request.query_params
-        if strange := set(asked) - {"id", "code", "k", "radius"}:
-            raise QueryError(f"{min(strange)[:20]!r} is none of id, code, k and radius.")
-        k = _whole(asked, "k", 20)
-        radius = _whole(asked, "radius", -1) if "radius" in asked else None
+        """Returns the nearest photos to an indexed photo, a code, the photo in the body, or a random photo."""
+        query = request.query_params
+        if unknown := set(query) - {"id", "code", "k", "radius"}:
+            raise HTTPException(400, f"Parameters must be among id, code, k and radius, got {min(unknown)[:20]!r}.")
+        k = _integer(query, "k", 20, 1, MAX_RESULTS)
+        radius = _integer(query, "radius", 0, 0) if "radius" in query else None
         if request.method == "POST":
-            check(k, radius)
-            body, kind = await request.body(), request.headers.get("content-type", "")
-            seen = await self._decoding.run(_client(request), self._seen, body, kind)
-            answer = await self._searches.run(
-                _client(request), lambda: self.answers.by_photo(seen.square, k, radius=radius)
-            )
-            return _json(answer)
-        if "id" in asked and "code" in asked:
-            raise QueryError("id, code: give one of them.")
-
-        def answered() -> dict[str, Any]:
-            if "id" in asked:
-                return self.answers.by_id(asked["id"], k, radius=radius)
-            if "code" in asked:
-                return self.answers.by_code(asked["code"], k, radius=radius)
-            return self.answers.random(k, radius=radius)
-
-        return _json(await self._lookups.run(_client(request), answered))
+            body, content_type = await request.body(), request.headers.get("content-type", "")
+            square = await self._decode(request, self._square, body, content_type)
+            found = await self._searches.run(_client(request), self._search_photo, square, k, radius)
+        elif "id" in query and "code" in query:
+            raise HTTPException(400, "Only one of id and code can be given.")
+        elif "code" in query:
+            found = await self._lookups.run(_client(request), self._search_code, query["code"], k, radius)
+        else:
+            found = await self._lookups.run(_client(request), self._search_id, query.get("id"), k, radius)
+        return _json(found)
 
     async def photo(self, request: Request) -> Response:
-        """Tells of a photo what a result of a search tells."""
-        id = request.query_params.get("id", "")
-        found = await self._lookups.run(_client(request), self.answers.photo, id)
-        return _json({"id": found.id, "path": shown(found.path), "width": found.width, "height": found.height})
+        """Returns one photo's metadata in the format of a search result."""
+        photo = await self._lookups.run(_client(request), self._photo, request.query_params.get("id", ""))
+        known = {"id": photo.id, "path": _printable(photo.path), "width": photo.width, "height": photo.height}
+        return _json(known)
 
     async def thumbnail(self, request: Request) -> Response:
-        """Shows a photo's thumbnail out of the index."""
+        """Returns a photo's thumbnail from the index."""
         id = request.path_params["id"]
-        kept = self._thumbnails.get(id)
-        if kept is None:
-            kept = await self._lookups.run(_client(request), self._thumbnail, id)
-        tag, content = kept
-        return _picture(request, tag, content)
+        found = self._thumbnails.get(id)
+        if found is None:
+            found = await self._lookups.run(_client(request), self._thumbnail, id)
+        return _jpeg(request, *found)
 
     async def image(self, request: Request) -> Response:
-        """Shows a photo itself, decoded and encoded again."""
-        photo = await self._lookups.run(_client(request), self.answers.photo, request.path_params["id"])
-        tag = _tag(photo, "image")
-        known = _known(request, tag)
-        content = b"" if known else await self._decoding.run(_client(request), self._image, photo)
-        return _picture(request, tag, content)
+        """Returns a photo, decoded and encoded anew."""
+        photo = await self._lookups.run(_client(request), self._photo, request.path_params["id"])
+        tag = _etag(photo, "image")
+        cached = _is_cached(request, tag)
+        return _jpeg(request, tag, b"" if cached else await self._decode(request, self._image, photo))
 
-    def _seen(self, body: bytes, kind: str) -> DecodedPhoto:
-        return self.decoders.see(upload.photo_of(body, kind), self.collection.side)
+    async def _decode(self, request: Request, function: Callable[..., T], *arguments: Any) -> T:
+        """Returns the result of a function that uses the decoders."""
+        try:
+            return await self.decoding.run(_client(request), function, *arguments)
+        except BadPhotoError as error:
+            raise HTTPException(422, str(error)) from None
+        except DecoderError:
+            traceback.print_exc()  # not a matter of the photo
+            raise unavailable("Photos cannot be decoded now; try again in a moment.") from None
 
-    def _thumbnail(self, id: str) -> tuple[str, bytes]:
-        # First, so that a photo of the collection before is not kept for the one that may come meanwhile.
-        thumbnails = self._thumbnails
-        photo = self.answers.photo(id, thumbnail=True)
-        found = (_tag(photo, "thumbnail"), photo.thumbnail)
-        thumbnails.keep(id, found)
-        return found
+    def _square(self, body: bytes, content_type: str) -> UInt8[np.ndarray, "side side 3"]:
+        return self._decoders.see(_uploaded_photo(body, content_type), self.collection.side).square
 
     def _image(self, photo: Photo) -> bytes:
-        content = indexed_file.read(self.collection.root, photo, self._limits.shown_mb * 1_000_000)
-        limits = self._limits
-        return self.decoders.reduced(content, limits.shown_side, max_megapixels=limits.shown_megapixels)
+        settings = self._settings
+        content = _read_indexed_file(self.collection.root, photo, settings.shown_mb * 1_000_000)
+        return self._decoders.reduced(content, settings.shown_side, max_megapixels=settings.shown_megapixels)
+
+    def _photo(self, id: str) -> Photo:
+        collection = self.collection
+        (photo,) = collection.photos([_number(collection, id)], thumbnails=False)
+        return photo
+
+    def _thumbnail(self, id: str) -> tuple[str, bytes]:
+        # Taken first: if the collection is replaced meanwhile, its thumbnail must not enter the next one's cache.
+        thumbnails, collection = self._thumbnails, self.collection
+        (photo,) = collection.photos([_number(collection, id)], thumbnails=True)
+        found = (_etag(photo, "thumbnail"), photo.thumbnail)
+        thumbnails.put(id, found)
+        return found
+
+    def _search_photo(self, square: UInt8[np.ndarray, "side side 3"], k: int, radius: int | None) -> dict[str, Any]:
+        return _search(self.collection, self._batcher.submit(square).result(), k, radius, None)
+
+    def _search_code(self, code: str, k: int, radius: int | None) -> dict[str, Any]:
+        collection = self.collection
+        digits = collection.bits // 4
+        if not re.fullmatch(rf"[0-9a-fA-F]{{{digits}}}", code):
+            raise HTTPException(400, f"code must be {digits} hexadecimal digits, for {collection.bits} bits.")
+        return _search(collection, np.frombuffer(bytes.fromhex(code), np.uint8), k, radius, None)
+
+    def _search_id(self, id: str | None, k: int, radius: int | None) -> dict[str, Any]:
+        collection = self.collection
+        if id is not None:
+            return _search(collection, collection.codes[_number(collection, id)], k, radius, id)
+        if not len(collection):
+            raise HTTPException(404, "The index has no photo yet.")
+        number = secrets.randbelow(len(collection))
+        (photo,) = collection.photos([number], thumbnails=False)
+        return _search(collection, collection.codes[number], k, radius, photo.id)
 
 
-class _Kept:
-    """Thumbnails that were asked for last, up to so many bytes."""
+class _ThumbnailCache:
+    """The thumbnails that were requested last, up to a number of bytes. Thread-safe."""
 
     def __init__(self, most: int) -> None:
         self._most, self._bytes = most, 0
@@ -181,7 +239,7 @@ class _Kept:
                 self._found.move_to_end(id)
             return self._found.get(id)
 
-    def keep(self, id: str, found: tuple[str, bytes]) -> None:
+    def put(self, id: str, found: tuple[str, bytes]) -> None:
         with self._lock:
             if id in self._found:
                 return
@@ -192,66 +250,145 @@ class _Kept:
                 self._bytes -= len(content)
 
 
-_STATUS: Mapping[type[Exception], int] = {
-    QueryError: 400,
-    UnknownError: 404,
-    ChangedError: 410,
-    BadPhotoError: 422,
-    BusyError: 503,
-    DecoderError: 503,
-}
+def _number(collection: Collection, id: str) -> int:
+    number = collection.number_of(id) if _ID.fullmatch(id) else None
+    if number is None:
+        raise HTTPException(404, "No photo has this id.")
+    return number
 
 
-def _told(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Returns a route that tells in a sentence what it cannot answer."""
+def _search(
+    collection: Collection, code: UInt8[np.ndarray, " bytes"], k: int, radius: int | None, id: str | None
+) -> dict[str, Any]:
+    # A search by radius is one for the k nearest, cut off: on its own, it could return the whole collection.
+    hits = collection.nearest(code[None], min(k, len(collection)))[0] if len(collection) else []
+    hits = [hit for hit in hits if radius is None or hit.distance <= radius]
+    photos = collection.photos([hit.number for hit in hits], thumbnails=False) if hits else []
+    return {
+        "query": {"id": id, "code": code.tobytes().hex()},
+        "bits": collection.bits,
+        "results": [
+            {
+                "id": photo.id,
+                "path": _printable(photo.path),
+                "distance": int(hit.distance),
+                "code": collection.codes[hit.number].tobytes().hex(),
+                "width": photo.width,
+                "height": photo.height,
+                "thumbnail": f"/thumbnail/{photo.id}",
+                "image": f"/image/{photo.id}",
+            }
+            for hit, photo in zip(hits, photos, strict=True)
+        ],
+    }
 
-    async def route(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except tuple(_STATUS) as error:
-            # What a process for decoding ended with is for the log of whoever runs the server.
-            told = "No photo can be decoded now." if isinstance(error, DecoderError) else str(error)
-            return _json({"error": told}, next(code for kind, code in _STATUS.items() if isinstance(error, kind)))
-        except Exception:
-            traceback.print_exc()  # for whoever runs the server
-            return _json({"error": "The server could not answer; whoever runs it finds why in its log."}, 500)
 
-    return route
+def _printable(path: str) -> str:
+    """Returns a path with a replacement character for each byte that is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _client(request: Request) -> str:
-    return getattr(request.state, CLIENT, "")
+    return getattr(request.state, "client", "")
 
 
-def _json(content: dict[str, Any], status: int = 200) -> Response:
-    headers = {"cache-control": "no-store"} | ({"retry-after": "2"} if status == 503 else {})
-    return Response(json.dumps(content), status, headers, "application/json")
+def _integer(query: QueryParams, name: str, default: int, least: int, most: int | None = None) -> int:
+    """Returns an integer parameter of the query."""
+    text = query.get(name, str(default))
+    digits = text.removeprefix("-")
+    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and least <= int(text) <= (most or int(text)):
+        return int(text)
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise HTTPException(400, f"{name} must be an integer {allowed}, got {text[:20]!r}.")
 
 
-def _picture(request: Request, tag: str, content: bytes) -> Response:
+def _json(content: dict[str, Any]) -> Response:
+    return JSONResponse(content, headers={"cache-control": "no-store"})
+
+
+def _jpeg(request: Request, tag: str, content: bytes) -> Response:
     headers = {"etag": tag, "cache-control": f"private, max-age={_DAY}"}
-    if _known(request, tag):
+    if _is_cached(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type="image/jpeg")
 
 
-def _known(request: Request, tag: str) -> bool:
+def _is_cached(request: Request, tag: str) -> bool:
     return tag in [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
 
 
-def _tag(photo: Photo, what: str) -> str:
-    known = f"{what} {photo.id} {photo.size} {photo.modified_ns}"
+def _etag(photo: Photo, kind: str) -> str:
+    known = f"{kind} {photo.id} {photo.size} {photo.modified_ns}"
     return f'"{hashlib.sha256(known.encode()).hexdigest()[:32]}"'
 
 
-def _whole(asked: Mapping[str, str], name: str, default: int) -> int:
-    """Returns a whole number of the query.
+class _InMemoryParser(MultiPartParser):
+    """A parser of forms that never writes a file to disk; `BodyLimits` bounds its memory."""
 
-    Raises:
-      QueryError: it is none.
+    spool_max_size = 1 << 40
+
+
+def _uploaded_photo(body: bytes, content_type: str) -> bytes:
+    """Returns the photo in a request's body: the body itself or, if that is a form, its only file."""
+    kind, options = parse_options_header(content_type)
+    photo = _form_file(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
+    if not photo:
+        raise HTTPException(400, "The request has no photo; send its bytes, or a form with one file.")
+    return photo
+
+
+def _form_file(body: bytes, boundary: bytes) -> bytes:
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    # Of the client's Content-Type only the boundary is used: with its charset, Python's slower codecs could be chosen.
+    headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary.decode("latin-1")}"'})
+    try:
+        form = asyncio.run(_InMemoryParser(headers, chunks(), max_files=1, max_fields=100).parse())
+    except (MultiPartException, ValueError):
+        raise HTTPException(400, "The form is damaged; send the photo's bytes, or a form with one file.") from None
+    for _, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            return value.file.read()
+    return b""
+
+
+def _read_indexed_file(root: str, photo: Photo, most: int) -> bytes:
+    """Returns the content of a photo's file, at most `most` bytes, if it is still the file that was indexed.
+
+    The file is opened first, and what was opened is examined, so that it cannot be replaced in between. It must be a
+    regular file of the size and time that were indexed. With all links resolved, it must be inside the indexed folder;
+    a file elsewhere that a list named must be in the folder that the list gave.
     """
-    given = asked.get(name, str(default))
-    digits = given.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
-        raise QueryError(f"{name}: wanted a whole number, got {given[:20]!r}.")
-    return int(given)
+    path = os.path.join(root, photo.path)
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except (OSError, ValueError):
+        raise HTTPException(410, f"{_CHANGED}: it cannot be opened.") from None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or not _is_inside(root, path, found):
+            raise HTTPException(410, f"{_CHANGED}: it is somewhere else now.")
+        if (found.st_size, found.st_mtime_ns) != (photo.size, photo.modified_ns):
+            raise HTTPException(410, f"{_CHANGED}; index the photos again.")
+        if found.st_size > most:
+            raise HTTPException(410, f"The photo's file is larger than {most // 1_000_000} MB, too large to show.")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(found.st_size)
+    except OSError:
+        raise HTTPException(410, "The photo's file cannot be read now.") from None
+    finally:
+        os.close(descriptor)
+
+
+def _is_inside(root: str, path: str, found: os.stat_result) -> bool:
+    """Returns whether an opened file is the one that `path`, with links resolved, names inside `root` now."""
+    if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
+        root = os.path.dirname(path)
+    try:
+        real, folder = os.path.realpath(path, strict=True), os.path.realpath(root, strict=True)
+        there = os.stat(real, follow_symlinks=False)
+        return os.path.commonpath([real, folder]) == folder and os.path.samestat(there, found)
+    except (OSError, ValueError):
+        return False

@@ -1,63 +1,66 @@
-// What the page does. Gradio runs it once with `element`, `props`, `trigger` and `watch`; bits.js and
-// asking.js stand before it.
-// What is shown stands in the address, so links, back and forward work. File names go into text nodes alone.
+// Behavior of the page. Gradio runs this once, after code_glyph.js and api.js, with `element`, `props`, `trigger` and
+// `watch`. The current search is in the page's URL, so that links, back and forward work. File names only ever become
+// text nodes, so that markup in them has no effect.
 
 const part = (name) => element.querySelector(`.cib-${name}`);
 const results = element.querySelector("#cib-results");
 const file = element.querySelector("#cib-file");
 let shown = null; // {id or code, k, query, answer}
-let howMany = props.value.k;
-let running = null;
-let settling = null;
+let k = props.value.k;
+let running = null; // AbortController of the search that runs
+let sliderTimer = null;
 
-const text = (tag, className, words) => {
+const textElement = (tag, className, content) => {
   const node = document.createElement(tag);
   node.className = className;
-  node.textContent = words;
+  node.textContent = content;
   return node;
 };
-const bitsWord = (n) => (n === 1 ? "1 bit" : `${n} bits`);
-const megabytes = (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumFractionDigits: 1 })} MB`;
+const formatBits = (n) => (n === 1 ? "1 bit" : `${n} bits`);
+const formatMegabytes = (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumFractionDigits: 1 })} MB`;
 
-function limited(k) {
-  const whole = Math.round(Number(k));
-  return Number.isFinite(whole) && whole >= 1 ? Math.min(whole, props.most_results) : howMany;
+function clampK(value) {
+  const whole = Math.round(Number(value));
+  return Number.isFinite(whole) && whole >= 1 ? Math.min(whole, props.max_k) : k;
 }
 
 function linkTo({ id, code, k }) {
-  const words = new URLSearchParams(location.search);
-  for (const name of ["id", "code", "k"]) words.delete(name);
-  words.set(id ? "id" : "code", id || code);
-  words.set("k", k);
-  return `?${words}`;
+  const parameters = new URLSearchParams(location.search);
+  for (const name of ["id", "code", "k"]) parameters.delete(name);
+  parameters.set(id ? "id" : "code", id || code);
+  parameters.set("k", k);
+  return `?${parameters}`;
 }
 
-function fromAddress() {
-  const words = new URLSearchParams(location.search);
-  const k = words.has("k") ? limited(words.get("k")) : howMany;
-  return { id: words.get("id"), code: words.get("code")?.toLowerCase() ?? null, k };
+function searchOfUrl() {
+  const parameters = new URLSearchParams(location.search);
+  return {
+    id: parameters.get("id"),
+    code: parameters.get("code")?.toLowerCase() ?? null,
+    k: parameters.has("k") ? clampK(parameters.get("k")) : k,
+  };
 }
 
-// `to`: "push" where someone chose, "replace" where the page did, null where the address says so already.
-async function show(next, to) {
+// `historyMode`: "push" after a user's choice, "replace" after the page's own, null if the URL is already right.
+async function show(next, historyMode) {
   running?.abort();
-  clearTimeout(settling);
+  clearTimeout(sliderTimer);
   const mine = (running = new AbortController());
   part("stage").classList.add("busy");
   part("found").setAttribute("aria-busy", "true");
   try {
-    const found = await ask(next, mine.signal);
+    const found = await search(next, mine.signal);
     if (mine !== running) return;
     shown = found;
-    if (to) history[`${to}State`](null, "", linkTo(shown));
-    say("");
+    if (historyMode) history[`${historyMode}State`](null, "", linkTo(shown));
+    showNotice("");
     draw();
-    if (to === "push") attend();
+    if (historyMode === "push") focusQuery();
   } catch (error) {
     if (mine !== running || error.name === "AbortError") return;
-    if (to === null || shown === null) clear();
-    // Named, since another photo may still be shown.
-    say(next.photo?.name ? `${next.photo.name}: ${error.message}` : error.message);
+    if (historyMode === null || shown === null) clear();
+    // The notice names the photo, because another one may still be displayed.
+    showNotice(next.photo?.name ? `${next.photo.name}: ${error.message}` : error.message);
   } finally {
     if (mine === running) {
       part("stage").classList.remove("busy");
@@ -66,29 +69,30 @@ async function show(next, to) {
   }
 }
 
-function take(files) {
+function searchWithFile(files) {
   const photo = files[0];
-  if (!photo) return say("There was no file in that. Save the photo first, then drop the file.");
-  if (photo.type && !photo.type.startsWith("image/")) return say(`${photo.name} is not a photo.`);
-  if (!photo.size) return say(`${photo.name} is empty.`);
-  if (photo.size > props.most_bytes) {
-    return say(`${photo.name} has ${megabytes(photo.size)}; a photo may have ${megabytes(props.most_bytes)} at most.`);
+  if (!photo) return showNotice("That contains no file. Save the photo first, then drop the file.");
+  if (photo.type && !photo.type.startsWith("image/")) return showNotice(`${photo.name} is not a photo.`);
+  if (!photo.size) return showNotice(`${photo.name} is empty.`);
+  if (photo.size > props.max_bytes) {
+    const [size, limit] = [photo.size, props.max_bytes].map(formatMegabytes);
+    return showNotice(`${photo.name} has ${size}; a photo may have at most ${limit}.`);
   }
-  show({ k: howMany, photo }, "push");
+  show({ k, photo }, "push");
 }
 
-// Showing
+// Display
 
-function say(sentence) {
+function showNotice(sentence) {
   part("notice").textContent = sentence;
 }
 
-function attend() {
+function focusQuery() {
   const heading = element.querySelector("#cib-query-name");
   heading.focus({ preventScroll: true });
   if (part("query").getBoundingClientRect().top < 0) {
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    element.scrollIntoView({ behavior: still ? "auto" : "smooth" });
+    const reduced = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    element.scrollIntoView({ behavior: reduced ? "auto" : "smooth" });
   }
 }
 
@@ -102,15 +106,15 @@ function clear() {
 
 function pathNodes(path) {
   const cut = path.lastIndexOf("/") + 1;
-  const whole = text("bdi", "cib-path", "");
+  const whole = textElement("bdi", "cib-path", "");
   whole.title = path;
-  if (cut) whole.append(text("span", "cib-folder", path.slice(0, cut)));
-  whole.append(text("span", "cib-name", path.slice(cut)));
+  if (cut) whole.append(textElement("span", "cib-folder", path.slice(0, cut)));
+  whole.append(textElement("span", "cib-name", path.slice(cut)));
   return whole;
 }
 
 function largerLink({ id, path, width, height }) {
-  const link = text("a", "cib-larger", `${width} × ${height} ↗`);
+  const link = textElement("a", "cib-larger", `${width} × ${height} ↗`);
   link.href = imageOf(id);
   link.target = "_blank";
   link.rel = "noopener";
@@ -120,21 +124,21 @@ function largerLink({ id, path, width, height }) {
 
 function draw() {
   const { query, code, answer } = shown;
-  const name = query ? query.path : uploaded.get(code)?.name ?? "A photo known by its code";
+  const name = query ? query.path : uploaded.get(code)?.name ?? "A photo of which only the code is known";
   document.title = `${name} · Photo search`;
   element.querySelector("#cib-query-name").replaceChildren(pathNodes(name));
   part("query").hidden = false;
-  if (query) drawKnown(query);
-  else drawUploaded(uploaded.get(code));
+  if (query) drawIndexedQuery(query);
+  else drawUploadedQuery(uploaded.get(code));
   part("hex").textContent = answer.query.code.replace(/(.{4})(?=.)/g, "$1 ");
-  peek(null);
+  drawQueryCode(null);
 
   const others = answer.results.filter((result) => result.id !== query?.id).slice(0, shown.k);
   results.replaceChildren(...others.map(card));
   const distances = others.map((result) => result.distance);
   part("status").textContent = others.length
     ? `${others.length} nearest, ${distances[0]} to ${distances.at(-1)} of ${answer.bits} bits apart`
-    : "There is no other photo in this collection.";
+    : "The collection has no other photo.";
 }
 
 function showPhoto(source, alt, note) {
@@ -148,7 +152,7 @@ function showPhoto(source, alt, note) {
   part("gone").textContent = note;
 }
 
-function drawKnown(query) {
+function drawIndexedQuery(query) {
   showPhoto(thumbnailOf(query.id), query.path, "");
   part("photo").width = query.width;
   part("photo").height = query.height;
@@ -157,18 +161,18 @@ function drawKnown(query) {
   larger.src = imageOf(query.id);
   larger.decode().then(
     () => shown?.id === query.id && (part("photo").src = larger.src),
-    () => shown?.id === query.id && (part("gone").textContent = "The file could not be read; this is its thumbnail."),
+    () => shown?.id === query.id && (part("gone").textContent = "The file cannot be read; this is its thumbnail."),
   );
 }
 
-function drawUploaded(photo) {
+function drawUploadedQuery(photo) {
   part("size").textContent = "";
-  if (!photo) return showPhoto(null, "", "Its photo was not kept: a link holds the code alone.");
+  if (!photo) return showPhoto(null, "", "The photo is not available: a link contains only its code.");
   showPhoto(photo.url, photo.name, "");
   const image = part("photo");
   image.decode().then(
     () => image.src === photo.url && (part("size").textContent = `${image.naturalWidth} × ${image.naturalHeight}`),
-    () => image.src === photo.url && showPhoto(null, "", "This browser cannot show the photo, but it was searched with."),
+    () => image.src === photo.url && showPhoto(null, "", "This browser cannot display the photo, but the search used it."),
   );
 }
 
@@ -184,37 +188,37 @@ function card(result) {
   const pick = document.createElement("a");
   pick.className = "cib-pick";
   pick.href = linkTo({ id, k: shown.k });
-  pick.setAttribute("aria-label", `${path}: ${distance} of ${bits} bits differ. Search on from it`);
+  pick.setAttribute("aria-label", `${path}: ${distance} of ${bits} bits differ. Search from this photo`);
   const image = document.createElement("img");
   Object.assign(image, { alt: path, loading: "lazy", decoding: "async", draggable: false, src: thumbnailOf(id) });
   image.addEventListener("error", () => pick.classList.add("gone"));
   pick.append(image);
 
-  const places = differing(shown.answer.query.code, code).map((place) => place + 1);
-  const facts = text("div", "cib-facts", "");
+  const places = differingBits(shown.answer.query.code, code).map((place) => place + 1);
+  const facts = textElement("div", "cib-facts", "");
   const strip = drawBits(code, shown.answer.query.code, places.length ? `Bits that differ: ${places.join(", ")}` : "No bit differs");
-  facts.append(text("span", "cib-distance", bitsWord(distance)), strip);
+  facts.append(textElement("span", "cib-distance", formatBits(distance)), strip);
   item.append(pick, facts, pathNodes(path), largerLink(result));
   return item;
 }
 
-// The query's code, beside the code of the result that is pointed at.
-function peek(item) {
+// Draws the query's code, compared with that of the result under the pointer, if any.
+function drawQueryCode(item) {
   if (!shown) return;
   const code = shown.answer.query.code;
   const other = item?.dataset.code ?? null;
   const on = bitsOf(code).filter(Boolean).length;
   part("bits").replaceChildren(drawBits(code, other, `Code ${code}: ${on} of ${shown.answer.bits} bits are 1`));
-  part("key").textContent = other === null ? "■ 1   □ 0" : `${bitsWord(differing(code, other).length)} differ`;
+  part("key").textContent = other === null ? "■ 1   □ 0" : `${formatBits(differingBits(code, other).length)} differ`;
 }
 
-// Listening
+// Events
 
 results.addEventListener("click", (event) => {
   const pick = event.target.closest(".cib-pick");
   if (!pick || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  show({ id: pick.closest("li").dataset.id, k: howMany }, "push");
+  show({ id: pick.closest("li").dataset.id, k }, "push");
 });
 results.addEventListener("keydown", (event) => {
   const pick = event.key === " " && event.target.closest(".cib-pick");
@@ -223,16 +227,16 @@ results.addEventListener("keydown", (event) => {
   pick.click();
 });
 for (const kind of ["pointerover", "focusin"]) {
-  results.addEventListener(kind, (event) => peek(event.target.closest("li")));
+  results.addEventListener(kind, (event) => drawQueryCode(event.target.closest("li")));
 }
-for (const kind of ["pointerleave", "focusout"]) results.addEventListener(kind, () => peek(null));
+for (const kind of ["pointerleave", "focusout"]) results.addEventListener(kind, () => drawQueryCode(null));
 
 file.addEventListener("change", () => {
-  take(file.files);
+  searchWithFile(file.files);
   file.value = "";
 });
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData?.files.length) take(event.clipboardData.files);
+  if (event.clipboardData?.files.length) searchWithFile(event.clipboardData.files);
 });
 const dragsFile = (event) => event.dataTransfer?.types.includes("Files");
 addEventListener("dragover", (event) => {
@@ -245,31 +249,31 @@ addEventListener("drop", (event) => {
   part("stage").classList.remove("over");
   if (!dragsFile(event)) return;
   event.preventDefault();
-  take(event.dataTransfer.files);
+  searchWithFile(event.dataTransfer.files);
 });
 
-function followAddress(to) {
-  const next = fromAddress();
-  howMany = next.k;
-  props.value = { ...props.value, k: howMany };
-  trigger("went");
-  show(next, to);
+function followUrl(historyMode) {
+  const next = searchOfUrl();
+  k = next.k;
+  props.value = { ...props.value, k };
+  trigger("navigated"); // sets the slider
+  show(next, historyMode);
 }
-addEventListener("popstate", () => followAddress(null));
+addEventListener("popstate", () => followUrl(null));
 
-// Gradio sets the value again as it was at first, too; only what counts up is news.
+// Gradio also sets the initial value again, so only a changed counter is an event.
 let { moved, random } = props.value;
 watch("value", () => {
-  const told = props.value;
-  if (told.random !== random) {
-    ({ moved, random } = told);
-    return show({ k: howMany, butNot: shown?.id }, "push");
+  const value = props.value;
+  if (value.random !== random) {
+    ({ moved, random } = value);
+    return show({ k, exclude: shown?.id }, "push");
   }
-  if (told.moved === moved) return;
-  moved = told.moved;
-  howMany = limited(told.k);
-  clearTimeout(settling);
-  if (shown) settling = setTimeout(() => show({ id: shown.id, code: shown.code, k: howMany }, "replace"), 150);
+  if (value.moved === moved) return;
+  moved = value.moved;
+  k = clampK(value.k);
+  clearTimeout(sliderTimer);
+  if (shown) sliderTimer = setTimeout(() => show({ id: shown.id, code: shown.code, k }, "replace"), 150);
 });
 
-followAddress("replace");
+followUrl("replace");

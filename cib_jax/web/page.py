@@ -1,8 +1,7 @@
-"""The search page: what a browser shows of a collection. Gradio gives layout, theme, controls and their events.
+"""Search page for browsers, built with Gradio's layout, theme, controls and events.
 
-What is asked and answered goes from the browser to the JSON routes of the app that it is mounted on. Nothing goes
-through Gradio's own server: no photo is uploaded to it, and no file's name reaches its templates, which would run
-`${…}` in a name as a program.
+All requests of the page go to the JSON API of the app that it is mounted on, and none to Gradio's own server: no photo
+is uploaded to Gradio, and no file name reaches its templates, which would execute `${…}` in a name.
 """
 
 from importlib import resources
@@ -10,16 +9,16 @@ from importlib import resources
 import fastapi
 import gradio as gr
 
-from cib_jax.web.answers import Collection
-from cib_jax.web.limits import Limits
+from cib_jax.web.api import Collection
+from cib_jax.web.settings import Settings
 
-DEFAULT_K, MOST_RESULTS = 20, 100
-"""How many results are shown at first, and where the slider ends."""
+DEFAULT_K, MAX_K = 20, 100
+"""Number of results at first, and at the end of the slider."""
 
 _PAPER, _INK, _QUIET, _LINE = "#faf9f7", "#1d1c1a", "#66625b", "#dcd8d0"
 _PAPER_DARK, _INK_DARK, _QUIET_DARK, _LINE_DARK = "#141413", "#ecebe7", "#a09c94", "#383633"
 _ACCENT, _ACCENT_DARK = "#0b5f95", "#6cb6ea"
-# The grid of a code, as an icon without a file of its own.
+# The bits of a code as an icon, inline so that no other file is requested.
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E"
     "%3Crect width='32' height='32' rx='7' fill='%230b5f95'/%3E"
@@ -29,25 +28,23 @@ _ICON = (
 
 
 def mount(
-    app: fastapi.FastAPI, collection: Collection, *, limits: Limits | None = None, root_path: str | None = None
+    app: fastapi.FastAPI, collection: Collection, *, settings: Settings | None = None, root_path: str | None = None
 ) -> None:
-    """Adds the page at `/`.
-
-    Must come after the API's routes: what no route takes is asked of Gradio.
+    """Adds the page at `/`, after the API's routes: Gradio answers what no earlier route matches.
 
     Args:
-      app: answers `/search`, `/photo`, `/thumbnail/ID` and `/image/ID`.
-      collection: whose photos are shown.
-      limits: of what is taken; a photo that is too large is refused before it is sent. None: the defaults.
-      root_path: the folder, such as "/photos", from which a reverse proxy passes on what is asked below it.
+      app: App with the routes of `api`.
+      collection: Photos that are searched.
+      settings: Limits of the server; the page refuses a photo that is too large before it is sent. None: the defaults.
+      root_path: Path, such as "/photos", that a reverse proxy strips from the requests that it passes on.
     """
     gr.mount_gradio_app(
         app,
-        _blocks(collection, (limits or Limits()).photo_mb * 1_000_000),
+        _blocks(collection, (settings or Settings()).photo_mb * 1_000_000),
         path="/",
         root_path=root_path,
         theme=_theme(),
-        # As `css`, Gradio would write the page's selectors anew, each under its own container.
+        # Not as `css`, because Gradio would prefix each of the selectors with its container.
         head=f'<link rel="icon" href="{_ICON}"><style>{_text("page.css")}</style>',
         footer_links=[],
         run_history=False,
@@ -59,33 +56,32 @@ def mount(
     )
 
 
-def _blocks(collection: Collection, most_bytes: int) -> gr.Blocks:
+def _blocks(collection: Collection, max_bytes: int) -> gr.Blocks:
     count = len(collection)
     with gr.Blocks(title="Photo search", analytics_enabled=False, fill_width=True) as blocks:
-        # Its value tells the page what was done: `k` is what the slider says, the others count, so that each is news.
-        asked = gr.HTML(
+        # The controls write into this value, which page.js watches: `k` is the slider's value, and the other two count
+        # events, so that the value changes at each of them.
+        controls = gr.HTML(
             {"k": DEFAULT_K, "moved": 0, "random": 0},
             html_template=_text("page.html"),
-            js_on_load="".join(map(_text, ("bits.js", "asking.js", "page.js"))),
+            js_on_load="".join(map(_text, ("code_glyph.js", "api.js", "page.js"))),
             apply_default_css=False,
             padding=False,
             elem_id="cib-page",
             photos="1 photo" if count == 1 else f"{count:,} photos",
             bits=collection.bits,
-            most_results=MOST_RESULTS,
-            most_bytes=most_bytes,
+            max_k=MAX_K,
+            max_bytes=max_bytes,
         )
-        with asked, gr.Row(elem_id="cib-controls"):
+        with controls, gr.Row(elem_id="cib-controls"):
             choose = gr.Button("Choose a photo", variant="primary", elem_id="cib-choose", min_width=120)
             another = gr.Button("Another random photo", elem_id="cib-another", min_width=120)
-            how_many = gr.Slider(
-                1, MOST_RESULTS, DEFAULT_K, step=1, label="How many", elem_id="cib-how-many", buttons=[]
-            )
-        # All run in the browser: without a Python function, nothing is sent.
+            how_many = gr.Slider(1, MAX_K, DEFAULT_K, step=1, label="How many", elem_id="cib-how-many", buttons=[])
+        # All of these run in the browser; without a Python function, nothing is sent to Gradio.
         choose.click(None, js="() => document.getElementById('cib-file').click()")
-        another.click(None, asked, asked, js="(asked) => ({...asked, random: asked.random + 1})")
-        how_many.input(None, [asked, how_many], asked, js="(asked, k) => ({...asked, k, moved: asked.moved + 1})")
-        asked.went(None, asked, how_many, js="(asked) => asked.k")
+        another.click(None, controls, controls, js="(value) => ({...value, random: value.random + 1})")
+        how_many.input(None, [controls, how_many], controls, js="(value, k) => ({...value, k, moved: value.moved + 1})")
+        controls.navigated(None, controls, how_many, js="(value) => value.k")
     return blocks
 
 

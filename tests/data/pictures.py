@@ -34,7 +34,7 @@ def write(path: pathlib.Path, image, **options):
 
 
 def colored(number, classes, width=40, height=30):
-    """Returns a noisy image whose color is that of its class, of some size of its own."""
+    """Returns a noisy image with the color of its class, in a size that depends on the number."""
     hue = np.random.default_rng(7).integers(30, 226, (classes, 3))[number % classes]
     noise = np.random.default_rng(number).normal(0, 25, (height + number % 7, width + number % 5, 3))
     return PIL.Image.fromarray((hue + noise).clip(0, 255).astype(np.uint8))

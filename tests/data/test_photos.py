@@ -116,7 +116,7 @@ def test_the_first_frame_of_an_animation_counts():
 
 
 @hypothesis.given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 60))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_any_size_becomes_a_square(width, height, size):
 
     file = pictures.content(pictures.smooth(width, height))
@@ -313,7 +313,7 @@ def test_seen_in_extreme_shapes(width, height, form):
 
 
 @hypothesis.given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([1, 8, 32, 160]))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_seen_in_any_size(width, height, size):
     seen_alike(pictures.content(pictures.smooth(width, height), "JPEG"), size)
 

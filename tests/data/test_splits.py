@@ -13,7 +13,7 @@ from tests.data import errors
 
 
 def numbered(count, labels, first=0):
-    """Images whose pixel tells their number."""
+    """Images with their number in every pixel."""
     images = np.broadcast_to(np.arange(first, first + count).astype(np.uint8)[:, None, None, None], (count, 2, 2, 3))
     return ImageSet(images, labels)
 
@@ -110,7 +110,7 @@ def test_a_set_in_one_piece_must_leave_a_database(queries):
 
 @pytest.fixture(scope="module")
 def cifar():
-    """As many labels as CIFAR-10 has; an image tells its number in its pixels."""
+    """As many labels as CIFAR-10 has; the pixels of an image hold its number."""
     numbers = np.arange(60_000)
     images = np.stack([numbers // 256, numbers % 256, numbers * 0], axis=-1).astype(np.uint8)[:, None, None]
     labels = np.concatenate([np.random.default_rng(0).permutation(numbers[:50_000] % 10), numbers[50_000:] % 10])

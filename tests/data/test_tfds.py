@@ -252,6 +252,28 @@ def test_a_choice_of_labels_is_left_to_the_user(labeled, monkeypatch):
         load("labeled", str(labeled), image_feature="hot")
 
 
+class WithoutTest(Labeled):
+    """A data set with two splits, neither of which is called test."""
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "dev": self._generate_examples()}
+
+
+def test_a_choice_of_splits_is_left_to_the_user(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUILDERS, "without_test", WithoutTest)
+    folder = made(tmp_path / "tfds")
+    with errors.raises("config.data.query_split", "without_test", "train, dev"):
+        load("without_test", str(folder), label_feature="hot", raw_directory=str(tmp_path))
+    source = load("without_test", str(folder), label_feature="hot", query_split="dev", database_split="dev+train")
+    assert (len(source.train), len(source.test)) == (16, 8)
+
+
+def test_an_image_that_cannot_be_decoded_is_named():
+    images = tfds_data.TfdsImages([{"image": b"text"}], "image", 178, "set/1.0.0-digest")
+    with errors.raises("config.data.dir", "image 0", "set/1.0.0", "not a JPEG"):
+        images[0]
+
+
 class NeedsTensorFlow(Labeled):
     """One that computes with TensorFlow."""
 

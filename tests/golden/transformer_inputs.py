@@ -1,6 +1,8 @@
 """The inputs of make_transformers.py and of the tests that read its output: made alike on both sides, without torch."""
 
+import json
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -49,3 +51,14 @@ def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if any(word in name for word in ("position", "token", "class", "probe")):
         return np.float32(0.5) * noise
     return np.asarray(noise * np.float32(np.prod(shape[1:]) ** -0.5))
+
+
+def shapes_in_file(golden: Mapping[str, np.ndarray], name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the published file, as `transformers` writes it."""
+    return {key: tuple(shape) for key, shape in json.loads(str(golden[f"{name}_tensors"])).items()}
+
+
+def checkpoint(golden: Mapping[str, np.ndarray], name: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
+    """The tensors of that file whose names begin with a prefix, with the values that make_transformers.py gave them."""
+    shapes = shapes_in_file(golden, name)
+    return {key: tensor(key, shape) for key, shape in shapes.items() if key.startswith(prefixes)}

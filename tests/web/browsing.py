@@ -1,4 +1,4 @@
-"""A headless Chromium, and what the search page shows in it."""
+"""A headless Chromium, and the state of the search page in it."""
 
 import contextlib
 import http.client
@@ -23,7 +23,7 @@ FLAGS += ["disable-component-update", "disable-sync"]
 
 @contextlib.contextmanager
 def chromium(profile):
-    """A browser that knows nothing yet, and logs what it asks for."""
+    """Starts a browser without history or cache, which logs its requests."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -38,7 +38,7 @@ def chromium(profile):
 
 @contextlib.contextmanager
 def proxy(folder, port):
-    """A reverse proxy that passes on what is asked below a folder, without the folder's name."""
+    """Runs a reverse proxy that passes on requests below a path, and strips the path."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -83,7 +83,7 @@ def wait(browser, condition):
 
 
 def open_page(browser, url):
-    """Opens it and waits until it shows results or says why not."""
+    """Opens a page and waits until it displays results or an error."""
     browser.get(url)
     wait(browser, lambda: find_all(browser, ".cib-card, .cib-notice:not(:empty)"))
     wait(browser, lambda: not busy(browser))
@@ -94,12 +94,12 @@ def busy(browser):
 
 
 def asked(browser):
-    """What the address asks for."""
+    """Returns the parameters of the URL."""
     return dict(re.findall(r"[?&](\w+)=([^&#]*)", browser.current_url))
 
 
 def results(browser):
-    """(distance, id) of each result."""
+    """Returns (distance, id) of each result."""
     return [
         tuple(pair)
         for pair in browser.execute_script(
@@ -110,27 +110,28 @@ def results(browser):
 
 
 def drawn(element):
-    """What a drawing of bits shows: "1" or "0" for each, and the places that are marked as different."""
-    classes = [bit.get_attribute("class").split() for bit in find_all(element, "svg rect")]
+    """Returns the bits of a drawing as a string, and the places of those that are marked as different."""
+    script = "return [...arguments[0].querySelectorAll('svg rect')].map((bit) => bit.getAttribute('class').split(' '))"
+    classes = element.parent.execute_script(script, element)
     word = "".join("1" if "on" in names else "0" for names in classes)
     return word, [place for place, names in enumerate(classes) if "apart" in names]
 
 
 def requests(browser):
-    """What was asked of servers since this was asked last."""
+    """Returns the requests since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [message["params"]["request"] for message in messages if message["method"] == "Network.requestWillBeSent"]
 
 
 def loop(code, codes, k, without=None):
-    """(distance, number) of the nearest codes, in plain Python."""
+    """Returns (distance, number) of the nearest codes, in plain Python."""
     query = int(code, 16)
     pairs = [((query ^ int(row.tobytes().hex(), 16)).bit_count(), number) for number, row in enumerate(codes)]
     return [pair for pair in sorted(pairs) if pair[1] != without][:k]
 
 
 def jpeg(seed, size):
-    """A photo of a few large spots."""
+    """Returns a photo of a few large spots."""
     spots = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     out = io.BytesIO()
     PIL.Image.fromarray(spots).resize(size, PIL.Image.Resampling.BICUBIC).save(out, "JPEG")
@@ -144,7 +145,7 @@ class Site(NamedTuple):
     collection: Any
 
     def of(self, number, k):
-        """The address of a photo's search."""
+        """Returns the URL of the search from a photo."""
         return f"{self.url}?id={self.photo(number).id}&k={k}"
 
     def photo(self, number):
@@ -154,7 +155,7 @@ class Site(NamedTuple):
         return self.collection.codes[self.collection.number_of(id)].tobytes().hex()
 
     def check(self, browser, k):
-        """Waits until the address asks for k results, and checks that those are shown; returns what it asks for."""
+        """Waits for k results, checks them against a plain loop, and returns the parameters of the URL."""
         wait(browser, lambda: asked(browser).get("k") == str(k) and len(results(browser)) == k)
         wait(browser, lambda: not busy(browser))
         words = asked(browser)
@@ -166,16 +167,16 @@ class Site(NamedTuple):
 
 
 LOW_CONTRAST = """
-const parse = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+const parse = (color) => (color.match(/[\\d.]+/g) || []).map(Number);
 const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
-const light = (colour) => {
-  const [r, g, b] = parse(colour).map(linear);
+const light = (color) => {
+  const [r, g, b] = parse(color).map(linear);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
 const behind = (node) => {
   for (let at = node; at; at = at.parentElement) {
-    const colour = getComputedStyle(at).backgroundColor;
-    if (parse(colour).length === 3 || parse(colour)[3] === 1) return colour;
+    const color = getComputedStyle(at).backgroundColor;
+    if (parse(color).length === 3 || parse(color)[3] === 1) return color;
   }
   return "rgb(255, 255, 255)";
 };
@@ -188,7 +189,7 @@ return [...document.querySelectorAll("#cib-page *")].flatMap((node) => {
   return ratio < 4.5 ? [`${ratio.toFixed(2)} ${node.outerHTML.slice(0, 120)}`] : [];
 });
 """
-"""Words that stand out less than 4.5 to 1 (WCAG 2.2, 1.4.3)."""
+"""Returns text of which the contrast is less than 4.5 to 1 (WCAG 2.2, 1.4.3)."""
 
 MOVING = """
 return [...document.querySelectorAll("#cib-page, #cib-page *")].filter((node) => [null, "::after"].some((part) => {

@@ -1,4 +1,4 @@
-"""A collection of a few photos, searched by a plain loop; its encoder is a fixed random projection."""
+"""A small collection, searched by a plain loop, with a fixed random projection as its encoder."""
 
 import hashlib
 import io
@@ -37,23 +37,28 @@ class FakeCollection:
     def __init__(self, root: pathlib.Path):
         self.root = str(root)
         self._planes = np.random.default_rng(0).normal(size=(SIDE * SIDE * 3, BITS)).astype(np.float32)
-        self._photos, squares = [], []
+        self.indexed, squares = [], []
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             name, found = os.path.relpath(path, root), path.stat()
             seen = photos.decode_with_thumbnail(path, SIDE)
             id = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
             known = (found.st_size, found.st_mtime_ns, seen.width, seen.height, seen.thumbnail)
-            self._photos.append(Photo(id, name, *known))
+            self.indexed.append(Photo(id, name, *known))
             squares.append(seen.square)
-        self._numbers = {photo.id: number for number, photo in enumerate(self._photos)}
+        self._numbers = {photo.id: number for number, photo in enumerate(self.indexed)}
         self.batches: list[int] = []
+        """Size of each batch that was encoded."""
         self.encoding = threading.Lock()
+        """Held while a batch is encoded."""
+        self.arrived = threading.Semaphore(0)
+        """Released when a batch arrives, before it waits for the lock."""
         self.codes = self.encode(np.stack(squares)) if squares else np.zeros((0, BITS // 8), np.uint8)
 
     def __len__(self) -> int:
-        return len(self._photos)
+        return len(self.indexed)
 
     def encode(self, squares: np.ndarray) -> np.ndarray:
+        self.arrived.release()
         with self.encoding:
             self.batches.append(len(squares))
             flat = squares.reshape(len(squares), -1).astype(np.float32) - 127
@@ -63,7 +68,7 @@ class FakeCollection:
         return [nearest(self.codes, code)[:k] for code in codes]
 
     def photos(self, numbers: Sequence[int], *, thumbnails: bool = True) -> list[Photo]:
-        found = [self._photos[number] for number in numbers]
+        found = [self.indexed[number] for number in numbers]
         return found if thumbnails else [photo._replace(thumbnail=b"") for photo in found]
 
     def number_of(self, id: str) -> int | None:
@@ -91,7 +96,7 @@ def encoded(pixels: np.ndarray, form: str = "PNG", **settings: object) -> bytes:
 
 
 def fill(root: pathlib.Path, count: int = 20) -> None:
-    """Writes photos, some in folders, one with a place in its EXIF."""
+    """Writes photos into folders, with a place and a comment in their metadata."""
     for number in range(count):
         folder = root / f"f{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)

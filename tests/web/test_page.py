@@ -1,4 +1,4 @@
-"""The search page in headless Chromium, as people use it: by mouse, keyboard and phone, with links and with files."""
+"""The search page in headless Chromium: by mouse, keyboard and phone, with links and with files."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from cib_jax.data.photos import decode_with_thumbnail
 from cib_jax.web import page
 from tests.web import browsing, fake
 from tests.web.browsing import Site, asked, drawn, find, find_all, look, results, wait
-from tests.web.conftest import MANY, running
+from tests.web.conftest import OPEN
 
 pytestmark = pytest.mark.skipif(
     not (browsing.CHROMIUM and browsing.DRIVER), reason="no chromium or chromedriver; apt-get install chromium-driver"
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 MARKUP = "<img src=x onerror=alert(1)>.jpg"
 TEMPLATE = "trips/${alert(2)} {{7*7}} `x`.jpg"
-LIMITS = dataclasses.replace(MANY, photo_mb=1)
+SETTINGS = dataclasses.replace(OPEN, photo_mb=1)
 SLIDER = "#cib-how-many input[type=range]"
 NAME = "#cib-query-name"
 
@@ -37,9 +37,9 @@ def collection_of(root, count):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(running, tmp_path_factory):
     collection = collection_of(tmp_path_factory.mktemp("collection"), 48)
-    with running(collection, LIMITS, page=functools.partial(page.mount, limits=LIMITS)) as served:
+    with running(collection, SETTINGS, page=functools.partial(page.mount, settings=SETTINGS)) as served:
         yield Site(f"http://127.0.0.1:{served.port}/", collection)
 
 
@@ -94,13 +94,13 @@ def test_bits_are_drawn_as_they_are(browser, site):
         assert drawn(card) == (other, apart)
         label = find(card, "svg").get_attribute("aria-label")
         assert [int(place) - 1 for place in re.findall(r"\d+", label)] == apart
-        # Not by colour alone: bits that differ are larger.
+        # Color is not the only distinction: bits that differ are larger.
         width = (
             "return [...arguments[0].querySelectorAll(arguments[1])].map((bit) => bit.getBoundingClientRect().width)"
         )
         smallest = min(browser.execute_script(width, card, "rect.apart"))
         assert smallest > 1.5 * max(browser.execute_script(width, card, "rect:not(.apart)"))
-        # The query's own code shows the same while the result is pointed at.
+        # The query's own code has the same marks while the pointer is over the result.
         webdriver.ActionChains(browser).move_to_element(card).perform()
         wait(browser, lambda apart=apart: drawn(find(browser, ".cib-bits")) == (word, apart))
 
@@ -128,7 +128,7 @@ def test_the_slider_says_how_many_and_follows_the_address(browser, site):
     site.check(browser, 11)
     number = find(browser, "#cib-how-many input[type=number]")
     number.send_keys(Keys.CONTROL, "a")
-    number.send_keys("20")  # what the slider said before the address was read
+    number.send_keys("20")  # the value of the slider before the URL was read
     site.check(browser, 20)
     find(browser, ".cib-pick").click()
     wait(browser, lambda: asked(browser)["id"] != site.photo(5).id)
@@ -139,7 +139,7 @@ def test_the_slider_says_how_many_and_follows_the_address(browser, site):
     wait(browser, lambda: slider.get_attribute("value") == "20")
 
 
-def test_a_photo_goes_to_the_search_alone_and_is_shown_from_the_browsers_copy(browser, site, tmp_path):
+def test_a_photo_is_sent_to_the_search_only_and_displayed_from_the_browsers_copy(browser, site, tmp_path):
     browsing.open_page(browser, site.of(8, 7))
     browser.get_log("performance")
     photo = photo_file(tmp_path, 1000)
@@ -188,7 +188,7 @@ def test_a_link_opens_the_same_in_a_fresh_tab(browser, site, tmp_path):
         browser.get(link)
         site.check(browser, 5)
         assert (results(browser), browser.current_url) == (shown, link)
-        assert "not kept" in find(browser, ".cib-gone").text
+        assert "only its code" in find(browser, ".cib-gone").text
         assert not find(browser, ".cib-photo").is_displayed()
     finally:
         browser.close()
@@ -221,7 +221,7 @@ def test_all_can_be_done_by_keyboard(browser, site):
         site.check(browser, 3)
     larger = tab_to(".cib-query .cib-larger", 1)
     assert larger.get_attribute("href") == f"{site.url}image/{asked(browser)['id']}"
-    # What is told aloud: what was found, and each photo and control by its name.
+    # A screen reader gets the number of results, and a name for each photo and control.
     assert re.fullmatch(r"3 nearest, \d+ to \d+ of 64 bits apart", find(browser, "[role=status]").text)
     assert browser.execute_script(browsing.UNNAMED) == []
 
@@ -266,7 +266,7 @@ def test_errors_are_told_in_the_page(browser, site, tmp_path):
     browser.get_log("performance")
     (tmp_path / "large.jpg").write_bytes(b"\xff\xd8" + bytes(1_200_000))
     send(browser, tmp_path / "large.jpg")
-    assert notice(browser) == "large.jpg has 1.2 MB; a photo may have 1 MB at most."
+    assert notice(browser) == "large.jpg has 1.2 MB; a photo may have at most 1 MB."
     assert browsing.requests(browser) == [], "it was sent all the same"
     assert results(browser) == shown, "what was shown before is gone"
     (tmp_path / "words.txt").write_text("no photo")
@@ -279,26 +279,26 @@ def test_errors_are_told_in_the_page(browser, site, tmp_path):
     find(browser, "#cib-another").click()
     wait(browser, lambda: not find(browser, ".cib-notice").text)
     browsing.open_page(browser, f"{site.url}?id=0123456789abcdef&k=5")
-    assert notice(browser) == "There is no photo with this id."
+    assert notice(browser) == "No photo has this id."
     assert results(browser) == []
 
 
-def test_a_photo_whose_file_is_gone_is_still_searched_with(browser, tmp_path):
-    # Not the collection of the other tests: the browser may have kept its photos.
+def test_a_photo_without_its_file_can_still_be_searched_with(running, browser, tmp_path):
+    # Not the collection of the other tests, of which the browser may have cached photos.
     collection = collection_of(tmp_path, 6)
-    with running(collection, LIMITS, page=page.mount) as served:
+    with running(collection, SETTINGS, page=page.mount) as served:
         site = Site(f"http://127.0.0.1:{served.port}/", collection)
         (tmp_path / site.photo(2).path).unlink()
         browsing.open_page(browser, site.of(2, 4))
         site.check(browser, 4)
-        wait(browser, lambda: find(browser, ".cib-gone").text == "The file could not be read; this is its thumbnail.")
+        wait(browser, lambda: "thumbnail" in find(browser, ".cib-gone").text)
         assert find(browser, ".cib-photo").get_attribute("src").endswith(f"/thumbnail/{site.photo(2).id}")
 
 
-def test_works_in_a_folder_of_a_reverse_proxy(browser, tmp_path):
+def test_works_below_a_path_of_a_reverse_proxy(running, browser, tmp_path):
     collection = collection_of(tmp_path, 3)
     with (
-        running(collection, LIMITS, page=functools.partial(page.mount, root_path="/find")) as served,
+        running(collection, SETTINGS, page=functools.partial(page.mount, root_path="/find")) as served,
         browsing.proxy("/find", served.port) as url,
     ):
         browsing.open_page(browser, f"{url}?k=2")
@@ -309,20 +309,20 @@ def test_works_in_a_folder_of_a_reverse_proxy(browser, tmp_path):
         assert browser.current_url.startswith(f"{url}?id=")
         loaded = "return [...document.images].every((image) => image.complete && image.naturalWidth)"
         wait(browser, lambda: browser.execute_script(loaded))
-        # Of Gradio's theme: it is not asked of the proxy's own root.
+        # The theme of Gradio was loaded, which the proxy has only below its path.
         assert find(browser, "#cib-choose").value_of_css_property("background-color") == "rgba(11, 95, 149, 1)"
 
 
-def test_tells_of_an_empty_collection_and_of_too_many_requests(browser, tmp_path):
-    limits = dataclasses.replace(MANY, searches=1)
-    with running(fake.FakeCollection(tmp_path), limits, page=page.mount) as served:
+def test_errors_of_the_server_are_displayed(running, browser, tmp_path):
+    settings = dataclasses.replace(OPEN, searches=1)
+    with running(fake.FakeCollection(tmp_path), settings, page=page.mount) as served:
         browsing.open_page(browser, f"http://127.0.0.1:{served.port}/")
-        assert notice(browser) == "There is no photo in the index yet."
+        assert "no photo yet" in notice(browser)
         find(browser, "#cib-another").click()
-        wait(browser, lambda: notice(browser).startswith("Too many requests; try again in"))
+        wait(browser, lambda: notice(browser).startswith("Too many requests"))
 
 
-def test_nothing_is_asked_of_another_server_nor_of_gradios_functions(browser, site):
+def test_nothing_is_requested_from_another_server_or_from_gradios_functions(browser, site):
     browser.get("about:blank")
     browser.get_log("performance")
     browsing.open_page(browser, site.url)

@@ -1,4 +1,4 @@
-// Codes drawn as bits. Bit j is bit 7 − j mod 8 of byte j // 8, as in numpy.packbits; rows hold 16 bits.
+// Drawings of codes, 16 bits per row. Bit j is bit 7 − j mod 8 of byte j // 8, as in numpy.packbits.
 
 const COLUMNS = 16;
 const SVG = "http://www.w3.org/2000/svg";
@@ -7,7 +7,7 @@ function bitsOf(hex) {
   return Array.from(hex).flatMap((digit) => [8, 4, 2, 1].map((weight) => (parseInt(digit, 16) & weight ? 1 : 0)));
 }
 
-function differing(hex, other) {
+function differingBits(hex, other) {
   const bits = bitsOf(other);
   return bitsOf(hex).flatMap((bit, place) => (bit === bits[place] ? [] : [place]));
 }
@@ -18,11 +18,11 @@ function shape(name, attributes) {
   return node;
 }
 
-// A bit is a filled shape where it is 1 and an outline where it is 0. Beside another code, bits that agree shrink to
-// dots and bits that differ stay squares, so that no colour is needed to tell which is which.
+// A bit is drawn filled if it is 1, and as an outline if it is 0. In comparison with another code, equal bits shrink to
+// dots and differing bits stay squares, so that color is not the only distinction.
 function drawBits(hex, other, label) {
   const bits = bitsOf(hex);
-  const apart = new Set(other === null ? [] : differing(hex, other));
+  const apart = new Set(other === null ? [] : differingBits(hex, other));
   const rows = Math.ceil(bits.length / COLUMNS);
   const columns = Math.min(COLUMNS, bits.length);
   const svg = shape("svg", { viewBox: `0 0 ${columns * 10} ${rows * 10}`, role: "img", "aria-label": label });
