@@ -27,7 +27,7 @@ from cib_jax.data import dataset, photo_folder
 from cib_jax.data.photo_cache import PhotoCache
 from cib_jax.data.photos import decode
 from cib_jax.training import input_pipeline, loop
-from cib_jax.training.train_step import Progress
+from cib_jax.training.train_step import Method, Progress
 
 KINDS = {
     "JPEG, 640 × 480": ("JPEG", 640, 480),
@@ -210,7 +210,7 @@ def made_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray
             input_pipeline.STORED
         )
 
-    # Compiled once here: `view_bank.build` compiles at each call, which a bank of many batches does not feel.
+    # Compiled once here: `build_view_bank` compiles at each call, which a bank of many batches does not feel.
     view, keys = jax.jit(view_of), jax.random.split(key, 100)
     return {
         "step of the head, on features": (BATCH, 400, lambda photos: jax.block_until_ready(head(state, *pair, key))),
@@ -253,27 +253,24 @@ def measure_training(size: int, image_size: int, count: int, rounds: int) -> Non
         jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
     )
     optimizer = optax.adam(1e-3)
-    method: dict[str, Any] = {"encoder": encoder, "optimizer": optimizer, "augment": "photo"}
-    options: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "method": method}
+    options: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "method": Method(encoder, optimizer)}
     resident = jax.numpy.asarray(dataset.materialize(files, stored_size=size))
     feeds = {
         "memory": input_pipeline.from_device(resident, frozen, **options),
         "files": input_pipeline.from_stream(files, frozen, stored_size=size, **options),
     }
 
-    def epoch(fed: input_pipeline.Feed) -> None:
+    def epoch(feed: loop.Feed) -> None:
         state, _ = loop.run(
             cib.create_train_state(jax.tree.map(jax.numpy.copy, params), optimizer),
             Progress(),
-            steps=fed.steps,
-            epoch_chunks=fed.epoch_chunks,
+            feed,
             key=jax.random.key(1),
-            epochs=1,
-            batch_size=BATCH,
+            schedule=loop.Schedule(1, BATCH),
         )
         jax.block_until_ready(state.params)
 
-    seconds = measuring.in_turns({name: functools.partial(epoch, fed) for name, fed in feeds.items()}, rounds=rounds)
+    seconds = measuring.in_turns({name: functools.partial(epoch, feed) for name, feed in feeds.items()}, rounds=rounds)
     begun = time.perf_counter()
     for_each(functools.partial(decode, size=size), files.contents, measuring.cores())
     decoding = time.perf_counter() - begun

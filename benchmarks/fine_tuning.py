@@ -22,6 +22,7 @@ from cib_jax.data import dataset, sources, splits
 from cib_jax.data.dataset import DataConfig
 from cib_jax.data.splits import PROTOCOLS
 from cib_jax.models import registry
+from cib_jax.random_streams import stream_key
 from cib_jax.training import train_step
 
 Part = tuple[np.ndarray, np.ndarray]
@@ -97,7 +98,7 @@ def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Ha
     options = options_of(row, flags)
     if options["frozen"] and "backbone_params" not in options:
         # The weights that this seed would have begun with.
-        init_key, _, _ = jax.random.split(jax.random.key(seed), 3)
+        init_key = stream_key(seed, "initial weights")
         made = cib.create_encoder(init_key, backbone=flags.backbone, bits=flags.bits, image_size=flags.image_size)
         options["backbone_params"] = made[1]["backbone"]
     return cib.fit(

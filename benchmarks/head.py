@@ -14,7 +14,8 @@ import optax
 import cib_jax as cib
 from benchmarks import measuring
 from cib_jax.training import input_pipeline, loop
-from cib_jax.training.train_step import Progress
+from cib_jax.training.loop import Schedule
+from cib_jax.training.train_step import Method, Progress
 
 
 def make_bank(views: int, images: int, features: int) -> np.ndarray:
@@ -31,19 +32,15 @@ def trainer(
 ) -> Callable[[], None]:
     """Returns a function that trains as the main job does, without its files; it compiles when first called."""
     optimizer = optax.adam(1e-3)
-    fed = input_pipeline.from_bank(
-        bank, seed=0, batch_size=batch_size, method={"encoder": encoder, "optimizer": optimizer}
-    )
+    feed = input_pipeline.from_bank(bank, seed=0, batch_size=batch_size, method=Method(encoder, optimizer))
 
     def train() -> None:
         state, _ = loop.run(
             cib.create_train_state(params, optimizer),
             Progress(),
-            steps=fed.steps,
-            epoch_chunks=fed.epoch_chunks,
+            feed,
             key=jax.random.key(0),
-            epochs=epochs,
-            batch_size=batch_size,
+            schedule=Schedule(epochs, batch_size),
         )
         jax.block_until_ready(state)
 

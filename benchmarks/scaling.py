@@ -47,6 +47,7 @@ def program(point: Point) -> tuple[Any, Any, int]:
     import cib_jax as cib
     from cib_jax.distributed import sharding
     from cib_jax.training import input_pipeline
+    from cib_jax.training.train_step import Method
 
     of_features = point.work == "features"
     encoder, params, frozen = cib.create_encoder(
@@ -59,13 +60,13 @@ def program(point: Point) -> tuple[Any, Any, int]:
     )
     optimizer = optax.adam(1e-3)
     how = {"seed": 0, "batch_size": point.batch, "mesh": sharding.make_mesh(point.devices, point.batch)}
-    method = {"encoder": encoder, "optimizer": optimizer}
+    method = Method(encoder, optimizer)
     if of_features:
         bank = jax.random.normal(jax.random.key(1), (2, STEPS * point.batch, FEATURES), jnp.float16)
         fed = input_pipeline.from_bank(bank, method=method, **how)
     else:
         images = jax.random.randint(jax.random.key(1), (point.batch, SIDE, SIDE, 3), 0, 256).astype(jnp.uint8)
-        fed = input_pipeline.from_device(images, frozen, method=method | {"augment": "photo"}, **how)
+        fed = input_pipeline.from_device(images, frozen, method=method, **how)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return fed.steps, cib.create_train_state(params, optimizer), parameters
 

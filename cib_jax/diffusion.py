@@ -1,15 +1,16 @@
-"""Diffusion on the neighbour graph of embeddings: how much more likely a random walk links two items than chance does.
+"""Diffusion maps of embeddings, and the teacher whose embeddings the objective "diffusion" uses.
 
-An item's nearest neighbours are right more often than items at some distance are, and so are theirs: a walk of several
-steps on the graph of neighbours finds what belongs together along the shape of the data, where the cosine of two
-embeddings looks along a straight line. Coordinates in which such walks are inner products are diffusion maps (Coifman
-and Lafon 2006, https://doi.org/10.1016/j.acha.2006.04.006)."""
+The nearest neighbors of an item belong to its class more often than items at some distance do, and so do their own
+nearest neighbors. A random walk of several steps on the graph of neighbors therefore finds what belongs together along
+the shape of the data, where the cosine of two embeddings measures along a straight line. Diffusion maps (Coifman and
+Lafon 2006, https://doi.org/10.1016/j.acha.2006.04.006) are coordinates in which such walks are inner products.
+"""
 
 import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse
@@ -17,63 +18,57 @@ import scipy.sparse.csgraph
 import scipy.sparse.linalg
 from jaxtyping import Float, Float32, Int
 
-from cib_jax.errors import UserError
-
-# diffusion: Diffusion on the neighbour graph of embeddings: how much more likely a random walk links two items than chance does.
-#
-# An item's nearest neighbours are right more often than items at some distance are, and so are theirs: a walk of several
-# steps on the graph of neighbours finds what belongs together along the shape of the data, where the cosine of two
-# embeddings looks along a straight line. Coordinates in which such walks are inner products are diffusion maps (Coifman
-# and Lafon 2006, https://doi.org/10.1016/j.acha.2006.04.006).
-
-
-class DiffusionError(UserError, ValueError):
-    """Embeddings cannot be made a graph; the message says why."""
-
+from cib_jax.errors import ConfigError, DataError
+from cib_jax.random_streams import stream_rng
 
 BLOCK = 512
-"""Items whose similarities to all others are held at a time, by each thread."""
+"""Items of which the similarities to all others are in memory at a time, in each thread."""
 
-ENOUGH = 1e-4
-"""Relative precision of the eigenvalues: far below what another draw of the embeddings changes."""
+TOLERANCE = 1e-4
+"""Relative precision of the eigenvalues: far finer than the change that another draw of the embeddings makes."""
+
+SMALLEST_WEIGHT = 1e-6
+"""Weight of an edge between embeddings that are opposite, so that a walk can leave every item."""
 
 
-def neighbours_of(
+def nearest_neighbors(
     embeddings: Float[np.ndarray, "items features"],
     count: int,
     *,
     on_items: Callable[[int], None] = lambda items: None,
 ) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
-    """Returns the `count` nearest other items of each item by cosine, in no order, and the cosines.
+    """Returns the `count` nearest other items of each item by cosine, in any order, and the cosines.
 
-    Exact, by comparing all pairs: its time grows with the square of the items, its memory with their number.
-    `on_items` is told how many more are done.
-
-    Raises:
-      DiffusionError: there are not more than `count` items, an embedding is not finite, or one is all zeros.
+    Exact: all pairs are compared, so that time grows with the square of the number of items, and memory linearly.
     """
     items = len(embeddings)
     if not 1 <= count < items:
-        raise DiffusionError(f"count: {count} neighbours are wanted of each of {items} items; choose 1 to {items - 1}")
+        raise ConfigError(
+            f"teacher.neighbours must be from 1 to {items - 1} for {items} items, got {count}",
+            field="teacher.neighbours",
+        )
     unit = np.asarray(embeddings, np.float32)
     norms = np.linalg.norm(unit, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or not norms.all():
-        raise DiffusionError("embeddings: some are not finite or all zeros, without a direction; leave those out")
+        raise DataError(
+            "embeddings must be finite and not all zeros, since their direction is compared; remove those items",
+            field="embeddings",
+        )
     unit = unit / norms
-    found, cosines = np.empty((items, count), np.int32), np.empty((items, count), np.float32)
+    neighbors, cosines = np.empty((items, count), np.int32), np.empty((items, count), np.float32)
 
     def block(start: int) -> None:
         rows = np.arange(start, min(start + BLOCK, items))
         similarity = unit[rows] @ unit.T
         similarity[np.arange(len(rows)), rows] = -np.inf
         chosen = np.argpartition(similarity, items - count, axis=1)[:, items - count :]
-        found[rows], cosines[rows] = chosen, np.take_along_axis(similarity, chosen, axis=1)
+        neighbors[rows], cosines[rows] = chosen, np.take_along_axis(similarity, chosen, axis=1)
         on_items(len(rows))
 
-    # Selecting takes longer than the products do, and leaves the interpreter's lock alone.
+    # Threads, because `argpartition` takes longer than the product and releases the interpreter's lock.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(block, range(0, items, BLOCK)))
-    return found, cosines
+    return neighbors, cosines
 
 
 def coordinates(
@@ -84,130 +79,141 @@ def coordinates(
     steps: int = 20,
     on_items: Callable[[int], None] = lambda items: None,
 ) -> Float32[np.ndarray, "items dimensions"]:
-    """Returns coordinates whose inner product is p(x, y) / (p(x) p(y)) of a random walk's two ends `steps` apart.
+    """Returns coordinates with the inner product p(x, y) / (p(x) p(y)), for the ends x and y of a random walk.
 
-    That is 1 for items that the walk links as often as chance would, more for those that belong together, and never
-    less than 0 but for what the cut to `dimensions` changes. The walk goes from an item to one of its neighbours, or to
-    one whose neighbour it is, with the probability of their cosine, starting anywhere with the probability that it is
-    there after many steps. Items that no walk leaves, such as more than `neighbours` copies of one picture, take a
-    dimension of their own; half the dimensions at most go so, to the largest such groups, and those of others are near
-    0: no odds of anything.
+    That ratio is 1 for items that the walk links as often as chance would, larger for items that belong together, and
+    0 for items that it never links; the cut to a few dimensions changes it a little, and may make it negative. The walk
+    has stationary start, and moves from an item to one of its neighbors, or to an item that it is a neighbor of, with a
+    probability proportional to their cosine.
+
+    A group of items that no walk leaves, such as more than `neighbours` copies of one picture, takes a dimension of its
+    own. At most half of the dimensions go to such groups, the largest first; coordinates of the others are near 0.
 
     Args:
-      embeddings: of any length; only their directions count.
-      neighbours: of each item in the graph.
-      dimensions: how many of the walk's slowest modes are kept, the constant one among them.
-      steps: of the walk.
-      on_items: told of how many more items the neighbours are known.
+      embeddings: Embeddings of any length; only their directions matter.
+      neighbours: Number of neighbors of each item in the graph.
+      dimensions: Number of the walk's slowest modes that are kept, the constant one included.
+      steps: Number of steps of the walk.
+      on_items: Function that is called with the number of items of which the neighbors have been found since the last
+        call.
 
     Raises:
-      DiffusionError: there are not more than `neighbours` and `dimensions` items, a value is out of range, or an
-        embedding has no direction.
+      ConfigError: A value is out of range, or there are too few items for it.
+      DataError: An embedding is not finite, or all zeros.
     """
     items = len(embeddings)
     if not 2 <= dimensions < items:
-        raise DiffusionError(f"dimensions: {dimensions} of a walk on {items} items; choose from 2 to {items - 1}")
+        raise ConfigError(
+            f"teacher.dimensions must be from 2 to {items - 1} for {items} items, got {dimensions}",
+            field="teacher.dimensions",
+        )
     if steps < 1:
-        raise DiffusionError(f"steps: {steps} must be 1 or more")
-    found, cosines = neighbours_of(embeddings, neighbours, on_items=on_items)
-    # Opposite embeddings are linked by next to nothing, but every item keeps a way out.
-    weights = np.maximum(cosines.astype(np.float64), 1e-6).ravel()
-    places = (np.repeat(np.arange(items), neighbours), found.ravel())
-    graph = scipy.sparse.csr_matrix((weights, places), shape=(items, items))
+        raise ConfigError(f"teacher.steps must be 1 or more, got {steps}", field="teacher.steps")
+    neighbors, cosines = nearest_neighbors(embeddings, neighbours, on_items=on_items)
+    weights = np.maximum(cosines.astype(np.float64), SMALLEST_WEIGHT).ravel()
+    edges = (np.repeat(np.arange(items), neighbours), neighbors.ravel())
+    graph = scipy.sparse.csr_matrix((weights, edges), shape=(items, items))
     graph = graph.maximum(graph.T)
+    # The walk's matrix D⁻¹W is similar to the symmetric D^(-1/2) W D^(-1/2), which has orthonormal eigenvectors ψ and
+    # the same eigenvalues λ; the coordinates are λ^(steps / 2) ψ / √π, with π the stationary distribution.
     degree = np.asarray(graph.sum(axis=1)).ravel()
     root = np.sqrt(degree / degree.sum())
     scale = scipy.sparse.diags(1 / np.sqrt(degree))
-    values, modes = _slowest(scale @ graph @ scale, root, dimensions)
+    values, modes = _slowest_modes(scale @ graph @ scale, root, dimensions)
     return (modes / root[:, None] * np.maximum(values, 0) ** (steps / 2)).astype(np.float32)
 
 
-def _slowest(
+def _slowest_modes(
     walk: scipy.sparse.csr_matrix, root: Float[np.ndarray, " items"], count: int
 ) -> tuple[Float[np.ndarray, " count"], Float[np.ndarray, "items count"]]:
     """Returns the largest eigenvalues of the symmetric form of a walk, with their eigenvectors.
 
-    Those of 1 are known, one for each group that no walk leaves. They are taken out first: Lanczos' method, started
-    from one vector, sees only one direction of those that share an eigenvalue.
+    The eigenvalue 1 occurs once for each group that no walk leaves, with a known eigenvector. These are deflated first:
+    Lanczos' method, started from one vector, finds only one direction of those that share an eigenvalue.
     """
     items = len(root)
     groups, group = scipy.sparse.csgraph.connected_components(walk, directed=False)
-    largest = np.argsort(-np.bincount(group), kind="stable")
-    places = (np.arange(items), np.argsort(largest, kind="stable")[group])  # the largest first
-    known = scipy.sparse.csr_matrix((root, places), shape=(items, groups))
+    by_size = np.argsort(-np.bincount(group), kind="stable")
+    columns = np.argsort(by_size, kind="stable")[group]  # the largest group is column 0
+    known = scipy.sparse.csr_matrix((root, (np.arange(items), columns)), shape=(items, groups))
     known = known @ scipy.sparse.diags(1 / np.sqrt(np.asarray(known.power(2).sum(axis=0)).ravel()))
 
-    def step(vector: np.ndarray) -> np.ndarray:
+    def deflated(vector: np.ndarray) -> np.ndarray:
         vector = np.ravel(vector)
         return walk @ vector - known @ (known.T @ vector)
 
     given = min(groups, max(1, count // 2))
-    # Started from a fixed vector, so that the same embeddings give the same coordinates.
-    start = np.random.default_rng(0).standard_normal(items)
-    rest = scipy.sparse.linalg.LinearOperator((items, items), matvec=step, dtype=np.float64)
-    values, modes = scipy.sparse.linalg.eigsh(rest, k=count - given, which="LA", v0=start, tol=ENOUGH)
+    # A fixed start, so that the same embeddings give the same coordinates.
+    start = stream_rng(0, "diffusion start").standard_normal(items)
+    operator = scipy.sparse.linalg.LinearOperator((items, items), matvec=deflated, dtype=np.float64)
+    values, modes = scipy.sparse.linalg.eigsh(operator, k=count - given, which="LA", v0=start, tol=TOLERANCE)
     order = np.argsort(-values, kind="stable")
     return np.concatenate([np.ones(given), values[order]]), np.hstack([known[:, :given].toarray(), modes[:, order]])
 
 
-# teacher: What the objective "diffusion" learns from: a teacher of its own, without labels, and how its embeddings are used.
-
-
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A head that is trained first, by the contrast of views alone, on real numbers, and then seen as a graph.
+    """Settings of the teacher that the objective "diffusion" learns from: a head that is trained first, without labels.
 
-    Its embeddings are the logits of the objective "naive_cl"; the walk on the graph of their neighbours
-    (`diffusion.coordinates`) says which images belong together. Raises ValueError if a value is out of range.
+    It is trained by the contrast of views of its real-valued logits, the objective "naive_cl". The diffusion map of the
+    logits of all training images then gives which images belong together.
+
+    Raises:
+      ConfigError: A value is out of range.
 
     Examples:
       >>> import cib_jax as cib
       >>> cib.Teacher(epochs=20).check(images=50_000)
       >>> cib.Teacher(neighbours=20).check(images=10)
       Traceback (most recent call last):
-      ValueError: teacher.neighbours: 20 must be less than the 10 training images; lower it
+      cib_jax.errors.ConfigError: teacher.neighbours must be less than the number of training images, 10, got 20
     """
+
+    objective: ClassVar[str] = "naive_cl"
 
     bits: int = 128
     """Length of an embedding, in real numbers."""
     temperature: float = 0.2
-    """τ of its contrast."""
+    """Temperature τ of its contrast."""
     epochs: int = 0
-    """Passes over the training images; 0: as many as the codes take."""
+    """Passes over the training images; 0 takes as many as for the codes."""
     neighbours: int = 20
-    """Of each image in the graph."""
+    """Number of neighbors of each image in the graph."""
     dimensions: int = 50
-    """Of the coordinates: about as many groups of images as can be told apart."""
+    """Number of coordinates: about as many groups of images as can be told apart."""
     steps: int = 20
-    """Of the walk."""
+    """Number of steps of the walk."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"teacher.{name}: {getattr(self, name)} must be {least} or more")
+                raise ConfigError(
+                    f"teacher.{name} must be {least} or more, got {getattr(self, name)}", field=f"teacher.{name}"
+                )
         if self.bits < 8 or self.bits % 8:
-            raise ValueError(f"teacher.bits: {self.bits} must be a multiple of 8, such as 128")
+            raise ConfigError(
+                f"teacher.bits must be a positive multiple of 8, such as 128, got {self.bits}", field="teacher.bits"
+            )
         if not self.temperature > 0:
-            raise ValueError(f"teacher.temperature: {self.temperature} must be greater than 0")
+            raise ConfigError(
+                f"teacher.temperature must be greater than 0, got {self.temperature}", field="teacher.temperature"
+            )
 
     def check(self, images: int) -> None:
-        """Checks that so many training images are enough for the graph.
+        """Checks that there are enough training images for the graph.
 
         Raises:
-          ValueError: they are not.
+          ConfigError: There are too few.
         """
         for name in ("neighbours", "dimensions"):
             if getattr(self, name) >= images:
-                raise ValueError(
-                    f"teacher.{name}: {getattr(self, name)} must be less than the {images} training images; lower it"
+                raise ConfigError(
+                    f"teacher.{name} must be less than the number of training images, {images}, got "
+                    f"{getattr(self, name)}",
+                    field=f"teacher.{name}",
                 )
 
     @property
-    def method(self) -> dict[str, Any]:
-        """The arguments of a training step that are its own."""
-        return {"objective": "naive_cl", "temperature": self.temperature}
-
-    @property
     def walk(self) -> dict[str, Any]:
-        """The keyword arguments of `diffusion.coordinates`."""
+        """The keyword arguments of `coordinates`."""
         return {"neighbours": self.neighbours, "dimensions": self.dimensions, "steps": self.steps}

@@ -1,28 +1,33 @@
-"""Training in one call, on images in memory: no files, no config."""
+"""Training in memory, without files or a config: `cib_jax.fit`, and what an index learns its encoder with."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
 from cib_jax import diffusion
 from cib_jax.augment import features as features_lib
-from cib_jax.augment.augment import FAMILIES
 from cib_jax.augment.features import Standard
 from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
+from cib_jax.errors import ConfigError, DataError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import OBJECTIVES
-from cib_jax.models import finetune
-from cib_jax.models.encoder import Encoder, Params, create_encoder
+from cib_jax.models.encoder import Params, create_encoder
 from cib_jax.models.finetune import FineTune
-from cib_jax.training import grad_cache, input_pipeline, loop, train_step
-from cib_jax.training.train_step import Progress, create_train_state
+from cib_jax.random_streams import stream_key
+from cib_jax.training import grad_cache, input_pipeline, trainer
+from cib_jax.training.input_pipeline import ImageBatches
+from cib_jax.training.loop import EpochReport, Hooks, Schedule
+from cib_jax.training.train_step import Method, adam
+from cib_jax.training.trainer import Coordinates, TrainingData, TrainingRun
 
 ENCODE_BATCH = 100
+"""Images that a device encodes at once, as `encode_batch` in configs/default.py."""
 
 
 def fit(
@@ -34,67 +39,63 @@ def fit(
     backbone: str = "convnet",
     backbone_params: Params | None = None,
     frozen: bool | None = None,
-    fine_tune: FineTune = FineTune(),  # noqa: B008 - it cannot be changed
+    fine_tune: FineTune = FineTune(),  # noqa: B008 - it is immutable
     image_size: int = 0,
     hidden: int = 1024,
-    objective: str = "cibhash",
-    temperature: float = 0.3,
-    beta: float = 0.001,
-    stochastic: bool = True,
-    sharpness: float = 6.0,
-    teacher: Teacher = Teacher(),  # noqa: B008 - it cannot be changed
-    augment: str = "photo",
     feature_noise: float = 0.7,
     feature_dropout: float = 0.3,
+    teacher: Teacher = Teacher(),  # noqa: B008 - it is immutable
     epochs: int = 60,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     views: int = 0,
-    micro_batch: int = 0,
     devices: int = 0,
     seed: int = 0,
     on_views: Callable[[int], None] = lambda views: None,
-    on_epoch: Callable[[loop.EpochReport], None] = lambda report: None,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    **method: Any,
 ) -> Hasher:
     """Returns a hasher trained on `images`, without labels.
 
-    The same steps as `run.py` takes; the same seed gives the same bits. For checkpoints, logs and resuming use
-    `cib_jax.commands.train.train`.
+    It trains as `run.py` does: the same images, settings and seeds end with the same parameters, bit for bit. For
+    checkpoints, logs and resuming use `run.py`, or `cib_jax.commands.train.train`.
 
     Args:
-      images: in RGB, all of one size; or, with the backbone "none", features of any model, a vector or several views of
-        one per item.
-      bits: the length of a code, a multiple of 8.
-      backbone: "convnet" (from scratch), "none" for features, or a network of docs/backbones.md with weights.
-      backbone_params: for the last, `cib_jax.load_pretrained(backbone)`.
-      frozen: see `create_encoder`.
-      fine_tune: which part of a backbone that is not frozen learns, and how.
-      image_size: side of the network's input in pixels; 0 takes the backbone's usual one.
-      hidden: width of the hash head's hidden layer.
-      objective: "naive_cl", "cl_hash", "cibhash" or "diffusion", for which a teacher is trained first.
-      temperature: τ of the contrast.
-      beta: β, the weight of the bottleneck.
-      stochastic: whether bits are drawn in training.
-      sharpness: for "diffusion", see `diffusion_match`.
-      teacher: for "diffusion", see `Teacher`.
-      augment: the family of views, "photo" or "digits"; of features "noise" or "stored".
-      feature_noise: see `feature_views.two_views`.
-      feature_dropout: the same.
-      epochs: passes over the images.
-      batch_size: images per step.
-      learning_rate: of Adam; the backbone's own is in `fine_tune`.
-      views: computes the features of this many views per image once, for a frozen backbone; 0 draws fresh ones.
-      micro_batch: images of one device that go through the backbone at a time, for less memory; 0: all of them.
-      devices: of this machine that share each batch; 0: all.
-      seed: of everything random.
-      on_views: told how many more of the `views` are done.
-      on_epoch: told of each epoch's end, of the teacher's first.
+      images: RGB images of one size; or, for the backbone "none", features of any model, one vector or several views
+        per item.
+      bits: Length of a code, a multiple of 8.
+      backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md.
+      backbone_params: Weights of a pretrained network: `cib_jax.load_pretrained(backbone)`.
+      frozen: Whether the backbone is not trained; None freezes a pretrained one unless `fine_tune` asks for something.
+      fine_tune: Part of the backbone that is trained, and its learning rate.
+      image_size: Side of the network's input in pixels; 0 takes the backbone's usual one.
+      hidden: Width of the hash head's hidden layer.
+      feature_noise: Standard deviation of the noise in views of features, for `augment="noise"`.
+      feature_dropout: Probability that a view of features lacks a feature, for `augment="noise"`.
+      teacher: Settings of the teacher, for `objective="diffusion"`.
+      epochs: Passes over the images.
+      batch_size: Images per step.
+      learning_rate: Learning rate of Adam.
+      views: Number of views per image of which a frozen backbone computes the features once; 0 draws fresh views at
+        every step.
+      devices: Number of devices of this machine that share each batch; 0 takes all.
+      seed: Seed of everything random.
+      on_views: Function that is called with the number of views computed since the last call.
+      on_epoch: Function that is called after every epoch, those of a teacher included.
+      **method: Settings of the objective and of the steps:
+        objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first.
+        temperature: Temperature τ of the contrast; 0.3 by default.
+        beta: Weight β of the bottleneck; 0.001 by default.
+        stochastic: Whether bits are drawn in training (the default) or thresholded.
+        sharpness: Power of the odds that a diffusion links two images, for "diffusion"; 6.0 by default.
+        augment: Family of views: "photo" (the default) or "digits" of images, "noise" or "stored" of features.
+        micro_batch: Images of one device that go through the backbone at a time, for less memory; 0, the default,
+          takes all at once.
 
     Raises:
-      ValueError: a value is out of range, there are fewer images than `batch_size`, or a batch cannot be spread evenly
-        over the devices or cut evenly into parts.
-      FineTuneError: `fine_tune` does not go with the backbone.
-      NonFiniteLossError: the loss became NaN or infinite.
+      ConfigError: A setting is out of range or does not go together with another one.
+      DataError: The images or features cannot be used.
+      NonFiniteLossError: The loss became NaN or infinite.
 
     Examples:
       >>> import cib_jax as cib
@@ -104,110 +105,140 @@ def fit(
       >>> hasher.encode(features).shape
       (64, 2)
     """
-    if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
-        raise ValueError("images: they are of several sizes; resize them to one first, for example with PIL")
-    images = np.asarray(images)
-    standard = _standard(images) if backbone == "none" else None
-    if standard is None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
-        raise ValueError(f"images: wanted uint8 [images, height, width, 3], got {images.dtype} {list(images.shape)}")
-    if not 2 <= batch_size <= len(images):
-        raise ValueError(f"batch_size: {batch_size} must be from 2 to the number of images, {len(images)}")
-    if views == 1 or views < 0:
-        raise ValueError(f"views: {views} must be 0 (fresh views at every step) or at least 2")
-    for name, value in (("temperature", temperature), ("learning_rate", learning_rate), ("sharpness", sharpness)):
-        if not value > 0:
-            raise ValueError(f"{name}: {value} must be greater than 0")
-    if epochs < 1:
-        raise ValueError(f"epochs: {epochs} must be 1 or more")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: {objective!r} is not one of {', '.join(OBJECTIVES)}")
-    if OBJECTIVES[objective].taught:
-        teacher.check(len(images))
-    families = FAMILIES if standard is None else features_lib.FAMILIES
-    if augment not in families:
-        raise ValueError(f"augment: {augment!r} is not one of {', '.join(families)}")
+    array, standard = _validate_images(images, on_features=backbone == "none")
+    _validate_schedule(len(array), epochs, batch_size, learning_rate, views)
     mesh = sharding.make_mesh(devices, batch_size)
-    grad_cache.validate_micro_batch(micro_batch, batch_size // sharding.mesh_size(mesh))
-    if micro_batch and (views or standard is not None):
-        raise ValueError(f"micro_batch: {micro_batch} images at a time save nothing where features train; set it to 0")
-    init_key, bank_key, step_key = jax.random.split(jax.random.key(seed), 3)
-    bank = resident = None
-
-    def train(
-        init_key: PRNGKeyArray, bits: int, epochs: int, coordinates: np.ndarray | None, **method: Any
-    ) -> tuple[Encoder, Params, Params]:
-        """Trains a head of so many bits, and a backbone that learns; the view bank is made once for all."""
-        nonlocal bank, resident
-        encoder, params, unchanging = create_encoder(
-            init_key,
-            backbone=backbone,
-            bits=bits,
-            image_size=image_size,
-            frozen=frozen,
-            hidden=hidden,
-            backbone_params=backbone_params,
-            standard=standard,
-            feature_noise=feature_noise,
-            feature_dropout=feature_dropout,
-            fine_tune=fine_tune,
-        )
-        adam = train_step.adam(learning_rate, fine_tune.learning_rate)
-        method |= {"encoder": encoder, "optimizer": adam, "beta": beta, "stochastic": stochastic}
-        order: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "mesh": mesh, "coordinates": coordinates}
-        if views:
-            if finetune.features_learn(params) or standard is not None:
-                raise ValueError(f"views: {views} views are computed once only of a frozen backbone; set it to 0")
-            size = min(ENCODE_BATCH, len(images))
-            if bank is None:
-                bank = input_pipeline.build_view_bank(
-                    bank_key,
-                    encoder,
-                    unchanging,
-                    lambda start, stop: (images[at : min(at + size, stop)] for at in range(start, stop, size)),
-                    count=len(images),
-                    batch_size=size,
-                    views=views,
-                    family=augment,
-                    on_images=on_views,
-                    over=sharding.local_mesh(devices),
-                )
-            fed = input_pipeline.from_bank(bank, method=method, **order)
-        else:
-            resident = jnp.asarray(images) if resident is None else resident
-            method |= {"augment": augment, "micro_batch": micro_batch}
-            fed = input_pipeline.from_device(resident, unchanging, method=method, **order)
-        state, _ = loop.run(
-            create_train_state(params, adam),
-            Progress(),
-            steps=fed.steps,
-            epoch_chunks=fed.epoch_chunks,
-            key=step_key,
-            epochs=epochs,
-            batch_size=batch_size,
-            on_epoch=lambda state, report: on_epoch(report),
-        )
-        return encoder, sharding.to_local(state.params), unchanging
-
-    coordinates = None
-    if OBJECTIVES[objective].taught:
-        own_key, passes = jax.random.fold_in(init_key, 1), teacher.epochs or epochs
-        taught_by = train(own_key, teacher.bits, passes, None, **teacher.method)
-        embeddings = Hasher(*taught_by, ENCODE_BATCH, devices=devices).logits(images)
-        coordinates = diffusion.coordinates(embeddings, **teacher.walk)
-    trained = train(
-        init_key, bits, epochs, coordinates, objective=objective, temperature=temperature, sharpness=sharpness
+    create = functools.partial(
+        create_encoder,
+        backbone=backbone,
+        image_size=image_size,
+        frozen=frozen,
+        hidden=hidden,
+        backbone_params=backbone_params,
+        standard=standard,
+        feature_noise=feature_noise,
+        feature_dropout=feature_dropout,
+        fine_tune=fine_tune,
     )
-    return Hasher(*trained, ENCODE_BATCH, devices=devices)
-
-
-def _standard(features: np.ndarray) -> Standard:
-    """Returns mean and deviation of features, which it checks."""
-    if features.dtype.kind != "f" or features.ndim not in (2, 3) or 0 in features.shape:
-        raise ValueError(
-            f"images: with the backbone 'none' wanted features [items, features] or [items, views, features] in "
-            f"floating point, got {features.dtype} {list(features.shape)}"
+    encoder, params, unchanging = create(stream_key(seed, "initial weights"), bits=bits)
+    chosen = Method(encoder, adam(learning_rate, fine_tune.learning_rate), **method)
+    grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
+    if chosen.micro_batch and (views or standard is not None):
+        raise ConfigError(
+            f"micro_batch must be 0 where features are computed before training, got {chosen.micro_batch}",
+            field="micro_batch",
         )
-    blocks = [features[start : start + 8192] for start in range(0, len(features), 8192)]
+    if views and (params.keys() != {"head"} or standard is not None):
+        raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
+    if OBJECTIVES[chosen.objective].taught:
+        teacher.check(len(array))
+    data = load_data(array, chosen, unchanging, views, stream_key(seed, "view bank"), devices, on_views)
+    run = TrainingRun(
+        chosen,
+        params,
+        unchanging,
+        dataclasses.replace(data, seed=seed),
+        Schedule(epochs, batch_size),
+        stream_key(seed, "steps"),
+        mesh,
+    )
+
+    teacher_run = None
+    if OBJECTIVES[chosen.objective].taught:
+        encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
+        teacher_run = dataclasses.replace(
+            run,
+            method=dataclasses.replace(
+                chosen, encoder=encoder, objective=teacher.objective, temperature=teacher.temperature
+            ),
+            params=params,
+            frozen=unchanging,
+            schedule=Schedule(teacher.epochs or epochs, batch_size),
+            key=stream_key(seed, "teacher steps"),
+        )
+    return train_hasher(run, array, devices, on_epoch, teacher, teacher_run)
+
+
+def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Standard | None]:
+    """Returns images, or features with their mean and deviation, as one array."""
+    if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
+        raise DataError(
+            "images must all have one size; resize them first, for example with PIL.Image.resize", field="images"
+        )
+    images = np.asarray(images)
+    if not on_features:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise DataError(
+                f"images must be uint8 [images, height, width, 3], got {images.dtype} {list(images.shape)}; features "
+                "of a model need backbone='none'",
+                field="images",
+            )
+        return images, None
+    if images.dtype.kind != "f" or images.ndim not in (2, 3) or 0 in images.shape:
+        raise DataError(
+            "images must be floating point [items, features] or [items, views, features] for the backbone 'none', got "
+            f"{images.dtype} {list(images.shape)}",
+            field="images",
+        )
+    blocks = [images[start : start + 8192] for start in range(0, len(images), 8192)]
     if not all(np.isfinite(block).all() for block in blocks):
-        raise ValueError("images: the features hold values that are not finite; remove those rows")
-    return features_lib.standard(blocks)
+        raise DataError("images: some features are not finite; remove those rows", field="images")
+    return images, features_lib.standard(blocks)
+
+
+def _validate_schedule(count: int, epochs: int, batch_size: int, learning_rate: float, views: int) -> None:
+    if not 2 <= batch_size <= count:
+        raise ConfigError(
+            f"batch_size must be from 2 to the number of images, {count}, got {batch_size}", field="batch_size"
+        )
+    if views == 1 or views < 0:
+        raise ConfigError(f"views must be 0 (fresh views at every step) or at least 2, got {views}", field="views")
+    if not learning_rate > 0:
+        raise ConfigError(f"learning_rate must be greater than 0, got {learning_rate}", field="learning_rate")
+    if epochs < 1:
+        raise ConfigError(f"epochs must be 1 or more, got {epochs}", field="epochs")
+
+
+def load_data(
+    images: np.ndarray,
+    method: Method,
+    frozen: Params,
+    views: int,
+    key: PRNGKeyArray,
+    devices: int,
+    on_views: Callable[[int], None],
+) -> TrainingData:
+    """Returns images as a view bank of `views` views each, or on the device if `views` is 0."""
+    if not views:
+        return TrainingData(jnp.asarray(images))
+    size = min(ENCODE_BATCH, len(images))
+    batches = ImageBatches(
+        lambda start, stop: (images[at : min(at + size, stop)] for at in range(start, stop, size)),
+        len(images),
+        size,
+        sharding.local_mesh(devices),
+    )
+    bank = input_pipeline.build_view_bank(
+        key, method.encoder, frozen, batches, views=views, family=method.augment, on_images=on_views
+    )
+    return TrainingData(images, bank)
+
+
+def train_hasher(
+    run: TrainingRun,
+    images: np.ndarray,
+    devices: int,
+    on_epoch: Callable[[EpochReport], None],
+    teacher: Teacher,
+    teacher_run: TrainingRun | None = None,
+) -> Hasher:
+    """Returns the hasher of a run on images in memory; `teacher_run` is trained first if the objective needs it."""
+
+    def learn_coordinates() -> Coordinates:
+        assert teacher_run is not None, "an objective that needs a teacher comes with its run"
+        embeddings = train_hasher(teacher_run, images, devices, on_epoch, teacher).logits(images)
+        return diffusion.coordinates(embeddings, **teacher.walk)
+
+    hooks = Hooks(on_epoch=lambda state, report: on_epoch(report))
+    state, _ = trainer.train(run, hooks=hooks, learn_coordinates=learn_coordinates)
+    return Hasher(run.method.encoder, sharding.to_local(state.params), run.frozen, ENCODE_BATCH, devices=devices)

@@ -1,4 +1,4 @@
-"""Diffusion on neighbour graphs against scikit-learn's neighbours and dense powers of the walk in float64."""
+"""Diffusion on neighbor graphs against scikit-learn's neighbors and dense powers of the walk in float64."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -7,6 +7,7 @@ import pytest
 import sklearn.neighbors
 
 from cib_jax import diffusion
+from cib_jax.errors import UserError
 
 
 def draw(items, features=5, seed=0):
@@ -14,19 +15,19 @@ def draw(items, features=5, seed=0):
 
 
 @pytest.mark.parametrize("block", [7, 512])
-def test_neighbours_are_those_of_scikit_learn(monkeypatch, block):
+def test_neighbors_are_those_of_scikit_learn(monkeypatch, block):
     monkeypatch.setattr(diffusion, "BLOCK", block)
-    embeddings, told = draw(60), []
-    found, cosines = diffusion.neighbours_of(embeddings, 4, on_items=told.append)
+    embeddings, counts = draw(60), []
+    found, cosines = diffusion.nearest_neighbors(embeddings, 4, on_items=counts.append)
     expected = sklearn.neighbors.NearestNeighbors(n_neighbors=5, metric="cosine").fit(embeddings)
     distances, places = expected.kneighbors(embeddings)
     assert [set(row) for row in found] == [set(row[1:]) for row in places]
     np.testing.assert_allclose(np.sort(1 - cosines), np.sort(distances[:, 1:]), atol=1e-6)
-    assert sum(told) == 60
+    assert sum(counts) == 60
 
 
 def walk_of(embeddings, neighbours):
-    """The walk's probabilities, item by item, and how often it is where, as the docstring says it."""
+    """Returns the walk's probabilities, item by item, and its stationary distribution."""
     unit = embeddings.astype(np.float64) / np.linalg.norm(embeddings, axis=1, keepdims=True)
     cosines = unit @ unit.T
     weights = np.zeros_like(cosines)
@@ -51,7 +52,7 @@ def test_inner_products_are_the_odds_of_a_walk_of_that_many_steps():
 
 
 def test_what_no_walk_links_has_no_odds_and_the_rest_has_its_share():
-    """Two groups that share no neighbour, a long walk: 1 over its group's share within it, 0 between them."""
+    """Two groups that share no neighbor, a long walk: 1 over its group's share within it, 0 between them."""
     sides = np.repeat([[9.0, 0, 0, 0, 0], [0, 9.0, 0, 0, 0]], [30, 20], axis=0).astype(np.float32)
     embeddings = sides + draw(50)
     points = diffusion.coordinates(embeddings, neighbours=8, dimensions=4, steps=400)
@@ -92,15 +93,27 @@ def test_copies_and_opposites_leave_everything_finite(items, copies, neighbours,
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "options", "message"),
+    ("embeddings", "options", "field"),
     [
-        (draw(5), {"neighbours": 5, "dimensions": 2}, "count: 5 neighbours are wanted of each of 5 items"),
-        (draw(9), {"neighbours": 3, "dimensions": 9}, "dimensions: 9 of a walk on 9 items"),
-        (draw(9), {"neighbours": 3, "dimensions": 3, "steps": 0}, "steps: 0 must be 1 or more"),
-        (np.zeros((9, 2), np.float32), {"neighbours": 3, "dimensions": 3}, "all zeros"),
-        (np.full((9, 2), np.nan, np.float32), {"neighbours": 3, "dimensions": 3}, "not finite"),
+        (draw(5), {"neighbours": 5, "dimensions": 2}, "teacher.neighbours"),
+        (draw(9), {"neighbours": 3, "dimensions": 9}, "teacher.dimensions"),
+        (draw(9), {"neighbours": 3, "dimensions": 3, "steps": 0}, "teacher.steps"),
+        (np.zeros((9, 2), np.float32), {"neighbours": 3, "dimensions": 3}, "embeddings"),
+        (np.full((9, 2), np.nan, np.float32), {"neighbours": 3, "dimensions": 3}, "embeddings"),
     ],
 )
-def test_what_makes_no_graph_is_refused(embeddings, options, message):
-    with pytest.raises(diffusion.DiffusionError, match=message):
+def test_embeddings_without_a_graph_are_refused(embeddings, options, field):
+    with pytest.raises(UserError) as refused:
         diffusion.coordinates(embeddings, **options)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"bits": 12}, {"temperature": 0.0}, {"epochs": -1}, {"neighbours": 0}, {"dimensions": 1}, {"steps": 0}],
+    ids=str,
+)
+def test_a_teacher_out_of_range_is_refused(fields):
+    with pytest.raises(UserError) as refused:
+        diffusion.Teacher(**fields)
+    assert refused.value.field == f"teacher.{next(iter(fields))}"

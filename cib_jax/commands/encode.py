@@ -88,7 +88,7 @@ def encode(
     console = console or rich.console.Console()
     if part < 1:
         raise CodeStoreError(f"--part must be 1 file or more, got {part}; try {PART}", field="--part")
-    place = initialize.process_place(process, processes)
+    place = initialize.process_index(process, processes)
     config = override_fields(read_config(workdir).copy_and_resolve_references(), overrides or {})
     schema.validate(config)
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)

@@ -226,19 +226,10 @@ def _results(
     }
 
 
-def format_protocol(run: RunContext) -> str:
-    """Returns the split, the depth of the ranking, and the published tables that are comparable."""
-    protocol = run.protocol
-    split = protocol.says if run.source.roles is None else "the split of the list"
-    if run.splits.database.labels is None:
-        return f"Protocol {protocol.name}: {split}; no labels, so judge the codes by their statistics and by eye"
-    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; published tables: {protocol.tables()}"
-
-
 def _print_results(run: RunContext, results: dict[str, Any]) -> None:
     table = rich.table.Table(
         title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits",
-        caption=format_protocol(run),
+        caption=context.format_protocol(run),
     )
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -1,9 +1,7 @@
 """Indexing of photos for searching: finds files that are new, changed or gone, and encodes only those."""
 
-import contextlib
 import dataclasses
 import errno
-import functools
 import itertools
 import os
 import pathlib
@@ -25,10 +23,13 @@ from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
 from cib_jax.files import map_in_order, printable
 from cib_jax.inference.hasher import Hasher
-from cib_jax.models import registry, weights
+from cib_jax.losses import OBJECTIVES
+from cib_jax.models import registry
+from cib_jax.random_streams import stream_rng
 from cib_jax.runs import context
 from cib_jax.storage import collection, photo_table
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
+from cib_jax.training import grad_cache
 
 BLOCK = 512
 """Files in a commit, about, and so the most that a killed process loses."""
@@ -422,121 +423,105 @@ def _encode_block(
 
 
 FEWEST = 16
-"""Photos without which nothing can be learnt."""
+"""The fewest photos to train on."""
 FEW = 500
-"""Photos below which it is told that there are few."""
+"""Number of photos below which a message says that they are few."""
 
 
 def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console) -> Hasher:
-    """Returns an encoder trained, without labels, on photos drawn from `found`.
+    """Returns an encoder that was trained, without labels, on a random sample of the photos.
 
     Args:
-      found: the photos; those that cannot be read are left out.
-      config: of an experiment on images. Its `data.train_images` says how many photos are drawn, 0: all.
-      console: where to report.
+      found: Photos; unreadable ones are left out.
+      config: Config of an experiment on images; its `data.train_images` is the size of the sample, 0 for all photos.
+      console: Console to report on.
 
     Raises:
-      ConfigError: the config is for features.
-      DataError: fewer than 16 photos can be read, or fewer than devices share a batch.
-      DevicesError, PartsError: the devices, or parts of `micro_batch`, do not go into `batch_size`.
-      WeightsError: the backbone's weights are not to be had.
+      ConfigError: The config is for features, or a field does not fit the photos.
+      DataError: There are fewer than 16 readable photos, or fewer than devices that share a batch.
+      WeightsError: The backbone's weights are missing or unusable.
     """
     if config.backbone == "none":
-        raise ConfigError("config.backbone: 'none' is for features; photos need a network")
-    pretrained = registry.get(config.backbone).convert is not None
+        raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)
-    params = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
-    images = _drawn(found, config, console)
+    encoder, params, frozen, _ = build.encoder(config)
+    images = _sample(found, config, console)
     if len(images) < FEWEST:
         raise DataError(
-            f"--images: {found.place} has {len(images)} photos that can be read, but at least {FEWEST} are needed to "
-            "learn from; add some, or give --workdir=RUN, a trained run's folder"
+            f"--images must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}; "
+            "add some, or give --workdir=RUN, the folder of a trained run",
+            field="--images",
         )
     few = ", which are few: more photos, or --workdir=RUN of a trained run, give better codes"
     print_message(
         console,
-        f"No --workdir of a trained run: learning {config.bits}-bit codes from {len(images):,} of the photos"
+        f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
         f"{few if len(images) < FEW else ''}",
     )
-    batch_size, micro_batch = _batch(len(images), found, config)
-    side = images.shape[1]
+    devices = sharding.mesh_size(sharding.local_mesh(config.devices))
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.batch_size, config.micro_batch = batch_for(len(images), devices, config)
+    mesh = sharding.make_mesh(config.devices, config.batch_size)
+    grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
     views = config.train.views if config.frozen else 0
-    # Another bar for the epochs once the views are there: its images per second are of others.
-    with contextlib.ExitStack() as bars:
-        on_views = bars.enter_context(progress_bar(console, "Learning: views", views * len(images)))
-
-        @functools.cache
-        def on_epoch() -> Callable[[int, str], None]:
-            bars.close()
-            return bars.enter_context(progress_bar(console, "Learning: codes", config.epochs * len(images)))
-
-        hasher = fitting.fit(
+    with progress_bar(console, "Training: views", views * len(images)) as advance:
+        data = fitting.load_data(
             images,
-            bits=config.bits,
-            backbone=config.backbone,
-            backbone_params=params,
-            frozen=config.frozen,
-            fine_tune=schema.fine_tune(config),
-            image_size=config.image_size,
-            hidden=config.hidden,
-            objective=config.objective,
-            temperature=config.temperature,
-            beta=config.beta,
-            stochastic=config.binary == "stochastic",
-            sharpness=config.sharpness,
-            teacher=build.teacher(config),
-            augment=config.augment,
-            epochs=config.epochs,
-            batch_size=batch_size,
-            learning_rate=config.learning_rate,
-            views=views,
-            micro_batch=micro_batch,
-            devices=config.devices,
-            seed=config.seed,
-            on_views=lambda more: on_views(more, ""),
-            on_epoch=lambda report: on_epoch()(len(images), ""),
+            build.method(config, encoder),
+            frozen,
+            views,
+            build.key(config, "view bank"),
+            config.devices,
+            lambda more: advance(more, ""),
         )
-    return dataclasses.replace(hasher, stored_size=side, batch_size=config.encode_batch)
+    run = build.training_run(config, (encoder, params, frozen), data, mesh)
+    teacher_run = None
+    if OBJECTIVES[config.objective].taught:
+        build.teacher(config).check(len(images))
+        theirs = build.teacher_config(config)
+        network = build.encoder(theirs, stream="teacher weights")[:3]
+        teacher_run = build.training_run(theirs, network, data, mesh, stream="teacher steps")
+    # A bar of its own: its images per second are not those of the views.
+    with progress_bar(console, "Training: codes", config.epochs * len(images)) as advance:
+        hasher = fitting.train_hasher(
+            run, images, config.devices, lambda report: advance(len(images), ""), build.teacher(config), teacher_run
+        )
+    return dataclasses.replace(hasher, stored_size=images.shape[1], batch_size=config.encode_batch)
 
 
-def _batch(count: int, found: Photos, config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """Returns batch size and images of a device at a time: as the config says, or as so few photos allow."""
+def batch_for(count: int, devices: int, config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """Returns batch size and micro-batch: those of the config, or smaller ones that `count` photos allow."""
     if config.batch_size <= count:
         return config.batch_size, config.micro_batch
-    devices = sharding.mesh_size(sharding.local_mesh(config.devices))
-    # Whole parts on each device; all at once, where even one part is more than there are.
+    # Whole parts on each device; all images at once if there are fewer than one part.
     part = config.micro_batch if devices * config.micro_batch <= count else 0
     unit = devices * max(part, 1)
     size = count // unit * unit
     if not size:
         raise DataError(
-            f"--images: {found.place} has {count} photos that can be read, fewer than the {devices} devices that share "
-            "a batch; set --config.devices=1, or give more photos"
+            f"--images must have at least as many readable photos as devices share a batch, {devices}, got {count}; "
+            "set --config.devices=1, or give more photos",
+            field="--images",
         )
     return size, part
 
 
-def _drawn(
+def _sample(
     found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console
 ) -> UInt8[np.ndarray, "images side side 3"]:
-    """Returns photos in an order drawn by `data.seed`, so many as are wanted and can be read."""
+    """Returns random readable photos, as many as `data.train_images` says, in random order."""
     side = config.data.stored_size or config.image_size or registry.get(config.backbone).image_size
-    wanted = config.data.train_images if config.data.train_images > 0 else len(found.names)
-    wanted = min(wanted, len(found.names))
-    order = np.random.default_rng(config.data.seed).permutation(len(found.names)).tolist()
+    wanted = min(config.data.train_images if config.data.train_images > 0 else len(found.names), len(found.names))
+    order = stream_rng(config.data.seed, "index sample").permutation(len(found.names)).tolist()
     images = np.empty((wanted, side, side, 3), np.uint8)
     count = 0
-    with progress_bar(console, "Reading some photos", wanted) as moved:
-
-        def due() -> Iterator[int]:
-            for number in order:
-                if count == wanted:
-                    return
-                yield number
-
-        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([due()]):
+    with progress_bar(console, "Reading some photos", wanted) as advance:
+        # Numbers are drawn lazily, so that reading ends when there are enough readable photos.
+        numbers = itertools.takewhile(lambda number: count < wanted, order)
+        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([numbers]):
             if read.content is not None and count < wanted:
                 images[count] = read.content
                 count += 1
-                moved(1, "")
+                advance(1, "")
     return images[:count]

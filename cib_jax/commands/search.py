@@ -19,6 +19,7 @@ from cib_jax.data.inputs import Photos
 from cib_jax.data.photos import HASH_BITS, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
 from cib_jax.files import map_in_order, printable
+from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import near_duplicates
@@ -243,7 +244,7 @@ def _hits(
 
 def _print_recall(collection: Collection, k: int, console: rich.console.Console) -> None:
     """Prints the share of the nearest photos that an approximate search finds, for some codes of the index itself."""
-    some = np.random.default_rng(0).choice(len(collection), min(SAMPLE, len(collection)), replace=False)
+    some = stream_rng(0, "recall sample").choice(len(collection), min(SAMPLE, len(collection)), replace=False)
     codes = collection.codes[np.sort(some)]
     exact, _ = Index.of(collection.codes).search(codes, k)
     hits = collection.nearest(codes, k)

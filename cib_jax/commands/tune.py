@@ -34,6 +34,7 @@ from cib_jax.errors import (
 from cib_jax.files import write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
+from cib_jax.random_streams import stream_rng
 from cib_jax.report import figures, tables
 from cib_jax.report.html import Grid, Picture, Section
 from cib_jax.retrieval import code_quality
@@ -214,7 +215,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
     quiet = rich.console.Console(quiet=True)
     run = context.prepare_run(config, workdir, quiet, trained=True, standard=read_standard(workdir, config))
     params, _, _ = restore_best(workdir, run.initial, config)
-    draws = np.random.default_rng((config.data.seed, 6))
+    draws = stream_rng(config.data.seed, "scored images")
     some = run.splits.database.take(np.sort(draws.permutation(len(run.splits.database))[:images]))
     packed = features.codes(run, params, some, "Encoding")
     before = np.concatenate(list(features.before_hashing(run, some, "Features")))
@@ -235,7 +236,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
 def _codes_of_views(run: RunContext, params: Params, images: ImageSet) -> Iterator[UInt8[np.ndarray, "n bytes"]]:
     """Yields the codes of a first and of a second augmented view of every image."""
     if run.features_stay:
-        for view in features.of_views(run, images, 2, "Views"):
+        for view in features.of_views(run, images, 2, "Views", stream="score views"):
             yield features.codes_of_features(run, params, np.asarray(view, np.float32))
         return
     key = build.key(run.config, "view bank")

@@ -1,11 +1,12 @@
-"""What the words of a config stand for: the encoder, the optimizer, the splits, the streams of random numbers."""
+"""Objects that a config describes: encoder, method, training run, data set, splits."""
 
+import dataclasses
 import pathlib
 
-import jax
 import ml_collections
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from cib_jax.augment.features import Standard
@@ -18,38 +19,44 @@ from cib_jax.errors import ConfigError
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models import registry, weights
 from cib_jax.models.encoder import Encoder, Params, create_encoder
+from cib_jax.random_streams import stream_key
 from cib_jax.training import input_pipeline, train_step
-
-STREAMS = {"initial weights": 0, "view bank": 1, "steps": 2, "baseline": 3}
+from cib_jax.training.loop import Schedule
+from cib_jax.training.train_step import Method
+from cib_jax.training.trainer import TrainingData, TrainingRun
 
 
 def key(config: ml_collections.ConfigDict, stream: str) -> PRNGKeyArray:
-    """Returns the key of one of `STREAMS`, a fold of the one root key that the seed gives.
+    """Returns the key of a stream of `random_streams.KEY_STREAMS`.
 
-    The view bank's comes from the seed of the data, so that runs with other seeds can share it.
+    Views that are drawn once come from the seed of the data, so that runs with other seeds can share their features.
     """
-    seed = config.data.seed if stream == "view bank" else config.seed
-    return jax.random.fold_in(jax.random.key(seed), STREAMS[stream])
+    return stream_key(config.data.seed if stream in ("view bank", "score views") else config.seed, stream)
 
 
 def encoder(
-    config: ml_collections.ConfigDict, *, trained: bool = False, standard: Standard | None = None
+    config: ml_collections.ConfigDict,
+    *,
+    trained: bool = False,
+    standard: Standard | None = None,
+    stream: str = "initial weights",
 ) -> tuple[Encoder, Params, Params, str]:
     """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of the frozen ones ("": none).
 
     Args:
-      config: of the run.
-      trained: a checkpoint will replace the parameters to train, so weights are loaded for the frozen ones only.
-      standard: for the backbone "none", mean and deviation of the features that it takes.
+      config: Config of the run.
+      trained: Whether a checkpoint will replace the parameters to train, so that only frozen weights need be loaded.
+      standard: Mean and deviation of the features, for the backbone "none".
+      stream: Random stream of the initial weights.
 
     Raises:
-      WeightsError: the backbone's weights are missing or unusable.
+      WeightsError: The backbone's weights are missing or unusable.
     """
     how = fine_tune(config)
     pretrained = registry.get(config.backbone).convert is not None and (config.frozen or how.keeps or not trained)
     loaded = weights.load_pretrained(config.backbone, config.backbone_weights) if pretrained else None
     made, params, frozen = create_encoder(
-        key(config, "initial weights"),
+        key(config, stream),
         backbone=config.backbone,
         bits=config.bits,
         image_size=config.image_size,
@@ -71,16 +78,54 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     return train_step.adam(config.learning_rate, config.fine_tune.learning_rate)
 
 
+def method(config: ml_collections.ConfigDict, encoder: Encoder) -> Method:
+    """Returns what training minimizes, and how: each field of `Method` from the config's field of the same name."""
+    named = {field.name: config[field.name] for field in dataclasses.fields(Method) if field.name in config}
+    return Method(encoder, optimizer(config), stochastic=config.binary == "stochastic", **named)
+
+
+def training_run(
+    config: ml_collections.ConfigDict,
+    network: tuple[Encoder, Params, Params],
+    data: TrainingData,
+    mesh: Mesh | None,
+    *,
+    stream: str = "steps",
+) -> TrainingRun:
+    """Returns everything that decides the trained parameters.
+
+    Args:
+      config: Config of the run.
+      network: Encoder, its parameters to train, and its frozen ones.
+      data: Training images.
+      mesh: Devices that share each batch.
+      stream: Random stream of the steps.
+    """
+    made, params, frozen = network
+    schedule = Schedule(config.epochs, config.batch_size, config.train.validate_every, config.train.patience)
+    data = dataclasses.replace(data, seed=config.seed)
+    return TrainingRun(method(config, made), params, frozen, data, schedule, key(config, stream), mesh)
+
+
 def teacher(config: ml_collections.ConfigDict) -> Teacher:
     """Returns how the teacher of a run is trained and used."""
     return Teacher(**config.teacher.to_dict())
 
 
+def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns the config of a run's teacher: the same network with another head, and another objective."""
+    own, config = teacher(config), config.copy_and_resolve_references()
+    with config.unlocked():
+        config.objective, config.temperature, config.bits = own.objective, own.temperature, own.bits
+        config.epochs = own.epochs or config.epochs
+    return config
+
+
 def protocol(config: ml_collections.ConfigDict) -> Protocol:
-    """Returns the protocol that the config names, with the fields that it sets otherwise.
+    """Returns the protocol that the config names, with the fields that the config sets itself.
 
     Raises:
-      DataError: the protocol is another data set's.
+      DataError: The protocol is for another data set.
     """
     data = config.data
     names = ("queries", "queries_per_class", "train_images", "train_per_class", "validation")
@@ -93,12 +138,12 @@ def source(
     """Returns the data set.
 
     Args:
-      config: of the run.
-      prepared: where a folder's or a list's photos are kept, decoded and resized; wanted for those alone.
-      bar: shows the progress of preparing and checking.
+      config: Config of the run.
+      prepared: Folder of decoded and resized photos; needed for photos in a folder or a list only.
+      bar: Factory of progress bars for preparing and checking.
 
     Raises:
-      DataError: it cannot be had.
+      DataError: The data set is missing or unusable.
     """
     data = config.data
     which = DataConfig(
@@ -117,15 +162,15 @@ def source(
 
 
 def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | None = None) -> splits.Splits:
-    """Returns the data set's splits, checked against the fields that depend on their sizes.
+    """Returns the data set's splits, after checks of the fields that depend on their sizes.
 
     Args:
-      config: of the run.
-      drawn_from: the data set, where it was loaded already.
+      config: Config of the run.
+      drawn_from: The data set, if it is loaded already.
 
     Raises:
-      DataError: the data set cannot be had or is too small.
-      ConfigError: `k` or `batch_size` is larger than the images there are.
+      DataError: The data set is missing or too small.
+      ConfigError: A field, such as `k` or `batch_size`, does not fit the number of images.
     """
     wanted = protocol(config)
     drawn = splits.draw_splits(
@@ -137,33 +182,35 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
     searched = min(len(drawn.database), len(drawn.validation[1]) if drawn.validation else len(drawn.database))
     if drawn.database.labels is not None and wanted.k > searched:
         raise ConfigError(
-            f"config.k: {wanted.k} is larger than the database, which has {searched} images; lower it, or 0 takes all"
+            f"config.k must be at most the number of images in the database, {searched}, got {wanted.k}; 0 takes all",
+            field="config.k",
         )
-    if config.train.views:
-        bank = (
-            config.train.views
-            * len(drawn.train)
-            * registry.get(config.backbone).features
-            * input_pipeline.BYTES
-            / 2**20
-        )
-        if bank > config.train.bank_mb:
-            raise ConfigError(
-                f"config.train.views: a bank of {config.train.views} views of {len(drawn.train)} images takes "
-                f"{bank:,.0f} MiB, more than config.train.bank_mb; lower the views or raise that limit"
-            )
+    _validate_bank_size(config, len(drawn.train))
     if config.augment == "stored" and (np.ndim(first := drawn.train.images[0]) != 2 or len(first) < 2):
         raise ConfigError(
-            "config.augment: 'stored' draws two of several vectors per item, [items, views, features], but the file "
-            "holds one for each; set it to 'noise'"
+            "config.augment must be 'noise' for features with one vector per item, got 'stored', which draws two of "
+            "several, [items, views, features]",
+            field="config.augment",
         )
     if OBJECTIVES[config.objective].taught:
         try:
             teacher(config).check(len(drawn.train))
-        except ValueError as error:
-            raise ConfigError(f"config.{error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"config.{error}", field=f"config.{error.field}") from None
     if config.batch_size > len(drawn.train):
         raise ConfigError(
-            f"config.batch_size: {config.batch_size} is larger than the training set of {len(drawn.train)}; lower it"
+            f"config.batch_size must be at most the number of training images, {len(drawn.train)}, got "
+            f"{config.batch_size}",
+            field="config.batch_size",
         )
     return drawn
+
+
+def _validate_bank_size(config: ml_collections.ConfigDict, images: int) -> None:
+    size = config.train.views * images * registry.get(config.backbone).features * input_pipeline.BYTES / 2**20
+    if size > config.train.bank_mb:
+        raise ConfigError(
+            f"config.train.views must be lower, got {config.train.views}: a bank of {config.train.views} views of "
+            f"{images} images takes {size:,.0f} MiB, more than config.train.bank_mb; or raise that limit",
+            field="config.train.views",
+        )

@@ -282,12 +282,13 @@ def _validate_network(config: ml_collections.ConfigDict) -> None:
         raise _error("backbone_weights", f"must be empty, since {backbone.name} is trained from scratch")
     if from_scratch and config.frozen:
         raise _error("frozen", f"must be False for {backbone.name}, which would keep its random initial weights")
-    try:
-        validate_fine_tune(
-            fine_tune(config), backbone, config.image_size, frozen=config.frozen, from_scratch=from_scratch
-        )
-    except ConfigError as error:
-        raise ConfigError(f"config.{error}", f"config.{error.field}") from None
+    if fine_tune(config) != FineTune():
+        try:
+            validate_fine_tune(
+                fine_tune(config), backbone, config.image_size, frozen=config.frozen, from_scratch=from_scratch
+            )
+        except ConfigError as error:
+            raise ConfigError(f"config.{error}", f"config.{error.field}") from None
     if config.train.views and not config.frozen:
         raise _error(
             "train.views",

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from cib_jax.data.photos import MAX_MEGAPIXELS
 from cib_jax.errors import DataError
 from cib_jax.files import printable
+from cib_jax.random_streams import stream_rng
 
 Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
 """An image, or a feature vector in its place."""
@@ -27,14 +28,6 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 CLASS_SEPARATOR = "|"
 """Separator between the classes of one image where they are written as one text, as in a CSV file."""
-
-STREAMS = {"queries": 0, "training images": 1, "validation queries": 2, "epoch order": 3}
-"""Numbers of the independent NumPy streams of one seed, so that a change in one draw leaves the others as they are."""
-
-
-def random_stream(seed: int, name: str, *more: int) -> np.random.Generator:
-    """Returns the generator of one of `STREAMS`; `more` numbers, such as an epoch, divide a stream further."""
-    return np.random.default_rng((seed, STREAMS[name], *more))
 
 
 def data_error(field: str, problem: str) -> DataError:
@@ -311,7 +304,7 @@ def _sort_classes(names: set[Any]) -> list[Any]:
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
     """Returns the order of `count` images in an epoch; it depends on (seed, epoch) alone."""
-    return random_stream(seed, "epoch order", epoch).permutation(count)
+    return stream_rng(seed, "epoch order", epoch).permutation(count)
 
 
 def stream(

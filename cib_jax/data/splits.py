@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from cib_jax.data.dataset import ImageSet, Labels, Source, concatenate, config_error, random_stream
+from cib_jax.data.dataset import ImageSet, Labels, Source, concatenate, config_error
 from cib_jax.files import did_you_mean
+from cib_jax.random_streams import stream_rng
 
 ALL = 0
 """Value of `k` for MAP over the whole ranked database."""
@@ -210,15 +211,15 @@ def draw_splits(source: Source, protocol: Protocol, *, seed: int, validation_que
         )
     if source.roles is not None:
         return _splits_of_list(source.roles, protocol)
-    database, query = _draw_queries(source, protocol, random_stream(seed, "queries"))
-    drawn = _draw_training(database, protocol, random_stream(seed, "training images"))
+    database, query = _draw_queries(source, protocol, stream_rng(seed, "queries"))
+    drawn = _draw_training(database, protocol, stream_rng(seed, "training images"))
     train = database if drawn is None else database.take(drawn)
     outside = np.arange(0) if drawn is None else _rest(database, drawn)
     if not protocol.train_searched:
         if not len(outside):
             raise config_error("protocol", f"{protocol.name} searches only images that do not train; set train_images")
         database, outside = database.take(outside), np.arange(len(outside))
-    validation, generator = None, random_stream(seed, "validation queries")
+    validation, generator = None, stream_rng(seed, "validation queries")
     if protocol.validation == "query_half":
         half = len(query) // 2
         if half < 1:

@@ -1,4 +1,4 @@
-"""An encoder, images → logits: a backbone and the hash head, split once into pure functions and their parameters."""
+"""The encoder, images → logits: a backbone and the hash head as pure functions, and the compiled encoding programs."""
 
 import dataclasses
 import functools
@@ -15,15 +15,16 @@ from cib_jax.augment import augment
 from cib_jax.augment.features import Standard, plain, two_views
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
+from cib_jax.errors import ConfigError, WeightsError
 from cib_jax.models import finetune, registry
 from cib_jax.models.finetune import FineTune
-
-# encoder: An encoder, images → logits: a backbone and the hash head, split once into pure functions and their parameters.
-
+from cib_jax.random_streams import fold_by_name
 
 Params = dict[str, Any]
-"""A pytree of arrays. Of what training changes: "head" and, where the backbone learns too, "backbone" (its blocks that
-learn) or "lora" (their corrections). Of the rest: "backbone", what stays of it."""
+"""A pytree of arrays. Parameters to train have the part "head" and, if the backbone is trained, "backbone" (its trained
+blocks) or "lora" (their low-rank corrections). Frozen ones have the part "backbone": the rest of it."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class HashHead(nnx.Module):
@@ -40,7 +41,7 @@ class HashHead(nnx.Module):
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     # Weights and bias from U(−1/√inputs, 1/√inputs), as in the published code (the default of torch.nn.Linear):
-    # a larger start makes the first codes nearly deterministic.
+    # with larger ones, the first codes would be nearly deterministic.
     bound = inputs**-0.5
 
     def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -50,14 +51,11 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """Pure functions of a network; it holds no parameters, so it can be closed over or passed as a static argument.
+    """Pure functions of a network. It holds no parameters, so that it can be closed over or be a static argument.
 
-    Two encoders are equal only if they are one: hashing a deep network's graph at every call would cost milliseconds.
+    Encoders are compared by identity: hashing the graph of a deep network at every call would take milliseconds.
 
     Examples:
       >>> import cib_jax as cib
@@ -74,22 +72,20 @@ class Encoder:
     backbone_graph: nnx.GraphDef[Any]
     head_graph: nnx.GraphDef[Any]
     backbone_dtype: str = "float32"
-    """In what the backbone computes; its parameters, where they are trained, and its features stay float32."""
+    """Type in which the backbone computes. Trained parameters and features are always float32."""
     feature_noise: float = 0.0
-    """Of the views of features, see `feature_views.two_views`; unused where the backbone takes images."""
+    """Standard deviation of the noise in views of features."""
     feature_dropout: float = 0.0
+    """Probability that a view of features lacks a feature."""
     lora_scale: float = 0.0
-    """By which corrections of the backbone's kernels are multiplied, where there are any."""
+    """Factor of the low-rank corrections of the backbone's kernels, if there are any."""
     checkpointing: bool = False
-    """See `FineTune`."""
+    """Whether a block is recomputed for its gradient, for less memory."""
 
     def preprocess(
         self, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"]
     ) -> Float[Array, "batch ..."]:
-        """Returns the images as at test time: resized to the input size and normalized for the backbone.
-
-        Where the backbone takes features: standardised.
-        """
+        """Returns the images as at test time, resized and normalized for the backbone; features are standardized."""
         if self.backbone.takes == "features":
             return plain(images, self.backbone.mean, self.backbone.deviation)
         return augment.resize_and_normalize(
@@ -104,9 +100,13 @@ class Encoder:
         family: str = "photo",
         axis: Axis = None,
     ) -> tuple[Float[Array, "batch ..."], Float[Array, "batch ..."]]:
-        """Returns two augmented views of every image, or item, of this encoder's size and normalization.
+        """Returns two random views of every image, or item, resized and normalized for the backbone.
 
-        With an `axis` (see `spread`), of this device's rows of the batch.
+        Args:
+          key: Random key of the views.
+          images: Images, or features; with an `axis`, this device's rows of the batch.
+          family: Family of the views.
+          axis: Mesh axis that shards the batch; None if it is not sharded.
         """
         if self.backbone.takes == "features":
             return two_views(
@@ -132,7 +132,7 @@ class Encoder:
     def view_each(
         self, keys: PRNGKeyArray, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
     ) -> Float[Array, "batch image_size image_size 3"]:
-        """Returns one augmented view of every image, each drawn by its own key of `keys`."""
+        """Returns one random view of every image, each drawn by its own key of `keys`."""
         return augment.view_each(
             keys,
             images,
@@ -149,7 +149,11 @@ class Encoder:
         if self.backbone.takes == "features":
             return views
         dtype = DTYPES[self.backbone_dtype]
-        state = _cast(finetune.backbone_state(params, frozen, self.lora_scale), dtype)
+        if params.keys() <= {"head"}:
+            state = frozen["backbone"]
+        else:  # some or all of the backbone is trained, or low-rank corrections of it
+            state = finetune.backbone_state(params, frozen, self.lora_scale)
+        state = _cast(state, dtype)
         network = nnx.merge(self.backbone_graph, state)
         if self.checkpointing:
             finetune.checkpoint_blocks(network)
@@ -182,29 +186,29 @@ def create_encoder(
     standard: Standard | None = None,
     feature_noise: float = 0.0,
     feature_dropout: float = 0.0,
-    fine_tune: FineTune = FineTune(),  # noqa: B008 - it cannot be changed
+    fine_tune: FineTune = FineTune(),  # noqa: B008 - it is immutable
 ) -> tuple[Encoder, Params, Params]:
-    """Returns an encoder, the parameters that training changes, and those that it leaves alone.
+    """Returns an encoder, its parameters to train, and its frozen ones.
 
     Args:
-      key: a random key, for what is not loaded.
-      backbone: a name out of `cib_jax.models.registry.BACKBONES`.
-      bits: the length of a code, a multiple of 8.
-      image_size: side of the square input in pixels; 0 takes the backbone's usual size.
-      frozen: whether the backbone stays as it is; by default it does if it comes with pretrained weights and
-        `fine_tune` asks for nothing.
-      hidden: width of the hash head's hidden layer.
-      backbone_params: the backbone's weights, as `cib_jax.load_pretrained(backbone)` returns them.
-      pretrained: False starts a backbone that has pretrained weights from random ones.
-      backbone_dtype: "float32", or "bfloat16" for less memory and, on accelerators, time.
-      standard: for the backbone "none", which takes features: their `feature_views.standard`.
-      feature_noise: the same, of their views; see `feature_views.two_views`.
-      feature_dropout: the same.
-      fine_tune: which part of a backbone that is not frozen learns, and how; its learning rate is the optimizer's.
+      key: Random key of the initial weights.
+      backbone: Name of a network in `cib_jax.models.registry.BACKBONES`.
+      bits: Length of a code, a multiple of 8.
+      image_size: Side of the square input in pixels; 0 takes the backbone's usual one.
+      frozen: Whether the backbone is not trained; None freezes one with pretrained weights, unless `fine_tune` asks for
+        something.
+      hidden: Width of the hash head's hidden layer.
+      backbone_params: Weights of the backbone: `cib_jax.load_pretrained(backbone)`.
+      pretrained: Whether a backbone that has pretrained weights starts from these; False starts from random ones.
+      backbone_dtype: "float32", or "bfloat16" for less memory and, on accelerators, less time.
+      standard: Mean and deviation of the features (`cib_jax.augment.features.standard`), for the backbone "none".
+      feature_noise: Standard deviation of the noise in views of features.
+      feature_dropout: Probability that a view of features lacks a feature.
+      fine_tune: Part of the backbone that is trained; its learning rate is a matter of the optimizer.
 
     Raises:
-      FineTuneError: `fine_tune` does not go with the backbone.
-      ValueError: a value is out of range, or `backbone_params` are missing or do not fit the network.
+      ConfigError: A value is out of range, or does not go together with the backbone.
+      WeightsError: `backbone_params` are missing, or do not fit the network.
 
     Examples:
       >>> import cib_jax as cib
@@ -214,10 +218,12 @@ def create_encoder(
       (16, ['backbone', 'head'], {})
     """
     chosen = registry.get(backbone)
-    if (chosen.takes == "features") != (standard is not None):
-        raise ValueError(
-            f"standard: {backbone} takes {chosen.takes}; give the features' views.feature_views.standard for the "
-            "backbone 'none', and for no other"
+    on_features = chosen.takes == "features"
+    if on_features != (standard is not None):
+        raise ConfigError(
+            f"standard must be given for the backbone 'none', and for no other, got the backbone {backbone!r}; "
+            "cib_jax.augment.features.standard computes it",
+            field="standard",
         )
     if standard is not None:
         chosen = dataclasses.replace(
@@ -227,57 +233,60 @@ def create_encoder(
             deviation=tuple(standard.deviation.tolist()),
         )
     size = image_size or chosen.image_size
-    if bits < 8 or bits % 8:
-        raise ValueError(
-            f"bits: {bits} is not a positive multiple of 8; codes are stored in whole bytes, try 16, 32 or 64"
-        )
-    if size < chosen.smallest:
-        raise ValueError(
-            f"image_size: {size} is too small for {backbone}, which takes {chosen.smallest} pixels or more"
-        )
-    if size % chosen.multiple:
-        raise ValueError(
-            f"image_size: {size} is not a multiple of {chosen.multiple}, the side of the patches that {backbone} cuts "
-            "images into"
-        )
     has_pretrained = chosen.convert is not None
+    if bits < 8 or bits % 8:
+        raise ConfigError(
+            f"bits must be a positive multiple of 8, since codes are stored in bytes, got {bits}; try 16, 32 or 64",
+            field="bits",
+        )
+    if size < chosen.smallest or size % chosen.multiple:
+        raise ConfigError(
+            f"image_size must be at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}, got "
+            f"{size}",
+            field="image_size",
+        )
     if backbone_dtype not in DTYPES:
-        raise ValueError(f"backbone_dtype: {backbone_dtype!r} is not one of {', '.join(DTYPES)}")
-    from_scratch = backbone_params is None
-    if frozen and from_scratch and not has_pretrained and standard is None:
-        raise ValueError(f"frozen: {backbone} starts from random weights and would learn nothing; leave it trainable")
+        raise ConfigError(
+            f"backbone_dtype must be one of {', '.join(DTYPES)}, got {backbone_dtype!r}", field="backbone_dtype"
+        )
+    if frozen and backbone_params is None and not has_pretrained and not on_features:
+        raise ConfigError(
+            f"frozen must be False for {backbone}, which starts from random weights, got True", field="frozen"
+        )
     if has_pretrained and pretrained and backbone_params is None:
-        raise ValueError(
-            f"backbone_params: {backbone} comes with pretrained weights; pass cib_jax.load_pretrained({backbone!r}), "
-            "or pretrained=False to start from random ones"
+        raise WeightsError(
+            f"backbone_params must be cib_jax.load_pretrained({backbone!r}) for {backbone}; or give pretrained=False "
+            "to start from random weights",
+            field="backbone_params",
         )
     if frozen is None:
-        frozen = standard is not None or (has_pretrained and not fine_tune.asked)
-    finetune.validate_fine_tune(fine_tune, chosen, size, frozen=frozen, from_scratch=from_scratch)
-    backbone_key, head_key = jax.random.split(key)
+        frozen = on_features or (has_pretrained and not fine_tune.asked)
+    if fine_tune != FineTune():
+        finetune.validate_fine_tune(fine_tune, chosen, size, frozen=frozen, from_scratch=backbone_params is None)
+    backbone_key, head_key, lora_key = (fold_by_name(key, part) for part in ("backbone", "head", "lora"))
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
     head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))
     encoder = Encoder(
-        chosen,
-        bits,
-        size,
-        graph,
-        head_graph,
-        backbone_dtype,
-        feature_noise,
-        feature_dropout,
-        fine_tune.lora_alpha / fine_tune.lora_rank if fine_tune.lora_rank else 0.0,
-        fine_tune.checkpointing,
+        backbone=chosen,
+        bits=bits,
+        image_size=size,
+        backbone_graph=graph,
+        head_graph=head_graph,
+        backbone_dtype=backbone_dtype,
+        feature_noise=feature_noise,
+        feature_dropout=feature_dropout,
+        lora_scale=fine_tune.lora_alpha / fine_tune.lora_rank if fine_tune.lora_rank else 0.0,
+        checkpointing=fine_tune.checkpointing,
     )
-    head_params = nnx.to_pure_dict(head)
-    if standard is not None:
-        return encoder, {"head": head_params}, {}
-    learns: Params = {}
-    stays: Params = {"backbone": state}
+    head_params = {"head": nnx.to_pure_dict(head)}
+    if on_features:
+        return encoder, head_params, {}
+    trained: Params = {}
+    unchanging: Params = {"backbone": state}
     if not frozen:
-        learns, stays = finetune.create_parts(jax.random.fold_in(key, 2), fine_tune, chosen, size, state)
-    # Cast once, here: what is frozen needs no float32 copy beside it.
-    return encoder, {"head": head_params} | learns, _cast(stays, DTYPES[backbone_dtype])
+        trained, unchanging = finetune.create_parts(lora_key, fine_tune, chosen, size, state)
+    # Frozen parameters are cast here, once, so that no float32 copy of them is kept.
+    return encoder, head_params | trained, _cast(unchanging, DTYPES[backbone_dtype])
 
 
 def _split_backbone(
@@ -286,31 +295,31 @@ def _split_backbone(
     if loaded is None:
         graph, state = nnx.split(chosen.build(nnx.Rngs(key), size))
         return graph, nnx.to_pure_dict(state)
-    # Only shapes are worked out here: drawing VGG's 134 million random weights to throw them away takes seconds.
+    # Shapes only: drawing VGG's 134 million random weights, to discard them, would take seconds.
     graph, state = nnx.split(nnx.eval_shape(lambda: chosen.build(nnx.Rngs(key), size)))
-    wanted = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+    expected = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
     given = jax.tree.map(jnp.shape, loaded)
-    if wanted != given:
-        raise ValueError(
-            f"backbone_params: they do not fit {chosen.name} (wanted {wanted}, got {given}); "
-            f"pass cib_jax.load_pretrained({chosen.name!r})"
+    if expected != given:
+        raise WeightsError(
+            f"backbone_params must have the shapes {expected} for {chosen.name}, got {given}; give "
+            f"cib_jax.load_pretrained({chosen.name!r})",
+            field="backbone_params",
         )
     return graph, jax.tree.map(jnp.asarray, loaded)
 
 
-# hashing.coding: From images to packed codes as at test time: two programs, pure and compiled, one device or many.
-#
-# Two and not one: where features are computed once and kept, the codes must be the same to the last bit.
+# Encoding at test time. Features and codes are two programs and not one, so that codes are the same to the last bit
+# whether the features were computed just now or read from a cache.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def plain_features(
     encoder: Encoder, params: Params, frozen: Params, images: Shaped[Array, "batch ..."], over: Mesh | None = None
 ) -> Float[Array, "batch features"]:
-    """Returns the backbone's features of images as at test time, unaugmented; the rows spread `over` devices."""
+    """Returns the backbone's features of unaugmented images, computed in parallel on the devices of the mesh `over`."""
 
-    def features(held: tuple[Params, Params], images: Array) -> Array:
-        return encoder.features(*held, encoder.preprocess(images))
+    def features(both: tuple[Params, Params], images: Array) -> Array:
+        return encoder.features(*both, encoder.preprocess(images))
 
     return sharding.shard_rows(features, over)((params, frozen), images)
 
@@ -319,7 +328,7 @@ def plain_features(
 def packed_of_features(
     encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
 ) -> UInt8[Array, "batch bytes"]:
-    """Returns the packed codes of features; the rows spread `over` devices."""
+    """Returns the packed codes of features, computed in parallel on the devices of the mesh `over`."""
     return sharding.shard_rows(lambda params, rows: codes.pack_bits(encoder.head(params, rows)), over)(params, features)
 
 
@@ -327,5 +336,5 @@ def packed_of_features(
 def logits_of_features(
     encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None = None
 ) -> Float[Array, "batch bits"]:
-    """Returns the logits of features; the rows spread `over` devices."""
+    """Returns the logits of features, computed in parallel on the devices of the mesh `over`."""
     return sharding.shard_rows(encoder.head, over)(params, features)

@@ -1,4 +1,4 @@
-"""What the jobs of one run share: its config, folder, data and network, checked before anything heavy starts."""
+"""The context of a run: its config, folder, data and network, checked before anything expensive starts."""
 
 import contextlib
 import csv
@@ -27,7 +27,7 @@ from cib_jax.data.splits import Protocol, Splits
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
 from cib_jax.files import printable
-from cib_jax.models import finetune, weights
+from cib_jax.models import weights
 from cib_jax.models.encoder import Encoder, Params
 from cib_jax.runs.workdir import write_bytes
 
@@ -36,7 +36,7 @@ Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """A run's surroundings; what changes in the run is passed beside it."""
+    """Everything that is fixed for one run."""
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
@@ -45,23 +45,34 @@ class RunContext:
     source: Source
     splits: Splits
     standard: Standard | None
-    """Of the features, where the data are such."""
+    """Mean and deviation of the features, if the data are features."""
     encoder: Encoder
     initial: Params
-    """The parameters to train, as they start."""
+    """Parameters to train, before the first step."""
     frozen: Params
     fingerprint: str
-    """Of the backbone weights that were loaded; "" if none were."""
+    """Fingerprint of the backbone weights that were loaded; "" if none were."""
+    is_teacher: bool = False
+    """Whether this is the teacher of another run, which draws from random streams of its own."""
+
+    def print(self, sentence: str) -> None:
+        """Prints a sentence on the run's console."""
+        print_message(self.console, sentence)
 
     @property
     def features_stay(self) -> bool:
-        """Whether features are those of a network of which nothing learns."""
-        return bool(self.frozen) and not finetune.features_learn(self.initial)
+        """Whether the backbone is a network that is not trained, so that features of images never change."""
+        return bool(self.frozen) and self.initial.keys() == {"head"}
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:
-        """The devices of this process that compute side by side where no other process is needed."""
+        """The devices of this process that share work which needs no other process, such as encoding."""
         return sharding.local_mesh(0 if multihost.is_distributed() else self.config.devices)
+
+    @functools.cached_property
+    def training_mesh(self) -> Mesh | None:
+        """The devices, of all processes, that share each batch of training."""
+        return sharding.make_mesh(self.config.devices, self.config.batch_size)
 
     def batches(self, images: ImageSet, start: int = 0, stop: int | None = None) -> Batches:
         """Returns images `start` to `stop` of a set, in order, in batches for encoding."""
@@ -70,9 +81,9 @@ class RunContext:
         return dataset.stream(images.images, order, size, stored_size=self.config.data.stored_size)
 
     def repeatable_batches(self, images: ImageSet) -> Callable[..., Batches]:
-        """Returns a function that gives the set's batches, or those of images `start` to `stop`, again at each call.
+        """Returns a function (start, stop) → batches of these images, by default of all, that can be called repeatedly.
 
-        A set that fits into `data.resident_mb` is decoded only once, when it is first asked for.
+        A set that fits into `data.resident_mb` is decoded only once, at the first call.
         """
         stored_size = self.config.data.stored_size
         if dataset.size_in_bytes(images.images, stored_size=stored_size) > self.config.data.resident_mb * 2**20:
@@ -86,7 +97,7 @@ class RunContext:
 
         def batches(start: int = 0, stop: int | None = None) -> Batches:
             stop = len(images) if stop is None else stop
-            # Of several processes, each decodes what it is asked for and not what the others are.
+            # Each of several processes decodes only the images that it is asked for.
             part = decoded(start, stop) if multihost.is_distributed() else decoded(0, len(images))[start:stop]
             return (part[at : at + size] for at in range(0, len(part), size))
 
@@ -94,7 +105,7 @@ class RunContext:
 
     @functools.cached_property
     def data_digest(self) -> str:
-        """What a run's data are known by: how many images have which part in it, their labels, names and mean."""
+        """A digest of the run's data: the sizes of its splits, their labels and names, and the mean of features."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.splits.train, self.splits.query, self.splits.database):
             digest.update(f"{len(part)} {part.labels is None}".encode())
@@ -115,19 +126,25 @@ def prepare_run(
     trained: bool = False,
     standard: Standard | None = None,
 ) -> RunContext:
-    """Draws the splits and makes the encoder; `trained` says that its parameters will be those of a checkpoint.
+    """Returns the context of a run: draws the splits, creates the encoder, and lists unreadable files.
 
-    A run on features that was trained comes with the `standard` of its checkpoint (`restoring.read_standard`), since a
-    trained head knows no other. Files that cannot be read are listed in unreadable.csv.
+    Args:
+      config: Config of the run.
+      workdir: Folder of the run.
+      console: Console to report on.
+      trained: Whether the parameters to train will come from a checkpoint.
+      standard: Mean and deviation of the features that a trained run used (`serialization.read_standard`).
 
     Raises:
-      ConfigError, DataError, WeightsError: something cannot be had or does not fit.
+      ConfigError: A field does not fit the data or the network.
+      DataError: The data are missing or unusable.
+      WeightsError: The backbone's weights are missing or unusable.
     """
     protocol = build.protocol(config)
     photos = _photos(config, workdir)
     source = build.source(config, photos, _bars(console))
     cache.prune(photos, config.cache.mb * 2**20, cache.in_use)
-    _tell(config, source, workdir, console)
+    _report_source(config, source, workdir, console)
     splits = build.draw_splits(config, source)
     if config.backbone == "none" and not trained:
         standard = features.standard(_blocks(splits.train))
@@ -139,10 +156,10 @@ def prepare_run(
 
 
 def print_weights_download(config: ml_collections.ConfigDict, console: rich.console.Console) -> None:
-    """Tells that a backbone's weights are fetched now, which takes minutes, or long to fail."""
+    """Prints the address if a backbone's weights must be downloaded, which takes minutes, or long to fail."""
     address = "" if config.backbone_weights else weights.download_url(config.backbone)
     if address:
-        print_message(console, f"Fetching the weights of {config.backbone} from {address}, once")
+        print_message(console, f"Downloading the weights of {config.backbone} from {address}, once")
 
 
 def _blocks(items: ImageSet) -> Iterator[Float[np.ndarray, "rows *views features"]]:
@@ -151,7 +168,7 @@ def _blocks(items: ImageSet) -> Iterator[Float[np.ndarray, "rows *views features
 
 
 def _photos(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Returns where photos are kept, decoded and resized: with the features, or with the run if nothing is kept."""
+    """Returns the folder of decoded and resized photos: in the cache, or in the workdir if there is no cache."""
     if config.cache.dir == "none":
         return workdir / "photos"
     return (pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else cache.home()) / "photos"
@@ -160,20 +177,16 @@ def _photos(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib
 def _bars(console: rich.console.Console) -> Bar:
     @contextlib.contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        with progress_bar(console, what, total) as moved:
-            yield lambda more: moved(more, "")
+        with progress_bar(console, what, total) as advance:
+            yield lambda more: advance(more, "")
 
     return bar
 
 
-def _tell(
+def _report_source(
     config: ml_collections.ConfigDict, source: Source, workdir: pathlib.Path, console: rich.console.Console
 ) -> None:
-    """Tells how the data were read and lists what could not be.
-
-    Raises:
-      DataError: more than `data.max_bad_fraction` could not be.
-    """
+    """Prints notes on the data, and lists files that cannot be read, up to `data.max_bad_fraction` of all."""
     for note in source.notes:
         print_message(console, note)
     path = workdir / "unreadable.csv"
@@ -183,40 +196,49 @@ def _tell(
         return
     rows = io.StringIO()
     csv.writer(rows).writerows([("path", "reason"), *((file.path, file.reason) for file in bad)])
-    # Paths that are no valid text keep their bytes.
+    # Paths that are not valid UTF-8 keep their bytes.
     write_bytes(path, rows.getvalue().encode("utf-8", "surrogateescape"))
     everything = sum(map(len, source.roles.values())) if source.roles else len(source.train)
     everything += len(bad) + (len(source.test) if source.test else 0)
-    told = f"{len(bad):,} of {everything:,} images cannot be read; {path} lists them with the reasons"
+    summary = f"{len(bad):,} of {everything:,} images cannot be read; {path} lists them with the reasons"
     if len(bad) > config.data.max_bad_fraction * everything:
-        shown = printable(bad[0].path)
         raise DataError(
-            f"config.data.dir: {told} (the first: {shown}: {bad[0].reason}), more than config.data.max_bad_fraction="
-            f"{config.data.max_bad_fraction}; mend or remove them, or raise that limit"
+            f"config.data.dir: {summary} (the first: {printable(bad[0].path)}: {bad[0].reason}), more than "
+            f"config.data.max_bad_fraction={config.data.max_bad_fraction}; repair or remove them, or raise that limit",
+            field="config.data.dir",
         )
-    print_message(console, f"{told}; the others are used")
+    print_message(console, f"{summary}; the others are used")
 
 
-def validate_same_data(setting: RunContext) -> None:
-    """Checks that all processes of a run found the same data and weights, wherever these lie on each machine.
+def format_protocol(run: RunContext) -> str:
+    """Returns the split, the depth of the ranking, and the published tables that compare with the run."""
+    protocol = run.protocol
+    split = protocol.says if run.source.roles is None else "the split of the list"
+    if run.splits.database.labels is None:
+        return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and by eye"
+    return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; published tables: {protocol.tables()}"
+
+
+def validate_same_data(run: RunContext) -> None:
+    """Checks that all processes of a run have the same data and weights, whatever their folders are.
 
     Raises:
-      SharedRefusal: one found others.
+      SharedRefusal: The data or weights of a process differ.
     """
     multihost.validate_alike(
-        {"config.data.dir": data_record(setting), "config.backbone_weights": setting.fingerprint or "none"}
+        {"config.data.dir": data_record(run), "config.backbone_weights": run.fingerprint or "none"}
     )
 
 
-def data_record(setting: RunContext) -> dict[str, Any]:
-    """Returns what a checkpoint keeps of the data that it was made on."""
-    counts = {"train": len(setting.splits.train), "database": len(setting.splits.database)}
-    return {"digest": setting.data_digest, **counts}
+def data_record(run: RunContext) -> dict[str, Any]:
+    """Returns the description of a run's data that its checkpoints hold."""
+    counts = {"train": len(run.splits.train), "database": len(run.splits.database)}
+    return {"digest": run.data_digest, **counts}
 
 
-def describe_data_change(setting: RunContext, extra: dict[str, Any]) -> str:
-    """Returns, in words, how the data differ from those that a checkpoint was made on; "" where they do not."""
-    then, now = extra.get("data", {}), data_record(setting)
+def describe_data_change(run: RunContext, extra: dict[str, Any]) -> str:
+    """Returns a sentence on how the data differ from those of a checkpoint; "" if they are the same."""
+    then, now = extra.get("data", {}), data_record(run)
     if then == now:
         return ""
     counts = [f"{data.get('train', 0):,} + {data.get('database', 0):,} images" for data in (then, now)]

@@ -1,4 +1,4 @@
-"""What a frozen backbone gives in a job: read from the cache where it is there, computed and kept where it is not."""
+"""Features and codes of a run's images: read from the feature cache if they are there, otherwise computed and kept."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ import importlib.resources
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import jax
@@ -25,12 +26,13 @@ from cib_jax.models import encoder
 from cib_jax.models.encoder import Params, plain_features
 from cib_jax.runs.context import Batches, RunContext
 from cib_jax.training import input_pipeline
+from cib_jax.training.input_pipeline import ImageBatches
 
 PART = 4096
-"""Images whose features make one file, about: what an interrupted run can lose, and what is held at a time."""
+"""Images per file of features, approximately: what an interrupted run can lose, and what is in memory at a time."""
 
-# What makes features of images: another text of one of these files may mean other features.
-_CODE = (
+# Files that decide the features of images: if one of them changes, so may the features, and the cache is not used.
+CODE = (
     "augment/augment.py",
     "augment/geometry.py",
     "augment/color.py",
@@ -41,198 +43,215 @@ _CODE = (
 )
 
 
-def bank(setting: RunContext) -> tuple[Float16[Array, "views images features"], float]:
+def bank(run: RunContext) -> tuple[Float16[Array, "views images features"], float]:
     """Returns the view bank of the training images, and the seconds that it took."""
     begun = time.perf_counter()
-    views = setting.config.train.views
-    made = of_views(setting, setting.splits.train, views, f"View bank, {views} views")
-    return made, time.perf_counter() - begun
+    views = run.config.train.views
+    features = of_views(run, run.splits.train, views, f"View bank, {views} views")
+    return features, time.perf_counter() - begun
 
 
-def of_views(setting: RunContext, images: ImageSet, views: int, what: str) -> Float16[Array, "views images features"]:
-    """Returns a frozen backbone's features of augmented views of images, with a bar named `what`."""
-    config = setting.config
-    key = build.key(config, "view bank")
-    batches = setting.repeatable_batches(images)
-    kept = _Kept(
-        setting,
-        {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()},
-        images,
-        batches,
-    )
-    shape = (len(images), setting.encoder.backbone.features)
+def of_views(
+    run: RunContext, images: ImageSet, views: int, title: str, *, stream: str = "view bank"
+) -> Float16[Array, "views images features"]:
+    """Returns a frozen backbone's features of random views of images, with a progress bar.
+
+    Args:
+      run: Run with a frozen backbone.
+      images: Images.
+      views: Number of views per image.
+      title: Title of the progress bar.
+      stream: Random stream of the views.
+    """
+    config = run.config
+    key = build.key(config, stream)
+    batches = run.repeatable_batches(images)
+    made_of = {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()}
+    cached = _CachedFeatures(run, made_of, images, batches)
     mine = multihost.share_of_batches(len(images), config.encode_batch)
-    with kept.alone(), console.progress_bar(setting.console, what, (mine.stop - mine.start) * views) as moved:
-        made = input_pipeline.build_view_bank(
+    with (
+        cached.lock(),
+        console.progress_bar(run.console, title, (mine.stop - mine.start) * views) as advance,
+    ):
+        bank = input_pipeline.build_view_bank(
             key,
-            setting.encoder,
-            setting.frozen,
-            batches,
-            count=len(images),
-            batch_size=config.encode_batch,
+            run.encoder,
+            run.frozen,
+            ImageBatches(batches, len(images), config.encode_batch, run.mesh),
             views=views,
             family=config.augment,
-            on_images=lambda count: moved(count, ""),
-            read=lambda view: kept.read(f"view-{view:04}", shape, input_pipeline.STORED),
-            write=lambda view, features: kept.write(f"view-{view:04}", features),
-            over=setting.mesh,
+            on_images=lambda count: advance(count, ""),
+            store=_CachedViews(cached, (len(images), run.encoder.backbone.features)),
         )
-    kept.tell(what)
-    return made
+    cached.report(title)
+    return bank
 
 
 def plain(
-    setting: RunContext, images: ImageSet, what: str, *, shared: bool = False
+    run: RunContext, images: ImageSet, title: str, *, shared: bool = False
 ) -> Iterator[Float[np.ndarray, "rows features"]]:
-    """Yields the features of unaugmented images, in order, about `PART` images at a time, with a bar named `what`.
+    """Yields the features of unaugmented images, in order, about `PART` images at a time, with a progress bar.
 
-    With `shared`, of several processes each gets its own part of the images; see `joined`.
+    Args:
+      run: Run with a frozen backbone.
+      images: Images.
+      title: Title of the progress bar.
+      shared: Whether each of several processes gets only its own parts of the images, for `join_codes`.
     """
-    batches = setting.repeatable_batches(images)
-    kept = _Kept(setting, {"views": "none"}, images, batches)
-    over = setting.mesh
-    frozen = sharding.replicate(setting.frozen, over)
-    size = min(setting.config.encode_batch, len(images))
-    parts = _parts(setting, len(images))
+    batches = run.repeatable_batches(images)
+    cached = _CachedFeatures(run, {"views": "none"}, images, batches)
+    mesh = run.mesh
+    frozen = sharding.replicate(run.frozen, mesh)
+    size = min(run.config.encode_batch, len(images))
+    parts = _parts(run, len(images))
     if shared:
         parts = parts[jax.process_index() :: jax.process_count()]
-    with console.progress_bar(setting.console, what, sum(stop - start for start, stop in parts)) as moved:
+    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts)) as advance:
         for start, stop in parts:
-            name, shape = f"plain-{start:09}", (stop - start, setting.encoder.backbone.features)
-            with kept.alone():
-                features = kept.read(name, shape, np.float32)
+            name, shape = f"plain-{start:09}", (stop - start, run.encoder.backbone.features)
+            with cached.lock():
+                features = cached.read(name, shape, np.float32)
                 if features is None:
                     of_batches = sharding.map_batches(
-                        lambda batch, first: plain_features(setting.encoder, {}, frozen, batch, over),
+                        lambda batch, first: plain_features(run.encoder, {}, frozen, batch, mesh),
                         batches(start, stop),
-                        lambda count: moved(count, ""),
+                        lambda count: advance(count, ""),
                         size=size,
-                        over=over,
+                        over=mesh,
                     )
                     features = np.concatenate([np.asarray(rows) for rows in of_batches])
-                    kept.write(name, features)
+                    cached.write(name, features)
                 else:
-                    moved(len(features), "")
+                    advance(len(features), "")
             yield features
-    kept.tell(what)
+    cached.report(title)
 
 
-def _parts(setting: RunContext, count: int) -> list[tuple[int, int]]:
-    """Returns where the parts of `count` images begin and end: whole batches, but for the last."""
-    size = setting.config.encode_batch
-    height = size * max(1, PART // size)
-    return [(start, min(start + height, count)) for start in range(0, count, height)]
+def _parts(run: RunContext, count: int) -> list[tuple[int, int]]:
+    """Returns start and stop of the parts of `count` images: whole batches, except for the last one."""
+    size = run.config.encode_batch
+    length = size * max(1, PART // size)
+    return [(start, min(start + length, count)) for start in range(0, count, length)]
 
 
-def joined(
-    setting: RunContext, count: int, mine: list[UInt8[np.ndarray, "rows bytes"]]
+def join_codes(
+    run: RunContext, count: int, mine: list[UInt8[np.ndarray, "rows bytes"]]
 ) -> UInt8[np.ndarray, "count bytes"]:
-    """Returns the codes of all `count` images, of which this process made those of its parts, `mine`."""
+    """Returns the codes of all `count` images; `mine` are those of this process's parts."""
     if not multihost.is_distributed():
         return np.concatenate(mine)
-    parts = _parts(setting, count)
-    whole = np.empty((count, setting.encoder.bits // 8), np.uint8)
-    # Of more processes than parts, some have none.
-    for process, rows in enumerate(multihost.gather(np.concatenate([whole[:0], *mine]))):
+    parts = _parts(run, count)
+    codes = np.empty((count, run.encoder.bits // 8), np.uint8)
+    # Some processes have no part if there are fewer parts than processes.
+    for process, rows in enumerate(multihost.gather(np.concatenate([codes[:0], *mine]))):
         done = 0
         for start, stop in parts[process :: jax.process_count()]:
-            whole[start:stop] = rows[done : done + stop - start]
+            codes[start:stop] = rows[done : done + stop - start]
             done += stop - start
-    return whole
+    return codes
 
 
-def before_hashing(setting: RunContext, images: ImageSet, what: str) -> Iterator[Float[np.ndarray, "rows features"]]:
-    """Yields what a way to hash that learns no network gets of images: a frozen backbone's features, or the pixels.
-
-    As `plain` does; the pixels, where the backbone learns, are those that it sees, one after another.
-    """
-    if setting.features_stay or setting.standard is not None:
-        yield from plain(setting, images, what)
+def before_hashing(run: RunContext, images: ImageSet, title: str) -> Iterator[Float[np.ndarray, "rows features"]]:
+    """Yields the inputs of a baseline: features of a frozen backbone; pixels, in its input size, if it is trained."""
+    if run.features_stay or run.standard is not None:
+        yield from plain(run, images, title)
         return
-    compute = jax.jit(lambda batch: setting.encoder.preprocess(batch).reshape(len(batch), -1))
-    size = min(setting.config.encode_batch, len(images))
-    with console.progress_bar(setting.console, what, len(images)) as moved:
+    compute = jax.jit(lambda batch: run.encoder.preprocess(batch).reshape(len(batch), -1))
+    size = min(run.config.encode_batch, len(images))
+    with console.progress_bar(run.console, title, len(images)) as advance:
         for start in range(0, len(images), PART):
-            batches = setting.batches(images, start, start + PART)
+            batches = run.batches(images, start, start + PART)
             rows = sharding.map_batches(
-                lambda batch, first: compute(batch), batches, lambda count: moved(count, ""), size=size
+                lambda batch, first: compute(batch), batches, lambda count: advance(count, ""), size=size
             )
             yield np.concatenate([np.asarray(row) for row in rows])
 
 
-def codes(setting: RunContext, params: Params, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
-    """Returns the packed codes of a set, with a bar named `what`; they are those of `Hasher.encode`."""
-    if setting.features_stay:
-        features = plain(setting, images, what, shared=True)
-        return joined(setting, len(images), [codes_of_features(setting, params, part) for part in features])
-    # The backbone was trained, or there is none.
-    hasher = Hasher(setting.encoder, params, setting.frozen, devices=sharding.mesh_size(setting.mesh))
-    parts, mine = _parts(setting, len(images))[jax.process_index() :: jax.process_count()], []
-    size = min(setting.config.encode_batch, len(images))
-    with console.progress_bar(setting.console, what, sum(stop - start for start, stop in parts)) as moved:
+def codes(run: RunContext, params: Params, images: ImageSet, title: str) -> UInt8[np.ndarray, "n bytes"]:
+    """Returns the packed codes of a set, equal to those of `Hasher.encode`, with a progress bar."""
+    if run.features_stay:
+        features = plain(run, images, title, shared=True)
+        return join_codes(run, len(images), [codes_of_features(run, params, part) for part in features])
+    hasher = Hasher(run.encoder, params, run.frozen, devices=sharding.mesh_size(run.mesh))
+    parts, mine = _parts(run, len(images))[jax.process_index() :: jax.process_count()], []
+    size = min(run.config.encode_batch, len(images))
+    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts)) as advance:
         for start, stop in parts:
-            batches = setting.batches(images, start, stop)
-            mine.append(hasher.encode_batches(batches, lambda count: moved(count, ""), size=size))
-    return joined(setting, len(images), mine)
+            batches = run.batches(images, start, stop)
+            mine.append(hasher.encode_batches(batches, lambda count: advance(count, ""), size=size))
+    return join_codes(run, len(images), mine)
+
+
+def logits(run: RunContext, params: Params, images: ImageSet, title: str) -> Float32[np.ndarray, "n bits"]:
+    """Returns the logits of a set, equal to those of `Hasher.logits`, with a progress bar, in every process."""
+    if run.features_stay:
+        parts = plain(run, images, title)
+        return np.concatenate([logits_of_features(run, params, part) for part in parts])
+    hasher = Hasher(run.encoder, params, run.frozen, devices=sharding.mesh_size(run.mesh))
+    size = min(run.config.encode_batch, len(images))
+    with console.progress_bar(run.console, title, len(images)) as advance:
+        return hasher.logits_of_batches(run.batches(images), lambda count: advance(count, ""), size=size)
 
 
 def codes_of_features(
-    setting: RunContext, params: Params, features: Float[np.ndarray, "n features"]
+    run: RunContext, params: Params, features: Float[np.ndarray, "n features"]
 ) -> UInt8[np.ndarray, "n bytes"]:
     """Returns the packed codes of features of unaugmented images."""
-    return _of_features(setting, params, features, encoder.packed_of_features)
+    return _of_features(run, params, features, encoder.packed_of_features)
 
 
 def logits_of_features(
-    setting: RunContext, params: Params, features: Float[np.ndarray, "n features"]
+    run: RunContext, params: Params, features: Float[np.ndarray, "n features"]
 ) -> Float32[np.ndarray, "n bits"]:
     """Returns the logits of features of unaugmented images."""
-    return _of_features(setting, params, features, encoder.logits_of_features)
+    return _of_features(run, params, features, encoder.logits_of_features)
 
 
 def _of_features(
-    setting: RunContext, params: Params, features: Float[np.ndarray, "n features"], compute: Callable[..., Array]
+    run: RunContext, params: Params, features: Float[np.ndarray, "n features"], compute: Callable[..., Array]
 ) -> np.ndarray:
-    size = min(setting.config.encode_batch, len(features))
-    over = setting.mesh
-    params = sharding.replicate(params, over)
+    size = min(run.config.encode_batch, len(features))
+    mesh = run.mesh
+    params = sharding.replicate(params, mesh)
     rows = sharding.map_batches(
-        lambda batch, first: compute(setting.encoder, params, batch, over),
+        lambda batch, first: compute(run.encoder, params, batch, mesh),
         (features[start : start + size] for start in range(0, len(features), size)),
         size=size,
-        over=over,
+        over=mesh,
     )
     return np.concatenate([np.asarray(row) for row in rows])
 
 
-class _Kept:
-    """The cache of one set of features; what goes wrong with it is told, and never ends the run."""
+def cache_key(run: RunContext, images: ImageSet, batches: Callable[..., Batches]) -> dict[str, Any]:
+    """Returns everything that decides a frozen backbone's features of images, except for their views."""
+    return {
+        # Data sets that know what their files hold are not decoded to find their features.
+        "images": identity(images.images) or cache.digest_of_images(batches()),
+        "stored_size": run.config.data.stored_size,
+        "backbone": run.encoder.backbone.name,
+        "weights": run.fingerprint,
+        "image_size": run.encoder.image_size,
+        "dtype": run.config.backbone_dtype,
+        "batch": run.config.encode_batch,
+        "device": jax.devices()[0].device_kind,
+        "devices": sharding.mesh_size(run.mesh),
+        "jax": jax.__version__,
+        "code": digest_of_code(),
+    }
 
-    def __init__(self, setting: RunContext, made_of: dict[str, Any], images: ImageSet, batches: Callable[..., Batches]):
-        self.console, config = setting.console, setting.config
-        self.most_bytes = config.cache.mb * 2**20
-        self.found, self.cache = 0, None
-        if config.cache.dir == "none" or setting.standard is not None:  # features need not be kept twice
+
+class _CachedFeatures:
+    """The cached parts of one set of features. Errors of the cache are reported, and never end the run."""
+
+    def __init__(self, run: RunContext, made_of: dict[str, Any], images: ImageSet, batches: Callable[..., Batches]):
+        self.console, config = run.console, run.config
+        self.max_bytes = config.cache.mb * 2**20
+        self.parts_found = 0
+        self.cache: FeatureCache | None = None
+        if config.cache.dir == "none" or run.standard is not None:  # given features are in a file already
             return
         root = pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else cache.home() / "features"
-        self.cache = FeatureCache(
-            root,
-            made_of
-            | {
-                # Where files tell what they hold, nothing has to be decoded to find its features.
-                "images": identity(images.images) or cache.digest_of_images(batches()),
-                "stored_size": config.data.stored_size,
-                "backbone": setting.encoder.backbone.name,
-                "weights": setting.fingerprint,
-                "image_size": setting.encoder.image_size,
-                "dtype": config.backbone_dtype,
-                "batch": config.encode_batch,
-                "device": jax.devices()[0].device_kind,
-                "devices": sharding.mesh_size(setting.mesh),
-                "jax": jax.__version__,
-                "code": _digest_of_code(),
-            },
-        )
+        self.cache = FeatureCache(root, made_of | cache_key(run, images, batches))
 
     def read(self, part: str, shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."] | None:
         if self.cache is None:
@@ -243,9 +262,9 @@ class _Kept:
             print_message(self.console, f"{error}; it is computed again")
             return None
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
             return None
-        self.found += features is not None
+        self.parts_found += features is not None
         return features
 
     def write(self, part: str, features: Shaped[np.ndarray, "..."]) -> None:
@@ -253,14 +272,14 @@ class _Kept:
             return
         try:
             self.cache.write(part, features)
-            self.cache.prune(self.most_bytes)
+            self.cache.prune(self.max_bytes)
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other runs from computing the same features at the same time.
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which no other run computes the same features.
 
-        Of several processes of one run the first does: they wait for each other.
+        The first of several processes takes the lock; the others wait for that process.
         """
         return (
             self.cache.exclusive()
@@ -268,23 +287,37 @@ class _Kept:
             else contextlib.nullcontext()
         )
 
-    def _give_up(self, error: OSError) -> None:
+    def _disable(self, error: OSError) -> None:
         assert self.cache is not None
         print_message(
             self.console,
             f"Features are not kept for later runs: {error.filename or self.cache.folder}: {error.strerror or error}; "
-            "this run goes on without, --config.cache.dir=DIR names another place",
+            "this run continues without, and --config.cache.dir=DIR names another folder",
         )
         self.cache = None
 
-    def tell(self, what: str) -> None:
-        if self.cache is not None and self.found:
-            print_message(self.console, f"{what}: read from {self.cache.folder}")
+    def report(self, title: str) -> None:
+        if self.cache is not None and self.parts_found:
+            print_message(self.console, f"{title}: read from {self.cache.folder}")
+
+
+class _CachedViews:
+    """The features of each view, as the view bank reads and writes them."""
+
+    def __init__(self, cached: _CachedFeatures, shape: tuple[int, int]):
+        self._cached, self._shape = cached, shape
+
+    def read(self, view: int) -> Float16[np.ndarray, "images features"] | None:
+        return self._cached.read(f"view-{view:04}", self._shape, input_pipeline.STORED)
+
+    def write(self, view: int, features: Float16[np.ndarray, "images features"]) -> None:
+        self._cached.write(f"view-{view:04}", features)
 
 
 @functools.cache
-def _digest_of_code() -> str:
-    package = importlib.resources.files("cib_jax")
-    files = [package / name for name in _CODE]
+def digest_of_code(package: Traversable | None = None) -> str:
+    """Returns a digest of the source files that decide features: those of `CODE` and of all models."""
+    package = package or importlib.resources.files("cib_jax")
+    files = [package / name for name in CODE]
     files += sorted((file for file in (package / "models").iterdir() if file.name.endswith(".py")), key=str)
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]

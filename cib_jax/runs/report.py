@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from cib_jax.data.dataset import ImageSet, resized
 from cib_jax.files import write_bytes
+from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet, figures, tables
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.report.html import Grid, Picture, Section, render
@@ -163,7 +164,7 @@ def _draw_codes(
 
 def _draw_embedding(run: RunContext, database: UInt8[np.ndarray, "database bytes"]) -> Picture | None:
     config = run.config
-    draws = np.random.default_rng((config.data.seed, 5))
+    draws = stream_rng(config.data.seed, "t-SNE images")
     some = np.sort(draws.permutation(len(database))[: config.report.embedded])
     points = figures.points(database[some], config.data.seed)
     if points is None:
@@ -200,7 +201,7 @@ def _draw_retrieved(
             captions = [f"{_class_name(run, index)}, AP {curves.average_precision[index]:.2f}" for index in some]
         return Picture(name, _draw_neighbors(run, query, database, some, title, captions), title, note)
 
-    some = np.random.default_rng((run.config.data.seed, 4)).permutation(len(query))[:QUERIES].tolist()
+    some = stream_rng(run.config.data.seed, "retrieval examples").permutation(len(query))[:QUERIES].tolist()
     title = f"{len(some)} random queries and their nearest by Hamming distance, of {8 * query.shape[1]} bits"
     drawn = [draw("random_queries", some, title, "Drawn from data.seed")]
     if curves is None or not curves.answerable.any():

@@ -1,4 +1,8 @@
-"""Where a run's checkpoints lie: in its own folder, in another, or in a bucket."""
+"""Checkpoints of a run: where they are, and how they are written, restored and verified.
+
+A checkpoint holds the training state, its progress, and as JSON everything else that is needed to continue the run as
+if it had never stopped. It is written in the background, and appears whole or not at all.
+"""
 
 import contextlib
 import dataclasses
@@ -20,104 +24,98 @@ from cib_jax.distributed import multihost
 from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
 from cib_jax.training.train_step import Progress, TrainState
 
-# training.place: Where a run's checkpoints lie: in its own folder, in another, or in a bucket.
+CHECKSUM = "checksum"
+"""Name of the state's digest in the JSON part, by which a byte that changed on disk is noticed."""
 
+# The directory of a run's checkpoints: in its workdir, elsewhere on a disk, or in a bucket.
 
 CHOICES = "must be an absolute folder, file:///FOLDER or gs://BUCKET/FOLDER, or empty (checkpoints/ in the workdir)"
 
 
-def is_valid_checkpoint_dir(words: str) -> bool:
-    """Returns whether `train.checkpoint_dir` may have this value, by its form alone.
+def is_valid_checkpoint_dir(value: str) -> bool:
+    """Returns whether `train.checkpoint_dir` may have this value.
 
-    A relative folder may not: a run must be found again whatever the current one is. Of the buckets that etils knows,
-    Orbax 0.12 writes arrays to Google's alone; s3:// fails in `serialization/tensorstore_utils.py`, which takes it for
-    a relative folder.
+    Relative folders are not valid, since a resumed run may start in another current folder. Nor is s3://: Orbax 0.12
+    writes arrays to Google's buckets alone, and takes other URIs for relative folders.
     """
-    if scheme := re.match(r"(\w[\w+.-]*):/", words):
-        return bool(re.fullmatch(r"file:///.+|gs://[^/]+/+[^/].*", words)) and scheme[1] in ("file", "gs")
-    return not words or pathlib.Path(words).expanduser().is_absolute()
+    if scheme := re.match(r"(\w[\w+.-]*):/", value):
+        return bool(re.fullmatch(r"file:///.+|gs://[^/]+/+[^/].*", value)) and scheme[1] in ("file", "gs")
+    return not value or pathlib.Path(value).expanduser().is_absolute()
 
 
-def checkpoint_dir(words: str, workdir: pathlib.Path) -> epath.Path:
-    """Returns where the checkpoints of the run in `workdir` lie; `words` is its `train.checkpoint_dir`.
-
-    Raises:
-      PlaceError: it is a bucket, and the package that reaches it is not installed.
-    """
-    if not words:
+def checkpoint_dir(value: str, workdir: pathlib.Path) -> epath.Path:
+    """Returns the directory of the checkpoints of the run in `workdir`, for its `train.checkpoint_dir`."""
+    if not value:
         return epath.Path(workdir.absolute()) / "checkpoints"
-    if not words.startswith("gs://"):
-        return epath.Path(pathlib.Path(re.sub("^file://", "", words)).expanduser())
+    if not value.startswith("gs://"):
+        return epath.Path(pathlib.Path(re.sub("^file://", "", value)).expanduser())
     if importlib.util.find_spec("gcsfs") is None:
-        raise CheckpointError(f"config.train.checkpoint_dir: {words} wants a package more; pip install 'cib-jax[gcs]'")
-    return epath.Path(words.rstrip("/"))
+        raise CheckpointError(
+            f"config.train.checkpoint_dir: {value} needs an extra package: pip install 'cib-jax[gcs]'",
+            field="config.train.checkpoint_dir",
+        )
+    return epath.Path(value.rstrip("/"))
 
 
 def is_local(directory: epath.Path) -> bool:
-    """Returns whether it is on a disk of this machine, or looks so."""
+    """Returns whether a directory is on a disk of this machine, or mounted like one."""
     return not str(directory).startswith("gs://")
 
 
 def exists(directory: epath.Path) -> bool:
-    """Returns whether anything lies there.
-
-    Raises:
-      PlaceError: that cannot be found out.
-    """
+    """Returns whether a directory exists."""
     try:
         return directory.is_dir()
-    except Exception as error:  # Google's libraries raise many kinds
+    except Exception as error:  # Google's libraries raise errors of many types
         raise unreachable(directory, "read", error) from error
 
 
-def unreachable(directory: epath.Path, how: str, error: Exception) -> CheckpointError:
-    """Returns what to tell of an error of a file system; `how` is "read" or "written to"."""
+def unreachable(directory: epath.Path, action: str, error: Exception) -> CheckpointError:
+    """Returns the error for a file system that fails; `action` is "read" or "written to"."""
     return CheckpointError(
-        f"config.train.checkpoint_dir: {directory} cannot be {how} ({type(error).__name__}: {error}); check its name "
-        "and your right to it, for a bucket with 'gcloud auth application-default login'"
+        f"config.train.checkpoint_dir: {directory} cannot be {action} ({type(error).__name__}: {error}); check its "
+        "name and your permissions, for a bucket with 'gcloud auth application-default login'",
+        field="config.train.checkpoint_dir",
     )
 
 
-def within(words: str, *names: str) -> str:
-    """Returns the `train.checkpoint_dir` of one of many runs, which may not share a place; "" stays ""."""
-    return "/".join([words.rstrip("/"), *names]) if words else ""
+def within(value: str, *names: str) -> str:
+    """Returns the `train.checkpoint_dir` of one of many runs, each of which needs its own; "" stays ""."""
+    return "/".join([value.rstrip("/"), *names]) if value else ""
 
 
-# training.checkpoint: Checkpoints of a run: the state, and beside it all that is needed to go on as if nothing had happened.
-
-
-CHECKSUM = "checksum"
-"""Under which the state's digest is kept: a byte that changed on disk must not change a run."""
+# Writing, restoring and verifying.
 
 
 @dataclasses.dataclass
 class _LastAndBest:
-    """Keeps the last two checkpoints (the one before serves if the last is damaged) and the best one."""
+    """Keeps the best checkpoint and the last two, of which the older one is used if the newer one is damaged."""
 
     best_step: int = 0
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
         kept = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
-        if self.best_step:  # 0: none was validated yet, and the untrained one is not the best
+        if self.best_step:  # 0 before the first validation: the initial checkpoint is not the best one
             kept.append(self.best_step)
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints under `directory`: written in the background, each appears whole or not at all.
+    """The checkpoints in a directory, a context manager that waits at its end for what is still being written.
 
-    Of several processes, all must open them, save and restore together: each waits for the others.
+    Several processes must open them, save and restore together, since each waits for the others.
 
-    `directory` is an absolute path or a gs:// URI (see `place`).
-    A context manager; leaving it waits for what is still being written.
+    Args:
+      directory: Absolute path, or gs:// URI.
+      read_only: Whether nothing is saved.
     """
 
     def __init__(self, directory: epath.PathLike, *, read_only: bool = False):
         self.directory = epath.Path(directory)
         self._policy = _LastAndBest()
-        told = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # Orbax warns of a folder that is opened only to be read
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # Orbax warns when a directory is opened read-only
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -126,12 +124,12 @@ class Checkpoints:
                     read_only=read_only,
                     create=not read_only,
                     save_interval_steps=0 if read_only else 1,
-                    # What a killed or refused save left: on a full disk, it would be in the way of the next.
+                    # Left by a save that was killed or failed; on a full disk it would prevent the next save.
                     cleanup_tmp_directories=not read_only,
                 ),
             )
         finally:
-            logging.set_verbosity(told)
+            logging.set_verbosity(verbosity)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -141,126 +139,129 @@ class Checkpoints:
             self.wait()
             self._manager.close()
         elif not multihost.is_distributed():
-            # The exception says more than what closing finds. Of several processes, the others may be gone, without
-            # whom a save never ends.
+            # Errors of closing say less than the exception. With several processes it is not closed: the others may
+            # have ended, and a save without them never returns.
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, None where there is none."""
+        """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress, extra: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; `extra` is kept beside it as JSON (config, versions, …).
+        """Starts writing a checkpoint; `extra` is its JSON part: config, data, seconds.
 
         Raises:
-          SaveError: there is no room for it, or the one before could not be written.
+          SaveError: The disk is full, or the previous checkpoint could not be written.
         """
         self._check_room(progress.step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._policy.best_step = progress.best_step
-        # The next step donates the state's buffers while they are still being written: write a copy.
+        # A copy, since the next step donates the state's buffers while they are still being written.
         copy = jax.tree.map(lambda leaf: leaf.copy(), _as_dict(state))
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(copy),
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
             extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy)}),
         )
-        with self._told_if_not_written():
+        with self._save_errors():
             if progress.step in self._manager.all_steps():
-                # Stopped after an epoch's last step, and now that epoch is told of. Killed here, the one before serves.
+                # The run was stopped after the last step of an epoch; now the epoch itself is recorded. If the process
+                # is killed between the two calls, the previous checkpoint is used.
                 self._manager.wait_until_finished()
                 self._manager.delete(progress.step)
             self._manager.save(progress.step, args=arguments, force=True)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk.
+        """Returns when everything that was saved is on disk.
 
         Raises:
-          SaveError: it could not be written.
+          SaveError: A checkpoint could not be written.
         """
-        with self._told_if_not_written():
+        with self._save_errors():
             self._manager.wait_until_finished()
 
     def _check_room(self, step: int, size: int) -> None:
-        """Checks that a checkpoint fits on the disk before Orbax tries, whose threads tell of a full one at length."""
+        """Checks that the disk has room for a checkpoint, before Orbax's threads fail with many messages."""
         if not multihost.is_first_process() or not is_local(self.directory):
             return
-        # Besides the numbers, a dozen small files.
-        room, wanted = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
-        if room < wanted:
+        # An eighth and 256 KiB more, for metadata.
+        free, needed = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
+        if free < needed:
             raise SaveError(
-                f"{self.directory / str(step)}: the disk has no room for the checkpoint ({wanted / 2**20:,.1f} MiB are "
-                f"needed, {room / 2**20:,.1f} are free); make room, and the same command goes on"
+                f"{self.directory / str(step)}: the disk has no room for the checkpoint ({needed / 2**20:,.1f} MiB are "
+                f"needed, {free / 2**20:,.1f} are free); make room, and run the same command again",
+                field=str(self.directory),
             )
 
     @contextlib.contextmanager
-    def _told_if_not_written(self) -> Iterator[None]:
+    def _save_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and tensorstore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise errors of many types
             if multihost.is_distributed() and multihost.is_peer_failure(error):
                 raise
             full = "No space left" in str(error)
             raise SaveError(
                 f"{self.directory}: the last checkpoint could not be written "
                 f"({'the disk is full' if full else f'{type(error).__name__}: {error}'.splitlines()[0]}); "
-                "mend that, and the same command goes on from the one before"
+                "repair that, and the same command continues from the previous one",
+                field=str(self.directory),
             ) from error
 
     def restore_newest(
-        self, template: TrainState, tell: Callable[[str], None] = lambda words: None
+        self, template: TrainState, warn: Callable[[str], None] = lambda sentence: None
     ) -> tuple[TrainState, Progress, dict[str, Any]]:
-        """Returns the newest checkpoint that can be read; see `restore`.
+        """Returns the newest checkpoint that can be read: its state, progress and JSON part.
 
-        Where one is damaged, the one before is taken, `tell` is told, and the damaged one is renamed to damaged-STEP.
+        A damaged one is reported by `warn` and renamed to damaged-STEP, and the previous one is read instead.
 
         Raises:
-          CheckpointError: there is none that can be read.
-          OtherNetworkError: the newest is another network's; nothing is renamed.
+          CheckpointError: No checkpoint can be read.
+          OtherNetworkError: The newest one belongs to another network; nothing is renamed.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step, before in zip(steps, [*steps[1:], None], strict=True):
-            restored, wrong, whole = None, "", False
+            restored, problem, intact = None, "", False
             try:
                 restored = self.restore(template, step)
             except CheckpointError as error:
-                wrong, whole = str(error), isinstance(error, OtherNetworkError)
-            # What one of several processes cannot read, none takes.
-            wrong = next(filter(None, multihost.gather_texts(wrong)), "")
-            if restored and not wrong:
+                problem, intact = str(error), isinstance(error, OtherNetworkError)
+            # A checkpoint that one process cannot read is used by none.
+            problem = next(filter(None, multihost.gather_texts(problem)), "")
+            if restored and not problem:
                 return restored
-            if whole:
-                raise OtherNetworkError(wrong)
+            if intact:
+                raise OtherNetworkError(problem, field=str(self.directory / str(step)))
             if before is None:
-                raise CheckpointError(wrong)
-            what_is_wrong = wrong.partition(";")[0]
-            tell(f"{what_is_wrong}; it is renamed to damaged-{step}, and the one before, of step {before}, is taken")
+                raise CheckpointError(problem, field=str(self.directory / str(step)))
+            cause = problem.partition(";")[0]
+            warn(f"{cause}; it is renamed to damaged-{step}, and the previous one, of step {before}, is used")
             self._set_aside(step)
         return self.restore(template)
 
-    def without_best(self, template: TrainState, progress: Progress, tell: Callable[[str], None]) -> bool:
-        """Returns whether the best checkpoint cannot be read; all are then set aside, and `tell` is told.
+    def lacks_best(self, template: TrainState, progress: Progress, warn: Callable[[str], None]) -> bool:
+        """Returns whether the best checkpoint cannot be read; all checkpoints are then renamed, and `warn` is called.
 
-        The parameters that a run is judged by are gone with it, and only its whole way leads to them again.
+        Without it, only training from the beginning leads to the parameters that the run is evaluated by.
         """
         if not progress.best_step or progress.best_step == progress.step:
             return False
-        wrong = ""
+        problem = ""
         try:
             self.restore(template, progress.best_step)
         except CheckpointError as error:
-            wrong = str(error).partition(";")[0]
-        wrong = next(filter(None, multihost.gather_texts(wrong)), "")
-        if wrong:
-            tell(f"{wrong}; it was the best one, so training begins again, to the same result; all are set aside")
+            problem = str(error).partition(";")[0]
+        problem = next(filter(None, multihost.gather_texts(problem)), "")
+        if problem:
+            warn(f"{problem}; it was the best one, so training begins again, to the same result; all are set aside")
             for step in self._manager.all_steps():
                 self._set_aside(step)
-        return bool(wrong)
+        return bool(problem)
 
     def _set_aside(self, step: int) -> None:
         if multihost.is_first_process():
-            # In a bucket a folder is there only with a file in it, so nothing can be moved into a new one.
+            # Renamed, not moved into a new folder: a bucket has no empty folders.
             aside = self.directory / f"damaged-{step}"
             aside.rmtree(missing_ok=True)
             (self.directory / str(step)).rename(aside)
@@ -268,16 +269,16 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
-        """Returns the state of `step` (None: the newest), its progress and what was kept beside it.
+        """Returns the state, progress and JSON part of a checkpoint.
 
         Args:
-          template: a state of the same structure, shapes and types, laid out on the devices where it is wanted,
-            whatever devices it was saved from.
-          step: which checkpoint.
+          template: State of the same structure, shapes and types, on the devices where the restored one is needed; it
+            may have been saved from others.
+          step: Step of the checkpoint; None reads the newest one.
 
         Raises:
-          CheckpointError: there is none, or it is damaged.
-          OtherNetworkError: it belongs to another network.
+          CheckpointError: There is no checkpoint, or it is damaged.
+          OtherNetworkError: It belongs to another network.
         """
         state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template)))
         try:
@@ -288,69 +289,76 @@ class Checkpoints:
                 extra=ocp.args.JsonRestore(),
             )
         except CheckpointError as error:
-            self._check_shapes(template, self.latest_step if step is None else step, error)
+            self._validate_shapes(template, self.latest_step if step is None else step, error)
             raise
         extra = dict(restored.extra)
         if extra.pop(CHECKSUM, None) not in (None, _checksum(restored.state)):
             folder = self.directory / str(self.latest_step if step is None else step)
             raise CheckpointError(
                 f"{folder}: the checkpoint cannot be read (its checksum is not that of its content); remove that "
-                "folder to go on from the one before, or use another workdir"
+                "folder to continue from the previous one, or use another workdir",
+                field=str(folder),
             )
         return TrainState(**restored.state), Progress(**restored.progress), extra
 
-    def _check_shapes(self, template: TrainState, step: int | None, error: CheckpointError) -> None:
-        """Tells a checkpoint of other parameters from one that is damaged, by what it says of itself."""
+    def _validate_shapes(self, template: TrainState, step: int | None, error: CheckpointError) -> None:
+        """Raises OtherNetworkError if a checkpoint is not damaged, but its metadata list other parameters."""
         folder = self.directory / str(step)
         try:
             theirs = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
-        except Exception:  # Orbax raises many kinds: it is damaged, as was told
+        except Exception:  # Orbax raises errors of many types: the metadata are damaged, too
             return
         mine = _shapes(_as_dict(template))
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
-                there, here = (f"{found[name]}" if name in found else "absent" for found in (theirs, mine))
+                there, here = (f"{shapes[name]}" if name in shapes else "absent" for shapes in (theirs, mine))
                 raise OtherNetworkError(
-                    f"{folder}: the checkpoint is of another network ({name.replace('/', '.')}: {there} there, {here} "
-                    "here), as of another version of cib_jax; go on with that version, or train again in another "
-                    "workdir"
+                    f"{folder}: the checkpoint belongs to another network ({name.replace('/', '.')}: {there} there, "
+                    f"{here} here), perhaps of another version of cib_jax; continue with that version, or train again "
+                    "in another workdir",
+                    field=str(folder),
                 ) from error
 
     def extra(self) -> dict[str, Any]:
-        """Returns what was kept beside the newest checkpoint whose notes can be read, without reading its state.
+        """Returns the JSON part of the newest checkpoint in which that can be read, without reading the state.
 
         Raises:
-          CheckpointError: there is none.
+          CheckpointError: There is none.
         """
         steps: list[int | None] = [*sorted(self._manager.all_steps(), reverse=True)]
         for step in steps[:-1]:
             with contextlib.suppress(CheckpointError):
-                return self._notes(step)
-        return self._notes(steps[-1] if steps else None)
+                return self._extra_of(step)
+        return self._extra_of(steps[-1] if steps else None)
 
-    def _notes(self, step: int | None) -> dict[str, Any]:
+    def _extra_of(self, step: int | None) -> dict[str, Any]:
         extra = dict(self._read(step, extra=ocp.args.JsonRestore()).extra)
         extra.pop(CHECKSUM, None)
         return extra
 
     def _read(self, step: int | None, **items: Any) -> Any:
         if step is None:
-            raise CheckpointError(f"{self.directory}: there is no checkpoint here; train first, with --mode=train")
+            raise CheckpointError(
+                f"{self.directory}: there is no checkpoint here; train first, with --mode=train",
+                field=str(self.directory),
+            )
         folder = self.directory / str(step)
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: the run's best checkpoint is gone; put it back, or train again in another workdir"
+                f"{folder}: the checkpoint is missing; put it back, or train again in another workdir",
+                field=str(folder),
             )
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (MemoryError, PermissionError):
-            raise  # no damage, for which a checkpoint would be set aside
-        except Exception as error:  # Orbax and tensorstore raise many kinds; all else means that this one is unusable
+            raise  # the checkpoint itself is not damaged
+        except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
             if multihost.is_distributed() and multihost.is_peer_failure(error):
                 raise
             raise CheckpointError(
-                f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to go on from "
-                "the one before, or use another workdir"
+                f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to continue "
+                "from the previous one, or use another workdir",
+                field=str(folder),
             ) from error
 
 
@@ -365,7 +373,7 @@ def _checksum(state: Any) -> str:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each leaf by its path, whether its parts are keys, numbers or attributes."""
+    """Returns the shape of each leaf by its path, written alike for keys, indices and attributes."""
 
     def name(part: Any) -> str:
         return str(next(getattr(part, field) for field in ("key", "idx", "name") if hasattr(part, field)))
@@ -375,5 +383,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    # Not dataclasses.asdict, which deep-copies every array on the way.
+    # Not dataclasses.asdict, which deep-copies every array.
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

@@ -1,9 +1,10 @@
-"""A batch that goes through the backbone in parts: all of its features, in the memory that one part takes.
+"""GradCache: features of a whole batch in the memory of a small part of it (https://arxiv.org/abs/2101.06983).
 
-GradCache (https://arxiv.org/abs/2101.06983): the contrast compares every code with every other, so gradients of parts
-that know nothing of each other would be those of another loss. Features of all parts are made first, and nothing else
-of them is kept; the loss of the whole batch gives the gradient of each feature; then each part is made once more, and
-its features' gradient goes back to the parameters."""
+The contrast compares every code with every other, so that the gradients of separate parts would be those of another
+loss. Instead, the features of all parts are computed first, and nothing else is kept; the loss of the whole batch gives
+the gradient of each feature; then every part is computed a second time, and its gradient is passed back to the
+parameters.
+"""
 
 import functools
 from collections.abc import Callable
@@ -20,15 +21,12 @@ from cib_jax.models.encoder import Encoder, Params
 
 
 def validate_micro_batch(micro_batch: int, rows: int) -> None:
-    """Checks that the `rows` images of a batch that one device holds can be cut into parts of `micro_batch` (0: one).
-
-    Raises:
-      PartsError: they cannot.
-    """
+    """Checks that the `rows` images of a batch on one device can be cut into parts of `micro_batch` (0: one part)."""
     if micro_batch < 0 or (micro_batch and rows % micro_batch):
         raise ConfigError(
-            f"config.micro_batch: {micro_batch} does not divide the {rows} images of a batch that one device holds; "
-            f"choose a divisor of {rows}, or 0 for all at once"
+            f"config.micro_batch must be a divisor of the {rows} images of a batch on one device, or 0 for all at "
+            f"once, got {micro_batch}",
+            field="config.micro_batch",
         )
 
 
@@ -43,50 +41,50 @@ def features_of_two_views(
     family: str = "photo",
     axis: Axis = None,
 ) -> Float[Array, "2*batch features"]:
-    """Returns the features of the first views, then of the second, of `micro_batch` images at a time.
+    """Returns the features of all first views, then of all second views, `micro_batch` images at a time.
 
-    Views and, up to rounding, features and gradients are those of `encoder.two_views(key, images, …)` at once. A
-    backbone that is not trained takes no second pass.
+    Views are those of `encoder.two_views(key, images, ...)`; features and gradients are the same up to rounding. There
+    is no second pass if the backbone is not trained.
 
     Args:
-      params: of the encoder; gradients go to those of its backbone.
-      frozen: of the encoder.
-      images: this device's rows of the batch.
-      key: decides the views.
-      encoder: whose backbone takes images.
-      micro_batch: a divisor of the number of images.
-      family: of the views.
-      axis: see `spread`.
-
-    Raises:
-      PartsError: `micro_batch` is 0 or no divisor, or the backbone takes features.
+      params: Parameters to train; those of the backbone get a gradient.
+      frozen: Parameters that are not trained.
+      images: This device's rows of the batch.
+      key: Random key of the views.
+      encoder: Encoder of images, not of features.
+      micro_batch: Number of images in a part, a divisor of the number of images.
+      family: Family of the views.
+      axis: Mesh axis that shards the batch; None if it is not sharded.
     """
     rows = images.shape[0]
     validate_micro_batch(micro_batch, rows)
     if encoder.backbone.takes == "features" or not micro_batch:
-        raise ConfigError("config.micro_batch: only images go through a backbone in parts; set it to 0 for features")
+        raise ConfigError(
+            f"config.micro_batch must be 0 for features, which go through no backbone, got {micro_batch}",
+            field="config.micro_batch",
+        )
 
-    def of_part(
+    def features_of_part(
         trained: Params, frozen: Params, part: tuple[PRNGKeyArray, PRNGKeyArray, Array]
     ) -> Float[Array, "2 micro_batch features"]:
-        *keys, some = part
-        views = encoder.view_each(jnp.concatenate(keys), jnp.concatenate((some, some)), family=family)
+        *keys, some_images = part
+        views = encoder.view_each(jnp.concatenate(keys), jnp.concatenate((some_images, some_images)), family=family)
         return encoder.features(trained, frozen, views).reshape(2, micro_batch, -1)
 
     of_rows = (*augment.two_view_keys(key, rows, axis), images)
     parts = tuple(array.reshape(-1, micro_batch, *array.shape[1:]) for array in of_rows)
-    # The head takes the whole batch, so that only what needs it is done twice.
+    # Without the head, which takes the features of the whole batch: only the backbone is computed twice.
     trained = {name: part for name, part in params.items() if name != "head"}
-    found = _in_turn(of_part, trained, frozen, parts)
-    return found.swapaxes(0, 1).reshape(2 * rows, -1)
+    features = _in_turn(features_of_part, trained, frozen, parts)
+    return features.swapaxes(0, 1).reshape(2 * rows, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_turn(function: Callable[[Params, Params, Any], Array], params: Params, frozen: Params, parts: Any) -> Array:
-    """Returns `function(params, frozen, part)` of each part, stacked.
+    """Returns `function(params, frozen, part)` of each part, stacked; differentiable in `params` alone.
 
-    Its gradient, of `params` alone, makes each part again instead of keeping what lay between. A loop, on every
-    platform: parts that are written out one by one are merged again with their first making, and all are kept.
+    The gradient recomputes each part instead of keeping its activations. It must be a loop: XLA would merge unrolled
+    parts with their first computation, and keep all activations after all.
     """
     return jax.lax.map(lambda part: function(params, frozen, part), parts)
 
@@ -95,11 +93,11 @@ def _forward(function, params, frozen, parts):
     return _in_turn(function, params, frozen, parts), (params, frozen, parts)
 
 
-def _backward(function, kept, gradients):
-    params, frozen, parts = kept
+def _backward(function, residuals, gradients):
+    params, frozen, parts = residuals
 
-    def add(total, at):
-        part, gradient = at
+    def add(total, part_and_gradient):
+        part, gradient = part_and_gradient
         _, pull_back = jax.vjp(lambda params: function(params, frozen, part), params)
         return jax.tree.map(jnp.add, total, *pull_back(gradient)), None
 

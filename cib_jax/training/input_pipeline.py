@@ -1,8 +1,9 @@
-"""The view bank of a frozen backbone: features of a few augmented views per image, computed once."""
+"""The input pipeline: feeds of images or features to training steps, and the view bank of a frozen backbone."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,87 +18,116 @@ from cib_jax.distributed import multihost, sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import DataError
 from cib_jax.models.encoder import Encoder, Params
-from cib_jax.training.loop import Chunks, Steps
-from cib_jax.training.train_step import Terms, TrainState, train_step, train_step_on_features
-
-# training.view_bank: The view bank of a frozen backbone: features of a few augmented views per image, computed once.
-
+from cib_jax.random_streams import fold_by_name
+from cib_jax.training.loop import Feed, StepTerms
+from cib_jax.training.train_step import Batch, Method, TrainState, update
 
 STORED = np.float16
-"""Half of float32's bytes; its rounding, 1 part in 2,048, is far below what another draw of a view changes."""
+"""Type of a view bank: half the bytes of float32. Its rounding, 1 part in 2,048, is far smaller than the difference
+between two draws of a view."""
 BYTES = np.dtype(STORED).itemsize
+
+SCAN_STEPS = 256
+"""The most steps that run as one program: about a second of work on a CPU, after which progress can be reported."""
+
+
+# The view bank: features of a few augmented views of every image, computed once.
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBatches:
+    """Images that are read in batches, several times."""
+
+    read: Callable[[int, int], Iterable[UInt8[np.ndarray, "batch height width 3"]]]
+    """Returns the images from one index to before another, in order, in batches."""
+    count: int
+    """Number of images."""
+    batch_size: int
+    """The most images of a batch."""
+    mesh: Mesh | None = None
+    """Devices of this process that compute a batch each at the same time; None is one device."""
+
+
+class ViewStore(Protocol):
+    """A place where the features of each view are kept for later runs."""
+
+    def read(self, view: int) -> Float16[np.ndarray, "images features"] | None:
+        """Returns the features of a view, or None if they are not there."""
+
+    def write(self, view: int, features: Float16[np.ndarray, "images features"]) -> None:
+        """Keeps the features of a view."""
 
 
 def build_view_bank(
     key: PRNGKeyArray,
     encoder: Encoder,
     frozen: Params,
-    batches: Callable[[int, int], Iterable[UInt8[np.ndarray, "batch height width 3"]]],
+    images: ImageBatches,
     *,
-    count: int,
-    batch_size: int,
     views: int,
     family: str = "photo",
     on_images: Callable[[int], None] = lambda images: None,
-    read: Callable[[int], Float16[np.ndarray, "images features"] | None] = lambda view: None,
-    write: Callable[[int, Float16[np.ndarray, "images features"]], None] = lambda view, features: None,
-    over: Mesh | None = None,
+    store: ViewStore | None = None,
 ) -> Float16[Array, "views images features"]:
-    """Returns features of `views` views of every image, drawn from the same family as in training.
+    """Returns the features of `views` random views of every image, for a backbone that is not trained.
+
+    Of several processes, each computes its share of the batches, and all get all features.
 
     Args:
-      key: a random key; view k of image i depends on it, k and i alone, not on the batch size.
-      encoder: whose backbone is frozen.
-      frozen: the backbone's parameters.
-      batches: gives the images from one to before another, in order, at each call.
-      count: how many images there are.
-      batch_size: how many of them a batch holds.
-      views: how many per image.
-      family: of the augmentation.
-      on_images: told the number of views done after each batch, of those that this process computes.
-      read: gives a view's features where they were kept earlier, else None.
-      write: is given each view's features that were computed now, as soon as they are there.
-      over: this process's devices that compute a batch each at the same time; None: one.
-
-    Of several processes, each computes its share of the batches; every one gets all features.
+      key: Random key; view k of image i depends on it, on k and on i alone, not on the batch size.
+      encoder: Encoder with a frozen backbone.
+      frozen: Parameters of the backbone.
+      images: Training images.
+      views: Number of views per image.
+      family: Family of the views.
+      on_images: Function that is called after each batch with the number of views that this process has computed.
+      store: Place to read the features of a view from, if they are there, and to write them to.
 
     Raises:
-      BankError: a feature is not finite or beyond float16's range, ±65,504.
+      DataError: A feature is not finite, or outside the range of float16.
     """
-    axis, mine = sharding.axis_of(over), multihost.share_of_batches(count, batch_size)
-    size = min(batch_size, count)
+    axis, mine = sharding.axis_of(images.mesh), multihost.share_of_batches(images.count, images.batch_size)
     compute = jax.jit(
-        sharding.shard_rows(functools.partial(_features, encoder=encoder, family=family, axis=axis), over)
+        sharding.shard_rows(functools.partial(_view_features, encoder=encoder, family=family, axis=axis), images.mesh)
     )
-    frozen = sharding.replicate(frozen, over)
+    frozen = sharding.replicate(frozen, images.mesh)
 
-    def of_view(view: int) -> Callable[[np.ndarray, int], Array]:
-        drawn_by = jax.random.fold_in(key, view)
-        return lambda images, first: compute(frozen, images, first, drawn_by)
+    def compute_view(key: PRNGKeyArray) -> Iterable[Array]:
+        return sharding.map_batches(
+            lambda batch, first: compute(frozen, batch, first, key),
+            images.read(mine.start, mine.stop),
+            on_images,
+            size=min(images.batch_size, images.count),
+            first=mine.start,
+            over=images.mesh,
+        )
 
-    bank = np.empty((views, count, encoder.backbone.features), STORED)
+    bank = np.empty((views, images.count, encoder.backbone.features), STORED)
     for view, rows in enumerate(bank):
-        kept = read(view)
+        kept = store.read(view) if store is not None else None
         if multihost.all_processes(kept is not None):
             rows[:] = kept
             on_images(mine.stop - mine.start)
             continue
-        start, part = mine.start, batches(mine.start, mine.stop)
-        for features in sharding.map_batches(of_view(view), part, on_images, size=size, first=start, over=over):
+        start = mine.start
+        for features in compute_view(jax.random.fold_in(key, view)):
             rows[start : start + len(features)] = features
             start += len(features)
         if multihost.is_distributed():
             rows[:] = np.concatenate(multihost.gather(rows[mine]))
         if not np.isfinite(rows).all():
             raise DataError(
-                f"config.train.views: features of {encoder.backbone.name} are not finite or beyond ±65,504, the range "
-                "of the bank's float16; set it to 0 for fresh views at every step, or check the backbone's weights"
+                f"config.train.views must be 0 (fresh views at every step) for this backbone, got {views}: features of "
+                f"{encoder.backbone.name} are not finite or beyond ±65,504, the range of the bank's float16; set it to "
+                "0, or check the backbone's weights",
+                field="config.train.views",
             )
-        write(view, rows)
+        if store is not None:
+            store.write(view, rows)
     return jnp.asarray(bank)
 
 
-def _features(
+def _view_features(
     frozen: Params,
     images: UInt8[Array, "batch height width 3"],
     first: Int[Array, ""],
@@ -108,8 +138,9 @@ def _features(
     axis: Axis,
 ) -> Float16[Array, "batch features"]:
     rows = images.shape[0]
-    numbers = first + sharding.first_row(rows, axis) + jnp.arange(rows)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+    # One key per image, by its index in the whole set.
+    indices = first + sharding.first_row(rows, axis) + jnp.arange(rows)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
     return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
 
 
@@ -119,34 +150,16 @@ def draw_pairs(
     indices: Int[Array | np.ndarray, " batch"],
     axis: Axis = None,
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
-    """Returns features, in float32, of two different views, drawn evenly, of each image named in `indices`.
-
-    With an `axis` (see `spread`), `indices` are this device's.
-    """
+    """Returns the features, in float32, of two different views, drawn uniformly, of each image in `indices`."""
     views = bank.shape[0]
     key1, key2 = jax.random.split(key)
     first = sharding.draw_sharded(lambda shape: jax.random.randint(key1, shape, 0, views), indices.shape, axis)
-    second = (
-        first + sharding.draw_sharded(lambda shape: jax.random.randint(key2, shape, 1, views), indices.shape, axis)
-    ) % views
+    distance = sharding.draw_sharded(lambda shape: jax.random.randint(key2, shape, 1, views), indices.shape, axis)
+    second = (first + distance) % views
     return bank[first, indices].astype(jnp.float32), bank[second, indices].astype(jnp.float32)
 
 
-# training.feed: What training is fed in each epoch: indices into a view bank or into images on the device, or streamed images.
-
-
-SCAN_STEPS = 256
-"""The most steps that run as one program: about a second of work on a CPU, after which something can be told."""
-
-Stepped = tuple[TrainState, Terms]
-Step = Callable[[TrainState, Any, Any, PRNGKeyArray], Stepped]
-
-
-class Feed(NamedTuple):
-    """A program of some steps and the chunks it takes, an epoch's at a time; what does not fill a batch is left out."""
-
-    steps: Steps
-    epoch_chunks: Chunks
+# Feeds: what each step takes, from a bank, from images on the device, or streamed from the host.
 
 
 def from_bank(
@@ -154,60 +167,72 @@ def from_bank(
     *,
     seed: int,
     batch_size: int,
-    method: dict[str, Any],
+    method: Method,
     coordinates: Float[np.ndarray, "images dimensions"] | None = None,
     mesh: Mesh | None = None,
 ) -> Feed:
-    """Feeds features of two different views of each image out of a bank; an epoch is one program, or a few.
+    """Returns a feed of features of two different views of each image; an epoch is one program, or a few.
+
+    Images that do not fill a batch are left out of an epoch, here and in the other feeds.
 
     Args:
-      bank: see `view_bank.build`.
-      seed: decides the order of images.
-      batch_size: images per step.
-      method: the keyword arguments of `train_step_on_features`.
-      coordinates: of the images, for the objective that learns from them.
-      mesh: the devices that share each batch; None: one.
+      bank: Features as from `build_view_bank`.
+      seed: Seed of the order of images.
+      batch_size: Images per step.
+      method: What the steps do.
+      coordinates: Coordinates of all images on a diffusion map; for the objective "diffusion" only.
+      mesh: Devices that share each batch; None is one device.
     """
     axis = sharding.axis_of(mesh)
 
-    def step(state: TrainState, held: tuple[Array, Array | None], indices: Array, key: PRNGKeyArray) -> Stepped:
-        bank, known = held
-        # A third part of the step's key: `train_step_on_features` splits the same key for its bits.
-        pairs = draw_pairs(jax.random.fold_in(key, 2), bank, indices, axis)
-        return train_step_on_features(state, *pairs, key, coordinates=_of(known, indices), axis=axis, **method)
+    def step(
+        state: TrainState, held: tuple[Array, Array | None], indices: Array, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        bank, coordinates = held
+        pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
+        batch = Batch(pairs, _rows(coordinates, indices))
+        return update(state, {}, batch, key, method, axis)
 
-    return Feed(
-        _bound(_scan(step), (bank, coordinates), mesh), _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS)
-    )
+    chunks = _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS)
+    return Feed(_compile(_scan_steps(step), (bank, coordinates), mesh), chunks)
 
 
 def from_device(
-    images: UInt8[Array, "images height width 3"],
+    images: UInt8[Array, "images height width 3"] | Float[Array, "items *views features"],
     frozen: Params,
     *,
     seed: int,
     batch_size: int,
-    method: dict[str, Any],
+    method: Method,
     coordinates: Float[np.ndarray, "images dimensions"] | None = None,
     mesh: Mesh | None = None,
 ) -> Feed:
-    """Feeds images, or features, that live on the device.
+    """Returns a feed of images, or features, that stay on the device.
 
-    Images one step a program, features an epoch, whose steps are too short to be started one by one; `method`: the
-    keyword arguments of `train_step`; `coordinates` and `mesh` as in `from_bank`.
+    A step on images is one program. Steps on features take so little time that many of them are one program.
+
+    Args:
+      images: All training images or features.
+      frozen: Parameters that are not trained.
+      seed: Seed of the order of images.
+      batch_size: Images per step.
+      method: What the steps do.
+      coordinates: Coordinates of all images on a diffusion map; for the objective "diffusion" only.
+      mesh: Devices that share each batch; None is one device.
     """
     axis = sharding.axis_of(mesh)
 
-    def step(state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray) -> Stepped:
-        frozen, images, known = held
-        return train_step(state, frozen, images[indices], key, coordinates=_of(known, indices), axis=axis, **method)
+    def step(
+        state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        frozen, images, coordinates = held
+        batch = Batch(images[indices], _rows(coordinates, indices))
+        return update(state, frozen, batch, key, method, axis)
 
-    scans = method["encoder"].backbone.takes == "features"
-    program, longest = (_scan, SCAN_STEPS) if scans else (_alone, 1)
-    return Feed(
-        _bound(program(step), (frozen, images, coordinates), mesh),
-        _chunks_of_indices(seed, len(images), batch_size, longest),
-    )
+    on_features = method.encoder.backbone.takes == "features"
+    program, longest = (_scan_steps, SCAN_STEPS) if on_features else (_single_step, 1)
+    chunks = _chunks_of_indices(seed, len(images), batch_size, longest)
+    return Feed(_compile(program(step), (frozen, images, coordinates), mesh), chunks)
 
 
 def from_stream(
@@ -216,36 +241,49 @@ def from_stream(
     *,
     seed: int,
     batch_size: int,
-    stored_size: int,
-    method: dict[str, Any],
+    method: Method,
+    stored_size: int = 0,
     coordinates: Float[np.ndarray, "images dimensions"] | None = None,
     mesh: Mesh | None = None,
 ) -> Feed:
-    """Feeds images decoded on the host as they are needed, one step a program: the batches of `from_device`."""
+    """Returns a feed of images that the host decodes when they are needed: the same batches as of `from_device`.
+
+    Args:
+      images: All training images.
+      frozen: Parameters that are not trained.
+      seed: Seed of the order of images.
+      batch_size: Images per step.
+      method: What the steps do.
+      stored_size: Side in pixels to which the host resizes images; 0 leaves them as they are.
+      coordinates: Coordinates of all images on a diffusion map; for the objective "diffusion" only.
+      mesh: Devices that share each batch; None is one device.
+    """
     axis = sharding.axis_of(mesh)
 
-    def step(state: TrainState, frozen: Params, batch: tuple[Array, Array | None], key: PRNGKeyArray) -> Stepped:
-        images, known = batch
-        return train_step(state, frozen, images, key, coordinates=known, axis=axis, **method)
+    def step(state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
+        return update(state, frozen, batch, key, method, axis)
 
     rows = sharding.local_rows(mesh, batch_size)
 
     def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
-        # Of each batch, what this process's devices hold: it decodes no other image.
+        # Only the rows of each batch that the devices of this process hold: no process decodes another one's images.
         order = _batches(seed, epoch, len(images), batch_size)[first:, rows].reshape(-1)
         parts = dataset.stream(images, order, len(rows), stored_size=stored_size)
         for number, part in enumerate(parts):
-            known = _of(coordinates, order[number * len(rows) :][: len(rows)])
-            yield sharding.global_batch((part, known), rows, mesh, batch_size)
+            indices = order[number * len(rows) :][: len(rows)]
+            # Arrays of NumPy here, which become rows of an array on all devices.
+            yield sharding.global_batch(Batch(part, _rows(coordinates, indices)), rows, mesh, batch_size)  # type: ignore[arg-type]
 
-    return Feed(_bound(_alone(step), frozen, mesh), chunks)
-
-
-def _of(known: Array | np.ndarray | None, indices: Array | np.ndarray) -> Any:
-    return None if known is None else known[indices]
+    return Feed(_compile(_single_step(step), frozen, mesh), chunks)
 
 
-def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> Chunks:
+def _rows(coordinates: Any, indices: Array | np.ndarray) -> Any:
+    return None if coordinates is None else coordinates[indices]
+
+
+def _chunks_of_indices(
+    seed: int, count: int, batch_size: int, longest: int
+) -> Callable[[int, int], Iterable[np.ndarray]]:
     """Returns a function from an epoch to its order, as arrays [steps, batch_size] of up to `longest` steps."""
 
     def chunks(epoch: int, first: int = 0) -> Iterable[np.ndarray]:
@@ -256,45 +294,51 @@ def _chunks_of_indices(seed: int, count: int, batch_size: int, longest: int) -> 
 
 
 def _batches(seed: int, epoch: int, count: int, batch_size: int) -> Int[np.ndarray, "steps batch"]:
-    """Returns which images make each step of an epoch."""
+    """Returns the indices of the images of each step of an epoch."""
     steps = count // batch_size
     return dataset.epoch_order(seed, epoch, count)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def _scan(step: Step) -> Callable[..., Stepped]:
-    """Returns a program of all steps of a chunk; step s of the run uses the root key folded with s."""
+Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]
+"""Function (state, arrays that stay on the device, batch, key of the step) → (state, terms)."""
+Program = Callable[[TrainState, Any, Any, Array, PRNGKeyArray], tuple[TrainState, StepTerms]]
+"""Function (state, arrays that stay on the device, chunk, number of its first step, root key) → (state, terms)."""
 
-    def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
-        def one(state: TrainState, at: tuple[Array, Array]) -> Stepped:
-            batch, number = at
+
+def _scan_steps(step: Step) -> Program:
+    """Returns a program of all steps of a chunk."""
+
+    def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
+        def one_step(state: TrainState, batch_and_number: tuple[Any, Array]) -> tuple[TrainState, dict[str, Array]]:
+            batch, number = batch_and_number
             return step(state, held, batch, jax.random.fold_in(key, number))
 
-        state, terms = jax.lax.scan(one, state, (chunk, first + jnp.arange(len(chunk))))
+        state, terms = jax.lax.scan(one_step, state, (chunk, first + jnp.arange(len(chunk))))
         return state, _with_parameter_norm(terms, state)
 
     return program
 
 
-def _alone(step: Step) -> Callable[..., Stepped]:
-    """Returns the same for chunks of one step, without a loop: with images, a step takes long enough."""
+def _single_step(step: Step) -> Program:
+    """Returns a program of chunks of one step, without a loop."""
 
-    def program(state: TrainState, held: Any, chunk: Array, first: Array, key: PRNGKeyArray) -> Stepped:
-        only = jax.tree.map(lambda batch: batch[0], chunk)
-        state, terms = step(state, held, only, jax.random.fold_in(key, first))
+    def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
+        batch = jax.tree.map(lambda array: array[0], chunk)
+        state, terms = step(state, held, batch, jax.random.fold_in(key, first))
         return state, _with_parameter_norm({name: value[None] for name, value in terms.items()}, state)
 
     return program
 
 
-def _with_parameter_norm(terms: Terms, state: TrainState) -> Terms:
-    # Of the chunk's end alone: at every step it would cost a seventh of the head's time, and it moves slowly.
+def _with_parameter_norm(terms: StepTerms, state: TrainState) -> StepTerms:
+    # Computed once per chunk: at every step it would take a seventh of the head's time, and it changes slowly.
     return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 
-def _bound(program: Callable[..., Stepped], held: Any, mesh: Mesh | None) -> Steps:
-    # What never changes is an argument of the program, not a constant inside it: a bank of gigabytes would be copied
-    # into the executable.
+def _compile(program: Program, held: Any, mesh: Mesh | None) -> Callable[..., tuple[TrainState, StepTerms]]:
+    # `held` is an argument of the compiled program, not a constant inside it: a constant bank of gigabytes would be
+    # copied into the executable.
     if mesh is not None:
         program, held = sharding.shard_steps(program, mesh), sharding.replicate(held, mesh)
-    jitted = jax.jit(program, donate_argnums=0)
-    return lambda state, chunk, first, key: jitted(state, held, chunk, first, key)
+    compiled = jax.jit(program, donate_argnums=0)
+    return lambda state, chunk, first, key: compiled(state, held, chunk, first, key)

@@ -1,10 +1,11 @@
-"""The loop over epochs: steps, checks, validation, early stopping. It touches no file; `on_epoch` may."""
+"""The loop over epochs: steps, checks of the loss, validation, early stopping. It touches no file; its hooks may."""
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,143 +13,152 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from cib_jax.training.train_step import Progress, TrainState
 
-LOOK_EVERY = 32
-"""Steps that are under way at most before their loss is looked at: a look waits for the device."""
+FETCH_EVERY = 32
+"""The most steps that are dispatched before their loss is fetched, which waits for the device."""
 
-Steps = Callable[[TrainState, Any, int, PRNGKeyArray], tuple[TrainState, dict[str, Float[Array, " steps"]]]]
-"""A jitted program of some steps: (state, chunk, number of its first step, root key) → (state, each step's terms)."""
-
-Chunks = Callable[[int, int], Iterable[Any]]
-"""Gives the chunks of an epoch from one of its steps on, the first one of a chunk: (epoch, step) → chunks."""
+StepTerms = dict[str, Float[Array, " steps"]]
+"""Each loss term at every step of a chunk."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """A loss term became NaN or infinite; the message names the step and the terms."""
+class Feed(NamedTuple):
+    """What brings training data to the device: a compiled program of some steps, and the chunks of steps it takes."""
+
+    steps: Callable[[TrainState, Any, int, PRNGKeyArray], tuple[TrainState, StepTerms]]
+    """Function (state, chunk, number of its first step, root key) → (state, terms of each step)."""
+    epoch_chunks: Callable[[int, int], Iterable[Any]]
+    """Function (epoch, step of the epoch to begin with) → the remaining chunks of that epoch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long training lasts, and in which portions."""
+
+    epochs: int
+    """Passes over the training images, at most."""
+    batch_size: int
+    """Images per step."""
+    validate_every: int = 20
+    """Epochs between validations."""
+    patience: int = 6
+    """Validations without a better MAP after which training stops."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochReport:
-    """What an epoch came to."""
+    """Result of one epoch."""
 
     progress: Progress
     terms: dict[str, float]
     """Means over the epoch's steps."""
     images_per_second: float
     validation_map: float | None
-    """None where this epoch had no validation."""
+    """None if there was no validation after this epoch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a caller does between steps and epochs: by default, nothing."""
+
+    validate: Callable[[TrainState], float] | None = None
+    """Computes the validation MAP of a state; None trains without validation and without early stopping."""
+    on_steps: Callable[[int, dict[str, float]], None] = lambda steps, terms: None
+    """Called now and then with the number of steps done since the last call, and the terms of the last one."""
+    on_epoch: Callable[[TrainState, EpochReport], None] = lambda state, report: None
+    """Called after every epoch; the state is valid only during the call, since the next step donates it."""
+    stop: Callable[[], bool] = lambda: False
+    """Called after every chunk; True stops training there."""
+    during_steps: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    """Returns a context that the trainer enters for the loop alone: a progress bar, signal handlers."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss term became NaN or infinite; the message names the step and the terms."""
 
 
 def run(
     state: TrainState,
     progress: Progress,
+    feed: Feed,
     *,
-    steps: Steps,
-    epoch_chunks: Chunks,
     key: PRNGKeyArray,
-    epochs: int,
-    batch_size: int,
-    validate: Callable[[TrainState], float] | None = None,
-    validate_every: int = 20,
-    patience: int = 6,
-    on_steps: Callable[[int, dict[str, float]], None] = lambda steps, terms: None,
-    on_epoch: Callable[[TrainState, EpochReport], None] = lambda state, report: None,
-    stop: Callable[[], bool] = lambda: False,
+    schedule: Schedule,
+    hooks: Hooks = Hooks(),
 ) -> tuple[TrainState, Progress]:
-    """Trains from `progress` to the end, or to where `stop` says so, and returns the last state.
+    """Trains from `progress` to the end, or until `hooks.stop`, and returns the last state.
 
-    A function of its arguments alone: step s uses `key` folded with s, epoch e the chunks `epoch_chunks(e, 0)`, so a
-    run cut in two anywhere between chunks comes to the same bits as one that was not. Steps are dispatched ahead and
-    their terms read late: inside an epoch, the device never waits for the host.
+    A function of its arguments alone: step s uses `key` folded with s, and epoch e the chunks of
+    `feed.epoch_chunks(e, 0)`. A run that was stopped after any chunk and resumed therefore ends with the same bits.
+    Steps are dispatched ahead and their terms are fetched late: within an epoch, the device never waits for the host.
 
     Args:
-      state: to start from; it may be donated.
-      progress: how far `state` has come.
-      steps: takes the steps of one chunk.
-      epoch_chunks: an epoch's chunks, from one of its steps on.
-      key: the root key of all steps.
-      epochs: how many in all.
-      batch_size: images per step, for the rate.
-      validate: gives the validation MAP of a state; None: no validation and no early stopping.
-      validate_every: epochs between validations.
-      patience: validations without a better MAP after which training stops.
-      on_steps: told now and then of the steps done since, and of the terms of the last.
-      on_epoch: told of every epoch's end; the state it gets is only good until it returns.
-      stop: asked after every chunk.
+      state: State to start from; it may be donated.
+      progress: Progress of that state.
+      feed: Steps and their data.
+      key: Root key of all steps.
+      schedule: Epochs, batch size and validations.
+      hooks: Functions that are called in between.
 
     Raises:
-      NonFiniteLossError: a term became NaN or infinite.
+      NonFiniteLossError: A loss term became NaN or infinite.
     """
-    while not progress.finished and progress.epoch < epochs:
+    while not progress.finished and progress.epoch < schedule.epochs:
         begun = time.perf_counter()
-        under_way: list[dict[str, Array]] = []
+        pending: list[StepTerms] = []
         sums = dict(progress.sums)
-        done = seen = progress.step
+        dispatched = fetched = progress.step
         stopped = False
-        for chunk in epoch_chunks(progress.epoch, progress.steps_of_epoch):
-            state, terms = steps(state, chunk, done, key)
-            under_way.append(terms)
-            done += _count(terms)
-            if stopped := stop():
+        for chunk in feed.epoch_chunks(progress.epoch, progress.steps_of_epoch):
+            state, terms = feed.steps(state, chunk, dispatched, key)
+            pending.append(terms)
+            dispatched += _count(terms)
+            if stopped := hooks.stop():
                 break
-            if done - seen > LOOK_EVERY and len(under_way) > 1:
-                # The newer half is left running while the older one is looked at.
-                half = len(under_way) // 2
-                seen += _look(under_way[:half], seen, sums, on_steps)
-                under_way = under_way[half:]
-        if under_way:
-            _look(under_way, seen, sums, on_steps)
+            if dispatched - fetched > FETCH_EVERY and len(pending) > 1:
+                # Only the older half is waited for: the device still has the newer one to compute.
+                half = len(pending) // 2
+                fetched += _fetch(pending[:half], fetched, sums, hooks)
+                pending = pending[half:]
+        if pending:
+            _fetch(pending, fetched, sums, hooks)
         seconds = time.perf_counter() - begun
-        rate = (done - progress.step) * batch_size / seconds
-        taken = progress.steps_of_epoch + done - progress.step
-        progress = dataclasses.replace(progress, step=done, seconds=progress.seconds + seconds)
+        images_per_second = (dispatched - progress.step) * schedule.batch_size / seconds
+        steps_of_epoch = progress.steps_of_epoch + dispatched - progress.step
+        progress = dataclasses.replace(progress, step=dispatched, seconds=progress.seconds + seconds)
         if stopped:
-            return state, dataclasses.replace(progress, steps_of_epoch=taken, sums=sums)
+            return state, dataclasses.replace(progress, steps_of_epoch=steps_of_epoch, sums=sums)
+        epoch = progress.epoch + 1
         progress = dataclasses.replace(
-            progress,
-            epoch=progress.epoch + 1,
-            steps_of_epoch=0,
-            sums={},
-            finished=progress.epoch + 1 == epochs,
+            progress, epoch=epoch, steps_of_epoch=0, sums={}, finished=epoch == schedule.epochs
         )
         validation_map = None
-        if validate is not None and (progress.epoch % validate_every == 0 or progress.finished):
-            validation_map = validate(state)
-            progress = _judged(progress, validation_map, patience)
-        report = EpochReport(
-            progress,
-            {name: total / taken for name, total in sums.items()},
-            rate,
-            validation_map,
-        )
-        on_epoch(state, report)
+        if hooks.validate is not None and (epoch % schedule.validate_every == 0 or progress.finished):
+            validation_map = hooks.validate(state)
+            progress = _after_validation(progress, validation_map, schedule.patience)
+        means = {name: total / steps_of_epoch for name, total in sums.items()}
+        hooks.on_epoch(state, EpochReport(progress, means, images_per_second, validation_map))
     return state, progress
 
 
-def _count(terms: dict[str, Float[Array, " steps"]]) -> int:
+def _count(terms: StepTerms) -> int:
     return len(next(iter(terms.values())))
 
 
-def _look(
-    under_way: list[dict[str, Float[Array, " steps"]]],
-    first_step: int,
-    sums: dict[str, float],
-    on_steps: Callable[[int, dict[str, float]], None],
-) -> int:
-    """Waits for the terms of some chunks, checks them, adds them to `sums`; returns the number of steps."""
-    fetched = jax.device_get(under_way)
-    terms = {name: np.concatenate([chunk[name] for chunk in fetched]).astype(np.float64) for name in fetched[0]}
+def _fetch(pending: list[StepTerms], first_step: int, sums: dict[str, float], hooks: Hooks) -> int:
+    """Waits for the terms of some chunks, checks them and adds them to `sums`; returns the number of steps."""
+    chunks = jax.device_get(pending)
+    terms = {name: np.concatenate([chunk[name] for chunk in chunks]).astype(np.float64) for name in chunks[0]}
     finite = np.atleast_1d(np.isfinite(np.stack(list(terms.values()))).all(axis=0))
     if not finite.all():
         bad = int(np.argmin(finite))
-        told = ", ".join(f"{name} {values[bad]:g}" for name, values in terms.items())
-        raise NonFiniteLossError(f"step {first_step + bad + 1}: the loss is not finite ({told})")
+        words = ", ".join(f"{name} {values[bad]:g}" for name, values in terms.items())
+        raise NonFiniteLossError(f"step {first_step + bad + 1}: the loss is not finite ({words})")
     for name, values in terms.items():
         sums[name] = sums.get(name, 0.0) + math.fsum(values)
-    on_steps(len(finite), {name: float(values[-1]) for name, values in terms.items()})
+    hooks.on_steps(len(finite), {name: float(values[-1]) for name, values in terms.items()})
     return len(finite)
 
 
-def _judged(progress: Progress, validation_map: float, patience: int) -> Progress:
+def _after_validation(progress: Progress, validation_map: float, patience: int) -> Progress:
     if validation_map > progress.best_map:
         return dataclasses.replace(progress, best_map=validation_map, best_step=progress.step, bad_validations=0)
     bad = progress.bad_validations + 1

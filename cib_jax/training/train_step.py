@@ -1,51 +1,102 @@
-"""The state of a training run, an explicit pytree."""
+"""One training step: the method, the state, and the update of CIBHash (https://arxiv.org/abs/2105.06138).
+
+`update` is the paper's algorithm, as a pure function; jit it with the state donated. docs/method.md has the equations.
+"""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from cib_jax.deprecation import renamed_keywords
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
-from cib_jax.losses import cib_loss
+from cib_jax.errors import ConfigError
+from cib_jax.losses import OBJECTIVES, cib_loss
 from cib_jax.models.encoder import Encoder, Params
+from cib_jax.random_streams import fold_by_name
 from cib_jax.training import grad_cache
+
+Terms = dict[str, Float[Array, ""]]
+"""The loss and its parts, in nats, and the norm of the gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a run stands between two chunks of steps. With the config and the state, the rest of the run follows."""
+class Method:
+    """What training minimizes, and how: everything that a step needs besides its state, batch and key.
 
-    epoch: int = 0
-    """Epochs finished; with the steps since, the data position, since order and views follow from seed, epoch, step."""
-    step: int = 0
-    """Steps done in all."""
-    steps_of_epoch: int = 0
-    """Steps done of the epoch that is not finished."""
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Of each loss term over those steps."""
-    best_step: int = 0
-    """Step of the best validation so far; 0 before the first."""
-    best_map: float = -1.0
-    bad_validations: int = 0
-    """Validations since the best one."""
-    finished: bool = False
-    seconds: float = 0.0
-    """Training time so far, over all sessions."""
+    A new field goes into this class and into configs/default.py, under the same name; `cib_loss` receives it as soon
+    as it has a parameter of that name.
+
+    Raises:
+      ConfigError: A value is out of range.
+    """
+
+    encoder: Encoder
+    """Network from views to logits."""
+    optimizer: optax.GradientTransformation
+    objective: str = "cibhash"
+    """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, or "diffusion", which learns from a teacher."""
+    temperature: float = 0.3
+    """Temperature τ of the contrast."""
+    beta: float = 0.001
+    """Weight β of the bottleneck term."""
+    stochastic: bool = True
+    """Whether bits are drawn, as in the paper, or thresholded, as in its published code."""
+    sharpness: float = 6.0
+    """Power of the odds that a diffusion links two images; for "diffusion" only."""
+    augment: str = "photo"
+    """Family of views: "photo" or "digits" of images, "noise" or "stored" of features."""
+    micro_batch: int = 0
+    """Images of one device that go through the backbone at a time, for less memory; 0 takes all at once."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}", field="objective"
+            )
+        for name in ("temperature", "sharpness"):
+            value = getattr(self, name)
+            # A traced value, such as a temperature that follows a schedule, is known only when the step runs.
+            if isinstance(value, int | float) and not value > 0:
+                raise ConfigError(f"{name} must be greater than 0, got {value}", field=name)
+        for name in ("beta", "micro_batch"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value >= 0:
+                raise ConfigError(f"{name} must be 0 or more, got {value}", field=name)
+
+    @property
+    def loss_fields(self) -> dict[str, Any]:
+        """The fields that are parameters of `cib_loss`."""
+        return {name: getattr(self, name) for name in _LOSS_FIELDS}
 
 
-# training.state: The state of a training run, an explicit pytree.
+_LOSS_FIELDS = [name for name in inspect.signature(cib_loss).parameters if name in Method.__dataclass_fields__]
+
+
+class Batch(NamedTuple):
+    """Input of one step."""
+
+    inputs: (
+        UInt8[Array, "batch height width 3"]
+        | Float[Array, "batch *views features"]
+        | tuple[Float[Array, "batch features"], Float[Array, "batch features"]]
+    )
+    """Images, or items that are features, of which two views are drawn; or a pair: the features of two drawn views."""
+    coordinates: Float[Array, "batch dimensions"] | None = None
+    """Diffusion coordinates of the images, for the objective "diffusion"."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. The frozen backbone is not in it: it is passed beside it and never saved twice.
+    """Everything that a step changes. Frozen parameters are passed beside it, and are never saved twice.
 
     Examples:
       >>> import cib_jax as cib
@@ -62,8 +113,35 @@ class TrainState:
     opt_state: optax.OptState
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come between two chunks of steps. Config, state and this determine the rest of the run."""
+
+    epoch: int = 0
+    """Epochs finished. Order and views follow from seed, epoch and step, so that no other data position is kept."""
+    step: int = 0
+    """Steps done in all."""
+    steps_of_epoch: int = 0
+    """Steps done of the unfinished epoch."""
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Sum of each loss term over those steps."""
+    best_step: int = 0
+    """Step of the best validation so far; 0 before the first."""
+    best_map: float = -1.0
+    bad_validations: int = 0
+    """Validations since the best one."""
+    finished: bool = False
+    seconds: float = 0.0
+    """Training time so far, over all sessions."""
+
+
+@renamed_keywords(optimiser="optimizer")
 def create_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step.
+
+    Args:
+      params: Parameters to train; they are copied, since a step donates its state.
+      optimizer: Optimizer of the steps.
 
     Examples:
       >>> import cib_jax as cib
@@ -72,16 +150,18 @@ def create_train_state(params: Params, optimizer: optax.GradientTransformation) 
       >>> int(state.step), state.params["head"].tolist()
       (0, [1.0, 1.0, 1.0])
     """
-    # Copied, since a step donates its state: the caller's own parameters must outlive it.
+    return initial_state(params, optimizer)
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """Returns the state before the first step, with a copy of the parameters, on all devices of a mesh."""
     params = jax.tree.map(jnp.array, params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
-
-
-# training.optimizer: The optimizer: Adam, with a learning rate for the head and one for the backbone.
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return sharding.replicate(state, mesh)
 
 
 def adam(learning_rate: float, backbone_learning_rate: float = 0.0) -> optax.GradientTransformation:
-    """Returns Adam with a constant learning rate; the backbone's own, where it is given and another than the head's."""
+    """Returns Adam with a constant learning rate, and another one for the backbone unless that is 0 or the same."""
     if backbone_learning_rate in (0, learning_rate):
         return optax.adam(learning_rate)
     rates = {"head": optax.adam(learning_rate), "backbone": optax.adam(backbone_learning_rate)}
@@ -92,42 +172,85 @@ def adam(learning_rate: float, backbone_learning_rate: float = 0.0) -> optax.Gra
     return optax.partition(rates, labels)
 
 
-# training.step: One step of training, as a pure function; `jax.jit` it with the state donated.
+def update(
+    state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray, method: Method, axis: Axis = None
+) -> tuple[TrainState, Terms]:
+    """Returns the state after one step, and the loss terms: views → logits → codes → loss → gradient → update.
+
+    Args:
+      state: State before the step.
+      frozen: Parameters that are not trained.
+      batch: This device's rows of the batch.
+      key: Random key of this step, a fold of the run's key by the number of the step.
+      method: Network, loss and optimizer.
+      axis: Mesh axis that shards the batch, inside `jax.shard_map`; every device gets the same result.
+    """
+    encoder = method.encoder
+    view_key, bit_key = fold_by_name(key, "views"), fold_by_name(key, "code bits")
+
+    def loss(params: Params) -> tuple[Array, Terms]:
+        # v₁ = t₁(x), v₂ = t₂(x): two random views of every image. All first views come before all second ones, so that
+        # one pass through the backbone reads its weights once.
+        if isinstance(batch.inputs, tuple):
+            features = jnp.concatenate(batch.inputs)
+        elif method.micro_batch in (0, len(batch.inputs)):
+            views = jnp.concatenate(encoder.two_views(view_key, batch.inputs, family=method.augment, axis=axis))
+            features = encoder.features(params, frozen, views)
+        else:  # the same features and gradients in less memory
+            features = grad_cache.features_of_two_views(
+                params,
+                frozen,
+                batch.inputs,
+                view_key,
+                encoder=encoder,
+                micro_batch=method.micro_batch,
+                family=method.augment,
+                axis=axis,
+            )
+        # f(v): the logits, with p = σ(f(v)) the probability that a bit is 1.
+        logits1, logits2 = jnp.split(encoder.head(params, features), 2)
+        # b ~ Bernoulli(p) with ∂b/∂p = 1, and L = L_contrast(b₁, b₂) + β · L_KL(p₁, p₂).
+        return cib_loss(bit_key, logits1, logits2, coordinates=batch.coordinates, axis=axis, **method.loss_fields)
+
+    # Each device differentiates its share of the loss. Codes are gathered from all devices, so that the gradient also
+    # holds what these rows do to the other shares; the sum over devices is the gradient of the whole batch's loss.
+    gradient, terms = sharding.sum_over_devices(jax.grad(loss, has_aux=True)(state.params), axis)
+    updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    terms = terms | {"gradient_norm": optax.tree.norm(gradient)}
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms
 
 
-Terms = dict[str, Float[Array, ""]]
-"""The loss and its parts, in nats, and the norm of the gradient."""
-
-
+@renamed_keywords(optimiser="optimizer")
 def train_step(
     state: TrainState,
     frozen: Params,
-    images: UInt8[Array | np.ndarray, "batch height width 3"],
+    images: UInt8[Array | np.ndarray, "batch height width 3"] | Float[Array | np.ndarray, "batch *views features"],
     key: PRNGKeyArray,
     *,
-    encoder: Encoder,
-    optimizer: optax.GradientTransformation,
-    objective: str = "cibhash",
-    temperature: float = 0.3,
-    beta: float = 0.001,
-    stochastic: bool = True,
-    augment: str = "photo",
-    micro_batch: int = 0,
     coordinates: Float[Array, "batch dimensions"] | None = None,
-    sharpness: float = 6.0,
     axis: Axis = None,
+    **method: Any,
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of images, two fresh views of each, and the loss terms.
 
-    Algorithm of CIBHash (https://arxiv.org/abs/2105.06138, section 3): views, logits, codes, contrast plus bottleneck,
-    gradient straight through the codes. `key` alone decides views and bits: fold the root key with the step's number.
-    Inside `jax.shard_map`, `axis` names the mesh axis over which the batch is spread; the result is that of the whole
-    batch on every device. With a `micro_batch`, that many of a device's images go through the backbone at a time, which
-    takes less memory and a second pass, and comes to the same up to rounding; see `accumulation`. The objective
-    "diffusion" needs the images' `coordinates` (`diffusion.coordinates`).
+    The algorithm of CIBHash (https://arxiv.org/abs/2105.06138, section 3): views, logits, codes, contrast plus
+    bottleneck, and a gradient that passes straight through the codes.
+
+    Args:
+      state: State before the step.
+      frozen: Parameters that are not trained.
+      images: RGB images, or features for the backbone "none".
+      key: Random key of this step; it alone decides views and bits. Fold a root key with the number of the step.
+      coordinates: Coordinates of the images on a diffusion map; for the objective "diffusion" only.
+      axis: Mesh axis that shards the batch, inside `jax.shard_map`. `images` are then this device's rows; the result
+        is that of the whole batch, on every device.
+      **method: Fields of `Method`: `encoder` and `optimizer`, and where they differ from the defaults `objective`,
+        `temperature` (0.3), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo") and
+        `micro_batch` (0).
 
     Raises:
-      PartsError: `micro_batch` is no divisor of the device's images, or the encoder takes features.
+      ConfigError: A value is out of range, or `micro_batch` does not divide the images of a device.
 
     Examples:
       >>> import cib_jax as cib
@@ -140,62 +263,43 @@ def train_step(
       >>> int(state.step), sorted(terms)
       (1, ['contrast', 'gradient_norm', 'kl', 'loss'])
     """
-    view_key, code_key = jax.random.split(key)
-    images = jnp.asarray(images)
-    if micro_batch not in (0, len(images)):
-        in_parts = functools.partial(
-            grad_cache.features_of_two_views, encoder=encoder, micro_batch=micro_batch, family=augment, axis=axis
-        )
-
-        def logits(params: Params) -> Array:
-            return encoder.head(params, in_parts(params, frozen, images, view_key))
-
-    else:
-        both = jnp.concatenate(encoder.two_views(view_key, images, family=augment, axis=axis))
-
-        def logits(params: Params) -> Array:
-            return encoder.logits(params, frozen, both)
-
-    loss = functools.partial(
-        cib_loss,
-        code_key,
-        objective=objective,
-        temperature=temperature,
-        beta=beta,
-        stochastic=stochastic,
-        coordinates=coordinates,
-        sharpness=sharpness,
-        axis=axis,
-    )
-    return _update(state, logits, loss, optimizer, axis)
+    batch = Batch(jnp.asarray(images), coordinates)
+    return update(state, frozen, batch, key, Method(**method), axis)
 
 
+@renamed_keywords(optimiser="optimizer")
 def train_step_on_features(
     state: TrainState,
     features1: Float[Array, "batch features"],
     features2: Float[Array, "batch features"],
     key: PRNGKeyArray,
     *,
-    encoder: Encoder,
-    optimizer: optax.GradientTransformation,
-    objective: str = "cibhash",
-    temperature: float = 0.3,
-    beta: float = 0.001,
-    stochastic: bool = True,
     coordinates: Float[Array, "batch dimensions"] | None = None,
-    sharpness: float = 6.0,
     axis: Axis = None,
+    **method: Any,
 ) -> tuple[TrainState, Terms]:
-    """Returns the state after one batch of two views' features, for a frozen backbone, and the loss terms.
+    """Returns the state after one batch of features of two views, for a frozen backbone, and the loss terms.
 
-    `key` and `axis` are those of `train_step`, and bits are drawn from the same part of the key.
+    With the same key it draws the same bits as `train_step`.
+
+    Args:
+      state: State before the step.
+      features1: Features of the first views.
+      features2: Features of the second views, in the same order of images.
+      key: Random key of this step.
+      coordinates: Coordinates of the images on a diffusion map; for the objective "diffusion" only.
+      axis: Mesh axis that shards the batch, inside `jax.shard_map`.
+      **method: Fields of `Method`, as for `train_step`; `augment` and `micro_batch` have no effect.
+
+    Raises:
+      ConfigError: A value is out of range.
 
     Examples:
       >>> import cib_jax as cib
       >>> import functools, jax, jax.numpy as jnp, numpy as np, optax
-      >>> from cib_jax.augment import features as feature_views
+      >>> from cib_jax.augment.features import standard
       >>> features = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
-      >>> made = {"backbone": "none", "bits": 16, "hidden": 32, "standard": feature_views.standard([features])}
+      >>> made = {"backbone": "none", "bits": 16, "hidden": 32, "standard": standard([features])}
       >>> encoder, params, _ = cib.create_encoder(jax.random.key(0), **made)
       >>> method = {"encoder": encoder, "optimizer": optax.adam(1e-3)}
       >>> step = jax.jit(functools.partial(cib.train_step_on_features, **method))
@@ -204,41 +308,5 @@ def train_step_on_features(
       >>> int(state.step), sorted(terms)
       (1, ['contrast', 'gradient_norm', 'kl', 'loss'])
     """
-    _, code_key = jax.random.split(key)
-    both = jnp.concatenate((features1, features2))
-
-    def logits(params: Params) -> Array:
-        return encoder.head(params, both)
-
-    loss = functools.partial(
-        cib_loss,
-        code_key,
-        objective=objective,
-        temperature=temperature,
-        beta=beta,
-        stochastic=stochastic,
-        coordinates=coordinates,
-        sharpness=sharpness,
-        axis=axis,
-    )
-    return _update(state, logits, loss, optimizer, axis)
-
-
-def _update(
-    state: TrainState,
-    logits: Callable[[Params], Float[Array, "views bits"]],
-    loss_of_logits: Callable[[Array, Array], tuple[Array, Terms]],
-    optimizer: optax.GradientTransformation,
-    axis: Axis,
-) -> tuple[TrainState, Terms]:
-    def loss(params: Params) -> tuple[Array, Terms]:
-        # The first views, then the second: one pass reads the weights once.
-        return loss_of_logits(*jnp.split(logits(params), 2))
-
-    # Of this device's share of the loss; through the gathered codes, also of what they do to other devices' shares.
-    gradients, terms = jax.grad(loss, has_aux=True)(state.params)
-    gradients, terms = sharding.sum_over_devices((gradients, terms), axis)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    terms = terms | {"gradient_norm": optax.tree.norm(gradients)}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms
+    batch = Batch((features1, features2), coordinates)
+    return update(state, {}, batch, key, Method(**method), axis)

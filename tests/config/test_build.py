@@ -1,4 +1,4 @@
-"""What a config's words become: streams of random numbers, and weights that are loaded only where they are needed."""
+"""Objects that a config describes: random streams, methods, and weights that are loaded only if they are needed."""
 
 import jax
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 
 import configs.cifar
 from cib_jax.config import build
+from cib_jax.errors import ConfigError
 from tests import small
 
 
@@ -35,13 +36,23 @@ def test_a_frozen_backbone_is_loaded_and_known_by_its_fingerprint():
     assert len(fingerprint) == 16
 
 
-def test_the_streams_of_a_seed_differ_and_so_do_seeds():
-    data = [
-        tuple(jax.random.key_data(build.key(small.config(seed=seed, data__seed=seed), stream)).tolist())
-        for seed in (0, 1)
-        for stream in build.STREAMS
-    ]
-    assert len(set(data)) == len(data) == 2 * len(build.STREAMS)
+def test_a_method_has_every_field_that_the_config_has():
+    config = small.config(temperature=0.7, beta=0.2, sharpness=3.0, micro_batch=4, binary="deterministic")
+    encoder = build.encoder(config)[0]
+    method = build.method(config, encoder)
+    named = {name: getattr(method, name) for name in ("temperature", "beta", "sharpness", "micro_batch", "stochastic")}
+    assert named == {"temperature": 0.7, "beta": 0.2, "sharpness": 3.0, "micro_batch": 4, "stochastic": False}
+    assert (method.encoder, method.objective, method.augment) == (encoder, "cibhash", "digits")
+
+
+def test_a_teachers_config_is_the_same_but_for_head_and_objective():
+    config = small.config(objective="diffusion", teacher__bits=24, teacher__temperature=0.15, teacher__epochs=7)
+    theirs = build.teacher_config(config)
+    assert (theirs.objective, theirs.bits, theirs.temperature, theirs.epochs) == ("naive_cl", 24, 0.15, 7)
+    changed = {"objective": "diffusion", "bits": 16, "temperature": config.temperature, "epochs": 3}
+    theirs.update(changed)
+    assert theirs.to_dict() == config.to_dict()
+    assert build.teacher_config(small.config(objective="diffusion")).epochs == 3
 
 
 def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():
@@ -53,7 +64,20 @@ def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():
     assert not np.array_equal(labels[0], labels[2])
 
 
-@pytest.mark.parametrize("name", ["k", "batch_size"])
-def test_sizes_are_checked_against_the_images_there_are(name):
-    with pytest.raises(build.ConfigError, match=f"config.{name}: 5000 is larger than the"):
-        build.draw_splits(small.config(**{name: 5000}))
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"k": 5000},
+        {"batch_size": 5000},
+        {"train__views": 100, "train__bank_mb": 30, "backbone": "efficientnet_lite0", "frozen": True},
+        {"objective": "diffusion", "teacher__dimensions": 130},
+    ],
+    ids=str,
+)
+def test_fields_that_do_not_fit_the_images_are_refused(field):
+    config = small.config(**field)
+    with pytest.raises(ConfigError) as refused:
+        build.draw_splits(config)
+    names = {"teacher__dimensions": "teacher.dimensions", "train__views": "train.views"}
+    expected = next(names.get(name, name) for name in field if name not in ("objective",))
+    assert refused.value.field == f"config.{expected}"

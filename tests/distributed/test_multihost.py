@@ -15,6 +15,7 @@ import cib_jax as cib
 from cib_jax.distributed import initialize, multihost
 from cib_jax.distributed.multihost import ProcessIndex
 from cib_jax.training import input_pipeline
+from cib_jax.training.input_pipeline import ImageBatches
 from tests.end_to_end.processes import ROOT, free_port
 
 COUNT = 2
@@ -26,6 +27,7 @@ import cib_jax as cib
 from cib_jax.distributed import initialize, multihost, sharding
 from cib_jax.errors import SharedRefusal, UserError
 from cib_jax.training import input_pipeline
+from cib_jax.training.input_pipeline import ImageBatches
 
 number, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 initialize.initialize(f"127.0.0.1:{port}", number, count)
@@ -62,14 +64,14 @@ chunk = sharding.global_batch(batch[here], here, mesh, 12)
 found["weighted"] = float(jax.jit(lambda x: (x * np.arange(1, 13)[None, :, None]).sum())(chunk))
 
 encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=8, hidden=8)
-images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
+pixels = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
 asked = []
 def batches(start, stop):
     asked.append((start, stop))
-    return (images[at : min(at + 2, stop)] for at in range(start, stop, 2))
+    return (pixels[at : min(at + 2, stop)] for at in range(start, stop, 2))
+images = ImageBatches(batches, 11, 2, sharding.local_mesh())
 bank = input_pipeline.build_view_bank(
-    jax.random.key(1), encoder, {"backbone": params["backbone"]}, batches, count=11, batch_size=2, views=2,
-    family="digits", over=sharding.local_mesh())
+    jax.random.key(1), encoder, {"backbone": params["backbone"]}, images, views=2, family="digits")
 found["asked"] = asked
 np.save(f"{folder}/bank-{number}.npy", bank)
 with open(f"{folder}/found-{number}.json", "w") as file:
@@ -138,9 +140,7 @@ def test_a_bank_is_computed_once_each_process_its_share(found):
         jax.random.key(1),
         encoder,
         {"backbone": params["backbone"]},
-        lambda start, stop: (images[at : min(at + 2, stop)] for at in range(start, stop, 2)),
-        count=11,
-        batch_size=2,
+        ImageBatches(lambda start, stop: (images[at : min(at + 2, stop)] for at in range(start, stop, 2)), 11, 2),
         views=2,
         family="digits",
     )

@@ -14,12 +14,12 @@ from cib_jax.errors import CheckpointError, OtherNetworkError
 from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.train_step import Progress, create_train_state
 
-OPTIMISER = optax.adam(1e-3)
+OPTIMIZER = optax.adam(1e-3)
 
 
 def state_of(value, width=4):
     params = {"head": {"kernel": jnp.full((3, width), value)}, "backbone": {"layers": {0: jnp.full(2, value)}}}
-    state = create_train_state(params, OPTIMISER)
+    state = create_train_state(params, OPTIMIZER)
     return dataclasses.replace(state, step=jnp.asarray(int(value), jnp.int32))
 
 
@@ -80,8 +80,9 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="there is no checkpoint here"):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError) as refused:
         checkpoints.restore(state_of(0.0))
+    assert refused.value.field == str(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -89,11 +90,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     for file in pathlib.Path(tmp_path / "5" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(CheckpointError, match=r"/5: the checkpoint cannot be read"),
-    ):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError) as refused:
         checkpoints.restore(state_of(0.0))
+    assert refused.value.field == str(tmp_path / "5")
 
 
 def flip(file):
@@ -115,15 +114,15 @@ def test_a_flipped_bit_or_a_missing_file_anywhere_is_seen_or_harmless(tmp_path):
             copy = tmp_path / f"{number}-{how.__name__}"
             shutil.copytree(tmp_path / "whole", copy / "checkpoints")
             how(copy / "checkpoints" / file.relative_to(tmp_path / "whole"))
-            told = []
+            warnings = []
             with Checkpoints(copy / "checkpoints") as checkpoints:
-                state, progress, extra = checkpoints.restore_newest(state_of(0.0), told.append)
-            expected = state_of(2.0 if not told else 1.0)
+                state, progress, extra = checkpoints.restore_newest(state_of(0.0), warnings.append)
+            expected = state_of(2.0 if not warnings else 1.0)
             assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state, expected)), strict=True))
-            assert progress.step == (2 if not told else 1) and extra == {"note": "n"}
-            if told:
+            assert progress.step == (2 if not warnings else 1) and extra == {"note": "n"}
+            if warnings:
                 seen += 1
-                assert "/2: the checkpoint cannot be read" in told[0] and "of step 1, is taken" in told[0]
+                assert f"{copy / 'checkpoints' / '2'}: " in warnings[0] and "step 1" in warnings[0]
                 assert (copy / "checkpoints" / "damaged-2").is_dir() and not (copy / "checkpoints" / "2").exists()
     assert seen > 2
 
@@ -140,18 +139,19 @@ def test_training_goes_on_over_a_damaged_checkpoint_of_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "shapes"),
     [
         (lambda: state_of(0.0, width=9), r"head\.kernel: \(3, 4\) there, \(3, 9\) here"),
         (lambda: dataclasses.replace(state_of(0.0), params={"tail": jnp.ones(2)}), "there, absent here"),
     ],
 )
-def test_another_networks_checkpoint_is_refused_and_stays_where_it_is(tmp_path, other, told):
-    """It was taken for damaged: renamed, and the user told to remove it."""
+def test_another_networks_checkpoint_is_refused_and_stays_where_it_is(tmp_path, other, shapes):
+    """Once it was taken for damaged and renamed."""
     saved(tmp_path, [4, 5])
     before = sorted(path.name for path in tmp_path.iterdir())
     with Checkpoints(tmp_path) as checkpoints:
         for restore in (checkpoints.restore, checkpoints.restore_newest):
-            with pytest.raises(OtherNetworkError, match=rf"/5: the checkpoint is of another network \(.*{told}"):
+            with pytest.raises(OtherNetworkError, match=shapes) as refused:
                 restore(other())
+            assert refused.value.field == str(tmp_path / "5")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

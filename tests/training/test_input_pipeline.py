@@ -1,34 +1,44 @@
-"""The view bank: its rows are features of views, whatever the batches; pairs are of two views, drawn evenly."""
+"""The view bank, pairs of views, and feeds: the same batches from the device and from the host."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import cib_jax as cib
 from cib_jax import errors
+from cib_jax.augment.features import standard
 from cib_jax.training import input_pipeline
+from cib_jax.training.input_pipeline import ImageBatches
+from cib_jax.training.train_step import Method
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def encoder_and_frozen():
-    encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=16)
+    encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=8)
     return encoder, {"backbone": params["backbone"]}
 
 
-def build(encoder, frozen, size, views=3, **hooks):
+class Kept(dict):
+    """A store of views in memory."""
+
+    def read(self, view):
+        return self.get(view)
+
+    def write(self, view, features):
+        self[view] = features.copy()
+
+
+def build(encoder, frozen, size, views=3, store=None):
+    def read(first, stop):
+        return (IMAGES[start : min(start + size, stop)] for start in range(first, stop, size))
+
+    images = ImageBatches(read, len(IMAGES), size)
     return input_pipeline.build_view_bank(
-        jax.random.key(1),
-        encoder,
-        frozen,
-        lambda first, stop: (IMAGES[start : min(start + size, stop)] for start in range(first, stop, size)),
-        count=len(IMAGES),
-        batch_size=size,
-        views=views,
-        family="digits",
-        **hooks,
+        jax.random.key(1), encoder, frozen, images, views=views, family="digits", store=store
     )
 
 
@@ -49,23 +59,22 @@ def test_the_bank_does_not_depend_on_the_batch_size(encoder_and_frozen):
 
 def test_views_that_were_kept_are_not_computed_again(encoder_and_frozen):
     encoder, frozen = encoder_and_frozen
-    kept = {}
-    bank = build(encoder, frozen, 4, 2, write=lambda view, rows: kept.__setitem__(view, rows.copy()))
-    assert np.array_equal(np.stack([kept[0], kept[1]]), bank)
-    kept[1][:] = 7  # told apart from what would be computed
-    del kept[0]
-    written = []
-    again = build(encoder, frozen, 4, 2, read=kept.get, write=lambda view, rows: written.append(view))
-    assert written == [0]
-    assert np.array_equal(again[0], bank[0])
+    store = Kept()
+    bank = build(encoder, frozen, 4, 2, store)
+    assert np.array_equal(np.stack([store[0], store[1]]), bank)
+    store[1][:] = 7  # unlike anything that is computed
+    del store[0]
+    again = build(encoder, frozen, 4, 2, store)
+    assert np.array_equal(again[0], bank[0]) and np.array_equal(store[0], bank[0])
     assert np.all(again[1] == 7)
 
 
 @pytest.mark.parametrize("scale", [1e6, np.nan])
 def test_features_that_float16_cannot_hold_are_refused(encoder_and_frozen, scale):
     encoder, frozen = encoder_and_frozen
-    with pytest.raises(errors.DataError, match=r"config.train.views: features of convnet .*65,504"):
+    with pytest.raises(errors.DataError, match="65,504") as refused:
         build(encoder, jax.tree.map(lambda array: array * scale, frozen), 11, 2)
+    assert refused.value.field == "config.train.views"
 
 
 def test_pairs_are_two_different_views_of_the_image_drawn_evenly():
@@ -88,8 +97,8 @@ def test_pairs_are_two_different_views_of_the_image_drawn_evenly():
 def test_the_bank_and_fresh_views_agree_in_expectation(encoder_and_frozen):
     """The mean loss of a step over many draws is the same from a bank of many views as from fresh ones."""
     encoder, frozen = encoder_and_frozen
-    head = cib.create_encoder(jax.random.key(3), backbone="convnet", bits=8, image_size=16)[1]["head"]
-    draws = 300
+    head = cib.create_encoder(jax.random.key(3), backbone="convnet", bits=8, image_size=8)[1]["head"]
+    draws = 150
 
     def loss(key, features1, features2):
         logits = (encoder.head({"head": head}, features) for features in (features1, features2))
@@ -104,9 +113,56 @@ def test_the_bank_and_fresh_views_agree_in_expectation(encoder_and_frozen):
     def banked(key, bank):
         return loss(key, *input_pipeline.draw_pairs(key, bank, jnp.arange(len(IMAGES))))
 
-    bank = build(encoder, frozen, 11, views=64)
+    bank = build(encoder, frozen, 11, views=32)
     keys = jax.random.split(jax.random.key(7), draws)
     from_fresh = np.array([fresh(key) for key in keys], np.float64)
     from_bank = np.array([banked(key, bank) for key in keys], np.float64)
     error = np.sqrt(from_fresh.var() / draws + from_bank.var() / draws)
     assert abs(from_fresh.mean() - from_bank.mean()) < 4 * error
+
+
+# Feeds.
+
+
+@pytest.fixture(scope="module")
+def steps_of_feeds(encoder_and_frozen):
+    """Two steps from the device and from a stream: their terms, and the parameters afterwards."""
+    encoder, frozen = encoder_and_frozen
+    head = cib.create_encoder(jax.random.key(3), backbone="convnet", bits=8, image_size=8, hidden=1024)[1]["head"]
+    optimizer = optax.sgd(0.1)
+    method = Method(encoder, optimizer, augment="digits")
+    options = {"seed": 3, "batch_size": 4, "method": method}
+    found = {}
+    for name, feed in (
+        ("device", input_pipeline.from_device(jnp.asarray(IMAGES), frozen, **options)),
+        ("stream", input_pipeline.from_stream(IMAGES, frozen, **options)),
+    ):
+        state, terms = cib.create_train_state({"head": head}, optimizer), []
+        for number, chunk in enumerate(feed.epoch_chunks(0, 0)):
+            state, step_terms = feed.steps(state, chunk, number, jax.random.key(5))
+            terms.append({name: float(value[0]) for name, value in step_terms.items()})
+        found[name] = terms, jax.tree.leaves(state.params)
+    return found
+
+
+def test_streamed_images_make_the_steps_of_resident_ones(steps_of_feeds):
+    (terms, params), (other_terms, other_params) = steps_of_feeds["device"], steps_of_feeds["stream"]
+    assert len(terms) == len(other_terms) == 2
+    for mine, theirs in zip(terms, other_terms, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    for mine, theirs in zip(params, other_params, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-7)
+
+
+def test_an_epoch_is_every_image_once_but_for_what_fills_no_batch():
+    bank = jnp.zeros((2, 11, 3))
+    encoder, _, _ = cib.create_encoder(
+        jax.random.key(0), backbone="none", bits=8, standard=standard([np.ones((2, 3), np.float32)])
+    )
+    feed = input_pipeline.from_bank(bank, seed=1, batch_size=4, method=Method(encoder, optax.sgd(0.1)))
+    orders = [np.concatenate(list(feed.epoch_chunks(epoch, 0))) for epoch in (0, 1)]
+    assert [order.shape for order in orders] == [(2, 4)] * 2
+    assert all(len(set(order.ravel())) == 8 for order in orders)
+    assert not np.array_equal(*orders)
+    rest = np.concatenate(list(feed.epoch_chunks(0, 1)))
+    assert np.array_equal(rest, orders[0][1:])  # resumed after the first step

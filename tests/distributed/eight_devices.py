@@ -1,0 +1,177 @@
+"""What eight simulated devices compute, as JSON: `python -m tests.distributed.eight_devices FOLDER`.
+
+A process of its own, since the number of devices is fixed when JAX starts; one for all tests, since starting and
+compiling take most of the time.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+from jax.sharding import PartitionSpec as P
+
+import cib_jax as cib
+from cib_jax.commands.index import train_index_encoder
+from cib_jax.data import inputs
+from cib_jax.distributed import sharding
+from cib_jax.training import input_pipeline, loop
+from cib_jax.training.loop import Hooks, Schedule
+from cib_jax.training.train_step import Method, Progress, adam
+from tests.commands import indexing
+
+GENERATOR = np.random.default_rng(0)
+KEY = jax.random.key(0)
+LOGITS = jnp.asarray(GENERATOR.normal(size=(2, 16, 8)), jnp.float32)
+COORDINATES = jnp.asarray(GENERATOR.normal(size=(16, 5)), jnp.float32)
+IMAGES = GENERATOR.integers(0, 256, (48, 8, 8, 3), np.uint8)
+FEATURES = GENERATOR.normal(size=(48, 12)).astype(np.float32)
+STORED = GENERATOR.normal(size=(48, 3, 12)).astype(np.float32)
+BANK = jnp.asarray(GENERATOR.normal(size=(4, 48, 256)), jnp.float16)
+
+
+def loss_and_gradients(objective, devices):
+    """Returns the loss of a batch on several devices, and its gradient of both logits."""
+    axis = "data" if devices > 1 else None
+
+    def compute(key, logits1, logits2, coordinates):
+        def loss(logits1, logits2):
+            known = coordinates if objective == "diffusion" else None
+            return cib.cib_loss(key, logits1, logits2, objective=objective, beta=0.1, coordinates=known, axis=axis)[0]
+
+        value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(logits1, logits2)
+        return sharding.sum_over_devices(value, axis), gradients
+
+    if devices > 1:
+        specs = (P(), P("data"), P("data"), P("data"))
+        compute = jax.shard_map(
+            compute,
+            mesh=sharding.make_mesh(devices, 16),
+            in_specs=specs,
+            out_specs=(P(), P("data")),
+            check_vma=False,
+        )
+    value, gradients = jax.jit(compute)(KEY, *LOGITS, COORDINATES)
+    return [float(value), *(np.asarray(gradient).ravel().tolist() for gradient in gradients)]
+
+
+def leaves(params):
+    """Returns all numbers of a tree, array by array."""
+    return [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(params)]
+
+
+def fitted(devices, data, augment):
+    """Returns the losses and parameters of `cib.fit` on features."""
+    losses = []
+    hasher = cib.fit(
+        data,
+        backbone="none",
+        augment=augment,
+        bits=8,
+        hidden=16,
+        epochs=2,
+        batch_size=16,
+        devices=devices,
+        on_epoch=lambda report: losses.append(report.terms),
+    )
+    return {"losses": losses, "params": leaves(hasher.params)}
+
+
+def looped(feed, params, optimizer):
+    """Returns the losses and parameters of two epochs."""
+    losses = []
+    hooks = Hooks(on_epoch=lambda state, report: losses.append(report.terms))
+    state = cib.create_train_state(params, optimizer)
+    end, _ = loop.run(state, Progress(), feed, key=KEY, schedule=Schedule(2, 16), hooks=hooks)
+    return {"losses": losses, "params": leaves(end.params)}
+
+
+def from_bank(encoder, params, devices):
+    """Trains on a view bank."""
+    optimizer = optax.adam(1e-3)
+    mesh = sharding.make_mesh(devices, 16)
+    feed = input_pipeline.from_bank(BANK, seed=0, batch_size=16, method=Method(encoder, optimizer), mesh=mesh)
+    return looped(feed, {"head": params["head"]}, optimizer)
+
+
+def from_images(encoder, params, frozen, devices, *, stream=False):
+    """Trains on images, on the device or streamed."""
+    # Not Adam, which turns the rounding of a gradient near 0 into whole steps.
+    optimizer = optax.sgd(0.1)
+    mesh = sharding.make_mesh(devices, 16)
+    options = {"seed": 0, "batch_size": 16, "method": Method(encoder, optimizer, augment="digits"), "mesh": mesh}
+    if stream:
+        return looped(input_pipeline.from_stream(IMAGES, frozen, **options), params, optimizer)
+    return looped(input_pipeline.from_device(jnp.asarray(IMAGES), frozen, **options), params, optimizer)
+
+
+def one_step(fine_tune, devices, micro_batch):
+    """Returns the terms of one step and the optimizer's moments, of a whole backbone or a part of it."""
+    weights = cib.create_encoder(KEY, backbone="convnet", bits=8, image_size=8)[1]["backbone"]
+    encoder, params, frozen = cib.create_encoder(
+        KEY, backbone="convnet", bits=8, image_size=8, hidden=16, backbone_params=weights, fine_tune=fine_tune
+    )
+    optimizer = adam(1e-3, 1e-2)
+    method = Method(encoder, optimizer, augment="digits", micro_batch=micro_batch)
+    mesh = sharding.make_mesh(devices, 16)
+    feed = input_pipeline.from_device(jnp.asarray(IMAGES[:16]), frozen, seed=0, batch_size=16, method=method, mesh=mesh)
+    (batch,) = feed.epoch_chunks(0, 0)
+    after, terms = feed.steps(cib.create_train_state(params, optimizer), batch, 0, KEY)
+    return {name: float(value[0]) for name, value in terms.items()}, leaves(after.opt_state)
+
+
+def learned_for_an_index(folder):
+    """Returns the shape of codes of an encoder trained on 22 photos, of which four devices share 20."""
+    indexing.fill(folder / "photos", 22)
+    config = indexing.config(
+        backbone="convnet",
+        image_size=8,
+        hidden=16,
+        epochs=1,
+        bits=16,
+        frozen=False,
+        train__views=0,
+        data__stored_size=20,
+        data__train_images=0,
+        batch_size=64,
+        devices=4,
+    )
+    found = inputs.find(str(folder / "photos"), takes="images", size=1)
+    hasher = train_index_encoder(found, config, rich.console.Console(file=io.StringIO()))
+    return list(hasher.encode(np.zeros((3, 20, 20, 3), np.uint8)).shape)
+
+
+def main(folder):
+    """Writes everything that the tests look at."""
+    found = {"devices": jax.local_device_count()}
+    for objective in ("naive_cl", "cl_hash", "cibhash", "diffusion"):
+        found[objective] = {devices: loss_and_gradients(objective, devices) for devices in (1, 2, 8)}
+    found["features"] = {devices: fitted(devices, FEATURES, "noise") for devices in (1, 4)}
+    found["stored views"] = {devices: fitted(devices, STORED, "stored") for devices in (1, 2)}
+    encoder, params, frozen = cib.create_encoder(KEY, backbone="convnet", bits=8, image_size=8, hidden=16)
+    found["bank"] = {devices: from_bank(encoder, params, devices) for devices in (1, 8)}
+    # On one device, streamed images train to the bits of resident ones: tests/commands/test_train.py.
+    found["images"] = {
+        1: from_images(encoder, params, frozen, 1),
+        8: from_images(encoder, params, frozen, 8, stream=True),
+    }
+    fine_tune = cib.FineTune(blocks=1, checkpointing=True)
+    found["last block"] = [one_step(fine_tune, 1, 0), one_step(fine_tune, 4, 2)]
+    hasher = cib.Hasher(encoder, params, frozen, batch_size=3)
+    found["codes"] = {n: dataclasses.replace(hasher, devices=n).encode(IMAGES).tolist() for n in (1, 2, 8)}
+    codes = GENERATOR.integers(0, 256, (2, 300, 2), np.uint8)
+    labels = GENERATOR.integers(0, 4, (2, 300))
+    found["searched"] = [codes.tolist(), labels.tolist()]
+    found["map"] = cib.mean_average_precision(*codes, *labels, k=50)  # its blocks go round all devices
+    found["index"] = learned_for_an_index(folder)
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
