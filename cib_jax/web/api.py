@@ -184,7 +184,7 @@ class Api:
             raise unavailable("Photos cannot be decoded now; try again in a moment.") from None
 
     def _square(self, body: bytes, content_type: str) -> UInt8[np.ndarray, "side side 3"]:
-        return self._decoders.see(_uploaded_photo(body, content_type), self.collection.side).square
+        return self._decoders.decode(_uploaded_photo(body, content_type), self.collection.side).square
 
     def _image(self, photo: Photo) -> bytes:
         settings = self._settings
