@@ -103,8 +103,8 @@ class DecodePool:
             self._idle.put(process)
         if reason := str(head.get("reason") or "")[:300]:
             if head.get("too_large"):  # the reason names a field of the configuration, which the client does not know
-                size_given = re.search(r"\d+ × \d+", reason)
-                pixels = f"{size_given[0]} pixels, " if size_given else ""
+                found = re.search(r"\d+ × \d+", reason)
+                pixels = f"{found[0]} pixels, " if found else ""
                 raise BadPhotoError(f"The photo has {pixels}more than {megapixels} megapixels; make it smaller.")
             raise BadPhotoError(f"The photo cannot be used: {reason.rstrip('.')}.")
         return head, result
