@@ -42,7 +42,6 @@ MAX_RESULTS = 1000
 """Largest number of results of one search."""
 
 _ID = re.compile(r"[0-9a-f]{16}")
-_DAY = 86_400
 _CHANGED = "The photo's file was changed since it was indexed"
 
 T = TypeVar("T")
@@ -160,7 +159,9 @@ class Api:
     async def thumbnail(self, request: Request) -> Response:
         """Returns a photo's thumbnail from the index."""
         id = request.path_params["id"]
-        found = self._thumbnails.get(id) or await self._lookups.run(_client(request), self._thumbnail, id)
+        found = self._thumbnails.get(id)
+        if found is None:
+            found = await self._lookups.run(_client(request), self._thumbnail, id)
         return _jpeg(request, *found)
 
     async def image(self, request: Request) -> Response:
@@ -301,7 +302,7 @@ def _json(content: dict[str, Any]) -> Response:
 
 
 def _jpeg(request: Request, tag: str, content: bytes) -> Response:
-    headers = {"etag": tag, "cache-control": f"private, max-age={_DAY}"}
+    headers = {"etag": tag, "cache-control": "private, max-age=86400"}
     if _is_cached(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type="image/jpeg")

@@ -1,8 +1,11 @@
 """ASGI middleware around the search app: clients, rates, hosts, routes, origins, bodies, errors and headers.
 
 `protect` puts one class per concern around the app. Each passes a request on to the next, or refuses it by raising an
-HTTPException, which `ErrorResponses` turns into JSON. A refusal closes the connection, because the rest of the request is not read.
+HTTPException, which `ErrorResponses` turns into JSON. A refusal closes the connection, because the rest of the request
+is not read.
 """
+
+# ruff: noqa: D102
 
 import asyncio
 import collections
@@ -122,23 +125,18 @@ class ErrorResponses:
             started = True
             await send(message)
 
-        error: Exception
         try:
             await self._app(scope, receive, send_noted)
-            return
         except ClientDisconnect:
-            return
-        except asyncio.CancelledError:  # by uvicorn, when it stops and requests are still open
-            if started:
-                raise
-            error = refusal(503, "The server is stopping.")
-        except Exception as raised:
+            pass
+        except (Exception, asyncio.CancelledError) as error:
             if started:
                 raise  # uvicorn logs it and closes the connection
-            if not isinstance(raised, HTTPException):
+            if isinstance(error, asyncio.CancelledError):  # by uvicorn, when it stops and requests are still open
+                error = refusal(503, "The server is stopping.")
+            elif not isinstance(error, HTTPException):
                 traceback.print_exc()
-            error = raised
-        await error_response(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
 
 
 class SecurityHeaders:

@@ -45,11 +45,8 @@ def mount(
 ) -> None:
     """Adds the page at `/`, after the API's routes: Gradio answers what no earlier route matches.
 
-    Args:
-      app: App with the routes of `api`.
-      collection: Photos that are searched.
-      settings: Limits of the server; the page refuses a photo that is too large before it is sent. None: the defaults.
-      root_path: Path, such as "/photos", that a reverse proxy strips from the requests that it passes on.
+    By `settings`, the page refuses a photo that is too large before it is sent. `root_path` is a path, such as
+    "/photos", that a reverse proxy strips from the requests that it passes on.
     """
     gr.mount_gradio_app(
         app,

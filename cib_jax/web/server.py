@@ -23,14 +23,10 @@ from cib_jax.web import api
 from cib_jax.web.api import Collection
 from cib_jax.web.decode_pool import DecodePool
 from cib_jax.web.middleware import TrustedProxies, protect
-from cib_jax.web.settings import Settings
+from cib_jax.web.settings import Settings, flag_error
 
 Page = Callable[[fastapi.FastAPI, Collection], None]
 """Function that adds the search page to the app, behind the API's routes."""
-
-_MAX_HEAD_BYTES = 16_384
-_KEEP_ALIVE_SECONDS = 10
-_SHUTDOWN_SECONDS = 3
 
 
 def serve(
@@ -45,14 +41,8 @@ def serve(
 ) -> None:
     """Serves a collection until the process receives SIGTERM or SIGINT, after which it ends within seconds.
 
-    Args:
-      collection: Photos that are searched.
-      host: Host name or address to listen at; "0.0.0.0" and "::" are all addresses of this machine.
-      port: Port to listen at; 0 takes a free one.
-      page: Function that adds the search page, or None for the API only.
-      renew: Function that returns the collection with what was indexed meanwhile; called twice a minute.
-      settings: Limits of the server; the defaults if None.
-      print_line: Function that prints a line for the user, such as the server's address.
+    `page` adds the search page to the API. `renew` returns the collection with what was indexed meanwhile; it is called
+    twice a minute. Port 0 is any free port; the hosts "0.0.0.0" and "::" are all addresses of this machine.
 
     Raises:
       WebError: The port is in use, or the host is not an address of this machine.
@@ -127,9 +117,9 @@ def create_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=settings.connections,
-        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        h11_max_incomplete_event_size=16_384,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=3,
         backlog=256,
     )
     return uvicorn.Server(config)
@@ -139,7 +129,7 @@ def create_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """Yields a listening socket; raises a WebError if the host or the port cannot be used."""
     if not 0 <= port <= 65_535:
-        raise WebError(f"--port must be from 1 to 65535, or 0 for any free port, got {port}", field="--port")
+        raise flag_error("port", f"from 1 to 65535, or 0 for any free port, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
@@ -157,13 +147,12 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             }.get(error.errno or 0)
             if allowed is None:
                 raise _unusable_host(host, str(error.strerror)) from None
-            raise WebError(f"--port must be {allowed}", field="--port") from None
+            raise flag_error("port", allowed) from None
         yield listener
 
 
 def _unusable_host(host: str, reason: str) -> WebError:
-    message = f"--host must be an address of this machine, got {host!r} ({reason}); try 127.0.0.1"
-    return WebError(message, field="--host")
+    return flag_error("host", f"an address of this machine, got {host!r} ({reason}); try 127.0.0.1")
 
 
 def is_loopback(listener: socket.socket) -> bool:
