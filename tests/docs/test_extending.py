@@ -11,9 +11,11 @@ import sklearn.metrics.pairwise
 import cib_jax as cib
 from cib_jax import losses
 from cib_jax.baselines import BASELINES
+from cib_jax.config import schema
 from cib_jax.data import sources
 from cib_jax.data.dataset import DataConfig
 from cib_jax.models import registry
+from configs import default
 from tests.docs import pages
 
 
@@ -25,7 +27,7 @@ def run(part: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("part", ["A baseline", "An objective", "A backbone", "A data set"])
+@pytest.mark.parametrize("part", ["A baseline", "An objective", "A backbone", "A data set", "A config field"])
 def test_a_part_is_under_forty_lines(part):
     assert len(pages.section("extending.md", part).strip().splitlines()) < 40
 
@@ -112,3 +114,17 @@ def test_a_data_set_is_found_by_its_name(monkeypatch, tmp_path):
     np.testing.assert_array_equal(source.train.take(np.array([4, 1])).images[0], pixels[4])
     with pytest.raises(cib.UserError, match=r"config.data.dir: 'nowhere.npz'"):
         sources.load(DataConfig("npz", "nowhere.npz"))
+
+
+def test_a_field_is_validated_by_its_rule(monkeypatch):
+    monkeypatch.setattr(schema, "RULES", dict(schema.RULES))
+    monkeypatch.setitem(schema.FIELDS, "margin", float)
+    run("A config field")
+    config = default.get_config()
+    with config.unlocked():
+        config.margin = 0.5
+    schema.validate(config, around=True)
+    config.margin = -1.0
+    with pytest.raises(cib.UserError) as caught:
+        schema.validate(config, around=True)
+    assert caught.value.field == "config.margin"
