@@ -9,12 +9,13 @@ import rich.console
 
 import cib_jax as cib
 from cib_jax.storage import code_store
+from configs import digits
 from configs import index as index_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folders that the examples use: photos, an encoder, codes of the photos, an index."""
+    """The folders that the examples use: photos, an encoder, codes of the photos, an index, a trained run."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "PHOTOS").mkdir()
     for color in ("blue", "green", "red"):
@@ -33,6 +34,9 @@ def folder(tmp_path_factory):
         config=index_config.get_config(),
         console=rich.console.Console(quiet=True),
     )
+    config = digits.get_config()
+    config.update_from_flattened_dict({"epochs": 1, "cache.dir": "none", "report.write": False})
+    cib.train(config, folder / "DIGITS", console=rich.console.Console(quiet=True))
     return folder
 
 
