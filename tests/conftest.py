@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # In the environment, so that processes that tests start take what others have compiled, and come to the same bits.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Threads of OpenMP wait by spinning: on cores that are shared, t-SNE of 200 points takes twenty times as long with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. With "0" in the
 # environment, all tests run programs as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -15,6 +17,8 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+
+from tests.command_line import refusal, run_cli  # noqa: F401 - fixtures
 
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("cib")
@@ -28,7 +32,7 @@ LONGEST = (
     "end_to_end/test_index.py",
     "end_to_end/test_readme.py",
     "end_to_end/test_corpus.py",
-    "commands/test_own_data.py",
+    "end_to_end/test_data_sets.py",
     "commands/test_fine_tuned_runs.py",
     "commands/test_compare.py",
     "commands/test_tune.py",

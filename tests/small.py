@@ -1,8 +1,10 @@
-"""A small run of the main job, seconds long: digits, few images, a narrow head."""
+"""A small run, seconds long: digits, few images, a narrow head; and the figures that its codes give."""
 
 import ml_collections
+import numpy as np
 
 from configs import digits
+from tests.retrieval import reference
 
 FLAGS = {
     "bits": 16,
@@ -41,3 +43,15 @@ def flags(**fields) -> list[str]:
     """Returns the same as arguments of run.py."""
     named = FLAGS | {name.replace("__", "."): value for name, value in fields.items()}
     return [f"--config.{name}={value}" for name, value in named.items()]
+
+
+def codes_of(workdir):
+    """Returns what a run has written to codes/, by name."""
+    return {path.stem: np.load(path) for path in (workdir / "codes").glob("*.npy")}
+
+
+def reference_map(workdir, k):
+    """Returns the MAP@k of a run's codes by a loop over the definition."""
+    of = codes_of(workdir)
+    data = [of[f"{side}_{kind}"] for kind in ("codes", "labels") for side in ("query", "database")]
+    return reference.reference_map(data, k)

@@ -1,13 +1,12 @@
-"""Whether an encoder, fields and photos that a user names agree with those that an index was made with."""
+"""Indexing of photos for searching: finds files that are new, changed or gone, and encodes only those."""
 
 import dataclasses
 import errno
-import functools
 import itertools
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -16,8 +15,7 @@ import rich.console
 from jaxtyping import Bool, Int64, UInt8
 
 from cib_jax import fitting
-from cib_jax.config import build, schema
-from cib_jax.config.schema import flatten
+from cib_jax.config import build, flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos, Read
@@ -33,198 +31,395 @@ from cib_jax.storage import collection, photo_table
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
 
-# jobs.agreement: Whether an encoder, fields and photos that a user names agree with those that an index was made with.
+BLOCK = 512
+"""Files in a commit, about, and so the most that a killed process loses."""
+TIDY_EVERY = 256
+"""Commits after which small fragments are merged."""
+LISTED = 5
+"""Unreadable files that are listed in the output."""
+CHANGEABLE = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
+"""Fields that may be set although the encoder is already trained."""
 
 
-OF_ENCODING = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
-"""Fields that can be set where the encoder is trained already."""
+class Indexed(NamedTuple):
+    """What a call of `index` did."""
+
+    photos: int
+    """Photos in the index that can be searched now."""
+    added: int
+    changed: int
+    removed: int
+    unreadable: int
+    """Files in the index that are not readable photos."""
 
 
-def given_flags(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> Hasher:
-    """Returns the encoder that a user gives.
+def index(
+    index: pathlib.Path | str,
+    images: pathlib.Path | str | None = None,
+    *,
+    workdir: pathlib.Path | str | None = None,
+    config: ml_collections.ConfigDict,
+    overrides: dict[str, Any] | None = None,
+    console: rich.console.Console | None = None,
+) -> Indexed:
+    """Updates an index to the current photos, and makes it if there is none.
+
+    Each block of photos is one commit. Killed at any moment, the same call goes on; several processes that index the
+    same photos at once share the work.
+
+    Args:
+      index: Folder of the index, or another address that LanceDB accepts.
+      images: Folder of photos, or a .csv or .parquet list of them; None: the photos of the index.
+      workdir: Folder of a trained run, or of a saved hasher; None: the index's own encoder, which for a new index is
+        trained on the photos.
+      config: Config of the experiment that trains it.
+      overrides: Fields of `config` that were set by the user, by dotted name.
+      console: Console for messages.
 
     Raises:
-      TableError: it takes features.
-      ConfigError: a field would shape another one.
-      CheckpointError, SavedError, WeightsError: there is none in `workdir`.
+      IndexFolderError: LanceDB is not installed, or the index cannot be read or written, or belongs to another encoder
+        or to other photos.
+      DataError: There are no photos, or they cannot be read.
+      ConfigError: A field cannot be set.
+      CheckpointError, SavedHasherError, WeightsError: There is no encoder in `workdir`.
     """
+    uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
+    photo_table.validate_installed()
+    schema.validate(config)
+    given = _load_encoder(workdir, config, overrides) if workdir is not None else None
+    table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
+    if table is None and images is None:
+        raise IndexFolderError(
+            f"--images is missing, and there is no index at {uri} yet; give the folder of photos", field="--images"
+        )
+    if table is not None and given is not None:
+        _validate_same_encoder(table, given, workdir)
+    place = str(images) if images is not None else table.metadata.images if table is not None else ""
+    print_message(console, f"Looking through {place}")
+    # Read before the files are listed: what another process indexes meanwhile is not gone.
+    known = table.state().keys if table is not None else np.zeros(0, np.int64)
+    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
+    assert isinstance(found, Photos)
+    for note in found.notes:
+        print_message(console, note)
+    own = f"the encoder of {uri}"
+    if table is None:
+        made = given or train_index_encoder(found, config, console)
+        metadata = IndexMetadata(found.place, collection.encoder_identity(made), {} if given else flatten(config))
+        table = PhotoTable.create(uri, metadata, collection.hasher_bytes(made))
+        if table.metadata.encoder != metadata.encoder:  # another process was faster
+            if given:
+                _validate_same_encoder(table, given, workdir)
+            _validate_overrides(overrides, own, table.metadata.learnt)
+            print_message(console, "Another process made the index meanwhile; its encoder is used")
+    elif given is None:
+        _validate_overrides(overrides, own, table.metadata.learnt)
+    _validate_images(table, found, known, console)
+    files = _stat_files(dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True))
+    changes = _find_changes(table, files, known)
+    for start in range(0, len(changes.gone), AT_ONCE):
+        table.remove(changes.gone[start : start + AT_ONCE])
+    if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
+        # Loaded from the index, because another process may have made it.
+        hasher = dataclasses.replace(
+            collection.load_hasher(table), batch_size=config.encode_batch, devices=config.devices
+        )
+        _encode_files(table, files, pending, hasher, console)
+        table.compact()
+    return _summarize(table, str(index), files, changes, console)
+
+
+def _summarize(
+    table: PhotoTable, name: str, files: "_Files", changes: "_Changes", console: rich.console.Console
+) -> Indexed:
+    for some, state in (
+        (changes.absent, "are not there"),
+        (changes.unreachable, "cannot be reached now, and their entries are kept"),
+    ):
+        if some:
+            first = printable(files.found.names[some[0]])
+            print_message(console, f"{len(some):,} listed files {state}, the first: {first}")
+    unreadable = table.unreadable()
+    for path, reason in unreadable[:LISTED]:
+        print_message(console, f"Cannot be read: {path}: {reason}")
+    if len(unreadable) > LISTED:
+        print_message(console, f"… and {len(unreadable) - LISTED:,} more")
+    done = Indexed(
+        len(table) - len(unreadable), len(changes.missing), len(changes.changed), len(changes.gone), len(unreadable)
+    )
+    print_message(
+        console,
+        f"{done.photos:,} photos in {name}: {done.added:,} files new, {done.changed:,} changed, {done.removed:,} gone, "
+        f"{done.unreadable:,} unreadable",
+    )
+    return done
+
+
+# Agreement with an existing index
+
+
+def _load_encoder(workdir: pathlib.Path | str, config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> Hasher:
+    """Returns the encoder in `workdir`."""
     workdir = pathlib.Path(workdir).expanduser()
-    validate_overrides(overrides, f"the encoder in {workdir}")
-    # Of one saved without its run, all weights lie beside it.
+    _validate_overrides(overrides, f"the encoder in {workdir}")
+    # A hasher that was saved without its run contains all weights.
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
     if hasher.encoder.backbone.takes != "images":
         raise IndexFolderError(
-            f"--workdir: {workdir} was trained on features, and an index holds photos; give a run on images, or search "
-            "features by cib_jax.Index"
+            f"--workdir must be a run on images, because an index holds photos, got {workdir}, trained on features; "
+            "give another run, or search features by cib_jax.Index",
+            field="--workdir",
         )
     return hasher
 
 
-def validate_overrides(overrides: dict[str, Any], whose: str, learnt: dict[str, Any] | None = None) -> None:
-    """Refuses fields that would shape another encoder; the command that had it learnt may be given again.
-
-    Raises:
-      ConfigError: there is one.
-    """
+def _validate_overrides(overrides: dict[str, Any], encoder: str, trained_by: dict[str, Any] | None = None) -> None:
+    """Refuses fields that would change a trained encoder; values that it was trained by may be given again."""
     for name, value in overrides.items():
-        if learnt and name not in OF_ENCODING and learnt.get(name, value) != value:
+        if name in CHANGEABLE or (trained_by and trained_by.get(name, value) == value):
+            continue
+        if trained_by:
             raise ConfigError(
-                f"config.{name}: {whose} was learnt with {learnt[name]!r}, not {value!r}; leave it out to go on with "
-                "that, or give another --index"
+                f"config.{name} must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave "
+                "it out, or give another --index",
+                field=f"config.{name}",
             )
-        if not learnt and name not in OF_ENCODING:
-            raise ConfigError(
-                f"config.{name}: {whose} is trained already; leave it out (what can be set: {', '.join(OF_ENCODING)})"
-            )
+        raise ConfigError(
+            f"config.{name} must be left out, because {encoder} is already trained; try {', '.join(CHANGEABLE)}",
+            field=f"config.{name}",
+        )
 
 
-def validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
-    """Refuses an encoder whose codes cannot be compared with those of the index.
-
-    Raises:
-      TableError: it is such a one.
-    """
+def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
+    """Refuses an encoder that makes codes not comparable with those of the index."""
     ours, theirs = collection.encoder_identity(hasher), table.metadata.encoder
     other = [f"{name}: {theirs.get(name)} → {value}" for name, value in ours.items() if theirs.get(name) != value]
     if other:
         raise IndexFolderError(
-            f"--workdir: {workdir} holds another encoder than the one that made {table.uri} ({'; '.join(other)}), so "
-            "codes cannot be compared; leave it out to go on with the index's own, or give another --index"
+            f"--workdir must hold the encoder that made {table.uri}, got another one in {workdir} "
+            f"({'; '.join(other)}); leave it out to use the index's own, or give another --index",
+            field="--workdir",
         )
 
 
-def validate_images(
+def _validate_images(
     table: PhotoTable, found: Photos, known: Int64[np.ndarray, " known"], console: rich.console.Console
 ) -> None:
-    """Takes up photos that were moved; refuses others.
+    """Refuses other photos than those of the index, and records the new place of photos that were moved.
 
     Args:
-      table: the index.
-      found: the photos that are to be indexed.
-      known: keys of those that are.
-      console: where to report.
-
-    Raises:
-      TableError: they are others.
+      table: The index.
+      found: Photos to be indexed.
+      known: Keys of the files in the index.
+      console: Console for messages.
     """
     before = table.metadata.images
     if before == found.place:
         return
     if os.path.exists(before):
         raise IndexFolderError(
-            f"--images: {table.uri} is the index of {before}, which is still there; leave --images out to go on with "
-            f"it, or give another --index for {found.place}"
+            f"--images must be {before}, the photos of {table.uri}, got {found.place}; leave it out, or give another "
+            f"--index for {found.place}",
+            field="--images",
         )
-    # Its disk may only be away: taken for moved, all that is known of its photos would be lost.
+    # The disk of the old photos may just be unmounted: if they were regarded as moved, all entries would be lost.
     if len(known) and not np.isin(known, [key_of(name) for name in found.names]).any():
         raise IndexFolderError(
-            f"--images: {table.uri} is the index of {before}, and none of its photos is in {found.place}; give the "
-            "place where they lie now, or another --index"
+            f"--images must hold the photos of {table.uri}, which were in {before}, but none of them is in "
+            f"{found.place}; give their new place, or another --index",
+            field="--images",
         )
-    print_message(console, f"The photos of {before} are taken to lie in {found.place} now, under the same names")
+    print_message(console, f"The photos of {before} are now expected in {found.place}, under the same names")
     table.move(found.place)
 
 
-# jobs.changes: What came, changed or went among photos, by their files' sizes and times.
+# Changes of files
 
-
-ABSENT, UNTOLD = -1, -2
-"""In place of a size: the file is not there; the system does not say whether it is, as in a folder that is closed."""
+ABSENT, UNREACHABLE = -1, -2
+"""Stand in for a file's size: it is not there; or it is unknown whether it is, as in a folder without permission."""
 
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
-class Changes(NamedTuple):
-    """What is to be done."""
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The files to be indexed, as they were found."""
+
+    found: Photos
+    keys: Int64[np.ndarray, " files"]
+    sizes: Int64[np.ndarray, " files"]
+    """Sizes in bytes, `ABSENT` or `UNREACHABLE`."""
+    modified: Int64[np.ndarray, " files"]
+    """Times of the last change, in nanoseconds since 1970."""
+
+    def compare(self, state: State) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
+        """Returns which files are in the index, and which of them are unchanged."""
+        if not len(state.keys):
+            return np.zeros(len(self.keys), bool), np.zeros(len(self.keys), bool)
+        places = np.minimum(np.searchsorted(state.keys, self.keys), len(state.keys) - 1)
+        known = state.keys[places] == self.keys
+        return known, known & (state.sizes[places] == self.sizes) & (state.modified_ns[places] == self.modified)
+
+
+class _Changes(NamedTuple):
+    """Numbers of the files that differ from the index."""
 
     missing: list[int]
-    """Files of which nothing is known."""
+    """Files that are not in the index."""
     changed: list[int]
-    """Files that have another size or time than they had."""
-    again: list[int]
-    """Files that could not be read, which may have passed."""
+    """Files with another size or time."""
+    retried: list[int]
+    """Files that could not be read for a reason that may be gone."""
     gone: list[int]
-    """Keys of files that are not there any more."""
+    """Keys, not numbers, of files that exist no longer."""
     absent: list[int]
-    """Files that are listed, but not there."""
-    untold: list[int]
-    """Files that are listed, of which it cannot be told now whether they are there; what is known of them is kept."""
+    """Listed files that do not exist."""
+    unreachable: list[int]
+    """Listed files that may or may not exist; their entries are kept."""
 
 
-def compared(
-    state: State,
-    keys: Int64[np.ndarray, " files"],
-    sizes: Int64[np.ndarray, " files"],
-    modified: Int64[np.ndarray, " files"],
-) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
-    """Returns which files are known, and which of them are as they were."""
-    if not len(state.keys):
-        return np.zeros(len(keys), bool), np.zeros(len(keys), bool)
-    places = np.minimum(np.searchsorted(state.keys, keys), len(state.keys) - 1)
-    known = state.keys[places] == keys
-    return known, known & (state.sizes[places] == sizes) & (state.modified_ns[places] == modified)
+def _stat_files(found: Photos) -> _Files:
+    keys = np.array([key_of(name) for name in found.names], np.int64)
+    if len(np.unique(keys)) != len(keys):
+        raise DataError(
+            f"--images must list each file once, got a path twice, or two paths with the same key, in {found.place}",
+            field="--images",
+        )
+    sizes, modified = np.full((2, len(keys)), ABSENT, np.int64)
+    chunks = [range(start, min(start + 1000, len(keys))) for start in range(0, len(keys), 1000)]
+
+    def stat_some(numbers: range) -> list[tuple[int, int]]:
+        return [_stat(os.path.join(found.root, found.names[number])) for number in numbers]
+
+    for numbers, pairs in map_in_order(stat_some, chunks):
+        sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
+    if not (sizes >= 0).any():
+        raise DataError(
+            f"--images: none of the photos of {found.place} exists; mount their disk again, and the same command goes "
+            "on",
+            field="--images",
+        )
+    return _Files(found, keys, sizes, modified)
 
 
-def changes(
-    table: PhotoTable,
-    before: Int64[np.ndarray, " known"],
-    found: Photos,
-    keys: Int64[np.ndarray, " files"],
-    sizes: Int64[np.ndarray, " files"],
-    modified: Int64[np.ndarray, " files"],
-) -> Changes:
-    """Returns what is to be done to bring a table in step with files.
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return (ABSENT, ABSENT) if error.errno in _NOT_THERE else (UNREACHABLE, UNREACHABLE)
+    except ValueError:  # a list may contain a name that is impossible for a file
+        return ABSENT, ABSENT
+    return status.st_size, status.st_mtime_ns
+
+
+def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " known"]) -> _Changes:
+    """Returns what to change so that a table agrees with the files.
 
     Args:
-      table: the index.
-      before: keys that it held before the files were looked for. What another process has indexed since may have come
-        since, too, so it is not gone for not being among them.
-      found: the files.
-      keys: of them.
-      sizes: as `look` tells them.
-      modified: the same.
+      table: The index.
+      files: The files.
+      before: Keys that the index held before the files were listed. A file that another process has indexed since may
+        also have appeared since, so it is not gone because it is not listed.
     """
     state = table.state()
-    known, same = compared(state, keys, sizes, modified)
-    there = sizes >= 0
-    listed = np.isin(before, keys[sizes != ABSENT])
+    known, same = files.compare(state)
+    exists = files.sizes >= 0
+    listed = np.isin(before, files.keys[files.sizes != ABSENT])
     gone = before[~listed & np.isin(before, state.keys)].tolist()
-    if found.closed:
-        # What is in a folder that cannot be entered now may be there tomorrow.
-        closed = tuple(f"{folder}/" for folder in found.closed)
+    if files.found.closed:
+        # The content of a folder that cannot be entered now may be accessible tomorrow.
+        closed = tuple(f"{folder}/" for folder in files.found.closed)
         gone = [key_of(path) for path in table.paths(gone) if not path.startswith(closed)]
-    again = np.isin(keys, state.keys[state.sizes < 0])
-    which = (there & ~known, there & known & ~same & ~again, there & again, sizes == ABSENT, sizes == UNTOLD)
-    missing, changed, tried, absent, untold = (np.flatnonzero(some).tolist() for some in which)
-    return Changes(missing, changed, tried, gone, absent, untold)
+    retried = np.isin(files.keys, state.keys[state.sizes < 0])
+
+    def numbers(mask: Bool[np.ndarray, " files"]) -> list[int]:
+        return np.flatnonzero(mask).tolist()
+
+    return _Changes(
+        missing=numbers(exists & ~known),
+        changed=numbers(exists & known & ~same & ~retried),
+        retried=numbers(exists & retried),
+        gone=gone,
+        absent=numbers(files.sizes == ABSENT),
+        unreachable=numbers(files.sizes == UNREACHABLE),
+    )
 
 
-def find_changes(root: str, names: Sequence[str]) -> tuple[Int64[np.ndarray, " files"], Int64[np.ndarray, " files"]]:
-    """Returns size and time of change of every file, `ABSENT` or `UNTOLD` where it has none."""
-    sizes, modified = np.full((2, len(names)), ABSENT, np.int64)
-    paths = [os.path.join(root, name) for name in names]
-    chunks = [range(start, min(start + 1000, len(paths))) for start in range(0, len(paths), 1000)]
-
-    def of_some(numbers: range) -> list[tuple[int, int]]:
-        return [size_and_time(paths[number]) for number in numbers]
-
-    for numbers, pairs in map_in_order(of_some, chunks):
-        sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
-    return sizes, modified
+# Encoding
 
 
-def size_and_time(path: str) -> tuple[int, int]:
-    """Returns a file's size in bytes and time of change in nanoseconds since 1970; `ABSENT` or `UNTOLD` twice."""
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        return (ABSENT, ABSENT) if error.errno in _NOT_THERE else (UNTOLD, UNTOLD)
-    except ValueError:  # a list may name what no file can be called
-        return ABSENT, ABSENT
-    return found.st_size, found.st_mtime_ns
+def _encode_files(
+    table: PhotoTable, files: _Files, pending: list[int], hasher: Hasher, console: rich.console.Console
+) -> None:
+    """Encodes and commits files, except for those that another process has committed meanwhile."""
+    # Blocks consist of whole batches, since an incomplete batch takes as long as a whole one.
+    size = max(1, BLOCK // hasher.batch_size) * hasher.batch_size
+    blocks = [pending[start : start + size] for start in range(0, len(pending), size)]
+    # Each process starts at another block, so that they rarely work on the same one.
+    first = secrets.randbelow(len(blocks))
+    blocks = blocks[first:] + blocks[:first]
+    version = table.version
+    with progress_bar(console, "Encoding photos", len(pending)) as bar:
+
+        def advance(count: int) -> None:
+            bar(count, "")
+
+        def due() -> Iterator[list[int]]:
+            nonlocal version
+            for block in blocks:
+                left = block
+                if table.version != version:
+                    version = table.version
+                    _, same = files.compare(table.state())
+                    left = [number for number in block if not same[number]]
+                    advance(len(block) - len(left))
+                yield left
+
+        # One stream over all blocks, so that decoding one block overlaps with encoding the one before.
+        block_of = {number: at for at, block in enumerate(blocks) for number in block}
+        stream = files.found.read(due())
+        for commits, (_, reads) in enumerate(itertools.groupby(stream, key=lambda pair: block_of[pair[0]]), 1):
+            rows, unread = _encode_block(files.found, reads, hasher, advance)
+            table.put(rows)
+            # If the version grew by more than this commit, another process has committed files, too.
+            version += table.version == version + 1
+            if unread:
+                advance(unread)
+            if commits % TIDY_EVERY == 0:
+                table.compact()
 
 
-# Training of an encoder for the index, if none is given.
+def _encode_block(
+    found: Photos, reads: Iterator[tuple[int, Read]], hasher: Hasher, advance: Callable[[int], None]
+) -> tuple[list[Row], int]:
+    """Returns the rows of a block, and how many of its files have no code; encodes while it reads."""
+    kept: list[tuple[int, Read]] = []
+
+    def squares() -> Iterator[UInt8[np.ndarray, "side side 3"]]:
+        for number, read in reads:
+            kept.append((number, read._replace(content=None)))
+            if read.decoded is not None:
+                yield read.decoded.square
+
+    readable = squares()
+    batches = iter(lambda: list(itertools.islice(readable, hasher.batch_size)), [])
+    # All batches have one size, so that a code does not depend on how the files are cut into blocks.
+    encoded = hasher.encode_batches(map(np.stack, batches), advance, size=hasher.batch_size)
+    codes, rows = iter(encoded), []
+    for number, read in kept:
+        name = found.names[number]
+        if read.size is None or read.modified_ns is None:
+            continue  # the file has vanished meanwhile, and the next call will find it gone
+        if read.decoded is None:
+            state = (-1, -1) if read.transient else (read.size, read.modified_ns)
+            rows.append(Row(name, *state, reason=read.reason))
+        else:
+            photo = (read.decoded.width, read.decoded.height, read.decoded.thumbnail)
+            rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *photo))
+    return rows, len(kept) - len(encoded)
+
+
+# Training of an encoder on the photos
 
 
 FEWEST = 16
@@ -330,229 +525,3 @@ def _sample(
                 count += 1
                 advance(1, "")
     return images[:count]
-
-
-# jobs.index: Photos indexed for searching: what came, changed or went since the last time is found, and only that redone.
-
-
-BLOCK = 512
-"""Files in a commit, about: what a killed process can lose."""
-_TIDY_EVERY = 256
-"""Commits after which small pieces are joined."""
-_SHOWN = 5
-
-
-class Indexed(NamedTuple):
-    """What a run of the job did."""
-
-    photos: int
-    """In the index now, that can be searched."""
-    added: int
-    changed: int
-    removed: int
-    unreadable: int
-    """Files in the index that are no readable photos."""
-
-
-def index(
-    uri: pathlib.Path | str,
-    images: pathlib.Path | str | None = None,
-    *,
-    workdir: pathlib.Path | str | None = None,
-    config: ml_collections.ConfigDict,
-    overrides: dict[str, Any] | None = None,
-    console: rich.console.Console | None = None,
-) -> Indexed:
-    """Brings an index in step with the photos; makes it if there is none.
-
-    Each block of photos is one commit. Killed at any moment, the same call goes on; several processes that index the
-    same photos at once share the work.
-
-    Args:
-      uri: of the index: a folder, or what else LanceDB takes.
-      images: a folder of photos, or a .csv or .parquet list of them; None: that of the index.
-      workdir: of a trained run, or the folder of a saved hasher; None: the index's own encoder, or for a new index one
-        that is learnt from the photos.
-      config: of the experiment by which that is learnt.
-      overrides: which fields of `config` were set, by dotted name.
-      console: where to report.
-
-    Raises:
-      TableError: LanceDB is not installed, or the index cannot be read or written, was made by another encoder, or of
-        other photos.
-      DataError: there are no photos, or they cannot be reached.
-      ConfigError: a field cannot be set.
-      CheckpointError, SavedError, WeightsError: there is no encoder in `workdir`.
-    """
-    named, uri, console = str(uri), photo_table.normalize_uri(uri), console or rich.console.Console()
-    photo_table.validate_installed()
-    schema.validate(config)
-    given = given_flags(workdir, config, overrides or {}) if workdir is not None else None
-    table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
-    if table is None and images is None:
-        raise IndexFolderError(f"--images: there is no index at {uri} yet; give the folder of photos to make one")
-    if table is not None and given is not None:
-        validate_same_encoder(table, given, workdir)
-    place = str(images) if images is not None else table.metadata.images if table is not None else ""
-    print_message(console, f"Looking through {place}")
-    # Before the photos are looked for: what another process indexes while they are is not gone.
-    before = table.state().keys if table is not None else np.zeros(0, np.int64)
-    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
-    assert isinstance(found, Photos)
-    for note in found.notes:
-        print_message(console, note)
-    if table is None:
-        made = given or train_index_encoder(found, config, console)
-        learnt = {} if given else flatten(config)
-        about = IndexMetadata(found.place, collection.encoder_identity(made), learnt)
-        table = PhotoTable.create(uri, about, collection.hasher_bytes(made))
-        if table.metadata.encoder != about.encoder:  # another process was faster
-            if given:
-                validate_same_encoder(table, given, workdir)
-            validate_overrides(overrides or {}, f"the encoder of {uri}", table.metadata.learnt)
-            print_message(console, "Another process made the index meanwhile; its encoder is taken")
-    elif given is None:
-        validate_overrides(overrides or {}, f"the encoder of {uri}", table.metadata.learnt)
-    validate_images(table, found, before, console)
-    found = dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True)
-    return _Run(table, named, found, before, config, console).go()
-
-
-class _Run:
-    def __init__(
-        self,
-        table: PhotoTable,
-        named: str,
-        found: Photos,
-        before: Int64[np.ndarray, " known"],
-        config: ml_collections.ConfigDict,
-        console: rich.console.Console,
-    ):
-        self.table, self.named, self.found, self.before = table, named, found, before
-        self.config, self.console = config, console
-        self.keys = np.array([key_of(name) for name in found.names], np.int64)
-        if len(np.unique(self.keys)) != len(self.keys):
-            raise DataError(
-                f"--images: two paths of {found.place} have the same key, or one is listed twice; list each file once"
-            )
-
-    def go(self) -> Indexed:
-        sizes, modified = find_changes(self.found.root, self.found.names)
-        if not (sizes >= 0).any():
-            raise DataError(
-                f"--images: not one of the photos of {self.found.place} is there; mount their disk again, and the same "
-                "command goes on"
-            )
-        found = changes(self.table, self.before, self.found, self.keys, sizes, modified)
-        self._remove(found.gone)
-        self.sizes, self.modified = sizes, modified
-        todo = sorted([*found.missing, *found.changed, *found.again])
-        if todo:
-            self._make(todo)
-            self.table.compact()
-        for some, are in (
-            (found.absent, "are not there"),
-            (found.untold, "cannot be reached now, what is known of them is kept"),
-        ):
-            if some:
-                first = printable(self.found.names[some[0]])
-                print_message(self.console, f"{len(some):,} listed files {are}, the first: {first}")
-        unreadable = self.table.unreadable()
-        for path, reason in unreadable[:_SHOWN]:
-            print_message(self.console, f"Cannot be read: {path}: {reason}")
-        if len(unreadable) > _SHOWN:
-            print_message(self.console, f"… and {len(unreadable) - _SHOWN:,} more")
-        done = Indexed(
-            len(self.table) - len(unreadable),
-            len(found.missing),
-            len(found.changed),
-            len(found.gone),
-            len(unreadable),
-        )
-        print_message(
-            self.console,
-            f"{done.photos:,} photos in {self.named}: {done.added:,} files new, {done.changed:,} changed, "
-            f"{done.removed:,} gone, {done.unreadable:,} unreadable",
-        )
-        return done
-
-    def _remove(self, gone: list[int]) -> None:
-        for start in range(0, len(gone), AT_ONCE):
-            self.table.remove(gone[start : start + AT_ONCE])
-
-    @functools.cached_property
-    def hasher(self) -> Hasher:
-        # As it is kept there: another process may have made the index meanwhile.
-        kept = collection.load_hasher(self.table)
-        return dataclasses.replace(kept, batch_size=self.config.encode_batch, devices=self.config.devices)
-
-    def _make(self, todo: list[int]) -> None:
-        """Encodes and commits files, but for those that another process did meanwhile."""
-        # Whole batches, since part of one takes as long.
-        size = max(1, BLOCK // self.hasher.batch_size) * self.hasher.batch_size
-        blocks = [todo[start : start + size] for start in range(0, len(todo), size)]
-        # Each process begins somewhere else, so that several meet late.
-        first = secrets.randbelow(len(blocks))
-        blocks = blocks[first:] + blocks[:first]
-        version, commits = self.table.version, 0
-        with progress_bar(self.console, "Encoding photos", len(todo)) as bar:
-
-            def due() -> Iterator[list[int]]:
-                nonlocal version
-                for block in blocks:
-                    if self.table.version != version:
-                        version = self.table.version
-                        left = self._not_done(block)
-                        bar(len(block) - len(left), "")
-                        block = left  # noqa: PLW2901 - what is left of it
-                    yield block
-
-            # One stream over all blocks: the first photos of one are decoded while the last of another are encoded.
-            of_block = {number: at for at, block in enumerate(blocks) for number in block}
-            stream = self.found.read(due())
-            for _, reads in itertools.groupby(stream, key=lambda pair: of_block[pair[0]]):
-                rows, unread = self._rows(reads, lambda more: bar(more, ""))
-                self.table.put(rows)
-                now, commits = self.table.version, commits + 1
-                # One more is this commit; of any other, what it did is to be found out.
-                version = now if now == version + 1 else version
-                if unread:
-                    bar(unread, "")
-                if commits % _TIDY_EVERY == 0:
-                    self.table.compact()
-
-    def _not_done(self, block: Sequence[int]) -> list[int]:
-        numbers = np.asarray(block)
-        _, same = compared(self.table.state(), self.keys[numbers], self.sizes[numbers], self.modified[numbers])
-        return numbers[~same].tolist()
-
-    def _rows(self, reads: Iterator[tuple[int, Read]], on_images: Callable[[int], None]) -> tuple[list[Row], int]:
-        """Returns the rows of a block, and how many of its files have no code; encodes while it reads."""
-        kept: list[tuple[int, Read]] = []
-
-        def batches() -> Iterator[UInt8[np.ndarray, "batch side side 3"]]:
-            squares = []
-            for number, read in reads:
-                kept.append((number, read._replace(content=None)))
-                if read.decoded is not None:
-                    squares.append(read.decoded.square)
-                    if len(squares) == self.hasher.batch_size:
-                        yield np.stack(squares)
-                        squares = []
-            if squares:
-                yield np.stack(squares)
-
-        # Of one size everywhere, so that a code does not depend on how the files are cut into blocks.
-        encoded = self.hasher.encode_batches(batches(), on_images, size=self.hasher.batch_size)
-        codes, rows = iter(encoded), []
-        for number, read in kept:
-            name = self.found.names[number]
-            if read.size is None or read.modified_ns is None:
-                continue  # it went meanwhile, which the next run sees
-            if read.decoded is None:
-                known = (-1, -1) if read.transient else (read.size, read.modified_ns)
-                rows.append(Row(name, *known, reason=read.reason))
-            else:
-                seen_as = (read.decoded.width, read.decoded.height, read.decoded.thumbnail)
-                rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *seen_as))
-        return rows, len(kept) - len(encoded)

@@ -1,18 +1,18 @@
-"""How jobs on an index say what they have to say: sentences, lines of JSON, contact sheets."""
+"""Search and near-duplicate detection in an index: as tables, lines of JSON and contact sheets."""
 
 import dataclasses
 import io
+import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.console
 import rich.table
-import rich.text
 from jaxtyping import UInt8
 
-from cib_jax import errors, files
+from cib_jax import files
 from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
@@ -22,189 +22,187 @@ from cib_jax.files import map_in_order, printable
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
-from cib_jax.retrieval import index, near_duplicates
-from cib_jax.retrieval.index import Index
+from cib_jax.retrieval import near_duplicates
+from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
-# jobs.presenting: How jobs on an index say what they have to say: sentences, lines of JSON, contact sheets.
-
-
+K = 20
+"""Photos that are returned for each query by default."""
+CANDIDATES = 100
+"""Hits that `rerank` reorders, at least."""
+SAMPLE = 200
+"""Codes of the index on which the recall of an approximate search is measured."""
 FORMATS = ("table", "json")
 ROWS, COLUMNS = 25, 20
-"""Of a contact sheet, at most."""
+"""Size of a contact sheet, at most."""
+PAGE = 500
+"""Photos, or groups of photos, that are read at a time."""
+LOOKS_RADIUS = 6
+"""Bits, of 64, by which the difference hashes of two copies of a picture may differ."""
 
 
-def format_bits(distance: int) -> str:
-    """Returns a distance in words."""
-    return "1 bit" if distance == 1 else f"{distance} bits"
+class Result(NamedTuple):
+    """A query and the photos near to it, the nearest first."""
+
+    query: str
+    code: UInt8[np.ndarray, " bytes"]
+    hits: list[tuple[int, Photo]]
+    """Distances in bits, and photos."""
 
 
-def validate_format(form: str) -> None:
-    """Checks the name of a format.
+def search(
+    index: pathlib.Path | str,
+    query: pathlib.Path | str,
+    *,
+    k: int | None = None,
+    radius: int | None = None,
+    kind: str = EXACT,
+    rerank: bool = False,
+    format: str = "table",
+    show: pathlib.Path | str | None = None,
+    console: rich.console.Console | None = None,
+) -> list[Result]:
+    """Prints and returns the photos of an index that are nearest to the given ones.
+
+    Args:
+      index: Folder or other address of the index.
+      query: Photo, or folder of photos.
+      k: Number of photos for each query, with a radius their maximum; None: 20, with a radius all.
+      radius: Maximum distance in bits.
+      kind: "exact", or an approximate kind of `Index.of` with its settings, such as "ivf nprobe=64"; its recall is
+        measured and printed.
+      rerank: Whether to reorder the first hits by the query's logits (`Index.rerank`).
+      format: "table", or "json" for one line per query.
+      show: PNG file for a contact sheet.
+      console: Console for the results.
 
     Raises:
-      PresentingError: there is no such format.
+      IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
+      ConfigError: The format is unknown, or the contact sheet cannot be written.
+      DataError: No query can be read.
+      SearchError: FAISS is not installed, or a value is invalid.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--format: {form!r} is not one of {', '.join(FORMATS)}")
+    output = _open_output(format, show, console)
+    kind, settings = parse_kind(kind)
+    if k is not None and k < 1:
+        raise SearchError(f"--k must be 1 photo or more, got {k}; leave it out for {K}", field="--k")
+    _validate_radius(radius)
+    if kind not in (EXACT, *KINDS):
+        raise SearchError(f"--kind must be one of {', '.join((EXACT, *KINDS))}, got {kind!r}", field="--kind")
+    if radius is not None and kind != EXACT:
+        raise SearchError(f"--radius works with exact search alone; leave --kind={kind} out", field="--radius")
+    HINT.show(f"Opening {index}")
+    collection = Collection.open(index, kind=kind, settings=settings)
+    if not len(collection):
+        raise SearchError(f"--index: {collection.uri} has no photos yet; run --mode=index again", field="--index")
+    k = min(k or (len(collection) if radius is not None else K), len(collection))
+    if kind != EXACT and not output.json:
+        _print_recall(collection, k, output.console)
+    results: list[Result] = []
+    rows: list[tuple[Tile | None, list[Tile]]] = []
+    queries = _read_queries(str(query), collection, output)
+    while batch := list(itertools.islice(queries, collection.hasher.batch_size)):
+        squares = np.stack([one.square for one in batch])
+        codes = collection.encode(squares)
+        for one, code, hits in zip(batch, codes, _hits(collection, squares, codes, k, radius, rerank), strict=True):
+            photos = collection.photos([hit.number for hit in hits], thumbnails=False)
+            result = Result(one.path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
+            record = {"query": printable(one.path), "code": code.tobytes().hex(), "root": printable(collection.root)}
+            title = one.path + (", ordered by the query's logits" if rerank else "")
+            _print_photos(output, title, record, "hits", result.hits)
+            if output.sheet is not None and len(rows) < ROWS:
+                shown = hits[:COLUMNS]  # a large radius may find thousands
+                tiles = _tiles([hit.distance for hit in shown], collection.photos([hit.number for hit in shown]))
+                rows.append((Tile(decode(one.thumbnail, 0), "query"), tiles))
+            results.append(result)
+    note = f", the first {ROWS} queries" if len(results) > ROWS else ""
+    _write_sheet(output, f"The nearest of {len(collection):,} photos", rows, note)
+    return results
 
 
-def validate_sheet_path(show: pathlib.Path | str | None) -> pathlib.Path | None:
-    """Returns where a contact sheet is to be written, before anything is searched.
+def duplicates(
+    index: pathlib.Path | str,
+    *,
+    radius: int | None = None,
+    confirm: bool = True,
+    format: str = "table",
+    show: pathlib.Path | str | None = None,
+    console: rich.console.Console | None = None,
+) -> list[list[tuple[int, Photo]]]:
+    """Prints and returns groups of photos that are connected by chains of near codes, the largest group first.
+
+    Each photo comes with its distance in bits from the first of its group. Near codes mean similar content; whether two
+    photos are copies of one picture, saved or resized differently, is confirmed by their thumbnails.
+
+    Args:
+      index: Folder or other address of the index.
+      radius: Maximum distance of two neighbors in a chain; None: a sixteenth of the code's bits.
+      confirm: Whether thumbnails must agree; False also groups photos of similar content.
+      format: "table", or "json" for one line per group.
+      show: PNG file for a contact sheet.
+      console: Console for the results.
 
     Raises:
-      PresentingError: it cannot be written there.
+      IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
+      ConfigError: The format is unknown, or the contact sheet cannot be written.
+      SearchError: FAISS is not installed, or the radius is negative.
     """
-    if show is None:
-        return None
-    sheet = pathlib.Path(show).expanduser()
-    if sheet.suffix.lower() != ".png" or sheet.is_dir():
-        raise ConfigError(f"--show: {show} is no name of a PNG; give one that ends in .png")
-    if not sheet.parent.is_dir():
-        raise ConfigError(f"--show: there is no folder {sheet.parent}; make it first, or give another")
-    return sheet
+    output = _open_output(format, show, console)
+    _validate_radius(radius)
+    HINT.show(f"Opening {index}")
+    collection = Collection.open(index)
+    radius = collection.bits // 16 if radius is None else radius
+    groups = collection.groups(radius)
+    if confirm:
+        groups = _confirm(
+            collection, groups, radius, rich.console.Console(quiet=True) if output.json else output.console
+        )
+    groups.sort(key=len, reverse=True)
+    results: list[list[tuple[int, Photo]]] = []
+    for start in range(0, len(groups), PAGE):
+        page = groups[start : start + PAGE]
+        photos = iter(collection.photos([number for group in page for number in group], thumbnails=False))
+        for group in page:
+            distances = np.bitwise_count(collection.codes[group] ^ collection.codes[group[0]]).sum(axis=1).tolist()
+            results.append([(distance, next(photos)) for distance in distances])
+            number = len(results)
+            _print_photos(output, f"Group {number}: {len(group)} photos", {"group": number}, "photos", results[-1])
+    kind = "copies of one picture" if confirm else "photos of similar content"
+    if not output.json:
+        print_message(
+            output.console,
+            f"{len(groups):,} groups of {kind}, {sum(map(len, groups)):,} photos of {len(collection):,}; codes of "
+            f"neighbors differ in at most {_format_bits(radius)}",
+        )
+    rows: list[tuple[Tile | None, list[Tile]]] = []
+    for group, result in zip(groups[:ROWS] if output.sheet else (), results, strict=False):
+        distances = [distance for distance, _ in result[:COLUMNS]]
+        rows.append((None, _tiles(distances, collection.photos(group[:COLUMNS]))))
+    cut = len(groups) > ROWS or any(len(group) > COLUMNS for group in groups)
+    note = f", the first {ROWS} groups, {COLUMNS} photos of each at most" if cut else ""
+    _write_sheet(output, f"Groups of {kind}", rows, note)
+    return results
 
 
-def write_sheet(sheet: pathlib.Path, title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> None:
-    """Draws a contact sheet, atomically.
-
-    Raises:
-      PresentingError: it cannot be written.
-    """
-    content = io.BytesIO()
-    contact_sheet.draw(title, rows).save(content, "PNG")
-    try:
-        with files.replacing(sheet) as part:
-            part.write_bytes(content.getbuffer())
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"--show: {sheet} cannot be written ({reason}); give another file") from error
+# Queries and hits
 
 
-def tiles(found: Sequence[tuple[int, Photo]]) -> list[Tile]:
-    """Returns the tiles of a sheet for photos, with their thumbnails, and their distances."""
-    return [
-        Tile(pixels(photo.thumbnail), format_bits(distance), note=printable(photo.path))
-        for distance, photo in found[:COLUMNS]
-    ]
-
-
-def pixels(thumbnail: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the pixels of a thumbnail, of its own shape."""
-    return decode(thumbnail, 0)
-
-
-# jobs.search: What an index holds that is near to some photos: a table, JSON lines, a contact sheet.
-
-
-K = 20
-CANDIDATES = 100
-"""Hits that are ordered anew, at least, where that is asked for."""
-_SAMPLE = 200
-"""Codes of the index by which the recall of an approximate kind is measured."""
-
-
-class Query(NamedTuple):
-    """A photo that is searched for."""
-
+class _Query(NamedTuple):
     path: str
     square: UInt8[np.ndarray, "side side 3"]
     thumbnail: bytes
 
 
-class Found(NamedTuple):
-    """What is near to a query, nearest first."""
-
-    query: str
-    code: UInt8[np.ndarray, " bytes"]
-    hits: list[tuple[int, Photo]]
-    """Distances in bits, and the photos."""
-
-
-def search(
-    uri: pathlib.Path | str,
-    query: pathlib.Path | str,
-    *,
-    k: int | None = None,
-    radius: int | None = None,
-    kind: str = index.EXACT,
-    settings: Mapping[str, int] | None = None,
-    rerank: bool = False,
-    form: str = "table",
-    show: pathlib.Path | str | None = None,
-    console: rich.console.Console | None = None,
-) -> list[Found]:
-    """Prints, and returns, the photos of an index that are nearest to others.
-
-    Args:
-      uri: of the index.
-      query: a photo, or a folder of photos.
-      k: how many to each; with a radius at most so many; None: 20, with a radius all.
-      radius: only what differs in at most so many bits.
-      kind: exact, or an approximate kind of `Index.of`, whose recall on codes of the index is told.
-      settings: of that kind.
-      rerank: orders the first hits by how strongly the query's logits contradict them (`Index.rerank`).
-      form: table or json: a line for each query.
-      show: a PNG file for a contact sheet.
-      console: where to print.
-
-    Raises:
-      TableError, SavedError: there is no index, or it cannot be read.
-      SearchJobError: a value is out of range, or the sheet cannot be written.
-      DataError: no photo among the queries can be read.
-      SearchError: FAISS is not installed, or the kind or a setting is unknown.
-    """
-    console = console or rich.console.Console()
-    _check(k, radius, kind)
-    validate_format(form)
-    sheet = validate_sheet_path(show)
-    HINT.show(f"Opening {uri}")
-    collection = Collection.open(uri, kind=kind, settings=settings)
-    if not len(collection):
-        raise SearchError(f"--index: {collection.uri} holds no photo yet; run --mode=index again")
-    k = min(k or (len(collection) if radius is not None else K), len(collection))
-    if kind != index.EXACT and form == "table":
-        _tell_recall(collection, k, console)
-    found: list[Found] = []
-    rows: list[tuple[Tile | None, list[Tile]]] = []
-    for queries in _batches(_queries(str(query), collection, console, form), collection.hasher.batch_size):
-        squares = np.stack([one.square for one in queries])
-        codes = collection.encode(squares)
-        hits = _hits(collection, squares, codes, k, radius, rerank)
-        for one, code, some in zip(queries, codes, hits, strict=True):
-            known = collection.photos([hit.number for hit in some], thumbnails=False)
-            answer = Found(one.path, code, [(hit.distance, photo) for hit, photo in zip(some, known, strict=True)])
-            _print_results(answer, collection.root, form, console, ", ordered by the query's logits" if rerank else "")
-            if sheet is not None and len(rows) < ROWS:
-                # Only of what is drawn: a large radius may find thousands.
-                drawn = collection.photos([hit.number for hit in some[:COLUMNS]])
-                pairs = [(hit.distance, photo) for hit, photo in zip(some, drawn, strict=False)]
-                rows.append((Tile(pixels(one.thumbnail), "query"), tiles(pairs)))
-            found.append(answer)
-    if sheet is not None:
-        write_sheet(sheet, f"The nearest of {len(collection):,} photos", rows)
-        note = f", the first {ROWS} queries" if len(found) > ROWS else ""
-        if form == "table":
-            print_message(console, f"Drawn in {sheet}{note}")
-    return found
-
-
-def _check(k: int | None, radius: int | None, kind: str) -> None:
-    if k is not None and k < 1:
-        raise SearchError(f"--k: wanted 1 photo or more, got {k}")
+def _validate_radius(radius: int | None) -> None:
     if radius is not None and radius < 0:
-        raise SearchError(f"--radius: wanted 0 bits or more, got {radius}")
-    if kind not in (index.EXACT, *index.KINDS):
-        raise SearchError(f"--kind: {kind!r} is not one of {index.EXACT}, {', '.join(index.KINDS)}")
-    if radius is not None and kind != index.EXACT:
-        raise SearchError(f"--radius: it is always searched exactly; leave --kind={kind} out")
+        raise SearchError(f"--radius must be 0 bits or more, got {radius}", field="--radius")
 
 
-def _queries(query: str, collection: Collection, console: rich.console.Console, form: str) -> Iterator[Query]:
-    """Yields the photos that can be read, and tells of the others."""
+def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[_Query]:
+    """Yields the photos that can be read, and reports the others."""
     path = pathlib.Path(query).expanduser()
     if not path.exists():
-        raise DataError(f"--query: there is no {path}; give a photo or a folder of photos")
+        raise DataError(f"--query must be a photo or a folder of photos, got {path}, which does not exist", "--query")
     readable = 0
     with inputs.blame_field("--query"):
         if path.is_dir():
@@ -214,33 +212,17 @@ def _queries(query: str, collection: Collection, console: rich.console.Console, 
             found = Photos(str(path), [path.name], str(path.parent), collection.side)
         for number, read in dataclasses.replace(found, thumbnails=True).read([range(len(found.names))]):
             name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
-            if read.decoded is None:
-                if not path.is_dir():
-                    raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo")
-                _tell_unreadable(name, read.reason, form, console)
-                continue
-            readable += 1
-            yield Query(name, read.decoded.square, read.decoded.thumbnail)
+            if read.decoded is not None:
+                readable += 1
+                yield _Query(name, read.decoded.square, read.decoded.thumbnail)
+            elif not path.is_dir():
+                raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
+            elif output.json:
+                print_json(output.console, {"query": printable(name), "error": read.reason})
+            else:
+                print_message(output.console, f"{printable(name)} cannot be read: {read.reason}")
     if not readable:
-        raise DataError(f"--query: no photo in {query} can be read; give another folder")
-
-
-def _tell_unreadable(name: str, reason: str, form: str, console: rich.console.Console) -> None:
-    if form == "json":
-        print_json(console, {"query": printable(name), "error": reason})
-    else:
-        print_message(console, f"{printable(name)} cannot be read: {reason}")
-
-
-def _batches(queries: Iterator[Query], size: int) -> Iterator[list[Query]]:
-    batch: list[Query] = []
-    for query in queries:
-        batch.append(query)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        raise DataError(f"--query: no photo in {query} can be read; give another folder", "--query")
 
 
 def _hits(
@@ -260,175 +242,142 @@ def _hits(
     return [some[:k] for some in hits]
 
 
-def _print_results(answer: Found, root: str, form: str, console: rich.console.Console, note: str) -> None:
-    if form == "json":
-        hits = [
+def _print_recall(collection: Collection, k: int, console: rich.console.Console) -> None:
+    """Prints the share of the nearest photos that an approximate search finds, for some codes of the index itself."""
+    some = stream_rng(0, "recall sample").choice(len(collection), min(SAMPLE, len(collection)), replace=False)
+    codes = collection.codes[np.sort(some)]
+    exact, _ = Index.of(collection.codes).search(codes, k)
+    hits = collection.nearest(codes, k)
+    # Counted by distance, because equally near photos are equally good.
+    pairs = zip(hits, exact[:, -1].tolist(), strict=True)
+    recall = np.mean([sum(hit.distance <= farthest for hit in row) / k for row, farthest in pairs])
+    print_message(console, f"Approximate: recall@{k} {recall:.3f}, measured by {len(codes)} codes of the index")
+
+
+# Confirmation of duplicates by their thumbnails
+
+
+def _confirm(
+    collection: Collection, groups: list[list[int]], radius: int, console: rich.console.Console
+) -> list[list[int]]:
+    """Returns the groups, each split into those with thumbnails that look alike."""
+    members = [number for group in groups for number in group]
+    looks = np.empty((len(members), HASH_BITS // 8), np.uint8)
+
+    def hash_page(start: int) -> list[np.ndarray]:
+        photos = collection.photos(members[start : start + PAGE])
+        return [difference_hash(decode(photo.thumbnail, 0)) for photo in photos]
+
+    with progress_bar(console, "Looking at photos with near codes", len(members)) as moved:
+        for start, hashes in map_in_order(hash_page, range(0, len(members), PAGE)):
+            looks[start : start + len(hashes)] = hashes
+            moved(len(hashes), "")
+    confirmed, begin = [], 0
+    for group in groups:
+        alike = split_by_looks(collection.codes[group], looks[begin : begin + len(group)], radius)
+        confirmed += [[group[at] for at in some] for some in alike]
+        begin += len(group)
+    return confirmed
+
+
+def split_by_looks(
+    codes: UInt8[np.ndarray, "photos bytes"], looks: UInt8[np.ndarray, "photos 8"], radius: int
+) -> list[list[int]]:
+    """Returns groups of two or more photos that are connected both by codes and by difference hashes.
+
+    A group that is connected by one of the two is split by the other until both connect it, because splitting by one
+    may disconnect the other.
+    """
+    waiting: list[np.ndarray] = [np.arange(len(codes))]
+    connected: list[np.ndarray] = []
+    while waiting:
+        group = waiting.pop()
+        for some in near_duplicates.groups(looks[group], LOOKS_RADIUS):
+            for near in near_duplicates.groups(codes[group[some]], radius):
+                part = group[some][near]
+                (connected if len(part) == len(group) else waiting).append(part)
+    return sorted(part.tolist() for part in connected)
+
+
+# Output
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    console: rich.console.Console
+    json: bool
+    sheet: pathlib.Path | None
+    """File of the contact sheet."""
+
+
+def _open_output(format: str, show: pathlib.Path | str | None, console: rich.console.Console | None) -> _Output:
+    """Validates the flags of the output before anything is searched."""
+    if format not in FORMATS:
+        raise ConfigError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}", field="--format")
+    sheet = None
+    if show is not None:
+        sheet = pathlib.Path(show).expanduser()
+        if sheet.suffix.lower() != ".png" or sheet.is_dir():
+            raise ConfigError(f"--show must end in .png, got {show}; try {sheet.with_suffix('.png')}", field="--show")
+        if not sheet.parent.is_dir():
+            raise ConfigError(
+                f"--show must be in an existing folder, got {sheet}; make {sheet.parent}, or give another",
+                field="--show",
+            )
+    return _Output(console or rich.console.Console(), format == "json", sheet)
+
+
+def _print_photos(
+    output: _Output, title: str, record: dict[str, Any], name: str, photos: Sequence[tuple[int, Photo]]
+) -> None:
+    """Prints photos with their distances: a title and a table, or a record with the photos under `name`."""
+    if output.json:
+        listed = [
             {"path": printable(photo.path), "distance": distance}
             | {"id": photo.id, "width": photo.width, "height": photo.height}
-            for distance, photo in answer.hits
+            for distance, photo in photos
         ]
-        about = {"query": printable(answer.query), "code": answer.code.tobytes().hex(), "root": printable(root)}
-        print_json(console, about | {"hits": hits})
+        print_json(output.console, record | {name: listed})
         return
-    print_message(console, answer.query + note)
-    if not answer.hits:
-        print_message(console, "nothing was found")
+    print_message(output.console, title)
+    if not photos:
+        print_message(output.console, "no photo found")
         return
     table = rich.table.Table()
     table.add_column("", justify="right")
     table.add_column("bits", justify="right")
     table.add_column("photo", overflow="fold")
     table.add_column("pixels", justify="right", no_wrap=True)
-    for rank, (distance, photo) in enumerate(answer.hits, 1):
-        size = f"{photo.width} × {photo.height}"
-        table.add_row(str(rank), str(distance), format_text(photo.path), size)
-    console.print(table)
+    for rank, (distance, photo) in enumerate(photos, 1):
+        table.add_row(str(rank), str(distance), format_text(photo.path), f"{photo.width} × {photo.height}")
+    output.console.print(table)
 
 
-def _tell_recall(collection: Collection, k: int, console: rich.console.Console) -> None:
-    """Tells how many of the nearest an approximate kind finds, by some codes of the index itself."""
-    some = stream_rng(0, "recall sample").choice(len(collection), min(_SAMPLE, len(collection)), replace=False)
-    codes = collection.codes[np.sort(some)]
-    exact, _ = Index.of(collection.codes).search(codes, k)
-    hits = collection.nearest(codes, k)
-    # By distance, since of equal ones any will do.
-    pairs = zip(hits, exact[:, -1].tolist(), strict=True)
-    recall = np.mean([sum(hit.distance <= farthest for hit in row) / k for row, farthest in pairs])
-    print_message(console, f"Approximate: recall@{k} {recall:.3f}, measured by {len(codes)} codes of the index")
+def _tiles(distances: Sequence[int], photos: Sequence[Photo]) -> list[Tile]:
+    return [
+        Tile(decode(photo.thumbnail, 0), _format_bits(distance), note=printable(photo.path))
+        for distance, photo in zip(distances, photos, strict=True)
+    ]
 
 
-# jobs.duplicates: Groups of photos of an index that are nearly the same: a table, JSON lines, a contact sheet.
+def _format_bits(distance: int) -> str:
+    return "1 bit" if distance == 1 else f"{distance} bits"
 
 
-_AT_ONCE = 500
-"""Groups, or photos, that are read at once."""
-_ALIKE = 6
-"""Bits of 64 in which the looks of two copies may differ."""
-
-
-def duplicates(
-    uri: pathlib.Path | str,
-    *,
-    radius: int | None = None,
-    confirm: bool = True,
-    form: str = "table",
-    show: pathlib.Path | str | None = None,
-    console: rich.console.Console | None = None,
-) -> list[list[tuple[int, Photo]]]:
-    """Prints, and returns, groups of photos that chains of near codes join, the largest first.
-
-    Each photo comes with its distance in bits from the first of its group. Codes say that photos show like things;
-    whether they are copies of one picture, saved or resized otherwise, their thumbnails confirm.
-
-    Args:
-      uri: of the index.
-      radius: how many bits two neighbors of a chain may differ in; None: a sixteenth of the code's.
-      confirm: False leaves thumbnails aside, so that photos of like things are grouped, too.
-      form: table or json: a line for each group.
-      show: a PNG file for a contact sheet.
-      console: where to print.
-
-    Raises:
-      TableError, SavedError: there is no index, or it cannot be read.
-      PresentingError: a value is out of range, or the sheet cannot be written.
-      SearchError: FAISS is not installed.
-    """
-    console = console or rich.console.Console()
-    if radius is not None and radius < 0:
-        raise errors.ConfigError(f"--radius: wanted 0 bits or more, got {radius}")
-    validate_format(form)
-    sheet = validate_sheet_path(show)
-    HINT.show(f"Opening {uri}")
-    collection = Collection.open(uri)
-    radius = collection.bits // 16 if radius is None else radius
-    groups = collection.groups(radius)
-    if confirm:
-        groups = _confirmed(
-            collection, groups, radius, console if form == "table" else rich.console.Console(quiet=True)
-        )
-    groups.sort(key=len, reverse=True)
-    found: list[list[tuple[int, Photo]]] = []
-    for start in range(0, len(groups), _AT_ONCE):
-        some = groups[start : start + _AT_ONCE]
-        photos = iter(collection.photos([number for group in some for number in group], thumbnails=False))
-        for group in some:
-            distances = np.bitwise_count(collection.codes[group] ^ collection.codes[group[0]]).sum(axis=1).tolist()
-            found.append([(distance, next(photos)) for distance in distances])
-            _print_groups(found[-1], len(found), form, console)
-    kind = "copies of one picture" if confirm else "photos of like things"
-    if form == "table":
-        print_message(
-            console,
-            f"{len(found):,} groups of {kind}, {sum(map(len, found)):,} photos of {len(collection):,}; codes of "
-            f"neighbors differ in at most {format_bits(radius)}",
-        )
-    if sheet is not None and not groups and form == "table":
-        print_message(console, f"Nothing to draw in {sheet}")
-    if sheet is not None and groups:
-        rows = []
-        for group, known in list(zip(groups, found, strict=True))[:ROWS]:
-            seen = collection.photos(group[:COLUMNS])
-            rows.append((None, tiles([(known[at][0], photo) for at, photo in enumerate(seen)])))
-        write_sheet(sheet, f"Groups of {kind}", rows)
-        cut = len(groups) > len(rows) or any(len(group) > COLUMNS for group in groups)
-        note = f", the first {ROWS} groups, {COLUMNS} photos of each at most" if cut else ""
-        if form == "table":
-            print_message(console, f"Drawn in {sheet}{note}")
-    return found
-
-
-def _confirmed(
-    collection: Collection, groups: list[list[int]], radius: int, console: rich.console.Console
-) -> list[list[int]]:
-    """Returns the groups, each cut into those whose thumbnails look alike, too."""
-    members = [number for group in groups for number in group]
-    looks = np.empty((len(members), HASH_BITS // 8), np.uint8)
-    starts = range(0, len(members), _AT_ONCE)
-
-    def look(start: int) -> list[np.ndarray]:
-        photos = collection.photos(members[start : start + _AT_ONCE])
-        return [difference_hash(pixels(photo.thumbnail)) for photo in photos]
-
-    with progress_bar(console, "Looking at photos with near codes", len(members)) as moved:
-        for start, rows in map_in_order(look, starts):
-            looks[start : start + len(rows)] = rows
-            moved(len(rows), "")
-    confirmed, begin = [], 0
-    for group in groups:
-        alike = _alike(collection.codes[group], looks[begin : begin + len(group)], radius)
-        confirmed += [[group[at] for at in some] for some in alike]
-        begin += len(group)
-    return confirmed
-
-
-def _alike(
-    codes: UInt8[np.ndarray, "photos bytes"], looks: UInt8[np.ndarray, "photos 8"], radius: int
-) -> list[list[int]]:
-    """Returns the groups that hang together both by codes and by looks: the ends of a long chain may have neither."""
-    waiting: list[np.ndarray] = [np.arange(len(codes))]
-    whole: list[np.ndarray] = []
-    while waiting:
-        group = waiting.pop()
-        for some in near_duplicates.groups(looks[group], _ALIKE):
-            for near in near_duplicates.groups(codes[group[some]], radius):
-                part = group[some][near]
-                (whole if len(part) == len(group) else waiting).append(part)
-    return sorted(part.tolist() for part in whole)
-
-
-def _print_groups(group: list[tuple[int, Photo]], number: int, form: str, console: rich.console.Console) -> None:
-    if form == "json":
-        photos = [
-            {"path": printable(photo.path), "distance": distance}
-            | {"id": photo.id, "width": photo.width, "height": photo.height}
-            for distance, photo in group
-        ]
-        print_json(console, {"group": number, "photos": photos})
+def _write_sheet(output: _Output, title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]], note: str) -> None:
+    """Draws the contact sheet, if one was requested, and writes it atomically."""
+    if output.sheet is None:
         return
-    table = rich.table.Table(title=f"Group {number}: {len(group)} photos", title_justify="left")
-    table.add_column("bits", justify="right")
-    table.add_column("photo", overflow="fold")
-    table.add_column("pixels", justify="right", no_wrap=True)
-    for distance, photo in group:
-        table.add_row(str(distance), format_text(photo.path), f"{photo.width} × {photo.height}")
-    console.print(table)
+    if rows:
+        content = io.BytesIO()
+        contact_sheet.draw(title, rows).save(content, "PNG")
+        try:
+            with files.replacing(output.sheet) as part:
+                part.write_bytes(content.getbuffer())
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"--show: {output.sheet} cannot be written ({reason}); give another", "--show") from error
+    if not output.json:
+        print_message(
+            output.console, f"Drawn in {output.sheet}{note}" if rows else f"Nothing to draw in {output.sheet}"
+        )

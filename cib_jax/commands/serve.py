@@ -1,4 +1,4 @@
-"""A search page for an index, and its JSON API, until the process is ended."""
+"""Search page and JSON API of an index, served until the process ends; also from a notebook."""
 
 import atexit
 import contextlib
@@ -6,7 +6,6 @@ import functools
 import http.client
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import signal
@@ -16,60 +15,66 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import IO, Any
 
 import rich.console
 
 import cib_jax
 from cib_jax import web
-from cib_jax.console import print_message
-from cib_jax.data import cache
-from cib_jax.errors import UserError, WebError
+from cib_jax.console import INSTALLED, print_message
+from cib_jax.errors import WebError
 from cib_jax.storage import photo_table
 from cib_jax.storage.collection import Collection
+from cib_jax.storage.photo_table import PhotoTable
 
-# jobs.serve: A search page for an index, and its JSON API, until the process is ended.
+PARENT = "CIB_JAX_PARENT"
+"""Environment variable with the id of the process after which `serve` stops, too."""
 
 
 def serve(
-    uri: pathlib.Path | str,
+    index: pathlib.Path | str,
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
+    names: Sequence[str] = (),
     below: str = "",
     console: rich.console.Console | None = None,
-    **limits: Any,
+    **settings: Any,
 ) -> None:
-    """Serves an index until SIGTERM or Ctrl-C; what is indexed meanwhile appears within a minute.
+    """Serves an index until SIGTERM or Ctrl-C; photos that are indexed meanwhile appear within a minute.
 
     Args:
-      uri: of the index.
-      host: address to listen at; "0.0.0.0" is all of this machine.
-      port: 0 takes one that is free.
-      below: the folder, such as "/photos", from which a reverse proxy passes on what is asked below it.
-      console: where to report.
-      limits: fields of `web.limits.Limits`, of which `megapixels` is a photo's.
+      index: Folder or other address of the index.
+      host: Address to listen at; "0.0.0.0" is every address of this machine.
+      port: Port to listen at; 0 takes a free one.
+      names: Host names by which browsers may request it, beside localhost; "*" allows any.
+      below: Path, such as "/photos", under which a reverse proxy serves it.
+      console: Console for messages.
+      settings: Fields of `web.settings.Settings`: proxies, frames, searches, photo_mb and megapixels.
 
     Raises:
-      WebError: the extra `web` is not installed.
-      TableError, SavedError: there is no index, or it cannot be read.
+      WebError: The extra `web` is not installed, or a setting is invalid.
+      IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
       SearchError: FAISS is not installed.
-      BindError, ProxyError, FrameError, DecoderError: as `web.server.serve`.
     """
     web.check_installed()
     from cib_jax.web import page, server
     from cib_jax.web.settings import Settings
 
     console = console or rich.console.Console()
+    stop_with_parent()
     if below and not below.startswith("/"):
         raise WebError(f"--below must be a path that begins with a slash, got {below!r}; try /photos", field="--below")
-    settings = Settings(**limits)
+    for name in ("proxies", "frames"):
+        settings[name] = tuple(settings.get(name, ()))
+    chosen = Settings(hosts=tuple(names), **settings)
     with server.listening(host, port):
         pass  # an address that cannot be used is refused before the index is opened
-    print_message(console, f"Opening {uri}")
-    collection = Collection.open(uri)
+    print_message(console, f"Opening {index}")
+    collection = Collection.open(index)
 
-    def renewed(_: object) -> Collection:
+    def renew(_: object) -> Collection:
         nonlocal collection
         collection = collection.renewed()
         return collection
@@ -79,56 +84,57 @@ def serve(
         collection,
         host=host,
         port=port,
-        page=functools.partial(page.mount, settings=settings, root_path=below or None),
-        renew=renewed,
-        settings=settings,
+        page=functools.partial(page.mount, settings=chosen, root_path=below or None),
+        renew=renew,
+        settings=chosen,
         print_line=lambda sentence: print_message(console, sentence),
     )
 
 
-# jobs.beside_notebook: The search page beside a notebook: served by a process of its own, shown in a frame, and stopped again.
+def stop_with_parent() -> None:
+    """Sends SIGTERM to this process once the process that the environment names as its parent has ended."""
+    parent = int(os.environ.get(PARENT) or 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
-# A notebook's page is Jupyter's own of this machine, or lies in frames of Colab's.
-_JUPYTER = ("http://localhost:*", "http://127.0.0.1:*")
-_COLAB = ("https://colab.research.google.com", "https://*.googleusercontent.com")
-_HOST = "127.0.0.1"
+# Beside a notebook
 
-_beside: dict[int, "Page"] = {}
-"""By port, what this notebook serves."""
+HOST = "127.0.0.1"
+# Origins that frame a notebook's output: Jupyter's on this machine, or Colab's.
+_JUPYTER = "http://localhost:*,http://127.0.0.1:*"
+_COLAB = "https://colab.research.google.com,https://*.googleusercontent.com"
 
-
-class Frame(NamedTuple):
-    """A page in a frame, as notebooks show what a cell ends with."""
-
-    url: str
-    height: int
-    """In pixels."""
-
-    def _repr_html_(self) -> str:
-        return f'<iframe src="{self.url}" width="100%" height="{self.height}" style="border: 0"></iframe>'
+_pages: dict[int, "Page"] = {}
+"""Pages that this notebook serves, by port."""
 
 
 class Page:
     """A search page that is served until it is stopped, or the notebook's kernel ends."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Any, port: int, public: str | None) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", log: IO[bytes], port: int, public: str | None) -> None:
         self._process, self._log, self.port = process, log, port
-        self.url = public or f"http://{_HOST}:{port}/"
+        self.url = public or f"http://{HOST}:{port}/"
 
     @property
     def running(self) -> bool:
-        """Whether it is served now."""
+        """Whether the page is served now."""
         return self._process.poll() is None
 
-    def show(self, height: int = 800) -> "Frame | None":
-        """Shows a link to the page, and the page in a frame below the cell, whose last line this call has to be.
+    def show(self, height: int = 800) -> Any:
+        """Prints a link to the page, and returns a frame with it, which a notebook shows if this is a cell's last line.
 
         Args:
-          height: in pixels.
+          height: Height of the frame in pixels.
 
         Raises:
-          ServingError: it is not served any more.
+          WebError: The page has been stopped.
         """
         if not self.running:
             raise WebError(f"the page at {self.url} has been stopped; serve it again")
@@ -136,7 +142,25 @@ class Page:
         if (colab := _colab()) is not None:
             colab.serve_kernel_port_as_iframe(self.port, height=str(height))
             return None
-        return Frame(self.url, height)
+        from IPython.display import IFrame
+
+        return IFrame(self.url, "100%", height)
+
+    def wait(self, patience: float) -> None:
+        """Returns once the page answers.
+
+        Raises:
+          WebError: The server has ended, or does not answer within `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        while not _answers(self.port):
+            if not self.running:
+                self._log.seek(0)
+                lines = self._log.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
+                raise WebError(f"the search page could not be started: {lines[-1].removeprefix(f'{INSTALLED}: ')}")
+            if time.monotonic() > deadline:
+                raise WebError(f"the search page did not answer in {patience:g} seconds; serve it again")
+            time.sleep(0.2)
 
     def stop(self) -> None:
         """Ends the server, if it still runs, and waits until it has ended."""
@@ -147,88 +171,63 @@ class Page:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        if _beside.get(self.port) is self:
-            del _beside[self.port]
-        for file in (self._process.stdin, self._log):
-            with contextlib.suppress(OSError):
-                if file is not None:
-                    file.close()
-
-    def said(self) -> str:
-        """Returns what the server has printed."""
-        self._log.seek(0)
-        return str(self._log.read().decode(errors="replace"))
+        if _pages.get(self.port) is self:
+            del _pages[self.port]
+        self._log.close()
 
 
-def serve_notebook(uri: pathlib.Path | str, *, port: int = 7860, patience: float = 300.0) -> Page:
-    """Returns the search page of an index, once it answers; what this notebook served at the port before is stopped.
+def serve_notebook(index: pathlib.Path | str, *, port: int = 7860, patience: float = 300.0) -> Page:
+    """Serves an index beside a notebook and returns its page once it answers; replaces an earlier page at the port.
 
-    The process takes this machine's CPU: an accelerator is the notebook's own. It listens to this machine alone; Colab
-    lets the notebook's owner through to it, and nobody else.
+    The server is a process of its own, `python -m cib_jax --mode=serve`, on the CPU, because an accelerator belongs to
+    the notebook. It listens to this machine alone; Colab forwards the notebook's owner, and nobody else, to it.
 
     Args:
-      uri: of the index.
-      port: where it listens; 0 takes one that is free.
-      patience: seconds that it may take to answer.
+      index: Folder or other address of the index.
+      port: Port to listen at; 0 takes a free one.
+      patience: Seconds that the server may take to answer.
 
     Raises:
-      WebError, TableError, SavedError, SearchError: as `jobs.serve.serve`.
-      ServingError: it ends at once, or does not answer in time.
+      WebError: The extra `web` is not installed, the port is in use, or the server ends or does not answer in time.
+      IndexFolderError: There is no index.
     """
     web.check_installed()
-    from cib_jax.storage.photo_table import PhotoTable
     from cib_jax.web import server
 
-    if port in _beside:
-        _beside[port].stop()
-    PhotoTable.open(photo_table.normalize_uri(uri))  # told now, in the class of its own
-    with server.listening(_HOST, port) as listener:
+    if port in _pages:
+        _pages[port].stop()
+    PhotoTable.open(photo_table.normalize_uri(index))  # raises an error of its own class, at once
+    with server.listening(HOST, port) as listener:
         port = listener.getsockname()[1]
-    public = _public(port)
-    names = [name] if public and (name := urllib.parse.urlsplit(public).hostname) else []
-    # As on the command line, so that it starts sooner the next time.
-    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache.home() / "jax")}
-    kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    path = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    settings = {"uri": os.fspath(uri), "host": _HOST, "port": port, "hosts": names}
-    settings["frames"] = list(_COLAB if public else _JUPYTER)
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `Page.stop`
+    colab = _colab()
+    # Address under which Colab forwards the browser of the notebook's owner to a port.
+    public = None if colab is None else str(colab.eval_js(f"google.colab.kernel.proxyPort({port})"))
+    flags = [f"--index={os.fspath(index)}", f"--host={HOST}", f"--port={port}"]
+    flags.append(f"--frames={_COLAB if public else _JUPYTER}")
+    if public and (name := urllib.parse.urlsplit(public).hostname):
+        flags.append(f"--names={name}")
     package = os.path.dirname(os.path.dirname(cib_jax.__file__))
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `Page.stop`
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-m", "cib_jax", "--mode=serve", *flags],
+        stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=kept | os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([package, *path])},
-        start_new_session=True,  # else interrupting a cell would end it
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, PARENT: str(os.getpid())},
+        start_new_session=True,  # otherwise interrupting a cell would end it
     )
-    page = Page(process, log, port, public)
-    _beside[port] = page
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(settings).encode() + b"\n")
-        process.stdin.flush()
+    page = _pages[port] = Page(process, log, port, public)
     try:
-        _await(page, patience)
-    except BaseException:  # among them, that the cell is interrupted
+        page.wait(patience)
+    except BaseException:  # also if the cell is interrupted
         page.stop()
         raise
     return page
 
 
-def _await(page: Page, patience: float) -> None:
-    until = time.monotonic() + patience
-    while not _answers(page.port):
-        if not page.running:
-            last = (page.said().strip() or "it said nothing").splitlines()[-1]
-            raise WebError(f"the search page could not be started: {last}")
-        if time.monotonic() > until:
-            raise WebError(f"the search page did not answer in {patience:g} seconds; serve it again")
-        time.sleep(0.2)
-
-
 def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection(_HOST, port, timeout=5)  # past any proxy of the environment
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)  # ignores proxies of the environment
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -240,45 +239,14 @@ def _answers(port: int) -> bool:
 
 def _colab() -> Any:
     """Returns Colab's module for outputs, None elsewhere."""
-    try:
-        found = importlib.util.find_spec("google.colab")
-    except (ImportError, ValueError):
-        found = None
-    return importlib.import_module("google.colab.output") if found else None
-
-
-def _public(port: int) -> str | None:
-    """Returns the address under which Colab lets the notebook's owner, in a browser, through to a port; else None."""
-    colab = _colab()
-    return None if colab is None else str(colab.eval_js(f"google.colab.kernel.proxyPort({port})"))
+    with contextlib.suppress(ImportError, ValueError):
+        if importlib.util.find_spec("google.colab"):
+            return importlib.import_module("google.colab.output")
+    return None
 
 
 @atexit.register
-def _stop_all() -> None:
-    for page in list(_beside.values()):
+def stop_all() -> None:
+    """Ends all servers of this notebook."""
+    for page in list(_pages.values()):
         page.stop()
-
-
-def _main() -> None:
-    """Serves what a line of JSON on the standard input says, until that input ends."""
-    settings = json.loads(sys.stdin.readline())
-
-    def watch() -> None:
-        sys.stdin.read()  # whoever started this one is gone, killed maybe
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-    pass  # REMOVED IMPORT
-
-    try:
-        serve(settings.pop("uri"), **{name: _tuple(value) for name, value in settings.items()})
-    except UserError as refusal:
-        sys.exit(str(refusal))
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-if __name__ == "__main__":
-    _main()

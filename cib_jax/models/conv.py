@@ -91,8 +91,8 @@ def depthwise(
     padding: Padding = "SAME",
 ) -> Float[Array, "batch h2 w2 channels"]:
     """Returns the convolution of every channel with its own kernel, plus bias."""
-    options = {"stride": stride, "pads": explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)}
-    shifts, plain = (functools.partial(form, **options) for form in (depthwise_by_shifts, depthwise_plain))
+    pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
+    shifts, plain = (functools.partial(f, stride=stride, pads=pads) for f in (depthwise_by_shifts, depthwise_plain))
     return _by_platform(shifts, plain, x, kernel) + bias
 
 

@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +40,7 @@ class Storage(NamedTuple):
 
     dtype: np.dtype
     key: str
-    count: int
+    size: int
 
 
 class Tensor(NamedTuple):
@@ -128,7 +128,7 @@ class _Unpickler(pickle._Unpickler):
         return Storage(DTYPES[name], key, _natural(count))
 
     def _empty_dict(self) -> None:
-        self.append(_Dict())
+        self.stack.append(_Dict())
 
     def _build(self) -> None:
         """Drops the attributes of a state-dict (its layers' versions); pickle's own BUILD would set any attribute."""
@@ -139,7 +139,8 @@ class _Unpickler(pickle._Unpickler):
     def _refuse(self) -> None:
         raise FormatError("holds a pickle operation that a state-dict does not need")
 
-    dispatch = dict.fromkeys(range(256), _refuse)
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict.fromkeys(range(256), _refuse)
     dispatch.update({code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPERATIONS})
     dispatch.update({pickle.EMPTY_DICT[0]: _empty_dict, pickle.BUILD[0]: _build})
 
@@ -265,7 +266,7 @@ def _arrays(tensors: dict[str, Tensor], read: Callable[[str], bytes]) -> dict[st
     numbers: dict[Storage, np.ndarray] = {}
     for storage in dict.fromkeys(tensor.storage for tensor in tensors.values()):
         data = read(storage.key)
-        if len(data) != storage.count * storage.dtype.itemsize:
+        if len(data) != storage.size * storage.dtype.itemsize:
             raise FormatError(f"is cut short or corrupt (storage {printable(storage.key)} has another size)")
         numbers[storage] = np.frombuffer(data, storage.dtype)
     return {name: _view(name, tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}

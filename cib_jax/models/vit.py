@@ -256,8 +256,8 @@ def bicubic(inputs: int, outputs: int, *, antialias: bool) -> np.ndarray:
     """Returns the matrix [outputs, inputs] of the interpolation along one axis, in float64.
 
     Without `antialias`, the cubic has the sharpness −0.75 and is one input wide at any ratio; inputs beyond the border
-    equal the border. With it, as in Pillow, the sharpness is −0.5, the cubic is as wide as an output when shrinking, and
-    inputs beyond the border have no weight.
+    equal the border. With it, as in Pillow, the sharpness is −0.5, the cubic is as wide as an output when shrinking,
+    and inputs beyond the border have no weight.
     """
     ratio = inputs / outputs
     centers = (np.arange(outputs) + 0.5) * ratio - 0.5

@@ -1,94 +1,36 @@
-"""What a run's codes find, as a picture: queries with the images nearest to them."""
+"""The report of a run: its figures, tables and retrieved images, on one page."""
 
 import contextlib
 import io
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from cib_jax.data.dataset import ImageSet, resized
+from cib_jax.files import write_bytes
 from cib_jax.random_streams import stream_rng
-from cib_jax.report import contact_sheet, figures
+from cib_jax.report import contact_sheet, figures, tables
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.report.html import Grid, Picture, Section, render
 from cib_jax.retrieval import code_quality, hamming, metrics
 from cib_jax.retrieval.metrics import Curves
 from cib_jax.runs.context import RunContext
-from cib_jax.runs.workdir import write_bytes
-
-# jobs.neighbors: What a run's codes find, as a picture: queries with the images nearest to them.
-
-
-NEAREST = 10
-
-
-def draw(
-    setting: RunContext,
-    query: UInt8[np.ndarray, "queries bytes"],
-    database: UInt8[np.ndarray, "database bytes"],
-    some: Sequence[int],
-    title: str,
-    captions: Sequence[str] = (),
-) -> bytes:
-    """Returns a PNG of the queries `some` with their ten nearest images.
-
-    With labels, what shares none with its query is framed as a miss.
-
-    Args:
-      setting: of the run; its data are images.
-      query: packed codes of all queries.
-      database: packed codes of what is searched.
-      some: which queries to show.
-      title: of the picture.
-      captions: a few words under each query.
-    """
-    splits = setting.splits
-    found = hamming.rank(query[list(some)], database, min(NEAREST, len(database)))
-    rows = []
-    for number, (index, nearest) in enumerate(zip(some, found, strict=True)):
-        distances = np.bitwise_count(query[index] ^ database[nearest]).sum(axis=1)
-        tiles = [
-            Tile(
-                _image(splits.database, place),
-                "1 bit" if distance == 1 else f"{distance} bits",
-                _relevant(splits.query, index, splits.database, place),
-            )
-            for place, distance in zip(nearest.tolist(), distances.tolist(), strict=True)
-        ]
-        rows.append((Tile(_image(splits.query, index), captions[number] if captions else "query"), tiles))
-    known = splits.query.labels is not None
-    legend = "; blue: shares a label, orange with a notch: does not" if known else ""
-    file = io.BytesIO()
-    contact_sheet.draw(title + legend, rows).save(file, "PNG")
-    return file.getvalue()
-
-
-def _image(images: ImageSet, index: int) -> UInt8[np.ndarray, "height width 3"]:
-    image = images.images[index]
-    return image if max(image.shape[:2]) <= contact_sheet.SIDE else resized(images.images, index, contact_sheet.SIDE)
-
-
-def _relevant(query: ImageSet, index: int, database: ImageSet, place: int) -> bool | None:
-    if query.labels is None or database.labels is None:
-        return None
-    mine, theirs = query.labels[index], database.labels[place]
-    return bool((mine & theirs).any()) if query.labels.ndim == 2 else bool(mine == theirs)
-
-
-# jobs.report: The report of a run: its numbers gathered, drawn, and written into one folder.
-
 
 QUERIES = 8
-"""Queries in each picture of what was found."""
+"""Queries in each picture of retrieved images."""
+
+NEAREST = 10
+"""Retrieved images that are shown beside a query."""
 
 
-def write(
-    setting: RunContext,
+def write_report(
+    run: RunContext,
     query: UInt8[np.ndarray, "queries bytes"],
     database: UInt8[np.ndarray, "database bytes"],
     results: dict[str, Any],
@@ -97,203 +39,242 @@ def write(
     """Draws a run's figures into `folder` and returns the path of the page that holds them all.
 
     Args:
-      setting: of the run.
-      query: packed codes of the queries.
-      database: packed codes of what is searched.
-      results: what results.json holds.
-      folder: made if need be; figures of an earlier report in it are replaced.
+      run: The run.
+      query: Packed codes of the queries.
+      database: Packed codes of the database.
+      results: Contents of results.json.
+      folder: Folder of the report, made if it is missing; figures of an earlier report in it are replaced.
     """
-    asked, searched = setting.splits.query.labels, setting.splits.database.labels
-    found = None
-    if asked is not None and searched is not None:
-        found = metrics.curves(query, database, asked, searched, results["k"])
+    query_labels, database_labels = run.splits.query.labels, run.splits.database.labels
+    curves = None
+    if query_labels is not None and database_labels is not None:
+        curves = metrics.curves(query, database, query_labels, database_labels, results["k"])
     sections = [
-        Section("Training", _training(setting.workdir)),
-        Section("Retrieval", _retrieval(found, results)),
-        Section("The codes", _codes(setting, database, results)),
-        Section("What they find", _found(setting, query, database, found)),
+        Section("Training", _draw_training(run.workdir)),
+        Section("Retrieval", _draw_retrieval(curves, results) if curves else []),
+        Section("The codes", _draw_codes(run, database, results)),
+        Section("What they find", _draw_retrieved(run, query, database, curves)),
     ]
-    config = setting.config
-    title = f"{config.data.name} · {results['objective']} · {config.bits} bits"
-    page = render(
-        title,
-        _lead(results),
-        [_figures_of(results), _facts(results)],
+    return write_page(
+        folder,
+        f"{run.config.data.name} · {results['objective']} · {run.config.bits} bits",
+        _format_lead(results),
+        [Grid("Figures", ("figure", "value"), tables.metric_rows(results)), _settings(results)],
         sections,
-        notes=_notes(results),
-        config=json.dumps(config.to_dict(), indent=2, ensure_ascii=False),
+        notes=_format_notes(results),
+        config=run.config,
         wide=("training", "random_queries", "worst_queries"),
     )
-    return publish(folder, [picture for section in sections for picture in section.pictures], page)
 
 
-def publish(folder: pathlib.Path, pictures: Sequence[Picture], page: str) -> pathlib.Path:
-    """Writes a report, the page last; pictures of an earlier one that are no more drawn are removed."""
+def write_page(
+    folder: pathlib.Path,
+    title: str,
+    lead: str,
+    grids: Sequence[Grid],
+    sections: Sequence[Section],
+    *,
+    notes: Sequence[str],
+    config: ml_collections.ConfigDict,
+    wide: Collection[str] = (),
+) -> pathlib.Path:
+    """Writes a report's pictures and then its page, removes pictures of an earlier report, and returns the page's path.
+
+    Args:
+      folder: Folder of the report, made if it is missing.
+      title: Title of the page.
+      lead: Sentence below the title.
+      grids: Tables.
+      sections: Pictures under their headings.
+      notes: Sentences about how the report was made.
+      config: Config of the run, which is shown in full.
+      wide: Names of the pictures that take the whole width.
+    """
+    text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
+    page = render(title, lead, grids, sections, notes=notes, config=text, wide=wide)
+    pictures = {f"{picture.name}.png": picture.png for section in sections for picture in section.pictures}
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        write_bytes(folder / f"{picture.name}.png", picture.png)
-    kept = {f"{picture.name}.png" for picture in pictures}
+    for name, png in pictures.items():
+        write_bytes(folder / name, png)
     for stale in folder.glob("*.png"):
-        if stale.name not in kept:
+        if stale.name not in pictures:
             stale.unlink()
     path = folder / "index.html"
-    # Names of files and classes may be no valid Unicode.
+    # File and class names need not be valid Unicode.
     write_bytes(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 
-def picture(name: str, drawn: Figure, note: str = "") -> Picture:
-    """Returns a figure as a PNG, with its title as the words for it."""
+def picture(name: str, figure: Figure, note: str = "") -> Picture:
+    """Returns a figure as a PNG, with its title as the alternative text."""
     file = io.BytesIO()
-    drawn.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return Picture(name, file.getvalue(), drawn.get_suptitle(), note)
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return Picture(name, file.getvalue(), figure.get_suptitle(), note)
 
 
-def _training(workdir: pathlib.Path) -> list[Picture]:
+# Figures
+
+
+def _draw_training(workdir: pathlib.Path) -> list[Picture]:
     path = workdir / "metrics.jsonl"
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # a line cut short when the run was killed
+        with contextlib.suppress(ValueError):  # the last line may be incomplete if the run was killed
             records.append(json.loads(line))
     if not records:
         return []
     return [picture("training", figures.training(records), "Means over each epoch's steps, from metrics.jsonl")]
 
 
-def _retrieval(found: Curves | None, results: dict[str, Any]) -> list[Picture]:
-    if found is None:
-        return []
-    curve = results["metrics"]["precision_recall"]
-    recall, precision = np.asarray(curve["recall"]), np.asarray(curve["precision"])
+def _draw_retrieval(curves: Curves, results: dict[str, Any]) -> list[Picture]:
+    precision_recall = figures.precision_recall(
+        np.asarray(results["metrics"]["precision_recall"]["precision"]),
+        np.asarray(results["metrics"]["precision_recall"]["recall"]),
+        curves.chance,
+    )
     return [
-        picture(
-            "map_against_k", figures.map_against_k(found), "Ties in database order, as published figures have them"
-        ),
+        picture("map_against_k", figures.map_against_k(curves), "Ties in database order, as in published figures"),
         picture(
             "precision_recall",
-            figures.precision_recall(precision, recall, found.chance),
+            precision_recall,
             "Means over queries, by Hamming radius; the numbers at the marks are radii in bits",
         ),
-        picture("precision_returned", figures.precision_against_returned(found, found.chance)),
-        picture("precision_radius", figures.precision_within_radius(found), "What a lookup in a hash table finds"),
+        picture("precision_returned", figures.precision_against_returned(curves, curves.chance)),
+        picture("precision_radius", figures.precision_within_radius(curves), "Result of a lookup in a hash table"),
         picture(
             "distances",
-            figures.distances(found.relevant, found.irrelevant),
+            figures.distances(curves.relevant, curves.irrelevant),
             "All pairs of a query and a database image",
         ),
     ]
 
 
-def _codes(
-    setting: RunContext, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]
+def _draw_codes(
+    run: RunContext, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]
 ) -> list[Picture]:
     where = "Of the database"
     drawn = [
         picture("bit_balance", figures.bit_balance(results["metrics"]["code_health"]["bit_balance"]), where),
         picture("bit_correlation", figures.bit_correlation(code_quality.bit_correlation(database)), where),
-        picture("occupancy", figures.occupancy(code_quality.occupancy(database), setting.config.bits), where),
+        picture("occupancy", figures.occupancy(code_quality.occupancy(database), run.config.bits), where),
     ]
-    embedded = _embedded(setting, database)
+    embedded = _draw_embedding(run, database)
     return [*drawn, embedded] if embedded else drawn
 
 
-def _embedded(setting: RunContext, database: UInt8[np.ndarray, "database bytes"]) -> Picture | None:
-    config = setting.config
+def _draw_embedding(run: RunContext, database: UInt8[np.ndarray, "database bytes"]) -> Picture | None:
+    config = run.config
     draws = stream_rng(config.data.seed, "t-SNE images")
     some = np.sort(draws.permutation(len(database))[: config.report.embedded])
     points = figures.points(database[some], config.data.seed)
     if points is None:
         return None
-    labels = setting.splits.database.labels
+    labels = run.splits.database.labels
     note = (
         f"{len(some):,} random images of the database, drawn from data.seed; perplexity 30, or a third of fewer than 90"
     )
     if labels is None:
         return picture("tsne", figures.embedding(points, None, [], None), note)
-    shown = figures.classes(labels[some], setting.source.classes)
+    shown = figures.classes(labels[some], run.source.classes)
     if labels.ndim == 2:
-        note += "; of several labels, an image shows the rarest one of those in the legend"
+        note += "; an image with several labels shows the rarest one of those in the legend"
     agreement = figures.agreement(database[some], labels[some])
     return picture("tsne", figures.embedding(points, shown.labels, shown.names, agreement), note)
 
 
-def _found(
-    setting: RunContext,
+# Retrieved images
+
+
+def _draw_retrieved(
+    run: RunContext,
     query: UInt8[np.ndarray, "queries bytes"],
     database: UInt8[np.ndarray, "database bytes"],
-    found: Curves | None,
+    curves: Curves | None,
 ) -> list[Picture]:
-    if not _are_images(setting.splits.query):
+    """Returns pictures of random queries and, if there are labels, of the worst ones, with their nearest images."""
+    if np.ndim(run.splits.query.images[0]) != 3:  # features
         return []
-    some = stream_rng(setting.config.data.seed, "retrieval examples").permutation(len(query))[:QUERIES].tolist()
-    bits = 8 * query.shape[1]
-    title = f"{len(some)} random queries and their nearest by Hamming distance, of {bits} bits"
 
-    def captions(which: list[int]) -> list[str]:
-        if found is None:
-            return []
-        return [f"{_class(setting, index)}, AP {found.average_precision[index]:.2f}" for index in which]
+    def draw(name: str, some: list[int], title: str, note: str) -> Picture:
+        captions = ["query"] * len(some)
+        if curves is not None:
+            captions = [f"{_class_name(run, index)}, AP {curves.average_precision[index]:.2f}" for index in some]
+        return Picture(name, _draw_neighbors(run, query, database, some, title, captions), title, note)
 
-    drawn = [
-        Picture(
-            "random_queries",
-            draw(setting, query, database, some, title, captions(some)),
-            title,
-            "Drawn from data.seed",
-        )
-    ]
-    if found is None or not found.answerable.any():
+    some = stream_rng(run.config.data.seed, "retrieval examples").permutation(len(query))[:QUERIES].tolist()
+    title = f"{len(some)} random queries and their nearest by Hamming distance, of {8 * query.shape[1]} bits"
+    drawn = [draw("random_queries", some, title, "Drawn from data.seed")]
+    if curves is None or not curves.answerable.any():
         return drawn
-    answerable = np.flatnonzero(found.answerable)
-    worst = answerable[np.argsort(found.average_precision[answerable], kind="stable")][:QUERIES].tolist()
+    answerable = np.flatnonzero(curves.answerable)
+    worst = answerable[np.argsort(curves.average_precision[answerable], kind="stable")][:QUERIES].tolist()
     title = f"The {len(worst)} queries that find least, and their nearest"
-    note = f"Least average precision at {found.k[-1]:,}, of queries that something in the database is relevant to"
-    worst_png = draw(setting, query, database, worst, title, captions(worst))
-    return [*drawn, Picture("worst_queries", worst_png, title, note)]
+    note = f"Least average precision at {curves.k[-1]:,}, among queries with a relevant image in the database"
+    return [*drawn, draw("worst_queries", worst, title, note)]
 
 
-def _class(setting: RunContext, index: int) -> str:
-    """Returns the class of a query, shortened to what fits under it; "query" where it has several or no name."""
-    labels, names = setting.splits.query.labels, setting.source.classes
+def _draw_neighbors(
+    run: RunContext,
+    query: UInt8[np.ndarray, "queries bytes"],
+    database: UInt8[np.ndarray, "database bytes"],
+    some: Sequence[int],
+    title: str,
+    captions: Sequence[str],
+) -> bytes:
+    """Returns a PNG of the queries `some` with their nearest images, framed by their relevance if there are labels."""
+    splits = run.splits
+    rows = []
+    ranked = hamming.rank(query[list(some)], database, min(NEAREST, len(database)))
+    for index, caption, nearest in zip(some, captions, ranked, strict=True):
+        distances = np.bitwise_count(query[index] ^ database[nearest]).sum(axis=1)
+        tiles = [
+            Tile(
+                _thumbnail(splits.database, place),
+                "1 bit" if distance == 1 else f"{distance} bits",
+                _is_relevant(splits.query, index, splits.database, place),
+            )
+            for place, distance in zip(nearest.tolist(), distances.tolist(), strict=True)
+        ]
+        rows.append((Tile(_thumbnail(splits.query, index), caption), tiles))
+    legend = "; blue: shares a label, orange with a notch: does not" if splits.query.labels is not None else ""
+    file = io.BytesIO()
+    contact_sheet.draw(title + legend, rows).save(file, "PNG")
+    return file.getvalue()
+
+
+def _thumbnail(images: ImageSet, index: int) -> UInt8[np.ndarray, "height width 3"]:
+    image = images.images[index]
+    return image if max(image.shape[:2]) <= contact_sheet.SIDE else resized(images.images, index, contact_sheet.SIDE)
+
+
+def _is_relevant(query: ImageSet, index: int, database: ImageSet, place: int) -> bool | None:
+    if query.labels is None or database.labels is None:
+        return None
+    mine, theirs = query.labels[index], database.labels[place]
+    return bool((mine & theirs).any()) if query.labels.ndim == 2 else bool(mine == theirs)
+
+
+def _class_name(run: RunContext, index: int) -> str:
+    """Returns a query's class, shortened to fit below its image; "query" if it has several classes or no name."""
+    labels, names = run.splits.query.labels, run.source.classes
     if labels is None or labels.ndim != 1 or labels[index] >= len(names):
         return "query"
     name = names[int(labels[index])]
     return name if len(name) <= 10 else name[:9] + "…"
 
 
-def _are_images(images: ImageSet) -> bool:
-    return np.ndim(images.images[0]) == 3
+# Text
 
 
-def _lead(results: dict[str, Any]) -> str:
+def _format_lead(results: dict[str, Any]) -> str:
     counts = results["counts"]
     searched = f"{counts['query']:,} queries on {counts['database']:,} images"
     if results["map"] is None:
-        return f"{searched}; without labels, codes are judged by their health and by eye."
+        return f"{searched}; there are no labels, so judge the codes by their statistics and by eye."
     return f"MAP@{results['k']} {results['map']:.4f}: {searched}; {counts['train']:,} images trained, without labels."
 
 
-def _figures_of(results: dict[str, Any]) -> Grid:
-    figures_, code_health = results["metrics"], results["metrics"]["code_health"]
-    rows = []
-    if results["map"] is not None:
-        at = figures_["precision_at_k"]
-        rows = [
-            (f"MAP@{results['k']}, ties in database order", f"{results['map']:.4f}"),
-            (f"MAP@{results['k']}, ties in random order", f"{results['map_tie_aware']:.4f}"),
-            *((f"precision@{k}", f"{value:.4f}") for k, value in zip(at["k"], at["precision"], strict=True)),
-            ("precision within Hamming radius 2", f"{figures_['precision_radius_2']:.4f}"),
-            ("queries with nothing within radius 2", f"{figures_['empty_radius_2']:.1%}"),
-        ]
-    rows += [
-        ("distinct codes in the database", f"{code_health['distinct_codes']:,}"),
-        ("mean |correlation| of two bits", f"{code_health['mean_abs_correlation']:.3f}"),
-        ("entropy of the codes", f"{code_health['entropy']:.2f} bits"),
-    ]
-    return Grid("Figures", ("figure", "value"), rows)
-
-
-def _facts(results: dict[str, Any]) -> Grid:
+def _settings(results: dict[str, Any]) -> Grid:
     counts, seconds = results["counts"], results["seconds"]
     rows = [
         ("protocol", f"{results['protocol']['name']}: {results['protocol']['says']}"),
@@ -305,16 +286,14 @@ def _facts(results: dict[str, Any]) -> Grid:
     return Grid("Setting", ("what", "value"), rows)
 
 
-def _notes(results: dict[str, Any]) -> list[str]:
+def _format_notes(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    validated = results.get("best_validation_map") is not None
+    more = "choosing the checkpoint by validation MAP" if validated else "nothing else"
     return [
         "Average precision at k divides by the number of relevant images among the first k, and is 0 without any; two "
         "images are relevant to each other when they share a label.",
-        "No loss sees a label. Labels measure, draw as many training images of each class where the protocol says so, "
-        + (
-            "and chose the checkpoint here, by validation MAP."
-            if results.get("best_validation_map") is not None
-            else "and chose nothing else here."
-        ),
+        "No loss sees a label. Labels serve for measuring, for drawing as many training images of each class where the "
+        f"protocol requires it, and for {more}.",
         f"Made with {versions}.",
     ]

@@ -29,3 +29,9 @@ def config(folder, **fields):
         np.save(path, (centers[labels] + generator.normal(size=(240, 24))).astype(np.float32))
         np.save(folder / "features.labels.npy", labels)
     return small.config(**FEATURES | {"data__dir": str(path)} | fields)
+
+
+def flags(folder, **fields):
+    """Returns the same as arguments of run.py."""
+    config(folder)
+    return small.flags(**FEATURES | {"data__dir": folder / "features.npy"} | fields)

@@ -1,4 +1,4 @@
-"""The comparison: every cell once, whoever takes it; the tables from the cells; mistakes told before anything runs."""
+"""Comparisons: every cell once, whoever takes it; the tables from the cells; mistakes before anything runs."""
 
 import csv
 import json
@@ -12,15 +12,16 @@ import rich.console
 import cib_jax as cib
 from cib_jax.baselines import BASELINES
 from cib_jax.commands import compare as compare_lib
-from cib_jax.commands.compare import compare
+from cib_jax.commands.compare import compare, make_cell, make_tables, parse_methods
 from cib_jax.commands.evaluate import evaluate
 from cib_jax.commands.train import train
 from cib_jax.errors import ConfigError, WorkdirError
 from cib_jax.losses import OBJECTIVES
-from cib_jax.runs import processes, workdir
+from cib_jax.runs import workdir
+from configs import cifar
 from tests import small
 from tests.commands import many
-from tests.commands.test_own_data import reference_map
+from tests.small import reference_map
 
 QUIET = rich.console.Console(quiet=True)
 
@@ -95,11 +96,12 @@ def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
     assert (pathlib.Path(of_cell[0]["workdir"]) / "report" / "index.html").exists()
 
 
-def test_several_processes_share_the_cells(tmp_path):
-    comparison = compare(compared(tmp_path, "lsh, itq, pca_sign", compare__workers=2), tmp_path / "t", console=QUIET)
-    assert len(comparison["cells"]) == 12 and not comparison["missing"]
-    alone = compare(compared(tmp_path, "lsh, itq, pca_sign"), tmp_path / "alone", console=QUIET)
-    assert [cell["map"] for cell in alone["cells"]] == [cell["map"] for cell in comparison["cells"]]
+def test_several_processes_share_the_cells(done, tmp_path):
+    folder, alone = done
+    comparison = compare(compared(folder, "lsh, itq", compare__workers=2), tmp_path / "t", console=QUIET)
+    assert len(comparison["cells"]) == 8 and not comparison["missing"]
+    of_baselines = [cell["map"] for cell in alone["cells"] if cell["method"] in ("LSH", "ITQ")]
+    assert [cell["map"] for cell in comparison["cells"]] == of_baselines
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
@@ -110,7 +112,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
         comparison = compare(config, tmp_path / "t", console=console)
     assert [cell["method"] for cell in comparison["cells"]] == ["PCA sign"]
     assert comparison["missing"][0]["method"] == "LSH"
-    assert "1 cells are with other processes" in console.export_text()
+    assert "1 cells are left to other processes" in console.export_text()
     assert len(compare(config, tmp_path / "t", console=QUIET)["cells"]) == 2
 
 
@@ -137,36 +139,36 @@ def test_a_method_that_cannot_is_told_and_the_others_go_on(tmp_path):
 
 def test_rows_may_set_fields(tmp_path):
     assert set(OBJECTIVES) <= set(compare_lib.TITLES)
-    rows = compare_lib.methods("itq, cibhash, cibhash temperature=0.5 beta=0")
+    rows = parse_methods("itq, cibhash, cibhash temperature=0.5 beta=0")
     assert [row.title for row in rows] == ["ITQ", "CIBHash", "CIBHash temperature=0.5 beta=0.0"]
-    made = compare_lib.cell(many.config(tmp_path), rows[2], 16, 3, tmp_path)
+    made = make_cell(many.config(tmp_path), rows[2], 16, 3, tmp_path)
     assert (made.config.temperature, made.config.beta, made.config.bits, made.config.seed) == (0.5, 0.0, 16, 3)
     assert made.config.objective == "cibhash" and made.workdir.parent.name.startswith(
         "cibhash-temperature=0.5-beta=0.0-"
     )
-    slugs = {row.slug for row in compare_lib.methods("lsh cache.dir=a/b, lsh cache.dir=a_b, lsh")}
+    slugs = {row.slug for row in parse_methods("lsh cache.dir=a/b, lsh cache.dir=a_b, lsh")}
     assert len(slugs) == 3 and all("/" not in slug for slug in slugs)
 
 
 @pytest.mark.parametrize(
-    ("methods", "message"),
+    ("methods", "words"),
     [
-        ("itqq", r"config.compare.methods: 'itqq' is unknown; did you mean itq\?"),
-        ("itq, itq", r"config.compare.methods: 'itq' is there twice"),
-        (" , ", r"config.compare.methods: it names no method"),
-        ("cibhash temp=3", r"cibhash temp=3: no field has this name"),
-        ("cibhash temperature", r"after a method come fields with values"),
-        ("cibhash temperature=hot", r"'hot' is no float"),
-        ("cibhash temperature=-1", r"-1.0 must be greater than 0"),
-        ("cibhash bits=16", r"all rows share this field"),
-        ("lsh k=10", r"all rows share this field"),
-        ("lsh data.train_images=10", r"all rows share this field"),
-        ("cibhash frozen=yes", r"'yes' is no bool"),
-        ("cibhash compare.bits=8", r"no field has this name"),
+        ("itqq", r"'itqq'.*did you mean itq\?"),
+        ("itq, itq", "'itq'"),
+        (" , ", "itq"),
+        ("cibhash temp=3", "cibhash temp=3"),
+        ("cibhash temperature", "cibhash temperature"),
+        ("cibhash temperature=hot", "temperature=hot"),
+        ("cibhash temperature=-1", "-1.0"),
+        ("cibhash bits=16", "bits=16"),
+        ("lsh k=10", "k=10"),
+        ("lsh data.train_images=10", "data.train_images=10"),
+        ("cibhash frozen=yes", "'yes'"),
+        ("cibhash compare.bits=8", "compare.bits=8"),
     ],
 )
-def test_rows_that_cannot_be_are_refused(tmp_path, methods, message):
-    with pytest.raises(ConfigError, match=message):
+def test_rows_that_cannot_be_are_refused(tmp_path, methods, words):
+    with pytest.raises(ConfigError, match=f"config.compare.methods.*{words}"):
         compare(compared(tmp_path, methods), tmp_path / "t", console=QUIET)
     assert not (tmp_path / "t").exists()
 
@@ -178,7 +180,7 @@ def test_what_is_wrong_with_all_cells_is_told_once(tmp_path):
     config = compared(tmp_path, "lsh, cibhash batch_size=512", compare__bits="8", compare__seeds="0")
     comparison = compare(config, tmp_path / "u", console=QUIET)
     assert [cell["method"] for cell in comparison["cells"]] == ["LSH"]
-    assert "config.batch_size: 512 is larger than the training set" in comparison["missing"][0]["why"]
+    assert "config.batch_size" in comparison["missing"][0]["why"]
 
 
 @pytest.mark.parametrize("field", ["compare__bits", "compare__seeds"])
@@ -186,18 +188,18 @@ def test_lists_of_numbers_are_checked(tmp_path, field):
     with pytest.raises(ConfigError, match=field.replace("__", ".")):
         compare(compared(tmp_path, **{field: "16; 32"}), tmp_path / "t", console=QUIET)
     if field == "compare__bits":
-        with pytest.raises(ConfigError, match=r"config.bits: 12 must be a multiple of 8"):
+        with pytest.raises(ConfigError, match=r"config.bits.*12"):
             compare(compared(tmp_path, compare__bits="12"), tmp_path / "t", console=QUIET)
 
 
 def test_a_folder_is_one_comparison_or_one_run(done, tmp_path):
     folder, _ = done
-    with pytest.raises(WorkdirError, match=r"its comparison has another config \(epochs: 2 → 3\)"):
+    with pytest.raises(WorkdirError, match=r"epochs: 2 → 3"):
         compare(compared(folder, epochs=3), folder / "table", console=QUIET)
-    with pytest.raises(WorkdirError, match="it holds a comparison of many runs"):
+    with pytest.raises(WorkdirError, match="comparison"):
         train(many.config(folder), folder / "table", console=QUIET)
     train(many.config(folder, epochs=1), tmp_path / "run", console=QUIET)
-    with pytest.raises(WorkdirError, match="it holds files, but no comparison"):
+    with pytest.raises(WorkdirError, match="comparison"):
         compare(compared(folder), tmp_path / "run", console=QUIET)
 
 
@@ -229,59 +231,23 @@ def test_cells_of_several_data_make_no_table(tmp_path):
     np.save(tmp_path / "other.npy", features[:200])
     np.save(tmp_path / "other.labels.npy", np.arange(200) % 3)
     config.data.dir, config.compare.methods = str(tmp_path / "other.npy"), "lsh, itq"
-    with pytest.raises(WorkdirError, match=r"config.data.dir leads to others than those that some of its cells"):
+    with pytest.raises(WorkdirError, match=r"config.data.dir"):
         compare(config, tmp_path / "t", console=QUIET)
 
 
 def test_a_baselines_folder_is_no_run(done):
     folder, _ = done
     place = folder / "table" / "cells" / "lsh" / "8-bits-seed-0"
-    with pytest.raises(WorkdirError, match="it holds the figures of a baseline, which has no checkpoint"):
+    with pytest.raises(WorkdirError, match="baseline"):
         evaluate(place, console=QUIET)
-    with pytest.raises(WorkdirError, match="it holds the figures of a baseline"):
+    with pytest.raises(WorkdirError, match="baseline"):
         train(many.config(folder, bits=8), place, console=QUIET)
 
 
 def test_published_rows_need_the_whole_protocol(tmp_path):
     """Quoted figures beside a run that departs from their protocol would invite a comparison that cannot be made."""
-    from cib_jax.commands.compare import _tables
-    from configs import cifar
-
-    config = cifar.get_config()
+    config, rows = cifar.get_config(), parse_methods("itq")
     records = [{"method": "ITQ", "bits": 16, "map": 0.5, "k": 1000}]
-    wanted = [compare_lib.Cell(compare_lib.methods("itq")[0], config, tmp_path)]
-    assert sum(row.published for row in _tables(config, wanted, records)[0].rows) == 3
+    assert sum(row.published for row in make_tables(config, rows, records)[0].rows) == 3
     config.data.train_per_class = 100
-    assert not any(row.published for row in _tables(config, wanted, records)[0].rows)
-
-
-def _write_many(folder, first):
-    for number in range(200):
-        workdir.write_bytes(pathlib.Path(folder) / "table.csv", b"csv" * 1000)
-        workdir.write_bytes(pathlib.Path(folder) / "table.md", b"md" * 1000)
-        assert set((pathlib.Path(folder) / "table.csv").read_bytes()) == set(b"csv"), number
-
-
-def test_processes_that_write_the_same_files_do_not_mix_them(tmp_path):
-    processes.run(_write_many, (str(tmp_path),), 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md"]
-
-
-def test_room_is_by_cores_and_memory(monkeypatch):
-    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: range(16), raising=False)
-    monkeypatch.setattr(processes, "_free_bytes", lambda: 64 << 30)
-    assert processes.worker_count(0) == 8 and processes.worker_count(3) == 3
-    monkeypatch.setattr(processes, "_free_bytes", lambda: 9 << 30)
-    assert processes.worker_count(0) == 2
-    monkeypatch.setattr(processes, "_free_bytes", lambda: 1 << 30)
-    assert processes.worker_count(0) == 1
-
-
-def _breaks(folder, first):
-    if not first:
-        raise RuntimeError("out of luck")
-
-
-def test_a_process_that_breaks_down_is_told(tmp_path):
-    with pytest.raises(cib.Refusal, match="at work beside this one broke down"):
-        processes.run(_breaks, (str(tmp_path),), 2)
+    assert not any(row.published for row in make_tables(config, rows, records)[0].rows)

@@ -1,4 +1,4 @@
-"""The index job: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
+"""Indexing: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
 
 import collections
 import errno
@@ -7,11 +7,14 @@ import os
 import shutil
 import threading
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+import cib_jax
+from cib_jax.augment.features import Standard
 from cib_jax.commands import index
 from cib_jax.commands.index import Indexed
 from cib_jax.data import photo_folder, photos
@@ -50,11 +53,11 @@ def looked(monkeypatch):
     """Counts how often each photo is decoded."""
     counted, original = collections.Counter(), photos.decode_with_thumbnail
 
-    def decode(path, size, **options):
+    def see(path, size, **options):
         counted[os.path.basename(path)] += 1
         return original(path, size, **options)
 
-    monkeypatch.setattr(photos, "decode_with_thumbnail", decode)
+    monkeypatch.setattr(photos, "decode_with_thumbnail", see)
     return counted
 
 
@@ -186,7 +189,7 @@ def test_listed_photos_that_cannot_be_reached_are_kept(tmp_path, root, encoder, 
     done, told = run(tmp_path / "i")
     monkeypatch.undo()
     assert done == Indexed(24, 0, 0, 0, 0) and held(tmp_path / "i") == expected(root, hasher)
-    assert "8 listed files cannot be reached now, what is known of them is kept, the first: a/00.jpg" in told
+    assert "8 listed files cannot be reached now" in told and "the first: a/00.jpg" in told
 
 
 def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
@@ -229,7 +232,7 @@ def test_a_list_of_photos(tmp_path, root, encoder, hasher, extension):
     shutil.move(root, tmp_path / "unmounted")
     root.mkdir()
     shutil.copy(tmp_path / "unmounted" / place.name, place)
-    with pytest.raises(DataError, match=r"not one of the photos of .*list.* is there; mount their disk again"):
+    with pytest.raises(DataError, match=r"^--images\b.*list"):
         run(tmp_path / "i")
     assert len(held(tmp_path / "i")) == 9
 
@@ -238,10 +241,10 @@ def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
     run(tmp_path / "i", root, workdir=encoder)
     before = held(tmp_path / "i")
     shutil.rmtree(root)
-    with pytest.raises(DataError, match="^--images: "):
+    with pytest.raises(DataError, match=r"^--images\b"):
         run(tmp_path / "i")
     root.mkdir()
-    with pytest.raises(DataError, match="holds no photos"):
+    with pytest.raises(DataError, match=r"^--images\b"):
         run(tmp_path / "i")
     assert held(tmp_path / "i") == before
 
@@ -249,44 +252,41 @@ def test_an_emptied_folder_loses_nothing(tmp_path, root, encoder, hasher):
 def test_photos_that_moved_are_taken_up_and_others_refused(tmp_path, root, encoder, hasher, looked):
     run(tmp_path / "i", root, workdir=encoder)
     indexing.fill(tmp_path / "others", 3)
-    with pytest.raises(IndexFolderError, match=r"is the index of .*photos, which is still there; leave --images out"):
+    with pytest.raises(IndexFolderError, match=r"^--images\b.*others"):
         run(tmp_path / "i", tmp_path / "others")
     root.rename(tmp_path / "moved")
     before = held(tmp_path / "i")
     for path in (tmp_path / "others").rglob("*.*"):
         path.rename(path.with_stem(f"other {path.stem}"))
-    with pytest.raises(
-        IndexFolderError, match=r"and none of its photos is in .*others; give the place where they lie now"
-    ):
+    with pytest.raises(IndexFolderError, match=r"^--images\b.*others"):
         run(tmp_path / "i", tmp_path / "others")
     assert held(tmp_path / "i") == before
     looked.clear()
     done, told = run(tmp_path / "i", tmp_path / "moved")
-    assert done == Indexed(24, 0, 0, 0, 0) and not looked and "are taken to lie in" in told
+    assert done == Indexed(24, 0, 0, 0, 0) and not looked and str(tmp_path / "moved") in told
     assert run(tmp_path / "i")[0] == done and held(tmp_path / "i") == expected(tmp_path / "moved", hasher)
 
 
 def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
-    with pytest.raises(IndexFolderError, match=r"--images: there is no index at .* yet; give the folder of photos"):
+    with pytest.raises(IndexFolderError, match=r"^--images\b"):
         run(tmp_path / "i")
     assert not (tmp_path / "i").exists()
-    with pytest.raises(DataError, match="^--images: "):
+    with pytest.raises(DataError, match=r"^--images\b"):
         run(tmp_path / "i", tmp_path / "nowhere", workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     indexing.save_hasher(tmp_path / "seed", seed=1)
     indexing.save_hasher(tmp_path / "bits", bits=24)
     for name, what in (("seed", "weights"), ("bits", "bits: 16 → 24")):
-        with pytest.raises(IndexFolderError, match=f"holds another encoder than the one that made .*{what}"):
+        with pytest.raises(IndexFolderError, match=rf"^--workdir\b.*{what}"):
             run(tmp_path / "i", root, workdir=tmp_path / name)
-    with pytest.raises(ConfigError, match=r"config\.bits: the encoder of .* is trained already; leave it out"):
+    with pytest.raises(ConfigError, match=r"^config\.bits\b"):
         run(tmp_path / "i", overrides={"bits": 32})
-    with pytest.raises(ConfigError, match=r"config\.bits: the encoder in .* is trained already"):
+    with pytest.raises(ConfigError, match=r"^config\.bits\b"):
         run(tmp_path / "j", root, workdir=encoder, overrides={"bits": 32})
     run(tmp_path / "i", overrides={"encode_batch": 4, "devices": 1})
     # Kept inside: the folder that it came from may go.
-    assert collection.encoder_identity(
-        collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
-    ) == collection.encoder_identity(Hasher.load(encoder))
+    kept = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
+    assert collection.encoder_identity(kept) == collection.encoder_identity(Hasher.load(encoder))
 
 
 def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp_path, root, encoder, monkeypatch):
@@ -299,7 +299,7 @@ def test_another_process_that_makes_it_first_with_another_encoder_is_noticed(tmp
         return original(cls, uri, about, file)
 
     monkeypatch.setattr(PhotoTable, "create", classmethod(create))
-    with pytest.raises(IndexFolderError, match="holds another encoder than the one that made"):
+    with pytest.raises(IndexFolderError, match=r"^--workdir\b"):
         run(tmp_path / "i", root, workdir=encoder)
 
 
@@ -375,30 +375,26 @@ def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
     assert "learning 16-bit codes from 20 of the photos, which are few" in " ".join(told.split())
     learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
     assert learnt.side == 20 and held(tmp_path / "i") == held(tmp_path / "j") == expected(root, learnt)
-    run(tmp_path / "k", root, settings=tiny(seed=5))
-    assert held(tmp_path / "k") != held(tmp_path / "i")
     # The command that began it goes on with it; one that asks for other codes does not.
     run(tmp_path / "i", root, settings=tiny(), overrides={"bits": 16, "epochs": 1, "encode_batch": 9})
-    with pytest.raises(ConfigError, match=r"config\.bits: the encoder of .* was learnt with 16, not 32; leave it out"):
+    with pytest.raises(ConfigError, match=r"^config\.bits\b.*16.*32"):
         run(tmp_path / "i", root, settings=tiny(bits=32), overrides={"bits": 32})
 
 
 def test_what_cannot_be_learnt_from_is_refused(tmp_path, root):
     indexing.fill(tmp_path / "few", 15)
-    with pytest.raises(DataError, match="has 15 photos that can be read, but at least 16 are needed to learn from"):
+    with pytest.raises(DataError, match=r"^--images\b.*15"):
         run(tmp_path / "i", tmp_path / "few", settings=tiny())
-    with pytest.raises(ConfigError, match=r"config\.backbone: 'none' is for features; photos need a network"):
+    with pytest.raises(ConfigError, match=r"^config\.backbone\b"):
         run(tmp_path / "i", root, settings=features_config.get_config())
     assert not (tmp_path / "i").exists()
 
 
 def test_an_encoder_of_features_is_refused(tmp_path, root):
-    import cib_jax
-
-    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    made = cib_jax.fit(features, bits=16, backbone="none", augment="noise", epochs=1, hidden=8, batch_size=16)
-    made.save(tmp_path / "features")
-    with pytest.raises(IndexFolderError, match="was trained on features, and an index holds photos"):
+    standard = Standard(np.zeros(6, np.float32), np.ones(6, np.float32))
+    made = cib_jax.create_encoder(jax.random.key(0), backbone="none", bits=16, hidden=8, standard=standard)
+    cib_jax.Hasher(*made).save(tmp_path / "features")
+    with pytest.raises(IndexFolderError, match=r"^--workdir\b"):
         run(tmp_path / "i", root, workdir=tmp_path / "features")
 
 
@@ -413,7 +409,7 @@ def test_a_disk_that_fails_loses_no_photo(tmp_path, root, encoder, hasher, monke
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photos, "decode_with_thumbnail", failing)
-        with pytest.raises(DataError, match="cannot be read now"):
+        with pytest.raises(DataError, match=r"^--images\b"):
             run(tmp_path / "i", root, workdir=encoder)
     run(tmp_path / "i", root, workdir=encoder)
     assert held(tmp_path / "i") == expected(root, hasher)
@@ -434,6 +430,6 @@ def test_without_lancedb_nothing_is_learnt_first(tmp_path, root, looked, monkeyp
     """Photos were read and learnt from for minutes before it was told."""
     original = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lancedb" else original(name))
-    with pytest.raises(IndexFolderError, match=r"LanceDB is not installed; pip install 'cib-jax\[search\]'"):
+    with pytest.raises(IndexFolderError, match=r"pip install 'cib-jax\[search\]'"):
         run(tmp_path / "i", root)
     assert not looked and not (tmp_path / "i").exists()

@@ -1,4 +1,4 @@
-"""The search job and the collection under it, against a plain loop over all codes."""
+"""Search and duplicates, against plain loops over all codes; planted copies are found and nothing else."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 from cib_jax.commands import search as search_lib
-from cib_jax.commands.search import search
+from cib_jax.commands.search import duplicates, search, split_by_looks
 from cib_jax.data import photos
 from cib_jax.errors import ConfigError, DataError, IndexFolderError, SearchError
 from cib_jax.inference.hasher import Hasher
@@ -42,9 +42,14 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def known(place):
+def hasher(place):
+    return Hasher.load(place / "encoder")
+
+
+@pytest.fixture(scope="module")
+def known(place, hasher):
     """Path and code of every photo, in the order of ties."""
-    held = indexing.expected(place / "photos", Hasher.load(place / "encoder"))
+    held = indexing.expected(place / "photos", hasher)
     codes = {name: values[2] for name, values in held.items() if not isinstance(values, str)}
     return sorted(codes.items(), key=lambda pair: key_of(pair[0]))
 
@@ -68,17 +73,16 @@ def pairs(found):
     return [(distance, photo.path) for distance, photo in found.hits]
 
 
-def code_of(place, path):
-    hasher = Hasher.load(place / "encoder")
+def code_of(hasher, path):
     return hasher.encode(photos.decode(path, hasher.side)[None])[0].tobytes()
 
 
 @pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": 7}, {"k": 10_000}])
-def test_the_nearest_are_those_of_a_plain_loop(place, known, options):
+def test_the_nearest_are_those_of_a_plain_loop(place, hasher, known, options):
     found, _ = ask(place, place / "queries", **options)
     assert [one.query for one in found] == [str(place / "queries" / f"{number}.jpg") for number in range(5)]
     for one in found:
-        assert one.code.tobytes() == code_of(place, one.query)
+        assert one.code.tobytes() == code_of(hasher, one.query)
         assert pairs(one) == plainly(known, one.code.tobytes())[: options.get("k", 20)]
 
 
@@ -91,9 +95,9 @@ def test_within_a_radius_all_are_found(place, known, radius, k):
 
 @pytest.mark.parametrize("k", [5, 100, 125])
 @pytest.mark.parametrize("radius", [None, 3])
-def test_hits_are_ordered_anew_by_the_logits_that_they_contradict(place, known, k, radius):
+def test_hits_are_ordered_anew_by_the_logits_that_they_contradict(place, hasher, known, k, radius):
     found, told = ask(place, place / "queries", k=k, radius=radius, rerank=True)
-    hasher, codes = Hasher.load(place / "encoder"), dict(known)
+    codes = dict(known)
     assert "ordered by the query's logits" in told
     for one in found:
         logits = hasher.logits(photos.decode(one.query, hasher.side)[None])[0].astype(np.float64)
@@ -123,7 +127,7 @@ def test_what_is_told_of_a_photo_is_true(place):
 def test_lines_of_json_say_what_is_returned(place):
     shutil.copytree(place / "queries", place / "mixed", dirs_exist_ok=True)
     (place / "mixed" / "0.jpg").write_bytes(b"no picture")
-    found, told = ask(place, place / "mixed", k=3, form="json", width=20)
+    found, told = ask(place, place / "mixed", k=3, format="json", width=20)
     lines = [json.loads(line) for line in told.splitlines()]
     assert lines[0] == {
         "query": str(place / "mixed" / "0.jpg"),
@@ -155,10 +159,10 @@ def test_an_unreadable_photo_of_a_folder_is_told_and_left_out(place):
 
 
 def test_what_is_the_systems_fault_is_told_of_the_query(place, monkeypatch):
-    def decode(path, size, **options):
+    def see(path, size, **options):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(photos, "decode_with_thumbnail", decode)
+    monkeypatch.setattr(photos, "decode_with_thumbnail", see)
     for query in (place / "queries", place / "queries" / "0.jpg"):
         with pytest.raises(DataError, match=r"^--query: .*0\.jpg cannot be read now \(input/output error\)"):
             ask(place, query)
@@ -181,13 +185,14 @@ def test_a_contact_sheet_has_a_row_for_each_query(place, tmp_path):
     wide, _ = ask(place, place / "queries" / "0.jpg", radius=8, show=sheet)
     # Twenty, ten in a line.
     assert len(wide[0].hits) == COUNT + 1 and PIL.Image.open(sheet).size == (8 + step + 24 + 10 * step, 30 + 2 * line)
-    _, told = ask(place, place / "queries", k=1, form="json", show=sheet)
+    _, told = ask(place, place / "queries", k=1, format="json", show=sheet)
     assert "Drawn" not in told
 
 
 @pytest.mark.parametrize(("kind", "settings"), [("hnsw", {}), ("ivf", {"nlist": 16, "nprobe": 2}), ("mih", {})])
-def test_the_recall_that_is_told_of_an_approximate_kind_is_true(place, known, kind, settings):
-    found, told = ask(place, place / "queries", k=5, kind=kind, settings=settings)
+def test_the_printed_recall_of_an_approximate_kind_is_true(place, known, kind, settings):
+    words = " ".join([kind, *(f"{name}={value}" for name, value in settings.items())])
+    found, told = ask(place, place / "queries", k=5, kind=words)
     collection = Collection.open(place / "i", kind=kind, settings=settings)
     hits = collection.nearest(collection.codes, 5)
     shares = []
@@ -215,7 +220,7 @@ def test_an_empty_index_is_refused(tmp_path, place):
     from cib_jax.storage.collection import encoder_identity, hasher_bytes
 
     PhotoTable.create(str(tmp_path / "i"), IndexMetadata("/x", encoder_identity(hasher)), hasher_bytes(hasher))
-    with pytest.raises(SearchError, match=r"holds no photo yet; run --mode=index again"):
+    with pytest.raises(SearchError, match=r"^--index: .*--mode=index"):
         search(tmp_path / "i", place / "queries")
     empty = Collection.open(tmp_path / "i")
     codes = np.zeros((2, 1), np.uint8)
@@ -223,44 +228,164 @@ def test_an_empty_index_is_refused(tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "field"),
     [
-        ({"k": 0}, SearchError, "--k: wanted 1 photo or more, got 0"),
-        ({"radius": -1}, SearchError, "--radius: wanted 0 bits or more, got -1"),
-        ({"radius": 1, "kind": "mih"}, SearchError, "it is always searched exactly; leave --kind=mih out"),
-        ({"kind": "x"}, SearchError, "--kind: 'x' is not one of exact, hnsw, ivf, mih"),
-        ({"kind": "ivf", "settings": {"links": 3}}, SearchError, "^links "),
-        ({"form": "xml"}, ConfigError, "--format: 'xml' is not one of table, json"),
-        ({"show": "x.jpg"}, ConfigError, "--show: x.jpg is no name of a PNG"),
-        ({"show": "/nowhere/x.png"}, ConfigError, "--show: there is no folder /nowhere"),
-        ({"query": "nowhere"}, DataError, "--query: there is no nowhere"),
-        ({"query": "empty"}, DataError, "--query: .* holds no photos"),
-        ({"query": "broken.png"}, DataError, r"--query: .*broken.png cannot be read: not a JPEG.*; give another photo"),
-        ({"query": "bad"}, DataError, "--query: no photo in .*bad can be read; give another folder"),
+        ({"k": 0}, SearchError, "--k"),
+        ({"radius": -1}, SearchError, "--radius"),
+        ({"kind": "hsnw"}, SearchError, "--kind"),
+        ({"kind": "ivf x"}, SearchError, "--kind"),
+        ({"kind": "ivf links=3"}, SearchError, "links"),
+        ({"kind": "ivf", "radius": 3}, SearchError, "--radius"),
+        ({"format": "xml"}, ConfigError, "--format"),
+        ({"show": "x.jpg"}, ConfigError, "--show"),
+        ({"show": "/nowhere/x.png"}, ConfigError, "--show"),
+        ({"query": "nowhere"}, DataError, "--query"),
+        ({"query": "empty"}, DataError, "--query"),
+        ({"query": "broken.png"}, DataError, "--query"),
+        ({"query": "bad"}, DataError, "--query"),
     ],
 )
-def test_mistakes_are_refused(place, tmp_path, options, error, message):
+def test_mistakes_are_refused(place, tmp_path, options, error, field):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     for path in ("broken.png", "bad/x.png"):
         (tmp_path / path).write_bytes(b"no picture")
+    options = dict(options)
     query = options.pop("query", None)
     given = place / "queries" if query is None else query if query == "nowhere" else tmp_path / query
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=rf"^{field}\b"):
         ask(place, given, **options)
-    with pytest.raises(IndexFolderError, match="there is no index at"):
+    if options.keys() & {"radius", "format", "show"} and "kind" not in options:
+        with pytest.raises(error, match=rf"^{field}\b"):
+            duplicates(place / "i", **options)
+
+
+def test_an_index_that_is_not_there_is_refused(place, tmp_path):
+    with pytest.raises(IndexFolderError, match=r"^--index"):
         search(tmp_path / "none", place / "queries")
 
 
-def test_queries_go_through_the_encoder_in_batches(place, known, monkeypatch):
-    monkeypatch.setattr(search_lib, "_batches", lambda queries, size, whole=search_lib._batches: whole(queries, 2))
-    found, _ = ask(place, place / "queries", k=4)
+def test_more_queries_than_a_batch_are_all_answered(place, known):
+    count = 101  # a batch of the encoder, and one more
+    for number in range(count):
+        pictures.write(place / "many" / f"{number:03}.png", pictures.smooth(9, 8, seed=number))
+    found, _ = ask(place, place / "many", k=4, format="json")
     assert [pairs(one) for one in found] == [plainly(known, one.code.tobytes())[:4] for one in found]
+    assert len(found) == count
 
 
 def test_words_name_a_kind_and_its_settings():
     assert index.parse_kind("exact") == ("exact", {}) and index.parse_kind("") == ("", {})
     assert index.parse_kind(" ivf  nlist=64 nprobe=7") == ("ivf", {"nlist": 64, "nprobe": 7})
     for word in ("x", "m", "m=", "m=-1", "m=1.5", "=m"):
-        with pytest.raises(SearchError, match="^--kind "):
+        with pytest.raises(SearchError, match=r"^--kind\b"):
             index.parse_kind(f"ivf {word}")
+
+
+# Duplicates
+
+COPIES = {
+    "a.jpg": ["a at 60.jpg", "half.jpg", "as/a.png"],
+    "b.png": ["b.webp"],
+    "c.jpg": ["ü/c [1].jpg"],
+}
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("duplicates")
+    indexing.save_hasher(folder / "encoder", bits=64)
+    for number in range(40):
+        pictures.write(folder / "photos" / f"other {number}.jpg", pictures.smooth(200, 150, seed=100 + number))
+    for seed, (name, copies) in enumerate(COPIES.items()):
+        image = pictures.smooth(400, 300, seed=seed)
+        for at, copy in enumerate([name, *copies]):
+            size = (200, 150) if copy == "half.jpg" else image.size
+            options = {"quality": 95 - 15 * at} if copy.endswith("jpg") else {}
+            pictures.write(folder / "photos" / copy, image.resize(size, PIL.Image.Resampling.BICUBIC), **options)
+    indexing.run(folder / "i", folder / "photos", workdir=folder / "encoder")
+    return folder
+
+
+def find(place, **options):
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    found = duplicates(place / "i", console=console, **options)
+    return found, console.file.getvalue()
+
+
+def grouped(found):
+    return sorted(sorted(photo.path for _, photo in group) for group in found)
+
+
+@pytest.fixture(scope="module")
+def codes(copies):
+    held = indexing.expected(copies / "photos", Hasher.load(copies / "encoder"))
+    return {name: int.from_bytes(values[2], "big") for name, values in held.items()}
+
+
+def chained(codes, radius):
+    """Groups by a plain loop: whoever is near to one of a group belongs to it."""
+    left, groups = sorted(codes), []
+    while left:
+        group, waiting = [], [left.pop(0)]
+        while waiting:
+            group.append(one := waiting.pop())
+            near = [other for other in left if (codes[one] ^ codes[other]).bit_count() <= radius]
+            left = [other for other in left if other not in near]
+            waiting += near
+        groups.append(sorted(group))
+    return sorted(group for group in groups if len(group) > 1)
+
+
+@pytest.mark.parametrize("radius", [6, 16, 64])
+def test_planted_copies_are_found_and_only_they(copies, radius):
+    found, told = find(copies, radius=radius)
+    assert grouped(found) == sorted(sorted([name, *copies]) for name, copies in COPIES.items())
+    assert len(found[0]) == 4, "the largest first"
+    assert "3 groups of copies of one picture, 8 photos of 48" in told and "ü/c [1].jpg" in told
+
+
+@pytest.mark.parametrize("radius", [0, 1, 4, 10])
+def test_unconfirmed_groups_are_those_of_a_plain_loop(copies, codes, radius):
+    found, told = find(copies, radius=radius, confirm=False)
+    assert grouped(found) == chained(codes, radius)
+    assert f"in at most {radius} bit" in told and "photos of similar content" in told
+    for group in found:
+        first = codes[group[0][1].path]
+        assert [distance for distance, _ in group] == [(codes[one.path] ^ first).bit_count() for _, one in group]
+    assert [len(group) for group in found] == sorted(map(len, found), reverse=True)
+
+
+def test_photos_are_joined_only_where_codes_and_looks_both_do():
+    """Of a chain of codes, the ends look alike, but what is between them does not."""
+    codes = np.array([0b000, 0b001, 0b011, 0b111], np.uint8)[:, None]
+    looks = np.zeros((4, 8), np.uint8)
+    looks[1:3] = 255
+    assert split_by_looks(codes, looks, 1) == [[1, 2]]
+    assert split_by_looks(codes, looks, 3) == [[0, 3], [1, 2]]
+    assert split_by_looks(codes, np.zeros((4, 8), np.uint8), 1) == [[0, 1, 2, 3]]
+
+
+def test_a_sixteenth_of_the_bits_is_the_default_and_json_says_the_same(copies, monkeypatch):
+    monkeypatch.setattr(search_lib, "PAGE", 2)
+    found, told = find(copies, format="json")
+    again, _ = find(copies, radius=4)
+    assert grouped(found) == grouped(again)
+    lines = [json.loads(line) for line in told.splitlines()]
+    assert [line["group"] for line in lines] == list(range(1, len(found) + 1))
+    assert [[(one["distance"], one["path"], one["id"]) for one in line["photos"]] for line in lines] == [
+        [(distance, photo.path, photo.id) for distance, photo in group] for group in found
+    ]
+
+
+def test_a_contact_sheet_has_a_row_for_each_group(copies, tmp_path):
+    _, told = find(copies, radius=6, show=tmp_path / "sheet.png")
+    assert PIL.Image.open(tmp_path / "sheet.png").size == (8 + 4 * 120, 30 + 3 * 156)
+    assert f"Drawn in {tmp_path / 'sheet.png'}" in told
+
+
+def test_where_there_are_none_it_says_so(copies, tmp_path):
+    indexing.fill(tmp_path / "photos", 3)
+    indexing.run(tmp_path / "i", tmp_path / "photos", workdir=copies / "encoder")
+    found, told = find(tmp_path, radius=0, show=tmp_path / "sheet.png")
+    assert found == [] and "0 groups of copies" in told and not (tmp_path / "sheet.png").exists()

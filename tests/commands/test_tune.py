@@ -1,7 +1,9 @@
-"""The search: what it draws, that it goes on to the same, what it says of scores without labels."""
+"""Searches for hyper-parameters: what they draw, that they go on to the same, and scores without labels."""
 
 import json
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -76,11 +78,14 @@ def cut_in(folder, number, trials):
     (folder / "trials" / f"{number:04}" / tune.TRIAL).unlink()
 
 
-def test_a_search_taken_up_again_comes_to_the_same(done, tmp_path):
+def test_a_search_taken_up_again_comes_to_the_same_and_more_trials_go_on(done, tmp_path):
     folder, search, _ = done
     shutil.copytree(folder / "s", tmp_path / "cut")
     cut_in(tmp_path / "cut", 2, 4)
-    assert tune.tune(searched(folder), tmp_path / "cut", console=QUIET)["trials"] == search["trials"]
+    more = tune.tune(searched(folder, tune__trials=5), tmp_path / "cut", console=QUIET)
+    assert more["trials"][:4] == search["trials"] and len(more["trials"]) == 5
+    with pytest.raises(WorkdirError, match=r"tune.space"):
+        tune.tune(searched(folder, tune__space="temperature=0.1..0.9"), tmp_path / "cut", console=QUIET)
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def formula(monkeypatch):
         return {"best_validation_map": value, "map": value}
 
     monkeypatch.setattr(tune, "train", trained)
-    monkeypatch.setattr(tune.scores, "label_free_scores", lambda *_: dict.fromkeys(tune.SCORES, 0.0))
+    monkeypatch.setattr(tune, "label_free_scores", lambda *_: dict.fromkeys(tune.SCORES, 0.0))
 
 
 @pytest.mark.usefixtures("formula")
@@ -102,14 +107,6 @@ def test_a_search_that_learns_from_earlier_trials_comes_to_the_same(tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut_in(tmp_path / "cut", 3, 16)
     assert tune.tune(config, tmp_path / "cut", console=QUIET)["trials"] == whole["trials"]
-
-
-def test_more_trials_go_on_from_those_there_are(done):
-    folder, search, _ = done
-    more = tune.tune(searched(folder, tune__trials=5), folder / "s", console=QUIET)
-    assert more["trials"][:4] == search["trials"] and len(more["trials"]) == 5
-    with pytest.raises(WorkdirError, match=r"its search has another config \(tune.space"):
-        tune.tune(searched(folder, tune__space="temperature=0.1..0.9"), folder / "s", console=QUIET)
 
 
 @pytest.mark.usefixtures("formula")
@@ -137,7 +134,7 @@ def test_people_without_labels_choose_by_a_score(tmp_path):
 
 def test_what_is_wrong_with_every_trial_is_told_at_the_first(tmp_path):
     config = searched(tmp_path, k=500)
-    with pytest.raises(cib.Refusal, match=r"config.k: 500 is larger than the database"):
+    with pytest.raises(cib.Refusal, match=r"config.k.*500"):
         tune.tune(config, tmp_path / "s", console=QUIET)
     assert not list((tmp_path / "s").glob("trials/*/trial.json"))
 
@@ -148,7 +145,7 @@ def test_trials_that_another_process_is_at_are_left_to_it(tmp_path):
     console = rich.console.Console(record=True, width=200)
     with workdir.exclusive(tmp_path / "s" / "trials" / "0000.lock"):
         assert tune.tune(config, tmp_path / "s", console=console)["best"] is None
-    assert "2 trials are with other processes" in console.export_text()
+    assert "2 trials are left to other processes" in console.export_text()
 
 
 def test_two_stored_views_are_two_different_ones(tmp_path):
@@ -157,7 +154,8 @@ def test_two_stored_views_are_two_different_ones(tmp_path):
     np.save(tmp_path / "stored.npy", generator.normal(size=(240, 2, 24)).astype(np.float32))
     config = many.config(tmp_path, data__dir=str(tmp_path / "stored.npy"), augment="stored", bits=64, epochs=1)
     train(config, tmp_path / "run", console=QUIET)
-    assert tune.label_free_scores(tmp_path / "run", 200)["view_agreement"] < 0.2
+    scores = tune.label_free_scores(tmp_path / "run", 200)
+    assert scores["view_agreement"] < 0.2 and scores == tune.label_free_scores(tmp_path / "run", 200)
 
 
 def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):
@@ -165,48 +163,50 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):
     console = rich.console.Console(record=True, width=300)
     search = tune.tune(config, tmp_path / "s", console=console)
     assert [trial["value"] is None for trial in search["trials"]] == [False, True]
-    assert "Trial 2 failed: config.batch_size: 256 is larger than the training set of 120" in console.export_text()
-    with pytest.raises(ConfigError, match="no trial could be scored"):
+    assert "Trial 2 failed: config.batch_size" in console.export_text()
+    with pytest.raises(ConfigError, match=r"config\.tune\.space"):
         tune.tune(searched(tmp_path, tune__space="batch_size=256", tune__sampler="grid"), tmp_path / "t", console=QUIET)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "part"),
     [
-        ("temprature=0.1..0.2", "names no field to be tuned"),
-        ("temperature", "names no field to be tuned"),
-        ("seed=1|2", "names no field to be tuned"),
-        ("temperature=0.3..0.2", "goes from a number up to a larger one"),
-        ("temperature=0..1", "0.0 must be greater than 0"),
-        ("beta=0..1 log", "with log above 0"),
-        ("beta=0..1 logarithmic", "comes nothing, or 'log'"),
-        ("beta=a..b", "'a' is no float"),
-        ("augment=photo..digits", "goes from a number up"),
-        ("objective=cibhash|simclr", "'simclr' is not one of"),
-        ("beta=0..1, beta=0..2", "beta is there twice"),
+        ("temprature=0.1..0.2", "temprature=0.1..0.2"),
+        ("temperature", "temperature"),
+        ("seed=1|2", "seed=1"),
+        ("temperature=0.3..0.2", "temperature=0.3..0.2"),
+        ("temperature=0..1", "0.0"),
+        ("beta=0..1 log", "beta=0..1 log"),
+        ("beta=0..1 logarithmic", "'logarithmic'"),
+        ("beta=a..b", "'a'"),
+        ("augment=photo..digits", "augment=photo..digits"),
+        ("objective=cibhash|simclr", "'simclr'"),
+        ("beta=0..1, beta=0..2", "beta=0..2"),
     ],
 )
-def test_spaces_that_cannot_be_are_refused(tmp_path, words, message):
-    with pytest.raises(ConfigError, match=f"config.tune.space: .*{message}"):
+def test_spaces_that_cannot_be_are_refused(tmp_path, words, part):
+    with pytest.raises(ConfigError, match=f"config.tune.space.*{re.escape(part)}"):
         tune.tune(searched(tmp_path, tune__space=words), tmp_path / "s", console=QUIET)
     assert not (tmp_path / "s").exists()
 
 
 def test_a_grid_of_ranges_and_a_search_that_cannot_validate_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="a grid is made of choices"):
+    with pytest.raises(ConfigError, match=r"config\.tune\.space") as error:
         tune.tune(searched(tmp_path, tune__sampler="grid"), tmp_path / "s", console=QUIET)
-    with pytest.raises(ConfigError, match="'validation_map' wants images to validate on"):
+    assert error.value.field == "config.tune.space"
+    with pytest.raises(ConfigError, match=r"config\.tune\.score") as error:
         tune.tune(searched(tmp_path, data__validation="none"), tmp_path / "s", console=QUIET)
+    assert error.value.field == "config.tune.score"
 
 
 def test_without_optuna_the_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(errors.MissingExtraError, match=r"pip install 'optuna>=4\.5'"):
         tune.tune(searched(tmp_path), tmp_path / "s", console=QUIET)
 
 
 def test_draws_lie_in_the_space_and_depend_on_the_number_alone():
-    made = tune.parse("temperature=0.2..0.6, beta=1e-4..1e-1 log, train.views=2..5, batch_size=16|32")
+    made = tune.parse_space("temperature=0.2..0.6, beta=1e-4..1e-1 log, train.views=2..5, batch_size=16|32")
     drawn = [tune.suggest(made, "random", 0, number, []) for number in range(200)]
     assert drawn == [tune.suggest(made, "random", 0, number, []) for number in range(200)]
     assert drawn != [tune.suggest(made, "random", 1, number, []) for number in range(200)]
@@ -220,7 +220,7 @@ def test_draws_lie_in_the_space_and_depend_on_the_number_alone():
 
 
 def test_tpe_learns_from_earlier_trials():
-    made = tune.parse("temperature=0.0001..1.0")
+    made = tune.parse_space("temperature=0.0001..1.0")
     earlier = []
     for number in range(40):
         params = tune.suggest(made, "tpe", 0, number, earlier)
@@ -229,14 +229,13 @@ def test_tpe_learns_from_earlier_trials():
     assert np.abs(later - 0.7).mean() < 0.15  # 0.29 by chance
 
 
-@pytest.mark.parametrize("kind", ["from scratch", "frozen, bank", "frozen, fresh views"])
+@pytest.mark.parametrize("kind", ["from scratch", "frozen"])
 def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
-    config = small.config(epochs=1, encode_batch=50)
-    if kind != "from scratch":
-        fields = pretrained.convnet(monkeypatch, tmp_path, 8)
-        config = small.config(epochs=1, train__views=2 if "bank" in kind else 0, **fields)
+    fields = {"image_size": 8}
+    if kind == "frozen":
+        fields = pretrained.convnet(monkeypatch, tmp_path, 8) | {"train__views": 2}
+    config = small.config(epochs=1, encode_batch=50, **fields)
     train(config, tmp_path / "run", console=QUIET)
     found = tune.label_free_scores(tmp_path / "run", 60)
-    assert found.keys() == cib.retrieval.label_free.SCORES.keys()
+    assert found.keys() == tune.SCORES.keys()
     assert 0 < found["neighbour_agreement"] < 1 and 0 < found["view_agreement"] <= 1
-    assert found == tune.label_free_scores(tmp_path / "run", 60)

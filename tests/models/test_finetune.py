@@ -405,13 +405,15 @@ EFFICIENTNET = {"backbone": "efficientnet_lite0", "frozen": False, "image_size":
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_work_is_refused(fields, name, values):
-    with pytest.raises(ConfigError, match=rf"config\.fine_tune\.{name}.*{values}"):
+    with pytest.raises(ConfigError, match=values or None) as caught:
         schema.validate(small.unchecked(**fields))
+    assert caught.value.field == f"config.fine_tune.{name}"
 
 
 def test_views_are_not_computed_once_for_a_backbone_that_learns():
-    with pytest.raises(ConfigError, match=r"config\.train\.views"):
+    with pytest.raises(ConfigError) as caught:
         schema.validate(small.unchecked(**EFFICIENTNET, fine_tune__blocks=1, train__views=2))
+    assert caught.value.field == "config.train.views"
     with pytest.raises(ValueError, match="views"):
         cib.fit(IMAGES, batch_size=6, backbone_params=WEIGHTS, image_size=8, views=2, fine_tune=FineTune(lora_rank=2))
 

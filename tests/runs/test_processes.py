@@ -1,5 +1,6 @@
 """What a process of several leaves where it ends: word in the workdir, and nothing in the folder it was started in."""
 
+import pathlib
 import sys
 import threading
 import types
@@ -7,7 +8,8 @@ import types
 import pytest
 
 from cib_jax.distributed import multihost
-from cib_jax.errors import UserError
+from cib_jax.errors import DistributedError, UserError
+from cib_jax.files import write_bytes
 from cib_jax.runs import processes
 
 
@@ -72,3 +74,25 @@ def test_what_breaks_in_the_background_is_told_in_a_line_but_for_reads_given_up(
         sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, object=thrower))
     given_up.close()
     assert capsys.readouterr().err == "run.py: in the background: OSError: disk\n"
+
+
+def _write_and_break(folder, first):
+    for number in range(200):
+        write_bytes(pathlib.Path(folder) / "table.csv", b"csv" * 1000)
+        write_bytes(pathlib.Path(folder) / "table.md", b"md" * 1000)
+        assert set((pathlib.Path(folder) / "table.csv").read_bytes()) == set(b"csv"), number
+    if not first:
+        raise RuntimeError("out of luck")
+
+
+def test_workers_do_not_mix_the_files_they_write_and_one_that_breaks_down_is_reported(tmp_path):
+    with pytest.raises(DistributedError):
+        processes.run(_write_and_break, (str(tmp_path),), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md"]
+
+
+def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(processes.files, "core_count", lambda: 16)
+    for free, workers in ((64, 8), (9, 2), (1, 1)):
+        monkeypatch.setattr(processes, "_free_bytes", lambda free=free: free << 30)
+        assert processes.worker_count(0) == workers and processes.worker_count(3) == 3

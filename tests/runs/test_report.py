@@ -1,4 +1,4 @@
-"""The report of a run: what is drawn of which data, and that one file holds it all."""
+"""Reports of runs: what is drawn of which data, and that one file holds it all."""
 
 import base64
 import html.parser
@@ -12,11 +12,9 @@ import rich.console
 
 from cib_jax.commands.evaluate import evaluate
 from cib_jax.commands.train import train
-from cib_jax.report.html import Picture
+from cib_jax.report.html import Picture, Section
 from cib_jax.runs import report
 from tests import small
-
-pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # programs that others have compiled so
 
 QUIET = rich.console.Console(quiet=True)
 FIGURES = {
@@ -52,13 +50,13 @@ class Page(html.parser.HTMLParser):
         ]
 
 
+FIELDS = {"report__write": True, "report__embedded": 200, "data__validation": "query_half", "train__validate_every": 3}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("report") / "run"
-    config = small.config(
-        report__write=True, report__embedded=200, data__validation="query_half", train__validate_every=1
-    )
-    return workdir, train(config, workdir, console=QUIET)
+    return workdir, train(small.config(**FIELDS), workdir, console=QUIET)
 
 
 def test_every_figure_is_drawn_and_lies_in_the_one_page(run):
@@ -98,10 +96,17 @@ def test_another_k_has_a_report_of_its_own(run):
     assert (workdir / "report" / "index.html").read_bytes() == before
 
 
-def test_the_same_run_gives_the_same_bytes(run):
-    workdir, _ = run
+def test_a_run_that_was_stopped_before_its_report_draws_the_same(run):
+    """Also if the last line of its log is incomplete."""
+    workdir, results = run
     before = {path.name: path.read_bytes() for path in (workdir / "report").glob("*.png")}
-    evaluate(workdir, console=QUIET)
+    (workdir / "report" / "index.html").unlink()
+    log = workdir / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 16, "epo')
+    assert train(small.config(**FIELDS), workdir, console=QUIET)["map"] == results["map"]
+    log.write_text(whole)
+    assert (workdir / "report" / "index.html").exists()
     assert {path.name: path.read_bytes() for path in (workdir / "report").glob("*.png")} == before
 
 
@@ -117,27 +122,9 @@ def test_a_run_of_an_earlier_version_is_measured_and_reported(run):
     path.write_text(whole)
 
 
-def test_a_run_that_was_stopped_before_its_report_draws_it(run):
-    workdir, results = run
-    (workdir / "report" / "index.html").unlink()
-    config = small.config(
-        report__write=True, report__embedded=200, data__validation="query_half", train__validate_every=1
-    )
-    assert train(config, workdir, console=QUIET)["map"] == results["map"]
-    assert (workdir / "report" / "index.html").exists()
-
-
-def test_a_log_cut_short_does_not_end_the_report(run):
-    workdir, _ = run
-    path = workdir / "metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + '{"step": 16, "epo')
-    evaluate(workdir, console=QUIET)
-    path.write_text(whole)
-
-
-def test_figures_that_are_no_more_drawn_are_removed(tmp_path):
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "stale.png").write_bytes(b"")
-    path = report.publish(tmp_path / "report", [Picture("new", b"png", "title")], "<p>\udce9</p>")
+def test_pictures_that_are_no_longer_drawn_are_removed(tmp_path):
+    (tmp_path / "stale.png").write_bytes(b"")
+    sections = [Section("Pictures", [Picture("new", b"png", "title")])]
+    path = report.write_page(tmp_path, "\udce9", "lead", [], sections, notes=[], config=small.config())
     assert sorted(file.name for file in path.parent.iterdir()) == ["index.html", "new.png"]
+    assert "\\udce9" in path.read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import rich.console
 
 import cib_jax as cib
 from cib_jax import errors
-from cib_jax.commands.compare import cell, methods
+from cib_jax.commands.compare import make_cell, parse_methods
 from cib_jax.commands.evaluate import evaluate
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
@@ -159,10 +159,11 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
 
 
 def test_runs_of_a_comparison_get_places_of_their_own(tmp_path):
-    one, other = (cell(placed("gs://bucket/t/"), methods("cibhash")[0], 16, seed, tmp_path).config for seed in (0, 1))
+    (row,), bucket = parse_methods("cibhash"), placed("gs://bucket/t/")
+    one, other = (make_cell(bucket, row, 16, seed, tmp_path).config for seed in (0, 1))
     assert one.train.checkpoint_dir == "gs://bucket/t/cibhash/16-bits-seed-0"
     assert other.train.checkpoint_dir != one.train.checkpoint_dir
-    alone = cell(placed(""), methods("cibhash")[0], 16, 0, tmp_path)
+    alone = make_cell(placed(""), row, 16, 0, tmp_path)
     assert alone.config.train.checkpoint_dir == ""
 
 

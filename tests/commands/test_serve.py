@@ -1,9 +1,8 @@
-"""The search page beside a notebook: its process, its frame, its end."""
+"""The search page of an index beside a notebook: its process, its frame, its end."""
 
 import http.client
 import importlib.machinery
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +12,9 @@ import pytest
 
 from cib_jax.commands import serve
 from cib_jax.commands.serve import Page, serve_notebook
-from cib_jax.errors import IndexFolderError, WebError
-from cib_jax.web.server import BindError
+from cib_jax.errors import IndexFolderError, UserError, WebError
 from tests.commands import indexing
+from tests.end_to_end.processes import gone, wait_until
 
 PUBLIC = "https://7860-m-s-abc.us-west1-0.prod.colab.dev/"
 
@@ -64,7 +63,7 @@ def ask(port, path="/", method="GET", body=None, **headers):
         connection.close()
 
 
-def test_on_colab_its_frame_works_and_ends_with_the_notebook(index, colab, capsys):
+def test_on_colab_its_frame_works_and_can_be_stopped(index, colab, capsys):
     """Colab's proxy asks by the public name or as localhost; the browser tells the public origin in both cases."""
     page = serve_notebook(index, port=0)
     assert page.running
@@ -84,60 +83,70 @@ def test_on_colab_its_frame_works_and_ends_with_the_notebook(index, colab, capsy
         assert (status, json.loads(content)["results"][0]["distance"]) == (200, 0)
     assert ask(page.port, Host="7860-m-s-evil.us-west1-0.prod.colab.dev")[0] == 421
     assert ask(page.port, "/search", "POST", photo, Host=name, Origin="https://evil.example")[0] == 403
-    page._process.stdin.close()  # as where the kernel is killed
-    page._process.wait(60)
-    with pytest.raises(WebError, match=r"^the page at https://7860-.* has been stopped; serve it again"):
+    page.stop()
+    with pytest.raises(WebError, match=r"https://7860-"):
         page.show()
+
+
+def test_the_server_ends_with_the_process_that_started_it():
+    """Which a shell stands for that is killed."""
+    watched = (
+        f"import os, time; os.environ[{serve.PARENT!r}] = str(os.getppid()); from cib_jax.commands import serve; "
+        "serve.stop_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    shell = subprocess.Popen(["sh", "-c", '"$0" -c "$1"; true', sys.executable, watched], stdout=subprocess.PIPE)
+    number = int(shell.stdout.readline())
+    shell.kill()
+    shell.wait()
+    wait_until([], lambda: gone(number), timeout=30)
 
 
 def test_served_again_it_takes_the_place_of_the_page_before(index, monkeypatch):
     """The server is a stand-in that answers at once."""
     program = (
-        "import http.server, json, socketserver, sys; told = json.loads(sys.stdin.readline()); "
+        "import http.server, socketserver, sys; given = dict(one.split('=', 1) for one in sys.argv[1:]); "
         "handler = type('H', (http.server.BaseHTTPRequestHandler,), {'do_GET': lambda self: self.send_response(200)"
-        " or self.end_headers()}); assert told['frames'][0] == 'http://localhost:*' and told['hosts'] == []; "
-        "socketserver.TCPServer.allow_reuse_address = True; "
-        "socketserver.TCPServer((told['host'], told['port']), handler).serve_forever()"
+        " or self.end_headers()}); assert given['--frames'].startswith('http://localhost:*') and '--names' not in given"
+        "; socketserver.TCPServer.allow_reuse_address = True; "
+        "socketserver.TCPServer((given['--host'], int(given['--port'])), handler).serve_forever()"
     )
     started = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda line, **how: started([line[0], "-c", program], **how))
+    monkeypatch.setattr(subprocess, "Popen", lambda line, **how: started([line[0], "-c", program, *line[3:]], **how))
     first = serve_notebook(index, port=0)
     second = serve_notebook(index, port=first.port)
     assert second.url == f"http://127.0.0.1:{first.port}/"
-    assert (first.running, first._process.returncode, second.running) == (False, -signal.SIGTERM, True)
+    assert (first.running, second.running) == (False, True)
     shown = second.show(height=500)._repr_html_()
-    assert f'src="{second.url}"' in shown and 'height="500"' in shown
-    serve._stop_all()
+    assert f'src="{second.url}' in shown and 'height="500"' in shown
+    serve.stop_all()
     assert not second.running
     second.stop()
 
 
-def test_what_cannot_be_served_is_told_in_a_sentence(index, tmp_path):
-    with pytest.raises(IndexFolderError, match=r"^--index: there is no index at"):
+def test_what_cannot_be_served_is_an_error_of_one_sentence(index, tmp_path):
+    with pytest.raises(IndexFolderError, match=r"^--index\b"):
         serve_notebook(tmp_path / "nothing")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(BindError, match=f"^--port: {port} is in use by another program; give another port"):
+        with pytest.raises(UserError, match=rf"^--port\b.*{port}"):
             serve_notebook(index, port=port)
 
 
 @pytest.mark.parametrize(
     ("program", "patience", "told"),
     [
-        ("print('some log'); raise SystemExit('--x: it is wrong; mend it')", 60, "started: --x: it is wrong; mend it$"),
-        ("raise SystemExit(3)", 60, "could not be started: it said nothing$"),
-        ("import time; time.sleep(60)", 0, "did not answer in 0 seconds; serve it again$"),
+        ("print('some log'); raise SystemExit('cib_jax: --x is wrong; mend it')", 60, ": --x is wrong; mend it$"),
+        ("raise SystemExit(3)", 60, "nothing$"),
+        ("import time; time.sleep(60)", 0, "0 seconds"),
     ],
 )
-def test_a_process_that_does_not_serve_is_told_of_and_ended(tmp_path, program, patience, told):
+def test_a_process_that_does_not_serve_is_an_error_and_is_ended(tmp_path, program, patience, told):
     with (tmp_path / "log").open("w+b") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=log, stderr=subprocess.STDOUT)
         page = Page(process, log, 1, None)
         with pytest.raises(WebError, match=told):
-            serve._await(page, patience)
+            page.wait(patience)
         page.stop()
         assert not page.running
