@@ -1,5 +1,7 @@
 """Feature vectors of any model in .npy, .npz, .safetensors or .parquet files: validated, and mapped where possible."""
 
+import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,12 +30,12 @@ _SAFETENSORS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16":
 _SAFETENSORS |= {"I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 
 
+@dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Rows of an array, which may be a memory map."""
+    """Rows of an array, which may be a memory map; each row is one vector or several views."""
 
-    def __init__(self, array: Shaped[np.ndarray, "items ..."], identity: str):
-        """Wraps an array, each row of which is one vector or several views."""
-        self.array, self.identity = array, identity
+    array: Shaped[np.ndarray, "items ..."]
+    identity: str
 
     def __len__(self) -> int:
         return len(self.array)
@@ -58,21 +60,12 @@ def load(path: str, *, labeled: bool = True, cache_root: pathlib.Path | None = N
     """Returns the feature vectors of a file, [items, features] or [items, views, features] in float16, 32 or 64.
 
     A .npy or .safetensors file is mapped and may be larger than memory, a .npz file is read completely, and a .parquet
-    file is copied once, row group by row group, into a .npy file.
+    file is copied once, row group by row group, into a .npy file under `cache_root`, or read if that is None.
 
     The features are the array of a .npy file, and called `features` in the others. Optional labels are `labels`
     (numbers [items] or multi-hot [items, classes]) or, in a .parquet file, the columns of `dataset.parse_labels`;
     optional names of the items are `ids`, or the column `id`. The files NAME.labels.npy and NAME.ids.txt beside any of
     them serve as well.
-
-    Args:
-      path: Path of the file.
-      labeled: Whether labels are used.
-      cache_root: Folder for the copy of a .parquet file; None reads the file into memory.
-      bar: Progress-bar factory.
-
-    Raises:
-      DataError: The file cannot be read, or has an invalid value.
     """
     path = os.path.expanduser(path)
     content = _read(path, cache_root)
@@ -87,11 +80,7 @@ def load(path: str, *, labeled: bool = True, cache_root: pathlib.Path | None = N
 
 
 def map_features(path: str) -> tuple[Shaped[np.ndarray, "items ..."], Sequence[str] | None]:
-    """Returns the features of a .npy or .safetensors file as a memory map, and the ids of its items, if any.
-
-    Raises:
-      DataError: The file has another format, or holds no features.
-    """
+    """Returns the features of a .npy or .safetensors file as a memory map, and the ids of its items, if any."""
     path = os.path.expanduser(path)
     if (extension := os.path.splitext(path)[1].lower()) not in (".npy", ".safetensors"):
         raise _error(
@@ -121,10 +110,6 @@ def _read(path: str, cache_root: pathlib.Path | None) -> _Content:
         raise _error(
             f"{path} cannot be read as {extension} ({type(error).__name__}: {first_line(error)}); save it again"
         ) from error
-
-
-def _read_npy(path: str, cache_root: pathlib.Path | None) -> _Content:
-    return _Content(np.load(path, mmap_mode="r"))
 
 
 def _read_npz(path: str, cache_root: pathlib.Path | None) -> _Content:
@@ -163,10 +148,11 @@ def _read_parquet(path: str, cache_root: pathlib.Path | None) -> _Content:
     file = pyarrow.parquet.ParquetFile(path)
     names = file.schema_arrow.names
     _validate_names(path, names)
-    columns = file.read([name for name in ("label", "labels", "id") if name in names]).to_pydict()
-    labels = {name: columns[name] for name in ("label", "labels") if name in columns}
-    if len(labels) > 1:
-        del labels["labels"]
+    label = [name for name in ("label", "labels") if name in names][:1]
+    columns = file.read([*label, *(name for name in names if name == "id")]).to_pydict()
+    labels = {name: columns[name] for name in label}
+    if not file.metadata.num_rows:
+        raise _error(f"{path} holds no row; give one for each item")
     if cache_root is None:
         features = np.concatenate(list(_row_groups(path, file)))
     else:
@@ -175,7 +161,7 @@ def _read_parquet(path: str, cache_root: pathlib.Path | None) -> _Content:
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path | None], _Content]] = {
-    ".npy": _read_npy,
+    ".npy": lambda path, _: _Content(np.load(path, mmap_mode="r")),
     ".npz": _read_npz,
     ".parquet": _read_parquet,
     ".safetensors": _read_safetensors,
@@ -211,24 +197,16 @@ def _copy_parquet(path: str, file: pyarrow.parquet.ParquetFile, cache_root: path
             cache.create_folder(cache_root, key)
             # Written rather than mapped: on a full disk, writing to a map would kill the process.
             with replacing(copy) as part, part.open("wb") as out:
-                _write_npy(path, file, out, folder)
+                for rows in _row_groups(path, file):
+                    if not out.tell():
+                        shape = (file.metadata.num_rows, rows.shape[1])
+                        size = int(np.prod(shape)) * rows.itemsize
+                        cache.validate_free_space(folder, size, "prepared features", "free some space")
+                        header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(out, header)
+                    out.write(np.ascontiguousarray(rows).data)
     cache.mark_used(folder)
     return copy
-
-
-def _write_npy(path: str, file: pyarrow.parquet.ParquetFile, out: Any, folder: pathlib.Path) -> None:
-    count = file.metadata.num_rows
-    if not count:
-        raise _error(f"{path} holds no row; give one for each item")
-    for rows in _row_groups(path, file):
-        if not out.tell():
-            shape = (count, rows.shape[1])
-            cache.validate_free_space(
-                folder, int(np.prod(shape)) * rows.itemsize, "prepared features", "free some space"
-            )
-            header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(out, header)
-        out.write(np.ascontiguousarray(rows).data)
 
 
 # Validation
@@ -245,10 +223,7 @@ def _validate_type(path: str, features: Any) -> None:
             f"{path} must hold an array [items, features] or [items, views, features], got {list(features.shape)}"
         )
     if features.dtype != ml_dtypes.bfloat16 and features.dtype.kind != "f":
-        raise _error(
-            f"{path} must hold floating-point numbers, got {features.dtype}; convert them, for example with "
-            ".astype('float32')"
-        )
+        raise _error(f"{path} must hold floating-point numbers, got {features.dtype}; apply .astype('float32')")
 
 
 def _validate_values(path: str, features: Any, bar: Bar) -> None:
@@ -256,15 +231,14 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
     if len(features) < FEWEST:
         raise _error(f"{path} must hold at least {FEWEST} items, and some hundred to be useful, got {len(features)}")
     count, first, varies = 0, None, False
-    width, reference = features.shape[-1], np.asarray(features[0]).reshape(-1, features.shape[-1])[0]
+    reference = np.asarray(features[0]).reshape(-1, features.shape[-1])[0]
     with bar("Checking features", len(features)) as advance:
         for start in range(0, len(features), BLOCK):
             block = np.asarray(features[start : start + BLOCK])
-            finite = np.isfinite(block)
-            if not finite.all():
-                first = first or (start + int(np.argwhere(~finite)[0][0]), int(np.argwhere(~finite)[0][-1]))
-                count += int((~finite).sum())
-            varies = varies or bool((block.reshape(-1, width) != reference).any())
+            if len(bad := np.argwhere(~np.isfinite(block))):
+                first = first or (start + int(bad[0][0]), int(bad[0][-1]))
+                count += len(bad)
+            varies = varies or bool((block != reference).any())
             advance(len(block))
     if first is not None:
         raise _error(
@@ -284,13 +258,10 @@ def _ids(path: str, content: _Content) -> Sequence[str] | None:
     if ids is None and os.path.isfile(text_file):
         with open(text_file, encoding="utf-8", errors="surrogateescape") as file:
             ids = file.read().splitlines()
-    if ids is None:
-        return None
-    if len(ids) != len(content.features):
+    if ids is not None and len(ids) != len(content.features):
         raise _error(f"{path} must have one id per row, got {len(ids):,} for {len(content.features):,} rows")
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        repeated = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    if ids is not None and len(set(ids)) < len(ids):
+        repeated = collections.Counter(ids).most_common(1)[0][0]
         raise _error(f"{path} must have distinct ids, got {repeated!r} more than once")
     return ids
 

@@ -11,16 +11,7 @@ from cib_jax.data.photo_cache import PhotoCache
 
 
 def load(data: DataConfig, cache_root: pathlib.Path | None = None, bar: Bar = no_bar) -> Source:
-    """Returns the data set that a data config names.
-
-    Args:
-      data: Name of the data set and how it is loaded.
-      cache_root: Folder for prepared photos and copied features; required for a folder or a list of photos.
-      bar: Progress-bar factory for preparing photos and checking features; TFDS shows its own bars.
-
-    Raises:
-      DataError: The data set does not exist, cannot be downloaded or prepared, or has invalid content.
-    """
+    """Returns the data set that a data config names; photos and copied features are kept under `cache_root`."""
     if data.name in DATA_SETS:
         return DATA_SETS[data.name](data.directory)
     if data.name == "features":
