@@ -19,6 +19,7 @@ import safetensors.numpy
 from jaxtyping import Shaped, UInt8
 
 from cib_jax.data.dataset import Bar, data_error, no_bar
+from cib_jax.errors import DataError
 from cib_jax.files import locked, replacing, short_reason, write_bytes
 
 KEY_FILE = "made_of.json"
@@ -80,22 +81,18 @@ def write_errors(folder: pathlib.Path, content: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise data_error(
-            "config.cache.dir",
-            f"{content} cannot be written to {folder} ({short_reason(error)}); free some space, or choose another "
-            "place with --config.cache.dir=DIR",
-        ) from error
+        raise _error(f"{content} cannot be written to {folder} ({short_reason(error)}); free some space") from error
 
 
 def validate_free_space(folder: pathlib.Path, needed: int, content: str, remedy: str) -> None:
     """Checks that the disk of `folder` has `needed` bytes free for `content`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise data_error(
-            "config.cache.dir",
-            f"{content} need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; {remedy}, or "
-            "choose another place with --config.cache.dir=DIR",
-        )
+        raise _error(f"{content} need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} free; {remedy}")
+
+
+def _error(problem: str) -> DataError:
+    return data_error("config.cache.dir", f"{problem}, or choose another place with --config.cache.dir=DIR")
 
 
 # Locks

@@ -257,11 +257,8 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
     several |= "labels" in columns and all(value is None for value in values)
     empty = [row for row, value in enumerate(values) if not several and (value is None or value == "")]
     if empty:
-        raise config_error(
-            "dir",
-            f"{path}, row {empty[0] + 1}: label is empty; give each row one, or name the column 'labels' if rows may "
-            "have none",
-        )
+        remedy = "give each row one, or name the column 'labels' if rows may have none"
+        raise config_error("dir", f"{path}, row {empty[0] + 1}: label is empty; {remedy}")
     rows = [list(value or ()) for value in values] if several else [[value] for value in values]
     found = {name for row in rows for name in row}
     if not found:
@@ -305,11 +302,10 @@ def stream(
             return resized(images, int(index), stored_size)
         image = images[int(index)]
         if image.shape != first:
-            raise config_error(
-                "stored_size",
-                f"it must be set for images of different sizes, got 0 with shapes {first} and {image.shape} (image "
-                f"{index}); set it to the side in pixels to which all are resized, such as 256",
-            )
+            shapes = f"{first} and {image.shape} (image {index})"
+            remedy = "set it to the side in pixels to which all are resized, such as 256"
+            problem = f"it must be set for images of different sizes, got 0 with shapes {shapes}"
+            raise config_error("stored_size", f"{problem}; {remedy}")
         return image
 
     pipeline = grain.MapDataset.source(np.asarray(order)).map(fetch).batch(batch_size)

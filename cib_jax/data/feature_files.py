@@ -83,10 +83,8 @@ def map_features(path: str) -> tuple[Shaped[np.ndarray, "items ..."], Sequence[s
     """Returns the features of a .npy or .safetensors file as a memory map, and the ids of its items, if any."""
     path = os.path.expanduser(path)
     if (extension := os.path.splitext(path)[1].lower()) not in (".npy", ".safetensors"):
-        raise _error(
-            f"{path} must be a .npy or .safetensors file, which can be mapped, got {extension or 'no extension'}; "
-            "save the features in one of these formats"
-        )
+        problem = f"{path} must be a .npy or .safetensors file, which can be mapped, got {extension or 'no extension'}"
+        raise _error(f"{problem}; save the features in one of these formats")
     content = _read(path, None)
     _validate_type(path, content.features)
     return content.features, _ids(path, content)
@@ -107,9 +105,8 @@ def _read(path: str, cache_root: pathlib.Path | None) -> _Content:
     except DataError:
         raise
     except Exception as error:  # each reader has its own classes; all mean that the content does not fit the name
-        raise _error(
-            f"{path} cannot be read as {extension} ({type(error).__name__}: {first_line(error)}); save it again"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise _error(f"{path} cannot be read as {extension} ({reason}); save it again") from error
 
 
 def _read_npz(path: str, cache_root: pathlib.Path | None) -> _Content:
@@ -219,9 +216,8 @@ def _validate_names(path: str, names: Sequence[str]) -> None:
 
 def _validate_type(path: str, features: Any) -> None:
     if features.ndim not in (2, 3) or 0 in features.shape[1:]:
-        raise _error(
-            f"{path} must hold an array [items, features] or [items, views, features], got {list(features.shape)}"
-        )
+        shape = list(features.shape)
+        raise _error(f"{path} must hold an array [items, features] or [items, views, features], got {shape}")
     if features.dtype != ml_dtypes.bfloat16 and features.dtype.kind != "f":
         raise _error(f"{path} must hold floating-point numbers, got {features.dtype}; apply .astype('float32')")
 
@@ -241,10 +237,8 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
             varies = varies or bool((block != reference).any())
             advance(len(block))
     if first is not None:
-        raise _error(
-            f"{path} must hold finite values, got {count:,} others, the first in row {first[0]}, column {first[1]}; "
-            "correct or remove those rows"
-        )
+        problem = f"got {count:,} others, the first in row {first[0]}, column {first[1]}"
+        raise _error(f"{path} must hold finite values, {problem}; correct or remove those rows")
     if not varies:
         raise _error(f"{path} holds the same vector in every row, from which nothing can be learned")
 
@@ -268,31 +262,25 @@ def _ids(path: str, content: _Content) -> Sequence[str] | None:
 
 def _labels(path: str, content: _Content) -> tuple[Labels | None, Sequence[str]]:
     labels = content.labels
-    array_file = f"{os.path.splitext(path)[0]}.labels.npy"
+    array_file, ignore = f"{os.path.splitext(path)[0]}.labels.npy", "or ignore labels with --config.data.labelled=False"
     if labels is None and os.path.isfile(array_file):
         try:
             labels = np.atleast_1d(np.load(array_file))
         except (OSError, ValueError, EOFError) as error:
-            raise _error(
-                f"{array_file} cannot be read as .npy ({first_line(error)}); save it again, or ignore labels with "
-                "--config.data.labelled=False"
-            ) from error
+            problem = f"{array_file} cannot be read as .npy ({first_line(error)})"
+            raise _error(f"{problem}; save it again, {ignore}") from error
     if labels is None:
         return None, []
     if isinstance(labels, dict):
         return parse_labels(path, labels)
     labels = np.asarray(labels)
     if len(labels) != len(content.features):
-        raise _error(
-            f"{path} must have one label per row, got {len(labels):,} for {len(content.features):,} rows; correct "
-            "them, or ignore labels with --config.data.labelled=False"
-        )
+        counts = f"{len(labels):,} for {len(content.features):,} rows"
+        raise _error(f"{path} must have one label per row, got {counts}; correct them, {ignore}")
     if labels.ndim == 2 and np.isin(labels, (0, 1)).all():
         return labels.astype(bool), []
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
-        raise _error(
-            f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes], got "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
+        problem = f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes]"
+        raise _error(f"{problem}, got {labels.dtype} {list(labels.shape)}")
     names, numbers = np.unique(labels, return_inverse=True)
     return numbers.astype(np.int64), [str(name) for name in names.tolist()]

@@ -88,14 +88,10 @@ class Photos:
         # A single file may disappear; if its whole folder did, a disk was unmounted.
         gone = next((folder for folder in (self.root, os.path.dirname(path)) if _is_missing_or_empty(folder)), None)
         if isinstance(error, FileNotFoundError) and gone:
-            raise _error(
-                f"{printable(gone)} is missing or empty; mount its disk and repeat the command, or list other photos"
-            )
+            raise _error(f"{printable(gone)} is missing or empty; mount its disk and try again, or list other photos")
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS):
             reason = short_reason(error) if isinstance(error, OSError) else "out of memory"
-            raise _error(
-                f"{printable(path)} cannot be read now ({reason}), through no error in it; repeat the command later"
-            )
+            raise _error(f"{printable(path)} cannot be read now ({reason}), through no error in it; try again later")
 
 
 def _is_missing_or_empty(folder: str) -> bool:

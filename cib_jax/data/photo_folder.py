@@ -78,10 +78,8 @@ def _prepare(
     unreadable = [*closed, *prepared.unreadable]
     if len(prepared.kept) < FEWEST:
         first = f" (the first: {unreadable[0]})" if unreadable else ""
-        raise _error(
-            f"{source} must have at least {FEWEST} readable photos, and some hundred to learn from, got "
-            f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
-        )
+        counts = f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
+        raise _error(f"{source} must have {FEWEST} readable photos or more, hundreds to learn from, got {counts}")
     return prepared._replace(unreadable=unreadable)
 
 

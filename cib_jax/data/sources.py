@@ -18,11 +18,9 @@ def load(data: DataConfig, cache_root: pathlib.Path | None = None, bar: Bar = no
         return feature_files.load(data.directory, labeled=data.labeled, cache_root=cache_root, bar=bar)
     if data.name in ("folder", "list"):
         if not data.stored_size or cache_root is None:
-            raise config_error(
-                "stored_size",
-                f"it must be positive for a folder or a list of photos, got {data.stored_size}; set it to the side in "
-                "pixels to which all are resized, such as 160",
-            )
+            problem = f"it must be positive for a folder or a list of photos, got {data.stored_size}"
+            remedy = "set it to the side in pixels to which all are resized, such as 160"
+            raise config_error("stored_size", f"{problem}; {remedy}")
         cache = PhotoCache(cache_root, data.stored_size, data.max_megapixels, bar)
         load_photos = photo_folder.load_folder if data.name == "folder" else photo_folder.load_list
         return load_photos(data.directory, cache, labeled=data.labeled)

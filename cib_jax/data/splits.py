@@ -239,10 +239,8 @@ def _draw_training(database: ImageSet, protocol: Protocol, generator: np.random.
     if protocol.train_per_class:
         return _draw_per_class(database, protocol.train_per_class, generator, "train_per_class")
     if protocol.train_images > len(database) and protocol.name != "own":
-        raise config_error(
-            "train_images",
-            f"{protocol.name} needs {protocol.train_images}, but the database has {len(database)} images; try 'own'",
-        )
+        problem = f"{protocol.name} needs {protocol.train_images}, but the database has {len(database)} images"
+        raise config_error("train_images", f"{problem}; try 'own'")
     if 0 < protocol.train_images < len(database):
         return np.sort(generator.choice(len(database), protocol.train_images, replace=False))
     return None

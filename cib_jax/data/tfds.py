@@ -46,11 +46,9 @@ def _open_builder(name: str, directory: str, place: str) -> Any:
     base = name.partition("/")[0].partition(":")[0]
     if base not in BUILDERS and base not in (known := tfds.list_builders(with_community_datasets=False)):
         hint = did_you_mean(base, [*known, *BUILDERS], most=3).rstrip()
-        raise config_error(
-            "name",
-            f"it must be digits, folder, list, features, {', '.join(BUILDERS)} or a data set of tensorflow-datasets, "
-            f"got {name!r}; {hint or 'see https://www.tensorflow.org/datasets/catalog'}",
-        )
+        allowed = f"digits, folder, list, features, {', '.join(BUILDERS)} or a data set of tensorflow-datasets"
+        remedy = hint or "see https://www.tensorflow.org/datasets/catalog"
+        raise config_error("name", f"it must be {allowed}, got {name!r}; {remedy}")
     try:
         # array_record is the only format with random access and without TensorFlow.
         return tfds.builder(name, data_dir=directory or None, file_format="array_record")
@@ -72,11 +70,9 @@ def _prepare(builder: Any, name: str, place: str, raw_directory: str) -> None:
         raise
     except Exception as error:  # the remedies do not depend on the class
         if "TensorFlow itself is needed" in str(error):
-            raise config_error(
-                "name",
-                f"{name} can only be prepared with TensorFlow ({_describe(error)}); install it, or prepare the set "
-                "elsewhere with `tfds build --file_format=array_record`",
-            ) from error
+            problem = f"{name} can only be prepared with TensorFlow ({_describe(error)})"
+            remedy = "install it, or prepare the set elsewhere with `tfds build --file_format=array_record`"
+            raise config_error("name", f"{problem}; {remedy}") from error
         remedy = "run the same command with network and --config.data.dir=DIR, then copy DIR here and set it"
         problem = f"{place} is not prepared, and preparing it failed ({_describe(error)})"
         raise config_error("dir", f"{problem}; {'see docs/data.md' if own else remedy}") from error

@@ -120,11 +120,9 @@ class Nuswide(PublishedBuilder):
         listed = ((names[row], images / names[row], {"labels": hot[row]}) for row in np.flatnonzero(hot.any(axis=1)))
         yield from _read_images(listed, missing)
         if len(missing) == hot.any(axis=1).sum():
-            raise _error(
-                f"none of the {len(missing):,} listed images is in {images} (the first: {missing[0]}); unpack the "
-                "images so that this path is right"
-            )
-        self.info.metadata["left_out"] = [[file.path, file.reason] for file in missing]
+            problem = f"none of the {len(missing):,} listed images is in {images} (the first: {missing[0]})"
+            raise _error(f"{problem}; unpack the images so that this path is right")
+        self.info.metadata["left_out"] = list(map(list, missing))
 
 
 def read_nuswide(root: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images concepts"], list[str]]:
@@ -183,18 +181,14 @@ class Mscoco(PublishedBuilder):
             )
             listed += [file for file in files if file[2]["labels"].any()]
         if total == WHOLE and len(listed) != LABELED:
-            raise _error(
-                f"{LABELED:,} of the {total:,} images in {root} must have an object, as published, got "
-                f"{len(listed):,}; download the annotations again"
-            )
+            problem = f"{LABELED:,} of the {total:,} images in {root} must have an object, as published"
+            raise _error(f"{problem}, got {len(listed):,}; download the annotations again")
         self.info.metadata["classes"] = categories
         missing: list[Unreadable] = []
         yield from _read_images(listed, missing)
         if missing:
-            raise _error(
-                f"{len(missing):,} of {len(listed):,} images are missing or unreadable (the first: {missing[0]}); COCO "
-                "is published completely, so unpack its archives again"
-            )
+            problem = f"{len(missing):,} of {len(listed):,} images are missing or unreadable (the first: {missing[0]})"
+            raise _error(f"{problem}; COCO is published completely, so unpack its archives again")
 
 
 def read_mscoco(path: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images categories"], list[str]]:
@@ -239,11 +233,9 @@ def without_tensorflow() -> Iterator[None]:
 
         original = _ImageEncoder._encode_image
     except (ImportError, AttributeError) as error:
-        raise config_error(
-            "name",
-            f"preparing data sets without TensorFlow needs tensorflow-datasets 4.9.10, got {tfds.__version__} "
-            f"({first_line(error)}); install that version, or TensorFlow",
-        ) from error
+        problem = f"preparing data sets without TensorFlow needs tensorflow-datasets 4.9.10, got {tfds.__version__}"
+        remedy = "install that version, or TensorFlow"
+        raise config_error("name", f"{problem} ({first_line(error)}); {remedy}") from error
     # TFDS imports TensorFlow lazily, through this one object, which stores the module under this name. A module in
     # sys.modules would be visible to every other library, too.
     vars(lazy_module)["_module"] = _stand_in()
