@@ -525,6 +525,3 @@ def _sample(
                 count += 1
                 advance(1, "")
     return images[:count]
-
-
-# jobs.index: Photos indexed for searching: what came, changed or went since the last time is found, and only that redone.

@@ -84,8 +84,8 @@ def initialize(
       processes: Number of processes; None takes it from the environment.
       detect: Whether there must be several processes. If False, and without `coordinator`, a process without other
         processes in its environment stays alone.
-      report: Function that is called with a message when the others are awaited, and when they did not come. The program
-        then ends with exit code 2, since JAX would abort it.
+      report: Function that is called with a message when the others are awaited, and when they did not come. The
+        program then ends with exit code 2, since JAX would abort it.
 
     Raises:
       DistributedError: The arguments do not go together, or the other processes could not be found.

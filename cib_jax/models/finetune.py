@@ -80,8 +80,8 @@ def validate_fine_tune(how: FineTune, backbone: Backbone, image_size: int, *, fr
         return
     if frozen:
         name = how.asked[0]
-        default = getattr(FineTune(), name)
-        raise _error(name, f"must be {default} for a frozen backbone, got {getattr(how, name)}; or set frozen to False")
+        default, given = getattr(FineTune(), name), getattr(how, name)
+        raise _error(name, f"must be {default} for a frozen backbone, got {given}; or set frozen to False")
     if not how.keeps:
         return
     if from_scratch:
@@ -202,7 +202,7 @@ def join_states(first: State, second: State) -> Tree:
 def kernel_shapes(shapes: State) -> Iterator[tuple[tuple[Any, ...], tuple[int, int]]]:
     """Yields the path, the number of rows and that of columns of every kernel that LoRA applies to, in a fixed order.
 
-    These are matrices [inputs, outputs] and convolutions [height, width, inputs, outputs]. The rows of a convolution are
+    These are matrices [inputs, outputs] and convolutions [height, width, inputs, outputs]. Rows of a convolution are
     the pixels under it, channel by channel: A is a convolution to few channels and B a 1×1 convolution. Depthwise
     kernels have no inputs to mix and are left out.
 

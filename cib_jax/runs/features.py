@@ -7,6 +7,7 @@ import importlib.resources
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ PART = 4096
 """Images per file of features, approximately: what an interrupted run can lose, and what is in memory at a time."""
 
 # Files that decide the features of images: if one of them changes, so may the features, and the cache is not used.
-_CODE = (
+CODE = (
     "augment/augment.py",
     "augment/geometry.py",
     "augment/color.py",
@@ -221,6 +222,24 @@ def _of_features(
     return np.concatenate([np.asarray(row) for row in rows])
 
 
+def cache_key(run: RunContext, images: ImageSet, batches: Callable[..., Batches]) -> dict[str, Any]:
+    """Returns everything that decides a frozen backbone's features of images, except for their views."""
+    return {
+        # Data sets that know what their files hold are not decoded to find their features.
+        "images": identity(images.images) or cache.digest_of_images(batches()),
+        "stored_size": run.config.data.stored_size,
+        "backbone": run.encoder.backbone.name,
+        "weights": run.fingerprint,
+        "image_size": run.encoder.image_size,
+        "dtype": run.config.backbone_dtype,
+        "batch": run.config.encode_batch,
+        "device": jax.devices()[0].device_kind,
+        "devices": sharding.mesh_size(run.mesh),
+        "jax": jax.__version__,
+        "code": digest_of_code(),
+    }
+
+
 class _CachedFeatures:
     """The cached parts of one set of features. Errors of the cache are reported, and never end the run."""
 
@@ -232,24 +251,7 @@ class _CachedFeatures:
         if config.cache.dir == "none" or run.standard is not None:  # given features are in a file already
             return
         root = pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else cache.home() / "features"
-        self.cache = FeatureCache(
-            root,
-            made_of
-            | {
-                # Data sets that know what their files hold are not decoded to find their features.
-                "images": identity(images.images) or cache.digest_of_images(batches()),
-                "stored_size": config.data.stored_size,
-                "backbone": run.encoder.backbone.name,
-                "weights": run.fingerprint,
-                "image_size": run.encoder.image_size,
-                "dtype": config.backbone_dtype,
-                "batch": config.encode_batch,
-                "device": jax.devices()[0].device_kind,
-                "devices": sharding.mesh_size(run.mesh),
-                "jax": jax.__version__,
-                "code": _digest_of_code(),
-            },
-        )
+        self.cache = FeatureCache(root, made_of | cache_key(run, images, batches))
 
     def read(self, part: str, shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."] | None:
         if self.cache is None:
@@ -313,8 +315,9 @@ class _CachedViews:
 
 
 @functools.cache
-def _digest_of_code() -> str:
-    package = importlib.resources.files("cib_jax")
-    files = [package / name for name in _CODE]
+def digest_of_code(package: Traversable | None = None) -> str:
+    """Returns a digest of the source files that decide features: those of `CODE` and of all models."""
+    package = package or importlib.resources.files("cib_jax")
+    files = [package / name for name in CODE]
     files += sorted((file for file in (package / "models").iterdir() if file.name.endswith(".py")), key=str)
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]

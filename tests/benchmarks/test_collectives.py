@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import collectives
-from tests.distributed.test_parallel import ROOT
+from tests.end_to_end.processes import ROOT
 
 # One process with 4 devices, since their number is fixed when JAX starts.
 PROGRAM = """

@@ -1,6 +1,8 @@
-"""The main job on a few digits: what it leaves behind, resuming, validation, refusals."""
+"""`--mode=train` on a few digits: its files, resuming to the same bits, validation, refusals."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import shutil
 
@@ -10,20 +12,25 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax import errors
 from cib_jax.commands.evaluate import evaluate
-from cib_jax.commands.train import train, validation
+from cib_jax.commands.train import train
 from cib_jax.config import build
 from cib_jax.distributed import multihost
-from cib_jax.errors import ConfigError, DataError, TrainingError
+from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, WorkdirError
 from cib_jax.inference.serialization import restore_best
 from cib_jax.runs.workdir import claim_workdir, write_json
-from cib_jax.training import input_pipeline
-from tests import pretrained, small
+from cib_jax.training import loop
+from tests import pretrained
+from tests import small as small_runs
 from tests.data import miniature
 
 # Streamed and resident images, parts of a batch and whole ones: other programs, the same bits as users get them.
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
+
+def small(**fields):
+    """Returns the config of a small run, on views of 8 pixels."""
+    return small_runs.config(**{"image_size": 8} | fields)
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "r"
-    results = train(small.config(), workdir, console=rich.console.Console(quiet=True))
+    results = train(small(), workdir, console=rich.console.Console(quiet=True))
     return workdir, results
 
 
@@ -77,7 +84,7 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_again_to_the_same(tmp_pat
     """What it would be judged by is gone; the whole way leads there again."""
     scores = iter([0.5, 0.4, 0.3, 0.5, 0.4, 0.3])
     monkeypatch.setattr("cib_jax.retrieval.metrics.mean_average_precision", lambda *_, **__: next(scores))
-    config = small.config(data__validation="query_half", train__validate_every=1)
+    config = small(data__validation="query_half", train__validate_every=1)
     train(config, tmp_path / "run", console=rich.console.Console(quiet=True))
     judged = params_of(tmp_path / "run", config)
     (tmp_path / "run" / "results.json").unlink()
@@ -85,30 +92,29 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_again_to_the_same(tmp_pat
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-9])
     results = train(config, tmp_path / "run", console=console)
-    assert "/4: the checkpoint cannot be read" in console.export_text(clear=False)
     assert "it was the best one, so training begins again" in console.export_text()
     assert results["best_validation_map"] == 0.5
     assert_same(params_of(tmp_path / "run", config), judged)
 
 
-@pytest.mark.parametrize("after", [4, 10, 12])
+@pytest.mark.parametrize("after", [10, 12])
 def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
     trained, tmp_path, console, monkeypatch, after
 ):
-    """Four steps an epoch: in the middle of one, after its last, and after the last of all."""
+    """Four steps an epoch: in the middle of one, and after the last of all."""
     asked = iter([False] * (after - 1) + [True])
     with monkeypatch.context() as patched:
         patched.setattr(
             "cib_jax.distributed.multihost.sigterm_flag", lambda: contextlib.nullcontext(lambda: next(asked))
         )
         with pytest.raises(multihost.Preempted) as stopped:
-            train(small.config(), tmp_path / "run", console=console)
+            train(small(), tmp_path / "run", console=console)
     assert stopped.value.code == multihost.PREEMPTED_CODE == 75
     assert f"step {after}, in epoch {(after - 1) // 4 + 1} of 3, is saved in {tmp_path}" in stopped.value.message
-    results = train(small.config(), tmp_path / "run", console=console)
+    results = train(small(), tmp_path / "run", console=console)
     assert f"Going on after step {after}, in epoch {(after - 1) // 4 + 1} of 3" in console.export_text()
     assert results["map"] == trained[1]["map"] and results["epochs"] == 3
-    assert_same(params_of(tmp_path / "run", small.config()), params_of(trained[0], small.config()))
+    assert_same(params_of(tmp_path / "run", small()), params_of(trained[0], small()))
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", trained[0])]
     for mine, whole in zip(*(map(json.loads, part) for part in lines), strict=True):
         assert {k: v for k, v in mine.items() if "second" not in k} == pytest.approx(
@@ -127,7 +133,7 @@ def test_a_workdir_describes_itself(trained):
 
 def test_the_hasher_gives_the_codes_of_the_run(trained):
     workdir, _ = trained
-    splits = build.draw_splits(small.config())
+    splits = build.draw_splits(small())
     images = np.stack([splits.query.images[i] for i in range(len(splits.query))])
     assert np.array_equal(cib.Hasher.load(workdir).encode(images), np.load(workdir / "codes" / "query_codes.npy"))
 
@@ -141,10 +147,10 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_t
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 0xFF
         file.write_bytes(content)
-    assert train(small.config(), tmp_path / "r", console=console)["map"] == results["map"]
+    assert train(small(), tmp_path / "r", console=console)["map"] == results["map"]
     said = console.export_text(clear=False).replace("\n", " ")
     assert "is taken" in said and "Going on after epoch 2 of 3" in said
-    assert_same(params_of(tmp_path / "r", small.config()), params_of(workdir, small.config()))
+    assert_same(params_of(tmp_path / "r", small()), params_of(workdir, small()))
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
@@ -152,7 +158,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_t
 def test_a_finished_run_is_not_touched(trained, console):
     workdir, results = trained
     before = (workdir / "results.json").stat().st_mtime_ns
-    assert train(small.config(), workdir, console=console)["map"] == results["map"]
+    assert train(small(), workdir, console=console)["map"] == results["map"]
     assert (workdir / "results.json").stat().st_mtime_ns == before
     assert "holds a finished run" in console.export_text()
 
@@ -170,61 +176,47 @@ def test_evaluation_alone_gives_the_same_figures(trained, console):
         evaluate(workdir, overrides={"bits": 32}, console=console)
 
 
-def test_the_same_seed_gives_the_same_bits(trained, tmp_path, console):
-    workdir, results = trained
-    again = train(small.config(), tmp_path / "again", console=console)
-    assert_same(params_of(workdir, small.config()), params_of(tmp_path / "again", small.config()))
-    assert again["map"] == results["map"]
-
-
 class Interrupted(BaseException):
     """Stands for whatever ends a process between two checkpoints."""
 
 
 def interrupted(monkeypatch, config, workdir, console, steps):
-    """Runs the job until so many steps were taken."""
-    real, taken = input_pipeline._bound, []
+    """Trains until so many steps were taken."""
+    run_loop = loop.run
 
-    def stopping(program, held, mesh):
-        bound = real(program, held, mesh)
+    def stopping(*arguments, hooks, **options):
+        taken = itertools.count(1)
 
-        def counted(*arguments):
-            if len(taken) == steps:
+        def stop():
+            if next(taken) == steps:
                 raise Interrupted
-            taken.append(1)
-            return bound(*arguments)
+            return False
 
-        return counted
+        return run_loop(*arguments, hooks=dataclasses.replace(hooks, stop=stop), **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(input_pipeline, "_bound", stopping)
+        patched.setattr(loop, "run", stopping)
         with pytest.raises(Interrupted):
             train(config, workdir, console=console)
 
 
-@pytest.mark.parametrize("steps", [1, 6])
-def test_an_interrupted_run_resumes_to_the_same_parameters(trained, tmp_path, console, monkeypatch, steps):
+def test_an_interrupted_run_is_evaluated_unfinished_and_resumes_to_the_same(trained, tmp_path, console, monkeypatch):
     workdir, results = trained
-    interrupted(monkeypatch, small.config(), tmp_path / "cut", console, steps)
-    resumed = train(small.config(), tmp_path / "cut", console=console)
-    assert f"Going on after epoch {steps // 4} of 3" in console.export_text()
-    assert_same(params_of(workdir, small.config()), params_of(tmp_path / "cut", small.config()))
+    interrupted(monkeypatch, small(), tmp_path / "cut", console, 6)
+    assert evaluate(tmp_path / "cut", console=console)["epochs"] == 1
+    assert "training stopped at epoch 1 of 3" in console.export_text(clear=False)
+    resumed = train(small(), tmp_path / "cut", console=console)
+    assert "Going on after epoch 1 of 3" in console.export_text()
+    assert_same(params_of(workdir, small()), params_of(tmp_path / "cut", small()))
     assert resumed["map"] == results["map"]
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
-def test_an_evaluation_of_an_unfinished_run_does_not_finish_it(trained, tmp_path, console, monkeypatch):
-    interrupted(monkeypatch, small.config(), tmp_path / "cut", console, 6)
-    assert evaluate(tmp_path / "cut", console=console)["epochs"] == 1
-    assert "training stopped at epoch 1 of 3" in console.export_text()
-    assert train(small.config(), tmp_path / "cut", console=console)["map"] == trained[1]["map"]
-
-
 def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_path, console, monkeypatch):
-    config = small.config(epochs=6, train__validate_every=1, train__patience=3, data__validation="query_half")
+    config = small(epochs=4, train__validate_every=1, train__patience=3, data__validation="query_half")
     whole = train(config, tmp_path / "whole", console=console)
-    interrupted(monkeypatch, config, tmp_path / "cut", console, 14)
+    interrupted(monkeypatch, config, tmp_path / "cut", console, 10)
     resumed = train(config, tmp_path / "cut", console=console)
     for name in ("map", "best_validation_map", "epochs"):
         assert resumed[name] == whole[name]
@@ -236,63 +228,48 @@ def test_a_run_is_known_by_its_checkpoint_where_its_config_is_lost_or_edited(tra
     path = tmp_path / "copy" / "config.json"
     path.write_text(path.read_text().replace('"bits": 16', '"bits": 32'))
     for look in (lambda: evaluate(tmp_path / "copy", console=console), lambda: cib.Hasher.load(tmp_path / "copy")):
-        with pytest.raises(cib.Refusal, match=r"config.json .*bits: 16"):
+        with pytest.raises(UserError, match="bits: 16"):
             look()
     path.unlink()
-    with pytest.raises(errors.WorkdirError, match=r"it belongs to another config \(temperature: 0.5 → 0.1\)"):
-        train(small.config(temperature=0.1), tmp_path / "copy", console=console)
+    with pytest.raises(WorkdirError, match=r"temperature: 0\.5 → 0\.1"):
+        train(small(temperature=0.1), tmp_path / "copy", console=console)
 
 
 def test_a_refused_config_claims_nothing(tmp_path, console):
-    with pytest.raises(ConfigError, match=r"config.k: 1501"):
-        train(small.config(k=1501, epochs=1), tmp_path / "run", console=console)
-    assert train(small.config(k=100, epochs=1), tmp_path / "run", console=console)["k"] == 100
+    with pytest.raises(ConfigError):
+        train(small(k=1501, epochs=1), tmp_path / "run", console=console)
+    assert train(small(k=100, epochs=1), tmp_path / "run", console=console)["k"] == 100
 
 
 def test_a_folder_of_something_else_is_not_filled(tmp_path, console):
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(errors.WorkdirError, match=r"holds files, but none of a run \(holiday.jpg"):
-        train(small.config(), tmp_path, console=console)
+    with pytest.raises(WorkdirError, match=r"holiday\.jpg"):
+        train(small(), tmp_path, console=console)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_path, console):
     workdir, _ = trained
-    config = small.config(data__resident_mb=0)
+    config = small(data__resident_mb=0)
     train(config, tmp_path / "streamed", console=console)
     assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
 
 
-def test_parts_of_a_batch_train_to_the_same_losses(tmp_path, console):
-    """Up to rounding, so that a run may also be taken up again with other parts.
-
-    Of the logits themselves: where bits are drawn, rounding puts one or another on the other side.
-    """
-    losses = []
-    for parts in (0, 8):
-        workdir = tmp_path / str(parts)
-        train(small.config(objective="naive_cl", micro_batch=parts), workdir, console=console)
-        losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()])
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
 def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
-    scores = iter([0.2, 0.6, 0.5, 0.4])
-    monkeypatch.setattr(validation, "validator", lambda run: lambda state: next(scores))
-    config = small.config(epochs=9, train__validate_every=1, train__patience=2, data__validation="query_half")
+    scores = iter([0.2, 0.6, 0.5, 0.4, 0.0])
+    monkeypatch.setattr("cib_jax.retrieval.metrics.mean_average_precision", lambda *_, **__: next(scores))
+    config = small(epochs=9, train__patience=2, data__validation="query_half", train__validate_every=1)
     results = train(config, tmp_path / "r", console=console)
     assert (results["epochs"], results["best_validation_map"]) == (4, 0.6)
     assert results["counts"]["validation"] == 148
-    two_epochs = small.config(epochs=2, data__validation="query_half")
-    monkeypatch.setattr(validation, "validator", lambda run: None)
+    two_epochs = small(epochs=2, data__validation="query_half", train__validate_every=3)
     train(two_epochs, tmp_path / "two", console=console)
     assert_same(params_of(tmp_path / "r", config), params_of(tmp_path / "two", two_epochs))
 
 
 @pytest.mark.parametrize("how", ["query_half", "database"])
 def test_validation_is_the_map_of_the_part_held_out(tmp_path, console, how):
-    config = small.config(epochs=2, train__validate_every=2, data__validation=how, data__validation_queries=50)
+    config = small(epochs=1, data__validation=how, data__validation_queries=50)
     results = train(config, tmp_path, console=console)
     query, database = build.draw_splits(config).validation
     hasher = cib.Hasher.load(tmp_path)
@@ -303,7 +280,7 @@ def test_validation_is_the_map_of_the_part_held_out(tmp_path, console, how):
 
 def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, console, monkeypatch):
     data = miniature.prepare(tmp_path / "tfds")
-    config = small.config(
+    config = small(
         data__name="cifar10",
         data__dir=str(data),
         data__queries=0,
@@ -313,7 +290,7 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
         train__views=2,
         train__validate_every=1,
         k=50,
-        **pretrained.convnet(monkeypatch, tmp_path, 16),
+        **pretrained.convnet(monkeypatch, tmp_path, 8),
     )
     results = train(config, tmp_path / "run", console=console)
     assert results["counts"] == {"train": 40, "query": 10, "database": 100, "validation": 10, "unreadable": 0}
@@ -322,58 +299,58 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
     hasher = cib.Hasher.load(tmp_path / "run")
     assert set(hasher.params) == {"head"}
     monkeypatch.setattr(build.weights, "fingerprint", lambda tree: "0" * 16)
-    with pytest.raises(cib.Refusal, match=r"backbone weights '.*', but those found now are '0000000000000000'"):
+    with pytest.raises(UserError, match="0000000000000000"):
         cib.Hasher.load(tmp_path / "run")
 
 
 def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
     """Without --workdir, every mistake left a folder under runs/."""
-    config = small.config(k=1501)
+    config = small(k=1501)
     (tmp_path / "mine").mkdir()
     for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
-        with pytest.raises(ConfigError, match=r"config.k: 1501"):
+        with pytest.raises(ConfigError):
             train(config, workdir, console=console)
     assert not (tmp_path / "new" / "run").exists() and (tmp_path / "mine").is_dir()
 
 
-def test_a_bank_too_large_for_its_limit_is_refused(tmp_path, console):
-    config = small.config(
-        backbone="efficientnet_lite0", frozen=True, image_size=32, train__views=100, train__bank_mb=30
-    )
-    with pytest.raises(ConfigError, match=r"config.train.views: a bank of 100 views of 130 .* takes 32 MiB"):
-        train(config, tmp_path, console=console)
-
-
 def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, console):
-    config = small.config(learning_rate=1e38, epochs=5)
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite \(.*loss.*last good checkpoint .*/\d+"):
+    config = small(learning_rate=1e38, epochs=5)
+    with pytest.raises(TrainingError, match=r"step \d+: .*loss.*/\d+") as refused:
         train(config, tmp_path, console=console)
+    assert refused.value.field == "config.learning_rate"
     params = params_of(tmp_path, config)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
 
 
-def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, console, trained):
-    with pytest.raises(ConfigError, match=r"config.k: 1501 is larger than the database"):
-        train(small.config(k=1501), tmp_path / "a", console=console)
-    with pytest.raises(ConfigError, match=r"config.batch_size: 131 is larger than the training set of 130"):
-        train(small.config(batch_size=131), tmp_path / "b", console=console)
-    with pytest.raises(DataError, match=r"class 0 has"):
-        train(small.config(data__train_per_class=500), tmp_path / "c", console=console)
-    with pytest.raises(errors.WorkdirError, match=r"it belongs to another config \(bits: 16 → 32\)"):
-        train(small.config(bits=32), trained[0], console=console)
+@pytest.mark.parametrize(
+    ("fields", "kind", "field"),
+    [
+        ({"k": 1501}, ConfigError, "config.k"),
+        ({"batch_size": 131}, ConfigError, "config.batch_size"),
+        ({"data__train_per_class": 500}, DataError, "config.data.train_per_class"),
+        ({"micro_batch": 5}, ConfigError, "config.micro_batch"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_folder_is_claimed(tmp_path, console, fields, kind, field):
+    with pytest.raises(kind) as refused:
+        train(small(**fields), tmp_path / "run", console=console)
+    assert refused.value.field == field
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_that_is_taken_is_refused(tmp_path, console, trained):
+    with pytest.raises(WorkdirError, match="bits: 16 → 32"):
+        train(small(bits=32), trained[0], console=console)
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.WorkdirError, match=r"file: cannot be used as a workdir"):
-        train(small.config(), tmp_path / "file", console=console)
-    with (
-        claim_workdir(tmp_path / "busy"),
-        pytest.raises(errors.WorkdirError, match=r"another process is at work in it"),
-    ):
-        train(small.config(), tmp_path / "busy", console=console)
+    with pytest.raises(WorkdirError, match="file"):
+        train(small(), tmp_path / "file", console=console)
+    with claim_workdir(tmp_path / "busy"), pytest.raises(WorkdirError, match="busy"):
+        train(small(), tmp_path / "busy", console=console)
 
 
-def test_an_evaluation_wants_a_trained_run(tmp_path, console):
-    with pytest.raises(cib.Refusal, match="--workdir"):
+def test_an_evaluation_needs_a_trained_run(tmp_path, console):
+    with pytest.raises(UserError, match="--workdir"):
         evaluate(tmp_path, console=console)
-    write_json(tmp_path / "config.json", small.config().to_dict())
-    with pytest.raises(cib.Refusal, match="--workdir"):
+    write_json(tmp_path / "config.json", small().to_dict())
+    with pytest.raises(UserError, match="--workdir"):
         evaluate(tmp_path, console=console)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import rich.console
 
+from cib_jax.cli.flags import MODES
 from cib_jax.commands.encode import encode
 from cib_jax.commands.train import train
 from cib_jax.storage.code_store import read_corpus
@@ -110,7 +111,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(run, undisturbed, tmp_pat
 def test_interrupted_by_its_user_it_ends_quietly(run, tmp_path, run_cli):
     with signal_once(signal.SIGINT, lambda: parts(tmp_path / "codes") > 2):
         code, _, error = run_cli(*arguments(run, tmp_path / "codes", part=1))
-    assert (code, error.strip()) == (130, "Interrupted; the same command goes on after the parts that are there.")
+    assert (code, error.strip()) == (130, f"Interrupted; {MODES['encode'].after_interrupt}.")
     assert parts(tmp_path / "codes") < PHOTOS
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from cib_jax.cli.flags import MODES
 from cib_jax.data import photos
 from cib_jax.inference.hasher import Hasher
 from cib_jax.storage.photo_table import PhotoTable
@@ -95,7 +96,7 @@ def test_interrupted_it_says_what_goes_on(place, tmp_path, run_cli, number, code
     with signal_once(number, lambda: commits(tmp_path / "i") >= 2):
         ended, out, error = run_cli(*arguments(place, tmp_path / "i"))
     assert ended == code and "photos in" not in out
-    assert error.strip().endswith("; the same command goes on with what is not indexed.")
+    assert error.strip().endswith(f"; {MODES['index'].after_interrupt}.")
     assert len(error.strip().splitlines()) == 1
 
 

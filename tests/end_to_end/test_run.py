@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import rich.console
 
+from cib_jax.cli.flags import MODES
 from cib_jax.commands.compare import compare
 from cib_jax.commands.train import train
 from cib_jax.inference.hasher import Hasher
@@ -227,11 +228,8 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
     wait_until([process], lambda: list((tmp_path / "t").glob("cells/c*/*/metrics.jsonl")))
     os.killpg(process.pid, signal.SIGINT)
     code, _, error = finish(process)
-    assert code == 130
-    assert (
-        error.strip()
-        == f"Interrupted; --mode=compare --workdir={tmp_path / 't'} with the same config goes on with what is not done."
-    )
+    goes_on = MODES["compare"].after_interrupt.format(mode="compare", workdir=tmp_path / "t")
+    assert (code, error.strip()) == (130, f"Interrupted; {goes_on}.")
 
 
 def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_the_same(tmp_path, run_cli):

@@ -43,21 +43,30 @@ def test_depthwise_matches_scipy(k, stride, padding):
     x, kernel, bias = draw(0, 2, *SIZE, 3), draw(1, k, k, 1, 3), draw(2, 3)
     expected = expected_depthwise(x, kernel, stride, padding)
     pads = conv.explicit_padding(SIZE, (k, k), stride, padding)
-    single = jnp.float32(x), jnp.float32(kernel)
-    np.testing.assert_allclose(conv.depthwise(*single, jnp.float32(bias), stride, padding), expected + bias, atol=1e-5)
-    np.testing.assert_allclose(conv.depthwise_plain(*single, stride, pads), expected, atol=1e-5)
-    np.testing.assert_allclose(conv.depthwise_by_shifts(*single, stride, pads), expected, atol=1e-5)
+
+    @jax.jit
+    def forms(x, kernel, bias):
+        plain = conv.depthwise_plain(x, kernel, stride, pads) + bias
+        shifts = conv.depthwise_by_shifts(x, kernel, stride, pads) + bias
+        return conv.depthwise(x, kernel, bias, stride, padding), plain, shifts
+
+    for ours in forms(*map(jnp.float32, (x, kernel, bias))):
+        np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, "VALID"), (2, TORCH)])
 def test_conv_is_a_sum_of_depthwise_convolutions(stride, padding):
     x, kernel, bias = draw(0, 2, *SIZE, 3), draw(1, 3, 3, 3, 4), draw(2, 4)
     expected = np.stack([expected_depthwise(x, kernel[..., None, :, o], stride, padding).sum(-1) for o in range(4)], -1)
-    ours = conv.conv(jnp.float32(x), jnp.float32(kernel), jnp.float32(bias), stride, padding)
-    np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
     pads = conv.explicit_padding(SIZE, (3, 3), stride, padding)
-    for form in (conv.conv_plain, conv.conv_by_columns):
-        np.testing.assert_allclose(form(jnp.float32(x), jnp.float32(kernel), stride, pads), expected, atol=1e-5)
+
+    @jax.jit
+    def forms(x, kernel, bias):
+        plain, columns = (form(x, kernel, stride, pads) for form in (conv.conv_plain, conv.conv_by_columns))
+        return conv.conv(x, kernel, bias, stride, padding), plain + bias, columns + bias
+
+    for ours in forms(*map(jnp.float32, (x, kernel, bias))):
+        np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
 
 
 def test_pointwise_is_a_matrix_product():
@@ -78,7 +87,7 @@ def test_max_pool_against_loops(size):
             for image in x
         ]
     )  # fmt: skip
-    for pool in (conv.max_pool_2x2, conv.max_pool_by_slices, conv.max_pool_plain):
+    for pool in map(jax.jit, (conv.max_pool_2x2, conv.max_pool_by_slices, conv.max_pool_plain)):
         np.testing.assert_array_equal(pool(jnp.asarray(x)), expected)
         half = pool(jnp.bfloat16(x))
         assert half.dtype == jnp.bfloat16
@@ -93,7 +102,7 @@ def test_max_pool_3x3_against_loops(size):
     expected = np.array([[[image[rows, columns].max((0, 1)) for columns in around[1]] for rows in around[0]]
                          for image in x])  # fmt: skip
     plain = functools.partial(conv.max_pool_plain, window=3, pads=TORCH)
-    for pool in (conv.max_pool_3x3, plain):
+    for pool in map(jax.jit, (conv.max_pool_3x3, plain)):
         np.testing.assert_array_equal(pool(jnp.asarray(x)), expected)
         np.testing.assert_array_equal(pool(jnp.bfloat16(x)), jnp.bfloat16(expected))
 
@@ -206,7 +215,7 @@ def test_only_wide_3x3_convolutions_of_stride_1_become_winograd_s_on_a_cpu(shape
 
 def test_wide_convolutions_agree_with_the_plain_form():
     x, kernel, bias = (jnp.float32(draw(i, *s)) for i, s in enumerate([(2, 5, 7, WIDE), (3, 3, WIDE, WIDE), (WIDE,)]))
-    ours = conv.conv(x, kernel, bias, padding=TORCH)
+    ours = jax.jit(functools.partial(conv.conv, padding=TORCH))(x, kernel, bias)
     np.testing.assert_allclose(ours, conv.conv_plain(x, kernel, 1, TORCH) + bias, atol=5e-4)
 
 
@@ -246,6 +255,10 @@ def test_unknown_padding_is_refused():
 SIDES = sorted(conv.POINTS)
 
 
+def winograd(side: int, pads=TORCH):
+    return jax.jit(functools.partial(conv.winograd, pads=pads, side=side))
+
+
 def correlate(x: np.ndarray, kernel: np.ndarray, pads) -> np.ndarray:
     """Each image with each output's kernel, which spans all channels."""
     x = np.pad(x, ((0, 0), *pads, (0, 0)))
@@ -280,7 +293,7 @@ SIZES = [(11, 4, ((0, 1), (2, 0))), (5, 6, ((1, 1), (1, 1))), (1, 2, ((2, 0), (0
 @pytest.mark.parametrize(("height", "width", "pads"), SIZES)
 def test_winograd_matches_scipy_at_any_size(side, height, width, pads):
     x, kernel = draw(0, 2, height, width, 3), draw(1, 3, 3, 3, 2)
-    ours = jax.jit(functools.partial(conv.winograd, pads=pads, side=side))(jnp.float32(x), jnp.float32(kernel))
+    ours = winograd(side, pads)(jnp.float32(x), jnp.float32(kernel))
     expected = correlate(x, kernel, pads)
     assert ours.shape == expected.shape
     np.testing.assert_allclose(ours, expected, atol=5e-5)
@@ -290,7 +303,7 @@ def test_winograd_matches_scipy_at_any_size(side, height, width, pads):
 def test_winograd_s_rounding_errors_stay_small_over_many_channels(side, bound):
     """Relative to the largest output, with weights as in a network."""
     x, kernel = np.maximum(draw(0, 1, 12, 12, 256), 0), draw(1, 3, 3, 256, 4) / 48
-    ours = conv.winograd(jnp.float32(x), jnp.float32(kernel), ((1, 1), (1, 1)), side)
+    ours = winograd(side)(jnp.float32(x), jnp.float32(kernel))
     expected = correlate(x, kernel, ((1, 1), (1, 1)))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=bound * np.abs(expected).max())
 
@@ -316,7 +329,7 @@ def test_winograd_s_gradients_equal_those_of_the_plain_form(side):
 @pytest.mark.parametrize("side", SIDES)
 def test_winograd_s_bfloat16_stays_bfloat16(side):
     x, kernel = draw(0, 1, 6, 6, 64), draw(1, 3, 3, 64, 4) / 24
-    ours = conv.winograd(jnp.bfloat16(x), jnp.bfloat16(kernel), ((1, 1), (1, 1)), side)
+    ours = winograd(side)(jnp.bfloat16(x), jnp.bfloat16(kernel))
     assert ours.dtype == jnp.bfloat16
     expected = correlate(x, kernel, ((1, 1), (1, 1)))
     error = np.asarray(ours, np.float64) - expected

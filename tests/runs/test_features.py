@@ -1,4 +1,4 @@
-"""What a job keeps of a frozen backbone's features: used by the next run, made again when damaged, never in the way."""
+"""Cached features of a run: used by the next run, computed again if damaged, and never the end of a run."""
 
 import io
 
@@ -9,6 +9,8 @@ import rich.console
 
 import cib_jax as cib
 from cib_jax.commands.train import train
+from cib_jax.config import build
+from cib_jax.distributed import sharding
 from cib_jax.runs import context, features
 from tests import small
 
@@ -25,24 +27,19 @@ def console():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Names what is computed from here on: "views" or "plain", once for each batch."""
+    """Lists the batches of images whose features are computed from here on: "views" or "plain"."""
     calls = []
+    map_batches = sharding.map_batches
 
-    def counted(name, real):
-        def call(*arguments, **named):
-            calls.append(name)
-            return real(*arguments, **named)
+    def counted(function, *arguments, **options):
+        def call(batch, first):
+            if batch.ndim == 4:  # images, not features that were read from the cache
+                calls.append("views" if "first" in options else "plain")  # a bank needs the numbers of its images
+            return function(batch, first)
 
-        return call
+        return map_batches(call, *arguments, **options)
 
-    monkeypatch.setattr(features, "plain_features", counted("plain", features.plain_features))
-    real_jit = jax.jit
-
-    def jit(function, **named):
-        made = real_jit(function, **named)
-        return counted("views", made) if getattr(function, "func", None) is features.view_bank._features else made
-
-    monkeypatch.setattr(features.view_bank.jax, "jit", jit)
+    monkeypatch.setattr(sharding, "map_batches", counted)
     return calls
 
 
@@ -56,8 +53,8 @@ def first(tmp_path_factory):
 
 
 def test_a_second_run_with_other_bits_and_seed_computes_no_features(first, tmp_path, console, computed):
-    cache, _, told, results = first
-    assert "read from" not in told
+    cache, _, printed, results = first
+    assert "read from" not in printed
     other = train(config(cache, bits=24, seed=5), tmp_path, console=console)
     assert computed == []
     assert console.export_text().count(f"read from {cache}") == 3  # bank, queries, database
@@ -98,32 +95,31 @@ def test_codes_are_those_of_the_hasher(first):
     ids=str,
 )
 def test_what_shapes_features_makes_another_bank(first, tmp_path, console, field):
-    cache, run, _, _ = first
-    names = []
+    cache, workdir, _, _ = first
+    keys = []
     for fields in ({}, field):
-        setting = context.prepare_run(config(cache, **fields), run, console)
-        batches = setting.repeatable_batches(setting.splits.train)
-        names.append(
-            features._Kept(setting, {"views": setting.config.augment}, setting.splits.train, batches).cache.folder.name
-        )
-    assert names[0] != names[1]
+        run = context.prepare_run(config(cache, **fields), workdir, console)
+        images = run.splits.train
+        key = features.cache_key(run, images, run.repeatable_batches(images))
+        views = [jax.random.key_data(build.key(run.config, "view bank")).tolist(), run.config.augment]
+        keys.append((key, views))
+    assert keys[0] != keys[1]
 
 
-def test_a_changed_source_makes_another_bank(monkeypatch, tmp_path):
-    package = tmp_path / "cib_jax"
-    (package / "backbones").mkdir(parents=True)
-    for name in (*features._CODE, "models/vgg.py"):
-        (package / name).parent.mkdir(exist_ok=True)
-        (package / name).write_text("one")
-    monkeypatch.setattr(features.importlib.resources, "files", lambda name: tmp_path / name)
-    digests = set()
-    for text in ("one", "two"):
-        (package / "backbones" / "vgg.py").write_text(text)
-        digests.add(features._digest_of_code.__wrapped__())
-    assert len(digests) == 2
+def test_a_changed_source_makes_another_bank(tmp_path):
+    for name in (*features.CODE, "models/vgg.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    digests = [features.digest_of_code(tmp_path)]
+    for name in ("augment/color.py", "models/vgg.py"):
+        (tmp_path / name).write_text("two")
+        features.digest_of_code.cache_clear()
+        digests.append(features.digest_of_code(tmp_path))
+    features.digest_of_code.cache_clear()
+    assert len(set(digests)) == 3
 
 
-def test_a_damaged_part_is_told_of_and_made_again(first, tmp_path, console, computed):
+def test_a_damaged_part_is_reported_and_computed_again(first, tmp_path, console, computed):
     cache, _, _, results = first
     (part,) = cache.glob("*/view-0001.safetensors")
     content = bytearray(part.read_bytes())

@@ -1,0 +1,47 @@
+"""Evaluation of a trained run: under other fields, into other files, and what is refused."""
+
+import json
+
+import pytest
+import rich.console
+
+from cib_jax.commands.evaluate import evaluate, override_fields
+from cib_jax.commands.train import train
+from cib_jax.errors import CheckpointError, ConfigError
+from tests.commands import many
+from tests.small import reference_map
+
+QUIET = rich.console.Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    return folder / "run", train(many.config(folder), folder / "run", console=QUIET)
+
+
+def test_a_run_is_evaluated_to_the_same_results(run):
+    workdir, results = run
+    again = evaluate(workdir, console=QUIET)
+    assert (again["map"], again["metrics"]) == (results["map"], results["metrics"])
+    assert json.loads((workdir / "results.json").read_text())["map"] == results["map"]
+
+
+def test_results_under_another_k_are_written_beside_those_of_the_run(run):
+    workdir, results = run
+    console = rich.console.Console(record=True, width=100)
+    other = evaluate(workdir, overrides={"k": 10}, console=console)
+    assert other["map"] == pytest.approx(reference_map(workdir, 10), rel=1e-12)
+    assert "MAP@10" in console.export_text()
+    assert json.loads((workdir / "results-epoch2-k10.json").read_text())["map"] == other["map"]
+    assert json.loads((workdir / "results.json").read_text())["map"] == results["map"]
+
+
+def test_fields_that_change_the_run_are_refused_and_equal_ones_are_not(run, tmp_path):
+    config = many.config(tmp_path)
+    assert override_fields(config, {"bits": config.bits, "encode_batch": 3}).encode_batch == 3
+    with pytest.raises(ConfigError) as error:
+        evaluate(run[0], overrides={"bits": 32}, console=QUIET)
+    assert error.value.field == "config.bits"
+    with pytest.raises(CheckpointError):
+        evaluate(tmp_path / "nothing", console=QUIET)

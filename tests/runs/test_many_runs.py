@@ -1,0 +1,55 @@
+"""Many runs in one folder: each completed once, whoever claims it."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import pytest
+import rich.console
+
+from cib_jax.errors import BusyError
+from cib_jax.report.html import Grid
+from cib_jax.runs.many_runs import print_grid, run_all
+
+
+class Item(NamedTuple):
+    folder: pathlib.Path
+    name: str
+
+    @property
+    def record_path(self):
+        return self.folder / f"{self.name}.json"
+
+
+def complete(item):
+    if item.name == "busy":
+        raise BusyError("another process is working on it")
+    if item.name == "later":
+        return None
+    assert not item.record_path.exists()
+    item.record_path.write_text(json.dumps({"name": item.name}))
+    return f"{item.name} is complete"
+
+
+@pytest.fixture
+def console():
+    return rich.console.Console(record=True, width=120)
+
+
+def run(folder, names, console):
+    items = [Item(folder, name) for name in names]
+    options = {"workdir": folder, "workers": 1, "noun": "items", "console": console}
+    return run_all(items, complete, lambda records: [record and record["name"] for record in records], **options)
+
+
+def test_what_is_complete_stays_and_what_others_work_on_is_left_to_them(tmp_path, console):
+    (tmp_path / "done.json").write_text('{"name": "by another"}')
+    assert run(tmp_path, ["done", "busy", "new", "later"], console) == ["by another", None, "new", None]
+    assert "4 items, 1 of them complete; 1 process at work" in console.export_text(clear=False)
+    assert run(tmp_path, ["new", "newer"], console) == ["new", "newer"]
+
+
+def test_a_table_is_printed_to_its_last_requested_row(console):
+    print_grid(console, Grid("Title", ("name", "value"), [("a", "1"), ("b", "2")]), dimmed=[0], rows=1)
+    printed = console.export_text()
+    assert "Title" in printed and "a" in printed and "2" not in printed
