@@ -170,8 +170,6 @@ def _row_groups(path: str, file: pyarrow.parquet.ParquetFile) -> Iterator[Float[
     width = 0
     for group in range(file.num_row_groups):
         column = file.read_row_group(group, columns=["features"]).column("features").combine_chunks()
-        if isinstance(column, pyarrow.ChunkedArray):
-            column = column.chunk(0)
         is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type)
         if not is_list or column.null_count:
             raise _error(f"{path}: the column 'features' must hold a list in each row, got {column.type}")

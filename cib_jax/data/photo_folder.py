@@ -30,10 +30,12 @@ def load_folder(directory: str, cache: PhotoCache, *, labeled: bool = True) -> S
     directory = os.path.expanduser(directory)
     if not directory:
         raise _error("it must name the folder of photos, got ''; set it with --config.data.dir=PHOTOS")
+    if not os.path.exists(directory):
+        raise _error(f"the folder {directory} does not exist; give the folder of photos")
     try:
         os.scandir(directory).close()
     except OSError as error:
-        remedy = "give a folder that exists and may be read, or set config.data.name=list for a list of paths"
+        remedy = "give a folder that may be read, or for a list of paths set config.data.name=list"
         raise _error(f"{directory} must be a folder of photos ({short_reason(error)}); {remedy}") from error
     paths, others, closed = walk_folder(directory)
     if not paths:

@@ -6,7 +6,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import PIL.ExifTags
@@ -120,7 +120,7 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
-        with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
+        with _open(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
                 size = f"{image.width} × {image.height} pixels"
@@ -134,15 +134,13 @@ def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
         raise BadPhotoError(_reason(error)) from error
 
 
-@contextlib.contextmanager
-def _opened(content: Content) -> Iterator[Any]:
+def _open(content: Content) -> IO[bytes]:
     status = None if isinstance(content, bytes) else os.stat(content)
     if status and not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise BadPhotoError("not a file")
     if not (status.st_size if status else content):
         raise BadPhotoError("0 bytes")
-    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
-        yield file
+    return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
 
 
 def _square(image: Any, size: int) -> PIL.Image.Image:

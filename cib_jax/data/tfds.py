@@ -156,7 +156,10 @@ def _select_splits(builder: Any, data: DataConfig) -> tuple[str, str]:
 
 def _load_split(builder: Any, split: str, image: str, label: str, max_megapixels: int) -> ImageSet:
     # The images stay encoded: labels are read without decoding, and pixels are decoded straight to their size.
-    source = builder.as_data_source(split=split, decoders=_nest(image, tfds.decode.SkipDecoding()))
+    decoders: Any = tfds.decode.SkipDecoding()
+    for key in reversed(image.split("/")):
+        decoders = {key: decoders}
+    source = builder.as_data_source(split=split, decoders=decoders)
     read_labels = _label_reader(_flatten_features(builder)[label])
     assert read_labels is not None
     labels, names, positions = [], [], []
@@ -173,11 +176,6 @@ def _load_split(builder: Any, split: str, image: str, label: str, max_megapixels
     images = TfdsImages(source, image, max_megapixels, f"{builder.info.full_name}-{digest}")
     whole = ImageSet(images, read_labels(labels), names or None)
     return whole.take(np.argsort(positions)) if positions else whole
-
-
-def _nest(path: str, leaf: Any) -> dict[str, Any]:
-    first, _, rest = path.partition("/")
-    return {first: _nest(rest, leaf) if rest else leaf}
 
 
 def _lookup(example: Any, path: str) -> Any:
