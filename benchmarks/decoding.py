@@ -255,11 +255,11 @@ def measure_training(size: int, image_size: int, count: int, rounds: int) -> Non
         jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
     )
     optimizer = optax.adam(1e-3)
-    options: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "method": Method(encoder, optimizer)}
+    how = Method(encoder, optimizer), input_pipeline.BatchOrder(0, BATCH)
     resident = jax.numpy.asarray(dataset.materialize(files, stored_size=size))
     feeds = {
-        "memory": input_pipeline.from_device(resident, frozen, **options),
-        "files": input_pipeline.from_stream(files, frozen, stored_size=size, **options),
+        "memory": input_pipeline.from_device(resident, frozen, *how),
+        "files": input_pipeline.from_stream(files, frozen, *how, stored_size=size),
     }
 
     def epoch(feed: loop.Feed) -> None:

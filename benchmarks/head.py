@@ -33,7 +33,7 @@ def trainer(
 ) -> Callable[[], None]:
     """Returns a function that trains as `run.py` does, without writing files; it compiles in its first call."""
     optimizer = optax.adam(1e-3)
-    feed = input_pipeline.from_bank(bank, seed=0, batch_size=batch_size, method=Method(encoder, optimizer))
+    feed = input_pipeline.from_bank(bank, Method(encoder, optimizer), input_pipeline.BatchOrder(0, batch_size))
 
     def train() -> None:
         state, _ = loop.run(

@@ -59,14 +59,15 @@ def program(point: Point) -> tuple[Any, Any, int]:
         image_size=128 if of_features else SIDE,
     )
     optimizer = optax.adam(1e-3)
-    how = {"seed": 0, "batch_size": point.batch, "mesh": sharding.make_mesh(point.devices, point.batch)}
+    mesh = sharding.make_mesh(point.devices, point.batch)
+    order = input_pipeline.BatchOrder(0, point.batch, mesh=mesh)
     method = Method(encoder, optimizer)
     if of_features:
         bank = jax.random.normal(jax.random.key(1), (2, STEPS * point.batch, FEATURES), jnp.float16)
-        fed = input_pipeline.from_bank(bank, method=method, **how)
+        fed = input_pipeline.from_bank(bank, method, order)
     else:
         images = jax.random.randint(jax.random.key(1), (point.batch, SIDE, SIDE, 3), 0, 256).astype(jnp.uint8)
-        fed = input_pipeline.from_device(images, frozen, method=method, **how)
+        fed = input_pipeline.from_device(images, frozen, method, order)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return fed.steps, cib.create_train_state(params, optimizer), parameters
 
