@@ -24,7 +24,7 @@ def _straight_through(probabilities: Array, codes: Array) -> Array:
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
+def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     return primals[1], tangents[0].astype(primals[1].dtype)
 
 

@@ -145,18 +145,18 @@ def _blockwise_log_sums(
     return _blockwise_forward(rows, codes, places, height)[0]
 
 
-def _blockwise_forward(rows, codes, places, height):
+def _blockwise_forward(rows: Array, codes: Array, places: Array, height: int) -> tuple[Array, tuple[Array, ...]]:
     blocks = _cut(height, rows, places)
     sums = jax.lax.map(lambda block: _log_sums(block[0], codes, block[1])[0], blocks)
     sums = sums.reshape(-1)[: len(rows)]
     return sums, (rows, codes, places, sums)
 
 
-def _blockwise_backward(height, residuals, gradient):
+def _blockwise_backward(height: int, residuals: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, None]:
     """Computes ∂row_i = g_i Σ_k P_ik code_k and ∂code_k = Σ_i g_i P_ik row_i; P_ik = exp(row_i · code_k − sum_i)."""
     rows, codes, places, sums = residuals
 
-    def block(codes_gradient, inputs):
+    def block(codes_gradient: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         block_rows, block_places, block_sums, weight = inputs
         _, others = _log_sums(block_rows, codes, block_places)
         weighted = jnp.exp(others - block_sums[:, None]) * weight[:, None]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +109,11 @@ def _attracted(logits: Array, codes: Array, weight: float) -> Array:
     return codes
 
 
-def _attracted_forward(logits: Array, codes: Array, weight: float):
+def _attracted_forward(logits: Array, codes: Array, weight: float) -> tuple[Array, tuple[Array, Array, float]]:
     return codes, (logits, codes, weight)
 
 
-def _attracted_backward(residuals, gradient):
+def _attracted_backward(residuals: tuple[Array, Array, float], gradient: Array) -> tuple[Array, Array, Array]:
     logits, codes, weight = residuals
     return gradient + weight * (logits - codes), jnp.zeros_like(codes), jnp.zeros_like(weight)
 
@@ -284,11 +284,11 @@ def minimize(
     optimizer = optax.adam(learning_rate)
 
     @jax.jit
-    def epoch(carry, features, number):
+    def epoch(carry: Any, features: Array, number: Array) -> tuple[Any, None]:
         order_key, noise_key = jax.random.split(jax.random.fold_in(key, number))
         order = jax.random.permutation(order_key, len(features))[: steps * batch].reshape(steps, batch)
 
-        def step(carry, inputs):
+        def step(carry: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
             params, state = carry
             rows, number = inputs
             gradient = jax.grad(loss)(params, features[rows], jax.random.fold_in(noise_key, number))

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import NoReturn, Tuple  # noqa: UP035 - tuple[int, int] fails before Python 3.9
 
 OLDEST = (3, 11)
 FIRST_IMPORTS = ("absl", "jax", "ml_collections", "rich")
@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75  # the exit code of a run that was saved on SIGTERM, too
 
 
-def check_python(oldest: tuple = OLDEST) -> None:
+def check_python(oldest: Tuple[int, int] = OLDEST) -> None:
     """Ends the program if Python is too old, or if required packages are not installed."""
     if sys.version_info < oldest:
         _exit(

@@ -22,8 +22,8 @@ from jax.sharding import SingleDeviceSharding
 
 from cib_jax import files
 from cib_jax.augment.features import Standard
-from cib_jax.config import build
-from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, differences, flatten, validate
+from cib_jax.config import build, flatten
+from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, differences, validate
 from cib_jax.errors import CheckpointError, SavedHasherError
 from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.training import checkpoint

@@ -168,7 +168,9 @@ def conv_for_loops(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[in
     return conv_plain(x, kernel, stride, pads)
 
 
-def _forward(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> tuple[Array, tuple]:
+def _forward(
+    x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]
+) -> tuple[Array, tuple[Array, Array]]:
     return conv_plain(x, kernel, stride, pads), (x, kernel)
 
 

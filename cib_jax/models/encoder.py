@@ -44,7 +44,7 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     # with larger ones, the first codes would be nearly deterministic.
     bound = inputs**-0.5
 
-    def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
+    def uniform(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
         del out_sharding
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 

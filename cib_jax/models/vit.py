@@ -225,12 +225,12 @@ class VisionTransformer(nnx.Module):
         return x
 
 
-def drawn(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+def drawn(rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:
     """Returns random weights from a normal distribution, truncated at two standard deviations."""
     return nnx.Param(jax.nn.initializers.truncated_normal(DEVIATION)(rngs.params(), shape, jnp.float32))
 
 
-def _scaled(x: Float[Array, "... width"], scale: nnx.Param | None) -> Float[Array, "... width"]:
+def _scaled(x: Float[Array, "... width"], scale: nnx.Param[Array] | None) -> Float[Array, "... width"]:
     return x if scale is None else x * scale[...]
 
 

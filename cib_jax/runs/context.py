@@ -26,10 +26,9 @@ from cib_jax.data.dataset import Bar, ImageSet, Source, gather
 from cib_jax.data.splits import Protocol, Splits
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
-from cib_jax.files import printable
+from cib_jax.files import printable, write_bytes
 from cib_jax.models import weights
 from cib_jax.models.encoder import Encoder, Params
-from cib_jax.runs.workdir import write_bytes
 
 Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 

@@ -89,14 +89,14 @@ def _in_turn(function: Callable[[Params, Params, Any], Array], params: Params, f
     return jax.lax.map(lambda part: function(params, frozen, part), parts)
 
 
-def _forward(function, params, frozen, parts):
+def _forward(function: Any, params: Params, frozen: Params, parts: Any) -> tuple[Any, tuple[Any, ...]]:
     return _in_turn(function, params, frozen, parts), (params, frozen, parts)
 
 
-def _backward(function, residuals, gradients):
+def _backward(function: Any, residuals: tuple[Any, ...], gradients: Any) -> tuple[Any, None, None]:
     params, frozen, parts = residuals
 
-    def add(total, part_and_gradient):
+    def add(total: Any, part_and_gradient: Any) -> tuple[Any, None]:
         part, gradient = part_and_gradient
         _, pull_back = jax.vjp(lambda params: function(params, frozen, part), params)
         return jax.tree.map(jnp.add, total, *pull_back(gradient)), None

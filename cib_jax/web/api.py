@@ -11,6 +11,7 @@
 
 import asyncio
 import collections
+import functools
 import hashlib
 import os
 import re
@@ -41,7 +42,6 @@ MAX_RESULTS = 1000
 """Largest number of results of one search."""
 
 _ID = re.compile(r"[0-9a-f]{16}")
-_DAY = 86_400
 _CHANGED = "The photo's file was changed since it was indexed"
 
 T = TypeVar("T")
@@ -77,13 +77,15 @@ class Collection(Protocol):
     def number_of(self, id: str, /) -> int | None: ...  # noqa: D102
 
 
-def create_app(collection: Collection, settings: Settings, decoders: DecodePool) -> fastapi.FastAPI:
-    """Returns the app, with the `Api` at `state.api`. On a network it needs `middleware.protect` around it.
+def format_count(collection: Collection) -> str:
+    """Returns the number of photos in words, such as "1 photo"."""
+    return "1 photo" if len(collection) == 1 else f"{len(collection):,} photos"
 
-    Args:
-      collection: What is searched.
-      settings: Limits of the server.
-      decoders: Processes that decode photos; the caller closes them after the `Api`.
+
+def create_app(collection: Collection, settings: Settings, decoders: DecodePool) -> fastapi.FastAPI:
+    """Returns the app, with the `Api` at `state.api`, which must be closed before `decoders`.
+
+    On a network, it needs `middleware.protect` around it.
     """
     handlers: dict[Any, Any] = {HTTPException: _handle_error, Exception: _handle_error}
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=handlers)
@@ -110,13 +112,10 @@ class Api:
         self._settings, self._decoders = settings, decoders
         self._batcher = EncodeBatcher(collection.encode, collection.side)
 
-        def executor(threads: int, name: str) -> FairExecutor:
-            return FairExecutor(threads, settings.waiting, name, patience=settings.patience)
-
-        self._searches, self._lookups = executor(settings.threads, "search"), executor(4, "lookup")
+        executor = functools.partial(FairExecutor, waiting=settings.waiting, patience=settings.patience)
+        self._searches, self._lookups = executor(settings.threads, name="search"), executor(4, name="lookup")
         # As many threads as processes, so that photos wait here, where clients take turns, and not in the pool.
-        self.decoding = executor(settings.decode_processes, "decode")
-        """Executor of the calls that decode."""
+        self.decoding = executor(settings.decode_processes, name="decode")
         self._thumbnails = _ThumbnailCache(settings.thumbnails_mb * 1_000_000)
 
     def replace(self, collection: Collection) -> None:
@@ -155,8 +154,7 @@ class Api:
     async def photo(self, request: Request) -> Response:
         """Returns one photo's metadata in the format of a search result."""
         photo = await self._lookups.run(_client(request), self._photo, request.query_params.get("id", ""))
-        known = {"id": photo.id, "path": _printable(photo.path), "width": photo.width, "height": photo.height}
-        return _json(known)
+        return _json(_metadata(photo))
 
     async def thumbnail(self, request: Request) -> Response:
         """Returns a photo's thumbnail from the index."""
@@ -184,7 +182,7 @@ class Api:
             raise unavailable("Photos cannot be decoded now; try again in a moment.") from None
 
     def _square(self, body: bytes, content_type: str) -> UInt8[np.ndarray, "side side 3"]:
-        return self._decoders.see(_uploaded_photo(body, content_type), self.collection.side).square
+        return self._decoders.decode(_uploaded_photo(body, content_type), self.collection.side).square
 
     def _image(self, photo: Photo) -> bytes:
         settings = self._settings
@@ -269,12 +267,9 @@ def _search(
         "bits": collection.bits,
         "results": [
             {
-                "id": photo.id,
-                "path": _printable(photo.path),
+                **_metadata(photo),
                 "distance": int(hit.distance),
                 "code": collection.codes[hit.number].tobytes().hex(),
-                "width": photo.width,
-                "height": photo.height,
                 "thumbnail": f"/thumbnail/{photo.id}",
                 "image": f"/image/{photo.id}",
             }
@@ -283,9 +278,9 @@ def _search(
     }
 
 
-def _printable(path: str) -> str:
-    """Returns a path with a replacement character for each byte that is not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "replace")
+def _metadata(photo: Photo) -> dict[str, Any]:
+    path = os.fsencode(photo.path).decode("utf-8", "replace")  # with a replacement character where it is not UTF-8
+    return {"id": photo.id, "path": path, "width": photo.width, "height": photo.height}
 
 
 def _client(request: Request) -> str:
@@ -307,7 +302,7 @@ def _json(content: dict[str, Any]) -> Response:
 
 
 def _jpeg(request: Request, tag: str, content: bytes) -> Response:
-    headers = {"etag": tag, "cache-control": f"private, max-age={_DAY}"}
+    headers = {"etag": tag, "cache-control": "private, max-age=86400"}
     if _is_cached(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type="image/jpeg")
@@ -331,26 +326,24 @@ class _InMemoryParser(MultiPartParser):
 def _uploaded_photo(body: bytes, content_type: str) -> bytes:
     """Returns the photo in a request's body: the body itself or, if that is a form, its only file."""
     kind, options = parse_options_header(content_type)
-    photo = _form_file(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
+    photo = body
+    if kind == b"multipart/form-data":
+        # Only the client's boundary is used: with its charset, Python's slower codecs could be chosen.
+        boundary = options.get(b"boundary", b"").decode("latin-1")
+        headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
+        try:
+            form = asyncio.run(_InMemoryParser(headers, _chunks(body), max_files=1, max_fields=100).parse())
+        except (MultiPartException, ValueError):
+            raise HTTPException(400, "The form is damaged; send the photo's bytes, or a form with one file.") from None
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        photo = files[0].file.read() if files else b""
     if not photo:
         raise HTTPException(400, "The request has no photo; send its bytes, or a form with one file.")
     return photo
 
 
-def _form_file(body: bytes, boundary: bytes) -> bytes:
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    # Of the client's Content-Type only the boundary is used: with its charset, Python's slower codecs could be chosen.
-    headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary.decode("latin-1")}"'})
-    try:
-        form = asyncio.run(_InMemoryParser(headers, chunks(), max_files=1, max_fields=100).parse())
-    except (MultiPartException, ValueError):
-        raise HTTPException(400, "The form is damaged; send the photo's bytes, or a form with one file.") from None
-    for _, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            return value.file.read()
-    return b""
+async def _chunks(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
 
 
 def _read_indexed_file(root: str, photo: Photo, most: int) -> bytes:

@@ -32,27 +32,15 @@ class FairExecutor:
     """
 
     def __init__(self, threads: int, waiting: int, name: str, *, patience: float) -> None:
-        """Starts no thread yet.
-
-        Args:
-          threads: Number of threads.
-          waiting: Number of calls that may wait for a thread.
-          name: Prefix of the threads' names.
-          patience: Seconds that a call waits.
-        """
+        """At most `waiting` calls wait for one of the threads, each for at most `patience` seconds."""
         self.waiting = 0
         """Number of calls that wait for a thread."""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._free, self._most, self._patience = threads, waiting, patience
-        self._queues: collections.OrderedDict[str, collections.deque[asyncio.Future[None]]]
-        self._queues = collections.OrderedDict()
+        self._queues = collections.OrderedDict[str, collections.deque[asyncio.Future[None]]]()
 
     async def run(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
-        """Returns the result of a function that is called in a thread.
-
-        Raises:
-          HTTPException: Too many calls wait, or this one waited too long.
-        """
+        """Returns the result of a function that is called in a thread; raises an HTTPException if it waits too long."""
         if self._free:
             self._free -= 1
         else:
@@ -109,15 +97,9 @@ class EncodeBatcher:
     """A thread that encodes photos, those that wait together in one batch. Thread-safe. Must be closed."""
 
     def __init__(self, encode: Encode, side: int) -> None:
-        """Compiles the encoder for all batch sizes, and starts the thread.
-
-        Args:
-          encode: Encoder of a batch of photos.
-          side: Side of the square photos, in pixels.
-        """
+        """Compiles the encoder for all batch sizes of photos of `side` pixels, and starts the thread."""
         self._encode = encode
-        self._waiting: queue.SimpleQueue[tuple[UInt8[np.ndarray, "side side 3"], Future[np.ndarray]] | None]
-        self._waiting = queue.SimpleQueue()
+        self._waiting = queue.SimpleQueue[tuple[np.ndarray, Future[np.ndarray]] | None]()
         self._lock, self._closed = threading.Lock(), False
         for size in BATCH_SIZES:
             encode(np.zeros((size, side, side, 3), np.uint8))
@@ -125,11 +107,7 @@ class EncodeBatcher:
         self._thread.start()
 
     def submit(self, square: UInt8[np.ndarray, "side side 3"]) -> "Future[np.ndarray]":
-        """Returns the packed code of a photo, as a future.
-
-        Raises:
-          HTTPException: The batcher is closed.
-        """
+        """Returns the packed code of a photo, as a future; raises an HTTPException if the batcher is closed."""
         future: Future[np.ndarray] = Future()
         with self._lock:
             if self._closed:
@@ -163,9 +141,8 @@ class EncodeBatcher:
             squares = np.stack([square for square, _ in batch])
             padding = np.zeros((size - len(batch), *squares.shape[1:]), np.uint8)
             codes = self._encode(np.concatenate([squares, padding]))
+            for (_, future), code in zip(batch, codes, strict=False):
+                future.set_result(code)
         except BaseException as error:
             for _, future in batch:
                 future.set_exception(error)
-            return
-        for (_, future), code in zip(batch, codes, strict=False):
-            future.set_result(code)

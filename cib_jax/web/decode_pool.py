@@ -38,33 +38,22 @@ class DecoderError(Exception):
     """No decode process is available: one could not be started, or the pool is closed."""
 
 
-class WireError(Exception):
-    """The other side of a connection is gone, or what it sent is not a message."""
-
-
 class DecodePool:
     """A fixed number of decode processes, shared by any number of threads. Close it, or use it in a `with`.
 
-    A photo that crashes or delays its process, or exceeds its memory, is refused, and the process is replaced.
+    A photo that crashes or delays its process, or exceeds its memory, is refused, and the process is replaced. Both
+    methods that decode raise BadPhotoError, with a sentence for the client, or DecoderError.
     """
 
     def __init__(self, settings: Settings, *, worker: Sequence[str] = WORKER) -> None:
-        """Starts the processes.
-
-        Args:
-          settings: Limits of decoding.
-          worker: Command of a process.
-
-        Raises:
-          DecoderError: A process cannot be started.
-        """
-        self._settings, self._worker = settings, worker
+        """Starts the processes by the command `worker`, or raises a DecoderError."""
+        self._settings, self._closed = settings, threading.Event()
+        self._processes = [_Process(worker, settings, self._closed) for _ in range(settings.decode_processes)]
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        self._processes: set[_Process] = set()
-        self._lock, self._closed = threading.Lock(), False
         try:
-            for _ in range(settings.decode_processes):
-                self._idle.put(self._start())
+            for process in self._processes:
+                process.start()
+                self._idle.put(process)
         except BaseException:
             self.close()
             raise
@@ -75,15 +64,9 @@ class DecodePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def see(self, content: bytes, side: int) -> DecodedPhoto:
-        """Returns the result of `photos.decode_with_thumbnail` for the content of a file that a client sent.
-
-        Raises:
-          BadPhotoError: The photo cannot be used; the message is a sentence for the client.
-          DecoderError: No process is available.
-        """
-        request = {"kind": "see", "size": side, "max_megapixels": self._settings.megapixels}
-        head, result = self._ask(request, content)
+    def decode(self, content: bytes, side: int) -> DecodedPhoto:
+        """Returns the result of `photos.decode_with_thumbnail` for the content of a file that a client sent."""
+        head, result = self._ask("decode", content, side, self._settings.megapixels)
         pixels = side * side * 3
         width, height, thumbnail = head.get("width"), head.get("height"), result[pixels:]
         # A process that a photo has taken over may send anything. After these checks, clients see at most a JPEG.
@@ -93,23 +76,16 @@ class DecodePool:
         return DecodedPhoto(np.frombuffer(result, np.uint8, pixels).reshape(side, side, 3), thumbnail, width, height)
 
     def reduced(self, content: bytes, longest: int, *, max_megapixels: int) -> bytes:
-        """Returns the result of `photos.reduced`, a JPEG.
-
-        Raises:
-          BadPhotoError: The photo cannot be used; the message is a sentence for the client.
-          DecoderError: No process is available.
-        """
-        request = {"kind": "reduced", "size": longest, "max_megapixels": max_megapixels}
-        _, result = self._ask(request, content)
+        """Returns the result of `photos.reduced`, a JPEG."""
+        _, result = self._ask("reduced", content, longest, max_megapixels)
         _validate_jpeg(result)
         return result
 
     def close(self) -> None:
         """Ends all processes, also those that are decoding."""
-        with self._lock:
-            self._closed = True
-            for process in self._processes:
-                process.kill()
+        self._closed.set()
+        for process in self._processes:
+            process.kill()
         # Only the sockets of idle processes are closed here; a thread may be reading from the others.
         idle = []
         with contextlib.suppress(queue.Empty):
@@ -119,103 +95,19 @@ class DecodePool:
             process.end()
             self._idle.put(process)  # for threads that still ask: they find that the pool is closed
 
-    def _ask(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
+    def _ask(self, kind: str, content: bytes, size: int, megapixels: int) -> tuple[dict[str, Any], bytes]:
         process = self._idle.get()
         try:
-            if not process.alive():
-                process.end()
-                with self._lock:
-                    self._processes.discard(process)
-                process = self._start()
-            head, result = process.ask(request, content, self._settings.decode_seconds)
-            if head.get("out_of_memory"):
-                process.end()
-                memory = self._settings.decode_memory_mib
-                raise BadPhotoError(f"Decoding the photo takes more than {memory:,} MiB of memory.")
-        except BadPhotoError:
-            raise
-        except TimeoutError:
-            process.end()
-            seconds = self._settings.decode_seconds
-            raise BadPhotoError(f"The photo was not decoded within {seconds:g} seconds.") from None
-        except WireError:
-            process.end()
-            raise BadPhotoError("The photo crashed its decoder, so it is damaged or crafted.") from None
-        except BaseException:
-            process.end()
-            raise
+            head, result = process.ask({"kind": kind, "size": size, "max_megapixels": megapixels}, content)
         finally:
             self._idle.put(process)
-        if reason := head.get("reason"):
-            raise BadPhotoError(_sentence(str(reason)[:300], bool(head.get("too_large")), request["max_megapixels"]))
+        if reason := str(head.get("reason") or "")[:300]:
+            if head.get("too_large"):  # the reason names a field of the configuration, which the client does not know
+                found = re.search(r"\d+ × \d+", reason)
+                pixels = f"{found[0]} pixels, " if found else ""
+                raise BadPhotoError(f"The photo has {pixels}more than {megapixels} megapixels; make it smaller.")
+            raise BadPhotoError(f"The photo cannot be used: {reason.rstrip('.')}.")
         return head, result
-
-    def _start(self) -> "_Process":
-        process = _Process(self._worker, self._settings.decode_memory_mib)
-        with self._lock:
-            self._processes.add(process)
-            closed = self._closed
-        try:
-            if closed:
-                raise DecoderError("the pool of decode processes is closed")
-            process.wait_until_ready()
-        except DecoderError:
-            process.end()
-            with self._lock:
-                self._processes.discard(process)
-            raise
-        return process
-
-
-class _Process:
-    """A decode process and the connection to it."""
-
-    def __init__(self, worker: Sequence[str], memory_mib: int) -> None:
-        self._connection, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    [*worker, str(theirs.fileno()), str(memory_mib)],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=_environment(),
-                )
-            except OSError as error:
-                self._connection.close()
-                raise DecoderError(f"a decode process cannot be started: {error.strerror}") from None
-
-    def wait_until_ready(self) -> None:
-        try:
-            receive_message(self._connection, most=0, deadline=time.monotonic() + _START_SECONDS)
-        except (TimeoutError, WireError):
-            raise DecoderError("a decode process ended or hung before it was ready") from None
-
-    def ask(self, request: dict[str, Any], content: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
-        deadline = time.monotonic() + seconds
-        send_message(self._connection, request, content, deadline=deadline)
-        return receive_message(self._connection, deadline=deadline)
-
-    def alive(self) -> bool:
-        return self._process.poll() is None and self._connection.fileno() >= 0
-
-    def kill(self) -> None:
-        """Kills the process. A thread that reads from it gets a WireError."""
-        self._process.kill()
-        self._process.wait()
-
-    def end(self) -> None:
-        """Kills the process and closes the connection, which no other thread may be using."""
-        self.kill()
-        self._connection.close()
-
-
-def _environment() -> dict[str, str]:
-    """Returns the environment of a decode process: the module path, and none of the server's secrets."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
-    return kept | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _validate_jpeg(content: bytes) -> None:
@@ -223,13 +115,73 @@ def _validate_jpeg(content: bytes) -> None:
         raise BadPhotoError(_INVALID_REPLY)
 
 
-def _sentence(reason: str, too_large: bool, megapixels: int) -> str:
-    """Returns why a photo is refused, for a client who does not know this program's configuration."""
-    if too_large:
-        size = re.search(r"\d+ × \d+", reason)
-        pixels = f"{size[0]} pixels, " if size else ""
-        return f"The photo has {pixels}more than {megapixels} megapixels; make it smaller."
-    return f"The photo cannot be used: {reason.rstrip('.')}."
+class _Process:
+    """A decode process, which can be started again, and the connection to it. One thread at a time may use it."""
+
+    def __init__(self, worker: Sequence[str], settings: Settings, closed: threading.Event) -> None:
+        self._worker, self._settings, self._closed = worker, settings, closed
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once the process is ready; raises a DecoderError if it cannot be started or the pool is closed."""
+        self._connection, theirs = socket.socketpair()
+        # The module path, and none of the server's secrets.
+        kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [*self._worker, str(theirs.fileno()), str(self._settings.decode_memory_mib)],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=environment,
+                )
+            # After the process is there for `DecodePool.close` to kill: one of the two sees what the other has done.
+            if self._closed.is_set():
+                raise DecoderError("the pool of decode processes is closed")
+            receive_message(self._connection, deadline=time.monotonic() + _START_SECONDS)
+        except OSError as error:
+            self.end()
+            raise DecoderError(f"a decode process cannot be started: {error}") from None
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
+        """Returns the reply to a request; if there is none, ends the process, which the next request starts again."""
+        settings = self._settings
+        if self._process is None or self._process.poll() is not None:
+            self.end()
+            self.start()
+        deadline = time.monotonic() + settings.decode_seconds
+        try:
+            send_message(self._connection, request, content, deadline=deadline)
+            head, result = receive_message(self._connection, deadline=deadline)
+            if head.get("out_of_memory"):
+                raise BadPhotoError(f"Decoding the photo takes more than {settings.decode_memory_mib:,} MiB of memory.")
+            return head, result
+        except BaseException as error:
+            self.end()
+            if isinstance(error, TimeoutError):
+                raise BadPhotoError(f"The photo was not decoded within {settings.decode_seconds:g} seconds.") from None
+            if isinstance(error, OSError):
+                raise BadPhotoError("The photo crashed its decoder, so it is damaged or crafted.") from None
+            raise
+
+    def kill(self) -> None:
+        """Kills the process. A thread that reads from it gets a ConnectionError."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def end(self) -> None:
+        """Kills the process and closes the connection, which no other thread may be using."""
+        self.kill()
+        self._connection.close()
 
 
 def send_message(
@@ -238,38 +190,29 @@ def send_message(
     """Sends a message, until a deadline on the clock `time.monotonic` if there is one.
 
     Raises:
-      TimeoutError: The message was not taken in time.
-      WireError: The other side is gone.
+      OSError: The other side is gone; a TimeoutError if the message was not taken in time.
     """
     line = json.dumps(head).encode()
-    try:
-        for part in (_LENGTHS.pack(len(line), len(content)) + line, content):
-            connection.settimeout(_seconds_until(deadline))
-            connection.sendall(part)
-    except TimeoutError:
-        raise
-    except OSError as error:
-        raise WireError(str(error)) from None
+    for part in (_LENGTHS.pack(len(line), len(content)) + line, content):
+        _set_timeout(connection, deadline)
+        connection.sendall(part)
 
 
-def receive_message(
-    connection: socket.socket, *, most: int = _MOST_BYTES, deadline: float | None = None
-) -> tuple[dict[str, Any], bytes]:
-    """Returns the head and the content, of at most `most` bytes, of the next message.
+def receive_message(connection: socket.socket, *, deadline: float | None = None) -> tuple[dict[str, Any], bytes]:
+    """Returns the head and the content of the next message.
 
     Raises:
-      TimeoutError: The message did not arrive in time.
-      WireError: The other side is gone, or what it sent is not a message.
+      OSError: The other side is gone, or what it sent is not a message; a TimeoutError if it did not arrive in time.
     """
     head_size, content_size = _LENGTHS.unpack(_receive_exactly(connection, _LENGTHS.size, deadline))
-    if head_size > _MOST_HEAD or content_size > most:
-        raise WireError(f"a message of {head_size} and {content_size} bytes")
+    if head_size > _MOST_HEAD or content_size > _MOST_BYTES:
+        raise ConnectionError(f"a message of {head_size} and {content_size} bytes")
     try:
         head = json.loads(bytes(_receive_exactly(connection, head_size, deadline)))
     except (ValueError, RecursionError):
-        raise WireError("the head is not JSON") from None
+        raise ConnectionError("the head is not JSON") from None
     if not isinstance(head, dict):
-        raise WireError("the head is not an object")
+        raise ConnectionError("the head is not an object")
     return head, bytes(_receive_exactly(connection, content_size, deadline))
 
 
@@ -277,23 +220,16 @@ def _receive_exactly(connection: socket.socket, count: int, deadline: float | No
     received = bytearray(count)
     view, done = memoryview(received), 0
     while done < count:
-        try:
-            connection.settimeout(_seconds_until(deadline))
-            size = connection.recv_into(view[done:], min(count - done, 1 << 20))
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise WireError(str(error)) from None
+        _set_timeout(connection, deadline)
+        size = connection.recv_into(view[done:], min(count - done, 1 << 20))
         if not size:
-            raise WireError("the connection was closed")
+            raise ConnectionError("the connection was closed")
         done += size
     return received
 
 
-def _seconds_until(deadline: float | None) -> float | None:
-    if deadline is None:
-        return None
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
+def _set_timeout(connection: socket.socket, deadline: float | None) -> None:
+    seconds = None if deadline is None else deadline - time.monotonic()
+    if seconds is not None and seconds <= 0:
+        raise TimeoutError("timed out")
+    connection.settimeout(seconds)

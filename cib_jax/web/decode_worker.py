@@ -17,36 +17,24 @@ from typing import Any
 import PIL.Image
 
 from cib_jax.data import photos
-from cib_jax.web.decode_pool import WireError, receive_message, send_message
-
-Decode = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
-"""Function of a request and the content of a photo file that returns a reply and its bytes."""
-
-_MIB = 1 << 20
-_FILES = 32  # the files that are open already, and some for Pillow's readers
+from cib_jax.web.decode_pool import receive_message, send_message
 
 
 def decode(request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Returns the result of `photos.decode_with_thumbnail` or `photos.reduced`.
-
-    Raises:
-      BadPhotoError: The photo cannot be used.
-    """
+    """Returns the reply to a request, and the result of `photos.decode_with_thumbnail` or `photos.reduced` as bytes."""
     megapixels = request["max_megapixels"]
     if request["kind"] == "reduced":
         return {}, photos.reduced(content, request["size"], max_megapixels=megapixels)
-    seen = photos.decode_with_thumbnail(content, request["size"], max_megapixels=megapixels)
-    return {"width": seen.width, "height": seen.height}, seen.square.tobytes() + seen.thumbnail
+    photo = photos.decode_with_thumbnail(content, request["size"], max_megapixels=megapixels)
+    return {"width": photo.width, "height": photo.height}, photo.square.tobytes() + photo.thumbnail
 
 
-def main(descriptor: int, memory_mib: int, decode: Decode = decode) -> None:
-    """Answers requests until the server closes the connection or memory runs out.
-
-    Args:
-      descriptor: Socket to the server.
-      memory_mib: Memory that decoding may take.
-      decode: Function that answers a request.
-    """
+def main(
+    descriptor: int,
+    memory_mib: int,
+    decode: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]] = decode,
+) -> None:
+    """Answers requests at a socket until the server closes it or decoding takes more than `memory_mib`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal signals the whole group, but the server ends this process
     warnings.simplefilter("ignore")
@@ -57,7 +45,7 @@ def main(descriptor: int, memory_mib: int, decode: Decode = decode) -> None:
         while True:
             try:
                 request, content = receive_message(connection)
-            except WireError:
+            except OSError:
                 return
             try:
                 head, result = decode(request, content)
@@ -72,21 +60,18 @@ def main(descriptor: int, memory_mib: int, decode: Decode = decode) -> None:
 
 def _drop_privileges(memory_mib: int) -> None:
     """Limits memory, open files, subprocesses and core dumps of this process."""
+    # 32 files: those that are open already, and some for Pillow's readers.
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 32}
+    if hasattr(resource, "RLIMIT_NPROC"):
+        limits[resource.RLIMIT_NPROC] = 0
     statm = pathlib.Path("/proc/self/statm")
     if statm.exists():
         present = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_AS, present + memory_mib * _MIB)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_NOFILE, _FILES)
-    if hasattr(resource, "RLIMIT_NPROC"):
-        _limit(resource.RLIMIT_NPROC, 0)
-
-
-def _limit(kind: int, value: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (value, value))
+        limits[resource.RLIMIT_AS] = present + (memory_mib << 20)
+    for kind, value in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (lowest, lowest))
 
 
 if __name__ == "__main__":

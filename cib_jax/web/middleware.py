@@ -1,8 +1,11 @@
 """ASGI middleware around the search app: clients, rates, hosts, routes, origins, bodies, errors and headers.
 
-`protect` puts one class per concern around the app. Whatever a class refuses is raised as an HTTPException, which
-`ErrorResponses` turns into JSON. A refusal closes the connection, because the rest of the request is not read.
+`protect` puts one class per concern around the app. Each passes a request on to the next, or refuses it by raising an
+HTTPException, which `ErrorResponses` turns into JSON. A refusal closes the connection, because the rest of the request
+is not read.
 """
+
+# ruff: noqa: D102
 
 import asyncio
 import collections
@@ -36,20 +39,14 @@ _FILE = r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*/){0,6}[A-Za-z0-9_-][A-Za-z0-9._-]*"  #
 _NOT_FOUND = "This address does not exist."
 _MULTIPART = 16_384  # bytes that multipart/form-data may add to a photo
 
-# A provider gives a household at least one /64 network of IPv6 addresses, so that is the unit that rates count.
-_IPV6_PREFIX = 64
-_FORGET_EVERY = 1000
-
 
 class Route(NamedTuple):
     """An address that may be requested."""
 
     path: re.Pattern[str]
     methods: tuple[str, ...]
-    kind: str
-    """Rate limit by which it is counted."""
-    page: bool
-    """Whether Gradio answers it."""
+    kind: str  # the rate limit by which it is counted
+    page: bool  # whether Gradio answers it
 
 
 # Only these routes exist for clients. Gradio's own server offers many more. Its page computes in the browser and calls
@@ -82,14 +79,7 @@ def find_route(path: str) -> Route | None:
 
 
 def protect(app: ASGIApp, settings: Settings, *, loopback: bool, name: str = "localhost") -> ASGIApp:
-    """Returns an app behind all middleware of this module.
-
-    Args:
-      app: The search app.
-      settings: Limits and trusted names.
-      loopback: Whether the server can be reached from this machine only.
-      name: Host name or address that the server listens at.
-    """
+    """Returns an app behind all middleware of this module, for a server that listens at the host or address `name`."""
     guarded: ASGIApp = BodyLimits(PageErrors(app), settings)
     guarded = KnownRoutes(SameOrigin(guarded, settings.hosts))
     guarded = KnownHosts(guarded, settings.hosts, name=name, any_address=not loopback and not settings.hosts)
@@ -128,7 +118,6 @@ class ErrorResponses:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request by the app, or with the error that the app raised."""
         started = False
 
         async def send_noted(message: Message) -> None:
@@ -136,23 +125,18 @@ class ErrorResponses:
             started = True
             await send(message)
 
-        error: Exception
         try:
             await self._app(scope, receive, send_noted)
-            return
         except ClientDisconnect:
-            return
-        except asyncio.CancelledError:  # by uvicorn, when it stops and requests are still open
-            if started:
-                raise
-            error = refusal(503, "The server is stopping.")
-        except Exception as raised:
+            pass
+        except (Exception, asyncio.CancelledError) as error:
             if started:
                 raise  # uvicorn logs it and closes the connection
-            if not isinstance(raised, HTTPException):
+            if isinstance(error, asyncio.CancelledError):  # by uvicorn, when it stops and requests are still open
+                error = refusal(503, "The server is stopping.")
+            elif not isinstance(error, HTTPException):
                 traceback.print_exc()
-            error = raised
-        await error_response(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
 
 
 class SecurityHeaders:
@@ -183,8 +167,6 @@ class SecurityHeaders:
             self._page["x-frame-options"] = "SAMEORIGIN"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request by the app, with other headers."""
-
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [(key.lower(), value) for key, value in message.get("headers", ())]}
@@ -206,20 +188,15 @@ class TrustedProxies:
         self._networks = [ipaddress.ip_network(proxy, strict=False) for proxy in proxies]
 
     def __contains__(self, peer: str) -> bool:
-        """Returns whether an address is that of a trusted proxy."""
         address = _parse_address(peer)
         return address is not None and any(address in network for network in self._networks)
 
     def client_of(self, peer: str, forwarded: Iterable[str]) -> str:
         """Returns the name by which a client is counted: its IPv4 address, or the /64 network of its IPv6 address.
 
-        uvicorn's ProxyHeadersMiddleware does not serve here: it would name a client by any text that a proxy passed
-        on, and does not recognize an IPv4 proxy on a socket that listens to IPv6.
-
-        Args:
-          peer: Address at the other end of the connection.
-          forwarded: Values of X-Forwarded-For, each maybe a list. Only what trusted proxies appended counts: the last
-            address that is not a proxy's own.
+        Of the values of X-Forwarded-For, only what trusted proxies appended counts: the last address that is not a
+        proxy's own. uvicorn's ProxyHeadersMiddleware would name a client by any text that a proxy passed on, and does
+        not recognize an IPv4 proxy on a socket that listens to IPv6.
         """
         if peer in self:
             for entry in reversed([entry for value in forwarded for entry in value.split(",")]):
@@ -245,8 +222,9 @@ def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
 
 def _client_name(text: str) -> str:
     address = _parse_address(text)
+    # A provider gives a household at least one /64 network of IPv6 addresses, so that is the unit that rates count.
     if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
+        return str(ipaddress.ip_network((address, 64), strict=False))
     return str(address) if address else "unknown"
 
 
@@ -260,7 +238,6 @@ class ClientNames:
         self._app, self._proxies = app, proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to the app with its client's name."""
         peer = (scope.get("client") or ("", 0))[0]
         forwarded = Headers(scope=scope).getlist("x-forwarded-for")
         scope["state"]["client"] = self._proxies.client_of(peer, forwarded)
@@ -273,23 +250,15 @@ class RateLimits:
     """Bounds the requests of each client, per minute and at the same time."""
 
     def __init__(self, app: ASGIApp, settings: Settings, storage: MemoryStorage | None = None) -> None:
-        """Sets the limits.
-
-        Args:
-          app: What answers requests within the limits.
-          settings: The limits.
-          storage: Where requests are counted; new if None.
-        """
         self._app, self._at_once = app, settings.at_once
         amounts = {SEARCH: settings.searches, IMAGE: settings.images, OTHER: settings.others}
         self._limits = {kind: limits.RateLimitItemPerMinute(amount) for kind, amount in amounts.items()}
-        self._storage = MemoryStorage() if storage is None else storage
+        self._storage = storage or MemoryStorage()
         self._window = MovingWindowRateLimiter(self._storage)
         self._open: collections.Counter[str] = collections.Counter()
         self._count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to the app, or raises an HTTPException."""
         client = scope["state"]["client"]
         if self._open[client] >= self._at_once:
             raise refusal(429, "Too many requests at once; wait for earlier answers.", {"retry-after": "1"})
@@ -308,7 +277,7 @@ class RateLimits:
     def _seconds_to_wait(self, kind: str, client: str) -> int:
         """Counts a request and returns 0, or returns the seconds after which the client may try again."""
         self._count += 1
-        if self._count % _FORGET_EVERY == 0:
+        if self._count % 1000 == 0:
             # The storage drops old requests of a client, but never the client: its list stays, empty.
             for key in [key for key, events in self._storage.events.copy().items() if not events]:
                 self._storage.clear(key)
@@ -329,13 +298,11 @@ class KnownHosts:
             self._hosts |= {own, f"{own}.local", socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to the app, or raises an HTTPException."""
         hosts = Headers(scope=scope).getlist("host")
         host = (_split_url(f"//{hosts[0]}").hostname or "").lower() if len(hosts) == 1 else ""
         # An address as the host cannot be the result of rebinding: no name server was asked.
         if not ("*" in self._hosts or host in self._hosts or (self._any_address and _is_address(host))):
-            detail = "This host name is not the server's; use its address, or start it with --names."
-            raise refusal(421, detail)
+            raise refusal(421, "This host name is not the server's; use its address, or start it with --names.")
         await self._app(scope, receive, send)
 
 
@@ -361,7 +328,6 @@ class KnownRoutes:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to the app, or raises an HTTPException."""
         route = find_route(scope["path"])
         if route is None:
             raise refusal(404, _NOT_FOUND)
@@ -379,7 +345,6 @@ class SameOrigin:
         self._app, self._hosts = app, {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to the app, or raises an HTTPException."""
         if scope["method"] not in _GET and not self._is_same(Headers(scope=scope)):
             raise refusal(403, "Pages of other origins may not send requests here.")
         await self._app(scope, receive, send)
@@ -398,24 +363,21 @@ class BodyLimits:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
+        self._most = settings.photo_mb * 1_000_000 + _MULTIPART
         self._bodies, self._bytes = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on to the app, or raises an HTTPException."""
         headers = Headers(scope=scope)
-        length = headers.get("content-length")
+        lengths = headers.getlist("content-length")  # at most one, and a number: h11 refuses others
         if scope["method"] != "POST":
-            if "transfer-encoding" in headers or headers.getlist("content-length") not in ([], ["0"]):
+            if "transfer-encoding" in headers or lengths not in ([], ["0"]):
                 raise refusal(400, "Only POST requests may have a body.")
             await self._app(scope, receive, send)
             return
-        if length is not None:
-            if "transfer-encoding" in headers:
-                raise refusal(400, "A request cannot have both Content-Length and Transfer-Encoding.")
-            if not (length.isascii() and length.isdigit()):
-                raise refusal(400, "Content-Length must be a number.")
-            if int(length[:20]) > self._most:
-                raise self._too_large()
+        if lengths and "transfer-encoding" in headers:
+            raise refusal(400, "A request cannot have both Content-Length and Transfer-Encoding.")
+        if lengths and int(lengths[0]) > self._most:
+            raise self._too_large()
         if self._bodies >= self._settings.bodies:
             raise _too_many()
         self._bodies += 1
@@ -423,14 +385,15 @@ class BodyLimits:
         try:
             await self._read(receive, chunks)
             chunks[:] = [b"".join(chunks)]
-            await self._app(scope, _replay(chunks, receive), send)
+            messages: list[Message] = [{"type": "http.request", "body": chunks[0], "more_body": False}]
+
+            async def replay() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await self._app(scope, replay, send)
         finally:
             self._bodies -= 1
             self._bytes -= sum(map(len, chunks))
-
-    @property
-    def _most(self) -> int:
-        return self._settings.photo_mb * 1_000_000 + _MULTIPART
 
     async def _read(self, receive: Receive, chunks: list[bytes]) -> None:
         """Appends a body to `chunks`; all that is appended is counted."""
@@ -461,18 +424,6 @@ def _too_many() -> HTTPException:
     return refusal(503, "Too many photos are being received; try again in a moment.", {"retry-after": "2"})
 
 
-def _replay(chunks: list[bytes], receive: Receive) -> Receive:
-    """Returns a function that receives a body that was read already."""
-    remaining = list(chunks)
-
-    async def replay() -> Message:
-        if remaining:
-            return {"type": "http.request", "body": remaining.pop(), "more_body": False}
-        return await receive()
-
-    return replay
-
-
 class PageErrors:
     """Replaces the error pages of Gradio, which are meant for developers and may contain paths."""
 
@@ -480,7 +431,6 @@ class PageErrors:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request by the app; raises an HTTPException if the page's answer is an error."""
         status = 0
 
         async def send_unless_error(message: Message) -> None:

@@ -9,15 +9,28 @@ from importlib import resources
 import fastapi
 import gradio as gr
 
-from cib_jax.web.api import Collection
+from cib_jax.web.api import Collection, format_count
 from cib_jax.web.settings import Settings
 
 DEFAULT_K, MAX_K = 20, 100
 """Number of results at first, and at the end of the slider."""
 
-_PAPER, _INK, _QUIET, _LINE = "#faf9f7", "#1d1c1a", "#66625b", "#dcd8d0"
-_PAPER_DARK, _INK_DARK, _QUIET_DARK, _LINE_DARK = "#141413", "#ecebe7", "#a09c94", "#383633"
-_ACCENT, _ACCENT_DARK = "#0b5f95", "#6cb6ea"
+_COLORS = {  # on light and on dark
+    "body_background_fill": ("#faf9f7", "#141413"),
+    "body_text_color": ("#1d1c1a", "#ecebe7"),
+    "body_text_color_subdued": ("#66625b", "#a09c94"),
+    "border_color_primary": ("#dcd8d0", "#383633"),
+    "slider_color": ("#0b5f95", "#6cb6ea"),
+    "button_primary_background_fill": ("#0b5f95", "#6cb6ea"),
+    "button_primary_background_fill_hover": ("#084b77", "#8cc8f2"),
+    "button_primary_text_color": ("#ffffff", "#141413"),
+    "button_secondary_background_fill": ("transparent", "transparent"),
+    "button_secondary_background_fill_hover": ("#efece6", "#242321"),
+    "button_secondary_border_color": ("#8f8a81", "#7a766e"),
+    "button_secondary_text_color": ("#1d1c1a", "#ecebe7"),
+    "block_background_fill": ("transparent", "transparent"),
+}
+"""Variables of Gradio's theme."""
 # The bits of a code as an icon, inline so that no other file is requested.
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E"
@@ -32,11 +45,8 @@ def mount(
 ) -> None:
     """Adds the page at `/`, after the API's routes: Gradio answers what no earlier route matches.
 
-    Args:
-      app: App with the routes of `api`.
-      collection: Photos that are searched.
-      settings: Limits of the server; the page refuses a photo that is too large before it is sent. None: the defaults.
-      root_path: Path, such as "/photos", that a reverse proxy strips from the requests that it passes on.
+    By `settings`, the page refuses a photo that is too large before it is sent. `root_path` is a path, such as
+    "/photos", that a reverse proxy strips from the requests that it passes on.
     """
     gr.mount_gradio_app(
         app,
@@ -57,7 +67,6 @@ def mount(
 
 
 def _blocks(collection: Collection, max_bytes: int) -> gr.Blocks:
-    count = len(collection)
     with gr.Blocks(title="Photo search", analytics_enabled=False, fill_width=True) as blocks:
         # The controls write into this value, which page.js watches: `k` is the slider's value, and the other two count
         # events, so that the value changes at each of them.
@@ -68,7 +77,7 @@ def _blocks(collection: Collection, max_bytes: int) -> gr.Blocks:
             apply_default_css=False,
             padding=False,
             elem_id="cib-page",
-            photos="1 photo" if count == 1 else f"{count:,} photos",
+            photos=format_count(collection),
             bits=collection.bits,
             max_k=MAX_K,
             max_bytes=max_bytes,
@@ -88,37 +97,10 @@ def _blocks(collection: Collection, max_bytes: int) -> gr.Blocks:
 def _theme() -> gr.themes.Base:
     system = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
-    return gr.themes.Base(font=system, font_mono=mono, radius_size="md").set(
-        body_background_fill=_PAPER,
-        body_background_fill_dark=_PAPER_DARK,
-        body_text_color=_INK,
-        body_text_color_dark=_INK_DARK,
-        body_text_color_subdued=_QUIET,
-        body_text_color_subdued_dark=_QUIET_DARK,
-        border_color_primary=_LINE,
-        border_color_primary_dark=_LINE_DARK,
-        color_accent=_ACCENT,
-        slider_color=_ACCENT,
-        slider_color_dark=_ACCENT_DARK,
-        button_primary_background_fill=_ACCENT,
-        button_primary_background_fill_dark=_ACCENT_DARK,
-        button_primary_background_fill_hover="#084b77",
-        button_primary_background_fill_hover_dark="#8cc8f2",
-        button_primary_text_color="#ffffff",
-        button_primary_text_color_dark=_PAPER_DARK,
-        button_secondary_background_fill="transparent",
-        button_secondary_background_fill_dark="transparent",
-        button_secondary_background_fill_hover="#efece6",
-        button_secondary_background_fill_hover_dark="#242321",
-        button_secondary_border_color="#8f8a81",
-        button_secondary_border_color_dark="#7a766e",
-        button_secondary_text_color=_INK,
-        button_secondary_text_color_dark=_INK_DARK,
-        block_background_fill="transparent",
-        block_background_fill_dark="transparent",
-        block_border_width="0px",
-        block_shadow="none",
-    )
+    colors = {name: light for name, (light, _) in _COLORS.items()}
+    colors |= {f"{name}_dark": dark for name, (_, dark) in _COLORS.items()}
+    theme = gr.themes.Base(font=system, font_mono=mono, radius_size="md")
+    return theme.set(**colors, color_accent="#0b5f95", block_border_width="0px", block_shadow="none")
 
 
 def _text(name: str) -> str:

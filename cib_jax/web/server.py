@@ -23,14 +23,10 @@ from cib_jax.web import api
 from cib_jax.web.api import Collection
 from cib_jax.web.decode_pool import DecodePool
 from cib_jax.web.middleware import TrustedProxies, protect
-from cib_jax.web.settings import Settings
+from cib_jax.web.settings import Settings, flag_error
 
 Page = Callable[[fastapi.FastAPI, Collection], None]
 """Function that adds the search page to the app, behind the API's routes."""
-
-_MAX_HEAD_BYTES = 16_384
-_KEEP_ALIVE_SECONDS = 10
-_SHUTDOWN_SECONDS = 3
 
 
 def serve(
@@ -45,14 +41,8 @@ def serve(
 ) -> None:
     """Serves a collection until the process receives SIGTERM or SIGINT, after which it ends within seconds.
 
-    Args:
-      collection: Photos that are searched.
-      host: Host name or address to listen at; "0.0.0.0" and "::" are all addresses of this machine.
-      port: Port to listen at; 0 takes a free one.
-      page: Function that adds the search page, or None for the API only.
-      renew: Function that returns the collection with what was indexed meanwhile; called twice a minute.
-      settings: Limits of the server; the defaults if None.
-      print_line: Function that prints a line for the user, such as the server's address.
+    `page` adds the search page to the API. `renew` returns the collection with what was indexed meanwhile; it is called
+    twice a minute. Port 0 is any free port; the hosts "0.0.0.0" and "::" are all addresses of this machine.
 
     Raises:
       WebError: The port is in use, or the host is not an address of this machine.
@@ -82,13 +72,9 @@ def renewing(
     *,
     seconds: float = 30.0,
 ) -> Iterator[None]:
-    """Replaces the collection that an API serves, at intervals, by what `renew` returns for it.
+    """Replaces the collection that an API serves, at intervals, by what `renew` returns for it; prints changes.
 
-    Args:
-      served: The API.
-      renew: Function that returns the collection as it is now, the same object if nothing changed; None does nothing.
-      print_line: Function that prints what changed.
-      seconds: Interval.
+    `renew` returns the same object if nothing changed. If it is None, nothing is done.
     """
     if renew is None:
         yield
@@ -99,15 +85,13 @@ def renewing(
         while not ended.wait(seconds):
             try:
                 collection = renew(served.collection)
+                if collection is not served.collection:
+                    served.replace(collection)
+                    print_line(f"{api.format_count(collection)} now")
             except UserError as error:
                 print_line(f"Newly indexed photos are not served yet: {error}")
-                continue
             except Exception:  # a temporary failure must not end this thread
                 traceback.print_exc()
-                continue
-            if collection is not served.collection:
-                served.replace(collection)
-                print_line(f"{len(collection):,} photos now")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -133,9 +117,9 @@ def create_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=settings.connections,
-        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        h11_max_incomplete_event_size=16_384,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=3,
         backlog=256,
     )
     return uvicorn.Server(config)
@@ -143,38 +127,32 @@ def create_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Yields a listening socket.
-
-    Raises:
-      WebError: The host or port cannot be used.
-    """
+    """Yields a listening socket; raises a WebError if the host or the port cannot be used."""
     if not 0 <= port <= 65_535:
-        raise WebError(f"--port must be from 1 to 65535, or 0 for any free port, got {port}", field="--port")
+        raise flag_error("port", f"from 1 to 65535, or 0 for any free port, got {port}")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         raise _unusable_host(host, "unknown name") from None
+    family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
             listener.listen(256)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                reason = f"{port} is in use; give another one, or end the program that uses it"
-                raise WebError(f"--port must be free, but {reason}", field="--port") from None
-            if error.errno == errno.EACCES:
-                reason = f"at least 1024 for users without special rights, got {port}"
-                raise WebError(f"--port must be {reason}", field="--port") from None
-            raise _unusable_host(host, str(error.strerror)) from None
+            allowed = {
+                errno.EADDRINUSE: f"free, but {port} is in use; give another one, or end the program that uses it",
+                errno.EACCES: f"at least 1024 for users without special rights, got {port}",
+            }.get(error.errno or 0)
+            if allowed is None:
+                raise _unusable_host(host, str(error.strerror)) from None
+            raise flag_error("port", allowed) from None
         yield listener
 
 
 def _unusable_host(host: str, reason: str) -> WebError:
-    message = f"--host must be an address of this machine, got {host!r} ({reason}); try 127.0.0.1"
-    return WebError(message, field="--host")
+    return flag_error("host", f"an address of this machine, got {host!r} ({reason}); try 127.0.0.1")
 
 
 def is_loopback(listener: socket.socket) -> bool:
@@ -188,7 +166,7 @@ def format_startup(listener: socket.socket, collection: Collection) -> list[str]
     if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
         host = _network_address(listener.family) or host
     name = f"[{host}]" if ":" in host else host
-    lines = [f"{len(collection):,} photos at http://{name}:{port}/ ; Ctrl-C ends."]
+    lines = [f"{api.format_count(collection)} at http://{name}:{port}/ ; Ctrl-C ends."]
     if not is_loopback(listener):
         lines.append(
             f"Everyone who can reach this machine can search and see all photos under {collection.root}, unencrypted "
@@ -209,20 +187,12 @@ def _network_address(family: int) -> str:
 @contextlib.contextmanager
 def _quiet_shutdown() -> Iterator[None]:
     """Swallows the signals that uvicorn re-raises on shutdown, and its cancellation messages."""
-    logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
-    if threading.current_thread() is not threading.main_thread():
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Cancel "))
+    with contextlib.ExitStack() as restored:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                restored.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         yield
-        return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _is_not_cancellation(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Cancel ")
 
 
 class _BoundedProtocol(H11Protocol):
@@ -233,14 +203,13 @@ class _BoundedProtocol(H11Protocol):
     open: "collections.Counter[str]"
     """Open connections of each client."""
     _client_name: str | None = None
-    _head_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
     _last_cycle: Any = None
     """uvicorn's state of the request that was received last."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._start_head_timer()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._close_after("head", self.settings.head_seconds)
         peer = self.client[0] if self.client else ""
         if peer not in self.proxies:
             self._client_name = self.proxies.client_of(peer, ())
@@ -249,8 +218,8 @@ class _BoundedProtocol(H11Protocol):
                 transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        _cancel(self._head_timer)
-        _cancel(self._write_timer)
+        self._close_after("head", None)
+        self._close_after("write", None)
         if self._client_name is not None:
             self.open[self._client_name] -= 1
             if not self.open[self._client_name]:
@@ -260,7 +229,7 @@ class _BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not self._last_cycle:  # the head of a request is complete
-            _cancel(self._head_timer)
+            self._close_after("head", None)
             self._last_cycle = self.cycle
 
     def on_response_complete(self) -> None:
@@ -268,23 +237,20 @@ class _BoundedProtocol(H11Protocol):
         super().on_response_complete()
         self._last_cycle = self.cycle
         if self.cycle is answered:  # otherwise the head of the next request is complete already
-            self._start_head_timer()
+            # Also between two requests; for an idle connection, uvicorn has a shorter timer of its own.
+            self._close_after("head", self.settings.head_seconds)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        _cancel(self._write_timer)
-        self._write_timer = self.loop.call_later(self.settings.taking_seconds, self.transport.abort)
+        self._close_after("write", self.settings.taking_seconds)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        _cancel(self._write_timer)
+        self._close_after("write", None)
 
-    def _start_head_timer(self) -> None:
-        # It also runs between two requests; for an idle connection, uvicorn has a shorter timer of its own.
-        _cancel(self._head_timer)
-        self._head_timer = self.loop.call_later(self.settings.head_seconds, self.transport.abort)
-
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _close_after(self, awaited: str, seconds: float | None) -> None:
+        """Closes the connection unless the head of a request or the end of a write comes in time; None cancels this."""
+        if timer := self._timers.pop(awaited, None):
+            timer.cancel()
+        if seconds is not None:
+            self._timers[awaited] = self.loop.call_later(seconds, self.transport.abort)

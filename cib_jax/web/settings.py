@@ -87,19 +87,19 @@ class Settings:
         """Validates what a user can set on the command line."""
         for name in ("searches", "photo_mb", "megapixels"):
             if getattr(self, name) < 1:
-                raise WebError(f"--{name} must be at least 1, got {getattr(self, name)}", field=f"--{name}")
+                raise flag_error(name, f"at least 1, got {getattr(self, name)}")
         for proxy in self.proxies:
             try:
                 ipaddress.ip_network(proxy, strict=False)
             except ValueError:
-                raise WebError(
-                    f"--proxies must be addresses or networks, got {proxy!r}; try 10.0.0.2 or 10.0.0.0/24",
-                    field="--proxies",
-                ) from None
+                allowed = f"addresses or networks, got {proxy!r}; try 10.0.0.2 or 10.0.0.0/24"
+                raise flag_error("proxies", allowed) from None
         for origin in self.frames:
             if not _ORIGIN.fullmatch(origin):
-                raise WebError(
-                    f"--frames must be origins of web pages, got {origin!r}; try https://notebook.example.org or "
-                    "http://localhost:*",
-                    field="--frames",
-                )
+                example = "https://notebook.example.org or http://localhost:*"
+                raise flag_error("frames", f"origins of web pages, got {origin!r}; try {example}")
+
+
+def flag_error(name: str, allowed: str) -> WebError:
+    """Returns the error for an invalid value of a command-line flag, given what it must be."""
+    return WebError(f"--{name} must be {allowed}", field=f"--{name}")

@@ -50,5 +50,5 @@ def by_content(request: dict, content: bytes) -> tuple[dict, bytes]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 3 and pathlib.Path(sys.argv[1]).exists():
-        sys.exit("told not to start")
+        sys.exit("the file exists")
     decode_worker.main(int(sys.argv[-2]), int(sys.argv[-1]), by_content)

@@ -13,7 +13,7 @@ import pytest
 
 from cib_jax.data import photos
 from cib_jax.data.photos import BadPhotoError
-from cib_jax.web.decode_pool import DecodePool, DecoderError, WireError, receive_message, send_message
+from cib_jax.web.decode_pool import DecodePool, DecoderError, receive_message, send_message
 from cib_jax.web.settings import Settings
 from tests.web import hostile
 from tests.web.conftest import HOSTILE, until
@@ -25,7 +25,7 @@ PHOTO = encoded(picture(1))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_photo_is_decoded_as_in_this_process(decoders, form):
     content = encoded(picture(3, 500, 300), form)
-    seen, expected = decoders.see(content, 24), photos.decode_with_thumbnail(content, 24)
+    seen, expected = decoders.decode(content, 24), photos.decode_with_thumbnail(content, 24)
     assert np.array_equal(seen.square, expected.square)
     assert seen[1:] == expected[1:]
 
@@ -33,14 +33,14 @@ def test_a_photo_is_decoded_as_in_this_process(decoders, form):
 @pytest.mark.parametrize("name", hostile.REFUSED)
 def test_a_file_that_is_not_a_photo_or_is_a_bomb_is_refused_in_a_sentence(decoders, name):
     with pytest.raises(BadPhotoError, match=r"^[A-Z][^\n]*\.$") as error:
-        decoders.see(hostile.REFUSED[name], 24)
+        decoders.decode(hostile.REFUSED[name], 24)
     assert "data." not in str(error.value)  # a client does not know the configuration
-    assert decoders.see(PHOTO, 24).square.shape == (24, 24, 3)
+    assert decoders.decode(PHOTO, 24).square.shape == (24, 24, 3)
 
 
 def test_of_a_file_with_two_meanings_only_the_picture_is_used(decoders):
     for content in hostile.polyglots().values():
-        seen = decoders.see(content, 24)
+        seen = decoders.decode(content, 24)
         assert (seen.width, seen.height) == (60, 40)
         for other in (b"script", b"alert", b"PK\x03\x04"):
             assert other not in seen.thumbnail
@@ -48,7 +48,7 @@ def test_of_a_file_with_two_meanings_only_the_picture_is_used(decoders):
 
 def test_too_many_pixels_are_refused(decoders):
     with pytest.raises(BadPhotoError, match=r"9000 × 6000 pixels, more than 50 megapixels"):
-        decoders.see(encoded(np.zeros((6000, 9000), np.uint8)), 24)
+        decoders.decode(encoded(np.zeros((6000, 9000), np.uint8)), 24)
 
 
 def test_a_reduced_photo_is_small_and_without_metadata(decoders):
@@ -66,16 +66,16 @@ def test_a_reduced_photo_is_small_and_without_metadata(decoders):
 @pytest.mark.parametrize("word", [b"hang", b"crash", b"exit", b"memory", b"width", b"script", b"short", b"nested"])
 def test_a_photo_that_takes_over_a_process_harms_only_that_process(hostile_decoders, word):
     with pytest.raises(BadPhotoError):
-        hostile_decoders.see(word + b" ", 16)
-    assert hostile_decoders.see(PHOTO, 16).width == 60
+        hostile_decoders.decode(word + b" ", 16)
+    assert hostile_decoders.decode(PHOTO, 16).width == 60
 
 
 def test_a_process_does_not_have_the_servers_environment(hostile_decoders, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with pytest.raises(BadPhotoError):
-        hostile_decoders.see(b"exit ", 16)  # the next process starts in this environment
+        hostile_decoders.decode(b"exit ", 16)  # the next process starts in this environment
     with pytest.raises(BadPhotoError, match="PYTHONPATH") as error:
-        hostile_decoders.see(b"environment ", 16)
+        hostile_decoders.decode(b"environment ", 16)
     assert "SECRET" not in str(error.value)
 
 
@@ -83,7 +83,8 @@ def test_threads_share_the_processes(decoders):
     contents = [encoded(picture(n), "JPEG") for n in range(20)]
     found: dict[int, np.ndarray] = {}
     threads = [
-        threading.Thread(target=lambda n=n: found.setdefault(n, decoders.see(contents[n], 8).square)) for n in range(20)
+        threading.Thread(target=lambda n=n: found.setdefault(n, decoders.decode(contents[n], 8).square))
+        for n in range(20)
     ]
     for thread in threads:
         thread.start()
@@ -103,14 +104,14 @@ def test_closing_ends_processes_also_those_at_work(tmp_path):
     decoders = DecodePool(Settings(decode_processes=1, decode_seconds=60), worker=HOSTILE)
     (process,) = children() - before
 
-    def see(content):
+    def decode(content):
         try:
-            decoders.see(content, 16)
+            decoders.decode(content, 16)
         except (BadPhotoError, DecoderError) as error:
             errors.append(error)
 
     contents = (b"hang " + os.fsencode(tmp_path / "file"), PHOTO)
-    threads = [threading.Thread(target=see, args=(content,)) for content in contents]
+    threads = [threading.Thread(target=decode, args=(content,)) for content in contents]
     threads[0].start()
     until((tmp_path / "file").exists)
     threads[1].start()  # waits for the process
@@ -120,7 +121,7 @@ def test_closing_ends_processes_also_those_at_work(tmp_path):
     assert len(errors) == 2
     assert process not in children()
     with pytest.raises(DecoderError):
-        decoders.see(PHOTO, 16)
+        decoders.decode(PHOTO, 16)
 
 
 def test_processes_that_cannot_be_started_leave_nothing_behind(tmp_path):
@@ -129,15 +130,15 @@ def test_processes_that_cannot_be_started_leave_nothing_behind(tmp_path):
     with DecodePool(Settings(decode_processes=1), worker=[*HOSTILE, str(file)]) as decoders:
         file.touch()
         with pytest.raises(BadPhotoError):
-            decoders.see(b"exit ", 16)
+            decoders.decode(b"exit ", 16)
         for _ in range(2):
             with pytest.raises(DecoderError):
-                decoders.see(PHOTO, 16)
+                decoders.decode(PHOTO, 16)
         assert children() == before
         with pytest.raises(DecoderError):
             DecodePool(Settings(decode_processes=2), worker=[*HOSTILE, str(file)])
         file.unlink()
-        assert decoders.see(PHOTO, 16).width == 60
+        assert decoders.decode(PHOTO, 16).width == 60
     with pytest.raises(DecoderError):
         DecodePool(Settings(), worker=["/not/there"])
     assert children() == before
@@ -155,7 +156,7 @@ def test_what_is_not_a_message_is_an_error(answer):
     with ours, theirs:
         theirs.sendall(answer)
         theirs.shutdown(socket.SHUT_WR)
-        with pytest.raises(WireError):
+        with pytest.raises(ConnectionError):
             receive_message(ours)
 
 

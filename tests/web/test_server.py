@@ -175,7 +175,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_and_its_processes(started, number):
     process, line = started
-    assert line.startswith("1 photos at http://127.0.0.1:")
+    assert line.startswith("1 photo at http://127.0.0.1:")
     port = int(line.rpartition(":")[2].partition("/")[0])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("GET", "/health")
