@@ -146,7 +146,7 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         keys = itertools.product(STAGES, signature["platforms"], signature["batch_sizes"])
         expected = {program_name(*key) for key in keys}
         if expected != programs.keys():
-            raise _DamagedError("programs are missing")
+            raise ValueError("programs are missing")
         _deserialize("its program", programs[min(expected)], signature)  # fails early if JAX cannot read it
         return ExportedEncoder(signature, weights, programs)
     except ExportedError as error:
@@ -157,7 +157,7 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         ) from error
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    # Damaged bytes make the readers of zip, JSON and .npy raise errors of many types.
+    # Besides the ValueErrors below, damaged bytes make the readers of zip, JSON and .npy raise errors of many types.
     except Exception as error:
         raise ExportedError(
             f"{path} is damaged, or was not written by Hasher.export ({error}); copy or export it again",
@@ -165,25 +165,21 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         ) from error
 
 
-class _DamagedError(ValueError):
-    """The content of a file is not what was written."""
-
-
 def _read_signature(archive: zipfile.ZipFile) -> dict[str, Any]:
     if SIGNATURE not in archive.namelist():
-        raise _DamagedError(f"it has no {SIGNATURE}")
+        raise ValueError(f"it has no {SIGNATURE}")
     if archive.getinfo(SIGNATURE).file_size > MAX_SIGNATURE_BYTES:
-        raise _DamagedError(f"its {SIGNATURE} is too large")
+        raise ValueError(f"its {SIGNATURE} is too large")
     signature = json.loads(archive.read(SIGNATURE))
     if not isinstance(signature, dict) or signature.get("format") != FORMAT:
-        raise _DamagedError(f"its {SIGNATURE} is of another format")
+        raise ValueError(f"its {SIGNATURE} is of another format")
     if signature.get("version") != VERSION:
         raise ExportedError(
             f"the version must be {VERSION}, got {signature.get('version')}; export the encoder again with this "
             "version of cib_jax, or load it with the version that exported it"
         )
     if signature["checksum"] != checksum(signature):
-        raise _DamagedError(f"the checksum of its {SIGNATURE} is wrong")
+        raise ValueError(f"the checksum of its {SIGNATURE} is wrong")
     return signature
 
 
@@ -191,10 +187,10 @@ def _read_part(archive: zipfile.ZipFile, signature: dict[str, Any], name: str) -
     about = signature["parts"][name]
     # Before unpacking, so that a crafted part cannot fill the memory.
     if archive.getinfo(name).file_size != about["bytes"]:
-        raise _DamagedError(f"the size of {name} is wrong")
+        raise ValueError(f"the size of {name} is wrong")
     content = archive.read(name)
     if hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise _DamagedError(f"the checksum of {name} is wrong")
+        raise ValueError(f"the checksum of {name} is wrong")
     return content
 
 
@@ -202,7 +198,7 @@ def _array(content: bytes, dtype: str) -> np.ndarray:
     """Returns the array of a .npy file without a copy; bfloat16, which the format lacks, is stored as uint16."""
     head = io.BytesIO(content)
     if np.lib.format.read_magic(head) != (1, 0):
-        raise _DamagedError("a weight is of another .npy version")
+        raise ValueError("a weight is of another .npy version")
     shape, _, stored = np.lib.format.read_array_header_1_0(head)
     flat = np.frombuffer(content, stored, math.prod(shape), head.tell())
     return flat.reshape(shape).view(jnp.dtype(dtype))
