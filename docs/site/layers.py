@@ -22,7 +22,7 @@ LAYERS = (
     ("networks, losses, ranking, data", ("models", "losses", "retrieval", "data")),
     ("arrays to arrays", ("augment", "codes", "diffusion", "exported")),
     ("devices and hosts", ("distributed",)),
-    ("used by all", ("errors", "files", "console", "configs", "version")),
+    ("used by all", ("errors", "files", "console", "random_streams", "deprecation", "configs", "version")),
 )
 """From top to bottom: a part imports parts of lower layers only. A part is a folder of the package, or a file."""
 
