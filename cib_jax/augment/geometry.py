@@ -63,20 +63,10 @@ def sample_crop(
     first = jnp.argmax(fits)
     top = (position[0] * (height - heights[first] + 1)).astype(jnp.int32)
     left = (position[1] * (width - widths[first] + 1)).astype(jnp.int32)
-    drawn = Crop(top, left, heights[first], widths[first])
-    fallback = _centered_crop(height, width, ratio)
-    return jax.tree.map(lambda a, b: jnp.where(fits[first], a, b), drawn, fallback)
-
-
-def _centered_crop(height: int, width: int, ratio: tuple[float, float]) -> Crop:
-    """Returns the largest centered box with a width over height in `ratio`, rounded as in torchvision."""
-    crop_height, crop_width = height, width
-    if width / height < ratio[0]:
-        crop_height = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        crop_width = round(height * ratio[1])
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return Crop(*(jnp.int32(n) for n in (top, left, crop_height, crop_width)))
+    drawn = (top, left, heights[first], widths[first])
+    sides = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    fallback = ((height - sides[0]) // 2, (width - sides[1]) // 2, *sides)  # rounded as in torchvision
+    return Crop(*(jnp.where(fits[first], a, b) for a, b in zip(drawn, fallback, strict=True)))
 
 
 def resize(
