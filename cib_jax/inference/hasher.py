@@ -86,7 +86,7 @@ class Hasher:
           SavedHasherError: The saved hasher is damaged or of another version, or a location was given for it.
         """
         workdir = pathlib.Path(workdir)
-        if serialization.is_saved(workdir):
+        if (workdir / serialization.FILE).exists():
             if backbone_weights or checkpoint_dir is not None:
                 raise SavedHasherError(
                     f"backbone_weights and checkpoint_dir must not be given for {workdir}, a saved hasher, which holds "

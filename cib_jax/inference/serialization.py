@@ -40,11 +40,6 @@ RUN = "config.json"  # by which the folder of a run is recognized
 # Saved encoders.
 
 
-def is_saved(folder: pathlib.Path) -> bool:
-    """Returns whether `folder` holds a saved encoder."""
-    return (folder / FILE).exists()
-
-
 def write(folder: pathlib.Path, encoder: Encoder, params: Params, frozen: Params, settings: dict[str, int]) -> None:
     """Writes an encoder to a folder, which is created if needed; an existing file is replaced in one step."""
     path = folder / FILE

@@ -49,14 +49,10 @@ def explicit_padding(
     "SAME" is TensorFlow's rule: ceil(size / stride) outputs, with the odd row at the end, so that a 3×3 kernel with
     stride 2 pads an even size at its end only. PyTorch's padding of 1 is ((1, 1), (1, 1)).
     """
-    if padding == "VALID":
-        return NO_PADS
-    if padding == "SAME":
-        totals = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)]
-        rows, columns = ((total // 2, total - total // 2) for total in totals)
-        return rows, columns
     if isinstance(padding, str):
-        raise ValueError(f"padding must be 'SAME', 'VALID' or ((top, bottom), (left, right)), got {padding!r}")
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding must be 'SAME', 'VALID' or ((top, bottom), (left, right)), got {padding!r}")
+        padding = lax.padtype_to_pads(size, window, (stride, stride), padding)
     (top, bottom), (left, right) = padding
     return (top, bottom), (left, right)
 
