@@ -26,7 +26,7 @@ def get(name: str) -> Backbone:
         return registry.get(name)
     network, design, convert = {
         "clip_vit_b32_shallow": (clip.CLIP, clip.B32, clip.convert_clip),
-        "siglip_base_shallow": (clip.SigLIP, clip.BASE, clip.convert_siglip),
+        "siglip_base_shallow": (clip.SigLIP, clip.SIGLIP_B16, clip.convert_siglip),
     }[name]
     design = design._replace(depth=transformer_inputs.SHALLOW)
     return dataclasses.replace(
