@@ -295,7 +295,7 @@ def embedding(
 ) -> Figure:
     """Returns a scatter plot of t-SNE's points of codes, colored and marked by class, if known.
 
-    `labels` and `names` are those of a `ClassLegend`. `agreement` is the result of the function, None if not known.
+    `labels` and `names` are those of a `ClassLegend`. `agreement` is the share that the function of this name returns.
     """
     title = f"{len(points):,} images by t-SNE of their codes"
     if agreement is not None:
