@@ -102,7 +102,7 @@ class PhotoTable:
         """Returns whether there is an index; a place that holds something else is an error."""
         if is_local(uri):
             try:
-                inside = sorted(name for name in os.listdir(uri) if not name.startswith("."))
+                inside = sorted(path.name for path in pathlib.Path(uri).iterdir() if not path.name.startswith("."))
             except FileNotFoundError:
                 return False
             except NotADirectoryError:
@@ -287,9 +287,8 @@ def _as_table(rows: Sequence[Row], bits: int) -> Any:
     import pyarrow
 
     paths, sizes, times, codes, *looks, reasons = zip(*rows, strict=True)
-    columns = file_columns(paths, sizes, times, reasons) | dict(
-        zip(("width", "height", "thumbnail"), looks, strict=True)
-    )
+    columns = file_columns(paths, sizes, times, reasons)
+    columns["width"], columns["height"], columns["thumbnail"] = looks
     columns["key"] = [key_of(path) for path in paths]
     columns["code"] = [None if code is None else list(code) for code in codes]
     return pyarrow.table(columns, schema=_schema(bits))
