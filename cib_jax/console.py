@@ -125,8 +125,8 @@ HINT = Hint()
 @contextlib.contextmanager
 def progress_bar(
     console: rich.console.Console, title: str, total: int, done: int = 0, *, interval: float = LINE_INTERVAL
-) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function `advance(images, note)` that moves a progress bar, with images/s and the time left.
+) -> Iterator[Callable[..., None]]:
+    """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
 
     Where the output is not a terminal, a line is printed every `interval` seconds instead.
     """
@@ -159,7 +159,7 @@ def progress_bar(
     yield _with_rate(advance)
 
 
-def _with_rate(advance: Callable[[int, str], None]) -> Callable[[int, str], None]:
+def _with_rate(advance: Callable[[int, str], None]) -> Callable[..., None]:
     """Returns an `advance` function whose notes end in the images per second since now."""
     begun, total = time.monotonic(), 0
 

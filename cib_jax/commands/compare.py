@@ -55,9 +55,6 @@ def compare(
       config: Config of the experiment, as in configs/default.py.
       workdir: Folder of the comparison.
       console: Console for messages and tables.
-
-    Raises:
-      ConfigError, DataError, WeightsError, WorkdirError, MissingExtraError: As in training.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     schema.validate(config, around=True)
@@ -86,11 +83,10 @@ def compare(
 
 
 class ComparedMethod(NamedTuple):
-    """A row of the tables."""
+    """A row of the tables: a method, and config fields with the values that they have in this row alone."""
 
     name: str
     fields: tuple[tuple[str, Any], ...] = ()
-    """Config fields by dotted name, with the values that they have in this row alone."""
 
     @property
     def title(self) -> str:
@@ -109,7 +105,7 @@ class ComparedMethod(NamedTuple):
 
 
 class CellRun(NamedTuple):
-    """One run of a comparison."""
+    """One run of a comparison; `title` names it in messages."""
 
     method: ComparedMethod
     config: ml_collections.ConfigDict
@@ -117,21 +113,15 @@ class CellRun(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Name of the run in messages."""
         return f"{self.method.title}, {self.config.bits} bits, seed {self.config.seed}"
 
     @property
     def record_path(self) -> pathlib.Path:
-        """The file with the results."""
         return self.workdir / "results.json"
 
 
 def parse_methods(text: str) -> list[ComparedMethod]:
-    """Returns the rows that `compare.methods` names.
-
-    Raises:
-      ConfigError: A name or a field is unknown, a value is invalid, or a row is repeated.
-    """
+    """Returns the rows that `compare.methods` names."""
     methods: list[ComparedMethod] = []
     for part in filter(None, map(str.strip, text.split(","))):
         name, *assignments = part.split()
@@ -170,11 +160,7 @@ def parse_numbers(text: str) -> list[int]:
 def make_cell(
     base: ml_collections.ConfigDict, method: ComparedMethod, bits: int, seed: int, root: pathlib.Path
 ) -> CellRun:
-    """Returns the run of one method with one length and one seed.
-
-    Raises:
-      ConfigError: Its config is invalid.
-    """
+    """Returns the run of one method with one length and one seed, after validating its config."""
     config = base.copy_and_resolve_references()
     # A report of each run would take longer than some of the methods; --mode=evaluate --config.report.write=True draws
     # the report of a trained one.
@@ -197,23 +183,12 @@ def _refusal(cell: CellRun, since: float = 0.0) -> str:
 
 
 def _measure_once(cell: CellRun, *, cells: list[CellRun], since: float) -> str | None:
-    """Measures a run that has not been refused since a time; returns a sentence about it."""
+    """Measures a run that has not been refused since a time; returns a sentence about it.
+
+    A run that is refused for a reason of its own gets a note; an error that concerns all rows is raised.
+    """
     if _refusal(cell, since):
         return None
-    results = measure_cell(cell)
-    _validate_comparable([record for one in cells if (record := load_record(one))], cell.workdir.parents[2])
-    if results is None:
-        return f"{cell.title}: {_refusal(cell)}"
-    return f"{cell.title}: MAP {'unknown, without labels' if results['map'] is None else format(results['map'], '.4f')}"
-
-
-def measure_cell(cell: CellRun) -> Record | None:
-    """Completes a run and returns its results; returns None, and writes a note, if the run is refused.
-
-    Raises:
-      BusyError: Another process is working on it.
-      UserError: The error concerns all rows: the data, the weights, or a field that all rows share.
-    """
     quiet = rich.console.Console(quiet=True)
     note = cell.workdir / REFUSED
     try:
@@ -228,9 +203,12 @@ def measure_cell(cell: CellRun) -> Record | None:
             raise
         cell.workdir.mkdir(parents=True, exist_ok=True)
         write_json(note, {"error": str(error), "when": time.time()})
-        return None
-    note.unlink(missing_ok=True)
-    return results
+        outcome = str(error)
+    else:
+        note.unlink(missing_ok=True)
+        outcome = "MAP unknown, without labels" if results["map"] is None else f"MAP {results['map']:.4f}"
+    _validate_comparable([record for one in cells if (record := load_record(one))], cell.workdir.parents[2])
+    return f"{cell.title}: {outcome}"
 
 
 def measure_baseline(
@@ -239,9 +217,6 @@ def measure_baseline(
     """Fits the baseline `method` to the features of the training images, evaluates its codes, and returns the results.
 
     The features are the input of the hash layer under this config: a frozen backbone's features, or pixels.
-
-    Raises:
-      ConfigError, DataError, WeightsError, WorkdirError: As in training, or the method cannot hash these features.
     """
     schema.validate(config)
     with claim_workdir(workdir, baseline=True):
@@ -305,12 +280,25 @@ def _conclude(
     missing = [(cell, _refusal(cell)) for cell, record in found if not record]
     compared = make_tables(config, [cell.method for cell, _ in found], lines)
     comparison = {
-        "tables": [_table_to_json(table) for table in compared],
-        "cells": lines,
-        "missing": [
-            {"method": cell.method.title, "bits": cell.config.bits, "seed": cell.config.seed, "why": why}
-            for cell, why in missing
+        "tables": [
+            {
+                "title": table.title,
+                "bits": list(table.bits),
+                "rows": [
+                    {
+                        "method": row.title,
+                        "published": row.published,
+                        "mean": [cell.mean for cell in row.cells],
+                        "deviation": [cell.deviation for cell in row.cells],
+                        "seeds": [len(cell.values) for cell in row.cells],
+                    }
+                    for row in table.rows
+                ],
+            }
+            for table in compared
         ],
+        "cells": lines,
+        "missing": [_named(cell) | {"why": why} for cell, why in missing],
     }
     write_json(workdir / "comparison.json", comparison)
     for name, content in (
@@ -332,18 +320,18 @@ def _conclude(
     return comparison
 
 
+def _named(cell: CellRun) -> Record:
+    return {"method": cell.method.title, "bits": cell.config.bits, "seed": cell.config.seed}
+
+
 def _csv_line(cell: CellRun, results: Record) -> Record:
     measured, statistics = results["metrics"], results["metrics"]["code_health"]
     return {
-        "method": cell.method.title,
-        "bits": cell.config.bits,
-        "seed": cell.config.seed,
+        **_named(cell),
         "map": results["map"],
         "map_tie_aware": results["map_tie_aware"],
-        "precision_radius_2": measured.get("precision_radius_2"),
-        "empty_radius_2": measured.get("empty_radius_2"),
-        "mean_abs_correlation": statistics["mean_abs_correlation"],
-        "entropy": statistics["entropy"],
+        **{name: measured.get(name) for name in ("precision_radius_2", "empty_radius_2")},
+        **{name: statistics[name] for name in ("mean_abs_correlation", "entropy")},
         "train_seconds": results["seconds"]["train"],
         "k": results["k"],
         "workdir": str(cell.workdir),
@@ -353,13 +341,7 @@ def _csv_line(cell: CellRun, results: Record) -> Record:
 def make_tables(
     config: ml_collections.ConfigDict, methods: list[ComparedMethod], lines: list[Record]
 ) -> list[tables.Table]:
-    """Returns the two tables of the paper: all methods, and, of several objectives, their ablation.
-
-    Args:
-      config: Config of the comparison.
-      methods: Rows, possibly repeated.
-      lines: Lines of comparison.csv.
-    """
+    """Returns the two tables of the paper: all methods, and, of several objectives, their ablation."""
     lengths = parse_numbers(config.compare.bits)
     seeds = len(parse_numbers(config.compare.seeds))
     k = next((line["k"] for line in lines), 0)
@@ -390,23 +372,6 @@ def make_tables(
     if len(ablated) > 1:
         made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, [*map(row, ablated)], seeds))
     return made
-
-
-def _table_to_json(table: tables.Table) -> dict[str, Any]:
-    return {
-        "title": table.title,
-        "bits": list(table.bits),
-        "rows": [
-            {
-                "method": row.title,
-                "published": row.published,
-                "mean": [cell.mean for cell in row.cells],
-                "deviation": [cell.deviation for cell in row.cells],
-                "seeds": [len(cell.values) for cell in row.cells],
-            }
-            for row in table.rows
-        ],
-    }
 
 
 def _grid(table: tables.Table) -> Grid:

@@ -36,18 +36,17 @@ PART = 8192
 
 
 class Encoded(NamedTuple):
-    """State of a corpus once a process has done its share."""
+    """State of a corpus once a process has done its share.
+
+    Counts all parts, those that this call `made`, those that other processes have not written yet (`missing`), the
+    files in the parts that exist, and those of them that cannot be read.
+    """
 
     parts: int
-    """Parts of the whole corpus."""
     made: int
-    """Parts that this call wrote."""
     missing: int
-    """Parts that other processes have not written yet."""
     files: int
-    """Files in the parts that exist."""
     unreadable: int
-    """Files among them that cannot be read."""
 
 
 def encode(
@@ -77,12 +76,6 @@ def encode(
       processes: Number of processes that share the work; None: as SLURM or Open MPI has set it, or 1.
       overrides: Values of config fields by dotted name, for fields that do not change the run.
       console: Console for messages.
-
-    Raises:
-      CodeStoreError: `codes` holds something else, or cannot be written.
-      CheckpointError, WeightsError: There is no trained run in `workdir`, or its backbone cannot be loaded.
-      ConfigError, DataError: A field cannot be changed; `images` cannot be read.
-      DistributedError: `process` and `processes` do not go together.
     """
     workdir, folder = pathlib.Path(workdir).expanduser(), pathlib.Path(codes).expanduser()
     console = console or rich.console.Console()
@@ -169,10 +162,7 @@ def _write_parts(
         "device": jax.devices()[0].device_kind,
     }
     total = sum(len(corpus.of_part(number)) for number in missing)
-    with progress_bar(console, f"Encoding {items.words}", total) as bar:
-
-        def advance(count: int) -> None:
-            bar(count, "")
+    with progress_bar(console, f"Encoding {items.words}", total) as advance:
 
         def pending() -> Iterator[range]:
             for number in missing:
@@ -199,19 +189,18 @@ def _write_parts(
 def _batches(
     rows: Iterable[Read], size: int, files: list[File], advance: Callable[[int], None]
 ) -> Iterator[Shaped[np.ndarray, "batch ..."]]:
-    """Yields the readable items in batches, and appends the record of every file to `files`."""
-    batch = []
-    for row in rows:
-        files.append(File("", row.size, row.modified_ns, row.reason))
-        if row.content is None:
-            advance(1)
-            continue
-        batch.append(row.content)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+    """Returns the readable items in batches, which append the record of every file to `files` as they are read."""
+
+    def readable() -> Iterator[Shaped[np.ndarray, "..."]]:
+        for row in rows:
+            files.append(File("", row.size, row.modified_ns, row.reason))
+            if row.content is None:
+                advance(1)
+            else:
+                yield row.content
+
+    contents = readable()
+    return map(np.stack, iter(lambda: list(itertools.islice(contents, size)), []))
 
 
 def _summarize(corpus: Corpus, written: int, words: str, console: rich.console.Console) -> Encoded:

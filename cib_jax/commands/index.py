@@ -42,15 +42,13 @@ CHANGEABLE = ("encode_batch", "data.max_megapixels", "devices", "backbone_weight
 
 
 class Indexed(NamedTuple):
-    """What a call of `index` did."""
+    """Photos that can be searched now, files that this call added, changed and removed, and unreadable files."""
 
     photos: int
-    """Photos in the index that can be searched now."""
     added: int
     changed: int
     removed: int
     unreadable: int
-    """Files in the index that are not readable photos."""
 
 
 def index(
@@ -205,14 +203,7 @@ def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.P
 def _validate_images(
     table: PhotoTable, found: Photos, known: Int64[np.ndarray, " known"], console: rich.console.Console
 ) -> None:
-    """Refuses other photos than those of the index, and records the new place of photos that were moved.
-
-    Args:
-      table: The index.
-      found: Photos to be indexed.
-      known: Keys of the files in the index.
-      console: Console for messages.
-    """
+    """Refuses other photos than those of the index, and records the new place of photos that were moved."""
     before = table.metadata.images
     if before == found.place:
         return
@@ -255,7 +246,7 @@ class _Files:
     def compare(self, state: State) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
         """Returns which files are in the index, and which of them are unchanged."""
         if not len(state.keys):
-            return np.zeros(len(self.keys), bool), np.zeros(len(self.keys), bool)
+            return (np.zeros(len(self.keys), bool),) * 2
         places = np.minimum(np.searchsorted(state.keys, self.keys), len(state.keys) - 1)
         known = state.keys[places] == self.keys
         return known, known & (state.sizes[places] == self.sizes) & (state.modified_ns[places] == self.modified)
@@ -265,17 +256,11 @@ class _Changes(NamedTuple):
     """Numbers of the files that differ from the index."""
 
     missing: list[int]
-    """Files that are not in the index."""
     changed: list[int]
-    """Files with another size or time."""
-    retried: list[int]
-    """Files that could not be read for a reason that may be gone."""
-    gone: list[int]
-    """Keys, not numbers, of files that exist no longer."""
-    absent: list[int]
-    """Listed files that do not exist."""
-    unreachable: list[int]
-    """Listed files that may or may not exist; their entries are kept."""
+    retried: list[int]  # could not be read, for a reason that may be gone
+    gone: list[int]  # keys, not numbers, of files that exist no longer
+    absent: list[int]  # listed, but do not exist
+    unreachable: list[int]  # listed, and may or may not exist; their entries are kept
 
 
 def _stat_files(found: Photos) -> _Files:
@@ -285,14 +270,12 @@ def _stat_files(found: Photos) -> _Files:
             f"--images must list each file once, got a path twice, or two paths with the same key, in {found.place}",
             field="--images",
         )
-    sizes, modified = np.full((2, len(keys)), ABSENT, np.int64)
-    chunks = [range(start, min(start + 1000, len(keys))) for start in range(0, len(keys), 1000)]
 
-    def stat_some(numbers: range) -> list[tuple[int, int]]:
-        return [_stat(os.path.join(found.root, found.names[number])) for number in numbers]
+    def stat_some(start: int) -> list[tuple[int, int]]:
+        return [_stat(os.path.join(found.root, name)) for name in found.names[start : start + 1000]]
 
-    for numbers, pairs in map_in_order(stat_some, chunks):
-        sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
+    pairs = [pair for _, some in map_in_order(stat_some, range(0, len(keys), 1000)) for pair in some]
+    sizes, modified = np.array(pairs, np.int64).reshape(-1, 2).T
     if not (sizes >= 0).any():
         raise DataError(
             f"--images: none of the photos of {found.place} exists; mount their disk again, and the same command goes "
@@ -303,6 +286,7 @@ def _stat_files(found: Photos) -> _Files:
 
 
 def _stat(path: str) -> tuple[int, int]:
+    """Returns the size of a file and the time of its last change."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -315,11 +299,8 @@ def _stat(path: str) -> tuple[int, int]:
 def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " known"]) -> _Changes:
     """Returns what to change so that a table agrees with the files.
 
-    Args:
-      table: The index.
-      files: The files.
-      before: Keys that the index held before the files were listed. A file that another process has indexed since may
-        also have appeared since, so it is not gone because it is not listed.
+    `before` holds the keys that the index held before the files were listed: a file that another process has indexed
+    since may also have appeared since, so it is not gone because it is not listed.
     """
     state = table.state()
     known, same = files.compare(state)
@@ -359,10 +340,7 @@ def _encode_files(
     first = secrets.randbelow(len(blocks))
     blocks = blocks[first:] + blocks[:first]
     version = table.version
-    with progress_bar(console, "Encoding photos", len(pending)) as bar:
-
-        def advance(count: int) -> None:
-            bar(count, "")
+    with progress_bar(console, "Encoding photos", len(pending)) as advance:
 
         def due() -> Iterator[list[int]]:
             nonlocal version

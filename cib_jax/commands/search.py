@@ -12,13 +12,12 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax import files
 from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
-from cib_jax.data.photos import HASH_BITS, decode, difference_hash
+from cib_jax.data.photos import HASH_BITS, DecodedPhoto, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
-from cib_jax.files import map_in_order, printable
+from cib_jax.files import map_in_order, printable, short_reason, write_bytes
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
@@ -102,18 +101,18 @@ def search(
     rows: list[tuple[Tile | None, list[Tile]]] = []
     queries = _read_queries(str(query), collection, output)
     while batch := list(itertools.islice(queries, collection.hasher.batch_size)):
-        squares = np.stack([one.square for one in batch])
+        squares = np.stack([decoded.square for _, decoded in batch])
         codes = collection.encode(squares)
-        for one, code, hits in zip(batch, codes, _hits(collection, squares, codes, k, radius, rerank), strict=True):
+        all_hits = _hits(collection, squares, codes, k, radius, rerank)
+        for (path, decoded), code, hits in zip(batch, codes, all_hits, strict=True):
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)
-            result = Result(one.path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
-            record = {"query": printable(one.path), "code": code.tobytes().hex(), "root": printable(collection.root)}
-            title = one.path + (", ordered by the query's logits" if rerank else "")
+            result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
+            record = {"query": printable(path), "code": code.tobytes().hex(), "root": printable(collection.root)}
+            title = path + (", ordered by the query's logits" if rerank else "")
             _print_photos(output, title, record, "hits", result.hits)
             if output.sheet is not None and len(rows) < ROWS:
-                shown = hits[:COLUMNS]  # a large radius may find thousands
-                tiles = _tiles([hit.distance for hit in shown], collection.photos([hit.number for hit in shown]))
-                rows.append((Tile(decode(one.thumbnail, 0), "query"), tiles))
+                # A large radius may find thousands.
+                rows.append((Tile(decode(decoded.thumbnail, 0), "query"), _tiles(collection, hits[:COLUMNS])))
             results.append(result)
     note = f", the first {ROWS} queries" if len(results) > ROWS else ""
     _write_sheet(output, f"The nearest of {len(collection):,} photos", rows, note)
@@ -154,9 +153,8 @@ def duplicates(
     radius = collection.bits // 16 if radius is None else radius
     groups = collection.groups(radius)
     if confirm:
-        groups = _confirm(
-            collection, groups, radius, rich.console.Console(quiet=True) if output.json else output.console
-        )
+        console = rich.console.Console(quiet=True) if output.json else output.console
+        groups = _confirm(collection, groups, radius, console)
     groups.sort(key=len, reverse=True)
     results: list[list[tuple[int, Photo]]] = []
     for start in range(0, len(groups), PAGE):
@@ -176,8 +174,8 @@ def duplicates(
         )
     rows: list[tuple[Tile | None, list[Tile]]] = []
     for group, result in zip(groups[:ROWS] if output.sheet else (), results, strict=False):
-        distances = [distance for distance, _ in result[:COLUMNS]]
-        rows.append((None, _tiles(distances, collection.photos(group[:COLUMNS]))))
+        hits = [Hit(distance, number) for (distance, _), number in zip(result, group[:COLUMNS], strict=False)]
+        rows.append((None, _tiles(collection, hits)))
     cut = len(groups) > ROWS or any(len(group) > COLUMNS for group in groups)
     note = f", the first {ROWS} groups, {COLUMNS} photos of each at most" if cut else ""
     _write_sheet(output, f"Groups of {kind}", rows, note)
@@ -187,19 +185,13 @@ def duplicates(
 # Queries and hits
 
 
-class _Query(NamedTuple):
-    path: str
-    square: UInt8[np.ndarray, "side side 3"]
-    thumbnail: bytes
-
-
 def _validate_radius(radius: int | None) -> None:
     if radius is not None and radius < 0:
         raise SearchError(f"--radius must be 0 bits or more, got {radius}", field="--radius")
 
 
-def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[_Query]:
-    """Yields the photos that can be read, and reports the others."""
+def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[tuple[str, DecodedPhoto]]:
+    """Yields the names and contents of the photos that can be read, and reports the others."""
     path = pathlib.Path(query).expanduser()
     if not path.exists():
         raise DataError(f"--query must be a photo or a folder of photos, got {path}, which does not exist", "--query")
@@ -214,7 +206,7 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
             name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
             if read.decoded is not None:
                 readable += 1
-                yield _Query(name, read.decoded.square, read.decoded.thumbnail)
+                yield name, read.decoded
             elif not path.is_dir():
                 raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
             elif output.json:
@@ -302,12 +294,10 @@ def split_by_looks(
 # Output
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
+class _Output(NamedTuple):
     console: rich.console.Console
     json: bool
-    sheet: pathlib.Path | None
-    """File of the contact sheet."""
+    sheet: pathlib.Path | None  # file of the contact sheet
 
 
 def _open_output(format: str, show: pathlib.Path | str | None, console: rich.console.Console | None) -> _Output:
@@ -353,10 +343,11 @@ def _print_photos(
     output.console.print(table)
 
 
-def _tiles(distances: Sequence[int], photos: Sequence[Photo]) -> list[Tile]:
+def _tiles(collection: Collection, hits: Sequence[Hit]) -> list[Tile]:
+    photos = collection.photos([hit.number for hit in hits])
     return [
-        Tile(decode(photo.thumbnail, 0), _format_bits(distance), note=printable(photo.path))
-        for distance, photo in zip(distances, photos, strict=True)
+        Tile(decode(photo.thumbnail, 0), _format_bits(hit.distance), note=printable(photo.path))
+        for hit, photo in zip(hits, photos, strict=True)
     ]
 
 
@@ -372,10 +363,9 @@ def _write_sheet(output: _Output, title: str, rows: Sequence[tuple[Tile | None, 
         content = io.BytesIO()
         contact_sheet.draw(title, rows).save(content, "PNG")
         try:
-            with files.replacing(output.sheet) as part:
-                part.write_bytes(content.getbuffer())
+            write_bytes(output.sheet, content.getvalue())
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
+            reason = short_reason(error)
             raise ConfigError(f"--show: {output.sheet} cannot be written ({reason}); give another", "--show") from error
     if not output.json:
         print_message(

@@ -56,9 +56,6 @@ def run_all(
       workers: Number of processes to start; 0: as many as cores and memory allow.
       noun: What the items are called, in the plural.
       console: Console for messages.
-
-    Raises:
-      DistributedError: A worker process failed and an item is not complete.
     """
     workers = min(worker_count(workers), len(items))
     processes = "1 process" if workers == 1 else f"{workers} processes"
