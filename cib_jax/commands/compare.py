@@ -105,7 +105,7 @@ class ComparedMethod(NamedTuple):
 
 
 class CellRun(NamedTuple):
-    """One run of a comparison; `title` names it in messages."""
+    """One run of a comparison."""
 
     method: ComparedMethod
     config: ml_collections.ConfigDict
@@ -113,10 +113,12 @@ class CellRun(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Name of the run in messages."""
         return f"{self.method.title}, {self.config.bits} bits, seed {self.config.seed}"
 
     @property
     def record_path(self) -> pathlib.Path:
+        """The file with the results."""
         return self.workdir / "results.json"
 
 

@@ -234,13 +234,14 @@ def _codes_of_views(run: RunContext, params: Params, images: ImageSet) -> Iterat
 
 
 class Trial(NamedTuple):
-    """A run of the search; its record is written last."""
+    """A run of the search."""
 
     number: int
     workdir: pathlib.Path
 
     @property
     def record_path(self) -> pathlib.Path:
+        """The file with the outcome, which is written last."""
         return self.workdir / TRIAL
 
 

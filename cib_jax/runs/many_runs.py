@@ -8,10 +8,10 @@ import rich.console
 import rich.table
 
 from cib_jax.console import print_message
-from cib_jax.errors import BusyError
+from cib_jax.errors import BusyError, DistributedError
 from cib_jax.report.html import Grid
-from cib_jax.runs.processes import run_to_end, worker_count
-from cib_jax.runs.workdir import read_json
+from cib_jax.runs.processes import run, worker_count
+from cib_jax.runs.workdir import exclusive, read_json
 
 Record = dict[str, Any]
 """Contents of the file that says what a run came to."""
@@ -63,12 +63,19 @@ def run_all(
         console,
         f"{len(items)} {noun}, {_count_complete(items)} of them complete; {processes} at work in {workdir}",
     )
-
-    def conclude_all() -> tuple[Result, bool]:
+    broken = None
+    try:
+        run(_work_on_all, (items, work), workers)
+    except DistributedError as error:
+        broken = error
+    # Once more for what a broken process left undone, and what was skipped while another command was at it.
+    _work_on_all(items, work, True)
+    with exclusive(workdir / ".lock", wait=True):  # of several commands that end together, one concludes at a time
         records = [load_record(item) for item in items]
-        return conclude(records), None not in records
-
-    return run_to_end(_work_on_all, (list(items), work), workers, workdir / ".lock", conclude_all)
+        result = conclude(records)
+    if broken and None in records:
+        raise broken
+    return result
 
 
 def _work_on_all(items: Sequence[Item], work: Callable[[Item], str | None], verbose: bool) -> None:
