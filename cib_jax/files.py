@@ -82,7 +82,8 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterat
                 if len(waiting) > 4 * threads:
                     first, result = waiting.popleft()
                     yield first, result.result()
-            for first, result in waiting:
+            while waiting:
+                first, result = waiting.popleft()
                 yield first, result.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

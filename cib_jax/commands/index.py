@@ -31,12 +31,9 @@ from cib_jax.storage import collection, photo_table
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
 
-BLOCK = 512
-"""Files in a commit, about, and so the most that a killed process loses."""
-TIDY_EVERY = 256
-"""Commits after which small fragments are merged."""
-LISTED = 5
-"""Unreadable files that are listed in the output."""
+BLOCK = 512  # files in a commit, about, and so the most that a killed process loses
+TIDY_EVERY = 256  # commits after which small fragments are merged
+LISTED = 5  # unreadable files that are listed in the output
 CHANGEABLE = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
 """Fields that may be set although the encoder is already trained."""
 
@@ -130,10 +127,8 @@ def index(
 def _summarize(
     table: PhotoTable, name: str, files: "_Files", changes: "_Changes", console: rich.console.Console
 ) -> Indexed:
-    for some, state in (
-        (changes.absent, "are not there"),
-        (changes.unreachable, "cannot be reached now, and their entries are kept"),
-    ):
+    kept = "cannot be reached now, and their entries are kept"
+    for some, state in ((changes.absent, "are not there"), (changes.unreachable, kept)):
         if some:
             first = printable(files.found.names[some[0]])
             print_message(console, f"{len(some):,} listed files {state}, the first: {first}")
@@ -176,16 +171,13 @@ def _validate_overrides(overrides: dict[str, Any], encoder: str, trained_by: dic
     for name, value in overrides.items():
         if name in CHANGEABLE or (trained_by and trained_by.get(name, value) == value):
             continue
+        problem = f"must be left out, because {encoder} is already trained; try {', '.join(CHANGEABLE)}"
         if trained_by:
-            raise ConfigError(
-                f"config.{name} must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave "
-                "it out, or give another --index",
-                field=f"config.{name}",
+            problem = (
+                f"must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave it out, or "
             )
-        raise ConfigError(
-            f"config.{name} must be left out, because {encoder} is already trained; try {', '.join(CHANGEABLE)}",
-            field=f"config.{name}",
-        )
+            problem += "give another --index"
+        raise ConfigError(f"config.{name} {problem}", field=f"config.{name}")
 
 
 def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
@@ -232,16 +224,13 @@ ABSENT, UNREACHABLE = -1, -2
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
+class _Files(NamedTuple):
     """The files to be indexed, as they were found."""
 
     found: Photos
     keys: Int64[np.ndarray, " files"]
-    sizes: Int64[np.ndarray, " files"]
-    """Sizes in bytes, `ABSENT` or `UNREACHABLE`."""
-    modified: Int64[np.ndarray, " files"]
-    """Times of the last change, in nanoseconds since 1970."""
+    sizes: Int64[np.ndarray, " files"]  # in bytes; or `ABSENT` or `UNREACHABLE`
+    modified: Int64[np.ndarray, " files"]  # times of the last change, in nanoseconds since 1970
 
     def compare(self, state: State) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
         """Returns which files are in the index, and which of them are unchanged."""
@@ -312,18 +301,14 @@ def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " 
         closed = tuple(f"{folder}/" for folder in files.found.closed)
         gone = [key_of(path) for path in table.paths(gone) if not path.startswith(closed)]
     retried = np.isin(files.keys, state.keys[state.sizes < 0])
-
-    def numbers(mask: Bool[np.ndarray, " files"]) -> list[int]:
-        return np.flatnonzero(mask).tolist()
-
-    return _Changes(
-        missing=numbers(exists & ~known),
-        changed=numbers(exists & known & ~same & ~retried),
-        retried=numbers(exists & retried),
-        gone=gone,
-        absent=numbers(files.sizes == ABSENT),
-        unreachable=numbers(files.sizes == UNREACHABLE),
-    )
+    masks = {
+        "missing": exists & ~known,
+        "changed": exists & known & ~same & ~retried,
+        "retried": exists & retried,
+        "absent": files.sizes == ABSENT,
+        "unreachable": files.sizes == UNREACHABLE,
+    }
+    return _Changes(gone=gone, **{name: np.flatnonzero(mask).tolist() for name, mask in masks.items()})
 
 
 # Encoding

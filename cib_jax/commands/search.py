@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
-from cib_jax.data.photos import HASH_BITS, DecodedPhoto, decode, difference_hash
+from cib_jax.data.photos import DecodedPhoto, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
 from cib_jax.files import map_in_order, printable, short_reason, write_bytes
 from cib_jax.random_streams import stream_rng
@@ -25,19 +25,13 @@ from cib_jax.retrieval import near_duplicates
 from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
-K = 20
-"""Photos that are returned for each query by default."""
-CANDIDATES = 100
-"""Hits that `rerank` reorders, at least."""
-SAMPLE = 200
-"""Codes of the index on which the recall of an approximate search is measured."""
+K = 20  # photos that are returned for each query by default
+CANDIDATES = 100  # hits that `rerank` reorders, at least
+SAMPLE = 200  # codes of the index on which the recall of an approximate search is measured
 FORMATS = ("table", "json")
-ROWS, COLUMNS = 25, 20
-"""Size of a contact sheet, at most."""
-PAGE = 500
-"""Photos, or groups of photos, that are read at a time."""
-LOOKS_RADIUS = 6
-"""Bits, of 64, by which the difference hashes of two copies of a picture may differ."""
+ROWS, COLUMNS = 25, 20  # size of a contact sheet, at most
+PAGE = 500  # photos, or groups of photos, that are read at a time
+LOOKS_RADIUS = 6  # bits, of 64, by which the difference hashes of two copies of a picture may differ
 
 
 class Result(NamedTuple):
@@ -254,21 +248,20 @@ def _confirm(
 ) -> list[list[int]]:
     """Returns the groups, each split into those with thumbnails that look alike."""
     members = [number for group in groups for number in group]
-    looks = np.empty((len(members), HASH_BITS // 8), np.uint8)
+    looks: list[np.ndarray] = []
 
     def hash_page(start: int) -> list[np.ndarray]:
         photos = collection.photos(members[start : start + PAGE])
         return [difference_hash(decode(photo.thumbnail, 0)) for photo in photos]
 
-    with progress_bar(console, "Looking at photos with near codes", len(members)) as moved:
-        for start, hashes in map_in_order(hash_page, range(0, len(members), PAGE)):
-            looks[start : start + len(hashes)] = hashes
-            moved(len(hashes), "")
-    confirmed, begin = [], 0
+    with progress_bar(console, "Looking at photos with near codes", len(members)) as advance:
+        for _, hashes in map_in_order(hash_page, range(0, len(members), PAGE)):
+            looks += hashes
+            advance(len(hashes))
+    confirmed, rest = [], iter(looks)
     for group in groups:
-        alike = split_by_looks(collection.codes[group], looks[begin : begin + len(group)], radius)
+        alike = split_by_looks(collection.codes[group], np.stack([next(rest) for _ in group]), radius)
         confirmed += [[group[at] for at in some] for some in alike]
-        begin += len(group)
     return confirmed
 
 

@@ -16,20 +16,13 @@ import rich.console
 import scipy.stats
 from jaxtyping import Array, UInt8
 
-from cib_jax import codes
+from cib_jax import codes, errors
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
 from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
-from cib_jax.errors import (
-    ConfigError,
-    DataError,
-    DevicesError,
-    MissingExtraError,
-    TrainingError,
-    WorkdirError,
-)
+from cib_jax.errors import ConfigError
 from cib_jax.files import write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
@@ -101,7 +94,7 @@ def load_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise MissingExtraError(
+        raise errors.MissingExtraError(
             "--mode=tune needs Optuna, which is not installed; pip install 'optuna>=4.5'", field="--mode"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -284,11 +277,11 @@ def run_trial(base: ml_collections.ConfigDict, params: dict[str, Any], trial: Tr
                 "of the split 'validation'; add some, or choose a score without labels",
                 field=SCORE,
             )
-    except (ConfigError, TrainingError, DataError, DevicesError) as error:
+    except (ConfigError, errors.TrainingError, errors.DataError, errors.DevicesError) as error:
         # Another draw may work; any other error would repeat in every trial.
         names = [f"config.{name}" for name in params]
         drawn = error.field in names if error.field else any(f"{name}:" in str(error) for name in names)
-        if not (drawn or isinstance(error, TrainingError)):
+        if not (drawn or isinstance(error, errors.TrainingError)):
             raise
         record["error"] = str(error)
     trial.workdir.mkdir(parents=True, exist_ok=True)
@@ -326,7 +319,7 @@ def _conclude(
     if not good:
         raise ConfigError(f"{SPACE}: no trial could be scored; the reasons are above, so try another space", SPACE)
     if len({record["data"] for record in good}) > 1:
-        raise WorkdirError(
+        raise errors.WorkdirError(
             f"config.data.dir must be the same for all trials of {workdir}, but some were run on other data; restore "
             "these, or choose another --workdir",
             field="config.data.dir",

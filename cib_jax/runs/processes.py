@@ -23,8 +23,7 @@ from cib_jax.runs.workdir import LAST_WORDS
 
 _ENDING = threading.Event()
 
-POLL_SECONDS = 1.0
-"""Interval at which a process checks whether another one has ended."""
+POLL_SECONDS = 1.0  # interval at which a process checks whether another one has ended
 
 
 def install_background_hooks() -> None:
@@ -161,8 +160,7 @@ def _exit(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRet
 
 # Worker processes of compare and tune.
 
-WORKER_BYTES = 4 << 30
-"""Memory allowed for each worker; a run on CIFAR-10 takes up to 3 GB."""
+WORKER_BYTES = 4 << 30  # memory allowed for each worker; a run on CIFAR-10 takes up to 3 GB
 
 
 def worker_count(asked: int) -> int:

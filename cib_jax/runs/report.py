@@ -22,11 +22,8 @@ from cib_jax.retrieval import code_quality, hamming, metrics
 from cib_jax.retrieval.metrics import Curves
 from cib_jax.runs.context import RunContext
 
-QUERIES = 8
-"""Queries in each picture of retrieved images."""
-
-NEAREST = 10
-"""Retrieved images that are shown beside a query."""
+QUERIES = 8  # in each picture of retrieved images
+NEAREST = 10  # images that are shown beside a query
 
 
 def write_report(

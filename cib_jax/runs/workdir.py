@@ -41,9 +41,7 @@ BASELINE = "baseline.json"
 KINDS = {"comparison": "cells", "search": "trials"}
 """Kinds of folders that hold many runs, and the subfolder that marks each kind."""
 
-
-VISIBLE_SECONDS = 10
-"""Seconds within which a network file system must show what another machine wrote."""
+VISIBLE_SECONDS = 10  # within which a network file system must show what another machine wrote
 
 
 @contextlib.contextmanager
