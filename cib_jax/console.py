@@ -25,14 +25,10 @@ LINE_INTERVAL = 10.0
 """Seconds between progress lines where the output is not a terminal; the first comes after a third of them."""
 
 
-def program_name() -> str:
-    """Returns "cib_jax" if the program was started by `python -m cib_jax`, else "run.py"."""
-    return INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
-
-
 def with_program_name(message: str) -> str:
-    """Returns the message preceded by the program's name, as Unix tools print errors."""
-    return f"{program_name()}: {message}"
+    """Returns the message preceded by the program's name, cib_jax or run.py, as Unix tools print errors."""
+    name = INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
+    return f"{name}: {message}"
 
 
 def wrap_words(text: str, width: int) -> str:

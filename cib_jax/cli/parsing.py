@@ -97,9 +97,8 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
             continue
         given = match[1] if match[1] is not None else next(rest, None)
         if given is None:
-            exit_with_error(
-                "--config: a value is missing; give an experiment, such as --config=cifar, or a file's path"
-            )
+            problem = "a value is missing; give an experiment, such as --config=cifar, or a file's path"
+            exit_with_error(f"--config: {problem}")
     return given, others
 
 

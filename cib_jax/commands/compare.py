@@ -21,6 +21,7 @@ from cib_jax.commands.train import train
 from cib_jax.config import build, schema
 from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
+from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, TrainingError, UserError
 from cib_jax.files import did_you_mean, write_bytes
 from cib_jax.losses import OBJECTIVES
@@ -50,11 +51,6 @@ def compare(
     A cell of the tables is the mean of runs in cells/METHOD/BITS-bits-seed-SEED, each of which is measured once.
     Stopped anywhere, the same command goes on, within a run from its last checkpoint; more methods, lengths or seeds
     add runs. Several processes may work on one comparison, each started with the same command, also on other machines.
-
-    Args:
-      config: Config of the experiment, as in configs/default.py.
-      workdir: Folder of the comparison.
-      console: Console for messages and tables.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     schema.validate(config, around=True)
@@ -128,10 +124,8 @@ def parse_methods(text: str) -> list[ComparedMethod]:
     for part in filter(None, map(str.strip, text.split(","))):
         name, *assignments = part.split()
         if name not in TITLES:
-            hint = did_you_mean(name, TITLES)
-            raise ConfigError(
-                f"{METHODS} must name known methods, got {name!r}; {hint}try {', '.join(TITLES)}", METHODS
-            )
+            hint = f"{did_you_mean(name, TITLES)}try {', '.join(TITLES)}"
+            raise ConfigError(f"{METHODS} must name known methods, got {name!r}; {hint}", METHODS)
         method = ComparedMethod(name, tuple(_parse_assignment(name, one) for one in assignments))
         if method in methods:
             raise ConfigError(f"{METHODS} must name each row once, got {part!r} twice; leave one out", METHODS)
@@ -249,12 +243,9 @@ def _packed(encoder: Encoder, rows: Float[Array, "batch features"]) -> UInt8[Arr
 
 
 def _encode(run: RunContext, encoder: Encoder, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
-    size = min(features.PART, len(images))
-    packed = []
-    for rows in features.before_hashing(run, images, what):
-        padded = np.pad(rows, ((0, size - len(rows)), (0, 0)))  # one shape, compiled once
-        packed.append(np.asarray(_packed(encoder, jnp.asarray(padded)))[: len(rows)])
-    return np.concatenate(packed)
+    rows, size = features.before_hashing(run, images, what), min(features.PART, len(images))
+    packed = sharding.map_batches(lambda batch, first: _packed(encoder, jnp.asarray(batch)), rows, size=size)
+    return np.concatenate([np.asarray(part) for part in packed])
 
 
 def _validate_comparable(records: list[Record], workdir: pathlib.Path) -> None:

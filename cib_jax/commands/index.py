@@ -84,9 +84,8 @@ def index(
     given = _load_encoder(workdir, config, overrides) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
     if table is None and images is None:
-        raise IndexFolderError(
-            f"--images is missing, and there is no index at {uri} yet; give the folder of photos", field="--images"
-        )
+        problem = f"--images is missing, and there is no index at {uri} yet; give the folder of photos"
+        raise IndexFolderError(problem, field="--images")
     if table is not None and given is not None:
         _validate_same_encoder(table, given, workdir)
     place = str(images) if images is not None else table.metadata.images if table is not None else ""
@@ -115,10 +114,8 @@ def index(
     for start in range(0, len(changes.gone), AT_ONCE):
         table.remove(changes.gone[start : start + AT_ONCE])
     if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
-        # Loaded from the index, because another process may have made it.
-        hasher = dataclasses.replace(
-            collection.load_hasher(table), batch_size=config.encode_batch, devices=config.devices
-        )
+        hasher = collection.load_hasher(table)  # because another process may have made the index
+        hasher = dataclasses.replace(hasher, batch_size=config.encode_batch, devices=config.devices)
         _encode_files(table, files, pending, hasher, console)
         table.compact()
     return _summarize(table, str(index), files, changes, console)

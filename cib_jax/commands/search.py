@@ -97,8 +97,14 @@ def search(
     while batch := list(itertools.islice(queries, collection.hasher.batch_size)):
         squares = np.stack([decoded.square for _, decoded in batch])
         codes = collection.encode(squares)
-        all_hits = _hits(collection, squares, codes, k, radius, rerank)
-        for (path, decoded), code, hits in zip(batch, codes, all_hits, strict=True):
+        if radius is not None:
+            all_hits = collection.within(codes, radius)
+        else:
+            all_hits = collection.nearest(codes, max(k, CANDIDATES) if rerank else k)
+        if rerank:
+            all_hits = collection.reranked(collection.hasher.logits(squares), all_hits)
+        for (path, decoded), code, candidates in zip(batch, codes, all_hits, strict=True):
+            hits = candidates[:k]
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)
             result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
             record = {"query": printable(path), "code": code.tobytes().hex(), "root": printable(collection.root)}
@@ -209,23 +215,6 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
                 print_message(output.console, f"{printable(name)} cannot be read: {read.reason}")
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder", "--query")
-
-
-def _hits(
-    collection: Collection,
-    squares: UInt8[np.ndarray, "queries side side 3"],
-    codes: UInt8[np.ndarray, "queries bytes"],
-    k: int,
-    radius: int | None,
-    rerank: bool,
-) -> list[list[Hit]]:
-    if radius is not None:
-        hits = collection.within(codes, radius)
-    else:
-        hits = collection.nearest(codes, max(k, CANDIDATES) if rerank else k)
-    if rerank:
-        hits = collection.reranked(collection.hasher.logits(squares), hits)
-    return [some[:k] for some in hits]
 
 
 def _print_recall(collection: Collection, k: int, console: rich.console.Console) -> None:

@@ -50,11 +50,6 @@ def tune(
 
     Trial n is a run in trials/n; its parameters follow from the seed, n and the trials before it. Stopped anywhere, the
     same command goes on, within a trial from its last checkpoint, to the same result. More trials may be added later.
-
-    Args:
-      config: Config of the experiment, as in configs/default.py.
-      workdir: Folder of the search.
-      console: Console for messages and tables.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     schema.validate(config, around=True)
@@ -104,9 +99,7 @@ def load_optuna() -> Any:
 def parse_space(text: str, *, grid: bool = False) -> Space:
     """Returns the distributions that "temperature=0.2..0.5, batch_size=64|128, beta=1e-5..1e-2 log" describes.
 
-    Args:
-      text: Description, as in configs/default.py.
-      grid: Whether only choices are allowed.
+    A `grid` consists of choices alone.
     """
     distributions = load_optuna().distributions
     space: Space = {}

@@ -47,22 +47,14 @@ def run_all(
     Several calls, in several processes or on several machines, may share a folder. Killed anywhere, the same call goes
     on with what is not complete.
 
-    Args:
-      items: Runs, in the order in which they are tried.
-      work: Importable function that completes an item and returns a sentence about it, None if nothing can be done
-        about it now. It raises `BusyError` if another process is working on the item.
-      conclude: Function of the records of all items, None for those that are not complete.
-      workdir: Folder of all items.
-      workers: Number of processes to start; 0: as many as cores and memory allow.
-      noun: What the items are called, in the plural.
-      console: Console for messages.
+    `work` is an importable function that completes an item and returns a sentence about it, None if nothing can be done
+    about it now; it raises `BusyError` if another process is working on the item. The record of an item that is not
+    complete is None. 0 `workers` are as many as cores and memory allow. `noun` names the items, in the plural.
     """
     workers = min(worker_count(workers), len(items))
     processes = "1 process" if workers == 1 else f"{workers} processes"
-    print_message(
-        console,
-        f"{len(items)} {noun}, {_count_complete(items)} of them complete; {processes} at work in {workdir}",
-    )
+    complete = _count_complete(items)
+    print_message(console, f"{len(items)} {noun}, {complete} of them complete; {processes} at work in {workdir}")
     broken = None
     try:
         run(_work_on_all, (items, work), workers)

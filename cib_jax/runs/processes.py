@@ -61,11 +61,8 @@ def exit_on_error(remedy: str, workdir: str) -> Iterator[None]:
     """Ends the program with one sentence and an exit code if the command inside cannot go on.
 
     Exit codes: 2 for a user's mistake or a failed disk, 75 (EX_TEMPFAIL) if the same command can go on, 130 after
-    Ctrl-C, 1 if one of several processes breaks down.
-
-    Args:
-      remedy: Advice to a user who interrupted the command.
-      workdir: The folder in which several processes leave their last words to each other; "" for a single process.
+    Ctrl-C, 1 if one of several processes breaks down. `remedy` is the advice to a user who interrupted the command.
+    Several processes leave their last words to each other in `workdir`, which is "" for a single one.
     """
     try:
         yield

@@ -193,8 +193,7 @@ def _draw_neighbors(
     captions: Sequence[str],
 ) -> bytes:
     """Returns a PNG of the queries `some` with their nearest images, framed by their relevance if there are labels."""
-    splits = run.splits
-    rows = []
+    splits, rows = run.splits, []
     ranked = hamming.rank(query[list(some)], database, min(NEAREST, len(database)))
     for index, caption, nearest in zip(some, captions, ranked, strict=True):
         distances = np.bitwise_count(query[index] ^ database[nearest]).sum(axis=1)
@@ -246,13 +245,13 @@ def _format_lead(results: dict[str, Any]) -> str:
 
 
 def _settings(results: dict[str, Any]) -> Grid:
-    counts, seconds = results["counts"], results["seconds"]
+    counts = results["counts"]
     rows = [
         ("protocol", f"{results['protocol']['name']}: {results['protocol']['says']}"),
         ("published tables", results["protocol"]["published_tables"]),
         ("backbone", f"{results['backbone']} at {results['image_size']} px" if results["image_size"] else "none"),
         ("images: queries, database, training", f"{counts['query']:,}, {counts['database']:,}, {counts['train']:,}"),
-        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())),
+        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in results["seconds"].items())),
     ]
     return Grid("Setting", ("what", "value"), rows)
 
