@@ -203,9 +203,9 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None
             "which need no network, and for nothing else",
         )
     if config.backbone == "none":
-        families, inputs, validate_rest = features.FAMILIES, "features", _validate_without_network
+        families, inputs, validate_rest = [*features.FAMILIES], "features", _validate_without_network
     else:
-        families, inputs, validate_rest = augment.FAMILIES, "images", _validate_network
+        families, inputs, validate_rest = [*augment.FAMILIES], "images", _validate_network
     if config.augment not in families:
         raise _error("augment", f"must be one of {', '.join(families)} for {inputs}, got {config.augment!r}")
     validate_rest(config)

@@ -305,11 +305,11 @@ def embedding(
     axis.grid(False)
     axis.spines[:].set_visible(False)
     if labels is None:
-        axis.scatter(*points.T, s=6, color=BLUE, linewidths=0)
+        axis.scatter(points[:, 0], points[:, 1], s=6, color=BLUE, linewidths=0)
         return made
     others = labels < 0
     if others.any():
-        axis.scatter(*points[others].T, s=6, color="#CCCCCC", linewidths=0, label="other classes")
+        axis.scatter(points[others, 0], points[others, 1], s=6, color="#CCCCCC", linewidths=0, label="other classes")
     style: Any = {"s": 18, "linewidths": 0.3, "edgecolors": "white", "alpha": 0.85}
     for number, (name, color, mark) in enumerate(zip(names, COLORS, MARKS, strict=False)):
         axis.scatter(*points[labels == number].T, color=color, marker=mark, label=escape(name), **style)
@@ -370,7 +370,7 @@ def methods(
     leaders = [titles[int(np.nanargmax(mean[:, place]))] for place in measured]
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(
-        f"{best} in {score} at {', '.join(str(bits[place]) for place in measured)} bits",
+        f"{best} in {score} at {', '.join(str(bits[int(place)]) for place in measured)} bits",
         width=7.4,
         height=1.4 + 0.36 * len(titles),
     )
