@@ -59,7 +59,8 @@ def make_mesh(devices: int, batch_size: int) -> Mesh | None:
 
     `devices` is the number of this process's devices to use; 0 uses all. Several processes always use all theirs.
     """
-    everything, processes = jax.devices(), jax.process_count()
+    processes = jax.process_count()
+    everything = jax.devices() if processes > 1 else jax.local_devices()
     if processes > 1 and devices not in (0, len(everything)):
         raise DevicesError(
             f"config.devices must be 0 for a run of {processes} processes, which use all their {len(everything)} "
