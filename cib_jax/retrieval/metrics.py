@@ -258,11 +258,11 @@ def curves(
     return Curves(
         ks,
         *(total / len(query_codes) for total in totals[:5]),
-        relevant=totals[5] / max(hits, 1),
-        irrelevant=totals[6] / max(misses, 1),
-        chance=hits / (hits + misses),
-        average_precision=np.concatenate(average_precision),
-        answerable=np.concatenate(answerable),
+        totals[5] / max(hits, 1),
+        totals[6] / max(misses, 1),
+        hits / (hits + misses),  # chance
+        np.concatenate(average_precision),
+        np.concatenate(answerable),
     )
 
 
