@@ -193,10 +193,8 @@ def bit_balance(balance: Sequence[float]) -> Figure:
     """Returns the share of ones at each bit."""
     shares = np.asarray(balance)
     dead = int(np.sum((shares == 0) | (shares == 1)))
-    made, (axis,) = figure(
-        f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the images; "
-        + ("every bit is in use" if not dead else f"{dead} never change")
-    )
+    use = f"{dead} never change" if dead else "every bit is in use"
+    made, (axis,) = figure(f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the images; {use}")
     axis.bar(np.arange(len(shares)), shares - 0.5, 0.85, bottom=0.5, color=BLUE)
     axis.axhline(0.5, color=GREY, linewidth=1)
     axis.set(xlabel="bit", ylabel="share of images with a one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
@@ -241,10 +239,9 @@ def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
 
 
 class ClassLegend(NamedTuple):
-    """Classes of an embedding."""
+    """Classes of an embedding: for each image, the index into `names`, −1 for other classes."""
 
     labels: Int[np.ndarray, " n"]
-    """Index into `names` for each image, −1 for other classes."""
     names: list[str]
 
 
@@ -256,7 +253,7 @@ def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray,
     References:
       van der Maaten & Hinton, Visualizing data using t-SNE, JMLR 2008.
     """
-    if len(packed) < 5 or len(np.unique(packed, axis=0)) < 5:
+    if len(np.unique(packed, axis=0)) < 5:
         return None
     # The squared Euclidean distance of bits is their Hamming distance.
     bits = codes.ones(packed).astype(np.float32)

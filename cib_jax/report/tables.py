@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
-    """A row of a published table."""
+    """A row of a published table: MAP by code length."""
 
     title: str
     values: Mapping[int, Sequence[float]]
-    """MAP by code length."""
 
 
 _CIBHASH = {

@@ -290,9 +290,8 @@ def true_positions(mask: Bool[np.ndarray, "queries n"]) -> Int64[np.ndarray, " f
 
 def kth_distance(distances: UInt[np.ndarray, " n"], k: int) -> int:
     """Returns the k-th smallest distance, by bisection on the number of distances up to a value."""
-    return bisect.bisect_left(
-        range(int(distances.max())), k, key=lambda bound: int(np.count_nonzero(distances <= bound))
-    )
+    bounds = range(int(distances.max()))
+    return bisect.bisect_left(bounds, k, key=lambda bound: int(np.count_nonzero(distances <= bound)))
 
 
 def histograms_numpy(

@@ -78,7 +78,7 @@ class Index:
                     "leave it out",
                     field=name,
                 )
-            known[name] = _whole_number(name, value, 0 if name == "nflip" else 1, "leave it out for its default")
+            known[name] = _whole_number(name, value, {"nflip": 0, "m": 2}.get(name, 1), "leave it out for its default")
         codes, approximate = build(codes, **known)
         return cls(codes, kind, approximate)
 
@@ -232,8 +232,6 @@ Built = tuple[UInt8[np.ndarray, "n bytes"], Any]
 
 
 def _hnsw(codes: UInt8[np.ndarray, "n bytes"], *, m: int, ef_construction: int, ef_search: int) -> Built:
-    if m < 2:
-        raise SearchError(f"m must be 2 or more links per code, got {m}; the default is 16", field="m")
     index = exact_search.load_faiss().IndexBinaryHNSW(8 * codes.shape[1], m)
     index.hnsw.efConstruction, index.hnsw.efSearch = ef_construction, ef_search
     # In one thread: several link codes in an order that no two builds share.

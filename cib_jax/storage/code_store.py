@@ -283,10 +283,7 @@ def load_names(corpus: Corpus) -> list[str]:
 
 
 def _digest_names(names: Sequence[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()
+    return hashlib.blake2b(b"".join(os.fsencode(name) + b"\0" for name in names), digest_size=16).hexdigest()
 
 
 def _format_changes(then: Sequence[str], now: Sequence[str]) -> str:
@@ -363,10 +360,8 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
 
 def _digest_rows(files: Sequence[File], codes: UInt8[np.ndarray, "readable bytes"]) -> str:
     # Parquet's own checksums are of pages alone: they leave out the schema and the headers of pages.
-    digest = hashlib.blake2b(json.dumps([list(file) for file in files]).encode(), digest_size=16)
-    digest.update(repr(codes.shape).encode())
-    digest.update(np.ascontiguousarray(codes).tobytes())
-    return digest.hexdigest()
+    rows = json.dumps([list(file) for file in files]) + repr(codes.shape)
+    return hashlib.blake2b(rows.encode() + codes.tobytes(), digest_size=16).hexdigest()
 
 
 # Writing, and what can go wrong.

@@ -62,8 +62,23 @@ class Collection:
       [('red.png', 0)]
     """
 
+    hasher: Hasher
+    """Encoder of the codes."""
+    uri: str
+    """Place of the index."""
+    root: str
+    """Absolute path of the folder of photos."""
+    bits: int
+    """Number of bits of a code."""
+    side: int
+    """Side in pixels of the squares that `encode` takes."""
+    codes: UInt8[np.ndarray, "photos bytes"]
+    """Packed codes of all photos."""
+
     def __init__(self, table: PhotoTable, hasher: Hasher, kind: str, settings: Mapping[str, int]):
         self._table, self._snapshot, self.hasher = table, table.snapshot(), hasher
+        self.uri, self.root, self.codes = table.uri, table.metadata.root, self._snapshot.codes
+        self.bits, self.side = hasher.encoder.bits, hasher.side
         self._index = Index.of(self.codes, kind, **settings) if len(self.codes) else None
 
     @classmethod
@@ -87,31 +102,6 @@ class Collection:
 
     def __len__(self) -> int:
         return len(self._snapshot.keys)
-
-    @property
-    def uri(self) -> str:
-        """Place of the index."""
-        return self._table.uri
-
-    @property
-    def root(self) -> str:
-        """Absolute path of the folder of photos."""
-        return self._table.metadata.root
-
-    @property
-    def bits(self) -> int:
-        """Number of bits of a code."""
-        return self.hasher.encoder.bits
-
-    @property
-    def side(self) -> int:
-        """Side in pixels of the squares that `encode` takes."""
-        return self.hasher.side
-
-    @property
-    def codes(self) -> UInt8[np.ndarray, "photos bytes"]:
-        """Packed codes of all photos."""
-        return self._snapshot.codes
 
     def renewed(self) -> "Collection":
         """Returns the collection as it is now, with exact search; itself if nothing has changed.

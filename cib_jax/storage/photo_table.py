@@ -214,8 +214,7 @@ class PhotoTable:
 
     def remove(self, keys: Iterable[int]) -> None:
         """Removes photos, in one commit."""
-        listed = ", ".join(str(int(key)) for key in keys)
-        if listed:
+        if listed := ", ".join(str(int(key)) for key in keys):
             self._commit(lambda: self._photos.delete(f"key IN ({listed})"))
 
     def paths(self, keys: Iterable[int]) -> list[str]:
