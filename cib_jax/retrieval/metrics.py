@@ -255,14 +255,19 @@ def curves(
     sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
     totals = [np.sum(parts, axis=0) for parts in zip(*sums, strict=True)]
     hits, misses = (int(counts.sum()) for counts in totals[5:])
+    mean_ap, precision, recall, radius_precision, radius_empty = (total / len(query_codes) for total in totals[:5])
     return Curves(
         ks,
-        *(total / len(query_codes) for total in totals[:5]),
-        totals[5] / max(hits, 1),
-        totals[6] / max(misses, 1),
-        hits / (hits + misses),  # chance
-        np.concatenate(average_precision),
-        np.concatenate(answerable),
+        mean_ap,
+        precision,
+        recall,
+        radius_precision,
+        radius_empty,
+        relevant=totals[5] / max(hits, 1),
+        irrelevant=totals[6] / max(misses, 1),
+        chance=hits / (hits + misses),
+        average_precision=np.concatenate(average_precision),
+        answerable=np.concatenate(answerable),
     )
 
 

@@ -87,7 +87,7 @@ def test_checkpoints_may_be_moved_but_not_left_behind(plain, tmp_path, console):
     assert train(placed(where), workdir, console=console)["map"] == plain[1]["map"]
     assert np.array_equal(*(cib.Hasher.load(run).encode(images) for run in (workdir, plain[0])))
     (workdir / "results.json").unlink()
-    with pytest.raises(WorkdirError, match="/place.*/elsewhere") as caught:
+    with pytest.raises(WorkdirError, match=r"/place.*/elsewhere") as caught:
         train(placed(tmp_path / "elsewhere"), workdir, console=console)
     assert caught.value.field == "config.train.checkpoint_dir"
 
@@ -98,7 +98,7 @@ def test_two_workdirs_do_not_share_a_place(plain, tmp_path, console):
     with pytest.raises(WorkdirError, match=rf"{where} .*{workdir}") as caught:
         train(placed(where), tmp_path / "other", console=console)
     assert caught.value.field == "config.train.checkpoint_dir"
-    with pytest.raises(WorkdirError, match="temperature: 0.5 → 0.1"):
+    with pytest.raises(WorkdirError, match=r"temperature: 0\.5 → 0\.1"):
         (workdir / "results.json").unlink()
         train(placed(where, temperature=0.1), workdir, console=console)
     first.check()
@@ -133,7 +133,7 @@ def test_a_workdir_that_was_moved_keeps_its_checkpoints_and_its_copy_does_not(tm
     with pytest.raises(WorkdirError, match="/b;"):
         take_ownership(tmp_path / "c", config)
     (tmp_path / "place" / "owner.json").write_text('{"work')
-    with pytest.raises(WorkdirError, match="owner.json"):
+    with pytest.raises(WorkdirError, match=r"owner\.json"):
         find_owner(tmp_path / "b", config)
 
 
@@ -156,7 +156,7 @@ def test_a_bucket_without_its_package_names_what_to_install(tmp_path, console, m
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "r").mkdir()
-    with pytest.raises(errors.CheckpointError, match="file/place .*NotADirectoryError"):
+    with pytest.raises(errors.CheckpointError, match=r"file/place .*NotADirectoryError"):
         take_ownership(tmp_path / "r", placed(tmp_path / "file" / "place"))
 
 
