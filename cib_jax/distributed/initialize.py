@@ -92,7 +92,9 @@ def initialize(
         ):
             jax.distributed.initialize(
                 # Without a coordinator, JAX detects the launcher by itself.
-                *((coordinator, mine.processes, mine.process) if coordinator else ()),
+                coordinator or None,
+                mine.processes if coordinator else None,
+                mine.process if coordinator else None,
                 local_device_ids=local_devices(),
                 initialization_timeout=JOINING_SECONDS + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
