@@ -96,7 +96,7 @@ def two_views(
                 field="features",
             )
         rows = jnp.arange(features.shape[0])
-        one, other = (features[rows, views] for views in draw_two(key, len(rows), features.shape[1], axis))
+        one, other = (features[rows, views] for views in draw_two(key, features.shape[0], features.shape[1], axis))
         return _standardize(one, mean, deviation), _standardize(other, mean, deviation)
     vectors = plain(features, mean, deviation)
     one_key, other_key = jax.random.split(key)
