@@ -302,11 +302,11 @@ def embedding(
     axis.grid(False)
     axis.spines[:].set_visible(False)
     if labels is None:
-        axis.scatter(*points.T, s=6, color=BLUE, linewidths=0)
+        axis.scatter(points[:, 0], points[:, 1], s=6, color=BLUE, linewidths=0)
         return made
     others = labels < 0
     if others.any():
-        axis.scatter(*points[others].T, s=6, color="#CCCCCC", linewidths=0, label="other classes")
+        axis.scatter(points[others, 0], points[others, 1], s=6, color="#CCCCCC", linewidths=0, label="other classes")
     style: Any = {"s": 18, "linewidths": 0.3, "edgecolors": "white", "alpha": 0.85}
     for number, (name, color, mark) in enumerate(zip(names, COLORS, MARKS, strict=False)):
         axis.scatter(*points[labels == number].T, color=color, marker=mark, label=escape(name), **style)
@@ -363,7 +363,7 @@ def methods(
     overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
     order = np.argsort(overall, kind="stable")
     titles = [escape(title) for title in titles]
-    measured = np.flatnonzero(known.any(axis=0))
+    measured = np.flatnonzero(known.any(axis=0)).tolist()
     leaders = [titles[int(np.nanargmax(mean[:, place]))] for place in measured]
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(

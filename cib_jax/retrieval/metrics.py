@@ -255,15 +255,9 @@ def curves(
     sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
     totals = [np.sum(parts, axis=0) for parts in zip(*sums, strict=True)]
     hits, misses = (int(counts.sum()) for counts in totals[5:])
-    return Curves(
-        ks,
-        *(total / len(query_codes) for total in totals[:5]),
-        totals[5] / max(hits, 1),
-        totals[6] / max(misses, 1),
-        hits / (hits + misses),  # chance
-        np.concatenate(average_precision),
-        np.concatenate(answerable),
-    )
+    means = (total / len(query_codes) for total in totals[:5])
+    shares = totals[5] / max(hits, 1), totals[6] / max(misses, 1), hits / (hits + misses)
+    return Curves._make([ks, *means, *shares, np.concatenate(average_precision), np.concatenate(answerable)])
 
 
 def _ranks_up_to(k: int, digits: Sequence[int]) -> list[int]:
