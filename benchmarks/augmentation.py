@@ -1,7 +1,7 @@
-"""Making the paper's training views: torchvision, PIL and OpenCV in two processes against one program over the batch.
+"""Speed of the paper's augmentation: torchvision, PIL and OpenCV in two processes against one program over the batch.
 
 `python -m benchmarks.augmentation` makes the same number of views with each in turn. The images are smooth noise unless
-`--data-dir` names a TFDS data_dir with CIFAR-10; the published pipeline's speed does not depend on what they show.
+`--data-dir` names a TFDS data_dir with CIFAR-10; the speed of the published pipeline does not depend on the content.
 """
 
 import functools
@@ -17,12 +17,12 @@ from cib_jax.augment import augment, color, geometry
 from cib_jax.data import sources
 from cib_jax.data.dataset import DataConfig
 
-PROCESSES = 2  # of the other side, as many as the published code's loader has workers
-PASSES = 4  # over the batch in a round, so that handing out work to processes takes no visible part of it
+PROCESSES = 2  # for the other side: the number of workers in the published code's loader
+PASSES = 4  # over the batch in each round, so that the time of distributing work to processes is negligible
 
 
 def make_images(count: int, side: int, directory: str | None) -> np.ndarray:
-    """Returns uint8 images [count, side, side, 3]: CIFAR-10's first where a directory is given, else smooth noise."""
+    """Returns uint8 images [count, side, side, 3]: the first of CIFAR-10 if a directory is given, else smooth noise."""
     import PIL.Image
 
     if directory is not None:
@@ -35,7 +35,7 @@ def make_images(count: int, side: int, directory: str | None) -> np.ndarray:
 
 
 class TwoViews:
-    """The published data set: two views of an image at each look; what a loader asks for."""
+    """The published data set: two new views of an image for each index that a loader requests."""
 
     def __init__(self, images: np.ndarray, image_size: int, passes: int):
         import PIL.Image
@@ -53,7 +53,7 @@ class TwoViews:
 
 
 def transform_all(share: TwoViews) -> None:
-    """Makes the views of a share and drops them: no view travels between processes."""
+    """Makes the views of a share and discards them, so that no view is sent between processes."""
     import torch
 
     torch.set_num_threads(1)
@@ -62,10 +62,10 @@ def transform_all(share: TwoViews) -> None:
 
 
 def loader(images: np.ndarray, image_size: int) -> Callable[[], None]:
-    """Returns a function that draws as many views through a `DataLoader`, whose workers wait between rounds."""
+    """Returns a function that draws the same number of views through a `DataLoader` with persistent workers."""
     import torch.utils.data
 
-    # Two views of an image are two of the views counted.
+    # Each image gives two views, so half as many passes make the same number of views.
     feed = torch.utils.data.DataLoader(
         TwoViews(images, image_size, PASSES // 2),  # type: ignore[arg-type]
         batch_size=64,
@@ -99,7 +99,7 @@ def ours(images: np.ndarray, image_size: int) -> Callable[[], None]:
 
 
 def stages(images: np.ndarray, image_size: int) -> dict[str, Callable[[], None]]:
-    """Returns programs that go one stage further each, as `augment.view_each` does it on a CPU."""
+    """Returns programs that each end one stage later, composed as `augment.view_each` does on a CPU."""
     batch, height, width, _ = images.shape
     sample = functools.partial(augment.sample_photo, height=height, width=width)
 
@@ -135,11 +135,11 @@ def stages(images: np.ndarray, image_size: int) -> dict[str, Callable[[], None]]
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Reads the flags and prints the tables."""
     parser = measuring.parser("Views of the family photo.", "torch", "torchvision", "cv2")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224], help="sides of the views, in pixels")
-    # 48 views of 224 pixels are 29 MB. The GNU C library hands blocks above 32 MB back to the system when they are
-    # freed, and to be given them anew, page by page, takes a good part of the time of making the views.
+    # 48 views of 224 pixels are 29 MB. The GNU C library returns blocks above 32 MB to the system when they are freed;
+    # getting them back page by page would take a considerable part of the measured time.
     parser.add_argument("--batch", type=int, nargs="+", default=[48], help="images per program")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=32, help="side of the images, in pixels")
@@ -160,8 +160,8 @@ def main() -> None:
                     rounds=flags.rounds,
                 )
                 speeds = [f"{PASSES * batch / seconds.median:,.0f}" for seconds in taken.values()]
-                told = [measuring.told_ratio(taken[other], taken["cib_jax"]) for other in ("original", "loader")]
-                rows.append([image_size, batch, *speeds, *told])
+                ratios = [measuring.format_ratio(taken[other], taken["cib_jax"]) for other in ("original", "loader")]
+                rows.append([image_size, batch, *speeds, *ratios])
                 shares += _shares(images, image_size, rounds=2 * flags.rounds)
     print(f"\n{measuring.machine('jax', 'torch', 'torchvision', 'opencv-python-headless')}")
     print(f"{flags.side} px {'of CIFAR-10' if flags.data_dir is not None else 'of smooth noise'}; views/s\n")
@@ -169,17 +169,17 @@ def main() -> None:
         ["px", "batch", f"original, {PROCESSES} processes", "its DataLoader", "cib_jax", "ratio", "ratio to loader"],
         rows,
     )
-    print("Each stage is the difference to the program that ends one stage earlier\n")
+    print("The time of a stage is the difference from the program that ends one stage earlier\n")
     measuring.print_table(["px", "batch", "stage", "µs/view", "share"], shares)
 
 
 def _shares(images: np.ndarray, image_size: int, *, rounds: int) -> list[list[object]]:
     taken = measuring.in_turns(stages(images, image_size), rounds=rounds)
     medians = [seconds.median for seconds in taken.values()]
-    alone = np.diff([0.0, *medians])
+    each = np.diff([0.0, *medians])
     return [
         [image_size, len(images), name, f"{1e6 * seconds / len(images):.0f}", f"{seconds / medians[-1]:.0%}"]
-        for name, seconds in zip(taken, alone, strict=True)
+        for name, seconds in zip(taken, each, strict=True)
     ]
 
 

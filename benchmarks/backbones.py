@@ -1,8 +1,8 @@
-"""The frozen backbones against PyTorch, channels last, on the same weights and images.
+"""Speed of the frozen backbones against PyTorch, channels last, with the same weights and images.
 
-`python -m benchmarks.backbones` times the networks of `SIDES`, forward only; `--layers` the forms of VGG's
-convolutions one by one, `--bfloat16` the networks in half precision, `--usual` all backbones at their usual sizes, ours
-alone and with random weights, for the table of docs/backbones.md.
+`python -m benchmarks.backbones` times the forward pass of the networks of `SIDES`; `--layers` times each form of VGG's
+convolutions, `--bfloat16` the networks in half precision, and `--usual` all backbones at their usual sizes, without
+PyTorch and with random weights, for the table of docs/backbones.md.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from flax import nnx
 import cib_jax
 from benchmarks import measuring
 from cib_jax.models import registry, resnet, vgg, weights
-from cib_jax.models.conv import POINTS, conv_plain, winograd
+from cib_jax.models.conv import conv_plain, winograd
 
-# Side, inputs and outputs of the layers of VGG-16 at 224 pixels, each once.
+# Image side, input and output channels of the layers of VGG-16 at 224 pixels, each once.
 VGG_LAYERS = (
     (224, 64, 64),
     (112, 64, 128),
@@ -42,7 +42,7 @@ TRANSFORMERS = (
 )
 BATCHES = {"efficientnet_lite0": (4, 8, 32)} | dict.fromkeys(TRANSFORMERS, (8,))
 OTHER_BATCHES = (8, 32)
-# The convolutions of the other side and the batch norms after them, in the network and in its blocks.
+# Names of PyTorch's convolutions and of the batch norms after them, in the network and in its blocks.
 NORMS = (
     ("_conv_stem", "_bn0"),
     ("_conv_head", "_bn1"),
@@ -54,7 +54,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 def efficientnet_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
-    """Returns EfficientNet-Lite's features as PyTorch computes them, with and without batch norms; and our weights."""
+    """Returns PyTorch's EfficientNet-Lite with and without separate batch norms, and the weights for our side."""
     import efficientnet_lite_pytorch
     import torch
 
@@ -79,7 +79,7 @@ def efficientnet_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
 
 
 def resnet_sides(size: int) -> tuple[dict[str, Run], Any]:
-    """Returns the features of torchvision's ResNet-50 with random weights, its norms fused or not; and ours of them."""
+    """Returns torchvision's ResNet-50 with random weights, its norms fused or not, and the weights for our side."""
     import torch.fx.experimental.optimization
     import torchvision
 
@@ -94,7 +94,7 @@ def resnet_sides(size: int) -> tuple[dict[str, Run], Any]:
 
 
 def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
-    """Returns fc7 of torchvision's VGG-16 with random weights; and the same weights for ours."""
+    """Returns fc7 of torchvision's VGG-16 with random weights, and the weights for our side."""
     import torch
     import torchvision
 
@@ -108,7 +108,7 @@ def vgg_sides(size: int) -> tuple[dict[str, Run], Any]:
 
 
 def transformer_sides(name: str, size: int) -> tuple[dict[str, Run], Any]:
-    """Returns the features of a vision transformer of `transformers` with random weights; and the same for ours."""
+    """Returns a vision transformer of `transformers` with random weights, and the weights for our side."""
     from tests.golden import make_transformers
 
     del size
@@ -130,7 +130,7 @@ SIDES = {
 
 
 def torch_side(function: Callable[[Any], Any]) -> Run:
-    """Returns the function on NumPy images [batch, h, w, 3], which PyTorch sees as channels-last without a copy."""
+    """Returns the function on NumPy images [batch, h, w, 3], passed to PyTorch as channels-last without a copy."""
     import torch
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -143,13 +143,13 @@ def torch_side(function: Callable[[Any], Any]) -> Run:
 def our_side(name: str, state: Any, dtype: Any = jnp.float32, size: int = 224) -> Run:
     """Returns the backbone called `name` with `state`, as one jitted program that computes in `dtype`."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: registry.get(name).build(nnx.Rngs(0), size)))
-    held = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), state)
+    weights_in_dtype = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), state)
     program = jax.jit(lambda state, images: nnx.merge(graph, state)(images.astype(dtype)))
-    return lambda images: np.asarray(program(held, images).block_until_ready())
+    return lambda images: np.asarray(program(weights_in_dtype, images).block_until_ready())
 
 
 def networks(names: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Prints images per second of each network, size and batch: PyTorch's, ours and their ratio."""
+    """Prints images per second of each network, size and batch: PyTorch, ours and their ratio."""
     rows = []
     for name, size in cases(names, arguments):
         others, state = SIDES[name](size)
@@ -166,8 +166,8 @@ def networks(names: Sequence[str], arguments: argparse.Namespace) -> None:
                     name,
                     size,
                     batch,
-                    *(told_rate(batch, seconds.get(side)) for side in ("PyTorch", "PyTorch, norms folded", "ours")),
-                    measuring.told_ratio(seconds["PyTorch"], seconds["ours"]),
+                    *(format_rate(batch, seconds.get(side)) for side in ("PyTorch", "PyTorch, norms folded", "ours")),
+                    measuring.format_ratio(seconds["PyTorch"], seconds["ours"]),
                     f"{difference:.0e}",
                 ]
             )
@@ -176,7 +176,7 @@ def networks(names: Sequence[str], arguments: argparse.Namespace) -> None:
 
 
 def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Prints images per second in float32 and in bfloat16, and how far the features then are from each other."""
+    """Prints images per second in float32 and in bfloat16, and the distance between the two features."""
     rows = []
     for name, size in cases(names, arguments):
         _, state = SIDES[name](size)
@@ -188,17 +188,17 @@ def half_precision(names: Sequence[str], arguments: argparse.Namespace) -> None:
             {dtype: functools.partial(run, images) for dtype, run in sides.items()}, rounds=arguments.rounds
         )
         distance = np.linalg.norm(half - single) / np.linalg.norm(single)
-        rates = [told_rate(batch, seconds[dtype]) for dtype in sides]
-        rows.append([name, size, batch, *rates, measuring.told_ratio(*seconds.values()), f"{distance:.3f}"])
+        rates = [format_rate(batch, seconds[dtype]) for dtype in sides]
+        rows.append([name, size, batch, *rates, measuring.format_ratio(*seconds.values()), f"{distance:.3f}"])
     measuring.print_table(
         ["network", "pixels", "batch", "float32, images/s", "bfloat16, images/s", "ratio", "relative distance"], rows
     )
 
 
 def usual_sizes(arguments: argparse.Namespace) -> None:
-    """Prints images per second of each backbone at its usual size; on a busy machine, read those of the cores' time.
+    """Prints images per second of each backbone at its usual size, by wall time and by processor time.
 
-    That is the processor time which the process itself took, as if it had had all cores to itself.
+    The rate by processor time assumes that the process has all cores to itself; use it on a busy machine.
     """
     rows = []
     for name, backbone in registry.BACKBONES.items():
@@ -213,9 +213,9 @@ def usual_sizes(arguments: argparse.Namespace) -> None:
         begun = time.process_time()
         seconds = measuring.in_turns({name: run}, rounds=arguments.rounds, warm_up=0)[name]
         own = (time.process_time() - begun) / measuring.cores() / arguments.rounds
-        rates = [told_rate(batch, seconds), f"{batch / own:.1f}"]
+        rates = [format_rate(batch, seconds), f"{batch / own:.1f}"]
         rows.append([name, backbone.image_size, f"{count / 1e6:.2f}", batch, *rates])
-    header = ["network", "pixels", "parameters, M", "batch", "images/s", "images/s of the cores' time"]
+    header = ["network", "pixels", "parameters, M", "batch", "images/s", "images/s by processor time"]
     measuring.print_table(header, rows)
 
 
@@ -224,7 +224,7 @@ def layers(arguments: argparse.Namespace) -> None:
     pads = ((1, 1), (1, 1))
     forms = {
         "plain": functools.partial(conv_plain, stride=1, pads=pads),
-        **{f"F({side}×{side})": functools.partial(winograd, pads=pads, side=side) for side in POINTS},
+        "F(2×2)": functools.partial(winograd, pads=pads),
     }
     rows = []
     for size, inputs, outputs in VGG_LAYERS:
@@ -241,7 +241,7 @@ def layers(arguments: argparse.Namespace) -> None:
 
 
 def compiled(form: Callable[..., jax.Array], *inputs: jax.Array) -> Callable[[], Any]:
-    """Returns a side that runs `form` as one jitted program."""
+    """Returns a function that runs `form` as one jitted program."""
     program = jax.jit(form)
     return lambda: program(*inputs).block_until_ready()
 
@@ -252,8 +252,8 @@ def cases(names: Sequence[str], arguments: argparse.Namespace) -> list[tuple[str
     return [(n, size) for n in names for size in (arguments.sizes if n == "efficientnet_lite0" else usual[n])]
 
 
-def told_rate(batch: int, seconds: measuring.Seconds | None) -> str:
-    """Returns images per second, or nothing for a side that was not run."""
+def format_rate(batch: int, seconds: measuring.Seconds | None) -> str:
+    """Returns images per second, or "" for a side that was not run."""
     return "" if seconds is None else f"{batch / seconds.median:.1f}"
 
 
@@ -268,9 +268,9 @@ def main() -> None:
     parser = measuring.parser("the frozen backbones against PyTorch, channels last, forward only", *others)
     parser.add_argument("--usual", action="store_true", help="time all backbones at their usual sizes, without PyTorch")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 224], help="for EfficientNet-Lite0")
-    parser.add_argument("--batches", type=int, nargs="+", help="instead of each table's own")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes, instead of the default of each table")
     parser.add_argument("--networks", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=5, help="that count, of each side in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, each side in turn")
     parser.add_argument("--layers", action="store_true", help="time the forms of VGG's convolutions instead")
     parser.add_argument("--bfloat16", action="store_true", help="time float32 against bfloat16 instead")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: every collective in its text, with the bytes that it leaves behind."""
+"""Communication of a compiled program: every collective in its text, with the bytes of its result."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "
     "u64": 8,
     "f64": 8,
 }
-"""Of an element of each type of XLA's."""
+"""Bytes of one element, by XLA type."""
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -26,19 +26,20 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int
-    """Of its result on each device."""
+    """Bytes of the result on each device."""
     devices: int
-    """How many exchange with each other in it."""
+    """Number of devices that communicate in it."""
     times: int
-    """How often the program runs it: more than once inside loops."""
+    """How often the program runs it; more than once inside loops."""
     source: str
-    """The name under which the program was traced, which tells the operation it comes from."""
+    """`op_name` of the traced operation that it comes from."""
 
     @property
     def sent(self) -> int:
-        """Bytes that each device sends in one run, by rings, the least that is possible for large arrays.
+        """Bytes that each device sends in one run with ring algorithms, which is optimal for large arrays.
 
-        Of the whole array, which a reduce-scatter's result is 1/n of: (n − 1) / n, of an all-reduce twice as much.
+        A device sends (n − 1) / n of the whole array, and twice that in an all-reduce. The result of a reduce-scatter
+        is 1/n of the whole array.
         """
         if self.kind.startswith("collective"):
             return self.bytes
@@ -50,7 +51,7 @@ def read(text: str) -> list[Collective]:
     """Returns the collectives of a compiled program, from its `as_text()`.
 
     Raises:
-      ValueError: one stands in a loop of unknown length, or has a type of unknown size.
+      ValueError: A collective is in a loop of unknown length, or has a type of unknown size.
     """
     entry, computations = _computations(text)
     return list(_within(entry, computations, 1))
@@ -59,7 +60,7 @@ def read(text: str) -> list[Collective]:
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     entry, name, found = "", "", {}
     for line in map(str.strip, text.splitlines()):
-        # Long tuples have their members numbered in comments.
+        # XLA numbers the members of long tuples in comments.
         line = re.sub(r"/\*.*?\*/", "", line)  # noqa: PLW2901
         if opened := _COMPUTATION.match(line):
             name = opened[2]
@@ -71,7 +72,7 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _within(name: str, computations: dict[str, list[str]], times: int | None) -> Iterator[Collective]:
-    """Yields the collectives of a computation and of those that it calls; `times` is None in a loop of any length."""
+    """Yields the collectives of a computation and its callees; `times` is None in a loop of unknown length."""
     for line in computations[name]:
         call = _CALL.match(line)
         if not call or call["form"] in ("-update", "-done"):
@@ -79,7 +80,7 @@ def _within(name: str, computations: dict[str, list[str]], times: int | None) ->
         kind = call["name"]
         if kind in KINDS:
             if times is None:
-                raise ValueError(f"{kind} stands in a loop of unknown length: {line[:120]}")
+                raise ValueError(f"{kind} is in a loop of unknown length: {line[:120]}")
             result = _result(kind, call["shape"]) if call["form"] else call["shape"]
             source = re.search(r'op_name="([^"]*)"', line)
             yield Collective(kind, size(result), _group(line), times, source[1] if source else "")
@@ -94,9 +95,9 @@ def _within(name: str, computations: dict[str, list[str]], times: int | None) ->
 
 
 def _result(kind: str, shape: str) -> str:
-    """Returns the result's part in the shape of a form that starts now and ends later: (operands, results, …).
+    """Returns the part of an asynchronous start's shape, (operands, results, …), that holds the results.
 
-    An all-reduce's has the results alone.
+    The shape of an all-reduce's start holds the results alone.
     """
     if kind == "all-reduce":
         return shape
@@ -112,12 +113,12 @@ def size(shape: str) -> int:
     """Returns the bytes of a shape such as "(f32[64,64]{1,0}, f32[])".
 
     Raises:
-      ValueError: a type is unknown.
+      ValueError: A type is unknown.
     """
     total = 0
     for kind, dimensions in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape):
         if kind not in BYTES:
-            raise ValueError(f"{kind}: a type of unknown size in {shape}")
+            raise ValueError(f"{kind} is a type of unknown size in {shape}")
         count = 1
         for dimension in filter(None, dimensions.split(",")):
             count *= int(dimension)
@@ -126,7 +127,7 @@ def size(shape: str) -> int:
 
 
 def _group(line: str) -> int:
-    """Returns how many devices a line's first group has: {{0,1},{2,3}} or, shortened, [groups,devices]<=[…]."""
+    """Returns the number of devices in a line's first group, written {{0,1},{2,3}} or [groups,devices]<=[…]."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
     if shortened := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

@@ -1,6 +1,6 @@
-"""NT-Xent with the whole matrix of similarities and in blocks of rows: time and memory of a value with its gradient.
+"""NT-Xent with the whole similarity matrix and in blocks of rows: time and memory of the value and its gradient.
 
-`python -m benchmarks.contrast`; each batch and form in a process of its own, since memory is only ever seen to grow.
+`python -m benchmarks.contrast`; each batch and form in a new process, since the peak memory of a process never falls.
 """
 
 import resource
@@ -18,7 +18,7 @@ BITS = 64
 
 
 def measure(batch: int, form: str) -> None:
-    """Prints seconds of a step after the first, and the MiB that the process grew by."""
+    """Prints the seconds of the second step, the MiB by which peak memory grew, and the MiB before."""
     if form == "whole":
         losses.MAX_SIMILARITIES = 1 << 62
     codes = jnp.sign(jax.random.normal(jax.random.key(0), (2, batch, BITS)))
@@ -32,10 +32,12 @@ def measure(batch: int, form: str) -> None:
 
 
 def main() -> None:
-    """Reads the flags and measures."""
+    """Reads the flags and prints the table."""
     parser = measuring.parser(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 8192, 32768], help="images per batch")
-    parser.add_argument("--one", nargs=2, metavar=("BATCH", "FORM"), help="measure one here, for the others' sake")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("BATCH", "FORM"), help="measure one case in this process (used internally)"
+    )
     flags = parser.parse_args()
     if flags.one:
         measure(int(flags.one[0]), flags.one[1])
@@ -47,17 +49,17 @@ def main() -> None:
             if form == "whole" and batch > 8192:  # 2 × 4 × (2 × batch)² bytes: tens of gigabytes
                 continue
             command = [sys.executable, "-m", "benchmarks.contrast", "--one", str(batch), form]
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             rows.append(
                 (
                     f"{batch:,}",
                     form,
-                    f"{float(told[0]):.2f} s",
-                    f"{float(told[1]):,.0f} MiB",
-                    f"{float(told[2]):,.0f} MiB",
+                    f"{float(printed[0]):.2f} s",
+                    f"{float(printed[1]):,.0f} MiB",
+                    f"{float(printed[2]):,.0f} MiB",
                 )
             )
-    measuring.print_table(("images", "form", "value and gradient", "memory it added", "before it"), rows)
+    measuring.print_table(("images", "form", "value and gradient", "memory added", "memory before"), rows)
 
 
 if __name__ == "__main__":

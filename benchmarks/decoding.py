@@ -1,7 +1,7 @@
-"""Reading photos: decoding against a plain Pillow loop, preparing a folder, and whether a training step ever waits.
+"""Speed of reading photos: decoding against a plain Pillow loop, preparing a folder, and waiting in training.
 
-`python -m benchmarks.decoding` generates its photos. The plain loop is what a data set in PyTorch does: open, turn
-upright, convert to RGB, resize.
+`python -m benchmarks.decoding` generates its photos. The plain loop does what a typical PyTorch data set does: open,
+rotate upright, convert to RGB, resize.
 """
 
 import collections
@@ -49,14 +49,14 @@ def make_photo(form: str, width: int, height: int, seed: int) -> bytes:
 
 
 def plainly(content: bytes, size: int) -> np.ndarray:
-    """Decodes as a plain loop does."""
+    """Decodes a photo with Pillow alone."""
     with PIL.Image.open(io.BytesIO(content)) as image:
         upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
         return np.asarray(upright.resize((size, size), PIL.Image.Resampling.BILINEAR))
 
 
 def for_each(function: Callable[[bytes], Any], contents: Sequence[bytes], threads: int) -> None:
-    """Calls a function of every content, on so many threads."""
+    """Calls a function on every file's content, on the given number of threads."""
     if threads == 1:
         for content in contents:
             function(content)
@@ -67,7 +67,7 @@ def for_each(function: Callable[[bytes], Any], contents: Sequence[bytes], thread
 
 
 def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
-    """Prints photos per second and core of both sides, on one core and on all."""
+    """Prints photos per second and core for both sides, on one core and on all."""
     rows = []
     for kind, (form, width, height) in KINDS.items():
         contents = [make_photo(form, width, height, seed) for seed in range(4)] * (2 if width > 1000 else 16)
@@ -81,22 +81,22 @@ def measure_decoding(sizes: Sequence[int], rounds: int) -> None:
             }
             seconds = measuring.in_turns(sides, rounds=rounds)
             rates = {name: len(contents) / taken.median for name, taken in seconds.items()}
-            off = np.abs(plainly(contents[0], size).astype(int) - decode(contents[0], size)).mean()
+            difference = np.abs(plainly(contents[0], size).astype(int) - decode(contents[0], size)).mean()
             rows.append(
                 (
                     kind,
                     size,
                     f"{rates['plain']:.0f}",
                     f"{rates['ours']:.0f}",
-                    measuring.told_ratio(seconds["plain"], seconds["ours"]),
+                    measuring.format_ratio(seconds["plain"], seconds["ours"]),
                     f"{rates['plain on all'] / measuring.cores():.0f}",
                     f"{rates['ours on all'] / measuring.cores():.0f}",
-                    measuring.told_ratio(seconds["plain on all"], seconds["ours on all"]),
-                    f"{off:.2f}",
+                    measuring.format_ratio(seconds["plain on all"], seconds["ours on all"]),
+                    f"{difference:.2f}",
                 )
             )
     print(f"Photos/s per core, decoded and resized, on one core and on all {measuring.cores()}, median of {rounds}")
-    header = "photo | px | plain Pillow | cib_jax | faster | plain, on all | cib_jax, on all | faster | levels apart"
+    header = "photo | px | plain Pillow | cib_jax | faster | plain, on all | cib_jax, on all | faster | mean difference"
     measuring.print_table(header.split(" | "), rows)
 
 
@@ -109,7 +109,7 @@ def make_folder(root: pathlib.Path, count: int) -> None:
 
 
 def measure_folder(count: int, size: int) -> None:
-    """Prints how long preparing a folder takes, and a second start."""
+    """Prints the time of preparing a folder, and of a second start from the cache."""
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
         make_folder(root, count)
@@ -119,7 +119,7 @@ def measure_folder(count: int, size: int) -> None:
             begun = time.perf_counter()
             source = load()
             taken.append(time.perf_counter() - begun)
-        kept = sum(file.stat().st_size for file in pathlib.Path(name, "cache").rglob("*") if file.is_file())
+        stored = sum(file.stat().st_size for file in pathlib.Path(name, "cache").rglob("*") if file.is_file())
         begun = time.perf_counter()
         some = min(count, 200)
         for number in range(some):
@@ -128,22 +128,22 @@ def measure_folder(count: int, size: int) -> None:
         print(f"A folder of {count:,} JPEGs of 640 × 480, prepared at {size} px")
         rows = [
             ("first start", f"{taken[0]:.1f} s", f"{count / taken[0]:.0f} photos/s on {measuring.cores()} cores"),
-            ("plain loop, from its first photos", f"{plain:.1f} s", f"{count / plain:.0f} photos/s"),
+            ("plain loop, extrapolated from its first photos", f"{plain:.1f} s", f"{count / plain:.0f} photos/s"),
             ("second start", f"{taken[1]:.2f} s", f"{count / taken[1]:,.0f} photos/s"),
-            ("kept on disk", f"{kept / 2**20:.0f} MiB", f"{kept / count / 1024:.0f} KiB a photo"),
+            ("stored on disk", f"{stored / 2**20:.0f} MiB", f"{stored / count / 1024:.0f} KiB a photo"),
         ]
         order = np.random.default_rng(0).permutation(count)
         begun = time.perf_counter()
         collections.deque(dataset.stream(source.train.images, order, BATCH, stored_size=size), maxlen=0)
-        rows.append(("an epoch of them, in random order", f"{time.perf_counter() - begun:.2f} s", ""))
+        rows.append(("reading an epoch in random order", f"{time.perf_counter() - begun:.2f} s", ""))
         measuring.print_table(("", "time", ""), rows)
 
 
 class Files:
-    """Photos that are decoded when they are asked for, as a large TFDS set's are."""
+    """Photos that are decoded on access, as those of a large TFDS data set."""
 
     def __init__(self, contents: Sequence[bytes]):
-        """Holds the files' contents."""
+        """Keeps the contents of the files."""
         self.contents = contents
 
     def __len__(self) -> int:
@@ -153,16 +153,16 @@ class Files:
         return self.resized(index, 0)
 
     def resized(self, index: int, size: int) -> np.ndarray:
-        """Decodes straight to the size."""
+        """Decodes a photo directly to the given size."""
         return decode(self.contents[index], size)
 
 
 def nothing(batch: Any) -> None:
-    """Is the work of who only reads."""
+    """Does no work on a batch."""
 
 
 def waits(batches: Callable[[], Iterable[Any]], work: Callable[[Any], Any], shares: list[float]) -> None:
-    """Works on batch after batch and notes the share of time that it waited for the next, the first left aside."""
+    """Works on one batch after another and appends the share of time spent waiting, without the first batch."""
     steps = iter(batches())
     batch = next(steps, None)
     waited, begun = 0.0, time.perf_counter()
@@ -175,25 +175,27 @@ def waits(batches: Callable[[], Iterable[Any]], work: Callable[[Any], Any], shar
 
 
 def measure_waiting(size: int, count: int) -> None:
-    """Prints whether the loader keeps ahead of a step that takes this and that share of what the cores can decode."""
+    """Prints the share of time that steps wait for the loader, for steps that take several shares of its rate."""
     files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
     order = np.random.default_rng(0).permutation(len(files))[: len(files) // BATCH * BATCH]
     stream = functools.partial(dataset.stream, files, order, BATCH, stored_size=size)
     begun = time.perf_counter()
     collections.deque(stream(), maxlen=0)
     rate = len(order) / (time.perf_counter() - begun)
-    print(f"A step on a device of its own, fed with JPEGs of 640 × 480 at {size} px; the loader alone: {rate:.0f}/s")
+    print(f"A step on a separate device, fed with JPEGs of 640 × 480 at {size} px; the loader alone: {rate:.0f}/s")
     rows = []
     for share in (0.5, 0.8, 0.95, 1.2):
         step = BATCH / (share * rate)
         shares: list[float] = []
         waits(stream, lambda batch, step=step: time.sleep(step), shares)  # type: ignore[misc]
         rows.append((f"{share * rate:.0f}", f"{share:.0%}", f"{1000 * step:.0f} ms", f"{shares[0]:.1%}"))
-    measuring.print_table(("the step takes, photos/s", "of the loader's", "a step", "share of time waiting"), rows)
+    measuring.print_table(
+        ("photos/s of the step", "share of the loader's rate", "time of a step", "share of time waiting"), rows
+    )
 
 
-def made_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray], Any]]]:
-    """Returns what may be fed: photos in a batch, how many batches, and the work on one, which ends when it is done."""
+def make_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray], Any]]]:
+    """Returns, by name, the photos in a batch, the number of batches, and blocking work on one batch."""
     key = jax.random.key(0)
     encoder, params, frozen = cib.create_encoder(
         key, backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
@@ -210,7 +212,7 @@ def made_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray
             input_pipeline.STORED
         )
 
-    # Compiled once here: `build_view_bank` compiles at each call, which a bank of many batches does not feel.
+    # Compiled once here: `build_view_bank` compiles at each call, which is negligible for a bank of many batches.
     view, keys = jax.jit(view_of), jax.random.split(key, 100)
     return {
         "step of the head, on features": (BATCH, 400, lambda photos: jax.block_until_ready(head(state, *pair, key))),
@@ -220,14 +222,14 @@ def made_work(image_size: int) -> dict[str, tuple[int, int, Callable[[np.ndarray
 
 
 def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> None:
-    """Prints whether work on this machine waits for prepared photos, which are read in random order."""
+    """Prints whether work on this machine waits for prepared photos, read in random order."""
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name, "photos")
         make_folder(root, count)
         images = photo_folder.load_folder(str(root), PhotoCache(pathlib.Path(name, "cache"), size)).train.images
         rows = []
-        for what, (batch, batches, work) in made_work(image_size).items():
-            # Many times the 8 batches that the loader reads ahead, which would hide that work is starved.
+        for what, (batch, batches, work) in make_work(image_size).items():
+            # Many times the 8 batches that the loader reads ahead; fewer batches would hide a loader that is too slow.
             order = np.random.default_rng(0).integers(count, size=batches * batch)
             stream = functools.partial(dataset.stream, images, order, batch, stored_size=size)
             same = functools.partial(itertools.repeat, next(stream()), batches)
@@ -239,7 +241,7 @@ def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> Non
             }
             taken = measuring.in_turns(sides, rounds=rounds)
             each = [f"{1000 * seconds.median / batches:.1f} ms" for seconds in taken.values()]
-            slower = measuring.told_ratio(taken["both"], taken["work"])
+            slower = measuring.format_ratio(taken["both"], taken["work"])
             rows.append((what, batch, *each, slower, f"{np.median(shares[-rounds:]):.1%}"))
     print(f"A batch of photos prepared at {size} px, EfficientNet-Lite0 at {image_size} px, on the same cores")
     header = "work | photos | read alone | work alone | together | slower than alone | share of time waiting"
@@ -247,17 +249,17 @@ def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> Non
 
 
 def measure_training(size: int, image_size: int, count: int, rounds: int) -> None:
-    """Prints an epoch of training on this machine, fed from files and fed from memory."""
+    """Prints the time of an epoch of training on this machine, fed from files and fed from memory."""
     files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
     encoder, params, frozen = cib.create_encoder(
         jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
     )
     optimizer = optax.adam(1e-3)
-    options: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "method": Method(encoder, optimizer)}
+    how = Method(encoder, optimizer), input_pipeline.BatchOrder(0, BATCH)
     resident = jax.numpy.asarray(dataset.materialize(files, stored_size=size))
     feeds = {
-        "memory": input_pipeline.from_device(resident, frozen, **options),
-        "files": input_pipeline.from_stream(files, frozen, stored_size=size, **options),
+        "memory": input_pipeline.from_device(resident, frozen, *how),
+        "files": input_pipeline.from_stream(files, frozen, *how, stored_size=size),
     }
 
     def epoch(feed: loop.Feed) -> None:
@@ -274,19 +276,19 @@ def measure_training(size: int, image_size: int, count: int, rounds: int) -> Non
     begun = time.perf_counter()
     for_each(functools.partial(decode, size=size), files.contents, measuring.cores())
     decoding = time.perf_counter() - begun
-    print(f"EfficientNet-Lite0 at {image_size} px, {count} photos an epoch; the step and decoding share the cores")
+    print(f"EfficientNet-Lite0 at {image_size} px, {count} photos per epoch; the step and decoding share the cores")
     rows = [(name, f"{taken.median:.2f} s", f"{count / taken.median:.0f} photos/s") for name, taken in seconds.items()]
     rows.append(("decoding alone", f"{decoding:.2f} s", f"{count / decoding:.0f} photos/s"))
     measuring.print_table(("fed from", "epoch", ""), rows)
 
 
 def main() -> None:
-    """Reads the flags and measures."""
+    """Reads the flags and prints the tables."""
     parser = measuring.parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160, 256], help="stored sizes, pixels")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    parser.add_argument("--photos", type=int, default=4000, help="photos of the folder")
-    parser.add_argument("--epoch", type=int, default=640, help="photos of an epoch of training")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
+    parser.add_argument("--photos", type=int, default=4000, help="photos in the folder")
+    parser.add_argument("--epoch", type=int, default=640, help="photos per epoch of training")
     flags = parser.parse_args()
     print(measuring.machine("pillow", "jax"), end="\n\n")
     measure_decoding(flags.sizes, flags.rounds)

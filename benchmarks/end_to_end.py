@@ -1,8 +1,8 @@
-"""The whole main job on CIFAR-10, from TFDS files to the final MAP, against the sum of the original's parts.
+"""Time of a complete run on CIFAR-10, from TFDS files to the final MAP, against the sum of the original's parts.
 
-`python -m benchmarks.end_to_end --data-dir=DIR` runs `run.py --config=configs/cifar.py` in a process of its own with an
-empty cache, then takes samples of each part of the original on the same images and network, and multiplies: the whole
-would take more than an hour.
+`python -m benchmarks.end_to_end --data-dir=DIR` runs `run.py --config=configs/cifar.py` in a new process with an empty
+cache, then measures a sample of each part of the original on the same images and network and extrapolates, since the
+whole original would take more than an hour.
 """
 
 import functools
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def ours(data_dir: str, bits: int, folder: pathlib.Path, *, cached: bool) -> tuple[dict[str, Any], float]:
-    """Returns results.json and the wall seconds of the whole command; `cached`: after a run with other bits."""
+    """Returns results.json and the wall seconds of the whole command; `cached` means after a run with other bits."""
     command = [
         *(sys.executable, "run.py", "--config=configs/cifar.py", f"--config.data.dir={data_dir}"),
         *(f"--config.bits={bits}", f"--config.cache.dir={folder / 'cache'}", f"--workdir={folder / f'run{bits}'}"),
@@ -41,7 +41,7 @@ def ours(data_dir: str, bits: int, folder: pathlib.Path, *, cached: bool) -> tup
 
 
 def rate(work: Callable[[], Any], units: int, least_seconds: float) -> float:
-    """Returns units of work a second, after a first time that does not count."""
+    """Returns units of work per second, after a first call that does not count."""
     work()
     done, begun = 0, time.perf_counter()
     while (passed := time.perf_counter() - begun) < least_seconds:
@@ -88,7 +88,7 @@ def theirs(drawn: splits.Splits, bits: int, seconds: float) -> dict[str, float]:
             tasks = [(part, size, train, index) for index, part in enumerate(parts)]
             rates[train] = rate(functools.partial(pool.starmap, _transform, tasks), len(sample), seconds)
     network = EfficientNet.from_name("efficientnet-lite0").eval().to(memory_format=torch.channels_last)
-    # One batch of views at a time, the second after the first, as the published code takes them.
+    # One batch of views at a time, the second after the first, as in the published code.
     inputs = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
 
     def forward() -> None:
@@ -118,12 +118,12 @@ def theirs(drawn: splits.Splits, bits: int, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a table for each side and their ratio."""
-    parser = measuring.parser("The whole job.", "torch", "torchvision", "cv2", "efficientnet_lite_pytorch")
+    """Reads the flags and prints a table for each side and their ratio."""
+    parser = measuring.parser("Time of a complete run.", "torch", "torchvision", "cv2", "efficientnet_lite_pytorch")
     parser.add_argument("--data-dir", required=True, help="a TFDS data_dir with CIFAR-10")
     parser.add_argument("--bits", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of each sample of the original")
-    parser.add_argument("--original-alone", action="store_true", help="leave our side out")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each sample of the original, in seconds")
+    parser.add_argument("--original-alone", action="store_true", help="measure the original alone")
     flags = parser.parse_args()
     print(f"{measuring.machine('jax', 'torch')}; CIFAR-10, EfficientNet-Lite0, 128 px, {flags.bits} bits\n", flush=True)
     drawn = splits.draw_splits(

@@ -1,9 +1,10 @@
-"""What training more than the hash head is worth: MAP@1000 of digits or CIFAR-10, by how much of the backbone learns.
+"""Benefit of fine-tuning: MAP@1000 of digits or CIFAR-10, by the part of the backbone that is trained.
 
-`python -m benchmarks.fine_tuning` takes scikit-learn's digits; `--data-dir=DIR`, a TFDS data_dir with CIFAR-10, takes
-that in the paper's splits. Rows: `pixels` (signs of random projections of them, no network), `frozen`, `last:N` (the
-last N blocks), `all`, `lora:R` (corrections of rank R of all kernels). `--memory` trains nothing: it tells what the
-compiled training step of each row asks for beside its arguments, with blocks kept and with blocks computed again.
+`python -m benchmarks.fine_tuning` uses scikit-learn's digits; `--data-dir=DIR`, a TFDS data_dir with CIFAR-10, uses
+that in the paper's splits. Rows: `pixels` (signs of random projections of the pixels, without a network), `frozen`,
+`last:N` (the last N blocks), `all`, `lora:R` (corrections of rank R of all kernels). `--memory` trains nothing: it
+prints the memory that the compiled training step of each row allocates in addition to its arguments, without and with
+checkpointing of activations.
 """
 
 import argparse
@@ -30,7 +31,7 @@ Part = tuple[np.ndarray, np.ndarray]
 
 
 class Task(NamedTuple):
-    """Images that train, that ask and that are searched."""
+    """Images for training, queries and database."""
 
     name: str
     train: np.ndarray
@@ -41,7 +42,7 @@ class Task(NamedTuple):
 
 
 def digits() -> Task:
-    """Returns digits, 297 queries on 1,500, which all train."""
+    """Returns digits: 297 queries on a database of 1,500, all of which train."""
     loaded = sklearn.datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(loaded.images))
     images = np.round(loaded.images[order] * 15.9375).astype(np.uint8)[..., None].repeat(3, axis=-1)
@@ -51,7 +52,7 @@ def digits() -> Task:
 
 
 def cifar(directory: str, train: int, queries: int, database: int) -> Task:
-    """Returns so many of CIFAR-10's images, drawn from the paper's splits."""
+    """Returns the given numbers of CIFAR-10's images, drawn from the paper's splits."""
     drawn = splits.draw_splits(sources.load(DataConfig("cifar10", directory)), PROTOCOLS["cifar10-10k-50k"], seed=0)
 
     def some(part: splits.ImageSet, count: int) -> Part:
@@ -70,7 +71,7 @@ def cifar(directory: str, train: int, queries: int, database: int) -> Task:
 
 
 def pixels(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the codes of queries and of the database by random projections of pixels."""
+    """Returns the codes of queries and database from random projections of pixels."""
     flat = [(images / 255).reshape(len(images), -1).astype(np.float32) for images in (task.train, task.query[0])]
     encode = BASELINES["lsh"].fit(flat[0], bits, jax.random.key(seed))
     searched = (task.database[0] / 255).reshape(len(task.database[0]), -1).astype(np.float32)
@@ -79,7 +80,7 @@ def pixels(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def options_of(row: str, flags: argparse.Namespace, *, checkpointing: bool = False) -> dict[str, Any]:
-    """Returns what a row says of an encoder, with the published weights where there are some."""
+    """Returns the encoder options that a row stands for, with published weights if the backbone has them."""
     kind, _, number = row.partition(":")
     options: dict[str, Any] = {"frozen": kind == "frozen"}
     if kind != "frozen":
@@ -93,11 +94,11 @@ def options_of(row: str, flags: argparse.Namespace, *, checkpointing: bool = Fal
     return options
 
 
-def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Hasher:
-    """Returns a hasher trained as a row says."""
+def fit_row(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Hasher:
+    """Returns a hasher trained with the options of a row."""
     options = options_of(row, flags)
     if options["frozen"] and "backbone_params" not in options:
-        # The weights that this seed would have begun with.
+        # The initial weights that training with this seed starts from.
         init_key = stream_key(seed, "initial weights")
         made = cib.create_encoder(init_key, backbone=flags.backbone, bits=flags.bits, image_size=flags.image_size)
         options["backbone_params"] = made[1]["backbone"]
@@ -117,7 +118,7 @@ def fitted(task: Task, row: str, seed: int, flags: argparse.Namespace) -> cib.Ha
 
 
 def memory(row: str, flags: argparse.Namespace, *, checkpointing: bool) -> float:
-    """Returns the MiB that a training step of `flags.batch` images asks for beside its arguments."""
+    """Returns the MiB that a training step of `flags.batch` images allocates in addition to its arguments."""
     encoder, params, frozen = cib.create_encoder(
         jax.random.key(0),
         backbone=flags.backbone,
@@ -135,20 +136,20 @@ def memory(row: str, flags: argparse.Namespace, *, checkpointing: bool) -> float
 def print_memory(flags: argparse.Namespace) -> None:
     """Prints the table of `--memory`."""
     print(measuring.machine("jax"))
-    print(f"{flags.backbone} at {flags.image_size} px, {flags.batch} images a step\n", flush=True)
+    print(f"{flags.backbone} at {flags.image_size} px, {flags.batch} images per step\n", flush=True)
     rows = []
     for row in flags.rows:
-        told = []
+        cells = []
         for checkpointing in (False, True):
-            told.append(f"{memory(row, flags, checkpointing=checkpointing):,.0f} MiB")
-            print(f"{row}{', checkpointing' * checkpointing}: {told[-1]}", flush=True)
-        rows.append((row, *told))
+            cells.append(f"{memory(row, flags, checkpointing=checkpointing):,.0f} MiB")
+            print(f"{row}{', checkpointing' * checkpointing}: {cells[-1]}", flush=True)
+        rows.append((row, *cells))
     print()
-    measuring.print_table(("what learns besides the head", "plain", "checkpointing"), rows)
+    measuring.print_table(("trained besides the head", "plain", "checkpointing"), rows)
 
 
 def main() -> None:
-    """Reads the flags and measures."""
+    """Reads the flags and prints the table."""
     parser = measuring.parser(__doc__)
     parser.add_argument("--data-dir", help="TFDS data_dir with CIFAR-10")
     parser.add_argument("--train", type=int, default=5000, help="training images of CIFAR-10")
@@ -159,18 +160,20 @@ def main() -> None:
     )
     parser.add_argument("--image-size", type=int, default=32, help="pixels")
     parser.add_argument("--rows", nargs="+", default=["frozen", "last:1", "last:3", "all", "lora:4"])
-    parser.add_argument("--backbone-learning-rate", type=float, default=1e-4, help="0: the head's, 1e-3")
+    parser.add_argument("--backbone-learning-rate", type=float, default=1e-4, help="0: that of the head, 1e-3")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--deterministic", action="store_true", help="bits are thresholded in training, not drawn")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="threshold bits in training instead of sampling them"
+    )
     parser.add_argument("--bits", type=int, default=32)
-    parser.add_argument("--losses", action="store_true", help="tells the loss of each epoch")
+    parser.add_argument("--losses", action="store_true", help="print the loss of each epoch")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--memory", action="store_true", help="tells what a step asks for, and trains nothing")
-    parser.add_argument("--batch", type=int, default=64, help="images of the step of --memory")
+    parser.add_argument("--memory", action="store_true", help="print the memory of a step and train nothing")
+    parser.add_argument("--batch", type=int, default=64, help="images per step with --memory")
     flags = parser.parse_args()
     if flags.memory:
         if not {"frozen", "pixels"}.isdisjoint(flags.rows):
-            parser.error("--memory: it is of a backbone that learns; leave frozen and pixels out of --rows")
+            parser.error("--memory needs rows that train the backbone, got frozen or pixels in --rows; leave them out")
         print_memory(flags)
         return
     task = cifar(flags.data_dir, flags.train, flags.queries, flags.database) if flags.data_dir else digits()
@@ -189,7 +192,7 @@ def main() -> None:
             if row == "pixels":
                 codes = pixels(task, flags.bits, seed)
             else:
-                hasher = fitted(task, row, seed, flags)
+                hasher = fit_row(task, row, seed, flags)
             seconds.append(time.perf_counter() - begun)
             if row != "pixels":
                 codes = hasher.encode(task.query[0]), hasher.encode(task.database[0])
@@ -198,7 +201,7 @@ def main() -> None:
         spread = f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else ""
         rows.append((row, f"{np.mean(found):.3f}{spread}", f"{np.median(seconds):.0f} s"))
     print()
-    measuring.print_table(("what learns besides the head", "MAP@1000", "median time of training"), rows)
+    measuring.print_table(("trained besides the head", "MAP@1000", "median training time"), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How time and memory grow with batch, bits, database and image size, and the exponent of each.
+"""Growth of time and memory with batch, bits, database and image size, and its exponents.
 
-`python -m benchmarks.growth` measures every point in a process of its own, whose peak memory the system tells.
+`python -m benchmarks.growth` measures every point in a new process, to read its peak memory from the system.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks import measuring
 
 SWEEPS: dict[str, tuple[str, str, list[int]]] = {
-    "batch": ("a step of the head, 64 bits, by batch", "images", [64, 128, 256, 512, 1024, 2048, 4096]),
-    "bits": ("a step of the head, batch 256, by bits", "bits", [16, 32, 64, 128, 256]),
+    "batch": ("training step of the head, 64 bits, by batch", "images", [64, 128, 256, 512, 1024, 2048, 4096]),
+    "bits": ("training step of the head, batch 256, by bits", "bits", [16, 32, 64, 128, 256]),
     "database": ("MAP@1000 of 100 queries, 64 bits, by database", "codes", [10**4, 10**5, 10**6, 10**7]),
     "length": ("MAP@1000 of 100 queries on 1,000,000 codes, by bits", "bits", [16, 32, 64, 128, 256]),
     "pixels": ("features of 32 images, EfficientNet-Lite0, by side", "px", [64, 96, 128, 192, 224, 320]),
@@ -29,7 +29,7 @@ SWEEPS: dict[str, tuple[str, str, list[int]]] = {
 
 
 def step(batch: int, bits: int) -> Callable[[], Any]:
-    """Returns one training step on features of 1,280 numbers."""
+    """Returns a training step on features of 1,280 numbers."""
     import jax
     import optax
 
@@ -41,12 +41,12 @@ def step(batch: int, bits: int) -> Callable[[], Any]:
     optimizer = optax.adam(1e-3)
     state = cib.create_train_state(params, optimizer)
     first, second = jax.random.uniform(jax.random.key(1), (2, batch, 1280))
-    taken = jax.jit(functools.partial(cib.train_step_on_features, encoder=encoder, optimizer=optimizer))
-    return lambda: jax.block_until_ready(taken(state, first, second, jax.random.key(2)))
+    train_step = jax.jit(functools.partial(cib.train_step_on_features, encoder=encoder, optimizer=optimizer))
+    return lambda: jax.block_until_ready(train_step(state, first, second, jax.random.key(2)))
 
 
 def ranking(database: int, bits: int) -> Callable[[], Any]:
-    """Returns MAP@1000 of 100 random queries, ten classes."""
+    """Returns the computation of MAP@1000 for 100 random queries and ten classes."""
     import cib_jax as cib
 
     generator = np.random.default_rng(0)
@@ -92,7 +92,7 @@ WORK: dict[str, Callable[[int], Callable[[], Any]]] = {
 
 
 def measure(sweep: str, size: int) -> dict[str, float]:
-    """Returns the median seconds of one point, and the MiB that this process took at most, before and with the work."""
+    """Returns the median seconds of one point, and this process's peak memory in MiB before and after the work."""
     work = WORK[sweep](size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     work()
@@ -111,7 +111,7 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def main() -> None:
-    """Prints a table for each sweep."""
+    """Reads the flags and prints a table for each sweep."""
     parser = argparse.ArgumentParser(description="Growth of time and memory.", formatter_class=measuring.Formatter)
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--one", nargs=2, metavar=("SWEEP", "SIZE"), help=argparse.SUPPRESS)
@@ -141,7 +141,7 @@ def main() -> None:
                 ]
             )
         print(f"{title}: time grows with exponent {exponent(sizes, seconds):.2f}\n")
-        measuring.print_table([unit, "ms", "exponent from the row above", "MiB before", "MiB at most"], rows)
+        measuring.print_table([unit, "ms", "exponent from the row above", "MiB before", "peak MiB"], rows)
 
 
 if __name__ == "__main__":

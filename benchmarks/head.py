@@ -1,6 +1,6 @@
-"""Training the hash head on cached features: the original's loop in PyTorch against a scan of steps in JAX.
+"""Speed of training the hash head on cached features: the original's loop in PyTorch against a scan in JAX.
 
-`python -m benchmarks.head` takes a few epochs of each in turn; `--epochs=60 --rounds=1` is the paper's whole training.
+`python -m benchmarks.head` runs a few epochs of each in turn; `--epochs=60 --rounds=1` is the paper's training.
 """
 
 import functools
@@ -13,13 +13,14 @@ import optax
 
 import cib_jax as cib
 from benchmarks import measuring
+from cib_jax.models.encoder import Params
 from cib_jax.training import input_pipeline, loop
 from cib_jax.training.loop import Schedule
 from cib_jax.training.train_step import Method, Progress
 
 
 def make_bank(views: int, images: int, features: int) -> np.ndarray:
-    """Returns made-up float32 features, non-negative and clustered as those of a network are."""
+    """Returns synthetic float32 features, non-negative and clustered like those of a network."""
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(50, features))
     one = centers[generator.integers(50, size=images)] + generator.normal(size=(images, features))
@@ -28,11 +29,11 @@ def make_bank(views: int, images: int, features: int) -> np.ndarray:
 
 
 def trainer(
-    bank: jax.Array, encoder: cib.Encoder, params: cib.encoder.Params, *, epochs: int, batch_size: int
+    bank: jax.Array, encoder: cib.Encoder, params: Params, *, epochs: int, batch_size: int
 ) -> Callable[[], None]:
-    """Returns a function that trains as the main job does, without its files; it compiles when first called."""
+    """Returns a function that trains as `run.py` does, without writing files; it compiles in its first call."""
     optimizer = optax.adam(1e-3)
-    feed = input_pipeline.from_bank(bank, seed=0, batch_size=batch_size, method=Method(encoder, optimizer))
+    feed = input_pipeline.from_bank(bank, Method(encoder, optimizer), input_pipeline.BatchOrder(0, batch_size))
 
     def train() -> None:
         state, _ = loop.run(
@@ -48,7 +49,7 @@ def trainer(
 
 
 def main() -> None:
-    """Prints the table."""
+    """Reads the flags and prints the table."""
     parser = measuring.parser("Head training on cached features.", "torch", "torchvision", "cv2")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--views", type=int, default=10)
@@ -61,21 +62,21 @@ def main() -> None:
     from benchmarks import original
 
     bank = make_bank(flags.views, flags.images, flags.features)
-    held = jnp.asarray(bank.astype(input_pipeline.STORED))
+    device_bank = jnp.asarray(bank.astype(input_pipeline.STORED))
     steps = flags.epochs * (flags.images // flags.batch)
     rows = []
     for bits in flags.bits:
         encoder, params, _ = cib.create_encoder(
             jax.random.key(0), backbone="efficientnet_lite0", bits=bits, frozen=True, pretrained=False
         )
-        # The sizes of the bank decide those of the head.
-        first = jax.random.uniform(jax.random.key(1), (flags.features, 1024), minval=-0.02, maxval=0.02)
-        params["head"]["hidden"]["kernel"] = first
+        # The head takes features of the bank's size, which may differ from the backbone's.
+        kernel = jax.random.uniform(jax.random.key(1), (flags.features, 1024), minval=-0.02, maxval=0.02)
+        params["head"]["hidden"]["kernel"] = kernel
         work = {"epochs": flags.epochs, "batch_size": flags.batch}
         taken = measuring.in_turns(
             {
                 "original": functools.partial(original.train_head, bank, bits=bits, **work),
-                "cib_jax": trainer(held, encoder, params, **work),
+                "cib_jax": trainer(device_bank, encoder, params, **work),
             },
             rounds=flags.rounds,
         )
@@ -87,15 +88,13 @@ def main() -> None:
                 f"{theirs.median / steps * 1e3:.2f}",
                 f"{ours.median:.1f}",
                 f"{ours.median / steps * 1e3:.2f}",
-                measuring.told_ratio(theirs, ours),
+                measuring.format_ratio(theirs, ours),
             ]
         )
     print(f"{measuring.machine('jax', 'torch')}\n")
     print(f"{flags.images} images, {flags.views} views, {flags.features} features, batch {flags.batch}, ", end="")
-    print(f"{flags.epochs} epochs, median of {flags.rounds}; made-up features; compiling not counted\n")
-    measuring.print_table(
-        ["bits", "original, s", "ms a step", "cib_jax, s", "ms a step", "times faster (least–most)"], rows
-    )
+    print(f"{flags.epochs} epochs, median of {flags.rounds}; synthetic features; compilation not counted\n")
+    measuring.print_table(["bits", "original, s", "ms/step", "cib_jax, s", "ms/step", "times faster (min–max)"], rows)
 
 
 if __name__ == "__main__":

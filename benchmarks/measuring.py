@@ -1,4 +1,4 @@
-"""Timing in turns, on a machine whose speed drifts: what every benchmark here shares."""
+"""Timing in turns, which evens out drifts of the machine's speed; tables and flags of all benchmarks."""
 
 import argparse
 import importlib.metadata
@@ -16,20 +16,20 @@ Formatter = argparse.ArgumentDefaultsHelpFormatter
 
 
 class Seconds(NamedTuple):
-    """The seconds that one side took in each round."""
+    """Seconds of one side in each round."""
 
     rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle round, which is the one to quote."""
+        """Median over the rounds."""
         return statistics.median(self.rounds)
 
 
 def in_turns(sides: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 1) -> dict[str, Seconds]:
     """Returns the seconds of each side, run A B A B …, after `warm_up` rounds that do not count.
 
-    A side must not return before its work is done: a JAX side ends in `block_until_ready`.
+    A side must not return before its work is done: with JAX, end it with `block_until_ready`.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
@@ -42,19 +42,19 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: in
 
 
 def ratio(slow: Seconds, fast: Seconds) -> tuple[float, float, float]:
-    """Returns how many times faster `fast` is, round by round: least, median, most."""
+    """Returns the minimum, median and maximum over the rounds of how many times faster `fast` is."""
     each = sorted(a / b for a, b in zip(slow.rounds, fast.rounds, strict=True))
     return each[0], statistics.median(each), each[-1]
 
 
-def told_ratio(slow: Seconds, fast: Seconds) -> str:
-    """Returns "2.31 (2.20–2.40)": the median of `ratio`, and its least and most."""
+def format_ratio(slow: Seconds, fast: Seconds) -> str:
+    """Formats the median of `ratio` with its minimum and maximum, such as "2.31 (2.20–2.40)"."""
     least, median, most = ratio(slow, fast)
     return f"{median:.2f} ({least:.2f}–{most:.2f})"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a Markdown table, aligned, so that it can be read on a terminal and pasted into a document."""
+    """Prints an aligned Markdown table, readable on a terminal and in a document."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
@@ -64,7 +64,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def machine(*packages: str) -> str:
-    """Returns one line on the processor, the cores and the versions of Python and of `packages`."""
+    """Returns one line with the processor, the number of cores and the versions of Python and of `packages`."""
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -77,14 +77,14 @@ def machine(*packages: str) -> str:
 
 
 def cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parser(description: str, *modules: str) -> argparse.ArgumentParser:
-    """Returns a parser of flags; ends the program with one sentence where a module of the other side is missing."""
+    """Returns a parser of flags; exits with one sentence if a module of the other side is missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"this benchmark wants {', '.join(missing)}: pip install -e '.[benchmark]'", file=sys.stderr)
+        print(f"this benchmark needs {', '.join(missing)}: pip install -e '.[benchmark]'", file=sys.stderr)
         sys.exit(2)
     return argparse.ArgumentParser(description=description, formatter_class=Formatter)

@@ -1,6 +1,6 @@
-"""The other side: what the paper's published code does (https://github.com/zexuanqiu/CIBHash), said again in PyTorch.
+"""The other side: the steps of the paper's published code (https://github.com/zexuanqiu/CIBHash), rewritten in PyTorch.
 
-Step by step the same work with the same libraries (torch, torchvision, PIL, OpenCV, NumPy), on the CPU: PIL images and
+It does the same work with the same libraries (torch, torchvision, PIL, OpenCV, NumPy) on the CPU: PIL images and
 OpenCV's blur for the views, cosine similarities of all pairs by broadcasting, a logarithm of p + 1e-8 for the
 bottleneck, a check of the running loss at every step, one `argsort` per query for MAP.
 """
@@ -44,7 +44,7 @@ def _maybe_blurred(image: PIL.Image.Image) -> np.ndarray:
 
 
 class Head(nn.Module):
-    """The hash head on features that are there already, with the deterministic binary layer."""
+    """The hash head on precomputed features, with the deterministic binary layer."""
 
     def __init__(self, features: int, bits: int):
         super().__init__()
@@ -103,12 +103,12 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def train_head(bank: np.ndarray, *, bits: int, epochs: int, batch_size: int = 64, seed: int = 0) -> Head:
     """Returns a head trained on a bank of features [views, images, features], two different views at each step.
 
-    The loop, the optimizer and the look at the loss at every step are the published code's; only where its network
-    computed features of fresh views, these are looked up.
+    The loop, the optimizer and the check of the loss at every step are those of the published code, except that
+    features of views are read from the bank instead of computed.
     """
     torch.manual_seed(seed)
-    held = torch.from_numpy(bank)
-    views, count, features = held.shape
+    features_of_views = torch.from_numpy(bank)
+    views, count, features = features_of_views.shape
     head = Head(features, bits)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     for _ in range(epochs):
@@ -119,7 +119,7 @@ def train_head(bank: np.ndarray, *, bits: int, epochs: int, batch_size: int = 64
             chosen = torch.randint(views, rows.shape)
             other = (chosen + torch.randint(1, views, rows.shape)) % views
             optimizer.zero_grad()
-            (p1, b1), (p2, b2) = head(held[chosen, rows]), head(held[other, rows])
+            (p1, b1), (p2, b2) = head(features_of_views[chosen, rows]), head(features_of_views[other, rows])
             value, _, _ = loss((p1, p2), (b1, b2))
             total += value.detach()
             if math.isnan(total):
@@ -140,7 +140,7 @@ def mean_average_precision(
 ) -> float:
     """Returns MAP@k of float32 ±1 codes and float64 0/1 labels, query by query, as the published code computes it.
 
-    Its `argsort` breaks ties as it happens to; `kind="stable"` gives the order of the database, which can be compared.
+    Its `argsort` breaks ties arbitrarily; `kind="stable"` breaks them by database order, for comparison.
     """
     total = 0.0
     for code, label in zip(query_codes, query_labels, strict=True):

@@ -1,6 +1,6 @@
-"""Hashing features of one's own: this project's objective with views by noise against ITQ and LSH on the same features.
+"""Hashing of given features: this project's objective with noise as views against ITQ and LSH on the same features.
 
-`python -m benchmarks.own_features` takes scikit-learn's digits, pixel by pixel; `--data-dir=DIR`, a TFDS data_dir with
+`python -m benchmarks.own_features` uses the pixels of scikit-learn's digits; `--data-dir=DIR`, a TFDS data_dir with
 CIFAR-10, adds EfficientNet-Lite0's features of unaugmented images at 128 px, in the paper's splits.
 """
 
@@ -22,7 +22,7 @@ from cib_jax.models.encoder import plain_features
 
 
 class Task(NamedTuple):
-    """Features that train, that ask and that are searched, with labels of the latter two."""
+    """Features for training, queries and database, with labels of queries and database."""
 
     name: str
     train: np.ndarray
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 def make_digits() -> Task:
-    """Returns the 64 pixels of digits, 297 queries on 1,500, which all train."""
+    """Returns the 64 pixels of digits: 297 queries on a database of 1,500, all of which train."""
     digits = sklearn.datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))
     features, labels = (digits.data[order] / 16).astype(np.float32), digits.target[order]
@@ -51,7 +51,7 @@ def make_cifar(directory: str) -> Task:
         backbone_params=cib.load_pretrained("efficientnet_lite0"),
     )
 
-    def features(part: splits.ImageSet) -> np.ndarray:
+    def features(part: dataset.ImageSet) -> np.ndarray:
         batches = dataset.stream(part.images, np.arange(len(part)), 100)
         return np.concatenate([np.asarray(plain_features(encoder, params, frozen, images)) for images in batches])
 
@@ -61,7 +61,7 @@ def make_cifar(directory: str) -> Task:
 
 
 def baseline(name: str) -> Callable[[Task, int, int], tuple[np.ndarray, np.ndarray]]:
-    """Returns a function of a task, bits and a seed that gives packed codes by one of `cib_jax.baselines`."""
+    """Returns a function that maps a task, bits and a seed to packed codes by one of `cib_jax.baselines`."""
 
     def codes(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         encode = BASELINES[name].fit(task.train, bits, jax.random.key(seed))
@@ -72,17 +72,17 @@ def baseline(name: str) -> Callable[[Task, int, int], tuple[np.ndarray, np.ndarr
 
 
 def ours(task: Task, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns packed codes of this project, with its defaults."""
+    """Returns packed codes by this project with its default settings."""
     hasher = cib.fit(task.train, backbone="none", augment="noise", bits=bits, seed=seed)
     return hasher.encode(task.query), hasher.encode(task.database)
 
 
 def main() -> None:
-    """Reads the flags and measures."""
+    """Reads the flags and prints the table."""
     parser = measuring.parser(__doc__)
     parser.add_argument("--data-dir", help="TFDS data_dir with CIFAR-10")
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 32, 64], help="code lengths")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     flags = parser.parse_args()
     print(measuring.machine("jax", "numpy"), end="\n\n")
     rows = []
@@ -99,7 +99,7 @@ def main() -> None:
                     found.append(cib.mean_average_precision(*codes, *labels, k=1000))
                 cells.append(f"{np.mean(found):.3f} ± {np.std(found):.3f}")
             rows.append((task.name, name, *cells, f"{np.median(seconds):.1f} s"))
-    print(f"MAP@1000 of {flags.seeds} seeds, and the time of fitting and encoding once")
+    print(f"MAP@1000 over {flags.seeds} seeds, and the time of one fit with encoding")
     measuring.print_table(("features", "method", *(f"{bits} bits" for bits in flags.bits), "median time"), rows)
 
 

@@ -1,7 +1,7 @@
-"""MAP of packed codes against the published code's loop over queries; time, value and memory.
+"""Time, value and memory of MAP of packed codes, against the published code's loop over queries.
 
-`python -m benchmarks.retrieval` measures the CIFAR-10 protocol's sizes, `--multi-label` MSCOCO's, `--large` a million
-codes, `--memory` the peak memory; `--faiss` adds the bare search, beside exact search in FAISS.
+`python -m benchmarks.retrieval` uses the sizes of the CIFAR-10 protocol, `--multi-label` those of MSCOCO, `--large` a
+million codes; `--memory` adds peak memory, and `--faiss` the search alone against exact search in FAISS.
 """
 
 import functools
@@ -20,7 +20,7 @@ from benchmarks import measuring
 
 
 class Task(NamedTuple):
-    """Sizes of one search, and how many queries of it the original gets, the rest being extrapolated."""
+    """Sizes of one search, and the number of queries of the original, from which its time is extrapolated."""
 
     queries: int
     database: int
@@ -37,7 +37,7 @@ MEMORY = [(100, 50_000), (1_000, 50_000), (10_000, 50_000), (100, 1_000_000), (1
 
 
 def make_codes(task: Task, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns packed codes around a center for each class, a quarter of the bits flipped, and labels."""
+    """Returns packed codes around one center per class, with a quarter of the bits flipped, and labels."""
     generator = np.random.default_rng(0)
     centers = generator.integers(0, 256, (task.classes, bits // 8), np.uint8)
     total = task.queries + task.database
@@ -53,7 +53,7 @@ def make_codes(task: Task, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def as_original(data: tuple[np.ndarray, ...], classes: int, queries: int) -> tuple[np.ndarray, ...]:
-    """Returns the same as the published code holds it: ±1 floats, 0/1 labels as doubles."""
+    """Converts data to the types of the published code: ±1 floats and 0/1 labels in float64."""
     codes = [np.unpackbits(part, axis=1).astype(np.float32) * 2 - 1 for part in (data[0][:queries], data[1])]
     labels = [
         part.astype(np.float64) if part.ndim == 2 else np.eye(classes)[part] for part in (data[2][:queries], data[3])
@@ -75,30 +75,30 @@ def compare(name: str, task: Task, bits: int, rounds: int) -> list[object]:
         warm_up=0,
     )
     scale = task.queries / task.originals
-    before = measuring.Seconds(tuple(seconds * scale for seconds in taken["original"].rounds))
+    theirs_seconds = measuring.Seconds(tuple(seconds * scale for seconds in taken["original"].rounds))
     some = data[0][: task.originals], data[1], data[2][: task.originals], data[3]
     difference = abs(loop(kind="stable") - cib.mean_average_precision(*some, task.k))
     begun = time.perf_counter()
     cib.evaluate(*data, task.k)
-    everything = time.perf_counter() - begun
+    all_metrics = time.perf_counter() - begun
     return [
         name,
-        f"{before.median:.1f}" + ("" if scale == 1 else f" ({task.originals:,} queries × {scale:.0f})"),
+        f"{theirs_seconds.median:.1f}" + ("" if scale == 1 else f" ({task.originals:,} queries × {scale:.0f})"),
         f"{taken['cib_jax'].median:.2f}",
-        measuring.told_ratio(before, taken["cib_jax"]),
+        measuring.format_ratio(theirs_seconds, taken["cib_jax"]),
         f"{difference:.0e}",
-        f"{everything:.2f}",
+        f"{all_metrics:.2f}",
     ]
 
 
 def compare_search(name: str, task: Task, bits: int, rounds: int) -> list[object]:
-    """Returns a row of the table of searches alone, k nearest codes without a metric."""
+    """Returns a row of the table of searches without a metric."""
     import faiss
 
     queries, database, query_labels, database_labels = make_codes(task, bits)
     queries, query_labels = queries[: task.originals], query_labels[: task.originals]
     index = faiss.IndexBinaryFlat(bits)
-    index.use_heap = False  # it counts by distance instead, which is faster where k is large
+    index.use_heap = False  # counting by distance is faster for large k
     index.add(database)
     taken = measuring.in_turns(
         {
@@ -111,20 +111,20 @@ def compare_search(name: str, task: Task, bits: int, rounds: int) -> list[object
     total = 0.0
     for label, row in zip(query_labels, index.search(queries, task.k)[1], strict=True):
         shared = database_labels[row] == label if label.ndim == 0 else np.any(database_labels[row] & label, axis=1)
-        places = np.flatnonzero(shared) + 1
-        total += float(np.mean(np.arange(1, len(places) + 1) / places)) if len(places) else 0.0
+        ranks = np.flatnonzero(shared) + 1
+        total += float(np.mean(np.arange(1, len(ranks) + 1) / ranks)) if len(ranks) else 0.0
     return [
-        f"{name}, {task.originals:,} queries of it",
+        f"{name}, {task.originals:,} of its queries",
         f"{taken['faiss'].median:.2f}",
         f"{taken['cib_jax'].median:.2f}",
-        measuring.told_ratio(taken["faiss"], taken["cib_jax"]),
+        measuring.format_ratio(taken["faiss"], taken["cib_jax"]),
         f"{total / task.originals:.5f}",
         f"{value:.5f}",
     ]
 
 
 def peak(queries: int, database: int) -> dict[str, float]:
-    """Returns this process's peak memory in MiB before and after one MAP@1000, and the seconds that it took."""
+    """Returns this process's peak memory in MiB before and after one MAP@1000, and its seconds."""
     data = make_codes(Task(queries, database, 1000, 10, False, 0), 64)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     begun = time.perf_counter()
@@ -134,7 +134,7 @@ def peak(queries: int, database: int) -> dict[str, float]:
 
 
 def print_memory() -> None:
-    """Prints peak memory by queries and database, each point from a process of its own."""
+    """Prints peak memory by queries and database, each measured in a new process."""
     rows = []
     for queries, database in MEMORY:
         command = [sys.executable, "-m", "benchmarks.retrieval", "--peak", str(queries), str(database)]
@@ -145,29 +145,31 @@ def print_memory() -> None:
             [*sizes, *(f"{point[name]:.0f}" for name in ("before", "peak")), f"{queries * database / 2**20:,.0f}"]
         )
     measuring.print_table(
-        ["queries", "database", "s, compiling too", "MiB before", "MiB at most", "MiB of all distances"], rows
+        ["queries", "database", "s with compilation", "MiB before", "peak MiB", "MiB of all distances"], rows
     )
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Reads the flags and prints the tables."""
     parser = measuring.parser("MAP of packed codes.", "torch", "torchvision", "cv2")
     parser.add_argument("--bits", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--multi-label", action="store_true", help="5,000 queries on 117,218, 80 classes, MAP@5000")
     parser.add_argument("--large", action="store_true", help="10,000 queries on 1,000,000")
     parser.add_argument("--memory", action="store_true", help="peak memory by queries and database")
-    parser.add_argument("--faiss", action="store_true", help="the bare search too, beside FAISS")
-    parser.add_argument("--peak", nargs=2, type=int, metavar=("QUERIES", "DATABASE"), help="one point of that, as JSON")
+    parser.add_argument("--faiss", action="store_true", help="also time the search alone, against FAISS")
+    parser.add_argument(
+        "--peak", nargs=2, type=int, metavar=("QUERIES", "DATABASE"), help="one point of --memory, as JSON"
+    )
     flags = parser.parse_args()
     if flags.faiss and importlib.util.find_spec("faiss") is None:
-        parser.error("--faiss wants faiss-cpu: pip install -e '.[benchmark]'")
+        parser.error("--faiss needs faiss-cpu: pip install -e '.[benchmark]'")
     if flags.peak:
         print(json.dumps(peak(*flags.peak)))
         return
     print(f"{measuring.machine('jax', 'numpy')}; {flags.bits} bits\n")
     if flags.memory:
-        # First of all: a process passes its own peak on to those that it starts.
+        # Measured first, since a child process starts with the peak memory of its parent.
         print_memory()
     tasks = {"10,000 × 50,000, MAP@1000": CIFAR}
     if flags.multi_label:
@@ -176,11 +178,18 @@ def main() -> None:
         tasks["10,000 × 1,000,000, MAP@1000"] = LARGE
     rounds = {name: flags.rounds if task is CIFAR else 1 for name, task in tasks.items()}
     rows = [compare(name, task, flags.bits, rounds[name]) for name, task in tasks.items()]
-    header = ["task", "original, s", "cib_jax, s", "times faster", "difference of values", "every figure at once, s"]
+    header = ["task", "original, s", "cib_jax, s", "times faster", "difference of values", "all metrics at once, s"]
     measuring.print_table(header, rows)
     if flags.faiss:
         rows = [compare_search(name, task, flags.bits, rounds[name]) for name, task in tasks.items()]
-        header = ["task", "FAISS, s", "cib_jax, s", "times faster", "MAP in FAISS's order of ties", "in database order"]
+        header = [
+            "task",
+            "FAISS, s",
+            "cib_jax, s",
+            "times faster",
+            "MAP with FAISS's order of ties",
+            "with database order",
+        ]
         measuring.print_table(header, rows)
 
 

@@ -1,8 +1,8 @@
-"""Searching packed codes: `Index` beside bare FAISS; time, how it grows, memory, and what approximate kinds find.
+"""Search of packed codes: `Index` against FAISS alone; time, its growth, memory, and recall of approximate kinds.
 
-`python -m benchmarks.search` measures a million codes, `--growth` exact search up to 16 million, `--approximate` the
-other kinds at 10 million (`--size`), `--groups` near-duplicates, `--rerank` what ranking the first hits by logits
-brings, `--table` a million photos in a table on disk, `--memory 100000000` the peak memory of that many.
+`python -m benchmarks.search` measures a million codes, `--growth` exact search of up to 16 million, `--approximate` the
+other kinds at 10 million (`--size`), `--groups` near-duplicates, `--rerank` the gain of ranking the first hits by
+logits, `--table` a million photos in a table on disk, `--memory 100000000` the peak memory of an index of that size.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import cib_jax as cib
 from benchmarks import growth, measuring
 
 QUERIES = 200
-# Of millions of codes; below, each kind's defaults.
+# For millions of codes; smaller databases use the defaults of each kind.
 SETTINGS: list[tuple[str, dict[str, int]]] = [
     ("ivf", {"nlist": 4096, "nprobe": 16}),
     ("ivf", {"nlist": 4096, "nprobe": 64}),
@@ -34,14 +34,14 @@ SETTINGS: list[tuple[str, dict[str, int]]] = [
 
 
 def uniform(n: int, bits: int, seed: int = 0) -> np.ndarray:
-    """Returns codes without any structure: the hardest that there are."""
+    """Returns codes without structure, the hardest case for approximate search."""
     return np.random.default_rng(seed).integers(0, 256, (n, bits // 8), np.uint8)
 
 
 def clustered(n: int, bits: int, seed: int = 0) -> np.ndarray:
-    """Returns codes as a hash head gives them: signs of projected features, which lie around 1,000 centers.
+    """Returns codes like those of a hash head: signs of projections of features that cluster around 1,000 centers.
 
-    Features have 24 dimensions, half of whose deviation is between the centers; each bit is some direction's sign.
+    Features have 24 dimensions, with equal variance between and within clusters.
     """
     shared = np.random.default_rng(1)
     centers = shared.normal(size=(1000, 24)).astype(np.float32)
@@ -57,7 +57,7 @@ def clustered(n: int, bits: int, seed: int = 0) -> np.ndarray:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps FAISS's own searches of this thread on one core."""
+    """Limits FAISS's searches in this thread to one core."""
     import faiss
 
     before = faiss.omp_get_max_threads()
@@ -69,7 +69,7 @@ def one_thread() -> Iterator[None]:
 
 
 def compare(size: int, bits: int, rounds: int, k: int = 20) -> list[list[object]]:
-    """Returns rows of the table of exact searches."""
+    """Returns the rows of the table of exact searches."""
     import faiss
 
     codes, queries = clustered(size, bits), clustered(QUERIES, bits, 2)
@@ -101,38 +101,38 @@ def compare(size: int, bits: int, rounds: int, k: int = 20) -> list[list[object]
     faiss_distances, faiss_ids = bare.search(queries, k)
     distances, ids = index.search(queries, k)
     assert np.array_equal(faiss_distances, distances)
-    print(f"FAISS's order of ties is the database's in {np.mean(faiss_ids == ids):.1%} of the places\n")
+    print(f"FAISS returns the same id at {np.mean(faiss_ids == ids):.1%} of the ranks, but for reordered ties\n")
     row = functools.partial(_row, size)
     return [
         row("build, s", built["bare"], built["index"], 1),
-        row("one by one, ms a query", alone["bare"], alone["index"], 1000 / 50),
-        row("the same, FAISS told to use one core", alone["one core"], alone["index"], 1000 / 50),
-        row(f"batches of {QUERIES}, ms a query", batch["bare"], batch["index"], 1000 / QUERIES),
+        row("one by one, ms/query", alone["bare"], alone["index"], 1000 / 50),
+        row("the same, FAISS limited to one core", alone["one core"], alone["index"], 1000 / 50),
+        row(f"batches of {QUERIES}, ms/query", batch["bare"], batch["index"], 1000 / QUERIES),
     ]
 
 
 def _row(size: int, name: str, bare: measuring.Seconds, index: measuring.Seconds, scale: float) -> list[object]:
-    figures = [f"{side.median * scale:.4g} (least {min(side.rounds) * scale:.4g})" for side in (bare, index)]
-    return [f"{size:,}", name, *figures, measuring.told_ratio(bare, index)]
+    figures = [f"{side.median * scale:.4g} (min {min(side.rounds) * scale:.4g})" for side in (bare, index)]
+    return [f"{size:,}", name, *figures, measuring.format_ratio(bare, index)]
 
 
 def grow(bits: int, rounds: int) -> tuple[list[list[object]], float]:
-    """Returns rows of exact searches by number of codes, and the power of that number with which the time grows."""
+    """Returns the rows of exact searches by number of codes, and the exponent with which the time grows."""
     codes, queries = clustered(16_000_000, bits), clustered(20, bits, 2)
     sizes = [1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000]
     indices = {size: cib.Index.of(codes[:size]) for size in sizes}
     sides = {str(size): functools.partial(index.search, queries, 20) for size, index in indices.items()}
     found = measuring.in_turns(sides, rounds=rounds)
-    least = [min(found[str(size)].rounds) / len(queries) for size in sizes]
+    fastest = [min(found[str(size)].rounds) / len(queries) for size in sizes]
     rows = [
         [f"{size:,}", f"{found[str(size)].median / len(queries) * 1000:.3f}", f"{seconds * 1000:.3f}"]
-        for size, seconds in zip(sizes, least, strict=True)
+        for size, seconds in zip(sizes, fastest, strict=True)
     ]
-    return rows, growth.exponent(sizes, least)
+    return rows, growth.exponent(sizes, fastest)
 
 
 def approximate(kind_of_codes: str, size: int, bits: int, rounds: int, k: int = 10) -> list[list[object]]:
-    """Returns rows of what approximate kinds find and take, in turns with the exact kind, queries in one batch."""
+    """Returns the rows of recall and time of approximate kinds against the exact kind, queries in one batch."""
     make = {"clustered": clustered, "uniform": uniform}[kind_of_codes]
     codes, queries = make(size, bits), make(QUERIES, bits, 2)
     exact = cib.Index.of(codes)
@@ -154,14 +154,14 @@ def approximate(kind_of_codes: str, size: int, bits: int, rounds: int, k: int = 
                 f"{built:.0f}",
                 f"{np.mean(distances <= farthest):.3f}",
                 *(f"{taken[side].median / QUERIES * 1000:.3f}" for side in ("exact", "index")),
-                measuring.told_ratio(taken["exact"], taken["index"]),
+                measuring.format_ratio(taken["exact"], taken["index"]),
             ]
         )
     return rows
 
 
 def group(size: int, bits: int) -> list[list[object]]:
-    """Returns rows of the table of near-duplicate groups."""
+    """Returns the rows of the table of near-duplicate groups."""
     rows: list[list[object]] = []
     for name, make in {"clustered": clustered, "uniform": uniform}.items():
         index = cib.Index.of(make(size, bits))
@@ -174,7 +174,7 @@ def group(size: int, bits: int) -> list[list[object]]:
 
 
 def rerank(bits: int, seeds: int = 3, first: int = 100) -> list[list[object]]:
-    """Returns rows of MAP@100 of digits before and after the first hits are ranked anew by the queries' logits."""
+    """Returns the rows of MAP@100 of digits before and after the first hits are re-ranked by the queries' logits."""
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
@@ -192,7 +192,7 @@ def rerank(bits: int, seeds: int = 3, first: int = 100) -> list[list[object]]:
 
 
 def rerank_photos(data_dir: str, bits: int, seeds: int = 3) -> list[list[object]]:
-    """Returns rows of MAP of CIFAR-10, 2,000 queries on 50,000, before and after; heads trained on 5,000 features."""
+    """Returns the rows of MAP of CIFAR-10, 2,000 queries on 50,000, before and after re-ranking."""
     encoded = _cifar_features(data_dir)
     some = np.random.default_rng(0).choice(10_000, 2000, replace=False)
     queries, labels = encoded["query"][0][some], encoded["query"][1][some]
@@ -212,7 +212,7 @@ def rerank_photos(data_dir: str, bits: int, seeds: int = 3) -> list[list[object]
 
 @functools.cache
 def _cifar_features(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns EfficientNet-Lite0's features at 128 px, unaugmented, and labels, of the splits of configs/cifar.py."""
+    """Returns unaugmented features of EfficientNet-Lite0 at 128 px, and labels, in the splits of configs/cifar.py."""
 
     from cib_jax.config import build
     from cib_jax.distributed import sharding
@@ -244,7 +244,7 @@ def _mean_average_precision(relevant: np.ndarray) -> float:
 
 
 def table(size: int, bits: int, rounds: int) -> list[list[object]]:
-    """Returns rows of what a table of photos on disk takes: to load its codes, to tell of 20 hits, to change."""
+    """Returns the rows of times of a table of photos on disk: loading codes, reading 20 hits, committing photos."""
     from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, Row
 
     codes, generator = clustered(size, bits), np.random.default_rng(3)
@@ -284,7 +284,7 @@ def table(size: int, bits: int, rounds: int) -> list[list[object]]:
                     snapshot, hits, ["path", "width", "height"]
                 ),
                 "the same and their thumbnails": lambda: opened.read(snapshot, hits, ["path", "thumbnail"]),
-                "sizes and times of all, as to find what changed": opened.state,
+                "sizes and modification times of all, to find changes": opened.state,
                 "commit 512 photos": lambda: opened.put(rows),
             },
             rounds=rounds,
@@ -293,19 +293,19 @@ def table(size: int, bits: int, rounds: int) -> list[list[object]]:
 
 
 def peak(size: int, bits: int) -> dict[str, float]:
-    """Returns this process's peak memory in MiB, before any code, with the codes, and after ten searches."""
+    """Returns this process's peak memory in MiB before the codes exist, with the codes, and after ten searches."""
     start = _peak()
     codes = np.empty((size, bits // 8), np.uint8)
     generator = np.random.default_rng(0)
     for begin in range(0, size, 1 << 20):
         rows = codes[begin : begin + (1 << 20)]
         rows[:] = generator.integers(0, 256, rows.shape, np.uint8)
-    held, begun = _peak(), time.perf_counter()
+    with_codes, begun = _peak(), time.perf_counter()
     index = cib.Index.of(codes)
     built, begun = time.perf_counter() - begun, time.perf_counter()
     index.search(codes[:10], 20)
     searched = time.perf_counter() - begun
-    return {"start": start, "codes": held, "searched": _peak(), "built s": built, "ms a query": searched * 100}
+    return {"start": start, "codes": with_codes, "searched": _peak(), "built s": built, "ms/query": searched * 100}
 
 
 def _peak() -> float:
@@ -313,19 +313,19 @@ def _peak() -> float:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Reads the flags and prints the tables."""
     parser = measuring.parser("Searching packed codes.", "faiss")
     parser.add_argument("--bits", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=10_000_000, help="of --approximate")
+    parser.add_argument("--size", type=int, default=10_000_000, help="number of codes with --approximate")
     parser.add_argument("--growth", action="store_true", help="exact search of 1 to 16 million codes")
-    parser.add_argument("--approximate", action="store_true", help="what other kinds find, and how fast")
+    parser.add_argument("--approximate", action="store_true", help="recall and time of the approximate kinds")
     parser.add_argument("--groups", action="store_true", help="near-duplicates of a million codes")
-    parser.add_argument("--rerank", action="store_true", help="what ranking by logits brings on digits")
-    parser.add_argument("--data_dir", help="of TFDS: --rerank measures CIFAR-10 instead")
+    parser.add_argument("--rerank", action="store_true", help="gain of ranking by logits on digits")
+    parser.add_argument("--data_dir", help="a TFDS data_dir: --rerank uses CIFAR-10 instead")
     parser.add_argument("--table", action="store_true", help="a million photos in a table on disk")
-    parser.add_argument("--memory", type=int, metavar="SIZE", help="peak memory of an index of so many codes")
-    parser.add_argument("--peak", type=int, metavar="SIZE", help="that, in this process, as JSON")
+    parser.add_argument("--memory", type=int, metavar="SIZE", help="peak memory of an index of this size")
+    parser.add_argument("--peak", type=int, metavar="SIZE", help="the same in this process, as JSON (used internally)")
     flags = parser.parse_args()
     if flags.peak:
         print(json.dumps(peak(flags.peak, flags.bits)))
@@ -333,24 +333,24 @@ def main() -> None:
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     print(f"{measuring.machine('faiss-cpu', 'numpy')}; {flags.bits} bits; load before: {load}\n")
     if flags.memory:
-        # First of all: a process passes its own peak on to those that it starts.
+        # Measured in a child before anything else, since it starts with the peak memory of its parent.
         command = [sys.executable, "-m", "benchmarks.search", "--peak", str(flags.memory), "--bits", str(flags.bits)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         point = json.loads(done.stdout.splitlines()[-1])
-        header = ["codes", "MiB before", "MiB with the codes", "MiB at most", "build, s", "ms a query, batch of 10"]
+        header = ["codes", "MiB before", "MiB with the codes", "peak MiB", "build, s", "ms/query, batch of 10"]
         figures = (f"{value:,.0f}" if value >= 1 else f"{value:.2g}" for value in point.values())
         measuring.print_table(header, [[f"{flags.memory:,}", *figures]])
         return
     if flags.growth:
         rows, power = grow(flags.bits, flags.rounds)
-        measuring.print_table(["codes", "ms a query, batch of 20", "least"], rows)
-        print(f"time grows with the {power:.2f}th power of the number of codes")
+        measuring.print_table(["codes", "ms/query, batch of 20", "min"], rows)
+        print(f"time grows with the number of codes to the power {power:.2f}")
     elif flags.approximate:
-        header = ["codes", "kind", "build, s", "recall@10", "exact, ms a query", "kind, ms a query", "times faster"]
+        header = ["codes", "kind", "build, s", "recall@10", "exact, ms/query", "kind, ms/query", "times faster"]
         for name in ("clustered", "uniform"):
             measuring.print_table(header, approximate(name, flags.size, flags.bits, flags.rounds))
     elif flags.table:
-        measuring.print_table(["photos", "work", "s", "least"], table(1_000_000, flags.bits, flags.rounds))
+        measuring.print_table(["photos", "work", "s", "min"], table(1_000_000, flags.bits, flags.rounds))
     elif flags.rerank and flags.data_dir:
         header = ["bits", "seed", "MAP@100", "by logits", "MAP@1000", "by logits"]
         for bits in (16, 32, 64):

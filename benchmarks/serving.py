@@ -1,8 +1,9 @@
-"""Many clients at once, each sending photos, asking by id, and being shown pictures: `python -m benchmarks.serving`.
+"""Load of a search server by many clients, which send photos, search by id and load images.
 
-Without `--index`, one is made of crops of the two photos that scikit-learn ships, by a pretrained EfficientNet-Lite0
-with a head of random weights, which computes what a trained one does. The server is a process of its own with its usual
-limits but for the rates, which all clients here would share. `--seconds 60 --clients 50`.
+`python -m benchmarks.serving --seconds 60 --clients 50`. Without `--index`, an index is made of crops of the two photos
+in scikit-learn, by a pretrained EfficientNet-Lite0 with a hash head of random weights, which takes the same time as a
+trained one. The server runs in a separate process with its default limits, except for the rate limits, since all
+clients have one address.
 """
 
 import argparse
@@ -26,23 +27,23 @@ from benchmarks import measuring
 
 BITS = 64
 POST, BY_ID, THUMBNAIL, IMAGE = "photo sent", "by id", "thumbnail", "whole photo"
-# Of a client's turn: a photo is sent and one of its results searched on from, with a few pictures looked at.
+# Requests of one turn of a client: it sends a photo, looks at images, and searches by one of the results.
 TURN = (POST, THUMBNAIL, THUMBNAIL, THUMBNAIL, THUMBNAIL, IMAGE, BY_ID, THUMBNAIL, THUMBNAIL, THUMBNAIL)
 
 
-class Held(NamedTuple):
-    """What the server and its processes have."""
+class Resources(NamedTuple):
+    """Resources of the server and its processes."""
 
     megabytes: float
-    """Of memory that is theirs or shared, server."""
+    """Resident memory of the server, in MiB."""
     decoders: float
-    """The same, of all that decode."""
+    """Resident memory of all decoding processes, in MiB."""
     files: int
     threads: int
 
 
 def crops(count: int, width: int, height: int, seed: int) -> Iterator[bytes]:
-    """Yields JPEGs, each another part of a real photo at another scale."""
+    """Yields JPEGs of different parts and scales of real photos."""
     import io
 
     import PIL.Image
@@ -61,7 +62,7 @@ def crops(count: int, width: int, height: int, seed: int) -> Iterator[bytes]:
 
 
 def make_index(folder: pathlib.Path, count: int) -> str:
-    """Returns the place of a new index of `count` photos."""
+    """Creates an index of `count` photos and returns its folder."""
     import jax
 
     import cib_jax as cib
@@ -81,7 +82,7 @@ def make_index(folder: pathlib.Path, count: int) -> str:
 
 
 def serve(uri: str, at_once: int) -> None:
-    """Serves an index with no bound on rates; this process."""
+    """Serves an index in this process without rate limits."""
     from cib_jax.storage.collection import Collection
     from cib_jax.web import server
     from cib_jax.web.settings import Settings
@@ -91,7 +92,7 @@ def serve(uri: str, at_once: int) -> None:
 
 
 class Client(threading.Thread):
-    """One client, which goes through its turns until told to stop."""
+    """One client that repeats its turn until `stop` is set."""
 
     def __init__(self, port: int, number: int, photos: list[bytes], ids: list[str], stop: threading.Event) -> None:
         super().__init__(daemon=True)
@@ -101,16 +102,16 @@ class Client(threading.Thread):
         self.errors: list[str] = []
 
     def run(self) -> None:
-        """Asks, one thing after another, over one connection."""
+        """Sends one request after another over one connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         while not self._stop_it.is_set():
             for kind in TURN:
                 if self._stop_it.is_set():
                     break
-                self._ask(connection, kind)
+                self._request(connection, kind)
         connection.close()
 
-    def _ask(self, connection: http.client.HTTPConnection, kind: str) -> None:
+    def _request(self, connection: http.client.HTTPConnection, kind: str) -> None:
         id = self._random.choice(self._ids)
         photo = self._random.choice(self._photos) if kind == POST else None
         path = {POST: "/search?k=20", BY_ID: f"/search?id={id}&k=20", THUMBNAIL: f"/thumbnail/{id}"}
@@ -129,63 +130,63 @@ class Client(threading.Thread):
         self.seconds[kind].append(time.perf_counter() - begun)
 
 
-def held(pid: int) -> Held:
-    """Returns what a server has now."""
+def resources(pid: int) -> Resources:
+    """Returns the present resources of a server."""
     processes = [pid, *map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     megabytes = []
     for one in processes:
         status = pathlib.Path(f"/proc/{one}/status").read_text(encoding="utf-8")
         megabytes.append(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
     files, threads = (len(os.listdir(f"/proc/{pid}/{what}")) for what in ("fd", "task"))
-    return Held(megabytes[0], sum(megabytes[1:]), files, threads)
+    return Resources(megabytes[0], sum(megabytes[1:]), files, threads)
 
 
 def ids_of(port: int) -> list[str]:
-    """Returns the ids of some photos."""
+    """Returns the ids of up to 1,000 photos."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/search?k=1000")
     return [result["id"] for result in json.loads(connection.getresponse().read())["results"]]
 
 
-def measure(pid: int, port: int, flags: argparse.Namespace) -> tuple[list[Client], list[tuple[str, Held]], float]:
-    """Returns the clients after they are done, what the server had meanwhile, and the seconds that they took."""
+def measure(pid: int, port: int, flags: argparse.Namespace) -> tuple[list[Client], list[tuple[str, Resources]], float]:
+    """Runs the clients; returns them, the server's resources at several times, and the elapsed seconds."""
     width, height = (int(side) for side in flags.size.split("x"))
     photos = list(crops(40, width, height, 1))
-    print(f"photos sent: {width} × {height}, {np.mean([len(photo) for photo in photos]) / 1000:.0f} kB on average\n")
-    stop, ids, had = threading.Event(), ids_of(port), [("before", held(pid))]
+    print(f"photos in requests: {width} × {height}, {np.mean([len(photo) for photo in photos]) / 1000:.0f} kB each\n")
+    stop, ids, samples = threading.Event(), ids_of(port), [("before", resources(pid))]
     clients = [Client(port, number, photos, ids, stop) for number in range(flags.clients)]
     begun = time.perf_counter()
     for client in clients:
         client.start()
     for part in range(1, 6):
         time.sleep(max(0.0, begun + flags.seconds * part / 6 - time.perf_counter()))
-        had.append((f"after {flags.seconds * part / 6:.0f} s", held(pid)))
+        samples.append((f"after {flags.seconds * part / 6:.0f} s", resources(pid)))
     time.sleep(max(0.0, begun + flags.seconds - time.perf_counter()))
     stop.set()
     for client in clients:
         client.join()
     taken = time.perf_counter() - begun
     time.sleep(2)
-    had.append(("2 s after the end", held(pid)))
-    return clients, had, taken
+    samples.append(("2 s after the end", resources(pid)))
+    return clients, samples, taken
 
 
 def row(kind: str, clients: list[Client], taken: float) -> list[Any]:
-    """Returns a row of the table of times."""
+    """Returns the row for one kind of request in the table of times."""
     seconds = np.array([second for client in clients for second in client.seconds[kind]])
     times = [*np.percentile(seconds, (50, 90, 99)), seconds.max()] if len(seconds) else [0.0] * 4
     return [kind, f"{len(seconds):,}", f"{len(seconds) / taken:.1f}", *(f"{time * 1000:,.0f}" for time in times)]
 
 
 def main() -> None:
-    """Prints the tables."""
-    parser = measuring.parser("Many clients at once.", "gradio", "lancedb", "faiss")
+    """Reads the flags and prints the tables."""
+    parser = measuring.parser("Load of a search server by many clients.", "gradio", "lancedb", "faiss")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--index", default="", help="an index; one is made where it is left out")
-    parser.add_argument("--photos", type=int, default=500, help="in the index that is made")
-    parser.add_argument("--size", default="1200x800", help="of the photos that are sent, in pixels")
-    parser.add_argument("--serve", action="store_true", help="what this process starts as the server")
+    parser.add_argument("--index", default="", help="folder of an index; if left out, one is made")
+    parser.add_argument("--photos", type=int, default=500, help="photos in the index that is made")
+    parser.add_argument("--size", default="1200x800", help="size of the photos in requests, in pixels")
+    parser.add_argument("--serve", action="store_true", help="run as the server (used internally)")
     flags = parser.parse_args()
     at_once = max(100, 2 * flags.clients)
     if flags.serve:
@@ -207,19 +208,19 @@ def main() -> None:
         ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        told = process.stdout.readline()
-        print(told.strip())
+        first_line = process.stdout.readline()
+        print(first_line.strip())
         try:
-            clients, had, taken = measure(process.pid, int(told.rpartition(":")[2].partition("/")[0]), flags)
+            clients, samples, taken = measure(process.pid, int(first_line.rpartition(":")[2].partition("/")[0]), flags)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
-    header = ["asked", "times", "a second", "median, ms", "90 %, ms", "99 %, ms", "slowest, ms"]
+    header = ["request", "count", "per second", "median, ms", "90 %, ms", "99 %, ms", "slowest, ms"]
     measuring.print_table(header, [row(kind, clients, taken) for kind in dict.fromkeys(TURN)])
-    rows = [[when, f"{h.megabytes:,.0f}", f"{h.decoders:,.0f}", h.files, h.threads] for when, h in had]
+    rows = [[when, f"{h.megabytes:,.0f}", f"{h.decoders:,.0f}", h.files, h.threads] for when, h in samples]
     measuring.print_table(["when", "server, MiB", "decoders, MiB", "open files", "threads"], rows)
     errors = [error for client in clients for error in client.errors]
-    print(f"{flags.clients} clients, {taken:.0f} s, {len(errors)} errors; the server ended with {process.returncode}")
+    print(f"{flags.clients} clients, {taken:.0f} s, {len(errors)} errors; exit code of the server {process.returncode}")
     for error in errors[:10]:
         print(f"  {error}")
 

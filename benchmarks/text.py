@@ -1,8 +1,8 @@
-"""Hashing embeddings of texts: what is left of the search by floats, in how many bytes, by this project and by others.
+"""Hashing of text embeddings: search quality by bytes of a code, for this project, baselines and the float vectors.
 
-`python -m benchmarks.text --data=wordnet.parquet` measures on a features file, such as `benchmarks.wordnet` writes, in
-the splits and with the settings of configs/text.py. `--ask "fear of spiders"` prints instead what a text finds, by
-codes and by floats; it embeds the text, which wants `pip install '.[text]'`.
+`python -m benchmarks.text --data=wordnet.parquet` measures on a features file, such as one by `benchmarks.wordnet`, in
+the splits and with the settings of configs/text.py. `--ask "fear of spiders"` prints instead the results for a text, by
+codes and by floats; embedding the text needs `pip install '.[text]'`.
 """
 
 import sys
@@ -25,7 +25,7 @@ from configs import text
 
 METHODS = {"lsh": "LSH", "itq": "ITQ", "cib": "cib_jax"}
 NEAREST, AMONG = 10, 100
-"""Recall is of so many nearest floats among so many first codes."""
+"""Recall is the share of the NEAREST neighbors by floats among the first AMONG by codes."""
 ASKED = (
     "a vehicle with two wheels that you pedal",
     "fear of spiders",
@@ -36,7 +36,7 @@ ASKED = (
 
 
 class Task(NamedTuple):
-    """Embeddings that train, that ask and that are searched, with labels of the latter two and the texts searched."""
+    """Embeddings for training, queries and database, with labels of queries and database and the database's texts."""
 
     train: Float32[np.ndarray, "items features"]
     query: Float32[np.ndarray, "queries features"]
@@ -47,7 +47,7 @@ class Task(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """What a method makes of a task."""
+    """Codes of a task by one method."""
 
     query: UInt8[np.ndarray, "queries bytes"]
     logits: Float[np.ndarray, "queries bits"]
@@ -55,7 +55,7 @@ class Coded(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """MAP and recall of the floats' nearest, of codes as they are and with the first hits in the order of logits."""
+    """MAP, and recall of the nearest by floats, of codes without and with re-ranking by logits."""
 
     map: float
     reranked_map: float
@@ -66,13 +66,13 @@ class Quality(NamedTuple):
 def load(config: ml_collections.ConfigDict, *, validation: bool = False) -> Task:
     """Returns the features of `config.data.dir` in the splits of a run with this config.
 
-    With `validation`, its validation queries ask, by which settings are chosen, and are not searched.
+    With `validation`, the queries are the validation queries, by which settings are chosen, on a database without them.
 
     Raises:
-      DataError: the file cannot be read, has no labels, or is too small.
+      DataError: The file cannot be read, has no labels, or is too small.
     """
     splits = build.draw_splits(config)
-    assert splits.validation is not None  # or the file has no labels and was refused
+    assert splits.validation is not None  # a file without labels raises an error above
     query, database = splits.validation if validation else (splits.query, splits.database)
     assert query.labels is not None and database.labels is not None
     return Task(*map(_rows, (splits.train, query, database)), query.labels, database.labels, database.names)
@@ -83,7 +83,7 @@ def _rows(part: ImageSet) -> Float32[np.ndarray, "items features"]:
 
 
 def fit(method: str, config: ml_collections.ConfigDict, train: Float32[np.ndarray, "items features"]) -> Any:
-    """Returns a function of features [n, features] that gives packed codes and logits, fitted by one of `METHODS`."""
+    """Returns a function from features [n, features] to packed codes and logits, fitted by one of `METHODS`."""
     if method != "cib":
         encoder = BASELINES[method].fit(train, config.bits, jax.random.key(config.seed))
 
@@ -120,7 +120,7 @@ def nearest(
     found = np.empty((len(query), k), np.int64)
     for start in range(0, len(query), 100):
         cosines = unit[0][start : start + 100] @ unit[1].T
-        # The k-th highest first: whoever is above it is found, and of those at it the first.
+        # Candidates are all rows at or above the k-th highest cosine; the stable sort keeps the first of tied rows.
         least = np.partition(cosines, -k, axis=1)[:, [-k]]
         for row, (values, bound) in enumerate(zip(cosines, least, strict=True)):
             some = np.flatnonzero(values >= bound)
@@ -129,12 +129,12 @@ def nearest(
 
 
 def as_bytes(features: Float32[np.ndarray, "n features"]) -> Float32[np.ndarray, "n features"]:
-    """Returns features rounded to one of 255 levels, one scale for all, as whole numbers."""
+    """Returns features rounded to whole numbers from −127 to 127, with one scale for all."""
     return np.round(features * (127 / np.abs(features).max())).astype(np.float32)
 
 
 def mean_average_precision(relevant: Bool[np.ndarray, "queries k"]) -> float:
-    """Returns MAP@k of what is relevant by rank, as `cib_jax.mean_average_precision` defines it."""
+    """Returns MAP@k from the relevance of each rank, as `cib_jax.mean_average_precision` defines it."""
     hits = np.cumsum(relevant, axis=1)
     precision = hits / np.arange(1, relevant.shape[1] + 1)
     return float(np.mean((precision * relevant).sum(axis=1) / np.maximum(hits[:, -1], 1)))
@@ -145,8 +145,8 @@ def recall(wanted: Int[np.ndarray, "queries few"], found: Int[np.ndarray, "queri
     return float(np.mean([np.isin(few, many).mean() for few, many in zip(wanted, found, strict=True)]))
 
 
-def judge(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries k"]) -> Quality:
-    """Returns the quality of codes; the first k hits, as many as `by_float` has, are re-ranked."""
+def evaluate_codes(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries k"]) -> Quality:
+    """Returns the quality of codes; the first k results, as many as in `by_float`, are re-ranked."""
     found = cib.rank(coded.query, coded.database, by_float.shape[1])
     _, finer = cib.Index.of(coded.database).rerank(coded.logits, found)
 
@@ -165,7 +165,7 @@ def judge(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries k"]) -> Q
 def measure(
     task: Task, config: ml_collections.ConfigDict, methods: Sequence[str], bits: Sequence[int], seeds: int
 ) -> list[tuple[str, ...]]:
-    """Returns the table's rows: floats, then each method at each length, means and deviations of the seeds."""
+    """Returns the rows of the table: floats, then each method at each code length, mean and deviation over seeds."""
     by_float = nearest(task.query, task.database, config.k)
     relevant = task.database_labels[by_float] == task.query_labels[:, None]
     size = 4 * task.database.shape[1]
@@ -174,8 +174,8 @@ def measure(
     ]
     by_byte = nearest(task.query, as_bytes(task.database), config.k)
     quality = mean_average_precision(task.database_labels[by_byte] == task.query_labels[:, None])
-    kept = recall(by_float[:, :NEAREST], by_byte[:, :AMONG])
-    rows.append(("int8, cosine", "", f"{size // 4:,}", "4", f"{quality:.3f}", "", f"{kept:.3f}", "", ""))
+    kept_recall = recall(by_float[:, :NEAREST], by_byte[:, :AMONG])
+    rows.append(("int8, cosine", "", f"{size // 4:,}", "4", f"{quality:.3f}", "", f"{kept_recall:.3f}", "", ""))
     for length in bits:
         for method in methods:
             found, seconds = [], []
@@ -184,11 +184,11 @@ def measure(
                 begun = time.perf_counter()
                 encode = fit(method, config, task.train)
                 seconds.append(time.perf_counter() - begun)
-                found.append(judge(task, Coded(*encode(task.query), encode(task.database)[0]), by_float))
-            told = (f"{np.mean(of):.3f} ± {np.std(of):.3f}" for of in zip(*found, strict=True))
+                found.append(evaluate_codes(task, Coded(*encode(task.query), encode(task.database)[0]), by_float))
+            cells = (f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in zip(*found, strict=True))
             size_of_code = length // 8
             saving = f"{size / size_of_code:,.0f}"
-            row = (METHODS[method], str(length), str(size_of_code), saving, *told, f"{np.median(seconds):.1f} s")
+            row = (METHODS[method], str(length), str(size_of_code), saving, *cells, f"{np.median(seconds):.1f} s")
             rows.append(row)
     return rows
 
@@ -201,7 +201,7 @@ def ask(
     model: Any,
     hits: int = 5,
 ) -> str:
-    """Returns what each text finds, by floats and by each method's codes, re-ranked, of `config.bits`; a hit a line."""
+    """Returns the results for each text, by floats and by re-ranked codes of each method; one result per line."""
     assert task.texts is not None
     features = wordnet.embed(model, asked)
     found = {"floats": nearest(features, task.database, hits)}
@@ -211,24 +211,26 @@ def ask(
         database = encode(task.database)[0]
         _, ids = cib.Index.of(database).rerank(logits, cib.rank(codes, database, min(config.k, len(database))))
         found[METHODS[method]] = ids[:, :hits]
-    told = []
+    lines = []
     for row, question in enumerate(asked):
-        told.append(f"“{question}”")
+        lines.append(f"“{question}”")
         for name, ids in found.items():
-            told += [f"  {'' if rank else name:8} {task.texts[index]}" for rank, index in enumerate(ids[row])]
-    return "\n".join(told)
+            lines += [f"  {'' if rank else name:8} {task.texts[index]}" for rank, index in enumerate(ids[row])]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Reads the flags and measures, or asks."""
+    """Reads the flags and prints the table or the results of a search."""
     parser = measuring.parser(__doc__)
     parser.add_argument("--data", required=True, help="features file, with labels")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="to compare")
-    parser.add_argument("--bits", type=int, nargs="+", default=[16, 32, 64, 128], help="code lengths; --ask: the first")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--ask", nargs="*", help="texts to search with; none given: five of this file")
-    parser.add_argument("--model", default="", help="that made the embeddings, as for benchmarks.wordnet")
-    parser.add_argument("--validation", action="store_true", help="the validation queries ask, not those of the table")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to compare")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[16, 32, 64, 128], help="code lengths; --ask uses the first"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--ask", nargs="*", help="texts to search with; without a text, five examples")
+    parser.add_argument("--model", default="", help="model of the embeddings, as in benchmarks.wordnet")
+    parser.add_argument("--validation", action="store_true", help="use the validation queries")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of configs/text.py")
     flags = parser.parse_args()
     config = text.get_config()
@@ -236,7 +238,7 @@ def main() -> None:
     try:
         for name, _, value in (setting.partition("=") for setting in flags.set):
             if name not in config:
-                raise ValueError(f"there is no field {name}")
+                raise ValueError(f"{name} is not a field")
             config[name] = type(config[name])(value)
         schema.validate(config)
     except ValueError as error:
@@ -244,8 +246,8 @@ def main() -> None:
     try:
         task = load(config, validation=flags.validation)
         model = wordnet.load_model(flags.model) if flags.ask is not None else None
-    except UserError as refusal:
-        sys.exit(str(refusal))
+    except UserError as error:
+        sys.exit(str(error))
     if model is not None:
         config.bits = flags.bits[0]
         print(ask(task, config, flags.methods, flags.ask or ASKED, model))
@@ -253,12 +255,12 @@ def main() -> None:
     print(measuring.machine("jax", "numpy"), end="\n\n")
     counts = np.bincount(task.database_labels) / len(task.database)
     print(
-        f"{len(task.query):,} queries on {len(task.database):,}, {len(task.train):,} of them train; by chance MAP is "
+        f"{len(task.query):,} queries on {len(task.database):,}, {len(task.train):,} of them train; MAP by chance is "
         f"about {np.mean(counts[task.query_labels]):.3f}\n"
     )
     at = f"MAP@{config.k}"
-    of = f"{NEAREST} nearest in {AMONG}"
-    header = ("method", "bits", "bytes", "smaller", at, "re-ranked", of, "re-ranked", "fitting")
+    recall_name = f"{NEAREST} nearest in {AMONG}"
+    header = ("method", "bits", "bytes", "smaller", at, "re-ranked", recall_name, "re-ranked", "fitting")
     measuring.print_table(header, measure(task, config, flags.methods, flags.bits, flags.seeds))
 
 

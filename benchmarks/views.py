@@ -1,7 +1,7 @@
-"""MAP against the number K of views in the bank, K = 0 being fresh views at every step: the choice of `train.views`.
+"""MAP against the number K of views in the bank (`train.views`); K = 0 means fresh views at every step.
 
 `python -m benchmarks.views --data-dir=DIR` trains the CIFAR-10 experiment with each K and seed. Finished runs under
-`--workdir` are not repeated, views are computed once for all K, and an interrupted study goes on where it was.
+`--workdir` are not repeated, views are computed once for all K, and an interrupted study can be continued.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from configs import cifar
 
 
 def main() -> None:
-    """Prints the table."""
+    """Reads the flags, trains and prints the table."""
     parser = argparse.ArgumentParser(description="MAP against views.", formatter_class=measuring.Formatter)
     parser.add_argument("--data-dir", default="", help="a TFDS data_dir with CIFAR-10")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/views"))
@@ -46,7 +46,7 @@ def main() -> None:
             f"{statistics.median(seconds):.0f}",
         ]
         rows.append(row)
-        print(f"{views} views: {row[1]}; {time.perf_counter() - begun:.0f} s with features", flush=True)
+        print(f"{views} views: {row[1]}; {time.perf_counter() - begun:.0f} s including features", flush=True)
     print(f"\n{measuring.machine('jax')}; CIFAR-10, {flags.image_size} px, {flags.bits} bits, 60 epochs\n")
     header = ["views K", "MAP@1000, mean ± deviation", f"seeds {' '.join(map(str, flags.seeds))}", "training, s"]
     measuring.print_table(header, rows)

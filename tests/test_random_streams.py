@@ -14,6 +14,7 @@ import cib_jax as cib
 from cib_jax.augment.augment import two_view_keys
 from cib_jax.random_streams import KEY_STREAMS, RNG_STREAMS, fold_by_name, stream_key, stream_rng
 from cib_jax.training import input_pipeline
+from cib_jax.training.input_pipeline import BatchOrder
 from cib_jax.training.train_step import Method
 
 
@@ -87,7 +88,7 @@ def test_jax_finds_no_key_that_a_step_uses_twice(what):
             jax.jit(lambda key: cib.train_step_on_features(state, features, features, key, **method))(jax.random.key(1))
         else:
             bank = jnp.stack([features, features + 1])
-            feed = input_pipeline.from_bank(bank, seed=0, batch_size=4, method=Method(**method))
+            feed = input_pipeline.from_bank(bank, Method(**method), BatchOrder(0, 4))
             feed.steps(state, next(iter(feed.epoch_chunks(0, 0))), 0, jax.random.key(1))
 
 

@@ -9,15 +9,15 @@ _CONTINUES = "--mode={mode} --workdir={workdir} with the same config continues w
 
 
 class Mode(NamedTuple):
-    """A mode of the program."""
+    """A mode of the program, its flags besides --config and --mode, and the advice to a user who interrupts it.
+
+    The command is a module and function in cib_jax.commands; its keyword arguments have the names of the flags.
+    """
 
     command: str
-    """Module and function in cib_jax.commands; its keyword arguments have the names of the flags."""
     flags: tuple[str, ...]
-    """Flags that the mode takes, besides --config and --mode."""
     required: tuple[str, ...] = ()
     after_interrupt: str = "the same command starts again"
-    """What a user who interrupted it is told."""
 
 
 _RUN = ("workdir", "coordinator", "processes", "process", "distributed")

@@ -28,14 +28,7 @@ def config_names() -> list[str]:
 
 
 def config_path(given: str) -> str:
-    """Returns the path of an experiment's config file.
-
-    Args:
-      given: A name, which is one word, or the path of a file, which contains a dot or a slash.
-
-    Raises:
-      ConfigError: There is no such experiment or file.
-    """
+    """Returns the path of a config file, given as an experiment's name, one word, or as a path with a dot or slash."""
     names = config_names()
     if re.fullmatch(r"\w+", given):
         if given in names:
@@ -82,9 +75,8 @@ def parse(arguments: Sequence[str]) -> list[str]:
 def _mode_of(arguments: Sequence[str]) -> str:
     mode = "train"
     for argument, following in itertools.pairwise([*arguments, ""]):
-        match = re.fullmatch(r"--?mode(?:=(.*))?", argument)
-        if match:
-            mode = match.group(1) if match.group(1) is not None else following
+        if match := re.fullmatch(r"--?mode(?:=(.*))?", argument):
+            mode = following if match[1] is None else match[1]
     return mode
 
 
@@ -97,18 +89,16 @@ def _with_sheet_name(arguments: Sequence[str]) -> Iterator[str]:
 
 def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Returns the last value of --config, or None, and the other arguments."""
-    given, others, waiting = None, [], False
-    for argument in arguments:
+    given, others, rest = None, [], iter(arguments)
+    for argument in rest:
         match = re.fullmatch(r"--?config(?:=(.*))?", argument)
-        if waiting or (match and match.group(1) is not None):
-            given = match.group(1) if match and not waiting else argument
-            waiting = False
-        elif match:
-            waiting = True
-        else:
+        if not match:
             others.append(argument)
-    if waiting:
-        exit_with_error("--config: a value is missing; give an experiment, such as --config=cifar, or a file's path")
+            continue
+        given = match[1] if match[1] is not None else next(rest, None)
+        if given is None:
+            problem = "a value is missing; give an experiment, such as --config=cifar, or a file's path"
+            exit_with_error(f"--config: {problem}")
     return given, others
 
 
@@ -118,23 +108,14 @@ def _validate_fields(path: str, arguments: Sequence[str]) -> None:
         fields = flatten(runpy.run_path(path)["get_config"]())
     except Exception as error:  # anything may go wrong in a user's own Python file
         exit_with_error(f"--config: {path!r} must define get_config(), which failed ({type(error).__name__}: {error})")
-    groups = {name.rpartition(".")[0] for name in fields} - {""}
     for argument in arguments[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if not match or match.group(1) in fields:
+        if not match or (name := match[1]) in fields:
             continue
-        name = match.group(1)
-        if name in groups:
-            first = next(field for field in fields if field.startswith(name + "."))
-            exit_with_error(f"--config.{name}: this is a group of fields; set one of them, such as {first}")
+        if group := [field for field in fields if field.startswith(f"{name}.")]:
+            exit_with_error(f"--config.{name}: this is a group of fields; set one of them, such as {group[0]}")
         inside = [field for field in fields if field.endswith("." + name)]
         hint = f"did you mean {' or '.join(inside)}? " if inside else did_you_mean(name, fields, most=3)
-        exit_with_error(
-            f"--config.{name}: there is no such field; {hint}{_relative(CONFIGS)}/default.py lists all of them"
-        )
-
-
-def _relative(folder: pathlib.Path) -> pathlib.Path:
-    """Returns a folder relative to the current one if it is inside."""
-    here = pathlib.Path.cwd()
-    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+        here = pathlib.Path.cwd()
+        folder = CONFIGS.relative_to(here) if CONFIGS.is_relative_to(here) else CONFIGS
+        exit_with_error(f"--config.{name}: there is no such field; {hint}{folder}/default.py lists all of them")

@@ -21,6 +21,7 @@ from cib_jax.commands.train import train
 from cib_jax.config import build, schema
 from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
+from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, TrainingError, UserError
 from cib_jax.files import did_you_mean, write_bytes
 from cib_jax.losses import OBJECTIVES
@@ -50,14 +51,6 @@ def compare(
     A cell of the tables is the mean of runs in cells/METHOD/BITS-bits-seed-SEED, each of which is measured once.
     Stopped anywhere, the same command goes on, within a run from its last checkpoint; more methods, lengths or seeds
     add runs. Several processes may work on one comparison, each started with the same command, also on other machines.
-
-    Args:
-      config: Config of the experiment, as in configs/default.py.
-      workdir: Folder of the comparison.
-      console: Console for messages and tables.
-
-    Raises:
-      ConfigError, DataError, WeightsError, WorkdirError, MissingExtraError: As in training.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     schema.validate(config, around=True)
@@ -86,11 +79,10 @@ def compare(
 
 
 class ComparedMethod(NamedTuple):
-    """A row of the tables."""
+    """A row of the tables: a method, and config fields with the values that they have in this row alone."""
 
     name: str
     fields: tuple[tuple[str, Any], ...] = ()
-    """Config fields by dotted name, with the values that they have in this row alone."""
 
     @property
     def title(self) -> str:
@@ -127,19 +119,13 @@ class CellRun(NamedTuple):
 
 
 def parse_methods(text: str) -> list[ComparedMethod]:
-    """Returns the rows that `compare.methods` names.
-
-    Raises:
-      ConfigError: A name or a field is unknown, a value is invalid, or a row is repeated.
-    """
+    """Returns the rows that `compare.methods` names."""
     methods: list[ComparedMethod] = []
     for part in filter(None, map(str.strip, text.split(","))):
         name, *assignments = part.split()
         if name not in TITLES:
-            hint = did_you_mean(name, TITLES)
-            raise ConfigError(
-                f"{METHODS} must name known methods, got {name!r}; {hint}try {', '.join(TITLES)}", METHODS
-            )
+            hint = f"{did_you_mean(name, TITLES)}try {', '.join(TITLES)}"
+            raise ConfigError(f"{METHODS} must name known methods, got {name!r}; {hint}", METHODS)
         method = ComparedMethod(name, tuple(_parse_assignment(name, one) for one in assignments))
         if method in methods:
             raise ConfigError(f"{METHODS} must name each row once, got {part!r} twice; leave one out", METHODS)
@@ -170,11 +156,7 @@ def parse_numbers(text: str) -> list[int]:
 def make_cell(
     base: ml_collections.ConfigDict, method: ComparedMethod, bits: int, seed: int, root: pathlib.Path
 ) -> CellRun:
-    """Returns the run of one method with one length and one seed.
-
-    Raises:
-      ConfigError: Its config is invalid.
-    """
+    """Returns the run of one method with one length and one seed, after validating its config."""
     config = base.copy_and_resolve_references()
     # A report of each run would take longer than some of the methods; --mode=evaluate --config.report.write=True draws
     # the report of a trained one.
@@ -197,23 +179,12 @@ def _refusal(cell: CellRun, since: float = 0.0) -> str:
 
 
 def _measure_once(cell: CellRun, *, cells: list[CellRun], since: float) -> str | None:
-    """Measures a run that has not been refused since a time; returns a sentence about it."""
+    """Measures a run that has not been refused since a time; returns a sentence about it.
+
+    A run that is refused for a reason of its own gets a note; an error that concerns all rows is raised.
+    """
     if _refusal(cell, since):
         return None
-    results = measure_cell(cell)
-    _validate_comparable([record for one in cells if (record := load_record(one))], cell.workdir.parents[2])
-    if results is None:
-        return f"{cell.title}: {_refusal(cell)}"
-    return f"{cell.title}: MAP {'unknown, without labels' if results['map'] is None else format(results['map'], '.4f')}"
-
-
-def measure_cell(cell: CellRun) -> Record | None:
-    """Completes a run and returns its results; returns None, and writes a note, if the run is refused.
-
-    Raises:
-      BusyError: Another process is working on it.
-      UserError: The error concerns all rows: the data, the weights, or a field that all rows share.
-    """
     quiet = rich.console.Console(quiet=True)
     note = cell.workdir / REFUSED
     try:
@@ -228,9 +199,12 @@ def measure_cell(cell: CellRun) -> Record | None:
             raise
         cell.workdir.mkdir(parents=True, exist_ok=True)
         write_json(note, {"error": str(error), "when": time.time()})
-        return None
-    note.unlink(missing_ok=True)
-    return results
+        outcome = str(error)
+    else:
+        note.unlink(missing_ok=True)
+        outcome = "MAP unknown, without labels" if results["map"] is None else f"MAP {results['map']:.4f}"
+    _validate_comparable([record for one in cells if (record := load_record(one))], cell.workdir.parents[2])
+    return f"{cell.title}: {outcome}"
 
 
 def measure_baseline(
@@ -239,9 +213,6 @@ def measure_baseline(
     """Fits the baseline `method` to the features of the training images, evaluates its codes, and returns the results.
 
     The features are the input of the hash layer under this config: a frozen backbone's features, or pixels.
-
-    Raises:
-      ConfigError, DataError, WeightsError, WorkdirError: As in training, or the method cannot hash these features.
     """
     schema.validate(config)
     with claim_workdir(workdir, baseline=True):
@@ -272,12 +243,9 @@ def _packed(encoder: Encoder, rows: Float[Array, "batch features"]) -> UInt8[Arr
 
 
 def _encode(run: RunContext, encoder: Encoder, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
-    size = min(features.PART, len(images))
-    packed = []
-    for rows in features.before_hashing(run, images, what):
-        padded = np.pad(rows, ((0, size - len(rows)), (0, 0)))  # one shape, compiled once
-        packed.append(np.asarray(_packed(encoder, jnp.asarray(padded)))[: len(rows)])
-    return np.concatenate(packed)
+    rows, size = features.before_hashing(run, images, what), min(features.PART, len(images))
+    packed = sharding.map_batches(lambda batch, first: _packed(encoder, jnp.asarray(batch)), rows, size=size)
+    return np.concatenate([np.asarray(part) for part in packed])
 
 
 def _validate_comparable(records: list[Record], workdir: pathlib.Path) -> None:
@@ -305,12 +273,25 @@ def _conclude(
     missing = [(cell, _refusal(cell)) for cell, record in found if not record]
     compared = make_tables(config, [cell.method for cell, _ in found], lines)
     comparison = {
-        "tables": [_table_to_json(table) for table in compared],
-        "cells": lines,
-        "missing": [
-            {"method": cell.method.title, "bits": cell.config.bits, "seed": cell.config.seed, "why": why}
-            for cell, why in missing
+        "tables": [
+            {
+                "title": table.title,
+                "bits": list(table.bits),
+                "rows": [
+                    {
+                        "method": row.title,
+                        "published": row.published,
+                        "mean": [cell.mean for cell in row.cells],
+                        "deviation": [cell.deviation for cell in row.cells],
+                        "seeds": [len(cell.values) for cell in row.cells],
+                    }
+                    for row in table.rows
+                ],
+            }
+            for table in compared
         ],
+        "cells": lines,
+        "missing": [_named(cell) | {"why": why} for cell, why in missing],
     }
     write_json(workdir / "comparison.json", comparison)
     for name, content in (
@@ -332,18 +313,18 @@ def _conclude(
     return comparison
 
 
+def _named(cell: CellRun) -> Record:
+    return {"method": cell.method.title, "bits": cell.config.bits, "seed": cell.config.seed}
+
+
 def _csv_line(cell: CellRun, results: Record) -> Record:
     measured, statistics = results["metrics"], results["metrics"]["code_health"]
     return {
-        "method": cell.method.title,
-        "bits": cell.config.bits,
-        "seed": cell.config.seed,
+        **_named(cell),
         "map": results["map"],
         "map_tie_aware": results["map_tie_aware"],
-        "precision_radius_2": measured.get("precision_radius_2"),
-        "empty_radius_2": measured.get("empty_radius_2"),
-        "mean_abs_correlation": statistics["mean_abs_correlation"],
-        "entropy": statistics["entropy"],
+        **{name: measured.get(name) for name in ("precision_radius_2", "empty_radius_2")},
+        **{name: statistics[name] for name in ("mean_abs_correlation", "entropy")},
         "train_seconds": results["seconds"]["train"],
         "k": results["k"],
         "workdir": str(cell.workdir),
@@ -353,13 +334,7 @@ def _csv_line(cell: CellRun, results: Record) -> Record:
 def make_tables(
     config: ml_collections.ConfigDict, methods: list[ComparedMethod], lines: list[Record]
 ) -> list[tables.Table]:
-    """Returns the two tables of the paper: all methods, and, of several objectives, their ablation.
-
-    Args:
-      config: Config of the comparison.
-      methods: Rows, possibly repeated.
-      lines: Lines of comparison.csv.
-    """
+    """Returns the two tables of the paper: all methods, and, of several objectives, their ablation."""
     lengths = parse_numbers(config.compare.bits)
     seeds = len(parse_numbers(config.compare.seeds))
     k = next((line["k"] for line in lines), 0)
@@ -390,23 +365,6 @@ def make_tables(
     if len(ablated) > 1:
         made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, [*map(row, ablated)], seeds))
     return made
-
-
-def _table_to_json(table: tables.Table) -> dict[str, Any]:
-    return {
-        "title": table.title,
-        "bits": list(table.bits),
-        "rows": [
-            {
-                "method": row.title,
-                "published": row.published,
-                "mean": [cell.mean for cell in row.cells],
-                "deviation": [cell.deviation for cell in row.cells],
-                "seeds": [len(cell.values) for cell in row.cells],
-            }
-            for row in table.rows
-        ],
-    }
 
 
 def _grid(table: tables.Table) -> Grid:

@@ -36,18 +36,17 @@ PART = 8192
 
 
 class Encoded(NamedTuple):
-    """State of a corpus once a process has done its share."""
+    """State of a corpus once a process has done its share.
+
+    Counts all parts, those that this call `made`, those that other processes have not written yet (`missing`), the
+    files in the parts that exist, and those of them that cannot be read.
+    """
 
     parts: int
-    """Parts of the whole corpus."""
     made: int
-    """Parts that this call wrote."""
     missing: int
-    """Parts that other processes have not written yet."""
     files: int
-    """Files in the parts that exist."""
     unreadable: int
-    """Files among them that cannot be read."""
 
 
 def encode(
@@ -77,12 +76,6 @@ def encode(
       processes: Number of processes that share the work; None: as SLURM or Open MPI has set it, or 1.
       overrides: Values of config fields by dotted name, for fields that do not change the run.
       console: Console for messages.
-
-    Raises:
-      CodeStoreError: `codes` holds something else, or cannot be written.
-      CheckpointError, WeightsError: There is no trained run in `workdir`, or its backbone cannot be loaded.
-      ConfigError, DataError: A field cannot be changed; `images` cannot be read.
-      DistributedError: `process` and `processes` do not go together.
     """
     workdir, folder = pathlib.Path(workdir).expanduser(), pathlib.Path(codes).expanduser()
     console = console or rich.console.Console()
@@ -120,19 +113,18 @@ def _find_items(
     if images is not None:
         items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
         expected = hasher.encoder.backbone.features
-        if isinstance(items, inputs.Rows) and items.features.shape[-1] != expected:
+        if isinstance(items, inputs.Rows) and (given := items.features.shape[-1]) != expected:
             raise DataError(
-                f"--images must have {expected} features in a row, like the data of the run, got "
-                f"{items.features.shape[-1]} in {items.place}; compute them with the same model",
+                f"--images must have {expected} features in a row, like the data of the run, got {given} in "
+                f"{items.place}; compute them with the same model",
                 field="--images",
             )
         return items
     if takes == "features":
-        raise CodeStoreError("--images is missing; give the .npy of features to encode", field="--images")
+        raise CodeStoreError("--images is missing; give the .npy of features to encode", "--images")
     if not (folder / code_store.DESCRIPTION).exists():
-        raise CodeStoreError(
-            "--images is missing; give the folder of photos, or a .csv or .parquet list of them", field="--images"
-        )
+        problem = "--images is missing; give the folder of photos, or a .csv or .parquet list of them"
+        raise CodeStoreError(problem, field="--images")
     begun = code_store.load_description(folder)
     return inputs.load_listed_photos(begun.images, code_store.load_names(begun), size=hasher.side, max_megapixels=limit)
 
@@ -162,17 +154,10 @@ def _write_parts(
 ) -> int:
     """Writes parts, except for those that another process has written meanwhile; returns how many it wrote."""
     written = 0
-    made_with = {
-        "cib-jax": __version__,
-        "jax": jax.__version__,
-        "pillow": PIL.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
+    made_with = {"cib-jax": __version__, "jax": jax.__version__, "pillow": PIL.__version__}
+    made_with["device"] = jax.devices()[0].device_kind
     total = sum(len(corpus.of_part(number)) for number in missing)
-    with progress_bar(console, f"Encoding {items.words}", total) as bar:
-
-        def advance(count: int) -> None:
-            bar(count, "")
+    with progress_bar(console, f"Encoding {items.words}", total) as advance:
 
         def pending() -> Iterator[range]:
             for number in missing:
@@ -199,36 +184,32 @@ def _write_parts(
 def _batches(
     rows: Iterable[Read], size: int, files: list[File], advance: Callable[[int], None]
 ) -> Iterator[Shaped[np.ndarray, "batch ..."]]:
-    """Yields the readable items in batches, and appends the record of every file to `files`."""
-    batch = []
-    for row in rows:
-        files.append(File("", row.size, row.modified_ns, row.reason))
-        if row.content is None:
-            advance(1)
-            continue
-        batch.append(row.content)
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+    """Returns the readable items in batches, which append the record of every file to `files` as they are read."""
+
+    def readable() -> Iterator[Shaped[np.ndarray, "..."]]:
+        for row in rows:
+            files.append(File("", row.size, row.modified_ns, row.reason))
+            if row.content is None:
+                advance(1)
+            else:
+                yield row.content
+
+    contents = readable()
+    return map(np.stack, iter(lambda: list(itertools.islice(contents, size)), []))
 
 
 def _summarize(corpus: Corpus, written: int, words: str, console: rich.console.Console) -> Encoded:
-    counted = code_store.tally(corpus)
+    counted, parts = code_store.tally(corpus), _format_parts(corpus.parts)
     if counted.missing:
-        print_message(
-            console,
-            f"{_format_parts(written)} written; {len(counted.missing):,} of {_format_parts(corpus.parts)} missing in "
-            f"{corpus.folder}, left to other processes; if one of them was killed, start the same command again",
+        sentence = (
+            f"{_format_parts(written)} written; {len(counted.missing):,} of {parts} missing in {corpus.folder}, left "
+            "to other processes; if one of them was killed, start the same command again"
         )
     else:
         code_store.remove_temporary(corpus)
-        print_message(
-            console,
-            f"{counted.files:,} {words} in {_format_parts(corpus.parts)}, {counted.unreadable:,} unreadable; the "
-            f"corpus in {corpus.folder} is complete",
-        )
+        found = f"{counted.files:,} {words} in {parts}, {counted.unreadable:,} unreadable"
+        sentence = f"{found}; the corpus in {corpus.folder} is complete"
+    print_message(console, sentence)
     return Encoded(corpus.parts, written, len(counted.missing), counted.files, counted.unreadable)
 
 

@@ -49,6 +49,14 @@ def evaluate(
     Raises:
       CheckpointError: There is no trained run in `workdir`.
       ConfigError, DataError, WeightsError: As in training.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> quiet = rich.console.Console(quiet=True)
+      >>> results = cib.evaluate_run("DIGITS", overrides={"k": 10}, console=quiet)
+      >>> 0 < results["map"] < 1
+      True
     """
     workdir = pathlib.Path(workdir)
     console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
@@ -81,13 +89,9 @@ def evaluate(
 
 
 def override_fields(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Returns the config of a trained run with other values of fields that do not change the run.
-
-    Raises:
-      ConfigError: A field changes the run.
-    """
+    """Returns the config of a trained run with other values of fields that do not change the run."""
+    known = flatten(config)
     for name, value in overrides.items():
-        known = flatten(config)
         if name in known and known[name] == value:
             continue
         if name not in schema.MEASURING | schema.MAY_CHANGE:
@@ -127,13 +131,8 @@ def evaluate_codes(
 ) -> dict[str, Any]:
     """Ranks packed codes of any origin, writes `name` and codes/, prints the table, and returns the results.
 
-    Args:
-      run: The run.
-      query: Codes of the queries.
-      database: Codes of the database.
-      origin: Entries of the results about the origin of the codes; "objective" names the method.
-      seconds: Duration of each step so far.
-      name: Name of the results file in the run's folder.
+    `origin` holds entries of the results about the origin of the codes: its "objective" names the method. `seconds`
+    holds the duration of each step so far.
     """
     splits = run.splits
     begun = time.perf_counter()
@@ -235,10 +234,8 @@ def _print_results(run: RunContext, results: dict[str, Any]) -> None:
     table.add_column("value", justify="right")
     for number, row in enumerate(tables.metric_rows(results, run.protocol.k or "all")):
         table.add_row(*row, style="bold" if number == 0 and results["map"] is not None else "")
-    counts = results["counts"]
-    table.add_row(
-        "queries · database · training", f"{counts['query']:,} · {counts['database']:,} · {counts['train']:,}"
-    )
+    counts = [f"{results['counts'][part]:,}" for part in ("query", "database", "train")]
+    table.add_row("queries · database · training", " · ".join(counts))
     names = {"bank": "view bank", "train": "training", "encode": "encoding"}
     seconds = {names.get(part, part): f"{value:.1f}" for part, value in results["seconds"].items()}
     table.add_row(f"seconds: {' · '.join(seconds)}", " · ".join(seconds.values()))

@@ -31,26 +31,21 @@ from cib_jax.storage import collection, photo_table
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
 
-BLOCK = 512
-"""Files in a commit, about, and so the most that a killed process loses."""
-TIDY_EVERY = 256
-"""Commits after which small fragments are merged."""
-LISTED = 5
-"""Unreadable files that are listed in the output."""
+BLOCK = 512  # files in a commit, about, and so the most that a killed process loses
+TIDY_EVERY = 256  # commits after which small fragments are merged
+LISTED = 5  # unreadable files that are listed in the output
 CHANGEABLE = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
 """Fields that may be set although the encoder is already trained."""
 
 
 class Indexed(NamedTuple):
-    """What a call of `index` did."""
+    """Photos that can be searched now, files that this call added, changed and removed, and unreadable files."""
 
     photos: int
-    """Photos in the index that can be searched now."""
     added: int
     changed: int
     removed: int
     unreadable: int
-    """Files in the index that are not readable photos."""
 
 
 def index(
@@ -82,6 +77,14 @@ def index(
       DataError: There are no photos, or they cannot be read.
       ConfigError: A field cannot be set.
       CheckpointError, SavedHasherError, WeightsError: There is no encoder in `workdir`.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> from cib_jax.configs import index
+      >>> quiet = rich.console.Console(quiet=True)
+      >>> cib.index_photos("INDEX_2", "PHOTOS", workdir="RUN", config=index.get_config(), console=quiet)
+      Indexed(photos=3, added=3, changed=0, removed=0, unreadable=0)
     """
     uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
     photo_table.validate_installed()
@@ -89,9 +92,8 @@ def index(
     given = _load_encoder(workdir, config, overrides) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
     if table is None and images is None:
-        raise IndexFolderError(
-            f"--images is missing, and there is no index at {uri} yet; give the folder of photos", field="--images"
-        )
+        problem = f"--images is missing, and there is no index at {uri} yet; give the folder of photos"
+        raise IndexFolderError(problem, field="--images")
     if table is not None and given is not None:
         _validate_same_encoder(table, given, workdir)
     place = str(images) if images is not None else table.metadata.images if table is not None else ""
@@ -120,10 +122,8 @@ def index(
     for start in range(0, len(changes.gone), AT_ONCE):
         table.remove(changes.gone[start : start + AT_ONCE])
     if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
-        # Loaded from the index, because another process may have made it.
-        hasher = dataclasses.replace(
-            collection.load_hasher(table), batch_size=config.encode_batch, devices=config.devices
-        )
+        hasher = collection.load_hasher(table)  # because another process may have made the index
+        hasher = dataclasses.replace(hasher, batch_size=config.encode_batch, devices=config.devices)
         _encode_files(table, files, pending, hasher, console)
         table.compact()
     return _summarize(table, str(index), files, changes, console)
@@ -132,10 +132,8 @@ def index(
 def _summarize(
     table: PhotoTable, name: str, files: "_Files", changes: "_Changes", console: rich.console.Console
 ) -> Indexed:
-    for some, state in (
-        (changes.absent, "are not there"),
-        (changes.unreachable, "cannot be reached now, and their entries are kept"),
-    ):
+    kept = "cannot be reached now, and their entries are kept"
+    for some, state in ((changes.absent, "are not there"), (changes.unreachable, kept)):
         if some:
             first = printable(files.found.names[some[0]])
             print_message(console, f"{len(some):,} listed files {state}, the first: {first}")
@@ -178,16 +176,13 @@ def _validate_overrides(overrides: dict[str, Any], encoder: str, trained_by: dic
     for name, value in overrides.items():
         if name in CHANGEABLE or (trained_by and trained_by.get(name, value) == value):
             continue
+        problem = f"must be left out, because {encoder} is already trained; try {', '.join(CHANGEABLE)}"
         if trained_by:
-            raise ConfigError(
-                f"config.{name} must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave "
-                "it out, or give another --index",
-                field=f"config.{name}",
+            problem = (
+                f"must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave it out, or "
             )
-        raise ConfigError(
-            f"config.{name} must be left out, because {encoder} is already trained; try {', '.join(CHANGEABLE)}",
-            field=f"config.{name}",
-        )
+            problem += "give another --index"
+        raise ConfigError(f"config.{name} {problem}", field=f"config.{name}")
 
 
 def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.Path | str | None) -> None:
@@ -205,14 +200,7 @@ def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.P
 def _validate_images(
     table: PhotoTable, found: Photos, known: Int64[np.ndarray, " known"], console: rich.console.Console
 ) -> None:
-    """Refuses other photos than those of the index, and records the new place of photos that were moved.
-
-    Args:
-      table: The index.
-      found: Photos to be indexed.
-      known: Keys of the files in the index.
-      console: Console for messages.
-    """
+    """Refuses other photos than those of the index, and records the new place of photos that were moved."""
     before = table.metadata.images
     if before == found.place:
         return
@@ -241,21 +229,18 @@ ABSENT, UNREACHABLE = -1, -2
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
+class _Files(NamedTuple):
     """The files to be indexed, as they were found."""
 
     found: Photos
     keys: Int64[np.ndarray, " files"]
-    sizes: Int64[np.ndarray, " files"]
-    """Sizes in bytes, `ABSENT` or `UNREACHABLE`."""
-    modified: Int64[np.ndarray, " files"]
-    """Times of the last change, in nanoseconds since 1970."""
+    sizes: Int64[np.ndarray, " files"]  # in bytes; or `ABSENT` or `UNREACHABLE`
+    modified: Int64[np.ndarray, " files"]  # times of the last change, in nanoseconds since 1970
 
     def compare(self, state: State) -> tuple[Bool[np.ndarray, " files"], Bool[np.ndarray, " files"]]:
         """Returns which files are in the index, and which of them are unchanged."""
         if not len(state.keys):
-            return np.zeros(len(self.keys), bool), np.zeros(len(self.keys), bool)
+            return (np.zeros(len(self.keys), bool),) * 2
         places = np.minimum(np.searchsorted(state.keys, self.keys), len(state.keys) - 1)
         known = state.keys[places] == self.keys
         return known, known & (state.sizes[places] == self.sizes) & (state.modified_ns[places] == self.modified)
@@ -265,17 +250,11 @@ class _Changes(NamedTuple):
     """Numbers of the files that differ from the index."""
 
     missing: list[int]
-    """Files that are not in the index."""
     changed: list[int]
-    """Files with another size or time."""
-    retried: list[int]
-    """Files that could not be read for a reason that may be gone."""
-    gone: list[int]
-    """Keys, not numbers, of files that exist no longer."""
-    absent: list[int]
-    """Listed files that do not exist."""
-    unreachable: list[int]
-    """Listed files that may or may not exist; their entries are kept."""
+    retried: list[int]  # could not be read, for a reason that may be gone
+    gone: list[int]  # keys, not numbers, of files that exist no longer
+    absent: list[int]  # listed, but do not exist
+    unreachable: list[int]  # listed, and may or may not exist; their entries are kept
 
 
 def _stat_files(found: Photos) -> _Files:
@@ -285,14 +264,12 @@ def _stat_files(found: Photos) -> _Files:
             f"--images must list each file once, got a path twice, or two paths with the same key, in {found.place}",
             field="--images",
         )
-    sizes, modified = np.full((2, len(keys)), ABSENT, np.int64)
-    chunks = [range(start, min(start + 1000, len(keys))) for start in range(0, len(keys), 1000)]
 
-    def stat_some(numbers: range) -> list[tuple[int, int]]:
-        return [_stat(os.path.join(found.root, found.names[number])) for number in numbers]
+    def stat_some(start: int) -> list[tuple[int, int]]:
+        return [_stat(os.path.join(found.root, name)) for name in found.names[start : start + 1000]]
 
-    for numbers, pairs in map_in_order(stat_some, chunks):
-        sizes[numbers.start : numbers.stop], modified[numbers.start : numbers.stop] = np.array(pairs).T
+    pairs = [pair for _, some in map_in_order(stat_some, range(0, len(keys), 1000)) for pair in some]
+    sizes, modified = np.array(pairs, np.int64).reshape(-1, 2).T
     if not (sizes >= 0).any():
         raise DataError(
             f"--images: none of the photos of {found.place} exists; mount their disk again, and the same command goes "
@@ -303,6 +280,7 @@ def _stat_files(found: Photos) -> _Files:
 
 
 def _stat(path: str) -> tuple[int, int]:
+    """Returns the size of a file and the time of its last change."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -315,11 +293,8 @@ def _stat(path: str) -> tuple[int, int]:
 def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " known"]) -> _Changes:
     """Returns what to change so that a table agrees with the files.
 
-    Args:
-      table: The index.
-      files: The files.
-      before: Keys that the index held before the files were listed. A file that another process has indexed since may
-        also have appeared since, so it is not gone because it is not listed.
+    `before` holds the keys that the index held before the files were listed: a file that another process has indexed
+    since may also have appeared since, so it is not gone because it is not listed.
     """
     state = table.state()
     known, same = files.compare(state)
@@ -331,18 +306,14 @@ def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " 
         closed = tuple(f"{folder}/" for folder in files.found.closed)
         gone = [key_of(path) for path in table.paths(gone) if not path.startswith(closed)]
     retried = np.isin(files.keys, state.keys[state.sizes < 0])
-
-    def numbers(mask: Bool[np.ndarray, " files"]) -> list[int]:
-        return np.flatnonzero(mask).tolist()
-
-    return _Changes(
-        missing=numbers(exists & ~known),
-        changed=numbers(exists & known & ~same & ~retried),
-        retried=numbers(exists & retried),
-        gone=gone,
-        absent=numbers(files.sizes == ABSENT),
-        unreachable=numbers(files.sizes == UNREACHABLE),
-    )
+    masks = {
+        "missing": exists & ~known,
+        "changed": exists & known & ~same & ~retried,
+        "retried": exists & retried,
+        "absent": files.sizes == ABSENT,
+        "unreachable": files.sizes == UNREACHABLE,
+    }
+    return _Changes(gone=gone, **{name: np.flatnonzero(mask).tolist() for name, mask in masks.items()})
 
 
 # Encoding
@@ -359,10 +330,7 @@ def _encode_files(
     first = secrets.randbelow(len(blocks))
     blocks = blocks[first:] + blocks[:first]
     version = table.version
-    with progress_bar(console, "Encoding photos", len(pending)) as bar:
-
-        def advance(count: int) -> None:
-            bar(count, "")
+    with progress_bar(console, "Encoding photos", len(pending)) as advance:
 
         def due() -> Iterator[list[int]]:
             nonlocal version

@@ -12,13 +12,12 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax import files
 from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
-from cib_jax.data.photos import HASH_BITS, decode, difference_hash
+from cib_jax.data.photos import DecodedPhoto, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
-from cib_jax.files import map_in_order, printable
+from cib_jax.files import map_in_order, printable, short_reason, write_bytes
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
@@ -26,19 +25,13 @@ from cib_jax.retrieval import near_duplicates
 from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
-K = 20
-"""Photos that are returned for each query by default."""
-CANDIDATES = 100
-"""Hits that `rerank` reorders, at least."""
-SAMPLE = 200
-"""Codes of the index on which the recall of an approximate search is measured."""
+K = 20  # photos that are returned for each query by default
+CANDIDATES = 100  # hits that `rerank` reorders, at least
+SAMPLE = 200  # codes of the index on which the recall of an approximate search is measured
 FORMATS = ("table", "json")
-ROWS, COLUMNS = 25, 20
-"""Size of a contact sheet, at most."""
-PAGE = 500
-"""Photos, or groups of photos, that are read at a time."""
-LOOKS_RADIUS = 6
-"""Bits, of 64, by which the difference hashes of two copies of a picture may differ."""
+ROWS, COLUMNS = 25, 20  # size of a contact sheet, at most
+PAGE = 500  # photos, or groups of photos, that are read at a time
+LOOKS_RADIUS = 6  # bits, of 64, by which the difference hashes of two copies of a picture may differ
 
 
 class Result(NamedTuple):
@@ -81,6 +74,14 @@ def search(
       ConfigError: The format is unknown, or the contact sheet cannot be written.
       DataError: No query can be read.
       SearchError: FAISS is not installed, or a value is invalid.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> quiet = rich.console.Console(quiet=True)
+      >>> results = cib.search_photos("INDEX", "PHOTOS/red.png", k=2, console=quiet)
+      >>> [photo.path for distance, photo in results[0].hits if distance == 0]
+      ['red.png']
     """
     output = _open_output(format, show, console)
     kind, settings = parse_kind(kind)
@@ -102,18 +103,24 @@ def search(
     rows: list[tuple[Tile | None, list[Tile]]] = []
     queries = _read_queries(str(query), collection, output)
     while batch := list(itertools.islice(queries, collection.hasher.batch_size)):
-        squares = np.stack([one.square for one in batch])
+        squares = np.stack([decoded.square for _, decoded in batch])
         codes = collection.encode(squares)
-        for one, code, hits in zip(batch, codes, _hits(collection, squares, codes, k, radius, rerank), strict=True):
+        if radius is not None:
+            all_hits = collection.within(codes, radius)
+        else:
+            all_hits = collection.nearest(codes, max(k, CANDIDATES) if rerank else k)
+        if rerank:
+            all_hits = collection.reranked(collection.hasher.logits(squares), all_hits)
+        for (path, decoded), code, candidates in zip(batch, codes, all_hits, strict=True):
+            hits = candidates[:k]
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)
-            result = Result(one.path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
-            record = {"query": printable(one.path), "code": code.tobytes().hex(), "root": printable(collection.root)}
-            title = one.path + (", ordered by the query's logits" if rerank else "")
+            result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
+            record = {"query": printable(path), "code": code.tobytes().hex(), "root": printable(collection.root)}
+            title = path + (", ordered by the query's logits" if rerank else "")
             _print_photos(output, title, record, "hits", result.hits)
             if output.sheet is not None and len(rows) < ROWS:
-                shown = hits[:COLUMNS]  # a large radius may find thousands
-                tiles = _tiles([hit.distance for hit in shown], collection.photos([hit.number for hit in shown]))
-                rows.append((Tile(decode(one.thumbnail, 0), "query"), tiles))
+                # A large radius may find thousands.
+                rows.append((Tile(decode(decoded.thumbnail, 0), "query"), _tiles(collection, hits[:COLUMNS])))
             results.append(result)
     note = f", the first {ROWS} queries" if len(results) > ROWS else ""
     _write_sheet(output, f"The nearest of {len(collection):,} photos", rows, note)
@@ -146,6 +153,12 @@ def duplicates(
       IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
       ConfigError: The format is unknown, or the contact sheet cannot be written.
       SearchError: FAISS is not installed, or the radius is negative.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> cib.find_duplicates("INDEX", radius=0, console=rich.console.Console(quiet=True))
+      []
     """
     output = _open_output(format, show, console)
     _validate_radius(radius)
@@ -154,9 +167,8 @@ def duplicates(
     radius = collection.bits // 16 if radius is None else radius
     groups = collection.groups(radius)
     if confirm:
-        groups = _confirm(
-            collection, groups, radius, rich.console.Console(quiet=True) if output.json else output.console
-        )
+        console = rich.console.Console(quiet=True) if output.json else output.console
+        groups = _confirm(collection, groups, radius, console)
     groups.sort(key=len, reverse=True)
     results: list[list[tuple[int, Photo]]] = []
     for start in range(0, len(groups), PAGE):
@@ -176,8 +188,8 @@ def duplicates(
         )
     rows: list[tuple[Tile | None, list[Tile]]] = []
     for group, result in zip(groups[:ROWS] if output.sheet else (), results, strict=False):
-        distances = [distance for distance, _ in result[:COLUMNS]]
-        rows.append((None, _tiles(distances, collection.photos(group[:COLUMNS]))))
+        hits = [Hit(distance, number) for (distance, _), number in zip(result, group[:COLUMNS], strict=False)]
+        rows.append((None, _tiles(collection, hits)))
     cut = len(groups) > ROWS or any(len(group) > COLUMNS for group in groups)
     note = f", the first {ROWS} groups, {COLUMNS} photos of each at most" if cut else ""
     _write_sheet(output, f"Groups of {kind}", rows, note)
@@ -187,19 +199,13 @@ def duplicates(
 # Queries and hits
 
 
-class _Query(NamedTuple):
-    path: str
-    square: UInt8[np.ndarray, "side side 3"]
-    thumbnail: bytes
-
-
 def _validate_radius(radius: int | None) -> None:
     if radius is not None and radius < 0:
         raise SearchError(f"--radius must be 0 bits or more, got {radius}", field="--radius")
 
 
-def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[_Query]:
-    """Yields the photos that can be read, and reports the others."""
+def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[tuple[str, DecodedPhoto]]:
+    """Yields the names and contents of the photos that can be read, and reports the others."""
     path = pathlib.Path(query).expanduser()
     if not path.exists():
         raise DataError(f"--query must be a photo or a folder of photos, got {path}, which does not exist", "--query")
@@ -214,7 +220,7 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
             name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
             if read.decoded is not None:
                 readable += 1
-                yield _Query(name, read.decoded.square, read.decoded.thumbnail)
+                yield name, read.decoded
             elif not path.is_dir():
                 raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
             elif output.json:
@@ -223,23 +229,6 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
                 print_message(output.console, f"{printable(name)} cannot be read: {read.reason}")
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder", "--query")
-
-
-def _hits(
-    collection: Collection,
-    squares: UInt8[np.ndarray, "queries side side 3"],
-    codes: UInt8[np.ndarray, "queries bytes"],
-    k: int,
-    radius: int | None,
-    rerank: bool,
-) -> list[list[Hit]]:
-    if radius is not None:
-        hits = collection.within(codes, radius)
-    else:
-        hits = collection.nearest(codes, max(k, CANDIDATES) if rerank else k)
-    if rerank:
-        hits = collection.reranked(collection.hasher.logits(squares), hits)
-    return [some[:k] for some in hits]
 
 
 def _print_recall(collection: Collection, k: int, console: rich.console.Console) -> None:
@@ -262,21 +251,20 @@ def _confirm(
 ) -> list[list[int]]:
     """Returns the groups, each split into those with thumbnails that look alike."""
     members = [number for group in groups for number in group]
-    looks = np.empty((len(members), HASH_BITS // 8), np.uint8)
+    looks: list[np.ndarray] = []
 
     def hash_page(start: int) -> list[np.ndarray]:
         photos = collection.photos(members[start : start + PAGE])
         return [difference_hash(decode(photo.thumbnail, 0)) for photo in photos]
 
-    with progress_bar(console, "Looking at photos with near codes", len(members)) as moved:
-        for start, hashes in map_in_order(hash_page, range(0, len(members), PAGE)):
-            looks[start : start + len(hashes)] = hashes
-            moved(len(hashes), "")
-    confirmed, begin = [], 0
+    with progress_bar(console, "Looking at photos with near codes", len(members)) as advance:
+        for _, hashes in map_in_order(hash_page, range(0, len(members), PAGE)):
+            looks += hashes
+            advance(len(hashes))
+    confirmed, rest = [], iter(looks)
     for group in groups:
-        alike = split_by_looks(collection.codes[group], looks[begin : begin + len(group)], radius)
+        alike = split_by_looks(collection.codes[group], np.stack([next(rest) for _ in group]), radius)
         confirmed += [[group[at] for at in some] for some in alike]
-        begin += len(group)
     return confirmed
 
 
@@ -302,12 +290,10 @@ def split_by_looks(
 # Output
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
+class _Output(NamedTuple):
     console: rich.console.Console
     json: bool
-    sheet: pathlib.Path | None
-    """File of the contact sheet."""
+    sheet: pathlib.Path | None  # file of the contact sheet
 
 
 def _open_output(format: str, show: pathlib.Path | str | None, console: rich.console.Console | None) -> _Output:
@@ -353,10 +339,11 @@ def _print_photos(
     output.console.print(table)
 
 
-def _tiles(distances: Sequence[int], photos: Sequence[Photo]) -> list[Tile]:
+def _tiles(collection: Collection, hits: Sequence[Hit]) -> list[Tile]:
+    photos = collection.photos([hit.number for hit in hits])
     return [
-        Tile(decode(photo.thumbnail, 0), _format_bits(distance), note=printable(photo.path))
-        for distance, photo in zip(distances, photos, strict=True)
+        Tile(decode(photo.thumbnail, 0), _format_bits(hit.distance), note=printable(photo.path))
+        for hit, photo in zip(hits, photos, strict=True)
     ]
 
 
@@ -372,10 +359,9 @@ def _write_sheet(output: _Output, title: str, rows: Sequence[tuple[Tile | None, 
         content = io.BytesIO()
         contact_sheet.draw(title, rows).save(content, "PNG")
         try:
-            with files.replacing(output.sheet) as part:
-                part.write_bytes(content.getbuffer())
+            write_bytes(output.sheet, content.getvalue())
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
+            reason = short_reason(error)
             raise ConfigError(f"--show: {output.sheet} cannot be written ({reason}); give another", "--show") from error
     if not output.json:
         print_message(

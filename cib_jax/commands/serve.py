@@ -52,11 +52,6 @@ def serve(
       below: Path, such as "/photos", under which a reverse proxy serves it.
       console: Console for messages.
       settings: Fields of `web.settings.Settings`: proxies, frames, searches, photo_mb and megapixels.
-
-    Raises:
-      WebError: The extra `web` is not installed, or a setting is invalid.
-      IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
-      SearchError: FAISS is not installed.
     """
     web.check_installed()
     from cib_jax.web import page, server
@@ -74,18 +69,13 @@ def serve(
     print_message(console, f"Opening {index}")
     collection = Collection.open(index)
 
-    def renew(_: object) -> Collection:
-        nonlocal collection
-        collection = collection.renewed()
-        return collection
-
     print_message(console, f"Preparing to search {len(collection):,} photos of {collection.root}")
     server.serve(
         collection,
         host=host,
         port=port,
         page=functools.partial(page.mount, settings=chosen, root_path=below or None),
-        renew=renew,
+        renew=Collection.renewed,
         settings=chosen,
         print_line=lambda sentence: print_message(console, sentence),
     )
@@ -111,8 +101,7 @@ HOST = "127.0.0.1"
 _JUPYTER = "http://localhost:*,http://127.0.0.1:*"
 _COLAB = "https://colab.research.google.com,https://*.googleusercontent.com"
 
-_pages: dict[int, "Page"] = {}
-"""Pages that this notebook serves, by port."""
+_pages: dict[int, "Page"] = {}  # those that this notebook serves, by port
 
 
 class Page:
@@ -147,13 +136,9 @@ class Page:
         return IFrame(self.url, "100%", height)
 
     def wait(self, patience: float) -> None:
-        """Returns once the page answers.
-
-        Raises:
-          WebError: The server has ended, or does not answer within `patience` seconds.
-        """
+        """Returns once the page answers, within `patience` seconds."""
         deadline = time.monotonic() + patience
-        while not _answers(self.port):
+        while not self._answers():
             if not self.running:
                 self._log.seek(0)
                 lines = self._log.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
@@ -162,15 +147,21 @@ class Page:
                 raise WebError(f"the search page did not answer in {patience:g} seconds; serve it again")
             time.sleep(0.2)
 
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)  # ignores proxies of the environment
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        return False
+
     def stop(self) -> None:
         """Ends the server, if it still runs, and waits until it has ended."""
-        if self.running:
-            self._process.terminate()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         if _pages.get(self.port) is self:
             del _pages[self.port]
         self._log.close()
@@ -190,6 +181,11 @@ def serve_notebook(index: pathlib.Path | str, *, port: int = 7860, patience: flo
     Raises:
       WebError: The extra `web` is not installed, the port is in use, or the server ends or does not answer in time.
       IndexFolderError: There is no index.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> page = cib.serve_notebook("INDEX")  # doctest: +SKIP
+      >>> page.show()  # doctest: +SKIP
     """
     web.check_installed()
     from cib_jax.web import server
@@ -224,17 +220,6 @@ def serve_notebook(index: pathlib.Path | str, *, port: int = 7860, patience: flo
         page.stop()
         raise
     return page
-
-
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection(HOST, port, timeout=5)  # ignores proxies of the environment
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _colab() -> Any:

@@ -69,6 +69,16 @@ def train(
         anything expensive starts.
       TrainingError: The loss became NaN or infinite.
       Preempted: SIGTERM came, and the run is saved; the same call continues it.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> from cib_jax.configs import digits
+      >>> config = digits.get_config()
+      >>> config.update_from_flattened_dict({"epochs": 1, "cache.dir": "none", "report.write": False})
+      >>> results = cib.train(config, "DIGITS", console=rich.console.Console(quiet=True))
+      >>> results["counts"]["query"], results["bits"], 0 < results["map"] < 1
+      (297, 32, True)
     """
     with multihost.shared_errors():
         schema.validate(config)
@@ -154,27 +164,28 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
                 stream="teacher steps" if run.is_teacher else "steps",
             )
             session = _Session(run, progress, checkpoints, owned, extra, log)
-            try:
-                state, progress = trainer.train(
-                    training_run,
-                    (state, progress),
-                    hooks=session.hooks,
-                    learn_coordinates=lambda: _learn_coordinates(run, loaded),
-                )
-            except NonFiniteLossError as error:
-                checkpoints.wait()
-                raise TrainingError(
-                    f"{error}; the last good checkpoint is {checkpoints.directory / str(checkpoints.latest_step)}; "
-                    "train again in another --workdir with a lower config.learning_rate or a higher "
-                    "config.temperature",
-                    field="config.learning_rate",
-                ) from None
-            if not progress.finished:
-                session.save(state, progress)
-                checkpoints.wait()
-                raise multihost.Preempted(
-                    f"{_format_progress(progress, run.config)} is saved in {checkpoints.directory}"
-                )
+            with session.until_saved:
+                try:
+                    state, progress = trainer.train(
+                        training_run,
+                        (state, progress),
+                        hooks=session.hooks,
+                        learn_coordinates=lambda: _learn_coordinates(run, loaded),
+                    )
+                except NonFiniteLossError as error:
+                    checkpoints.wait()
+                    raise TrainingError(
+                        f"{error}; the last good checkpoint is {checkpoints.directory / str(checkpoints.latest_step)}; "
+                        "train again in another --workdir with a lower config.learning_rate or a higher "
+                        "config.temperature",
+                        field="config.learning_rate",
+                    ) from None
+                if not progress.finished:
+                    session.save(state, progress)
+                    checkpoints.wait()
+                    raise multihost.Preempted(
+                        f"{_format_progress(progress, run.config)} is saved in {checkpoints.directory}"
+                    )
         return float(extra["bank_seconds"])
 
 
@@ -235,6 +246,8 @@ class _Session:
     ):
         self.run, self.start, self.log = run, start, log
         self.checkpoints, self.owned, self.extra = checkpoints, owned, extra
+        # SIGTERM is only noted from the first step until the state after the last one is saved.
+        self.until_saved = contextlib.ExitStack()
 
     @property
     def hooks(self) -> Hooks:
@@ -245,10 +258,8 @@ class _Session:
     def during_steps(self) -> Iterator[None]:
         config = self.run.config
         images = config.epochs * (len(self.run.splits.train) // config.batch_size) * config.batch_size
-        with (
-            progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance,
-            multihost.sigterm_flag() as self.sigterm_came,
-        ):
+        self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
+        with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
             yield
 
     def should_stop(self) -> bool:

@@ -16,21 +16,13 @@ import rich.console
 import scipy.stats
 from jaxtyping import Array, UInt8
 
-from cib_jax import codes
+from cib_jax import codes, errors
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
 from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
-from cib_jax.errors import (
-    ConfigError,
-    DataError,
-    DevicesError,
-    MissingExtraError,
-    TrainingError,
-    UserError,
-    WorkdirError,
-)
+from cib_jax.errors import ConfigError
 from cib_jax.files import write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
@@ -58,15 +50,6 @@ def tune(
 
     Trial n is a run in trials/n; its parameters follow from the seed, n and the trials before it. Stopped anywhere, the
     same command goes on, within a trial from its last checkpoint, to the same result. More trials may be added later.
-
-    Args:
-      config: Config of the experiment, as in configs/default.py.
-      workdir: Folder of the search.
-      console: Console for messages and tables.
-
-    Raises:
-      ConfigError, DataError, WeightsError, WorkdirError: As in training.
-      MissingExtraError: Optuna, or a metric writer, is not installed.
     """
     workdir, console = pathlib.Path(workdir), console or rich.console.Console()
     schema.validate(config, around=True)
@@ -102,15 +85,11 @@ Space = dict[str, Any]
 
 
 def load_optuna() -> Any:
-    """Returns the module optuna.
-
-    Raises:
-      MissingExtraError: It is not installed.
-    """
+    """Returns the module optuna."""
     try:
         import optuna
     except ImportError:
-        raise MissingExtraError(
+        raise errors.MissingExtraError(
             "--mode=tune needs Optuna, which is not installed; pip install 'optuna>=4.5'", field="--mode"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -120,13 +99,7 @@ def load_optuna() -> Any:
 def parse_space(text: str, *, grid: bool = False) -> Space:
     """Returns the distributions that "temperature=0.2..0.5, batch_size=64|128, beta=1e-5..1e-2 log" describes.
 
-    Args:
-      text: Description, as in configs/default.py.
-      grid: Whether only choices are allowed.
-
-    Raises:
-      ConfigError: A field or a value is invalid.
-      MissingExtraError: Optuna is not installed.
+    A `grid` consists of choices alone.
     """
     distributions = load_optuna().distributions
     space: Space = {}
@@ -168,14 +141,8 @@ def suggest(
     """Returns the parameters of trial `number`.
 
     They depend on the arguments alone, so that a search that goes on draws what it would have drawn without the stop.
-    For the same reason no storage of Optuna is used: its samplers depend on the number of calls so far.
-
-    Args:
-      space: Distributions.
-      sampler: "tpe", "random" or "grid".
-      seed: Seed of the search.
-      number: Number of the trial, from 0.
-      earlier: Parameters and score of every trial before it, by number; None for a failed trial. Only "tpe" uses them.
+    For the same reason no storage of Optuna is used: its samplers depend on the number of calls so far. `earlier` holds
+    parameters and score of every trial before it, by number, None for a failed trial; only "tpe" uses them.
     """
     if sampler == "grid":
         return grid_points(space)[number]
@@ -192,25 +159,19 @@ def suggest(
     for params, score in earlier if sampler == "tpe" else ():
         outcome = {"state": optuna.trial.TrialState.FAIL} if score is None else {"value": score}
         study.add_trial(optuna.trial.create_trial(params=dict(params), distributions=space, **outcome))
-    return {name: _rounded(space[name], value) for name, value in study.ask(space).params.items()}
-
-
-def _rounded(distribution: Any, value: Any) -> Any:
-    """Returns a number with three significant digits, which are easy to type; more have no effect."""
-    if not isinstance(value, float) or not hasattr(distribution, "low"):
-        return value
-    return min(max(float(f"{value:.3g}"), distribution.low), distribution.high)
+    params = study.ask(space).params
+    for name, value in params.items():
+        if isinstance(value, float) and hasattr(space[name], "low"):
+            # Three significant digits are easy to type; more have no effect.
+            params[name] = min(max(float(f"{value:.3g}"), space[name].low), space[name].high)
+    return params
 
 
 # Scores without labels
 
 
 def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
-    """Returns every score of `code_quality.SCORES` of a trained run, on `images` random images of its database.
-
-    Raises:
-      CheckpointError, DataError, WeightsError: As in evaluation.
-    """
+    """Returns every score of `code_quality.SCORES` of a trained run, on `images` random images of its database."""
     config = read_config(workdir)
     quiet = rich.console.Console(quiet=True)
     run = context.prepare_run(config, workdir, quiet, trained=True, standard=read_standard(workdir, config))
@@ -220,12 +181,11 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
     packed = features.codes(run, params, some, "Encoding")
     before = np.concatenate(list(features.before_hashing(run, some, "Features")))
     statistics = code_quality.code_health(packed)
+    neighbors = min(code_quality.NEIGHBOURS, len(packed) - 2)
     last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {
         "separation": code_quality.separation(packed),
-        "neighbour_agreement": code_quality.neighbour_agreement(
-            packed, before, neighbours=min(code_quality.NEIGHBOURS, len(packed) - 2)
-        ),
+        "neighbour_agreement": code_quality.neighbour_agreement(packed, before, neighbours=neighbors),
         "view_agreement": code_quality.view_agreement(*_codes_of_views(run, params, some)),
         "entropy": statistics["entropy"],
         "decorrelation": 1 - statistics["mean_abs_correlation"],
@@ -292,9 +252,7 @@ def _complete(trial: Trial, *, config: ml_collections.ConfigDict, trials: Sequen
 def run_trial(base: ml_collections.ConfigDict, params: dict[str, Any], trial: Trial) -> Record:
     """Trains and scores one trial, writes its trial.json and returns it.
 
-    Raises:
-      BusyError: Another process is working on it.
-      UserError: The error does not concern a drawn field: the data, the weights, or the folder.
+    An error that concerns a drawn field is recorded; any other, as about the data or the folder, is raised.
     """
     config = base.copy_and_resolve_references()
     # A report would take longer than a short trial; --mode=evaluate --config.report.write=True draws one.
@@ -312,20 +270,16 @@ def run_trial(base: ml_collections.ConfigDict, params: dict[str, Any], trial: Tr
                 "of the split 'validation'; add some, or choose a score without labels",
                 field=SCORE,
             )
-    except (ConfigError, TrainingError, DataError, DevicesError) as error:
+    except (ConfigError, errors.TrainingError, errors.DataError, errors.DevicesError) as error:
         # Another draw may work; any other error would repeat in every trial.
-        if not (isinstance(error, TrainingError) or _concerns(error, params)):
+        names = [f"config.{name}" for name in params]
+        drawn = error.field in names if error.field else any(f"{name}:" in str(error) for name in names)
+        if not (drawn or isinstance(error, errors.TrainingError)):
             raise
         record["error"] = str(error)
     trial.workdir.mkdir(parents=True, exist_ok=True)
     write_json(trial.record_path, record)
     return record
-
-
-def _concerns(error: UserError, params: Mapping[str, Any]) -> bool:
-    """Returns whether an error names one of the drawn fields."""
-    names = [f"config.{name}" for name in params]
-    return error.field in names if error.field else any(f"{name}:" in str(error) for name in names)
 
 
 def _format_params(params: Mapping[str, Any]) -> str:
@@ -358,7 +312,7 @@ def _conclude(
     if not good:
         raise ConfigError(f"{SPACE}: no trial could be scored; the reasons are above, so try another space", SPACE)
     if len({record["data"] for record in good}) > 1:
-        raise WorkdirError(
+        raise errors.WorkdirError(
             f"config.data.dir must be the same for all trials of {workdir}, but some were run on other data; restore "
             "these, or choose another --workdir",
             field="config.data.dir",
@@ -394,13 +348,11 @@ def rank_correlations(records: list[Record]) -> dict[str, dict[str, float]]:
     correlations = {}
     for against in ("validation_map", "map"):
         known = [record["scores"] for record in records if record["scores"].get(against) is not None]
-        if len(known) < 3 or len({scores[against] for scores in known}) < 2:
+        column = {name: [scores[name] for scores in known] for name in (*SCORES, against)}
+        if len(known) < 3 or len(set(column[against])) < 2:
             continue
-        ranked = {}
-        for name in SCORES:
-            columns = [[scores[key] for scores in known] for key in (name, against)]
-            if len(set(columns[0])) > 1:
-                ranked[name] = float(scipy.stats.spearmanr(*columns).statistic)
+        varied = [name for name in SCORES if len(set(column[name])) > 1]
+        ranked = {name: float(scipy.stats.spearmanr(column[name], column[against]).statistic) for name in varied}
         correlations[against] = dict(sorted(ranked.items(), key=lambda item: -item[1]))
     return correlations
 
@@ -441,10 +393,8 @@ def _draw_sensitivity(temperatures: list[float], betas: list[float], values: np.
     """Returns a heat map over τ and β with each value of a grid, or quintiles of what was drawn from ranges."""
     columns, at_column = _bins(temperatures)
     rows, at_row = _bins(betas)
-    sums, counts = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
-    np.add.at(sums, (at_row, at_column), values)
-    np.add.at(counts, (at_row, at_column), 1)
-    mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    edges = (np.arange(len(rows) + 1), np.arange(len(columns) + 1))
+    mean = scipy.stats.binned_statistic_2d(at_row, at_column, values, bins=edges).statistic  # NaN where there is none
     drawn = figures.heat_map(columns, rows, mean, names=("temperature τ", "bottleneck weight β"), score=score)
     return report.picture("sensitivity", drawn, "Means over the trials of a cell; bins named by their median value")
 

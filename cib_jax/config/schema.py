@@ -41,7 +41,6 @@ def _pixels_or_zero(meaning: str) -> Rule:
 
 _POSITIVE: Rule = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
 _SEED: Rule = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
-_FRACTION: Rule = (lambda part: 0 <= part <= 1, "must be from 0 to 1")
 _COUNT: Rule = (lambda count: count >= AS_NAMED, "must be 0 or more, or -1 to take the protocol's number")
 _NUMBERS: Rule = (
     lambda text: bool(re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text)),
@@ -96,7 +95,7 @@ RULES: dict[str, Rule] = {
     "data.validation_queries": _at_least(1),
     "data.stored_size": _pixels_or_zero("the images' own size"),
     "data.resident_mb": _at_least(0),
-    "data.max_bad_fraction": _FRACTION,
+    "data.max_bad_fraction": (lambda part: 0 <= part <= 1, "must be from 0 to 1"),
     "data.max_megapixels": (
         lambda limit: 1 <= limit <= photos.MAX_MEGAPIXELS,
         f"must be from 1 to {photos.MAX_MEGAPIXELS}, Pillow's own limit against decompression bombs",
@@ -139,24 +138,10 @@ AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] in ("compar
 WHERE = frozenset({"data.dir", "data.raw_dir", "backbone_weights", "cache.dir"})
 """Paths, which may differ from one machine to the next."""
 
-MAY_CHANGE = (
-    AROUND
-    | WHERE
-    | frozenset(
-        {
-            "data.resident_mb",
-            "data.max_bad_fraction",
-            "train.bank_mb",
-            "train.checkpoint_dir",
-            "fine_tune.checkpointing",
-            "micro_batch",
-            "devices",
-            "log.writers",
-            "report.write",
-            "report.embedded",
-            "cache.mb",
-        }
-    )
+MAY_CHANGE = AROUND.union(
+    WHERE,
+    ("data.resident_mb", "data.max_bad_fraction", "train.bank_mb", "train.checkpoint_dir", "fine_tune.checkpointing"),
+    ("micro_batch", "devices", "log.writers", "report.write", "report.embedded", "cache.mb"),
 )
 """Fields that do not affect what is learned, so that they may differ when a run is resumed.
 
@@ -181,16 +166,7 @@ MEASURING = frozenset({"k", "encode_batch", "report.write", "report.embedded"})
 
 
 def parsed(name: str, text: str, where: str) -> Any:
-    """Returns the value of a field that is given as text.
-
-    Args:
-      name: Dotted name of the field, one of `FIELDS`.
-      text: Its value, as on a command line.
-      where: The flag or field that an error names.
-
-    Raises:
-      ConfigError: The text is of another type, or the value is not allowed.
-    """
+    """Returns the value of the field `name`, one of `FIELDS`, that is given as text; an error names `where`."""
     kind = FIELDS[name]
     try:
         value = {"True": True, "False": False}[text] if kind is bool else kind(text)
@@ -206,15 +182,7 @@ def fine_tune(config: ml_collections.ConfigDict) -> FineTune:
 
 
 def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None:
-    """Checks every field, and the fields that depend on each other.
-
-    Args:
-      config: The config of a run.
-      around: Whether the fields of `AROUND` are required too.
-
-    Raises:
-      ConfigError: A value is not allowed, a field is missing or unknown, or two fields do not go together.
-    """
+    """Checks every field, and the fields that depend on each other; with `around`, those of `AROUND` are required."""
     flat = flatten(config)
     for name in flat.keys() - FIELDS.keys():
         hint = did_you_mean(name, FIELDS) or "see configs/default.py "
@@ -234,14 +202,13 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None
             f"{config.backbone!r} cannot be used with config.data.name={config.data.name}; 'none' is for 'features', "
             "which need no network, and for nothing else",
         )
-    families = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
-    if config.augment not in families:
-        inputs = "features" if config.backbone == "none" else "images"
-        raise _error("augment", f"must be one of {', '.join(families)} for {inputs}, got {config.augment!r}")
     if config.backbone == "none":
-        _validate_without_network(config)
+        families, inputs, validate_rest = [*features.FAMILIES], "features", _validate_without_network
     else:
-        _validate_network(config)
+        families, inputs, validate_rest = [*augment.FAMILIES], "images", _validate_network
+    if config.augment not in families:
+        raise _error("augment", f"must be one of {', '.join(families)} for {inputs}, got {config.augment!r}")
+    validate_rest(config)
 
 
 def _validate_value(name: str, value: Any, where: str) -> None:
@@ -265,31 +232,27 @@ def _validate_without_network(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_network(config: ml_collections.ConfigDict) -> None:
-    backbone = registry.get(config.backbone)
+    backbone, size, frozen = registry.get(config.backbone), config.image_size, config.frozen
     from_scratch = backbone.convert is None
-    if config.image_size and config.image_size < backbone.smallest:
-        raise _error(
-            "image_size", f"must be {backbone.smallest} pixels or more for {backbone.name}, got {config.image_size}"
-        )
-    if config.image_size % backbone.multiple:
-        nearest = round(config.image_size / backbone.multiple) * backbone.multiple
+    if size and size < backbone.smallest:
+        raise _error("image_size", f"must be {backbone.smallest} pixels or more for {backbone.name}, got {size}")
+    if size % backbone.multiple:
+        nearest = round(size / backbone.multiple) * backbone.multiple
         raise _error(
             "image_size",
-            f"must be a multiple of {backbone.multiple}, the side of the patches of {backbone.name}, got "
-            f"{config.image_size}; try {nearest}",
+            f"must be a multiple of {backbone.multiple}, the side of the patches of {backbone.name}, got {size}; try "
+            f"{nearest}",
         )
     if from_scratch and config.backbone_weights:
         raise _error("backbone_weights", f"must be empty, since {backbone.name} is trained from scratch")
-    if from_scratch and config.frozen:
+    if from_scratch and frozen:
         raise _error("frozen", f"must be False for {backbone.name}, which would keep its random initial weights")
     if fine_tune(config) != FineTune():
         try:
-            validate_fine_tune(
-                fine_tune(config), backbone, config.image_size, frozen=config.frozen, from_scratch=from_scratch
-            )
+            validate_fine_tune(fine_tune(config), backbone, size, frozen=frozen, from_scratch=from_scratch)
         except ConfigError as error:
             raise ConfigError(f"config.{error}", f"config.{error.field}") from None
-    if config.train.views and not config.frozen:
+    if config.train.views and not frozen:
         raise _error(
             "train.views",
             "features can be computed once only while the backbone is frozen; set it to 0, or config.frozen to True",
@@ -305,9 +268,5 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset
     """Returns "field: theirs → mine" for each field in which two flat configs differ, except for the ignored ones."""
     mine, theirs = ADDED | mine, ADDED | theirs
     names = sorted((mine.keys() | theirs.keys()) - ignored)
-    missing = object()
-    return [
-        f"{name}: {theirs.get(name, 'absent')!r} → {mine.get(name, 'absent')!r}"
-        for name in names
-        if mine.get(name, missing) != theirs.get(name, missing)
-    ]
+    pairs = [(name, theirs.get(name, "absent"), mine.get(name, "absent")) for name in names]
+    return [f"{name}: {before!r} → {now!r}" for name, before, now in pairs if before != now]

@@ -19,6 +19,7 @@ import safetensors.numpy
 from jaxtyping import Shaped, UInt8
 
 from cib_jax.data.dataset import Bar, data_error, no_bar
+from cib_jax.errors import DataError
 from cib_jax.files import locked, replacing, short_reason, write_bytes
 
 KEY_FILE = "made_of.json"
@@ -55,26 +56,17 @@ def _key_text(key: Mapping[str, Any]) -> bytes:
 
 
 def prune(root: pathlib.Path, max_bytes: int, keep: Callable[[pathlib.Path], bool]) -> None:
-    """Deletes the least recently used cache folders in `root` until all take at most `max_bytes`.
-
-    Args:
-      root: Folder of cache folders; anything in it without a `KEY_FILE` is left alone.
-      max_bytes: Size limit in bytes.
-      keep: Predicate of folders that must stay, such as `in_use`.
-    """
-    if not root.is_dir():
-        return
-    used, sizes = {}, {}
-    for folder in root.iterdir():
-        with contextlib.suppress(OSError):  # another process may be deleting it
-            if (folder / KEY_FILE).exists():
-                used[folder] = folder.stat().st_mtime
-                sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
-    total = sum(sizes.values())
-    for folder in sorted(sizes, key=used.__getitem__):
+    """Deletes the least recently used cache folders in `root`, except those to keep, until all take `max_bytes`."""
+    folders = []
+    for file in root.glob(f"*/{KEY_FILE}"):
+        with contextlib.suppress(OSError):  # another process may be deleting the folder
+            size = sum(file.stat().st_size for file in file.parent.iterdir())
+            folders.append((file.parent.stat().st_mtime, file.parent, size))
+    total = sum(size for *_, size in folders)
+    for _, folder, size in sorted(folders):
         if total > max_bytes and not keep(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            total -= sizes[folder]
+            total -= size
 
 
 def mark_used(folder: pathlib.Path) -> None:
@@ -89,22 +81,18 @@ def write_errors(folder: pathlib.Path, content: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise data_error(
-            "config.cache.dir",
-            f"{content} cannot be written to {folder} ({short_reason(error)}); free some space, or choose another "
-            "place with --config.cache.dir=DIR",
-        ) from error
+        raise _error(f"{content} cannot be written to {folder} ({short_reason(error)}); free some space") from error
 
 
 def validate_free_space(folder: pathlib.Path, needed: int, content: str, remedy: str) -> None:
     """Checks that the disk of `folder` has `needed` bytes free for `content`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise data_error(
-            "config.cache.dir",
-            f"{content} need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; {remedy}, or "
-            "choose another place with --config.cache.dir=DIR",
-        )
+        raise _error(f"{content} need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} free; {remedy}")
+
+
+def _error(problem: str) -> DataError:
+    return data_error("config.cache.dir", f"{problem}, or choose another place with --config.cache.dir=DIR")
 
 
 # Locks
@@ -141,10 +129,7 @@ def in_use(folder: pathlib.Path) -> bool:
 
 
 class FeatureCache:
-    """Features of one set of images by one network, one file per part.
-
-    A part is written atomically and read with its checksum; several processes may share a folder.
-    """
+    """Features of one set of images by one network, one file per part, which several processes may share."""
 
     def __init__(self, root: pathlib.Path, key: Mapping[str, Any]):
         """Selects the folder under `root` for a key of plain JSON; nothing is written."""
@@ -152,13 +137,8 @@ class FeatureCache:
         self.folder = key_folder(root, key)
 
     def read(self, part: str, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> Shaped[np.ndarray, "..."] | None:
-        """Returns the part called `part`, or None if it was never written.
-
-        Raises:
-          DamagedError: The file is truncated, altered or holds another shape or type.
-          OSError: The folder cannot be read.
-        """
-        path = self._path(part)
+        """Returns the part called `part`, or None if it was never written; raises a DamagedError if it is damaged."""
+        path = self.folder / f"{part}.safetensors"
         if not path.exists():
             return None
         try:
@@ -172,14 +152,9 @@ class FeatureCache:
         return features
 
     def write(self, part: str, features: Shaped[np.ndarray, "..."]) -> None:
-        """Writes a part atomically.
-
-        Raises:
-          OSError: It cannot be written.
-        """
-        create_folder(self._root, self._key)
+        """Writes a part atomically, or raises an OSError."""
+        path = create_folder(self._root, self._key) / f"{part}.safetensors"
         features = np.ascontiguousarray(features)
-        path = self._path(part)
         try:
             with replacing(path) as temporary:
                 safetensors.numpy.save_file({"features": features}, temporary, {"checksum": _checksum(features)})
@@ -201,12 +176,9 @@ class FeatureCache:
         """Deletes the least recently used folders beside this one until all take at most `max_bytes`."""
         prune(self._root, max_bytes, lambda folder: folder == self.folder)
 
-    def _path(self, part: str) -> pathlib.Path:
-        return self.folder / f"{part}.safetensors"
-
 
 def _checksum(features: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(features).data, digest_size=16).hexdigest()
+    return hashlib.blake2b(features.data, digest_size=16).hexdigest()
 
 
 def digest_of_images(batches: Iterable[UInt8[np.ndarray, "rows height width 3"]]) -> str:

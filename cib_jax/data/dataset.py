@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
@@ -61,12 +61,9 @@ class Images(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images with their labels. Labels measure and, in the published protocols, balance draws; nothing is fit to them.
+    """Images or feature vectors with their labels and names (such as their paths), if they have any.
 
-    Attributes:
-      images: Images or feature vectors.
-      labels: Labels, or None if the set has none.
-      names: Names of the images, such as their paths, or None if they have none.
+    Labels measure and, in the published protocols, balance draws; nothing is fit to them.
     """
 
     images: Images
@@ -83,8 +80,7 @@ class ImageSet:
         return ImageSet(_Subset(self.images, indices), labels, names)
 
 
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """A file that could not be used, and the reason."""
 
     path: str
@@ -99,17 +95,14 @@ class DataConfig:
     """Which data set is loaded and how; the fields of `config.data` that concern loading.
 
     Attributes:
-      name: Name of the data set: "digits" (from scikit-learn), "folder" (of photos), "list" (a CSV or Parquet file of
-        paths), "features" (vectors of any model), "nuswide", "mscoco", or a data set of tensorflow-datasets (TFDS),
-        spelled as there, such as "cifar10" or "mscoco/2017".
+      name: Name of the data set: one of `sources.DATA_SETS`, "folder" (of photos), "list" (a CSV or Parquet file of
+        paths), "features" (vectors of any model), "nuswide", "mscoco", or a data set of tensorflow-datasets (TFDS).
       directory: Folder, file or TFDS data_dir ("": the default of TFDS). Unused for "digits".
       labeled: Whether the labels of a folder, a list or features are used.
       stored_size: Side in pixels to which the photos of a folder or a list are resized.
       max_megapixels: Limit above which an image is left out.
       raw_directory: Folder of the published files, for a TFDS data set with files that TFDS cannot download.
-      image_feature: TFDS feature that holds the image; "" selects the only one.
-      label_feature: TFDS feature that holds the label or labels, with slashes into nested features ("objects/label");
-        "" selects the only one.
+      image_feature, label_feature: TFDS features, with slashes into nested ones; "" selects the only one.
       database_split: TFDS split to train on and search, such as "train[:1000]"; "" is "train".
       query_split: TFDS split of the queries; "" is "test", or none if "train" is the only split.
     """
@@ -130,13 +123,8 @@ class DataConfig:
 class Source:
     """A data set as it is published, before its images are split by role.
 
-    Attributes:
-      train: Training images, or the whole set if it comes in one piece.
-      test: Test images, or None if the set comes in one piece.
-      classes: Names of the classes, if they are known.
-      roles: Splits that a list of photos gives itself, by `splits.ROLES`.
-      unreadable: Files that were left out.
-      notes: Sentences for the user about how the data were read.
+    `train` holds all images if the set comes in one piece, `roles` the splits that a list of photos gives itself (by
+    `splits.ROLES`), `unreadable` the files that were left out, and `notes` sentences for the user.
     """
 
     train: ImageSet
@@ -167,14 +155,13 @@ class _Subset:
     @property
     def identity(self) -> str | None:
         whole = identity(self.images)
-        if whole is None:
-            return None
-        return f"{whole}/{hashlib.blake2b(np.asarray(self.indices, np.int64).tobytes(), digest_size=16).hexdigest()}"
+        taken = hashlib.blake2b(np.asarray(self.indices, np.int64).tobytes(), digest_size=16).hexdigest()
+        return whole and f"{whole}/{taken}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Concatenation:
-    parts: tuple[Images, ...]
+    parts: Sequence[Images]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -206,7 +193,7 @@ def concatenate(*sets: ImageSet) -> ImageSet:
     labels = [part.labels for part in sets if part.labels is not None]
     names = [part.names for part in sets if part.names is not None]
     return ImageSet(
-        _Concatenation(tuple(part.images for part in sets)),
+        _Concatenation([part.images for part in sets]),
         np.concatenate(labels) if len(labels) == len(sets) else None,
         [name for part in names for name in part] if len(names) == len(sets) else None,
     )
@@ -250,53 +237,41 @@ def multi_hot(rows: Sequence[Any], classes: int) -> Bool[np.ndarray, "images cla
 
 
 def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Labels | None, list[str]]:
-    """Returns the labels in the columns of a table, and the names of the classes.
+    """Returns the labels in the columns of a table, or None, and the names of the classes; `path` is for messages.
 
-    Args:
-      path: Path of the file, for messages.
-      columns: Columns by name. `label` holds one class per row, by number or name. `labels` holds lists of them, or
-        text with `CLASS_SEPARATOR` between them, and may be empty. Without either there are no labels.
-
-    Raises:
-      DataError: A label is missing, or both columns are there.
+    The column `label` holds one class per row, by number or name. `labels` holds lists of them, or text with
+    `CLASS_SEPARATOR` between them, and may be empty.
     """
     if "label" in columns and "labels" in columns:
         raise config_error("dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
-    values = list(columns.get("label", columns.get("labels", ())))
     if "labels" in columns:
-        values = [
+        values: list[Any] = [
             [name for name in value.split(CLASS_SEPARATOR) if name] if isinstance(value, str) else value
-            for value in values
+            for value in columns["labels"]
         ]
-    elif "label" not in columns:
+    elif "label" in columns:
+        values = list(columns["label"])
+    else:
         return None, []
     several = any(isinstance(value, list) for value in values)
     several |= "labels" in columns and all(value is None for value in values)
-    if not several:
-        for row, value in enumerate(values):
-            if value is None or value == "":
-                raise config_error(
-                    "dir",
-                    f"{path}, row {row + 1}: label is empty; give each row one, or name the column 'labels' if rows "
-                    "may have none",
-                )
+    empty = [row for row, value in enumerate(values) if not several and (value is None or value == "")]
+    if empty:
+        remedy = "give each row one, or name the column 'labels' if rows may have none"
+        raise config_error("dir", f"{path}, row {empty[0] + 1}: label is empty; {remedy}")
     rows = [list(value or ()) for value in values] if several else [[value] for value in values]
-    classes = _sort_classes({name for row in rows for name in row})
-    if not classes:
+    found = {name for row in rows for name in row}
+    if not found:
         raise config_error("dir", f"{path} has a column 'labels' without any label; remove the column")
+    try:
+        classes = sorted(found, key=lambda name: (float(name), str(name)))  # numbers by value, even if written as text
+    except (TypeError, ValueError):
+        classes = sorted(found, key=str)
     numbers = {name: number for number, name in enumerate(classes)}
     names = [str(name) for name in classes]
     if several:
         return multi_hot([[numbers[name] for name in row] for row in rows], len(classes)), names
     return np.array([numbers[name] for (name,) in rows], np.int64), names
-
-
-def _sort_classes(names: set[Any]) -> list[Any]:
-    """Returns the classes in order: numbers by value, even if they are written as text, and names alphabetically."""
-    try:
-        return sorted(names, key=lambda name: (float(name), str(name)))
-    except (TypeError, ValueError):
-        return sorted(names, key=str)
 
 
 # Batches
@@ -310,16 +285,9 @@ def epoch_order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
 def stream(
     images: Images, order: Int[np.ndarray, " count"], batch_size: int, *, stored_size: int = 0
 ) -> Iterator[Batch]:
-    """Yields batches of decoded images in the given order, read ahead by Grain's threads; features come undecoded.
+    """Yields batches of images, resized to `stored_size` unless that is 0, in the order of the indices `order`.
 
-    Args:
-      images: Images or feature vectors.
-      order: Indices into `images`.
-      batch_size: Images per batch; the last batch may be smaller.
-      stored_size: Side in pixels to which each image is resized on the host; 0 leaves images as they are.
-
-    Raises:
-      DataError: The images have different sizes, and `stored_size` is 0.
+    Images are decoded ahead by Grain's threads; features need no decoding. The last batch may be smaller.
     """
     if not len(order):
         return
@@ -334,11 +302,10 @@ def stream(
             return resized(images, int(index), stored_size)
         image = images[int(index)]
         if image.shape != first:
-            raise config_error(
-                "stored_size",
-                f"it must be set for images of different sizes, got 0 with shapes {first} and {image.shape} (image "
-                f"{index}); set it to the side in pixels to which all are resized, such as 256",
-            )
+            shapes = f"{first} and {image.shape} (image {index})"
+            remedy = "set it to the side in pixels to which all are resized, such as 256"
+            problem = f"it must be set for images of different sizes, got 0 with shapes {shapes}"
+            raise config_error("stored_size", f"{problem}; {remedy}")
         return image
 
     pipeline = grain.MapDataset.source(np.asarray(order)).map(fetch).batch(batch_size)
@@ -346,21 +313,16 @@ def stream(
 
 
 def materialize(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "images height width 3"]:
-    """Returns all images as one array, resized to squares of `stored_size` pixels unless that is 0.
-
-    Raises:
-      DataError: The images have different sizes, and `stored_size` is 0.
-    """
+    """Returns all images as one array, resized to squares of `stored_size` pixels unless that is 0."""
     if isinstance(images, np.ndarray) and not stored_size:
         return images
-    whole: np.ndarray | None = None
+    first = images[0]
+    shape = (stored_size, stored_size, 3) if stored_size else first.shape
+    whole = np.empty((len(images), *shape), first.dtype)  # concatenating the batches would hold everything twice
     done = 0
     for batch in stream(images, np.arange(len(images)), 256, stored_size=stored_size):
-        if whole is None:  # allocated once: concatenating the batches at the end would hold everything twice
-            whole = np.empty((len(images), *batch.shape[1:]), batch.dtype)
         whole[done : done + len(batch)] = batch
         done += len(batch)
-    assert whole is not None, "a set of images is never empty"
     return whole
 
 

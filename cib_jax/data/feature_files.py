@@ -1,5 +1,7 @@
 """Feature vectors of any model in .npy, .npz, .safetensors or .parquet files: validated, and mapped where possible."""
 
+import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,12 +30,12 @@ _SAFETENSORS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16":
 _SAFETENSORS |= {"I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 
 
+@dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Rows of an array, which may be a memory map."""
+    """Rows of an array, which may be a memory map; each row is one vector or several views."""
 
-    def __init__(self, array: Shaped[np.ndarray, "items ..."], identity: str):
-        """Wraps an array, each row of which is one vector or several views."""
-        self.array, self.identity = array, identity
+    array: Shaped[np.ndarray, "items ..."]
+    identity: str
 
     def __len__(self) -> int:
         return len(self.array)
@@ -58,21 +60,12 @@ def load(path: str, *, labeled: bool = True, cache_root: pathlib.Path | None = N
     """Returns the feature vectors of a file, [items, features] or [items, views, features] in float16, 32 or 64.
 
     A .npy or .safetensors file is mapped and may be larger than memory, a .npz file is read completely, and a .parquet
-    file is copied once, row group by row group, into a .npy file.
+    file is copied once, row group by row group, into a .npy file under `cache_root`, or read if that is None.
 
     The features are the array of a .npy file, and called `features` in the others. Optional labels are `labels`
     (numbers [items] or multi-hot [items, classes]) or, in a .parquet file, the columns of `dataset.parse_labels`;
     optional names of the items are `ids`, or the column `id`. The files NAME.labels.npy and NAME.ids.txt beside any of
     them serve as well.
-
-    Args:
-      path: Path of the file.
-      labeled: Whether labels are used.
-      cache_root: Folder for the copy of a .parquet file; None reads the file into memory.
-      bar: Progress-bar factory.
-
-    Raises:
-      DataError: The file cannot be read, or has an invalid value.
     """
     path = os.path.expanduser(path)
     content = _read(path, cache_root)
@@ -87,17 +80,11 @@ def load(path: str, *, labeled: bool = True, cache_root: pathlib.Path | None = N
 
 
 def map_features(path: str) -> tuple[Shaped[np.ndarray, "items ..."], Sequence[str] | None]:
-    """Returns the features of a .npy or .safetensors file as a memory map, and the ids of its items, if any.
-
-    Raises:
-      DataError: The file has another format, or holds no features.
-    """
+    """Returns the features of a .npy or .safetensors file as a memory map, and the ids of its items, if any."""
     path = os.path.expanduser(path)
     if (extension := os.path.splitext(path)[1].lower()) not in (".npy", ".safetensors"):
-        raise _error(
-            f"{path} must be a .npy or .safetensors file, which can be mapped, got {extension or 'no extension'}; "
-            "save the features in one of these formats"
-        )
+        problem = f"{path} must be a .npy or .safetensors file, which can be mapped, got {extension or 'no extension'}"
+        raise _error(f"{problem}; save the features in one of these formats")
     content = _read(path, None)
     _validate_type(path, content.features)
     return content.features, _ids(path, content)
@@ -118,13 +105,8 @@ def _read(path: str, cache_root: pathlib.Path | None) -> _Content:
     except DataError:
         raise
     except Exception as error:  # each reader has its own classes; all mean that the content does not fit the name
-        raise _error(
-            f"{path} cannot be read as {extension} ({type(error).__name__}: {first_line(error)}); save it again"
-        ) from error
-
-
-def _read_npy(path: str, cache_root: pathlib.Path | None) -> _Content:
-    return _Content(np.load(path, mmap_mode="r"))
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise _error(f"{path} cannot be read as {extension} ({reason}); save it again") from error
 
 
 def _read_npz(path: str, cache_root: pathlib.Path | None) -> _Content:
@@ -163,10 +145,11 @@ def _read_parquet(path: str, cache_root: pathlib.Path | None) -> _Content:
     file = pyarrow.parquet.ParquetFile(path)
     names = file.schema_arrow.names
     _validate_names(path, names)
-    columns = file.read([name for name in ("label", "labels", "id") if name in names]).to_pydict()
-    labels = {name: columns[name] for name in ("label", "labels") if name in columns}
-    if len(labels) > 1:
-        del labels["labels"]
+    label = [name for name in ("label", "labels") if name in names][:1]
+    columns = file.read([*label, *(name for name in names if name == "id")]).to_pydict()
+    labels = {name: columns[name] for name in label}
+    if not file.metadata.num_rows:
+        raise _error(f"{path} holds no row; give one for each item")
     if cache_root is None:
         features = np.concatenate(list(_row_groups(path, file)))
     else:
@@ -175,7 +158,7 @@ def _read_parquet(path: str, cache_root: pathlib.Path | None) -> _Content:
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path | None], _Content]] = {
-    ".npy": _read_npy,
+    ".npy": lambda path, _: _Content(np.load(path, mmap_mode="r")),
     ".npz": _read_npz,
     ".parquet": _read_parquet,
     ".safetensors": _read_safetensors,
@@ -187,8 +170,6 @@ def _row_groups(path: str, file: pyarrow.parquet.ParquetFile) -> Iterator[Float[
     width = 0
     for group in range(file.num_row_groups):
         column = file.read_row_group(group, columns=["features"]).column("features").combine_chunks()
-        if isinstance(column, pyarrow.ChunkedArray):
-            column = column.chunk(0)
         is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type)
         if not is_list or column.null_count:
             raise _error(f"{path}: the column 'features' must hold a list in each row, got {column.type}")
@@ -211,24 +192,16 @@ def _copy_parquet(path: str, file: pyarrow.parquet.ParquetFile, cache_root: path
             cache.create_folder(cache_root, key)
             # Written rather than mapped: on a full disk, writing to a map would kill the process.
             with replacing(copy) as part, part.open("wb") as out:
-                _write_npy(path, file, out, folder)
+                for rows in _row_groups(path, file):
+                    if not out.tell():
+                        shape = (file.metadata.num_rows, rows.shape[1])
+                        size = int(np.prod(shape)) * rows.itemsize
+                        cache.validate_free_space(folder, size, "prepared features", "free some space")
+                        header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(out, header)
+                    out.write(np.ascontiguousarray(rows).data)
     cache.mark_used(folder)
     return copy
-
-
-def _write_npy(path: str, file: pyarrow.parquet.ParquetFile, out: Any, folder: pathlib.Path) -> None:
-    count = file.metadata.num_rows
-    if not count:
-        raise _error(f"{path} holds no row; give one for each item")
-    for rows in _row_groups(path, file):
-        if not out.tell():
-            shape = (count, rows.shape[1])
-            cache.validate_free_space(
-                folder, int(np.prod(shape)) * rows.itemsize, "prepared features", "free some space"
-            )
-            header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(out, header)
-        out.write(np.ascontiguousarray(rows).data)
 
 
 # Validation
@@ -241,14 +214,10 @@ def _validate_names(path: str, names: Sequence[str]) -> None:
 
 def _validate_type(path: str, features: Any) -> None:
     if features.ndim not in (2, 3) or 0 in features.shape[1:]:
-        raise _error(
-            f"{path} must hold an array [items, features] or [items, views, features], got {list(features.shape)}"
-        )
+        shape = list(features.shape)
+        raise _error(f"{path} must hold an array [items, features] or [items, views, features], got {shape}")
     if features.dtype != ml_dtypes.bfloat16 and features.dtype.kind != "f":
-        raise _error(
-            f"{path} must hold floating-point numbers, got {features.dtype}; convert them, for example with "
-            ".astype('float32')"
-        )
+        raise _error(f"{path} must hold floating-point numbers, got {features.dtype}; apply .astype('float32')")
 
 
 def _validate_values(path: str, features: Any, bar: Bar) -> None:
@@ -256,21 +225,18 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
     if len(features) < FEWEST:
         raise _error(f"{path} must hold at least {FEWEST} items, and some hundred to be useful, got {len(features)}")
     count, first, varies = 0, None, False
-    width, reference = features.shape[-1], np.asarray(features[0]).reshape(-1, features.shape[-1])[0]
+    reference = np.asarray(features[0]).reshape(-1, features.shape[-1])[0]
     with bar("Checking features", len(features)) as advance:
         for start in range(0, len(features), BLOCK):
             block = np.asarray(features[start : start + BLOCK])
-            finite = np.isfinite(block)
-            if not finite.all():
-                first = first or (start + int(np.argwhere(~finite)[0][0]), int(np.argwhere(~finite)[0][-1]))
-                count += int((~finite).sum())
-            varies = varies or bool((block.reshape(-1, width) != reference).any())
+            if len(bad := np.argwhere(~np.isfinite(block))):
+                first = first or (start + int(bad[0][0]), int(bad[0][-1]))
+                count += len(bad)
+            varies = varies or bool((block != reference).any())
             advance(len(block))
     if first is not None:
-        raise _error(
-            f"{path} must hold finite values, got {count:,} others, the first in row {first[0]}, column {first[1]}; "
-            "correct or remove those rows"
-        )
+        problem = f"got {count:,} others, the first in row {first[0]}, column {first[1]}"
+        raise _error(f"{path} must hold finite values, {problem}; correct or remove those rows")
     if not varies:
         raise _error(f"{path} holds the same vector in every row, from which nothing can be learned")
 
@@ -284,44 +250,35 @@ def _ids(path: str, content: _Content) -> Sequence[str] | None:
     if ids is None and os.path.isfile(text_file):
         with open(text_file, encoding="utf-8", errors="surrogateescape") as file:
             ids = file.read().splitlines()
-    if ids is None:
-        return None
-    if len(ids) != len(content.features):
+    if ids is not None and len(ids) != len(content.features):
         raise _error(f"{path} must have one id per row, got {len(ids):,} for {len(content.features):,} rows")
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        repeated = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    if ids is not None and len(set(ids)) < len(ids):
+        repeated = collections.Counter(ids).most_common(1)[0][0]
         raise _error(f"{path} must have distinct ids, got {repeated!r} more than once")
     return ids
 
 
 def _labels(path: str, content: _Content) -> tuple[Labels | None, Sequence[str]]:
     labels = content.labels
-    array_file = f"{os.path.splitext(path)[0]}.labels.npy"
+    array_file, ignore = f"{os.path.splitext(path)[0]}.labels.npy", "or ignore labels with --config.data.labelled=False"
     if labels is None and os.path.isfile(array_file):
         try:
             labels = np.atleast_1d(np.load(array_file))
         except (OSError, ValueError, EOFError) as error:
-            raise _error(
-                f"{array_file} cannot be read as .npy ({first_line(error)}); save it again, or ignore labels with "
-                "--config.data.labelled=False"
-            ) from error
+            problem = f"{array_file} cannot be read as .npy ({first_line(error)})"
+            raise _error(f"{problem}; save it again, {ignore}") from error
     if labels is None:
         return None, []
     if isinstance(labels, dict):
         return parse_labels(path, labels)
     labels = np.asarray(labels)
     if len(labels) != len(content.features):
-        raise _error(
-            f"{path} must have one label per row, got {len(labels):,} for {len(content.features):,} rows; correct "
-            "them, or ignore labels with --config.data.labelled=False"
-        )
+        counts = f"{len(labels):,} for {len(content.features):,} rows"
+        raise _error(f"{path} must have one label per row, got {counts}; correct them, {ignore}")
     if labels.ndim == 2 and np.isin(labels, (0, 1)).all():
         return labels.astype(bool), []
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
-        raise _error(
-            f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes], got "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
+        problem = f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes]"
+        raise _error(f"{problem}, got {labels.dtype} {list(labels.shape)}")
     names, numbers = np.unique(labels, return_inverse=True)
     return numbers.astype(np.int64), [str(name) for name in names.tolist()]

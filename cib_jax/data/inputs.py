@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,17 +24,14 @@ LISTS = (".csv", ".parquet")
 _SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
 _SYSTEM_ERRORS |= {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH}
 
+_error = functools.partial(data_error, "--images")
+
 
 class Read(NamedTuple):
-    """Result of reading one item.
+    """Content of one item, or the reason why it has none, with the size and time of its file.
 
-    Attributes:
-      content: Image or features, or None if it cannot be used.
-      reason: Reason why there is no content.
-      size: Size of the file in bytes, if the item is a file.
-      modified_ns: Modification time of the file in nanoseconds since 1970.
-      decoded: Photo with its thumbnail, if thumbnails were requested.
-      transient: Whether the reason may disappear while the file stays as it is, such as a missing permission.
+    `decoded` is the photo with its thumbnail, if thumbnails were requested. `transient` says whether the reason may
+    disappear while the file stays as it is, such as a missing permission.
     """
 
     content: Item | None
@@ -46,17 +44,10 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """Photos, decoded to squares on all cores.
+    """Photos, decoded to squares on all cores, with thumbnails if requested.
 
-    Attributes:
-      place: Folder or list that the user named.
-      names: Paths of the photos, relative to `root` or absolute.
-      root: Folder of the relative paths.
-      size: Side of the squares in pixels.
-      max_megapixels: Limit above which a photo is unreadable.
-      notes: Sentences for the user.
-      closed: Folders under `root` that cannot be read; photos inside them may exist nevertheless.
-      thumbnails: Whether thumbnails are made, too.
+    `place` is the folder or list that the user named, and `root` the folder of the relative paths in `names`. The
+    folders `closed` under it cannot be read; photos inside them may exist nevertheless.
     """
 
     place: str
@@ -70,11 +61,7 @@ class Photos:
     words = "photos"
 
     def read(self, ranges: Iterable[Iterable[int]]) -> Iterator[tuple[int, Read]]:
-        """Yields (number, photo or reason), in order, with some photos decoded ahead.
-
-        Raises:
-          DataError: The photos cannot be reached any more, for a reason outside the files.
-        """
+        """Yields (number, photo or reason), in order; raises if the reason is outside the files."""
         return map_in_order(self._read, itertools.chain.from_iterable(ranges))
 
     def _read(self, number: int) -> Read:
@@ -83,10 +70,10 @@ class Photos:
         try:
             status = os.stat(path)
             size, modified = status.st_size, status.st_mtime_ns
-            if self.thumbnails:
-                decoded = photos.decode_with_thumbnail(path, self.size, max_megapixels=self.max_megapixels)
-                return Read(decoded.square, "", size, modified, decoded)
-            return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
+            if not self.thumbnails:
+                return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
+            decoded = photos.decode_with_thumbnail(path, self.size, max_megapixels=self.max_megapixels)
+            return Read(decoded.square, "", size, modified, decoded)
         except OSError as error:
             self._raise_system_error(error, path)
             return Read(None, short_reason(error), size, modified, transient=True)
@@ -101,16 +88,10 @@ class Photos:
         # A single file may disappear; if its whole folder did, a disk was unmounted.
         gone = next((folder for folder in (self.root, os.path.dirname(path)) if _is_missing_or_empty(folder)), None)
         if isinstance(error, FileNotFoundError) and gone:
-            raise data_error(
-                "--images",
-                f"{printable(gone)} is missing or empty; mount its disk and repeat the command, or list other photos",
-            )
+            raise _error(f"{printable(gone)} is missing or empty; mount its disk and try again, or list other photos")
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS):
             reason = short_reason(error) if isinstance(error, OSError) else "out of memory"
-            raise data_error(
-                "--images",
-                f"{printable(path)} cannot be read now ({reason}), through no error in it; repeat the command later",
-            )
+            raise _error(f"{printable(path)} cannot be read now ({reason}), through no error in it; try again later")
 
 
 def _is_missing_or_empty(folder: str) -> bool:
@@ -148,65 +129,46 @@ Items = Photos | Rows
 def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS) -> Items:
     """Returns the items of a folder of photos, a .csv or .parquet list of photos, or a feature file.
 
-    Photos come in the order of their paths, rows in the order of the file.
-
-    Args:
-      images: Path of the folder or file.
-      takes: Input of the encoder, "images" or "features".
-      size: Side of the photos' squares in pixels.
-      max_megapixels: Limit above which a photo is unreadable.
-
-    Raises:
-      DataError: The path does not exist, holds nothing, or holds another kind of input.
+    Photos come in the order of their paths, rows in the order of the file. An encoder takes "images" or "features".
     """
     if not images:
-        raise data_error("--images", "it must be a folder of photos, a list of them, or a feature file, got ''")
+        raise _error("it must be a folder of photos, a list of them, or a feature file, got ''")
     images = os.path.abspath(os.path.expanduser(images))
     if not os.path.exists(images):
         kinds = "a feature file" if takes == "features" else "a folder of photos, or a list of them"
-        raise data_error("--images", f"{images} does not exist; give {kinds}")
+        raise _error(f"{images} does not exist; give {kinds}")
     with blame_field("--images", instead_of="config.data.dir"):
         if takes == "features":
             if os.path.isdir(images):
-                raise data_error(
-                    "--images", f"{images} must be a .npy file like the one the run was trained on, got a folder"
-                )
+                raise _error(f"{images} must be a .npy file like the one the run was trained on, got a folder")
             features, ids = feature_files.map_features(images)
             if not len(features):
-                raise data_error("--images", f"{images} holds no row; give features [items, {features.shape[-1]}]")
+                raise _error(f"{images} holds no row; give features [items, {features.shape[-1]}]")
             return Rows(images, ids if ids is not None else [str(row) for row in range(len(features))], features)
-        if os.path.isdir(images):
-            return _load_folder(images, size, max_megapixels)
-        if os.path.splitext(images)[1].lower() not in LISTS:
-            raise data_error("--images", f"{images} must be a folder, or a .csv or .parquet list of photos")
-        paths = sorted(photo_folder.read_list_paths(images))
-        return Photos(images, paths, os.path.dirname(images), size, max_megapixels)
+        if not os.path.isdir(images):
+            if not images.lower().endswith(LISTS):
+                raise _error(f"{images} must be a folder, or a .csv or .parquet list of photos")
+            paths = sorted(photo_folder.read_list_paths(images))
+            return Photos(images, paths, os.path.dirname(images), size, max_megapixels)
+        paths, others, closed = photo_folder.walk_folder(images)
+        first = str(closed[0]) if closed else ""
+        if not paths:
+            raise _error(photo_folder.no_photos(images, others, first))
+        notes = [photo_folder.skipped_files(others)] if others else []
+        if closed:
+            notes.append(f"{len(closed):,} folders cannot be read and are left out; the first: {first}")
+        return Photos(images, paths, images, size, max_megapixels, notes, [folder.path for folder in closed])
 
 
 def load_listed_photos(
     place: str, names: Sequence[str], *, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS
 ) -> Photos:
-    """Returns photos of which the names are already known from an earlier `load_inputs(place)`.
-
-    Raises:
-      DataError: Their folder does not exist any more.
-    """
+    """Returns photos of which the names are already known from an earlier `load_inputs(place)`."""
     is_list = place.lower().endswith(LISTS) and not os.path.isdir(place)
     root = os.path.dirname(place) if is_list else place
     if _is_missing_or_empty(root):
-        raise data_error("--images", f"{root} is missing or empty; mount its disk, or give its new path with --images")
+        raise _error(f"{root} is missing or empty; mount its disk, or give its new path with --images")
     return Photos(place, names, root, size, max_megapixels)
-
-
-def _load_folder(directory: str, size: int, max_megapixels: int) -> Photos:
-    paths, others, closed = photo_folder.walk_folder(directory)
-    first = str(closed[0]) if closed else ""
-    if not paths:
-        raise data_error("--images", photo_folder.no_photos(directory, others, first))
-    notes = [photo_folder.skipped_files(others)] if others else []
-    if closed:
-        notes.append(f"{len(closed):,} folders cannot be read and are left out; the first: {first}")
-    return Photos(directory, paths, directory, size, max_megapixels, notes, [folder.path for folder in closed])
 
 
 @contextlib.contextmanager

@@ -48,14 +48,7 @@ class _Location(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PhotoCache:
-    """A place for prepared photos, and how they are prepared.
-
-    Attributes:
-      root: Folder in which all prepared photos are kept.
-      size: Side in pixels of the squares to which photos are resized.
-      max_megapixels: Limit above which a photo counts as unreadable.
-      bar: Progress-bar factory.
-    """
+    """The folder of all prepared photos, and how they are prepared: resized to squares of `size` pixels."""
 
     root: pathlib.Path
     size: int
@@ -67,23 +60,11 @@ class PhotoCache:
 
         A file is identified by its path, size and modification time; a known one is not opened again, whether it was
         readable or not. The pixels depend on the file alone, not on the number of cores. An interrupted call is
-        continued by the next one. If two processes prepare the same files, the second one waits.
-
-        Args:
-          paths: Distinct paths of the files, relative to `root` or absolute.
-          root: Folder of the relative paths.
-          owner: Folder or list that the files belong to; each owner has a cache folder of its own.
-
-        Raises:
-          DataError: The cache cannot be written, or the disk is too small.
+        continued by the next one. If two processes prepare the same files, the second one waits. `owner` is the folder
+        or list that the files belong to; each owner has a cache folder of its own.
         """
-        key = {
-            "owner": os.path.abspath(owner),
-            "size": self.size,
-            "max_megapixels": self.max_megapixels,
-            "decoder": photos.VERSION,
-            "format": _FORMAT,
-        }
+        key = {"owner": os.path.abspath(owner), "size": self.size, "max_megapixels": self.max_megapixels}
+        key |= {"decoder": photos.VERSION, "format": _FORMAT}
         folder = cache.key_folder(self.root, key)
         with cache.write_errors(folder, "prepared photos"):
             cache.create_folder(self.root, key)
@@ -95,9 +76,8 @@ class PhotoCache:
         files = [_stamp(root, path) for path in paths]
         new = [file for file in files if isinstance(file, _FileStamp) and file not in known]
         if new:
-            cache.validate_free_space(
-                folder, len(new) * self.size * self.size * 3, "prepared photos", "lower --config.data.stored_size"
-            )
+            size = len(new) * self.size * self.size * 3
+            cache.validate_free_space(folder, size, "prepared photos", "lower --config.data.stored_size")
             if known:
                 notes.append(f"{len(files) - len(new):,} of {len(files):,} photos were prepared before")
             with self.bar("Preparing photos", len(new)) as advance:
@@ -129,14 +109,7 @@ class PhotoCache:
 
 
 class PreparedPhotos(NamedTuple):
-    """Result of `PhotoCache.prepare`.
-
-    Attributes:
-      images: The readable photos.
-      kept: Indices of the paths that became images, in order.
-      unreadable: The other files, each with the reason.
-      notes: Sentences for the user.
-    """
+    """The readable photos, the indices of their paths (`kept`), and the other files, each with the reason."""
 
     images: "CachedImages"
     kept: Int[np.ndarray, " images"]
@@ -156,17 +129,17 @@ class CachedImages:
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(cache.shared(folder))
         self._size = size
-        self._shards = np.array([location.shard for location in locations], np.int64)
-        self._rows = np.array([location.row for location in locations], np.int64)
+        self._places = np.array([location[:2] for location in locations], np.int64)
         self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_open_shard, folder))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
-        file, offset = self._open(int(self._shards[index]))
+        shard, row = self._places[index].tolist()
+        file, offset = self._open(shard)
         length = self._size * self._size * 3
-        pixels = os.pread(file.fileno(), length, offset + int(self._rows[index]) * length)
+        pixels = os.pread(file.fileno(), length, offset + row * length)
         return np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3)
 
 
@@ -194,10 +167,6 @@ def _pixels_path(folder: pathlib.Path, number: int) -> pathlib.Path:
     return folder / f"{number:06}.npy"
 
 
-def _entries_path(folder: pathlib.Path, number: int) -> pathlib.Path:
-    return folder / f"{number:06}.json"
-
-
 def _shard_numbers(folder: pathlib.Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
 
@@ -205,16 +174,17 @@ def _shard_numbers(folder: pathlib.Path) -> list[int]:
 def _append_shard(folder: pathlib.Path, shard: list[tuple[_FileStamp, Any]]) -> dict[_FileStamp, _Location]:
     """Writes a shard: first the pixels, which are valid only once their entries exist."""
     number = 1 + max(_shard_numbers(folder), default=-1)
+    path = _pixels_path(folder, number)
     good = [pixels for _, pixels in shard if not isinstance(pixels, str)]
-    with replacing(_pixels_path(folder, number)) as part, part.open("wb") as file:
-        np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))
     locations, row = {}, 0
     for stamp, pixels in shard:
         bad = isinstance(pixels, str)
         locations[stamp] = _Location(number, -1 if bad else row, pixels if bad else "")
         row += not bad
+    with replacing(path) as part, part.open("wb") as file:
+        np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))
     entries = [[*stamp, *location[1:]] for stamp, location in locations.items()]
-    write_bytes(_entries_path(folder, number), json.dumps(entries).encode())
+    write_bytes(path.with_suffix(".json"), json.dumps(entries).encode())
     return locations
 
 
@@ -225,7 +195,7 @@ def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Loc
     for number in _shard_numbers(folder):
         path = _pixels_path(folder, number)
         try:
-            entries = json.loads(_entries_path(folder, number).read_text(encoding="utf-8"))
+            entries = json.loads(path.with_suffix(".json").read_bytes())
             locations = {_FileStamp(*entry[:3]): _Location(number, *entry[3:]) for entry in entries}
             rows = sum(not location.reason for location in locations.values())
             pixels = np.load(path, mmap_mode="r")  # checks the length of the file
@@ -239,8 +209,9 @@ def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Loc
 
 
 def _delete_shard(folder: pathlib.Path, number: int) -> None:
-    _entries_path(folder, number).unlink(missing_ok=True)  # first, since pixels without entries are ignored
-    _pixels_path(folder, number).unlink(missing_ok=True)
+    path = _pixels_path(folder, number)
+    path.with_suffix(".json").unlink(missing_ok=True)  # first, since pixels without entries are ignored
+    path.unlink(missing_ok=True)
 
 
 def _compact(
@@ -255,11 +226,9 @@ def _compact(
     if unused <= len(used) or len(used) * size * size * 3 > shutil.disk_usage(folder).free:
         return used
     load = functools.lru_cache(4)(lambda number: np.load(_pixels_path(folder, number), mmap_mode="r"))
-    photos_and_reasons = (
-        (stamp, location.reason or np.array(load(location.shard)[location.row])) for stamp, location in used.items()
-    )
+    content = ((stamp, place.reason or np.array(load(place.shard)[place.row])) for stamp, place in used.items())
     moved: dict[_FileStamp, _Location] = {}
-    for shard in _batched(photos_and_reasons):
+    for shard in _batched(content):
         moved |= _append_shard(folder, shard)
     for number in shards:
         _delete_shard(folder, number)

@@ -26,17 +26,17 @@ def load_folder(directory: str, cache: PhotoCache, *, labeled: bool = True) -> S
     """Returns the photos of a folder and its sub-folders, in the order of their paths.
 
     If every photo is inside one of two or more folders directly under `directory`, these folders are the classes.
-
-    Args:
-      directory: Path of the folder.
-      cache: Photo cache, which also gives the size of the photos.
-      labeled: Whether sub-folders are used as classes.
-
-    Raises:
-      DataError: The folder does not exist, cannot be read, or holds fewer than three readable photos.
     """
     directory = os.path.expanduser(directory)
-    _validate_folder(directory)
+    if not directory:
+        raise _error("it must name the folder of photos, got ''; set it with --config.data.dir=PHOTOS")
+    if not os.path.exists(directory):
+        raise _error(f"the folder {directory} does not exist; give the folder of photos")
+    try:
+        os.scandir(directory).close()
+    except OSError as error:
+        remedy = "give a folder that may be read, or for a list of paths set config.data.name=list"
+        raise _error(f"{directory} must be a folder of photos ({short_reason(error)}); {remedy}") from error
     paths, others, closed = walk_folder(directory)
     if not paths:
         raise _error(no_photos(directory, others))
@@ -53,20 +53,12 @@ def load_list(path: str, cache: PhotoCache, *, labeled: bool = True) -> Source:
 
     Its columns are `path`, relative to the folder of the list or absolute; `label` or `labels`, as in
     `dataset.parse_labels`; and `split`, one of `splits.ROLES`. All but the first are optional; others are ignored.
-
-    Args:
-      path: Path of the list, a .csv or .parquet file.
-      cache: Photo cache, which also gives the size of the photos.
-      labeled: Whether labels are used.
-
-    Raises:
-      DataError: The list cannot be read, has an invalid value, or names fewer than three readable photos.
     """
     path = os.path.expanduser(path)
     columns = _read_columns(path)
-    paths = _paths(path, columns)
+    paths = columns["path"]
     labels, classes = parse_labels(path, columns) if labeled else (None, [])
-    splits = _texts(path, columns, "split") if "split" in columns else []
+    splits = columns.get("split", [])
     for row, role in enumerate(splits):
         if role not in ROLES:
             raise _error(f"{path}, row {row + 1}: split must be one of {', '.join(ROLES)}, got {role!r}")
@@ -88,10 +80,8 @@ def _prepare(
     unreadable = [*closed, *prepared.unreadable]
     if len(prepared.kept) < FEWEST:
         first = f" (the first: {unreadable[0]})" if unreadable else ""
-        raise _error(
-            f"{source} must have at least {FEWEST} readable photos, and some hundred to learn from, got "
-            f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
-        )
+        counts = f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
+        raise _error(f"{source} must have {FEWEST} readable photos or more, hundreds to learn from, got {counts}")
     return prepared._replace(unreadable=unreadable)
 
 
@@ -123,8 +113,10 @@ def walk_folder(directory: str) -> tuple[list[str], collections.Counter[str], li
             path = f"{folder}/{entry.name}" if folder else entry.name
             if is_hidden(entry.name):
                 continue
-            if _is_folder(entry):
-                links.append(path) if entry.is_symlink() else folders.append(path)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(path)
             elif (extension := os.path.splitext(entry.name)[1].lower()) in photos.EXTENSIONS:
                 paths.append(path)
             else:
@@ -137,26 +129,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
-
-
-def _validate_folder(directory: str) -> None:
-    if not directory:
-        raise _error("it must name the folder of photos, got ''; set it with --config.data.dir=PHOTOS")
-    if not os.path.exists(directory):
-        raise _error(f"the folder {directory} does not exist; give the folder of photos")
-    if not os.path.isdir(directory):
-        raise _error(f"{directory} must be a folder, got a file; for a list of paths set config.data.name=list")
-    try:
-        os.scandir(directory).close()
-    except OSError as error:
-        raise _error(f"{directory} cannot be read ({short_reason(error)}); change its permissions") from error
-
-
 def _folder_classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
     """Returns labels and classes by first-level folder, and a note for the user."""
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
@@ -164,24 +136,17 @@ def _folder_classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
     if "" in classes:
         return None, [], "Some photos are outside any sub-folder, so sub-folders are not used as classes: no metrics"
     if len(classes) < 2:
-        return (
-            None,
-            [],
-            f"All photos are in one sub-folder, {printable(classes[0])}, so there are no classes: no metrics",
-        )
+        note = f"All photos are in one sub-folder, {printable(classes[0])}, so there are no classes: no metrics"
+        return None, [], note
+    note = f"{len(classes)} sub-folders are classes, for metrics only; --config.data.labelled=False ignores them"
     numbers = {name: number for number, name in enumerate(classes)}
-    note = (
-        f"{len(classes)} sub-folders are used as classes, for metrics only; --config.data.labelled=False ignores them"
-    )
     return np.array([numbers[name] for name in folders], np.int64), classes, note
 
 
 def no_photos(where: str, others: collections.Counter[str], reason: str = "") -> str:
     """Returns the message for a folder or archive without photos, with the reason or the extensions of its files."""
-    return (
-        f"{where} holds no photos ({reason or format_extensions(others) or 'nothing'}); give one with files named "
-        f"{', '.join(sorted(photos.EXTENSIONS))}"
-    )
+    held, extensions = reason or format_extensions(others) or "nothing", ", ".join(sorted(photos.EXTENSIONS))
+    return f"{where} holds no photos ({held}); give one with files named {extensions}"
 
 
 def skipped_files(others: collections.Counter[str]) -> str:
@@ -200,20 +165,8 @@ def format_extensions(others: collections.Counter[str]) -> str:
 
 
 def read_list_paths(path: str) -> list[str]:
-    """Returns the paths in a list of photos, in its order.
-
-    Raises:
-      DataError: The list cannot be read, names no photo, or names one twice.
-    """
-    return _paths(path, _read_columns(path))
-
-
-def _paths(path: str, columns: dict[str, list[Any]]) -> list[str]:
-    paths = _texts(path, columns, "path")
-    if len(set(paths)) < len(paths):
-        repeated = collections.Counter(paths).most_common(1)[0][0]
-        raise _error(f"{path} must name each photo once, got {repeated!r} twice; remove one of the rows")
-    return paths
+    """Returns the paths in a list of photos, in its order."""
+    return _read_columns(path)["path"]
 
 
 def _read_columns(path: str) -> dict[str, list[Any]]:
@@ -229,12 +182,17 @@ def _read_columns(path: str) -> dict[str, list[Any]]:
         raise _error(f"{path} cannot be read as {extension[1:]} ({first_line(error)}); correct it") from error
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     if "path" not in columns:
-        raise _error(
-            f"{path} must have a column 'path', got {', '.join(map(repr, columns)) or 'none'}; name the columns in the "
-            "first row"
-        )
-    if not columns["path"]:
+        names = ", ".join(map(repr, columns)) or "none"
+        raise _error(f"{path} must have a column 'path', got {names}; name the columns in the first row")
+    paths = columns["path"]
+    if not paths:
         raise _error(f"{path} names no photo; add a row for each")
+    for row, name in enumerate(paths):
+        if not isinstance(name, str) or not name:
+            raise _error(f"{path}, row {row + 1}: path must be text, got {name!r}")
+    if len(set(paths)) < len(paths):
+        repeated = collections.Counter(paths).most_common(1)[0][0]
+        raise _error(f"{path} must name each photo once, got {repeated!r} twice; remove one of the rows")
     return columns
 
 
@@ -244,10 +202,3 @@ def _read_csv(path: str) -> Any:
         names = reader.schema.names
     texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
     return pyarrow.csv.read_csv(path, convert_options=texts)
-
-
-def _texts(path: str, columns: dict[str, list[Any]], name: str) -> list[str]:
-    for row, value in enumerate(columns[name]):
-        if not isinstance(value, str) or not value:
-            raise _error(f"{path}, row {row + 1}: {name} must be text, got {value!r}")
-    return columns[name]

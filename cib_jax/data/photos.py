@@ -6,11 +6,13 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 from jaxtyping import UInt8
+from PIL.Image import Transpose
 
 from cib_jax.files import first_line, short_reason
 
@@ -24,23 +26,13 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif
 
 # Listed, so that a file never reaches one of Pillow's forty other readers, some of which start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
-_READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF image"
 
 _LARGE_PIXELS = 32_000_000
 _one_large = threading.Lock()
 
-_TRANSPOSE = PIL.Image.Transpose
 # Transpositions that turn the stored pixels upright, by the EXIF tag Orientation (TIFF 6.0, section 8).
-_UPRIGHT = {
-    2: _TRANSPOSE.FLIP_LEFT_RIGHT,
-    3: _TRANSPOSE.ROTATE_180,
-    4: _TRANSPOSE.FLIP_TOP_BOTTOM,
-    5: _TRANSPOSE.TRANSPOSE,
-    6: _TRANSPOSE.ROTATE_270,
-    7: _TRANSPOSE.TRANSVERSE,
-    8: _TRANSPOSE.ROTATE_90,
-}
-_ORIENTATION = 0x0112
+_UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
+_UPRIGHT |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 _SWAPPED = range(5, 9)  # orientations that swap width and height
 
 THUMBNAIL = 192
@@ -60,14 +52,14 @@ class TooLargeError(BadPhotoError):
     """A photo has more pixels than are allowed."""
 
 
-class DecodedPhoto(NamedTuple):
-    """A photo for a network and for people.
+Content = bytes | str | os.PathLike[str]
+"""Content of an image file, or its path."""
 
-    Attributes:
-      square: RGB square.
-      thumbnail: JPEG without metadata; its longer side is `THUMBNAIL` pixels, or that of the photo if it is smaller.
-      width: Width of the upright photo in pixels.
-      height: Height of the upright photo in pixels.
+
+class DecodedPhoto(NamedTuple):
+    """A photo as an RGB square and as a JPEG without metadata, with the size of the upright photo in pixels.
+
+    The thumbnail's longer side is `THUMBNAIL` pixels, or that of the photo if it is smaller.
     """
 
     square: UInt8[np.ndarray, "size size 3"]
@@ -76,39 +68,18 @@ class DecodedPhoto(NamedTuple):
     height: int
 
 
-def decode(
-    content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
-) -> UInt8[np.ndarray, "size size 3"]:
-    """Returns a photo in RGB, upright, resized to a square bilinearly with antialiasing.
+def decode(content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns a photo in RGB, upright, resized to a square bilinearly with antialiasing, or raises a BadPhotoError.
 
     Of an animation, the first frame is decoded. Transparent parts become white. 16-bit gray is scaled to 8 bits,
-    floating-point gray by its own range unless that is within [0, 1].
-
-    Args:
-      content: Content of the file, or its path.
-      size: Side in pixels; 0 keeps the size of the photo, [height, width, 3].
-      max_megapixels: Limit for the photo as stored.
-
-    Raises:
-      BadPhotoError: The photo cannot be read, is not an image, is damaged or is too large.
+    floating-point gray by its own range unless that is within [0, 1]. Size 0 keeps the size of the photo.
     """
     with _image(content, max_megapixels) as image:
         return np.asarray(_square(image, size))
 
 
-def decode_with_thumbnail(
-    content: bytes | str | os.PathLike[str], size: int, *, max_megapixels: int = MAX_MEGAPIXELS
-) -> DecodedPhoto:
-    """Returns the square that `decode` returns, a thumbnail and the photo's size, mostly from one decoding.
-
-    Args:
-      content: Content of the file, or its path.
-      size: Side of the square in pixels; 0 keeps the size of the photo.
-      max_megapixels: Limit for the photo as stored.
-
-    Raises:
-      BadPhotoError: The photo cannot be read, is not an image, is damaged or is too large.
-    """
+def decode_with_thumbnail(content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> DecodedPhoto:
+    """Returns the square that `decode` returns, a thumbnail and the photo's size, mostly from one decoding."""
     with _image(content, max_megapixels) as image:
         width, height = image.size
         square = _square(image, size)
@@ -117,25 +88,18 @@ def decode_with_thumbnail(
         again = max(image.size) < min(THUMBNAIL, max(width, height))
         thumbnail = b"" if again else _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
     if again:
-        with _image(content, max_megapixels) as image:
-            image.draft(None, (THUMBNAIL, THUMBNAIL))
-            image.load()
-            thumbnail = _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
-    return DecodedPhoto(
-        np.asarray(square), thumbnail, *((height, width) if orientation in _SWAPPED else (width, height))
-    )
+        thumbnail = reduced(content, THUMBNAIL, max_megapixels=max_megapixels, quality=_THUMBNAIL_QUALITY)
+    if orientation in _SWAPPED:
+        width, height = height, width
+    return DecodedPhoto(np.asarray(square), thumbnail, width, height)
 
 
-def reduced(content: bytes | str | os.PathLike[str], longest: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> bytes:
-    """Returns a photo as an upright JPEG without metadata, the longer side of which is at most `longest` pixels.
-
-    Raises:
-      BadPhotoError: The photo cannot be read, is not an image, is damaged or is too large.
-    """
+def reduced(content: Content, longest: int, *, max_megapixels: int = MAX_MEGAPIXELS, quality: int = 88) -> bytes:
+    """Returns a photo as an upright JPEG without metadata, the longer side of which is at most `longest` pixels."""
     with _image(content, max_megapixels) as image:
         image.draft(None, (longest, longest))
         image.load()
-        return _jpeg(image, longest, _orientation(image), 88)
+        return _jpeg(image, longest, _orientation(image), quality)
 
 
 def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "8"]:
@@ -153,15 +117,14 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 
 
 @contextlib.contextmanager
-def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iterator[Any]:
+def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
         with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
-                raise TooLargeError(
-                    f"{image.width} × {image.height} pixels, more than data.max_megapixels={max_megapixels}"
-                )
+                size = f"{image.width} × {image.height} pixels"
+                raise TooLargeError(f"{size}, more than data.max_megapixels={max_megapixels}")
             # Large images are decoded one at a time, since a few at once could exhaust memory.
             with _one_large if pixels > _LARGE_PIXELS else contextlib.nullcontext():
                 yield image
@@ -171,20 +134,13 @@ def _image(content: bytes | str | os.PathLike[str], max_megapixels: int) -> Iter
         raise BadPhotoError(_reason(error)) from error
 
 
-@contextlib.contextmanager
-def _opened(content: bytes | str | os.PathLike[str]) -> Iterator[Any]:
-    if isinstance(content, bytes):
-        if not content:
-            raise BadPhotoError("0 bytes")
-        yield io.BytesIO(content)
-        return
-    status = os.stat(content)
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+def _opened(content: Content) -> IO[bytes]:
+    status = None if isinstance(content, bytes) else os.stat(content)
+    if status and not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise BadPhotoError("not a file")
-    if not status.st_size:
+    if not (status.st_size if status else content):
         raise BadPhotoError("0 bytes")
-    with open(content, "rb") as file:
-        yield file
+    return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
 
 
 def _square(image: Any, size: int) -> PIL.Image.Image:
@@ -218,7 +174,7 @@ def _jpeg(image: Any, longest: int, orientation: int, quality: int) -> bytes:
 
 def _orientation(image: PIL.Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF, for which Pillow raises many classes, does not affect the pixels
         return 1
 
@@ -249,12 +205,11 @@ def _eight_bits(gray: np.ndarray) -> UInt8[np.ndarray, "height width"]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
-        return f"not a {_READABLE}"
+        return "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"
     if isinstance(error, PIL.Image.DecompressionBombError):
         return f"more than {MAX_MEGAPIXELS} million pixels, a decompression bomb"
     if isinstance(error, OSError) and error.strerror:
         return short_reason(error)
     message = first_line(error)
-    return (
-        f"truncated ({message})" if "truncated" in message.lower() else f"damaged ({type(error).__name__}: {message})"
-    )
+    truncated = "truncated" in message.lower()
+    return f"truncated ({message})" if truncated else f"damaged ({type(error).__name__}: {message})"

@@ -11,27 +11,16 @@ from cib_jax.data.photo_cache import PhotoCache
 
 
 def load(data: DataConfig, cache_root: pathlib.Path | None = None, bar: Bar = no_bar) -> Source:
-    """Returns the data set that a data config names.
-
-    Args:
-      data: Name of the data set and how it is loaded.
-      cache_root: Folder for prepared photos and copied features; required for a folder or a list of photos.
-      bar: Progress-bar factory for preparing photos and checking features; TFDS shows its own bars.
-
-    Raises:
-      DataError: The data set does not exist, cannot be downloaded or prepared, or has invalid content.
-    """
+    """Returns the data set that a data config names; photos and copied features are kept under `cache_root`."""
     if data.name in DATA_SETS:
         return DATA_SETS[data.name](data.directory)
     if data.name == "features":
         return feature_files.load(data.directory, labeled=data.labeled, cache_root=cache_root, bar=bar)
     if data.name in ("folder", "list"):
         if not data.stored_size or cache_root is None:
-            raise config_error(
-                "stored_size",
-                f"it must be positive for a folder or a list of photos, got {data.stored_size}; set it to the side in "
-                "pixels to which all are resized, such as 160",
-            )
+            problem = f"it must be positive for a folder or a list of photos, got {data.stored_size}"
+            remedy = "set it to the side in pixels to which all are resized, such as 160"
+            raise config_error("stored_size", f"{problem}; {remedy}")
         cache = PhotoCache(cache_root, data.stored_size, data.max_megapixels, bar)
         load_photos = photo_folder.load_folder if data.name == "folder" else photo_folder.load_list
         return load_photos(data.directory, cache, labeled=data.labeled)

@@ -5,6 +5,7 @@ alone.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,20 +27,20 @@ ROLES = ("train", "database", "query", "validation", "train_only")
 in the same database; or trains and is not searched."""
 
 
+_Indices = Int[np.ndarray, " _"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """Which images train, which are queries, which are searched, and how many ranks are evaluated.
 
     Attributes:
-      name: Name of the protocol.
       says: Description in words.
       data_sets: Data sets that it applies to; () if any.
       pooled: Whether the data set's own splits are joined before anything is drawn.
-      queries: Number of random queries. If `queries_per_class` is 0, too, the data set's own test split is the queries.
-      queries_per_class: Number of random queries per class.
-      train_images: Number of training images, drawn from the database. The whole database trains if it is not larger,
-        or if `train_per_class` is 0, too.
-      train_per_class: Number of training images per class.
+      queries, queries_per_class: Number of random queries. If both are 0, the data set's own test split is the queries.
+      train_images, train_per_class: Number of training images, drawn from the database. The whole database trains if
+        both are 0 or `train_images` is not smaller.
       train_searched: Whether the training images stay in the database.
       validation: Origin of the validation queries: "none"; "query_half", half of the queries, and only the other half
         is tested; or "database", images of the database outside training, which are searched for in the rest of it.
@@ -73,6 +74,7 @@ class Protocol:
 
 CIBHASH = "CIBHash, IJCAI 2021, table 1"
 DEEPHASH = "the tables of DeepHash-pytorch"
+_POOLED_CIFAR = functools.partial(Protocol, data_sets=("cifar10",), pooled=True, train_per_class=500, k=ALL)
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -101,35 +103,23 @@ PROTOCOLS: dict[str, Protocol] = {
             queries_per_class=1000,
             published={1000: "Bi-half Net, AAAI 2021, CIFAR-10 (I)"},
         ),
-        Protocol(
+        _POOLED_CIFAR(
             name="cifar10-pooled-10k-50k-5k",
             says="1,000 per class of all 60,000 images on the other 50,000, 500 per class of which train",
-            data_sets=("cifar10",),
-            pooled=True,
             queries_per_class=1000,
-            train_per_class=500,
-            k=ALL,
             published={ALL: "Bi-half Net, AAAI 2021, CIFAR-10 (II)"},
         ),
-        Protocol(
+        _POOLED_CIFAR(
             name="cifar10-1k-59k",
             says="100 per class of all 60,000 images on the other 59,000, 500 per class of which train",
-            data_sets=("cifar10",),
-            pooled=True,
             queries_per_class=100,
-            train_per_class=500,
-            k=ALL,
             published={ALL: f"{DEEPHASH}, 'cifar10-1': DSH, DSDH, DFH, GreedyHash, ADSH"},
         ),
-        Protocol(
+        _POOLED_CIFAR(
             name="cifar10-1k-54k",
             says="100 per class of all 60,000 images on 54,000 others; 500 per class train and are not searched",
-            data_sets=("cifar10",),
-            pooled=True,
             queries_per_class=100,
-            train_per_class=500,
             train_searched=False,
-            k=ALL,
             published={ALL: f"{DEEPHASH}, 'cifar10': DPSH, HashNet, DHN, DTSH"},
         ),
         Protocol(
@@ -157,27 +147,15 @@ github.com/swuxyj/DeepHash-pytorch; github.com/liyunqianggyn/Deep-Unsupervised-I
 
 
 def get_protocol(name: str, data_set: str, fields: Mapping[str, Any]) -> Protocol:
-    """Returns a protocol with the fields that a config changes.
-
-    Args:
-      name: One of `PROTOCOLS`.
-      data_set: Name of the data set to split, such as "cifar10" or "mscoco/2017".
-      fields: Values by field; -1, or "protocol" for a word, leaves the protocol's value.
-
-    Raises:
-      DataError: The protocol does not exist, or is for another data set.
-    """
+    """Returns a protocol with the fields that a config changes; -1 or "protocol" leaves the protocol's value."""
     if name not in PROTOCOLS:
         hint = did_you_mean(name, PROTOCOLS).rstrip()
         raise config_error("protocol", f"it must be one of {', '.join(PROTOCOLS)}, got {name!r}{hint and f'; {hint}'}")
     protocol = PROTOCOLS[name]
     if protocol.data_sets and data_set.partition("/")[0] not in protocol.data_sets:
         raise config_error("protocol", f"{name} is for {' or '.join(protocol.data_sets)}, got {data_set}; use 'own'")
-    given = {
-        field: value
-        for field, value in fields.items()
-        if value not in (AS_NAMED, "protocol") and value != getattr(protocol, field)
-    }
+    as_named = (AS_NAMED, "protocol")
+    given = {field: value for field, value in fields.items() if value not in (*as_named, getattr(protocol, field))}
     # Another k leaves the split as it is, and the published tables are listed by k.
     changed = () if name == "own" else tuple(f"{field}={value}" for field, value in given.items() if field != "k")
     return dataclasses.replace(protocol, **given, changed=changed)
@@ -194,21 +172,13 @@ class Splits:
 
 
 def draw_splits(source: Source, protocol: Protocol, *, seed: int, validation_queries: int = 1000) -> Splits:
-    """Returns the splits of a data set.
+    """Returns the splits of a data set, with `validation_queries` queries if these are drawn from the database.
 
-    Args:
-      source: Data set as published.
-      protocol: Protocol that says what is drawn.
-      seed: Random seed; each draw has a stream of its own, so that one setting does not change another's draw.
-      validation_queries: Number of validation queries from the database.
-
-    Raises:
-      DataError: The set is too small for the protocol, or lacks the labels that it needs.
+    Each draw has a random stream of its own, so that one setting does not change another's draw.
     """
     if protocol.validation != "none" and source.train.labels is None:
-        raise config_error(
-            "validation", f"it must be 'none' for a data set without labels, got {protocol.validation!r}"
-        )
+        problem = f"it must be 'none' for a data set without labels, got {protocol.validation!r}"
+        raise config_error("validation", problem)
     if source.roles is not None:
         return _splits_of_list(source.roles, protocol)
     database, query = _draw_queries(source, protocol, stream_rng(seed, "queries"))
@@ -223,24 +193,21 @@ def draw_splits(source: Source, protocol: Protocol, *, seed: int, validation_que
     if protocol.validation == "query_half":
         half = len(query) // 2
         if half < 1:
-            raise config_error(
-                "validation", f"'query_half' needs at least 2 queries, got {len(query)}; set it to 'none'"
-            )
+            problem = f"'query_half' needs at least 2 queries, got {len(query)}; set it to 'none'"
+            raise config_error("validation", problem)
         order = generator.permutation(len(query))
         validation = (query.take(np.sort(order[:half])), database)
         query = query.take(np.sort(order[half:]))
     elif protocol.validation == "database":
         if len(outside) < validation_queries:
-            raise config_error(
-                "validation_queries",
-                f"it must be at most {len(outside)}, the database images outside training, got {validation_queries}",
-            )
+            problem = f"it must be at most {len(outside)}, the database images outside training"
+            raise config_error("validation_queries", f"{problem}, got {validation_queries}")
         asked = np.sort(generator.choice(outside, validation_queries, replace=False))
         validation = (database.take(asked), database.take(_rest(database, asked)))
     return Splits(train, query, database, validation)
 
 
-def _rest(images: ImageSet, drawn: Int[np.ndarray, " drawn"]) -> Int[np.ndarray, " rest"]:
+def _rest(images: ImageSet, drawn: _Indices) -> _Indices:
     return np.setdiff1d(np.arange(len(images)), drawn)
 
 
@@ -249,9 +216,8 @@ def _draw_queries(source: Source, protocol: Protocol, generator: np.random.Gener
     count = protocol.queries or protocol.queries_per_class
     if source.test is not None and not protocol.pooled:
         if count:
-            raise config_error(
-                "queries", f"it and queries_per_class must be 0 for a data set with a test split, got {count}"
-            )
+            problem = f"it and queries_per_class must be 0 for a data set with a test split, got {count}"
+            raise config_error("queries", problem)
         return source.train, source.test
     pool = source.train if source.test is None else concatenate(source.train, source.test)
     if protocol.queries and protocol.queries_per_class:
@@ -260,26 +226,21 @@ def _draw_queries(source: Source, protocol: Protocol, generator: np.random.Gener
         drawn = _draw_per_class(pool, protocol.queries_per_class, generator, "queries_per_class")
         return pool.take(_rest(pool, drawn)), pool.take(drawn)
     if not 0 < count < len(pool):
-        raise config_error(
-            "queries", f"it must be from 1 to {len(pool) - 1}, of {len(pool)} images in one piece, got {count}"
-        )
+        problem = f"it must be from 1 to {len(pool) - 1}, of {len(pool)} images in one piece, got {count}"
+        raise config_error("queries", problem)
     order = generator.permutation(len(pool))
     return pool.take(np.sort(order[count:])), pool.take(np.sort(order[:count]))
 
 
-def _draw_training(
-    database: ImageSet, protocol: Protocol, generator: np.random.Generator
-) -> Int[np.ndarray, " drawn"] | None:
+def _draw_training(database: ImageSet, protocol: Protocol, generator: np.random.Generator) -> _Indices | None:
     """Returns the indices of the training images in the database, or None if all train."""
     if protocol.train_images and protocol.train_per_class:
         raise config_error("train_images", "only one of it and config.data.train_per_class may be set")
     if protocol.train_per_class:
         return _draw_per_class(database, protocol.train_per_class, generator, "train_per_class")
     if protocol.train_images > len(database) and protocol.name != "own":
-        raise config_error(
-            "train_images",
-            f"{protocol.name} needs {protocol.train_images}, but the database has {len(database)} images; try 'own'",
-        )
+        problem = f"{protocol.name} needs {protocol.train_images}, but the database has {len(database)} images"
+        raise config_error("train_images", f"{problem}; try 'own'")
     if 0 < protocol.train_images < len(database):
         return np.sort(generator.choice(len(database), protocol.train_images, replace=False))
     return None
@@ -291,15 +252,13 @@ def _splits_of_list(roles: Mapping[str, ImageSet], protocol: Protocol) -> Splits
         if value := getattr(protocol, field):
             raise config_error(field, f"it must be 0 for a list with a column 'split', got {value}")
     if protocol.validation != "none":
-        raise config_error(
-            "validation", f"it must be 'none' for a list, which has the split 'validation', got {protocol.validation!r}"
-        )
+        problem = f"it must be 'none' for a list, which has the split 'validation', got {protocol.validation!r}"
+        raise config_error("validation", problem)
     searched = [roles[role] for role in ("train", "database") if role in roles]
     learned = [roles[role] for role in ("train", "train_only") if role in roles]
     if not (searched and learned and "query" in roles):
-        raise config_error(
-            "dir", f"the column 'split' must name images to train, to search and as queries, got {', '.join(roles)}"
-        )
+        problem = f"the column 'split' must name images to train, to search and as queries, got {', '.join(roles)}"
+        raise config_error("dir", problem)
     database, train = concatenate(*searched), concatenate(*learned)
     validation = (roles["validation"], database) if "validation" in roles else None
     if validation and database.labels is None:
@@ -307,23 +266,19 @@ def _splits_of_list(roles: Mapping[str, ImageSet], protocol: Protocol) -> Splits
     return Splits(train, roles["query"], database, validation)
 
 
-def _draw_per_class(
-    images: ImageSet, count: int, generator: np.random.Generator, field: str
-) -> Int[np.ndarray, " drawn"]:
+def _draw_per_class(images: ImageSet, count: int, generator: np.random.Generator, field: str) -> _Indices:
     """Draws `count` images of each class without replacement, sorted; an image drawn for one class serves only it."""
     if images.labels is None:
         instead = "queries" if field == "queries_per_class" else "train_images"
-        raise config_error(
-            field, f"it must be 0 for a data set without labels, got {count}; set config.data.{instead} instead"
-        )
+        problem = f"it must be 0 for a data set without labels, got {count}; set config.data.{instead} instead"
+        raise config_error(field, problem)
     labels: Labels = images.labels
     drawn = np.zeros(len(labels), bool)
     classes = np.unique(labels) if labels.ndim == 1 else np.arange(labels.shape[1])
     for name in classes:
         members = np.flatnonzero(((labels == name) if labels.ndim == 1 else labels[:, name]) & ~drawn)
         if len(members) < count:
-            raise config_error(
-                field, f"it must be at most {len(members)}, the images left of class {name}, got {count}"
-            )
+            problem = f"it must be at most {len(members)}, the images left of class {name}, got {count}"
+            raise config_error(field, problem)
         drawn[generator.choice(members, count, replace=False)] = True
     return np.flatnonzero(drawn)

@@ -21,14 +21,7 @@ BUILDERS: dict[str, type[Any]] = {"nuswide": tfds_builders.Nuswide, "mscoco": tf
 
 
 def load(data: DataConfig) -> Source:
-    """Returns the data set that a data config names, downloaded and prepared if necessary.
-
-    Args:
-      data: Name of the data set and how it is loaded.
-
-    Raises:
-      DataError: The data set does not exist, cannot be downloaded or prepared, or lacks the images or labels.
-    """
+    """Returns the data set that a data config names, downloaded and prepared if necessary."""
     directory = os.path.expanduser(data.directory)
     place = f"{data.name} under {directory or tfds.core.constants.DATA_DIR}"
     builder = _open_builder(data.name, directory, place)
@@ -40,11 +33,11 @@ def load(data: DataConfig) -> Source:
         train = _load_split(builder, database, image, label, data.max_megapixels)
         test = _load_split(builder, query, image, label, data.max_megapixels) if query else None
     except Exception as error:  # TFDS and array_record raise many classes; each means that the files are unusable
-        raise config_error(
-            "dir", f"{place} cannot be read ({_describe(error)}); remove its files to have it prepared again"
-        ) from error
-    unreadable = [Unreadable(*file) for file in (builder.info.metadata or {}).get("left_out", ())]
-    return Source(train, test, _class_names(builder, label), unreadable=unreadable)
+        problem = f"{place} cannot be read ({_describe(error)}); remove its files to have it prepared again"
+        raise config_error("dir", problem) from error
+    feature, metadata = _flatten_features(builder)[label], builder.info.metadata or {}
+    classes = getattr(getattr(feature, "feature", feature), "names", None) or metadata.get("classes", ())
+    return Source(train, test, list(classes), unreadable=[Unreadable(*file) for file in metadata.get("left_out", ())])
 
 
 def _open_builder(name: str, directory: str, place: str) -> Any:
@@ -53,28 +46,22 @@ def _open_builder(name: str, directory: str, place: str) -> Any:
     base = name.partition("/")[0].partition(":")[0]
     if base not in BUILDERS and base not in (known := tfds.list_builders(with_community_datasets=False)):
         hint = did_you_mean(base, [*known, *BUILDERS], most=3).rstrip()
-        raise config_error(
-            "name",
-            f"it must be digits, folder, list, features, {', '.join(BUILDERS)} or a data set of tensorflow-datasets, "
-            f"got {name!r}; {hint or 'see https://www.tensorflow.org/datasets/catalog'}",
-        )
+        allowed = f"digits, folder, list, features, {', '.join(BUILDERS)} or a data set of tensorflow-datasets"
+        remedy = hint or "see https://www.tensorflow.org/datasets/catalog"
+        raise config_error("name", f"it must be {allowed}, got {name!r}; {remedy}")
     try:
         # array_record is the only format with random access and without TensorFlow.
         return tfds.builder(name, data_dir=directory or None, file_format="array_record")
     except Exception as error:  # of many classes; most likely the folder was prepared as tfrecord
-        raise config_error(
-            "dir",
-            f"{place} cannot be opened ({_describe(error)}); if its format is not array_record, set another folder, in "
-            "which it is prepared again",
-        ) from error
+        remedy = "if its format is not array_record, set another folder, in which it is prepared again"
+        raise config_error("dir", f"{place} cannot be opened ({_describe(error)}); {remedy}") from error
 
 
 def _prepare(builder: Any, name: str, place: str, raw_directory: str) -> None:
     own = type(builder) in BUILDERS.values()
     if own and not os.path.isdir(raw_directory):
-        raise config_error(
-            "raw_dir", f"it must be the folder of files in docs/data.md to prepare {place}, got {raw_directory!r}"
-        )
+        problem = f"it must be the folder of files in docs/data.md to prepare {place}, got {raw_directory!r}"
+        raise config_error("raw_dir", problem)
     options = {"manual_dir": raw_directory} if raw_directory else {}
     try:
         with tfds_builders.without_tensorflow():
@@ -83,17 +70,12 @@ def _prepare(builder: Any, name: str, place: str, raw_directory: str) -> None:
         raise
     except Exception as error:  # the remedies do not depend on the class
         if "TensorFlow itself is needed" in str(error):
-            raise config_error(
-                "name",
-                f"{name} can only be prepared with TensorFlow ({_describe(error)}); install it, or prepare the set "
-                "elsewhere with `tfds build --file_format=array_record`",
-            ) from error
-        remedy = "see docs/data.md"
-        if not own:
-            remedy = "run the same command with network and --config.data.dir=DIR, then copy DIR here and set it"
-        raise config_error(
-            "dir", f"{place} is not prepared, and preparing it failed ({_describe(error)}); {remedy}"
-        ) from error
+            problem = f"{name} can only be prepared with TensorFlow ({_describe(error)})"
+            remedy = "install it, or prepare the set elsewhere with `tfds build --file_format=array_record`"
+            raise config_error("name", f"{problem}; {remedy}") from error
+        remedy = "run the same command with network and --config.data.dir=DIR, then copy DIR here and set it"
+        problem = f"{place} is not prepared, and preparing it failed ({_describe(error)})"
+        raise config_error("dir", f"{problem}; {'see docs/data.md' if own else remedy}") from error
 
 
 def _describe(error: Exception) -> str:
@@ -109,23 +91,19 @@ def _select_features(builder: Any, data: DataConfig) -> tuple[str, str]:
     images = [path for path, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [path for path, feature in features.items() if _label_reader(feature) is not None]
     available = f"its features are {', '.join(features)}"
-    return (
-        _select(data.name, "image", data.image_feature, images, ("image",), available),
-        _select(data.name, "label", data.label_feature, labels, ("label", "labels"), available),
-    )
 
+    def select(kind: str, requested: str, candidates: list[str]) -> str:
+        if requested and requested not in candidates:
+            raise config_error(f"{kind}_feature", f"{data.name} has no {kind} feature {requested!r}; {available}")
+        if not candidates:
+            raise config_error("name", f"{data.name} has no {kind} feature ({available}); choose another data set")
+        usual = [path for path in (kind, f"{kind}s") if path in candidates]
+        if not requested and not usual and len(candidates) > 1:
+            choice = ", ".join(candidates)
+            raise config_error(f"{kind}_feature", f"{data.name} has several; set the field to one of {choice}")
+        return requested or (usual or candidates)[0]
 
-def _select(name: str, kind: str, requested: str, candidates: list[str], usual: tuple[str, ...], available: str) -> str:
-    if requested and requested not in candidates:
-        raise config_error(f"{kind}_feature", f"{name} has no {kind} feature {requested!r}; {available}")
-    if requested or len(candidates) == 1:
-        return requested or candidates[0]
-    if not candidates:
-        raise config_error("name", f"{name} has no {kind} feature ({available}); choose another data set")
-    for path in usual:
-        if path in candidates:
-            return path
-    raise config_error(f"{kind}_feature", f"{name} has several; set the field to one of {', '.join(candidates)}")
+    return select("image", data.image_feature, images), select("label", data.label_feature, labels)
 
 
 def _flatten_features(builder: Any) -> dict[str, Any]:
@@ -158,12 +136,6 @@ def _label_reader(feature: Any) -> Callable[[Sequence[Any]], Labels] | None:
     return None
 
 
-def _class_names(builder: Any, label: str) -> Sequence[str]:
-    feature = _flatten_features(builder)[label]
-    class_label = getattr(feature, "feature", feature)
-    return list(getattr(class_label, "names", None) or (builder.info.metadata or {}).get("classes", ()))
-
-
 # Splits
 
 
@@ -184,7 +156,10 @@ def _select_splits(builder: Any, data: DataConfig) -> tuple[str, str]:
 
 def _load_split(builder: Any, split: str, image: str, label: str, max_megapixels: int) -> ImageSet:
     # The images stay encoded: labels are read without decoding, and pixels are decoded straight to their size.
-    source = builder.as_data_source(split=split, decoders=_nest(image, tfds.decode.SkipDecoding()))
+    decoders: Any = tfds.decode.SkipDecoding()
+    for key in reversed(image.split("/")):
+        decoders = {key: decoders}
+    source = builder.as_data_source(split=split, decoders=decoders)
     read_labels = _label_reader(_flatten_features(builder)[label])
     assert read_labels is not None
     labels, names, positions = [], [], []
@@ -203,11 +178,6 @@ def _load_split(builder: Any, split: str, image: str, label: str, max_megapixels
     return whole.take(np.argsort(positions)) if positions else whole
 
 
-def _nest(path: str, leaf: Any) -> dict[str, Any]:
-    first, _, rest = path.partition("/")
-    return {first: _nest(rest, leaf) if rest else leaf}
-
-
 def _lookup(example: Any, path: str) -> Any:
     for key in path.split("/"):
         example = [inner[key] for inner in example] if isinstance(example, list) else example[key]
@@ -216,19 +186,12 @@ def _lookup(example: Any, path: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsImages:
-    """The images of a TFDS data source, decoded as they are accessed.
-
-    Attributes:
-      source: Examples with encoded images.
-      feature: Path of the image feature.
-      max_megapixels: Limit above which an image is rejected.
-      identity: Identity of the content, from the sizes and times of the files.
-    """
+    """The images of a TFDS data source, which are stored encoded, and decoded as they are accessed."""
 
     source: Sequence[dict[str, Any]]
     feature: str
     max_megapixels: int
-    identity: str
+    identity: str  # from the sizes and times of the files
 
     def __len__(self) -> int:
         return len(self.source)
@@ -237,17 +200,11 @@ class TfdsImages:
         return self.resized(index, 0)
 
     def resized(self, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """Returns image `index` as a square; size 0 leaves it as it is.
-
-        Raises:
-          DataError: The stored image cannot be decoded.
-        """
+        """Returns image `index` as a square; size 0 leaves it as it is."""
         try:
             encoded = _lookup(self.source[int(index)], self.feature)
             return photos.decode(encoded, size, max_megapixels=self.max_megapixels)
         except photos.BadPhotoError as error:
-            raise config_error(
-                "dir",
-                f"image {index} of {self.identity.rpartition('-')[0]} cannot be decoded ({error}); remove the prepared "
-                "data set to have it prepared again",
-            ) from None
+            problem = f"image {index} of {self.identity.rpartition('-')[0]} cannot be decoded ({error})"
+            remedy = "remove the prepared data set to have it prepared again"
+            raise config_error("dir", f"{problem}; {remedy}") from None

@@ -5,6 +5,7 @@ import functools
 import glob
 import importlib.util
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -30,30 +31,25 @@ Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 class PublishedBuilder(tfds.core.GeneratorBasedBuilder):
-    """Base of the builders for published files, which are in `download_config.manual_dir`.
-
-    Attributes:
-      CLASSES: Number of classes.
-    """
+    """Base of the builders for published files, which are in `download_config.manual_dir`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "See docs/data.md."
-    CLASSES: ClassVar[int]
+    CLASSES: ClassVar[int]  # number of classes
     HOMEPAGE: ClassVar[str]
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "labels": tfds.features.Tensor(shape=(self.CLASSES,), dtype=np.bool_),
+            "name": tfds.features.Text(),
+            # Position in the published order, in which splits are drawn. TFDS shuffles examples, since keeping their
+            # order would hold all of them in memory.
+            "position": tfds.features.Scalar(np.int64),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "labels": tfds.features.Tensor(shape=(self.CLASSES,), dtype=np.bool_),
-                    "name": tfds.features.Text(),
-                    # Position in the published order, in which splits are drawn. TFDS shuffles examples, since keeping
-                    # their order would hold all of them in memory.
-                    "position": tfds.features.Scalar(np.int64),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             homepage=self.HOMEPAGE,
             # "classes": class names; "left_out": missing and unreadable images.
             metadata=tfds.core.MetadataDict(),
@@ -69,14 +65,13 @@ def _find(root: pathlib.Path, *places: str) -> pathlib.Path:
     Archives may be unpacked with or without a folder of their own, so the sub-folders of `root` are searched, too.
     """
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    for place in places:
-        for base in (root, *folders):
-            if (base / place).exists():
-                return base / place
-    raise _error(
-        f"{root} and its sub-folders hold no {' or '.join(places)}; download and unpack the files that docs/data.md "
-        "lists, and give their folder with --config.data.raw_dir=DIR"
+    for place, base in itertools.product(places, (root, *folders)):
+        if (base / place).exists():
+            return base / place
+    remedy = (
+        "download and unpack the files that docs/data.md lists, and give their folder with --config.data.raw_dir=DIR"
     )
+    raise _error(f"{root} and its sub-folders hold no {' or '.join(places)}; {remedy}")
 
 
 def _read_images(files: Iterable[tuple[str, pathlib.Path, dict[str, Any]]], left_out: list[Unreadable]) -> Examples:
@@ -123,44 +118,32 @@ class Nuswide(PublishedBuilder):
         images = _find(root, "Flickr", "images", "Images", "image")
         missing: list[Unreadable] = []
         listed = ((names[row], images / names[row], {"labels": hot[row]}) for row in np.flatnonzero(hot.any(axis=1)))
-        count = 0
-        for number, example in _read_images(listed, missing):
-            count += 1
-            yield number, example
-        if not count:
-            raise _error(
-                f"none of the {len(missing):,} listed images is in {images} (the first: "
-                f"{missing[0]}); unpack the images so that this path is right"
-            )
-        self.info.metadata["left_out"] = [[file.path, file.reason] for file in missing]
+        yield from _read_images(listed, missing)
+        if len(missing) == hot.any(axis=1).sum():
+            problem = f"none of the {len(missing):,} listed images is in {images} (the first: {missing[0]})"
+            raise _error(f"{problem}; unpack the images so that this path is right")
+        self.info.metadata["left_out"] = list(map(list, missing))
 
 
 def read_nuswide(root: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images concepts"], list[str]]:
-    """Returns the relative paths of the images, their concepts, and the names of the concepts, as published.
-
-    Raises:
-      DataError: A file is missing, or the files do not belong together.
-    """
+    """Returns the relative paths of the images, their concepts, and the names of the concepts, as published."""
     listing = _find(root, "ImageList/Imagelist.txt", "Imagelist.txt")
     lines = listing.read_text(encoding="utf-8").splitlines()
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     folder = _find(root, "Groundtruth/AllLabels", "AllLabels")
     files = sorted(folder.glob("Labels_*.txt"))
     if len(files) < FREQUENT:
-        raise _error(
-            f"{folder} must hold the 81 published files Labels_*.txt, got {len(files)}; unpack Groundtruth.zip again"
-        )
-    columns = [_read_column(file, len(names), listing) for file in files]
-    return names, np.stack(columns, axis=1), [file.stem.removeprefix("Labels_") for file in files]
-
-
-def _read_column(file: pathlib.Path, count: int, listing: pathlib.Path) -> Bool[np.ndarray, " images"]:
-    values = file.read_text(encoding="ascii", errors="replace").split()
-    if len(values) != count:
-        raise _error(f"{file} has {len(values):,} lines, but {listing} has {count:,}; unpack both again")
-    if not set(values) <= {"0", "1"}:
-        raise _error(f"{file} must hold only 0 and 1; unpack it again")
-    return np.array(values) == "1"
+        problem = f"{folder} must hold the 81 published files Labels_*.txt, got {len(files)}"
+        raise _error(f"{problem}; unpack Groundtruth.zip again")
+    labels = np.zeros((len(names), len(files)), bool)
+    for column, file in enumerate(files):
+        values = file.read_text(encoding="ascii", errors="replace").split()
+        if len(values) != len(names):
+            raise _error(f"{file} has {len(values):,} lines, but {listing} has {len(names):,}; unpack both again")
+        if not set(values) <= {"0", "1"}:
+            raise _error(f"{file} must hold only 0 and 1; unpack it again")
+        labels[:, column] = np.array(values) == "1"
+    return names, labels, [file.stem.removeprefix("Labels_") for file in files]
 
 
 def most_frequent(labels: Bool[np.ndarray, "images concepts"]) -> Int[np.ndarray, " chosen"]:
@@ -193,41 +176,31 @@ class Mscoco(PublishedBuilder):
             images, labels, categories = read_mscoco(path)
             total += len(images)
             folder = _find(root, name, f"images/{name}")
-            listed += [
-                (f"{name}/{file}", folder / file, {"labels": hot})
-                for file, hot in zip(images, labels, strict=True)
-                if hot.any()
-            ]
-        if total == WHOLE and len(listed) != LABELED:
-            raise _error(
-                f"{LABELED:,} of the {total:,} images in {root} must have an object, as published, got "
-                f"{len(listed):,}; download the annotations again"
+            files = (
+                (f"{name}/{file}", folder / file, {"labels": hot}) for file, hot in zip(images, labels, strict=True)
             )
+            listed += [file for file in files if file[2]["labels"].any()]
+        if total == WHOLE and len(listed) != LABELED:
+            problem = f"{LABELED:,} of the {total:,} images in {root} must have an object, as published"
+            raise _error(f"{problem}, got {len(listed):,}; download the annotations again")
         self.info.metadata["classes"] = categories
         missing: list[Unreadable] = []
         yield from _read_images(listed, missing)
         if missing:
-            raise _error(
-                f"{len(missing):,} of {len(listed):,} images are missing or unreadable (the first: {missing[0]}); COCO "
-                "is published completely, so unpack its archives again"
-            )
+            problem = f"{len(missing):,} of {len(listed):,} images are missing or unreadable (the first: {missing[0]})"
+            raise _error(f"{problem}; COCO is published completely, so unpack its archives again")
 
 
 def read_mscoco(path: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images categories"], list[str]]:
-    """Returns the file names of an instances file by image id, their categories, and the names of the categories.
-
-    Raises:
-      DataError: The file is not as published.
-    """
+    """Returns the file names of an instances file by image id, their categories, and the names of the categories."""
     try:
         content = json.loads(path.read_bytes())
         images = sorted((image["id"], image["file_name"]) for image in content["images"])
         categories = sorted((category["id"], category["name"]) for category in content["categories"])
         marks = [(mark["image_id"], mark["category_id"]) for mark in content["annotations"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise _error(
-            f"{path} must be a file of COCO instances ({type(error).__name__}: {first_line(error)}); unpack it again"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise _error(f"{path} must be a file of COCO instances ({reason}); unpack it again") from error
     if len(categories) != CATEGORIES:
         raise _error(f"{path} must have {CATEGORIES} categories, got {len(categories)}; unpack it again")
     rows = {number: row for row, (number, _) in enumerate(images)}
@@ -235,9 +208,8 @@ def read_mscoco(path: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images
     labels = np.zeros((len(images), CATEGORIES), bool)
     for image, category in marks:
         if image not in rows or category not in columns:
-            raise _error(
-                f"{path} marks category {category} in image {image}, which it does not list; download it again"
-            )
+            problem = f"{path} marks category {category} in image {image}, which it does not list"
+            raise _error(f"{problem}; download it again")
         labels[rows[image], columns[category]] = True
     return [name for _, name in images], labels, [name for _, name in categories]
 
@@ -251,9 +223,6 @@ def without_tensorflow() -> Iterator[None]:
 
     Most builders use nothing else; one that does gets an AttributeError with the name. Does nothing if TensorFlow is
     installed. This patches two private members of TFDS, last checked with version 4.9.10.
-
-    Raises:
-      DataError: The installed version of TFDS has other private members.
     """
     if importlib.util.find_spec("tensorflow") is not None:
         yield
@@ -264,11 +233,9 @@ def without_tensorflow() -> Iterator[None]:
 
         original = _ImageEncoder._encode_image
     except (ImportError, AttributeError) as error:
-        raise config_error(
-            "name",
-            f"preparing data sets without TensorFlow needs tensorflow-datasets 4.9.10, got {tfds.__version__} "
-            f"({first_line(error)}); install that version, or TensorFlow",
-        ) from error
+        problem = f"preparing data sets without TensorFlow needs tensorflow-datasets 4.9.10, got {tfds.__version__}"
+        remedy = "install that version, or TensorFlow"
+        raise config_error("name", f"{problem} ({first_line(error)}); {remedy}") from error
     # TFDS imports TensorFlow lazily, through this one object, which stores the module under this name. A module in
     # sys.modules would be visible to every other library, too.
     vars(lazy_module)["_module"] = _stand_in()
@@ -297,38 +264,28 @@ class _StandIn(types.ModuleType):
 
 
 def _stand_in() -> types.ModuleType:
+    files = _StandIn(
+        "tensorflow.io.gfile",
+        GFile=lambda path, mode="r": epath.Path(path).open(mode),
+        Open=lambda path, mode="r": epath.Path(path).open(mode),
+        copy=lambda source, target, overwrite=False: epath.Path(source).copy(target, overwrite=overwrite),
+        glob=lambda pattern: sorted(glob.glob(os.fspath(pattern))),
+        listdir=lambda path: sorted(os.listdir(path)),
+        makedirs=lambda path: os.makedirs(path, exist_ok=True),
+        rename=lambda source, target, overwrite=False: os.replace(source, target),
+        rmtree=shutil.rmtree,
+        **{name: getattr(os, name) for name in ("remove", "stat", "walk")},
+        **{name: getattr(os.path, name) for name in ("exists", "isdir")},
+    )
+    texts = _StandIn(
+        "tensorflow.compat",
+        as_text=lambda text: text.decode() if isinstance(text, bytes) else text,
+        as_str=lambda text: text.decode() if isinstance(text, bytes) else text,
+        as_bytes=lambda text: text.encode() if isinstance(text, str) else text,
+    )
     return _StandIn(
         "tensorflow",
-        io=_StandIn("tensorflow.io", gfile=_StandIn("tensorflow.io.gfile", **_FILES)),
-        compat=_StandIn("tensorflow.compat", as_text=_as_text, as_bytes=_as_bytes, as_str=_as_text),
+        io=_StandIn("tensorflow.io", gfile=files),
+        compat=texts,
         errors=_StandIn("tensorflow.errors", UnimplementedError=NotImplementedError, NotFoundError=OSError),
     )
-
-
-def _open(path: Any, mode: str = "r") -> Any:
-    return epath.Path(path).open(mode)
-
-
-def _as_text(text: str | bytes) -> str:
-    return text.decode() if isinstance(text, bytes) else text
-
-
-def _as_bytes(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
-
-
-_FILES = {
-    "GFile": _open,
-    "Open": _open,
-    "copy": lambda source, target, overwrite=False: epath.Path(source).copy(target, overwrite=overwrite),
-    "exists": os.path.exists,
-    "glob": lambda pattern: sorted(glob.glob(os.fspath(pattern))),
-    "isdir": os.path.isdir,
-    "listdir": lambda path: sorted(os.listdir(path)),
-    "makedirs": lambda path: os.makedirs(path, exist_ok=True),
-    "remove": os.remove,
-    "rename": lambda source, target, overwrite=False: os.replace(source, target),
-    "rmtree": shutil.rmtree,
-    "stat": os.stat,
-    "walk": os.walk,
-}

@@ -34,14 +34,7 @@ _error = functools.partial(data_error, "archive")
 
 
 class Unzipped(NamedTuple):
-    """Result of `unzip`.
-
-    Attributes:
-      directory: Folder with the photos, under their names in the zip.
-      photos: Number of photos.
-      others: Number of other files by extension, which were left out.
-      refused: Photos that were left out, each with the reason.
-    """
+    """Folder with the photos of a zip, their number, that of other files by extension, and the photos left out."""
 
     directory: pathlib.Path
     photos: int
@@ -76,6 +69,13 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
 
     Raises:
       DataError: The zip does not exist, is damaged, or holds no photo or too much, or `directory` holds other files.
+
+    Examples:
+      >>> import shutil
+      >>> import cib_jax as cib
+      >>> archive = shutil.make_archive("photos", "zip", "PHOTOS")
+      >>> cib.unzip_photos("photos.zip").notes()
+      ['3 photos unpacked in photos']
     """
     archive = pathlib.Path(archive).expanduser()
     directory = pathlib.Path(directory).expanduser() if directory is not None else archive.with_suffix("")
@@ -86,17 +86,13 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
         stamp = [status.st_size, status.st_mtime_ns]
         record = _read_record(directory)
         if not record or record["zip"] != stamp:
-            _validate_directory(directory, archive, reusable=record is not None)
+            if directory == archive or (directory.exists() and not directory.is_dir()):
+                raise _error(f"its photos cannot be unpacked in {directory}, which is a file; give another folder")
+            if directory.is_dir() and record is None and any(directory.iterdir()):
+                raise _error(f"its photos cannot be unpacked in {directory}, which holds other files; give another one")
             record = _unpack(archive, directory, stamp)
     others, refused = collections.Counter(record["others"]), [Unreadable(*file) for file in record["refused"]]
     return Unzipped(directory, record["photos"], others, refused)
-
-
-def _validate_directory(directory: pathlib.Path, archive: pathlib.Path, *, reusable: bool) -> None:
-    if directory == archive or (directory.exists() and not directory.is_dir()):
-        raise _error(f"its photos cannot be unpacked in {directory}, which is a file; give another folder")
-    if directory.is_dir() and not reusable and any(directory.iterdir()):
-        raise _error(f"its photos cannot be unpacked in {directory}, which holds other files; give another folder")
 
 
 def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int]) -> dict[str, Any]:
@@ -110,17 +106,15 @@ def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int]) ->
             members, others, refused = _select_members(opened)
             _validate_size(sum(member.file_size for member in members.values()), archive, directory)
             directory.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{directory.name}."
-            with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as temporary:
+            with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
                 fresh = pathlib.Path(temporary) / "photos"
                 fresh.mkdir()
                 reasons = {name: _extract(opened, member, fresh / name) for name, member in members.items()}
                 refused += [Unreadable(name, reason) for name, reason in reasons.items() if reason]
                 if all(reasons.values()):
                     raise _error(f"no photo can be unpacked (the first: {refused[0]}); zip them again")
-                count = sum(not reason for reason in reasons.values())
-                left_out = [(file.path, file.reason) for file in refused]
-                record = {"zip": stamp, "photos": count, "others": others, "refused": left_out}
+                count = list(reasons.values()).count("")
+                record = {"zip": stamp, "photos": count, "others": others, "refused": refused}
                 (fresh / _RECORD).write_text(json.dumps(record), encoding="ascii")
                 if directory.exists():
                     shutil.rmtree(directory)
@@ -187,10 +181,8 @@ def _validate_size(size: int, archive: pathlib.Path, directory: pathlib.Path) ->
         raise _error(f"its photos must take at most {MAX_GB} GB, got {size / 1e9:,.0f}; unpack it yourself")
     packed = archive.stat().st_size
     if size > max(_BOMB_GB * 1_000_000_000, _BOMB_RATIO * packed):
-        raise _error(
-            f"its {packed / 1e6:,.1f} MB would become {size / 1e9:,.1f} GB, as in a decompression bomb; unpack it "
-            "yourself if you trust it"
-        )
+        problem = f"its {packed / 1e6:,.1f} MB would become {size / 1e9:,.1f} GB, as in a decompression bomb"
+        raise _error(f"{problem}; unpack it yourself if you trust it")
     free = shutil.disk_usage(next(parent for parent in directory.absolute().parents if parent.is_dir())).free
     if size > free:
         raise _error(f"its photos need {size / 1e9:,.1f} GB, got {free / 1e9:,.1f} GB free in {directory.parent}")

@@ -367,7 +367,7 @@ def methods(
     leaders = [titles[int(np.nanargmax(mean[:, place]))] for place in measured]
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(
-        f"{best} in {score} at {', '.join(str(bits[place]) for place in measured)} bits",
+        f"{best} in {score} at {', '.join(str(bits[int(place)]) for place in measured)} bits",
         width=7.4,
         height=1.4 + 0.36 * len(titles),
     )

@@ -255,9 +255,20 @@ def curves(
     sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
     totals = [np.sum(parts, axis=0) for parts in zip(*sums, strict=True)]
     hits, misses = (int(counts.sum()) for counts in totals[5:])
-    means = (total / len(query_codes) for total in totals[:5])
-    shares = totals[5] / max(hits, 1), totals[6] / max(misses, 1), hits / (hits + misses)
-    return Curves._make([ks, *means, *shares, np.concatenate(average_precision), np.concatenate(answerable)])
+    mean_ap, precision, recall, radius_precision, radius_empty = (total / len(query_codes) for total in totals[:5])
+    return Curves(
+        ks,
+        mean_ap,
+        precision,
+        recall,
+        radius_precision,
+        radius_empty,
+        relevant=totals[5] / max(hits, 1),
+        irrelevant=totals[6] / max(misses, 1),
+        chance=hits / (hits + misses),
+        average_precision=np.concatenate(average_precision),
+        answerable=np.concatenate(answerable),
+    )
 
 
 def _ranks_up_to(k: int, digits: Sequence[int]) -> list[int]:

@@ -8,10 +8,10 @@ import rich.console
 import rich.table
 
 from cib_jax.console import print_message
-from cib_jax.errors import BusyError
+from cib_jax.errors import BusyError, DistributedError
 from cib_jax.report.html import Grid
-from cib_jax.runs.processes import run_to_end, worker_count
-from cib_jax.runs.workdir import read_json
+from cib_jax.runs.processes import run, worker_count
+from cib_jax.runs.workdir import exclusive, read_json
 
 Record = dict[str, Any]
 """Contents of the file that says what a run came to."""
@@ -47,31 +47,27 @@ def run_all(
     Several calls, in several processes or on several machines, may share a folder. Killed anywhere, the same call goes
     on with what is not complete.
 
-    Args:
-      items: Runs, in the order in which they are tried.
-      work: Importable function that completes an item and returns a sentence about it, None if nothing can be done
-        about it now. It raises `BusyError` if another process is working on the item.
-      conclude: Function of the records of all items, None for those that are not complete.
-      workdir: Folder of all items.
-      workers: Number of processes to start; 0: as many as cores and memory allow.
-      noun: What the items are called, in the plural.
-      console: Console for messages.
-
-    Raises:
-      DistributedError: A worker process failed and an item is not complete.
+    `work` is an importable function that completes an item and returns a sentence about it, None if nothing can be done
+    about it now; it raises `BusyError` if another process is working on the item. The record of an item that is not
+    complete is None. 0 `workers` are as many as cores and memory allow. `noun` names the items, in the plural.
     """
     workers = min(worker_count(workers), len(items))
     processes = "1 process" if workers == 1 else f"{workers} processes"
-    print_message(
-        console,
-        f"{len(items)} {noun}, {_count_complete(items)} of them complete; {processes} at work in {workdir}",
-    )
-
-    def conclude_all() -> tuple[Result, bool]:
+    complete = _count_complete(items)
+    print_message(console, f"{len(items)} {noun}, {complete} of them complete; {processes} at work in {workdir}")
+    broken = None
+    try:
+        run(_work_on_all, (items, work), workers)
+    except DistributedError as error:
+        broken = error
+    # Once more for what a broken process left undone, and what was skipped while another command was at it.
+    _work_on_all(items, work, True)
+    with exclusive(workdir / ".lock", wait=True):  # of several commands that end together, one concludes at a time
         records = [load_record(item) for item in items]
-        return conclude(records), None not in records
-
-    return run_to_end(_work_on_all, (list(items), work), workers, workdir / ".lock", conclude_all)
+        result = conclude(records)
+    if broken and None in records:
+        raise broken
+    return result
 
 
 def _work_on_all(items: Sequence[Item], work: Callable[[Item], str | None], verbose: bool) -> None:

@@ -10,21 +10,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import jax
 
 from cib_jax import console, errors, files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
-from cib_jax.runs.workdir import LAST_WORDS, exclusive
+from cib_jax.runs.workdir import LAST_WORDS
 
 _ENDING = threading.Event()
 
-POLL_SECONDS = 1.0
-"""Interval at which a process checks whether another one has ended."""
+POLL_SECONDS = 1.0  # interval at which a process checks whether another one has ended
 
 
 def install_background_hooks() -> None:
@@ -62,11 +61,8 @@ def exit_on_error(remedy: str, workdir: str) -> Iterator[None]:
     """Ends the program with one sentence and an exit code if the command inside cannot go on.
 
     Exit codes: 2 for a user's mistake or a failed disk, 75 (EX_TEMPFAIL) if the same command can go on, 130 after
-    Ctrl-C, 1 if one of several processes breaks down.
-
-    Args:
-      remedy: What a user who interrupted the command is told to do.
-      workdir: The folder in which several processes leave their last words to each other; "" for a single process.
+    Ctrl-C, 1 if one of several processes breaks down. `remedy` is the advice to a user who interrupted the command.
+    Several processes leave their last words to each other in `workdir`, which is "" for a single one.
     """
     try:
         yield
@@ -161,10 +157,7 @@ def _exit(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRet
 
 # Worker processes of compare and tune.
 
-WORKER_BYTES = 4 << 30
-"""Memory allowed for each worker; a run on CIFAR-10 takes up to 3 GB."""
-
-Concluded = TypeVar("Concluded")
+WORKER_BYTES = 4 << 30  # memory allowed for each worker; a run on CIFAR-10 takes up to 3 GB
 
 
 def worker_count(asked: int) -> int:
@@ -186,47 +179,11 @@ def _free_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def run_to_end(
-    work: Callable[..., None],
-    arguments: tuple[Any, ...],
-    processes: int,
-    lock: pathlib.Path,
-    conclude: Callable[[], tuple[Concluded, bool]],
-) -> Concluded:
-    """Runs `work` in several processes until nothing is left to do, and returns the result of `conclude`.
-
-    Args:
-      work: Function as in `run`.
-      arguments: Its arguments.
-      processes: Number of processes.
-      lock: Lock file; of several commands that come to the end together, one concludes at a time.
-      conclude: Function that returns the conclusion, and whether all work is done.
-
-    Raises:
-      DistributedError: A process broke down and work is missing; `conclude` was called all the same.
-    """
-    broken = None
-    try:
-        run(work, arguments, processes)
-    except DistributedError as error:
-        broken = error
-    # Once more for what a broken process left undone, and what was skipped while another command was at it.
-    work(*arguments, True)
-    with exclusive(lock, wait=True):
-        concluded, complete = conclude()
-    if broken and not complete:
-        raise broken
-    return concluded
-
-
 def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
     """Calls `work(*arguments, first)` in this process and in `processes` − 1 started ones; returns when all are done.
 
     `first` is True in this process only, which may print. `work` must be importable by name, and must find out by
-    locks what other processes are working on.
-
-    Raises:
-      DistributedError: One of the started processes broke down.
+    locks what other processes are working on. If a started process breaks down, a DistributedError is raised.
     """
     context = multiprocessing.get_context("spawn")
     cache = jax.config.values["jax_compilation_cache_dir"]
@@ -234,15 +191,26 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         context.Process(target=_work_in_child, args=(work, arguments, cache, os.getpid()), daemon=True)
         for _ in range(processes - 1)
     ]
-    with _ignoring_interrupts():
+    # A terminal sends Ctrl-C to all processes. The started ones inherit that it is ignored, and this one ends them.
+    # Only the main thread can set this; processes started by another thread receive Ctrl-C.
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
         for process in others:
             process.start()
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
     try:
         work(*arguments, True)
         for process in others:
             process.join()
     finally:
-        _terminate(others)
+        for process in others:
+            process.terminate()  # by SIGTERM, so that they release locks
+        for process in others:
+            process.join(timeout=10)
+            process.kill()
     if any(process.exitcode for process in others):
         raise DistributedError(
             "a worker process broke down, probably for lack of memory if nothing else is printed above; the same "
@@ -250,40 +218,16 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         )
 
 
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Makes processes started inside ignore Ctrl-C, which a terminal sends to all of them; this process ends them.
-
-    Only the main thread can set this; processes started by another thread receive Ctrl-C.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-
-
-def _terminate(processes: Sequence[Any]) -> None:
-    """Ends processes that are still running: by SIGTERM, so that they release locks, then by SIGKILL."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(timeout=10)
-        process.kill()
-
-
-def _exit_on_sigterm(*_: object) -> None:
-    sys.exit(0)
-
-
 def _work_in_child(work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, parent: int) -> None:
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    def exit_with_parent() -> None:
+        while os.getppid() == parent:  # it may die by SIGKILL
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         work(*arguments, False)
     except KeyboardInterrupt:
@@ -291,10 +235,3 @@ def _work_in_child(work: Callable[..., None], arguments: tuple[Any, ...], cache:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-
-
-def _exit_with(parent: int) -> None:
-    """Exits when the parent process has died, for example by SIGKILL."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -22,11 +22,8 @@ from cib_jax.retrieval import code_quality, hamming, metrics
 from cib_jax.retrieval.metrics import Curves
 from cib_jax.runs.context import RunContext
 
-QUERIES = 8
-"""Queries in each picture of retrieved images."""
-
-NEAREST = 10
-"""Retrieved images that are shown beside a query."""
+QUERIES = 8  # in each picture of retrieved images
+NEAREST = 10  # images that are shown beside a query
 
 
 def write_report(
@@ -38,12 +35,7 @@ def write_report(
 ) -> pathlib.Path:
     """Draws a run's figures into `folder` and returns the path of the page that holds them all.
 
-    Args:
-      run: The run.
-      query: Packed codes of the queries.
-      database: Packed codes of the database.
-      results: Contents of results.json.
-      folder: Folder of the report, made if it is missing; figures of an earlier report in it are replaced.
+    `results` is the content of results.json. Figures of an earlier report in the folder are replaced.
     """
     query_labels, database_labels = run.splits.query.labels, run.splits.database.labels
     curves = None
@@ -80,15 +72,8 @@ def write_page(
 ) -> pathlib.Path:
     """Writes a report's pictures and then its page, removes pictures of an earlier report, and returns the page's path.
 
-    Args:
-      folder: Folder of the report, made if it is missing.
-      title: Title of the page.
-      lead: Sentence below the title.
-      grids: Tables.
-      sections: Pictures under their headings.
-      notes: Sentences about how the report was made.
-      config: Config of the run, which is shown in full.
-      wide: Names of the pictures that take the whole width.
+    The page shows the title, the sentence `lead`, the tables, the pictures, of which those in `wide` take the whole
+    width, and the notes and config that the report was made with.
     """
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
     page = render(title, lead, grids, sections, notes=notes, config=text, wide=wide)
@@ -127,25 +112,16 @@ def _draw_training(workdir: pathlib.Path) -> list[Picture]:
 
 
 def _draw_retrieval(curves: Curves, results: dict[str, Any]) -> list[Picture]:
-    precision_recall = figures.precision_recall(
-        np.asarray(results["metrics"]["precision_recall"]["precision"]),
-        np.asarray(results["metrics"]["precision_recall"]["recall"]),
-        curves.chance,
-    )
+    precision, recall = (np.asarray(results["metrics"]["precision_recall"][name]) for name in ("precision", "recall"))
+    precision_recall = figures.precision_recall(precision, recall, curves.chance)
+    by_radius = "Means over queries, by Hamming radius; the numbers at the marks are radii in bits"
+    distances = figures.distances(curves.relevant, curves.irrelevant)
     return [
         picture("map_against_k", figures.map_against_k(curves), "Ties in database order, as in published figures"),
-        picture(
-            "precision_recall",
-            precision_recall,
-            "Means over queries, by Hamming radius; the numbers at the marks are radii in bits",
-        ),
+        picture("precision_recall", precision_recall, by_radius),
         picture("precision_returned", figures.precision_against_returned(curves, curves.chance)),
         picture("precision_radius", figures.precision_within_radius(curves), "Result of a lookup in a hash table"),
-        picture(
-            "distances",
-            figures.distances(curves.relevant, curves.irrelevant),
-            "All pairs of a query and a database image",
-        ),
+        picture("distances", distances, "All pairs of a query and a database image"),
     ]
 
 
@@ -158,28 +134,23 @@ def _draw_codes(
         picture("bit_correlation", figures.bit_correlation(code_quality.bit_correlation(database)), where),
         picture("occupancy", figures.occupancy(code_quality.occupancy(database), run.config.bits), where),
     ]
-    embedded = _draw_embedding(run, database)
-    return [*drawn, embedded] if embedded else drawn
-
-
-def _draw_embedding(run: RunContext, database: UInt8[np.ndarray, "database bytes"]) -> Picture | None:
-    config = run.config
+    config, labels = run.config, run.splits.database.labels
     draws = stream_rng(config.data.seed, "t-SNE images")
     some = np.sort(draws.permutation(len(database))[: config.report.embedded])
     points = figures.points(database[some], config.data.seed)
     if points is None:
-        return None
-    labels = run.splits.database.labels
-    note = (
-        f"{len(some):,} random images of the database, drawn from data.seed; perplexity 30, or a third of fewer than 90"
-    )
+        return drawn
+    note = f"{len(some):,} random images of the database, drawn from data.seed; "
+    note += "perplexity 30, or a third of fewer than 90"
     if labels is None:
-        return picture("tsne", figures.embedding(points, None, [], None), note)
-    shown = figures.classes(labels[some], run.source.classes)
-    if labels.ndim == 2:
-        note += "; an image with several labels shows the rarest one of those in the legend"
-    agreement = figures.agreement(database[some], labels[some])
-    return picture("tsne", figures.embedding(points, shown.labels, shown.names, agreement), note)
+        embedded = figures.embedding(points, None, [], None)
+    else:
+        shown = figures.classes(labels[some], run.source.classes)
+        if labels.ndim == 2:
+            note += "; an image with several labels shows the rarest one of those in the legend"
+        agreement = figures.agreement(database[some], labels[some])
+        embedded = figures.embedding(points, shown.labels, shown.names, agreement)
+    return [*drawn, picture("tsne", embedded, note)]
 
 
 # Retrieved images
@@ -222,8 +193,7 @@ def _draw_neighbors(
     captions: Sequence[str],
 ) -> bytes:
     """Returns a PNG of the queries `some` with their nearest images, framed by their relevance if there are labels."""
-    splits = run.splits
-    rows = []
+    splits, rows = run.splits, []
     ranked = hamming.rank(query[list(some)], database, min(NEAREST, len(database)))
     for index, caption, nearest in zip(some, captions, ranked, strict=True):
         distances = np.bitwise_count(query[index] ^ database[nearest]).sum(axis=1)
@@ -275,13 +245,13 @@ def _format_lead(results: dict[str, Any]) -> str:
 
 
 def _settings(results: dict[str, Any]) -> Grid:
-    counts, seconds = results["counts"], results["seconds"]
+    counts = results["counts"]
     rows = [
         ("protocol", f"{results['protocol']['name']}: {results['protocol']['says']}"),
         ("published tables", results["protocol"]["published_tables"]),
         ("backbone", f"{results['backbone']} at {results['image_size']} px" if results["image_size"] else "none"),
         ("images: queries, database, training", f"{counts['query']:,}, {counts['database']:,}, {counts['train']:,}"),
-        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())),
+        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in results["seconds"].items())),
     ]
     return Grid("Setting", ("what", "value"), rows)
 

@@ -41,25 +41,15 @@ BASELINE = "baseline.json"
 KINDS = {"comparison": "cells", "search": "trials"}
 """Kinds of folders that hold many runs, and the subfolder that marks each kind."""
 
-
-VISIBLE_SECONDS = 10
-"""Seconds within which a network file system must show what another machine wrote."""
+VISIBLE_SECONDS = 10  # within which a network file system must show what another machine wrote
 
 
 @contextlib.contextmanager
 def claim_workdir(workdir: pathlib.Path, *, baseline: bool = False) -> Iterator[None]:
     """Holds the lock of a run's folder, which is created if necessary, while the context lasts.
 
-    Of several processes of one run, the first holds it for all.
-
-    Args:
-      workdir: The folder of the run.
-      baseline: Whether the folder may be that of a baseline, which cannot be resumed or evaluated.
-
-    Raises:
-      BusyError: Another process holds the lock.
-      WorkdirError: The folder holds something other than a run, cannot be written to, or is not visible to all
-        processes.
+    Of several processes of one run, the first holds it for all. With `baseline`, the folder may be that of a baseline,
+    which cannot be resumed or evaluated.
     """
     with contextlib.ExitStack() as stack:
         with multihost.shared_errors():
@@ -70,15 +60,7 @@ def claim_workdir(workdir: pathlib.Path, *, baseline: bool = False) -> Iterator[
 
 
 def validate_shared(mark: pathlib.Path, field: str) -> None:
-    """Checks that all processes of a run see a file that the first one writes.
-
-    Args:
-      mark: The file to write.
-      field: The flag or field to be changed if they do not.
-
-    Raises:
-      SharedRefusal: A process does not see the file, or it cannot be written.
-    """
+    """Checks that all processes of a run see the file `mark`, which the first one writes; else `field` is to blame."""
     if not multihost.is_distributed():
         return
     token = multihost.broadcast_text(secrets.token_hex(8))
@@ -115,9 +97,8 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
             _validate_content({path.name for path in workdir.iterdir()} - {LAST_WORDS}, workdir, baseline)
             stack.enter_context(files.locked(workdir / ".lock", wait=False))
         except BlockingIOError:
-            raise BusyError(
-                f"{workdir}: another process is using it; wait for it to end or choose another --workdir", "--workdir"
-            ) from None
+            problem = "another process is using it; wait for it to end or choose another --workdir"
+            raise BusyError(f"{workdir}: {problem}", "--workdir") from None
         except OSError as error:
             raise _unusable(workdir, error) from None
         try:
@@ -131,36 +112,27 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
 
 def _validate_content(names: set[str], workdir: pathlib.Path, baseline: bool) -> None:
     if names and not names & {".lock", "config.json"}:
-        raise WorkdirError(
-            f"{workdir}: it holds files that are not those of a run ({min(names)}, …); choose another --workdir",
-            "--workdir",
-        )
+        raise _error(workdir, f"it holds files that are not those of a run ({min(names)}, …); choose another --workdir")
     if BASELINE in names and not baseline:
-        raise WorkdirError(
-            f"{workdir}: it holds the results of a baseline, in results.json, and no checkpoint; choose another "
-            "--workdir",
-            "--workdir",
-        )
+        problem = "it holds the results of a baseline, in results.json, and no checkpoint; choose another --workdir"
+        raise _error(workdir, problem)
     for kind, folder in KINDS.items():
         if folder in names:
-            raise WorkdirError(f"{workdir}: it holds a {kind} of many runs; choose another --workdir", "--workdir")
+            raise _error(workdir, f"it holds a {kind} of many runs; choose another --workdir")
+
+
+def _error(workdir: pathlib.Path, problem: str) -> WorkdirError:
+    return WorkdirError(f"{workdir}: {problem}", "--workdir")
 
 
 def _unusable(workdir: pathlib.Path, error: OSError) -> WorkdirError:
-    return WorkdirError(
-        f"{workdir}: cannot be used as a workdir ({error.strerror}); choose another --workdir, on a disk that supports "
-        "locks",
-        "--workdir",
-    )
+    remedy = "choose another --workdir, on a disk that supports locks"
+    return _error(workdir, f"cannot be used as a workdir ({error.strerror}); {remedy}")
 
 
 @contextlib.contextmanager
 def exclusive(path: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock file `path` while the context lasts.
-
-    Raises:
-      BusyError: Another process holds it, and `wait` is False.
-    """
+    """Holds the lock file `path` while the context lasts; raises BusyError if it is held, and `wait` is False."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.locked(path, wait=wait))
@@ -176,19 +148,14 @@ def adopt(
 
     Several processes may work in it; each run inside has a lock of its own. Fields that do not change a run may differ
     from those of the first start, except for the `fixed` ones.
-
-    Raises:
-      WorkdirError: The folder holds something else or runs of another config, or it cannot be written to.
     """
     marker, path = workdir / KINDS[kind], workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         names = sorted(file.name for file in workdir.iterdir())
         if names and not marker.is_dir():
-            raise WorkdirError(
-                f"{workdir}: it holds files that are not those of a {kind} ({names[0]}, …); choose another --workdir",
-                "--workdir",
-            )
+            problem = f"it holds files that are not those of a {kind} ({names[0]}, …); choose another --workdir"
+            raise _error(workdir, problem)
         if path.exists():
             _validate_same_config(workdir, config, read_json(path), MAY_CHANGE - fixed)
         marker.mkdir(exist_ok=True)
@@ -202,28 +169,22 @@ def _validate_same_config(
 ) -> None:
     changed = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)), ignored)
     if changed:
-        raise WorkdirError(
-            f"{workdir}: it belongs to another config ({'; '.join(changed)}); choose another --workdir, or give the "
-            "config that it was started with",
-            "--workdir",
-        )
+        remedy = "choose another --workdir, or give the config that it was started with"
+        raise _error(workdir, f"it belongs to another config ({'; '.join(changed)}); {remedy}")
 
 
 def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that the run in `workdir` has this config; a run without a checkpoint may have any.
-
-    Raises:
-      WorkdirError: The run has another config, or its checkpoints are elsewhere.
-      CheckpointError: The place of its checkpoints cannot be reached.
-    """
+    """Checks that the run in `workdir` has this config; a run without a checkpoint may have any."""
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not _has_checkpoints(directory):
-        before = checkpoint.checkpoint_dir(_checkpoint_dir_before(workdir), workdir)
+        value = ""  # the field at the last start of the run; unknown in earlier versions
+        with contextlib.suppress(OSError, WorkdirError, KeyError, TypeError):
+            value = str(read_json(workdir / "config.json")["train"]["checkpoint_dir"])
+        before = checkpoint.checkpoint_dir(value, workdir)
         if before != directory and _has_checkpoints(before):
-            raise WorkdirError(
-                f"config.train.checkpoint_dir: the checkpoints of {workdir} are in {before}, and there are none in "
-                f"{directory}; copy them there first, or leave the field as it was",
-                "config.train.checkpoint_dir",
+            raise _directory_error(
+                f"the checkpoints of {workdir} are in {before}, and there are none in {directory}; copy them there "
+                "first, or leave the field as it was"
             )
         return
     with Checkpoints(directory, read_only=True) as checkpoints:
@@ -239,11 +200,8 @@ def _has_checkpoints(directory: epath.Path) -> bool:
         return checkpoints.latest_step is not None
 
 
-def _checkpoint_dir_before(workdir: pathlib.Path) -> str:
-    """Returns the value of the field at the last start of the run; "" if it is unknown, as in earlier versions."""
-    with contextlib.suppress(OSError, WorkdirError, KeyError, TypeError):
-        return str(read_json(workdir / "config.json")["train"]["checkpoint_dir"])
-    return ""
+def _directory_error(problem: str) -> WorkdirError:
+    return WorkdirError(f"config.train.checkpoint_dir: {problem}", "config.train.checkpoint_dir")
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -256,11 +214,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a file that `write_json` wrote.
-
-    Raises:
-      WorkdirError: The file is damaged.
-    """
+    """Returns the content of a file that `write_json` wrote; raises WorkdirError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -297,11 +251,7 @@ class Owned(NamedTuple):
     """"" for a directory inside the workdir, which the workdir's lock protects."""
 
     def check(self) -> None:
-        """Checks that no other session has taken the directory over.
-
-        Raises:
-          WorkdirError: Another session has.
-        """
+        """Checks that no other session has taken the directory over."""
         if self.session and (theirs := _read_owner(self.directory)).get("session") != self.session:
             raise WorkdirError(
                 f"{self.directory}: a run in {theirs.get('workdir', 'an unknown workdir')} has taken over the "
@@ -312,51 +262,34 @@ class Owned(NamedTuple):
 
 
 def find_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that the checkpoint directory of a config may belong to this workdir.
-
-    Raises:
-      CheckpointError: The directory cannot be reached.
-      WorkdirError: It is inside another run's workdir or belongs to another run.
-    """
+    """Checks that the checkpoint directory of a config may belong to this workdir."""
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not _outside(directory, workdir):
         return
-    if checkpoint.is_local(directory) and any(_is_workdir(at) for at in (directory, *directory.parents)):
-        raise WorkdirError(
-            f"config.train.checkpoint_dir: {directory} is in the workdir of another run; choose a separate folder",
-            "config.train.checkpoint_dir",
-        )
+    if checkpoint.is_local(directory) and any(
+        (folder / ".lock").exists() and (folder / "config.json").exists() for folder in (directory, *directory.parents)
+    ):
+        raise _directory_error(f"{directory} is in the workdir of another run; choose a separate folder")
     owner = _read_owner(directory)
     if not owner or owner.get("workdir") == str(workdir.absolute()):
         return
     session = workdir / SESSION
     if not session.exists() or session.read_text() != owner.get("session"):
-        raise WorkdirError(
-            f"config.train.checkpoint_dir: the checkpoints in {directory} belong to the run in "
-            f"{owner.get('workdir')}; choose another folder, or remove {directory / OWNER} if that run is over and "
-            "this one continues it",
-            "config.train.checkpoint_dir",
+        raise _directory_error(
+            f"the checkpoints in {directory} belong to the run in {owner.get('workdir')}; choose another folder, or "
+            f"remove {directory / OWNER} if that run is over and this one continues it"
         )
 
 
 def validate_owner_seen(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that all processes of a run see the same checkpoint directory.
-
-    Raises:
-      SharedRefusal: One does not.
-    """
+    """Checks that all processes of a run see the same checkpoint directory."""
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if _outside(directory, workdir) and checkpoint.is_local(directory):
         validate_shared(pathlib.Path(directory) / ".seen", "config.train.checkpoint_dir")
 
 
 def take_ownership(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Owned:
-    """Makes this session the owner of the run's checkpoint directory, after checking it again.
-
-    Raises:
-      CheckpointError: The directory cannot be reached or written to.
-      WorkdirError: It belongs to another run.
-    """
+    """Makes this session the owner of the run's checkpoint directory, after checking it again."""
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     # The first of several processes takes it for all.
     if not _outside(directory, workdir) or not multihost.is_first_process():
@@ -375,10 +308,6 @@ def take_ownership(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> 
     write_bytes(workdir / SESSION, owned.session.encode())
     owned.check()
     return owned
-
-
-def _is_workdir(folder: epath.Path) -> bool:
-    return (folder / ".lock").exists() and (folder / "config.json").exists()
 
 
 def _outside(directory: epath.Path, workdir: pathlib.Path) -> bool:

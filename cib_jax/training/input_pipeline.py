@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
+from cib_jax.augment.features import draw_two
 from cib_jax.data import dataset
 from cib_jax.data.dataset import Images
 from cib_jax.distributed import multihost, sharding
@@ -151,152 +152,109 @@ def draw_pairs(
     axis: Axis = None,
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
     """Returns the features, in float32, of two different views, drawn uniformly, of each image in `indices`."""
-    views = bank.shape[0]
-    key1, key2 = jax.random.split(key)
-    first = sharding.draw_sharded(lambda shape: jax.random.randint(key1, shape, 0, views), indices.shape, axis)
-    distance = sharding.draw_sharded(lambda shape: jax.random.randint(key2, shape, 1, views), indices.shape, axis)
-    second = (first + distance) % views
+    first, second = draw_two(key, len(indices), len(bank), axis)
     return bank[first, indices].astype(jnp.float32), bank[second, indices].astype(jnp.float32)
 
 
-# Feeds: what each step takes, from a bank, from images on the device, or streamed from the host.
+# Feeds: what each step takes, from a bank, from images on the device, or streamed from the host. Images that do not
+# fill a batch are left out of an epoch.
 
 
-def from_bank(
-    bank: Float[Array, "views images features"],
-    *,
-    seed: int,
-    batch_size: int,
-    method: Method,
-    coordinates: Float[np.ndarray, "images dimensions"] | None = None,
-    mesh: Mesh | None = None,
-) -> Feed:
-    """Returns a feed of features of two different views of each image; an epoch is one program, or a few.
+@dataclasses.dataclass(frozen=True)
+class BatchOrder:
+    """Which images make each batch, what else is known of them, and which devices share it."""
 
-    Images that do not fill a batch are left out of an epoch, here and in the other feeds.
+    seed: int
+    """Seed of the order of images."""
+    batch_size: int
+    """Images per step."""
+    coordinates: Float[np.ndarray, "images dimensions"] | None = None
+    """Coordinates of all images on a diffusion map; for the objective "diffusion" only."""
+    mesh: Mesh | None = None
+    """Devices that share each batch; None is one device."""
 
-    Args:
-      bank: Features as from `build_view_bank`.
-      seed: Seed of the order of images.
-      batch_size: Images per step.
-      method: What the steps do.
-      coordinates: Coordinates of all images on a diffusion map; for the objective "diffusion" only.
-      mesh: Devices that share each batch; None is one device.
-    """
-    axis = sharding.axis_of(mesh)
+
+def from_bank(bank: Float[Array, "views images features"], method: Method, order: BatchOrder) -> Feed:
+    """Returns a feed of features of two different views of each image; an epoch is one program, or a few."""
+    axis = sharding.axis_of(order.mesh)
 
     def step(
         state: TrainState, held: tuple[Array, Array | None], indices: Array, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         bank, coordinates = held
         pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
-        batch = Batch(pairs, _rows(coordinates, indices))
-        return update(state, {}, batch, key, method, axis)
+        return update(state, {}, Batch(pairs, _rows(coordinates, indices)), key, method, axis)
 
-    chunks = _chunks_of_indices(seed, bank.shape[1], batch_size, SCAN_STEPS)
-    return Feed(_compile(_scan_steps(step), (bank, coordinates), mesh), chunks)
+    chunks = _chunks_of_indices(order, bank.shape[1], SCAN_STEPS)
+    return Feed(_compile(_scan_steps(step), (bank, order.coordinates), order.mesh), chunks)
 
 
 def from_device(
     images: UInt8[Array, "images height width 3"] | Float[Array, "items *views features"],
     frozen: Params,
-    *,
-    seed: int,
-    batch_size: int,
     method: Method,
-    coordinates: Float[np.ndarray, "images dimensions"] | None = None,
-    mesh: Mesh | None = None,
+    order: BatchOrder,
 ) -> Feed:
     """Returns a feed of images, or features, that stay on the device.
 
     A step on images is one program. Steps on features take so little time that many of them are one program.
-
-    Args:
-      images: All training images or features.
-      frozen: Parameters that are not trained.
-      seed: Seed of the order of images.
-      batch_size: Images per step.
-      method: What the steps do.
-      coordinates: Coordinates of all images on a diffusion map; for the objective "diffusion" only.
-      mesh: Devices that share each batch; None is one device.
     """
-    axis = sharding.axis_of(mesh)
+    axis = sharding.axis_of(order.mesh)
 
     def step(
         state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         frozen, images, coordinates = held
-        batch = Batch(images[indices], _rows(coordinates, indices))
-        return update(state, frozen, batch, key, method, axis)
+        return update(state, frozen, Batch(images[indices], _rows(coordinates, indices)), key, method, axis)
 
     on_features = method.encoder.backbone.takes == "features"
     program, longest = (_scan_steps, SCAN_STEPS) if on_features else (_single_step, 1)
-    chunks = _chunks_of_indices(seed, len(images), batch_size, longest)
-    return Feed(_compile(program(step), (frozen, images, coordinates), mesh), chunks)
+    chunks = _chunks_of_indices(order, len(images), longest)
+    return Feed(_compile(program(step), (frozen, images, order.coordinates), order.mesh), chunks)
 
 
-def from_stream(
-    images: Images,
-    frozen: Params,
-    *,
-    seed: int,
-    batch_size: int,
-    method: Method,
-    stored_size: int = 0,
-    coordinates: Float[np.ndarray, "images dimensions"] | None = None,
-    mesh: Mesh | None = None,
-) -> Feed:
+def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrder, *, stored_size: int = 0) -> Feed:
     """Returns a feed of images that the host decodes when they are needed: the same batches as of `from_device`.
 
-    Args:
-      images: All training images.
-      frozen: Parameters that are not trained.
-      seed: Seed of the order of images.
-      batch_size: Images per step.
-      method: What the steps do.
-      stored_size: Side in pixels to which the host resizes images; 0 leaves them as they are.
-      coordinates: Coordinates of all images on a diffusion map; for the objective "diffusion" only.
-      mesh: Devices that share each batch; None is one device.
+    With a `stored_size`, the host resizes them to that side in pixels.
     """
-    axis = sharding.axis_of(mesh)
+    axis = sharding.axis_of(order.mesh)
 
     def step(state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
         return update(state, frozen, batch, key, method, axis)
 
-    rows = sharding.local_rows(mesh, batch_size)
+    rows = sharding.local_rows(order.mesh, order.batch_size)
 
     def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
         # Only the rows of each batch that the devices of this process hold: no process decodes another one's images.
-        order = _batches(seed, epoch, len(images), batch_size)[first:, rows].reshape(-1)
-        parts = dataset.stream(images, order, len(rows), stored_size=stored_size)
+        mine = _batches(order, epoch, len(images))[first:, rows].reshape(-1)
+        parts = dataset.stream(images, mine, len(rows), stored_size=stored_size)
         for number, part in enumerate(parts):
-            indices = order[number * len(rows) :][: len(rows)]
-            # Arrays of NumPy here, which become rows of an array on all devices.
-            yield sharding.global_batch(Batch(part, _rows(coordinates, indices)), rows, mesh, batch_size)  # type: ignore[arg-type]
+            known = _rows(order.coordinates, mine[number * len(rows) :][: len(rows)])
+            # Arrays of NumPy here, which become rows of arrays on all devices.
+            yield sharding.global_batch(Batch(part, known), rows, order.mesh, order.batch_size)  # type: ignore[arg-type]
 
-    return Feed(_compile(_single_step(step), frozen, mesh), chunks)
+    return Feed(_compile(_single_step(step), frozen, order.mesh), chunks)
 
 
 def _rows(coordinates: Any, indices: Array | np.ndarray) -> Any:
     return None if coordinates is None else coordinates[indices]
 
 
-def _chunks_of_indices(
-    seed: int, count: int, batch_size: int, longest: int
-) -> Callable[[int, int], Iterable[np.ndarray]]:
+def _chunks_of_indices(order: BatchOrder, count: int, longest: int) -> Callable[[int, int], Iterable[np.ndarray]]:
     """Returns a function from an epoch to its order, as arrays [steps, batch_size] of up to `longest` steps."""
 
     def chunks(epoch: int, first: int = 0) -> Iterable[np.ndarray]:
-        batches = _batches(seed, epoch, count, batch_size)
+        batches = _batches(order, epoch, count)
         return (batches[start : start + longest] for start in range(first, len(batches), longest))
 
     return chunks
 
 
-def _batches(seed: int, epoch: int, count: int, batch_size: int) -> Int[np.ndarray, "steps batch"]:
+def _batches(order: BatchOrder, epoch: int, count: int) -> Int[np.ndarray, "steps batch"]:
     """Returns the indices of the images of each step of an epoch."""
-    steps = count // batch_size
-    return dataset.epoch_order(seed, epoch, count)[: steps * batch_size].reshape(steps, batch_size)
+    steps = count // order.batch_size
+    return dataset.epoch_order(order.seed, epoch, count)[: steps * order.batch_size].reshape(steps, order.batch_size)
 
 
 Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]

@@ -18,6 +18,7 @@ from cib_jax.data.dataset import Images
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models.encoder import Params
 from cib_jax.training import input_pipeline, loop
+from cib_jax.training.input_pipeline import BatchOrder
 from cib_jax.training.loop import Feed, Hooks, Schedule
 from cib_jax.training.train_step import Method, Progress, TrainState, initial_state
 
@@ -92,22 +93,12 @@ def train(
 def make_feed(run: TrainingRun, coordinates: Coordinates | None) -> Feed:
     """Returns the feed that suits the data: from a view bank, from images on the device, or streamed."""
     data = run.data
-    order = {"seed": data.seed, "batch_size": run.schedule.batch_size}
+    order = BatchOrder(data.seed, run.schedule.batch_size, coordinates, run.mesh)
     if data.bank is not None:
-        return input_pipeline.from_bank(data.bank, **order, method=run.method, coordinates=coordinates, mesh=run.mesh)
+        return input_pipeline.from_bank(data.bank, run.method, order)
     if isinstance(data.images, jax.Array):
-        return input_pipeline.from_device(
-            data.images, run.frozen, **order, method=run.method, coordinates=coordinates, mesh=run.mesh
-        )
-    return input_pipeline.from_stream(
-        data.images,
-        run.frozen,
-        **order,
-        method=run.method,
-        stored_size=data.stored_size,
-        coordinates=coordinates,
-        mesh=run.mesh,
-    )
+        return input_pipeline.from_device(data.images, run.frozen, run.method, order)
+    return input_pipeline.from_stream(data.images, run.frozen, run.method, order, stored_size=data.stored_size)
 
 
 def load_if_small(images: Images, stored_size: int, max_bytes: int) -> Array | Images:

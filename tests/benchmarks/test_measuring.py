@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns, ratios, tables; and that each says in one sentence what it wants."""
+"""Timing in turns, ratios and tables; and that each script prints its flags or the packages that are missing."""
 
 import importlib.util
 import pathlib
@@ -24,7 +24,7 @@ def test_sides_are_run_in_turns_and_the_warm_up_does_not_count():
 def test_a_ratio_is_taken_round_by_round():
     slow, fast = Seconds((2.0, 9.0, 4.0)), Seconds((1.0, 3.0, 4.0))
     assert measuring.ratio(slow, fast) == (1.0, 2.0, 3.0)
-    assert measuring.told_ratio(slow, fast) == "2.00 (1.00–3.00)"
+    assert measuring.format_ratio(slow, fast) == "2.00 (1.00–3.00)"
     assert slow.median == 4.0
 
 
@@ -39,7 +39,7 @@ def test_the_exponent_of_a_power_is_the_power():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_tells_its_flags_or_what_it_lacks(script):
+def test_a_script_prints_its_flags_or_the_missing_packages(script):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{script}", "--help"], check=False, cwd=ROOT, capture_output=True, text=True
     )
@@ -47,7 +47,7 @@ def test_a_script_tells_its_flags_or_what_it_lacks(script):
         assert importlib.util.find_spec("torch") is None or importlib.util.find_spec("faiss") is None
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
-        assert line.startswith("this benchmark wants ")
+        assert line.startswith("this benchmark needs ")
         assert line.endswith("pip install -e '.[benchmark]'")
     else:
         assert "usage:" in done.stdout

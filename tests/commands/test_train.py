@@ -149,7 +149,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_t
         file.write_bytes(content)
     assert train(small(), tmp_path / "r", console=console)["map"] == results["map"]
     said = console.export_text(clear=False).replace("\n", " ")
-    assert "is taken" in said and "Going on after epoch 2 of 3" in said
+    assert "damaged-12" in said and "Going on after epoch 2 of 3" in said
     assert_same(params_of(tmp_path / "r", small()), params_of(workdir, small()))
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]

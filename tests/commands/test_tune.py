@@ -231,7 +231,7 @@ def test_tpe_learns_from_earlier_trials():
 
 @pytest.mark.parametrize("kind", ["from scratch", "frozen"])
 def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
-    fields = {"image_size": 8}
+    fields = {}
     if kind == "frozen":
         fields = pretrained.convnet(monkeypatch, tmp_path, 8) | {"train__views": 2}
     config = small.config(epochs=1, encode_batch=50, **fields)

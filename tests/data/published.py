@@ -14,7 +14,7 @@ CONCEPTS = [f"concept{number:02}" for number in range(81)]
 def nuswide(root: pathlib.Path, images: int, *, seed: int = 0):
     """Writes the image list, the label files and the photos; returns the names and the labels [images, 81].
 
-    Each photo has one of 24 frequent concepts, which determines its color, sometimes a second one, or, one in ten, none.
+    Each photo has one of 24 frequent concepts, which determines its color, sometimes a second one, or no concept.
     """
     generator = np.random.default_rng(seed)
     labels = np.zeros((images, 81), bool)

@@ -22,6 +22,7 @@ from cib_jax.commands.index import train_index_encoder
 from cib_jax.data import inputs
 from cib_jax.distributed import sharding
 from cib_jax.training import input_pipeline, loop
+from cib_jax.training.input_pipeline import BatchOrder
 from cib_jax.training.loop import Hooks, Schedule
 from cib_jax.training.train_step import Method, Progress, adam
 from tests.commands import indexing
@@ -96,7 +97,7 @@ def from_bank(encoder, params, devices):
     """Trains on a view bank."""
     optimizer = optax.adam(1e-3)
     mesh = sharding.make_mesh(devices, 16)
-    feed = input_pipeline.from_bank(BANK, seed=0, batch_size=16, method=Method(encoder, optimizer), mesh=mesh)
+    feed = input_pipeline.from_bank(BANK, Method(encoder, optimizer), BatchOrder(0, 16, mesh=mesh))
     return looped(feed, {"head": params["head"]}, optimizer)
 
 
@@ -105,10 +106,10 @@ def from_images(encoder, params, frozen, devices, *, stream=False):
     # Not Adam, which turns the rounding of a gradient near 0 into whole steps.
     optimizer = optax.sgd(0.1)
     mesh = sharding.make_mesh(devices, 16)
-    options = {"seed": 0, "batch_size": 16, "method": Method(encoder, optimizer, augment="digits"), "mesh": mesh}
+    method, order = Method(encoder, optimizer, augment="digits"), BatchOrder(0, 16, mesh=mesh)
     if stream:
-        return looped(input_pipeline.from_stream(IMAGES, frozen, **options), params, optimizer)
-    return looped(input_pipeline.from_device(jnp.asarray(IMAGES), frozen, **options), params, optimizer)
+        return looped(input_pipeline.from_stream(IMAGES, frozen, method, order), params, optimizer)
+    return looped(input_pipeline.from_device(jnp.asarray(IMAGES), frozen, method, order), params, optimizer)
 
 
 def one_step(fine_tune, devices, micro_batch):
@@ -120,7 +121,7 @@ def one_step(fine_tune, devices, micro_batch):
     optimizer = adam(1e-3, 1e-2)
     method = Method(encoder, optimizer, augment="digits", micro_batch=micro_batch)
     mesh = sharding.make_mesh(devices, 16)
-    feed = input_pipeline.from_device(jnp.asarray(IMAGES[:16]), frozen, seed=0, batch_size=16, method=method, mesh=mesh)
+    feed = input_pipeline.from_device(jnp.asarray(IMAGES[:16]), frozen, method, BatchOrder(0, 16, mesh=mesh))
     (batch,) = feed.epoch_chunks(0, 0)
     after, terms = feed.steps(cib.create_train_state(params, optimizer), batch, 0, KEY)
     return {name: float(value[0]) for name, value in terms.items()}, leaves(after.opt_state)

@@ -245,7 +245,7 @@ def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_
     stopped = re.search(
         r"Stopped by SIGTERM: ((?:step \d+, in )?epoch \d+ of 300(?:, step \d+)?),? is saved in ", error
     )
-    assert stopped and len(error.strip().splitlines()) == 1
+    assert stopped and len(error.strip().splitlines()) == 1, error
     code, out, error = run_cli(*arguments, f"--workdir={tmp_path / 'ended'}")
     assert code == 0, error
     assert f"Going on after {stopped.group(1)}" in out

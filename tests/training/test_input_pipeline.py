@@ -10,7 +10,7 @@ import cib_jax as cib
 from cib_jax import errors
 from cib_jax.augment.features import standard
 from cib_jax.training import input_pipeline
-from cib_jax.training.input_pipeline import ImageBatches
+from cib_jax.training.input_pipeline import BatchOrder, ImageBatches
 from cib_jax.training.train_step import Method
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
@@ -131,11 +131,11 @@ def steps_of_feeds(encoder_and_frozen):
     head = cib.create_encoder(jax.random.key(3), backbone="convnet", bits=8, image_size=8, hidden=1024)[1]["head"]
     optimizer = optax.sgd(0.1)
     method = Method(encoder, optimizer, augment="digits")
-    options = {"seed": 3, "batch_size": 4, "method": method}
+    order = BatchOrder(3, 4)
     found = {}
     for name, feed in (
-        ("device", input_pipeline.from_device(jnp.asarray(IMAGES), frozen, **options)),
-        ("stream", input_pipeline.from_stream(IMAGES, frozen, **options)),
+        ("device", input_pipeline.from_device(jnp.asarray(IMAGES), frozen, method, order)),
+        ("stream", input_pipeline.from_stream(IMAGES, frozen, method, order)),
     ):
         state, terms = cib.create_train_state({"head": head}, optimizer), []
         for number, chunk in enumerate(feed.epoch_chunks(0, 0)):
@@ -159,7 +159,7 @@ def test_an_epoch_is_every_image_once_but_for_what_fills_no_batch():
     encoder, _, _ = cib.create_encoder(
         jax.random.key(0), backbone="none", bits=8, standard=standard([np.ones((2, 3), np.float32)])
     )
-    feed = input_pipeline.from_bank(bank, seed=1, batch_size=4, method=Method(encoder, optax.sgd(0.1)))
+    feed = input_pipeline.from_bank(bank, Method(encoder, optax.sgd(0.1)), BatchOrder(1, 4))
     orders = [np.concatenate(list(feed.epoch_chunks(epoch, 0))) for epoch in (0, 1)]
     assert [order.shape for order in orders] == [(2, 4)] * 2
     assert all(len(set(order.ravel())) == 8 for order in orders)
