@@ -87,20 +87,20 @@ def test_checkpoints_may_be_moved_but_not_left_behind(plain, tmp_path, console):
     assert train(placed(where), workdir, console=console)["map"] == plain[1]["map"]
     assert np.array_equal(*(cib.Hasher.load(run).encode(images) for run in (workdir, plain[0])))
     (workdir / "results.json").unlink()
-    with pytest.raises(WorkdirError, match=r"lie in .*/place, and there are none in .*/elsewhere; copy them"):
+    with pytest.raises(WorkdirError, match=r"in .*/place, .* in .*/elsewhere"):
         train(placed(tmp_path / "elsewhere"), workdir, console=console)
 
 
 def test_two_workdirs_do_not_share_a_place(plain, tmp_path, console):
     workdir, where = copied(plain, tmp_path)
     first = take_ownership(workdir, placed(where))
-    with pytest.raises(WorkdirError, match=rf"{where} belong to the run in {workdir}; choose another place, or remove"):
+    with pytest.raises(WorkdirError, match=rf"{where} .* {workdir}"):
         train(placed(where), tmp_path / "other", console=console)
     with pytest.raises(WorkdirError, match=r"it belongs to another config \(temperature: 0.5 → 0.1\)"):
         (workdir / "results.json").unlink()
         train(placed(where, temperature=0.1), workdir, console=console)
     first.check()
-    with pytest.raises(WorkdirError, match=r"in the workdir of another run; choose a folder of its own"):
+    with pytest.raises(WorkdirError, match="train.checkpoint_dir"):
         find_owner(tmp_path / "other", placed(plain[0] / "checkpoints"))
 
 
