@@ -397,7 +397,7 @@ FEW = 500
 
 
 def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console) -> Hasher:
-    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` readable photos."""
+    """Returns an encoder trained, without labels, on a random sample of `data.train_images` readable photos."""
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)

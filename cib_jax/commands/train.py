@@ -240,7 +240,8 @@ class _Session:
     @property
     def hooks(self) -> Hooks:
         validation = Validation(self.run) if self.run.splits.validation is not None else None
-        return Hooks(validation, self.on_steps, self.on_epoch, lambda: self.sigterm_came(), self.during_steps)
+        # `sigterm_came` is set when the steps begin.
+        return Hooks(validation, self.on_steps, self.on_epoch, lambda: self.sigterm_came(), self.during_steps)  # noqa: PLW0108
 
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ def build_view_bank(
 ) -> Float16[Array, "views images features"]:
     """Returns the features of `views` random views of every image, for a backbone that is not trained.
 
-    View k of image i depends on the key, on k and on i alone, not on the batch size. Of several processes, each computes
+    View k of image i depends on the key, on k and on i alone, not on the batch size. Each of several processes computes
     its share of the batches, calls `on_images` with the number of views of each, and gets all features.
     """
     axis, mine = sharding.axis_of(images.mesh), multihost.share_of_batches(images.count, images.batch_size)

@@ -213,8 +213,8 @@ def open_writers(value: str, run: RunInfo) -> dict[str, MetricWriter]:
             if isinstance(error, MissingExtraError) or name not in EXTRAS:
                 raise
             raise MissingExtraError(
-                f"config.log.writers: {name} does not start ({files.first_line(error)}); set it up, or remove it from the "
-                "field: metrics.jsonl has the same numbers",
+                f"config.log.writers: {name} does not start ({files.first_line(error)}); set it up, or remove it from "
+                "the field: metrics.jsonl has the same numbers",
                 field="config.log.writers",
             ) from error
     return writers
