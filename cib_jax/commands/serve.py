@@ -70,13 +70,18 @@ def serve(
     print_message(console, f"Opening {index}")
     collection = Collection.open(index)
 
+    def renew(_: object) -> Collection:
+        nonlocal collection
+        collection = collection.renewed()
+        return collection
+
     print_message(console, f"Preparing to search {len(collection):,} photos of {collection.root}")
     server.serve(
         collection,
         host=host,
         port=port,
         page=functools.partial(page.mount, settings=chosen, root_path=below or None),
-        renew=Collection.renewed,
+        renew=renew,
         settings=chosen,
         print_line=lambda sentence: print_message(console, sentence),
     )

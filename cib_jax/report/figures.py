@@ -363,7 +363,7 @@ def methods(
     overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
     order = np.argsort(overall, kind="stable")
     titles = [escape(title) for title in titles]
-    measured = np.flatnonzero(known.any(axis=0))
+    measured = np.flatnonzero(known.any(axis=0)).tolist()
     leaders = [titles[int(np.nanargmax(mean[:, place]))] for place in measured]
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(

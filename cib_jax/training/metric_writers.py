@@ -7,35 +7,26 @@ import os
 import pathlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from cib_jax import files
 from cib_jax.errors import MissingExtraError
 
-PROJECT = "cib_jax"
-"""Project, or experiment, of the runs in a tracking service, unless the environment names another one."""
-
-PARAMETERS_AT_ONCE, LONGEST_VALUE = 100, 6000
-"""The most parameters that MLflow takes in one call, and the most characters of a value."""
-
-FLUSHED_AFTER = 30.0
-"""Seconds after which W&B has surely stored what it was given; it does so every 15 seconds, and at the end."""
+PROJECT = "cib_jax"  # or experiment, of the runs in a tracking service, unless the environment names another one
+PARAMETERS_AT_ONCE, LONGEST_VALUE = 100, 6000  # of MLflow: most parameters in a call, most characters of a value
+FLUSHED_AFTER = 30.0  # seconds after which W&B has surely stored what it was given: it does so every 15 seconds
 
 
 class RunInfo(NamedTuple):
-    """A run, as writers need it."""
+    """A run, as writers need it; groups of the config are nested dictionaries."""
 
     workdir: pathlib.Path
     config: dict[str, Any]
-    """Its config, with groups as nested dictionaries."""
-    resumed: bool
-    """Whether it continues from a checkpoint; if not, runs of earlier sessions in a service are left as they are."""
-    last_step: int
-    """The last step in metrics.jsonl; 0 if there is none."""
+    resumed: bool  # from a checkpoint; if not, runs of earlier sessions in a service are left as they are
+    last_step: int  # in metrics.jsonl; 0 if there is none
 
 
-@runtime_checkable
 class MetricWriter(Protocol):
     """A writer of metrics by step."""
 
@@ -124,6 +115,7 @@ class MLflow:
 
     def __init__(self, run: RunInfo):
         import mlflow
+        from flax.traverse_util import flatten_dict
 
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient()
@@ -134,10 +126,9 @@ class MLflow:
             try:
                 had = self._client.get_run(self._id).data.metrics
             except Exception as error:
-                raise MissingExtraError(
-                    f"config.log.writers: MLflow has no run {self._id} in {store} ({_first_line(error)}); set "
-                    f"MLFLOW_TRACKING_URI={notes.get('store')}, or remove {path} to begin a new one",
-                    field="config.log.writers",
+                raise _error(
+                    f"MLflow has no run {self._id} in {store} ({files.first_line(error)}); set MLFLOW_TRACKING_URI="
+                    f"{notes.get('store')}, or remove {path} to begin a new one"
                 ) from error
             self._client.update_run(self._id, status="RUNNING")
             steps = [metric.step for name in had for metric in self._client.get_metric_history(self._id, name)]
@@ -146,7 +137,10 @@ class MLflow:
         self._id = self._client.create_run(_experiment(self._client), run_name=str(run.workdir)).info.run_id
         self.last_step = 0
         _write_notes(path, {"run_id": self._id, "store": store})
-        fields = [mlflow.entities.Param(name, str(value)[:LONGEST_VALUE]) for name, value in _flatten(run.config)]
+        fields = [
+            mlflow.entities.Param(name, str(value)[:LONGEST_VALUE])
+            for name, value in flatten_dict(run.config, sep=".").items()
+        ]
         for at in range(0, len(fields), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=fields[at : at + PARAMETERS_AT_ONCE])
 
@@ -162,15 +156,9 @@ class MLflow:
         self._client.set_terminated(self._id, status="FINISHED" if finished else "KILLED")
 
 
-WRITERS: dict[str, Callable[[RunInfo], MetricWriter]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-}
-"""Writers by their names in `log.writers`."""
-
-EXTRAS = ("wandb", "mlflow")
-"""Writers that need an optional package. Package and extra have the name of the writer."""
+WRITERS: dict[str, Callable[[RunInfo], MetricWriter]]
+WRITERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}  # by their names in `log.writers`
+EXTRAS = ("wandb", "mlflow")  # need an optional package; package and extra have the name of the writer
 
 CHOICES = f"must name some of {', '.join(WRITERS)}, separated by commas, or be empty for metrics.jsonl alone"
 
@@ -190,11 +178,12 @@ def validate_writers(value: str) -> None:
     for name in names(value):
         # A folder of that name, such as the one that Weights & Biases creates, looks like a package without a file.
         if name in EXTRAS and getattr(importlib.util.find_spec(name), "origin", None) is None:
-            raise MissingExtraError(
-                f"config.log.writers: the package {name} is not installed; pip install 'cib-jax[{name}]', or remove it "
-                "from the field",
-                field="config.log.writers",
-            )
+            remedy = f"pip install 'cib-jax[{name}]', or remove it from the field"
+            raise _error(f"the package {name} is not installed; {remedy}")
+
+
+def _error(problem: str) -> MissingExtraError:
+    return MissingExtraError(f"config.log.writers: {problem}", field="config.log.writers")
 
 
 def open_writers(value: str, run: RunInfo) -> dict[str, MetricWriter]:
@@ -210,11 +199,8 @@ def open_writers(value: str, run: RunInfo) -> dict[str, MetricWriter]:
                     other.close(finished=False)
             if isinstance(error, MissingExtraError) or name not in EXTRAS:
                 raise
-            raise MissingExtraError(
-                f"config.log.writers: {name} does not start ({_first_line(error)}); set it up, or remove it from the "
-                "field: metrics.jsonl has the same numbers",
-                field="config.log.writers",
-            ) from error
+            remedy = "set it up, or remove it from the field: metrics.jsonl has the same numbers"
+            raise _error(f"{name} does not start ({files.first_line(error)}); {remedy}") from error
     return writers
 
 
@@ -228,14 +214,6 @@ def _experiment(client: Any) -> str:
             if (found := client.get_experiment_by_name(name)) is None:
                 raise
     return found.experiment_id
-
-
-def _flatten(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{before}{name}.")
-        else:
-            yield before + name, value
 
 
 def _read_notes(path: pathlib.Path) -> dict[str, Any]:
@@ -252,12 +230,7 @@ def _read_notes(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_notes(path: pathlib.Path, content: dict[str, Any]) -> None:
-    with files.replacing(path) as part:
-        part.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    files.write_bytes(path, f"{json.dumps(content)}\n".encode())
 
 
 class MetricLog:
@@ -266,18 +239,7 @@ class MetricLog:
     When a run is resumed, records after `resumed_step`, or of epochs after `resumed_epoch`, are removed, since these
     steps are repeated. A writer gets no step twice, and first gets the remaining records that it lacks: it may be new,
     or a session may have been killed between the line and the writer. A writer that fails during training is reported
-    once and disabled; metrics.jsonl is always complete.
-
-    Args:
-      workdir: Folder of the run.
-      resumed_step: Step after which training continues; 0 for a new run.
-      resumed_epoch: Number of epochs after which training continues.
-      writers: Value of `log.writers`.
-      config: Config of the run, with groups as nested dictionaries, for writers that show it.
-      warn: Function that is called with a sentence on each writer that fails.
-
-    Raises:
-      MissingExtraError: A writer is not installed or does not start.
+    once, by `warn`, and disabled; metrics.jsonl is always complete.
     """
 
     def __init__(
@@ -354,6 +316,5 @@ def _truncate(path: pathlib.Path, last_step: int, last_epoch: int) -> list[dict[
                 lines.append(line + "\n")
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a line cut short when the run was killed
-    with files.replacing(path) as part:
-        part.write_text("".join(lines), encoding="utf-8")
+    files.write_bytes(path, "".join(lines).encode())
     return kept
