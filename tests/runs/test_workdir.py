@@ -1,6 +1,7 @@
 """Checkpoints outside the workdir: trained, resumed, evaluated and loaded from there, by one run at a time."""
 
 import pathlib
+import re
 import shutil
 
 import jax
@@ -100,7 +101,7 @@ def test_two_workdirs_do_not_share_a_place(plain, tmp_path, console):
         (workdir / "results.json").unlink()
         train(placed(where, temperature=0.1), workdir, console=console)
     first.check()
-    with pytest.raises(WorkdirError, match="train.checkpoint_dir"):
+    with pytest.raises(WorkdirError, match=r"train\.checkpoint_dir"):
         find_owner(tmp_path / "other", placed(plain[0] / "checkpoints"))
 
 
@@ -138,16 +139,14 @@ def test_a_workdir_that_was_moved_keeps_its_checkpoints_and_its_copy_does_not(tm
     "words", ["runs/1", "file://relative/x", "s3://bucket/run", "gs://bucket", "az://a/b", "gs://"]
 )
 def test_places_that_cannot_work_are_refused_by_their_form(words):
-    with pytest.raises(ConfigError, match=r"config.train.checkpoint_dir: '.*' must be an absolute folder"):
+    with pytest.raises(ConfigError, match=rf"config.train.checkpoint_dir: .*{re.escape(words)}"):
         schema.validate(placed(words))
 
 
 def test_a_bucket_without_its_package_names_what_to_install(tmp_path, console, monkeypatch):
     schema.validate(placed("gs://bucket/run"))
     monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        errors.CheckpointError, match=r"gs://bucket/run wants a package more; pip install 'cib-jax\[gcs\]'"
-    ):
+    with pytest.raises(errors.CheckpointError, match=r"gs://bucket/run .*cib-jax\[gcs\]"):
         train(placed("gs://bucket/run"), tmp_path / "r", console=console)
 
 
