@@ -21,7 +21,6 @@ from cib_jax.baselines import BASELINES
 from cib_jax.config import build, schema
 from cib_jax.data.dataset import ImageSet, gather
 from cib_jax.errors import UserError
-from cib_jax.retrieval.index import rerank
 from configs import text
 
 METHODS = {"lsh": "LSH", "itq": "ITQ", "cib": "cib_jax"}
@@ -149,7 +148,7 @@ def recall(wanted: Int[np.ndarray, "queries few"], found: Int[np.ndarray, "queri
 def evaluate_codes(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries k"]) -> Quality:
     """Returns the quality of codes; the first k results, as many as in `by_float`, are re-ranked."""
     found = cib.rank(coded.query, coded.database, by_float.shape[1])
-    _, finer = rerank(coded.database, coded.logits, found)
+    _, finer = cib.Index.of(coded.database).rerank(coded.logits, found)
 
     def relevant(ids: np.ndarray) -> np.ndarray:
         return task.database_labels[ids] == task.query_labels[:, None]
@@ -210,7 +209,7 @@ def ask(
         encode = fit(method, config, task.train)
         codes, logits = encode(features)
         database = encode(task.database)[0]
-        _, ids = rerank(database, logits, cib.rank(codes, database, min(config.k, len(database))))
+        _, ids = cib.Index.of(database).rerank(logits, cib.rank(codes, database, min(config.k, len(database))))
         found[METHODS[method]] = ids[:, :hits]
     lines = []
     for row, question in enumerate(asked):

@@ -13,9 +13,9 @@ is not printed into every program, parsed and folded by the compiler.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -39,8 +39,7 @@ SIGNATURE = "signature.json"
 MAX_SIGNATURE_BYTES = 2**24
 STAGES = ("features", "codes")
 """Images → features → packed codes; two programs, as in `Hasher.encode`, so that the codes are the same bit for bit."""
-FORMS = {"cpu": ("cpu",), "accelerator": ("cuda", "tpu")}
-"""Forms of the programs, each with its platforms."""
+FORMS = {"cpu": ("cpu",), "accelerator": ("cuda", "tpu")}  # forms of the programs, each with its platforms
 
 
 def program_name(stage: str, form: str, size: int) -> str:
@@ -64,6 +63,7 @@ class ExportedEncoder:
     "made_with"."""
     weights: list[Array]
     programs: dict[str, bytes]
+    _compiled: dict[str, Callable[..., Array]] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def encode(
         self, images: UInt8[np.ndarray, "n size size 3"] | Float[np.ndarray, "n *views features"]
@@ -83,17 +83,14 @@ class ExportedEncoder:
         sizes = self.signature["batch_sizes"]
         size = next((size for size in sizes if size >= len(items)), sizes[-1])
         to_features, to_codes = (self._program(stage, size) for stage in STAGES)
-        codes: list[np.ndarray] = []
-        pending: Array | None = None
+        codes: list[Array | np.ndarray] = []
         for start in range(0, len(items), size):
             batch = items[start : start + size]
             batch = np.pad(batch, ((0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)))
-            # Dispatched before the previous result is awaited.
-            following = to_codes(self.weights, to_features(self.weights, batch))
-            if pending is not None:
-                codes.append(np.asarray(pending))
-            pending = following
-        return np.concatenate([*codes, np.asarray(pending)])[: len(items)]
+            codes.append(to_codes(self.weights, to_features(self.weights, batch)))
+            if start:  # awaited after the next batch is dispatched, and before another is
+                codes[-2] = np.asarray(codes[-2])
+        return np.concatenate(codes)[: len(items)]
 
     def _validated(self, images: Any) -> np.ndarray:
         items, expected = np.asarray(images), self.signature["input"]
@@ -115,22 +112,18 @@ class ExportedEncoder:
     def _program(self, stage: str, size: int) -> Callable[..., Array]:
         (device,) = jnp.zeros(()).devices()
         platform = "cuda" if device.platform == "gpu" else device.platform
-        forms = [form for form, platforms in self.signature["platforms"].items() if platform in platforms]
-        if not forms:
-            exported_for = ", ".join(name for platforms in self.signature["platforms"].values() for name in platforms)
+        form = next((form for form, names in self.signature["platforms"].items() if platform in names), None)
+        if form is None:
+            exported_for = ", ".join(name for names in self.signature["platforms"].values() for name in names)
             raise ExportedError(
                 f"JAX_PLATFORMS must be one of those for which the encoder was exported, {exported_for}, got "
                 f"{platform}; try JAX_PLATFORMS=cpu",
                 field="JAX_PLATFORMS",
             )
-        name = program_name(stage, forms[0], size)
+        name = program_name(stage, form, size)
         if name not in self._compiled:
             self._compiled[name] = jax.jit(_deserialize(name, self.programs[name], self.signature).call)
         return self._compiled[name]
-
-    @functools.cached_property
-    def _compiled(self) -> dict[str, Callable[..., Array]]:
-        return {}
 
 
 def load(path: str | os.PathLike[str]) -> ExportedEncoder:
@@ -148,19 +141,12 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
                 jax.device_put(_array(_read_part(archive, signature, weight["part"]), weight["dtype"]))
                 for weight in signature["weights"]
             ]
-            programs = {
-                part: _read_part(archive, signature, part)
-                for part in signature["parts"]
-                if part.startswith("programs/")
-            }
-        expected = {
-            program_name(stage, form, size)
-            for stage in STAGES
-            for form in signature["platforms"]
-            for size in signature["batch_sizes"]
-        }
-        if expected != set(programs):
-            raise _DamagedError("programs are missing")
+            names = [part for part in signature["parts"] if part.startswith("programs/")]
+            programs = {name: _read_part(archive, signature, name) for name in names}
+        keys = itertools.product(STAGES, signature["platforms"], signature["batch_sizes"])
+        expected = {program_name(*key) for key in keys}
+        if expected != programs.keys():
+            raise ValueError("programs are missing")
         _deserialize("its program", programs[min(expected)], signature)  # fails early if JAX cannot read it
         return ExportedEncoder(signature, weights, programs)
     except ExportedError as error:
@@ -171,7 +157,7 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         ) from error
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    # Damaged bytes make the readers of zip, JSON and .npy raise errors of many types.
+    # Besides the ValueErrors below, damaged bytes make the readers of zip, JSON and .npy raise errors of many types.
     except Exception as error:
         raise ExportedError(
             f"{path} is damaged, or was not written by Hasher.export ({error}); copy or export it again",
@@ -179,25 +165,21 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         ) from error
 
 
-class _DamagedError(ValueError):
-    """The content of a file is not what was written."""
-
-
 def _read_signature(archive: zipfile.ZipFile) -> dict[str, Any]:
     if SIGNATURE not in archive.namelist():
-        raise _DamagedError(f"it has no {SIGNATURE}")
+        raise ValueError(f"it has no {SIGNATURE}")
     if archive.getinfo(SIGNATURE).file_size > MAX_SIGNATURE_BYTES:
-        raise _DamagedError(f"its {SIGNATURE} is too large")
+        raise ValueError(f"its {SIGNATURE} is too large")
     signature = json.loads(archive.read(SIGNATURE))
     if not isinstance(signature, dict) or signature.get("format") != FORMAT:
-        raise _DamagedError(f"its {SIGNATURE} is of another format")
+        raise ValueError(f"its {SIGNATURE} is of another format")
     if signature.get("version") != VERSION:
         raise ExportedError(
             f"the version must be {VERSION}, got {signature.get('version')}; export the encoder again with this "
             "version of cib_jax, or load it with the version that exported it"
         )
     if signature["checksum"] != checksum(signature):
-        raise _DamagedError(f"the checksum of its {SIGNATURE} is wrong")
+        raise ValueError(f"the checksum of its {SIGNATURE} is wrong")
     return signature
 
 
@@ -205,10 +187,10 @@ def _read_part(archive: zipfile.ZipFile, signature: dict[str, Any], name: str) -
     about = signature["parts"][name]
     # Before unpacking, so that a crafted part cannot fill the memory.
     if archive.getinfo(name).file_size != about["bytes"]:
-        raise _DamagedError(f"the size of {name} is wrong")
+        raise ValueError(f"the size of {name} is wrong")
     content = archive.read(name)
     if hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise _DamagedError(f"the checksum of {name} is wrong")
+        raise ValueError(f"the checksum of {name} is wrong")
     return content
 
 
@@ -216,7 +198,7 @@ def _array(content: bytes, dtype: str) -> np.ndarray:
     """Returns the array of a .npy file without a copy; bfloat16, which the format lacks, is stored as uint16."""
     head = io.BytesIO(content)
     if np.lib.format.read_magic(head) != (1, 0):
-        raise _DamagedError("a weight is of another .npy version")
+        raise ValueError("a weight is of another .npy version")
     shape, _, stored = np.lib.format.read_array_header_1_0(head)
     flat = np.frombuffer(content, stored, math.prod(shape), head.tell())
     return flat.reshape(shape).view(jnp.dtype(dtype))

@@ -36,10 +36,8 @@ DIGIT_SCALE = (0.85, 1.15)
 DIGIT_SHIFT = 0.1  # fraction of the side
 DIGIT_GAIN = (0.7, 1.3)
 
-CHUNK_PIXELS = 2**17
-"""Number of pixels of the views that a CPU computes together: 1.5 MiB in float32."""
-ALONE_SIZE = 96
-"""Side in pixels from which a CPU computes views one by one."""
+CHUNK_PIXELS = 2**17  # pixels of the views that a CPU computes together: 1.5 MiB in float32
+ALONE_SIZE = 96  # side in pixels from which a CPU computes views one by one
 
 Images = UInt8[Array | np.ndarray, "batch height width 3"]
 ImageKeys = Key[Array, " batch"] | UInt32[Array, "batch 2"]
@@ -168,8 +166,7 @@ def image_keys(key: PRNGKeyArray, batch: int, first: Int[Array, ""] | int = 0) -
 def two_view_keys(key: PRNGKeyArray, batch: int, axis: Axis = None) -> tuple[ImageKeys, ImageKeys]:
     """Returns the images' keys of the first and of the second view of `two_views`."""
     first = sharding.first_row(batch, axis)
-    one, other = (image_keys(jax.random.fold_in(key, number), batch, first) for number in range(2))
-    return one, other
+    return image_keys(jax.random.fold_in(key, 0), batch, first), image_keys(jax.random.fold_in(key, 1), batch, first)
 
 
 class PhotoDraws(NamedTuple):
@@ -241,16 +238,11 @@ def digits(
     return color.adjust_brightness(geometry.warp(images, draws.affine, image_size=image_size), draws.gain)
 
 
-class Family(NamedTuple):
-    """A family of views."""
-
-    sample: Callable[..., Any]
-    """Draws the parameters of one view: (key, height, width) → draws."""
-    apply: Callable[..., Float[Array, "batch image_size image_size 3"]]
-    """Computes the views of a batch: (draws, images in [0, 1], image_size) → views in [0, 1]."""
-
-
-FAMILIES = {"photo": Family(sample_photo, photo), "digits": Family(sample_digits, digits)}
+FAMILIES: dict[str, tuple[Callable[..., Any], Callable[..., Array]]] = {
+    "photo": (sample_photo, photo),
+    "digits": (sample_digits, digits),
+}
+"""For each family, (key, height, width) → draws of one view, and (draws, images, image_size) → views of a batch."""
 
 
 def chunk_of(image_size: int) -> int:

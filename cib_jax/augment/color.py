@@ -12,21 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Numbers of the operations in `ColorJitter.order`."""
-GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in a gray: the luma of ITU-R BT.601, rounded as in torchvision."""
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbers of the operations in `ColorJitter.order`
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue: the luma of ITU-R BT.601, rounded as in torchvision
 
 
 class ColorJitter(NamedTuple):
     """Random parameters of the color jitter: the order of the four operations, and the strength of each."""
 
-    order: Int[Array, "*batch 4"]
-    """Numbers of the operations in the order of their application."""
-    factors: Float[Array, "*batch 3"]
-    """Factors of brightness, contrast and saturation; 1 changes nothing."""
-    hue: Float[Array, "*batch"]
-    """Shift of the hue in turns of the color circle; 0 changes nothing."""
+    order: Int[Array, "*batch 4"]  # numbers of the operations in the order of their application
+    factors: Float[Array, "*batch 3"]  # of brightness, contrast and saturation; 1 changes nothing
+    hue: Float[Array, "*batch"]  # shift in turns of the color circle; 0 changes nothing
 
 
 def sample_color_jitter(
@@ -54,13 +49,8 @@ def jitter_rows(
 ) -> Float[Array, "batch height 3 width"]:
     """Returns images after their color jitter, and then without colors where `grayscale` is True.
 
-    All images of a batch run the same operations, whatever was drawn for each; `jitter_one` branches instead.
-
-    Args:
-      rows: Images in rows.
-      jitter: Random parameters of each image.
-      grayscale: Whether an image loses its colors at the end.
-      margin: Number of pixels at each side that do not count for the mean gray of the contrast.
+    All images of a batch run the same operations, whatever was drawn for each; `jitter_one` branches instead. The
+    outermost `margin` pixels at each side do not count for the mean gray of the contrast.
     """
     # Brightness, contrast and saturation are all a blend of the image with an anchor: black, the mean gray or each
     # pixel's own gray. So is grayscale: a saturation of 0. A change of hue costs as much as several blends. It is
@@ -110,16 +100,13 @@ def jitter_one(
     This is the form for large images on a CPU. Under `jax.vmap`, XLA would compute every branch for every image.
     """
 
-    def contrast(rows: Array, factor: Array) -> Array:
-        return _blend(rows, _mean_gray(_gray(rows), margin), factor)
-
-    def saturation(rows: Array, factor: Array) -> Array:
-        return _blend(rows, _gray(rows), factor)
-
-    def identity(rows: Array, factor: Array) -> Array:
-        return rows
-
-    branches = (adjust_brightness, contrast, saturation, _shift_hue, identity)  # by number of the operation
+    branches = (  # by number of the operation; the last one changes nothing
+        adjust_brightness,
+        lambda rows, factor: _blend(rows, _mean_gray(_gray(rows), margin), factor),
+        lambda rows, factor: _blend(rows, _gray(rows), factor),
+        _shift_hue,
+        lambda rows, factor: rows,
+    )
 
     def turn(rows: Array, drawn: tuple[Array, Array]) -> tuple[Array, None]:
         operation, strength = drawn

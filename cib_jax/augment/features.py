@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
@@ -43,19 +43,15 @@ def standard(blocks: Iterable[Float[np.ndarray, "... features"]]) -> Standard:
     Raises:
       ValueError: The blocks have no row.
     """
-    count, mean, squares = 0, np.zeros(0), np.zeros(0)
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
     for block in blocks:
         rows = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
         if not len(rows):
             continue
-        block_mean = rows.mean(axis=0)
-        block_squares = np.square(rows - block_mean).sum(axis=0)
-        if not count:
-            count, mean, squares = len(rows), block_mean, block_squares
-            continue
-        total = count + len(rows)
+        block_mean, total = rows.mean(axis=0), count + len(rows)
         difference = block_mean - mean
-        squares += block_squares + np.square(difference) * (count * len(rows) / total)
+        block_squares = np.square(rows - block_mean).sum(axis=0)
+        squares = squares + (block_squares + np.square(difference) * (count * len(rows) / total))
         mean = mean + difference * (len(rows) / total)
         count = total
     if not count:
@@ -86,19 +82,9 @@ def two_views(
 ) -> tuple[Float32[Array, "batch features"], Float32[Array, "batch features"]]:
     """Returns two standardized views of each item.
 
-    Args:
-      key: Random key.
-      features: One vector per item; for the family "stored", two or more.
-      mean: Mean of each feature.
-      deviation: Standard deviation of each feature.
-      family: One of `FAMILIES`.
-      noise: Standard deviation of the Gaussian noise on each standardized feature, for the family "noise".
-      dropout: Probability with which a feature is set to its mean, for the family "noise". The others are scaled by
-        1 / (1 − dropout), so that the expectation of a view is the item.
-      axis: Name of the mesh axis over which the batch is divided, inside `jax.shard_map`.
-
-    Raises:
-      ValueError: The family is unknown, or does not go together with the shape of the features.
+    For the family "noise", `noise` is the standard deviation of Gaussian noise on each standardized feature, and
+    `dropout` the probability with which a feature is set to its mean. The others are then scaled by 1 / (1 − dropout),
+    so that the expectation of a view is the item.
     """
     if family not in FAMILIES:
         raise UserError(f"family must be one of {', '.join(FAMILIES)} for features, got {family!r}", field="family")
@@ -109,7 +95,8 @@ def two_views(
                 f"{list(features.shape)}; store more views, or choose the family 'noise'",
                 field="features",
             )
-        one, other = _two_stored(key, features, axis)
+        rows = jnp.arange(features.shape[0])
+        one, other = (features[rows, views] for views in draw_two(key, features.shape[0], features.shape[1], axis))
         return _standardize(one, mean, deviation), _standardize(other, mean, deviation)
     vectors = plain(features, mean, deviation)
     one_key, other_key = jax.random.split(key)
@@ -135,11 +122,11 @@ def _add_noise(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, 
     return vectors
 
 
-def _two_stored(key: PRNGKeyArray, features: Features, axis: Axis) -> tuple[Array | np.ndarray, Array | np.ndarray]:
-    """Returns two different views of each item, uniformly drawn among its pairs of views."""
-    batch, views = features.shape[:2]
+def draw_two(
+    key: PRNGKeyArray, batch: int, views: int, axis: Axis = None
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Returns the numbers of two different views of each item, uniformly drawn among the pairs of its `views` views."""
     first_key, distance_key = jax.random.split(key)
     first = sharding.draw_sharded(lambda shape: jax.random.randint(first_key, shape, 0, views), (batch,), axis)
     distance = sharding.draw_sharded(lambda shape: jax.random.randint(distance_key, shape, 1, views), (batch,), axis)
-    rows = jnp.arange(batch)
-    return features[rows, first], features[rows, (first + distance) % views]
+    return first, (first + distance) % views

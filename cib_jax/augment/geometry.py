@@ -14,8 +14,7 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 CROP_TRIES = 10
-MAX_TAPS = 8
-"""Largest number of input rows per output row that are added one by one; each is a term written out in the program."""
+MAX_TAPS = 8  # most input rows per output row that are added one by one; each is a term written out in the program
 
 
 class Crop(NamedTuple):
@@ -30,13 +29,10 @@ class Crop(NamedTuple):
 class Affine(NamedTuple):
     """An affine map about the image's center: shear, then rotation, then scaling, then shift."""
 
-    angle: Float[Array, "*batch"]
-    """Rotation in degrees, clockwise."""
-    shear: Float[Array, "*batch"]
-    """Shear in degrees, with the top to the right."""
+    angle: Float[Array, "*batch"]  # degrees, clockwise
+    shear: Float[Array, "*batch"]  # degrees, with the top to the right
     scale: Float[Array, "*batch"]
-    shift: Float[Array, "*batch 2"]
-    """Shift (right, down) in fractions of the image's side."""
+    shift: Float[Array, "*batch 2"]  # (right, down) in fractions of the image's side
 
 
 class ResizedAxis(NamedTuple):
@@ -44,10 +40,8 @@ class ResizedAxis(NamedTuple):
 
     start: Int[Array, " batch"]
     extent: Int[Array, " batch"]
-    step: Float[Array, " batch"]
-    """Distance between the centers of two output pixels, in input pixels."""
-    center: Float[Array, "batch resized"]
-    """Center of each output pixel, in input pixels."""
+    step: Float[Array, " batch"]  # distance between the centers of two output pixels, in input pixels
+    center: Float[Array, "batch resized"]  # of each output pixel, in input pixels
 
 
 def sample_crop(
@@ -69,20 +63,10 @@ def sample_crop(
     first = jnp.argmax(fits)
     top = (position[0] * (height - heights[first] + 1)).astype(jnp.int32)
     left = (position[1] * (width - widths[first] + 1)).astype(jnp.int32)
-    drawn = Crop(top, left, heights[first], widths[first])
-    fallback = _centered_crop(height, width, ratio)
-    return jax.tree.map(lambda a, b: jnp.where(fits[first], a, b), drawn, fallback)
-
-
-def _centered_crop(height: int, width: int, ratio: tuple[float, float]) -> Crop:
-    """Returns the largest centered box with a width over height in `ratio`, rounded as in torchvision."""
-    crop_height, crop_width = height, width
-    if width / height < ratio[0]:
-        crop_height = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        crop_width = round(height * ratio[1])
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return Crop(*(jnp.int32(n) for n in (top, left, crop_height, crop_width)))
+    drawn = (top, left, heights[first], widths[first])
+    sides = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    fallback = ((height - sides[0]) // 2, (width - sides[1]) // 2, *sides)  # rounded as in torchvision
+    return Crop(*(jnp.where(fits[first], a, b) for a, b in zip(drawn, fallback, strict=True)))
 
 
 def resize(
@@ -117,15 +101,10 @@ def resized_crop_rows(
     flip: Bool[Array, " batch"] | bool = False,
     margin: int = 0,
 ) -> Float[Array, "batch {image_size+2*margin} 3 {image_size+2*margin}"]:
-    """Returns the result of `resized_crop` in the row layout of `color`, with a margin around it.
+    """Returns the result of `resized_crop` in the row layout of `color`, with `margin` more pixels at each side.
 
-    Args:
-      images: Images in [0, 1].
-      crop: Crop of each image.
-      image_size: Side of the result in pixels, without the margin.
-      flip: Whether an image's left and right are swapped. This costs nothing: the weights are swapped instead.
-      margin: Number of additional pixels at each side, less than `image_size`. They repeat the crop by reflection, so
-        that a filter needs no padding of its own.
+    These, fewer than `image_size`, repeat the crop by reflection, so that a filter needs no padding of its own. A flip
+    costs nothing: the weights are swapped instead.
     """
     # Resizing is linear and separable: one matrix product per image over the columns, and one over the rows. The first
     # product leaves the pixels in the row layout, so no transposition is needed before the color operations.

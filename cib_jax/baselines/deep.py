@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,14 @@ from cib_jax.baselines.linear import Hyperplanes, validate_features
 from cib_jax.codes import binarize, sample_codes
 
 Params = TypeVar("Params")
+
+
+class Schedule(NamedTuple):
+    """Settings of the optimization."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
 
 
 # GreedyHash
@@ -33,16 +41,10 @@ def greedy_hash(
 
     Has the linear layer, the learning rate and the loss of the published code, and Adam in place of its SGD.
 
-    Raises:
-      UserError: Features or bits are malformed.
-
     References:
       Su et al., Greedy Hash: Towards fast optimization for accurate hash coding in CNN, NeurIPS 2018 (section 4.3).
     """
-    validate_features(features, bits)
-    return _fit_head(
-        features, bits, key, greedy_loss, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
-    )
+    return _fit_head(features, bits, key, greedy_loss, Schedule(epochs, batch_size, learning_rate))
 
 
 def greedy_loss(logits: Float[Array, "batch bits"], features: Float[Array, "batch features"]) -> Float[Array, ""]:
@@ -72,23 +74,15 @@ def bi_half(
 
     Has the γ and the learning rate of the published CIFAR-10 experiment, and Adam in place of its SGD.
 
-    Raises:
-      UserError: Features or bits are malformed.
-
     References:
       Li and van Gemert, Deep unsupervised image hashing by maximizing bit entropy, AAAI 2021
       (https://arxiv.org/abs/2012.12334).
     """
-    validate_features(features, bits)
-    return _fit_head(
-        features,
-        bits,
-        key,
-        lambda logits, batch: cosine_loss(balanced_sign(logits, gamma), batch),
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-    )
+
+    def loss(logits: Float[Array, "batch bits"], batch: Float[Array, "batch features"]) -> Float[Array, ""]:
+        return cosine_loss(balanced_sign(logits, gamma), batch)
+
+    return _fit_head(features, bits, key, loss, Schedule(epochs, batch_size, learning_rate))
 
 
 def balanced_sign(logits: Float[Array, "batch bits"], gamma: float) -> Float[Array, "batch bits"]:
@@ -154,9 +148,6 @@ def autoencoder(
     mirrored decoder. The loss is the mean squared error. Width, optimizer, batch size and epochs are those of CIBHash,
     so that the two methods differ only in what their codes are trained for.
 
-    Raises:
-      UserError: Features or bits are malformed.
-
     References:
       Carreira-Perpiñán and Raziperchikolaei, Hashing with binary autoencoders, CVPR 2015; with sampled bits, Dai et
       al., Stochastic generative hashing, ICML 2017.
@@ -168,25 +159,17 @@ def autoencoder(
     # A constant feature has only rounding errors left, which a division would raise to the scale of the others.
     deviation = np.where(deviation > 1e-6 * np.abs(mean), deviation, 1)
     center, spread = jnp.asarray(mean, jnp.float32), jnp.asarray(deviation, jnp.float32)
-    wide = features.shape[1]
-    shapes = {
-        "encode 1": (wide, hidden),
-        "encode 2": (hidden, bits),
-        "decode 1": (bits, hidden),
-        "decode 2": (hidden, wide),
-    }
+    widths = features.shape[1], hidden, bits, hidden, features.shape[1]
     params = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        params[name] = _uniform(jax.random.fold_in(init_key, number), shape)
-        params[f"{name} bias"] = jnp.zeros(shape[1])
+    for number, name in enumerate(("encode 1", "encode 2", "decode 1", "decode 2")):
+        params[name] = _uniform(jax.random.fold_in(init_key, number), widths[number : number + 2])
+        params[f"{name} bias"] = jnp.zeros(widths[number + 1])
     params = minimize(
         params,
         lambda params, batch, key: reconstruction_loss(params, (batch - center) / spread, key),
         jnp.asarray(features, jnp.float32),
         train_key,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
+        Schedule(epochs, batch_size, learning_rate),
     )
     return Network(center, spread, {name: array for name, array in params.items() if name.startswith("encode")})
 
@@ -230,10 +213,7 @@ def _fit_head(
     bits: int,
     key: PRNGKeyArray,
     loss: Callable[[Float[Array, "batch bits"], Float[Array, "batch features"]], Float[Array, ""]],
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
+    schedule: Schedule,
 ) -> Hyperplanes:
     """Returns a linear head trained by a loss of (logits, features).
 
@@ -242,6 +222,7 @@ def _fit_head(
     outputs of a ReLU all form acute angles, and codes that keep those angles share most bits. On CIFAR-10 with 32 bits,
     the MAP@1000 of GreedyHash's first term alone is 0.290 from the origin and 0.431 from the mean.
     """
+    validate_features(features, bits)
     init_key, train_key = jax.random.split(key)
     mean = np.mean(features, axis=0, dtype=np.float64)
     # In float32, as in training: a float64 copy of all features could exceed the memory.
@@ -252,14 +233,12 @@ def _fit_head(
         lambda params, batch, _: loss(batch @ params["kernel"] + params["bias"], batch),
         jnp.asarray(centered / np.float32(scale)),
         train_key,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
+        schedule,
     )
     return Hyperplanes(jnp.asarray(mean, jnp.float32), params["kernel"] / scale, params["bias"])
 
 
-def _uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "inputs outputs"]:
+def _uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "inputs outputs"]:
     """Returns initial weights of a linear layer, uniform within ±1/√inputs."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
@@ -270,18 +249,15 @@ def minimize(
     loss: Callable[[Params, Float[Array, "batch features"], PRNGKeyArray], Float[Array, ""]],
     features: Float[Array, "n features"],
     key: PRNGKeyArray,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
+    schedule: Schedule,
 ) -> Params:
-    """Returns the parameters after `epochs` passes of Adam over the features, in an order that `key` decides.
+    """Returns the parameters after `schedule.epochs` passes of Adam over the features, in an order that `key` decides.
 
     Rows that do not fill a batch are left out of an epoch. Fewer rows than `batch_size` make one batch.
     """
-    batch = min(batch_size, len(features))
+    batch = min(schedule.batch_size, len(features))
     steps = len(features) // batch
-    optimizer = optax.adam(learning_rate)
+    optimizer = optax.adam(schedule.learning_rate)
 
     @jax.jit
     def epoch(carry: Any, features: Array, number: Array) -> tuple[Any, None]:
@@ -298,4 +274,4 @@ def minimize(
         return jax.lax.scan(step, carry, (order, jnp.arange(steps)))[0]
 
     start = (params, optimizer.init(params))
-    return functools.reduce(lambda carry, number: epoch(carry, features, number), range(epochs), start)[0]
+    return functools.reduce(lambda carry, number: epoch(carry, features, number), range(schedule.epochs), start)[0]

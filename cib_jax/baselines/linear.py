@@ -27,17 +27,7 @@ ROUNDING = 1e-12
 def validate_features(
     features: Float[np.ndarray, "n features"], bits: int, *, most: int | None = None, limit: str = ""
 ) -> None:
-    """Checks that a baseline can learn `bits` bits from `features`.
-
-    Args:
-      features: Features of the training images.
-      bits: Length of a code.
-      most: Longest code that the method can give; None for no limit.
-      limit: The quantity that `most` is, for the error message.
-
-    Raises:
-      UserError: Features or bits are malformed.
-    """
+    """Checks that a baseline can learn `bits` bits, at most `most`, from `features`; `limit` says what `most` is."""
     if np.ndim(features) != 2 or 0 in np.shape(features) or len(features) < 2:
         raise UserError(
             f"features must be [n, features] with at least 2 rows, got shape {list(np.shape(features))}", "features"
@@ -77,9 +67,6 @@ def lsh(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyArray)
 
     Two points at angle θ, seen from the mean, differ in each bit with probability θ/π.
 
-    Raises:
-      UserError: Features or bits are malformed.
-
     References:
       Charikar, Similarity estimation techniques from rounding algorithms, STOC 2002.
     """
@@ -92,9 +79,6 @@ def pca_sign(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyA
     """Returns hyperplanes whose bits are the signs of the first `bits` principal components. Ignores `key`.
 
     The relaxed solution of unsupervised hashing: uncorrelated, balanced bits of greatest variance.
-
-    Raises:
-      UserError: Features or bits are malformed, or there are fewer features than bits.
 
     References:
       Wang, Kumar and Chang, Semi-supervised hashing for scalable image retrieval, CVPR 2010.
@@ -111,9 +95,6 @@ def itq(
     """Returns hyperplanes for iterative quantization: principal components, rotated to be close to ±1.
 
     As published, 50 iterations from a random rotation.
-
-    Raises:
-      UserError: Features or bits are malformed, or there are fewer features than bits.
 
     References:
       Gong and Lazebnik, Iterative quantization: a Procrustean approach to learning binary codes, CVPR 2011
@@ -160,11 +141,7 @@ class Principal(NamedTuple):
 
 
 def principal_axes(features: Float[np.ndarray, "n features"], count: int) -> Principal:
-    """Returns the first `count` principal axes, the same on every CPU.
-
-    Raises:
-      UserError: The number of features and the number of items both exceed `MAX_SIDE`.
-    """
+    """Returns the first `count` principal axes, the same on every CPU."""
     n, wide = features.shape
     if min(n, wide) > MAX_SIDE:
         raise UserError(
@@ -199,12 +176,8 @@ def canonical_eigenvectors(
     that maximize vᵀ `criterion` v one after the other. Without a criterion, or where that is tied as well, it consists
     of the orthonormalized projections of a fixed random matrix. Signs are such that the largest component is positive.
 
-    Args:
-      values: Eigenvalues in descending order.
-      vectors: Orthonormal eigenvectors. Eigenspaces must not be cut: a caller who needs only some vectors cuts the
-        result.
-      scale: Norm of the decomposed matrix, to which rounding errors are proportional.
-      criterion: Symmetric matrix that orders the vectors of an eigenspace.
+    Eigenvalues descend. Eigenspaces must not be cut: a caller who needs only some vectors cuts the result. `scale` is
+    the norm of the decomposed matrix, to which rounding errors are proportional.
     """
     tolerance = 1e-8 * np.abs(values[1:]) + ROUNDING * scale
     eigenspaces = np.split(vectors, np.flatnonzero(values[:-1] - values[1:] > tolerance) + 1, axis=1)

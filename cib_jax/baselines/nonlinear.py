@@ -18,6 +18,11 @@ SPHERICAL_SAMPLE = 10_000
 """Largest number of points that spheres are fitted to."""
 
 
+def _squared_distances(points: Float[Array, "n d"], others: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    product = jnp.matmul(points, others.T, precision="highest")
+    return jnp.sum(jnp.square(points), 1, keepdims=True) - 2 * product + jnp.sum(jnp.square(others), 1)
+
+
 # Spectral hashing
 
 
@@ -46,9 +51,6 @@ def spectral(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyA
     Along principal axis j, which extends from a_j to b_j, the eigenfunctions are cos(kπ (x_j − a_j) / (b_j − a_j)) for
     k = 1, 2, …; the `bits` of lowest frequency are taken over all axes and k. As in the published code, the first
     min(bits, features) axes compete.
-
-    Raises:
-      UserError: Features or bits are malformed, or all rows are equal.
 
     References:
       Weiss, Torralba and Fergus, Spectral hashing, NIPS 2008.
@@ -103,9 +105,7 @@ class AnchorGraph:
 
     def weights(self, features: Float[Array, "batch features"]) -> Float[Array, "batch anchors"]:
         """Returns the weights that tie points to their nearest anchors: 0 for all others, 1 in sum (equation 2)."""
-        centered = features - self.mean
-        product = jnp.matmul(centered, self.anchors.T, precision="highest")
-        squared = jnp.sum(jnp.square(centered), 1, keepdims=True) - 2 * product + jnp.sum(jnp.square(self.anchors), 1)
+        squared = _squared_distances(features - self.mean, self.anchors)
         negative, which = jax.lax.top_k(-squared, self.nearest)
         kernel = jax.nn.softmax(negative / self.bandwidth, axis=1)
         return jnp.zeros_like(squared).at[jnp.arange(len(squared))[:, None], which].set(kernel)
@@ -137,17 +137,6 @@ def anchor_graph(
     As published, 300 anchors are found by k-means, and each point is tied to its 2 nearest with weights exp(−d² / t),
     where t is the mean squared distance to the second. With two layers (section 3.4, the better variant), half as many
     functions give two bits each.
-
-    Args:
-      features: Features of the training images.
-      bits: Length of a code; even with two layers.
-      key: Random key of the start of k-means.
-      anchors: Number of anchors, at most one for each row.
-      nearest: Number of anchors that a point is tied to.
-      layers: 1 or 2.
-
-    Raises:
-      UserError: An argument is malformed, or the graph has fewer smooth functions than needed.
 
     References:
       Liu, Wang, Kumar and Chang, Hashing with graphs, ICML 2011.
@@ -200,14 +189,6 @@ def anchor_functions(
     - the constant function is subtracted by its closed form, √Λ, rather than found among these eigenvectors;
     - of equally smooth functions, those come first that vary most with the position of the anchors (kernel PCA with a
       Gaussian kernel as wide as the mean distance of anchors): they give near pieces similar values.
-
-    Args:
-      weights: Weights Z between points and anchors; rows sum to 1.
-      centers: Positions of the anchors.
-      count: Number of functions.
-
-    Raises:
-      UserError: The graph has fewer smooth functions.
     """
     degree = weights.sum(axis=0)
     scale = np.where(degree > 0, 1 / np.sqrt(np.maximum(degree, 1e-300)), 0)  # 0 for an anchor without points
@@ -264,10 +245,7 @@ class Spheres:
 
     def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns squared radius minus squared distance: positive inside a sphere."""
-        centered = features - self.mean
-        product = jnp.matmul(centered, self.pivots.T, precision="highest")
-        squares = jnp.sum(jnp.square(centered), axis=1, keepdims=True)
-        return self.squared_radii - (squares - 2 * product + jnp.sum(jnp.square(self.pivots), axis=1))
+        return self.squared_radii - _squared_distances(features - self.mean, self.pivots)
 
 
 def spherical(
@@ -285,9 +263,6 @@ def spherical(
     push each other away, two that share less attract each other, until the mean deviation of the overlaps from a
     quarter is at most `mean_tolerance` of it and their standard deviation at most `deviation_tolerance` of it. Codes
     are ranked by Hamming distance, as those of the other baselines, and not by the paper's spherical distance.
-
-    Raises:
-      UserError: Features or bits are malformed, or there are fewer rows than bits.
 
     References:
       Heo et al., Spherical hashing, CVPR 2012.
@@ -310,14 +285,10 @@ def spherical(
         inside = (distances < radii).astype(np.float32)
         overlap = inside.T @ inside  # counts, which float32 represents exactly
         pairs = overlap[np.triu_indices(bits, 1)]
-        if (
-            iteration == iterations
-            or bits == 1
-            or (
-                np.abs(pairs - quarter).mean() <= mean_tolerance * quarter
-                and pairs.std() <= deviation_tolerance * quarter
-            )
-        ):
+        if iteration == iterations or bits == 1:
+            break
+        deviation = np.abs(pairs - quarter).mean()
+        if deviation <= mean_tolerance * quarter and pairs.std() <= deviation_tolerance * quarter:
             break
         # The force on pivot i is Σ_j ½ (o_ij − m/4) / (m/4) · (p_i − p_j), divided by the number of spheres.
         force = (overlap - quarter) / quarter / 2

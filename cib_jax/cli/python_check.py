@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 75  # the exit code of a run that was saved on SIGTERM, too
 
 
-def check_python(oldest: Tuple[int, int] = OLDEST) -> None:
+def check_python(oldest: Tuple[int, int] = OLDEST) -> None:  # noqa: UP006
     """Ends the program if Python is too old, or if required packages are not installed."""
     if sys.version_info < oldest:
         _exit(

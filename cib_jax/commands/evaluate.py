@@ -49,6 +49,14 @@ def evaluate(
     Raises:
       CheckpointError: There is no trained run in `workdir`.
       ConfigError, DataError, WeightsError: As in training.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> quiet = rich.console.Console(quiet=True)
+      >>> results = cib.evaluate_run("DIGITS", overrides={"k": 10}, console=quiet)
+      >>> 0 < results["map"] < 1
+      True
     """
     workdir = pathlib.Path(workdir)
     console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)

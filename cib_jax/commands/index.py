@@ -77,6 +77,14 @@ def index(
       DataError: There are no photos, or they cannot be read.
       ConfigError: A field cannot be set.
       CheckpointError, SavedHasherError, WeightsError: There is no encoder in `workdir`.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> from cib_jax.configs import index
+      >>> quiet = rich.console.Console(quiet=True)
+      >>> cib.index_photos("INDEX_2", "PHOTOS", workdir="RUN", config=index.get_config(), console=quiet)
+      Indexed(photos=3, added=3, changed=0, removed=0, unreadable=0)
     """
     uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
     photo_table.validate_installed()

@@ -74,6 +74,14 @@ def search(
       ConfigError: The format is unknown, or the contact sheet cannot be written.
       DataError: No query can be read.
       SearchError: FAISS is not installed, or a value is invalid.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> quiet = rich.console.Console(quiet=True)
+      >>> results = cib.search_photos("INDEX", "PHOTOS/red.png", k=2, console=quiet)
+      >>> [photo.path for distance, photo in results[0].hits if distance == 0]
+      ['red.png']
     """
     output = _open_output(format, show, console)
     kind, settings = parse_kind(kind)
@@ -145,6 +153,12 @@ def duplicates(
       IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
       ConfigError: The format is unknown, or the contact sheet cannot be written.
       SearchError: FAISS is not installed, or the radius is negative.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> cib.find_duplicates("INDEX", radius=0, console=rich.console.Console(quiet=True))
+      []
     """
     output = _open_output(format, show, console)
     _validate_radius(radius)

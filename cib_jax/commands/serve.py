@@ -186,6 +186,11 @@ def serve_notebook(index: pathlib.Path | str, *, port: int = 7860, patience: flo
     Raises:
       WebError: The extra `web` is not installed, the port is in use, or the server ends or does not answer in time.
       IndexFolderError: There is no index.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> page = cib.serve_notebook("INDEX")  # doctest: +SKIP
+      >>> page.show()  # doctest: +SKIP
     """
     web.check_installed()
     from cib_jax.web import server

@@ -69,6 +69,16 @@ def train(
         anything expensive starts.
       TrainingError: The loss became NaN or infinite.
       Preempted: SIGTERM came, and the run is saved; the same call continues it.
+
+    Examples:
+      >>> import rich.console
+      >>> import cib_jax as cib
+      >>> from cib_jax.configs import digits
+      >>> config = digits.get_config()
+      >>> config.update_from_flattened_dict({"epochs": 1, "cache.dir": "none", "report.write": False})
+      >>> results = cib.train(config, "DIGITS", console=rich.console.Console(quiet=True))
+      >>> results["counts"]["query"], results["bits"], 0 < results["map"] < 1
+      (297, 32, True)
     """
     with multihost.shared_errors():
         schema.validate(config)

@@ -120,7 +120,7 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
-        with _open(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
+        with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
                 size = f"{image.width} × {image.height} pixels"
@@ -134,7 +134,7 @@ def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
         raise BadPhotoError(_reason(error)) from error
 
 
-def _open(content: Content) -> IO[bytes]:
+def _opened(content: Content) -> IO[bytes]:
     status = None if isinstance(content, bytes) else os.stat(content)
     if status and not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise BadPhotoError("not a file")

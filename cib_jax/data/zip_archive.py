@@ -69,6 +69,13 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
 
     Raises:
       DataError: The zip does not exist, is damaged, or holds no photo or too much, or `directory` holds other files.
+
+    Examples:
+      >>> import shutil
+      >>> import cib_jax as cib
+      >>> archive = shutil.make_archive("photos", "zip", "PHOTOS")
+      >>> cib.unzip_photos("photos.zip").notes()
+      ['3 photos unpacked in photos']
     """
     archive = pathlib.Path(archive).expanduser()
     directory = pathlib.Path(directory).expanduser() if directory is not None else archive.with_suffix("")

@@ -14,19 +14,13 @@ import jax
 from cib_jax.distributed.multihost import ProcessIndex
 from cib_jax.errors import DevicesError, DistributedError
 
-HEARTBEAT_SECONDS = 60
-"""Silence after which a process counts as dead, where no exchange shows it earlier."""
-NOTICE_SECONDS = 5
-"""Time after which a message says that the other processes are awaited."""
-JOINING_SECONDS = 300
-"""Time after which the program ends if the other processes have not come."""
+HEARTBEAT_SECONDS = 60  # silence after which a process counts as dead, where no exchange shows it earlier
+NOTICE_SECONDS = 5  # time after which a message says that the other processes are awaited
+JOINING_SECONDS = 300  # time after which the program ends if the other processes have not come
 
 # Variables of a process's number and of the number of processes, in order of priority: under Slurm, mpirun itself runs
 # as a step. A step of one task, such as a shell in an allocation, is alone.
-_LAUNCHERS = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
+_LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
 
 def detect_process(environment: Mapping[str, str] = os.environ) -> ProcessIndex | None:
@@ -43,17 +37,10 @@ def detect_process(environment: Mapping[str, str] = os.environ) -> ProcessIndex 
 def process_index(
     process: int | None, processes: int | None, environment: Mapping[str, str] = os.environ
 ) -> ProcessIndex:
-    """Returns this process's index among those that share work without communication.
+    """Returns this process's index among those that share work, which need not communicate.
 
-    JAX's own detection needs a connection between the processes, and serves `initialize` alone.
-
-    Args:
-      process: Number of this process, from 0; None if the user gives none.
-      processes: Number of processes; None if the user gives none.
-      environment: Environment variables, used if the user gives neither number. Without any, the process is alone.
-
-    Raises:
-      DistributedError: One of the two numbers is missing, or out of range.
+    Without numbers from the user, it comes from the environment (JAX's own detection would connect the processes with
+    each other), or else the process is alone. `DistributedError` is raised if a number is missing or out of range.
     """
     if processes is None and process is None:
         return detect_process(environment) or ProcessIndex(0, 1)
@@ -82,19 +69,13 @@ def initialize(
       coordinator: "HOST:PORT" at which all can reach the first process; "" takes it from the environment.
       process: Number of this process, from 0; None takes it from the environment.
       processes: Number of processes; None takes it from the environment.
-      detect: Whether there must be several processes. If False, and without `coordinator`, a process without other
-        processes in its environment stays alone.
+      detect: Whether there must be several processes, even if no other argument says so.
       report: Function that is called with a message when the others are awaited, and when they did not come. The
         program then ends with exit code 2, since JAX would abort it.
-
-    Raises:
-      DistributedError: The arguments do not go together, or the other processes could not be found.
     """
     mine = process_index(process, processes)
     if not coordinator and process is not None:
-        raise _flag_error(
-            "--coordinator", "must be given together with --process; give HOST:PORT of the first process to all"
-        )
+        raise _coordinator_error("must be given together with --process; give HOST:PORT of the first process to all")
     if coordinator and mine.processes == 1:
         raise _flag_error("--processes", "and --process must be given with --coordinator; give all three or none")
     if coordinator:
@@ -109,8 +90,8 @@ def initialize(
             _after(NOTICE_SECONDS, lambda: report(f"Waiting for {awaited}, at most {JOINING_SECONDS} s")),
             _after(JOINING_SECONDS, lambda: _exit(report, f"--coordinator: {awaited} did not come; {remedy}")),
         ):
-            # Without a coordinator, JAX detects the launcher by itself.
             jax.distributed.initialize(
+                # Without a coordinator, JAX detects the launcher by itself.
                 coordinator or None,
                 mine.processes if coordinator else None,
                 mine.process if coordinator else None,
@@ -121,9 +102,7 @@ def initialize(
     except Exception as error:
         if coordinator or mine.processes > 1:
             reason = str(error).splitlines()[0]
-            raise _flag_error(
-                "--coordinator", f"did not connect the processes with each other ({reason}); {remedy}"
-            ) from error
+            raise _coordinator_error(f"did not connect the processes with each other ({reason}); {remedy}") from error
         raise _no_launcher() from error
     if jax.process_count() == 1:
         raise _no_launcher()
@@ -131,6 +110,10 @@ def initialize(
 
 def _flag_error(flag: str, message: str) -> DistributedError:
     return DistributedError(f"{flag} {message}", field=flag)
+
+
+def _coordinator_error(message: str) -> DistributedError:
+    return _flag_error("--coordinator", message)
 
 
 def _no_launcher() -> DistributedError:
@@ -144,13 +127,11 @@ def _no_launcher() -> DistributedError:
 def _validate_address(coordinator: str, *, is_mine: bool) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise _flag_error(
-            "--coordinator", f"must be HOST:PORT of the first process, such as 10.0.0.1:9876, got {coordinator!r}"
-        )
+        raise _coordinator_error(f"must be HOST:PORT of the first process, such as 10.0.0.1:9876, got {coordinator!r}")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
-        raise _flag_error("--coordinator", f"must name a host known here, got {host} ({error.strerror})") from None
+        raise _coordinator_error(f"must name a host known here, got {host} ({error.strerror})") from None
     if not is_mine:
         return
     # JAX would share the port with another program that uses it, and wait for processes that connect to that one.
@@ -159,10 +140,9 @@ def _validate_address(coordinator: str, *, is_mine: bool) -> None:
             trial.bind(("", int(port)))
         except OSError as error:
             reason = (error.strerror or "").lower()
-            raise _flag_error(
-                "--coordinator",
+            raise _coordinator_error(
                 f"must have a free port on this machine, got {port} ({reason}), perhaps used by another --process=0; "
-                "choose another port for all",
+                "choose another port for all"
             ) from None
 
 
@@ -179,11 +159,7 @@ def local_devices(environment: Mapping[str, str] = os.environ) -> list[int] | No
 
 
 def validate_single_process() -> None:
-    """Checks that JAX counts no other processes for a command that works by itself, as it does on a TPU pod.
-
-    Raises:
-      DistributedError: JAX counts other processes.
-    """
+    """Raises `DistributedError` if JAX counts other processes for a command that works by itself, as on a TPU pod."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise _flag_error(
             "--distributed",
@@ -212,11 +188,8 @@ def _exit(report: Callable[[str], None], message: str) -> NoReturn:
 def set_up_devices(report: Callable[[str], None]) -> None:
     """Lets JAX set up its devices, after the processes of a run have joined and before anything is computed.
 
-    Args:
-      report: Function that is called with a message if JAX sees an accelerator that it cannot use.
-
-    Raises:
-      DevicesError: JAX_PLATFORMS names a kind of device that JAX does not find.
+    `report` is called with a message if JAX sees an accelerator that it cannot use. `DevicesError` is raised if
+    JAX_PLATFORMS names a kind of device that JAX does not find.
     """
     with _jax_warnings() as warnings:
         try:

@@ -21,9 +21,7 @@ from cib_jax.errors import DistributedError, SharedRefusal, UserError
 
 Result = TypeVar("Result")
 
-BARRIER_TIMEOUT_SECONDS = 7 * 24 * 3600
-"""Time after which a process that waits for the others gives up."""
-
+BARRIER_TIMEOUT_SECONDS = 7 * 24 * 3600  # after which a process that waits for the others gives up
 _barriers = itertools.count()
 
 
@@ -112,11 +110,7 @@ def barrier() -> None:
 
 
 def run_first_then_others(work: Callable[[], Result]) -> Result:
-    """Returns the result of `work`, called in the first process and then in the others, which find what it wrote.
-
-    Raises:
-      SharedRefusal: One of several processes raised a `UserError`.
-    """
+    """Returns the result of `work`, called in the first process and then in the others, which find what it wrote."""
     results: list[Result] = []
     for turn_of_first in (True, False):
         with shared_errors():
@@ -128,10 +122,7 @@ def run_first_then_others(work: Callable[[], Result]) -> Result:
 def mean_over_processes(compute: Callable[[slice], Result], count: int) -> Result:
     """Returns `compute(slice(0, count))`, with the work shared by the processes.
 
-    Args:
-      compute: Function from a slice of the queries to means over these queries: numbers in dicts and lists of any
-        depth. It is called with this process's share.
-      count: Number of all queries.
+    `compute` takes a slice of the `count` queries and returns means over them: numbers in dicts and lists of any depth.
     """
     if not is_distributed():
         return compute(slice(0, count))
@@ -169,20 +160,12 @@ def shared_errors() -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
-    messages = gather_texts(message)
-    if any(messages):
-        raise SharedRefusal(next(filter(None, messages)))
+    if first := next(filter(None, gather_texts(message)), ""):
+        raise SharedRefusal(first)
 
 
 def validate_alike(values: dict[str, Any]) -> None:
-    """Checks that all processes were started with the same values.
-
-    Args:
-      values: Values of this process by name, as JSON can represent them.
-
-    Raises:
-      SharedRefusal: The values of one process differ from those of the first.
-    """
+    """Raises `SharedRefusal` unless all processes have the same values by name, as JSON can represent them."""
     first_values = json.loads(broadcast_text(json.dumps(values)))
     with shared_errors():
         for name in first_values | values:
@@ -209,11 +192,7 @@ PREEMPTED_CODE = 75
 
 
 class Preempted(SystemExit):
-    """The program was asked to end, and its work so far is saved.
-
-    Attributes:
-      message: Description of the saved progress.
-    """
+    """The program was asked to end, and its work so far is saved, as `message` describes."""
 
     def __init__(self, message: str):
         super().__init__(PREEMPTED_CODE)
@@ -226,12 +205,12 @@ def install_sigterm_handler() -> None:
     In a run of several processes, JAX handles the signal: a scheduler may signal only one of them, and all must stop at
     the same step.
     """
+
+    def stop(*_: object) -> NoReturn:
+        raise Preempted("nothing was left half done")
+
     if not is_distributed():
-        signal.signal(signal.SIGTERM, _raise_preempted)
-
-
-def _raise_preempted(*_: object) -> NoReturn:
-    raise Preempted("nothing was left half done")
+        signal.signal(signal.SIGTERM, stop)
 
 
 @contextlib.contextmanager

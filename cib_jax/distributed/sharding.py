@@ -18,12 +18,10 @@ from cib_jax.errors import DevicesError
 Axis = str | None
 Tree = TypeVar("Tree")
 
-AXIS = "data"
-"""Name of the mesh's only axis, over which batches are divided; everything else is whole on every device."""
+AXIS = "data"  # the mesh's only axis, over which batches are divided; everything else is whole on every device
 WHOLE = PartitionSpec()
 ROWS = PartitionSpec(AXIS)
-ROWS_OF_STEPS = PartitionSpec(None, AXIS)
-"""Partition of a chunk [steps, batch, …] by the rows of each batch."""
+ROWS_OF_STEPS = PartitionSpec(None, AXIS)  # of a chunk [steps, batch, …], by the rows of each batch
 
 
 # Inside jax.shard_map.
@@ -35,13 +33,7 @@ def first_row(rows: int, axis: Axis) -> Int[Array, ""] | int:
 
 
 def draw_sharded(draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...], axis: Axis) -> Array:
-    """Returns this device's rows of random numbers that do not depend on the number of devices.
-
-    Args:
-      draw: Function from a shape to random numbers; it is called with the shape of the whole batch.
-      shape: Shape of this device's part.
-      axis: Name of the mesh axis over which the batch is divided.
-    """
+    """Returns this device's rows, of shape `shape`, of random numbers that do not depend on the number of devices."""
     if axis is None:
         return draw(shape)
     # Every device draws for all devices, and keeps its own rows. This costs less than one key per row.
@@ -65,30 +57,23 @@ def parts(axis: Axis) -> int:
 def make_mesh(devices: int, batch_size: int) -> Mesh | None:
     """Returns the mesh of the devices that share each batch of training, or None for a single device.
 
-    Args:
-      devices: Number of this process's devices to use; 0 uses all. Several processes always use all their devices.
-      batch_size: Number of images of a batch, on all devices together.
-
-    Raises:
-      DevicesError: There are fewer devices, or `batch_size` is not a multiple of their number.
+    `devices` is the number of this process's devices to use; 0 uses all. Several processes always use all theirs.
     """
-    if jax.process_count() > 1:
-        if devices not in (0, jax.device_count()):
-            raise DevicesError(
-                f"config.devices must be 0 for a run of {jax.process_count()} processes, which use all their "
-                f"{jax.device_count()} devices, got {devices}",
-                field="config.devices",
-            )
-        chosen = jax.devices()
-    else:
-        chosen = jax.local_devices()
-        if devices > len(chosen):
-            raise DevicesError(
-                f"config.devices must be at most {len(chosen)}, the number of devices of this machine, got {devices}; "
-                "0 uses all",
-                field="config.devices",
-            )
-        chosen = chosen[: devices or len(chosen)]
+    processes = jax.process_count()
+    everything = jax.devices() if processes > 1 else jax.local_devices()
+    if processes > 1 and devices not in (0, len(everything)):
+        raise DevicesError(
+            f"config.devices must be 0 for a run of {processes} processes, which use all their {len(everything)} "
+            f"devices, got {devices}",
+            field="config.devices",
+        )
+    if devices > len(everything):
+        raise DevicesError(
+            f"config.devices must be at most {len(everything)}, the number of devices of this machine, got {devices}; "
+            "0 uses all",
+            field="config.devices",
+        )
+    chosen = everything[: devices or None]
     if batch_size % len(chosen):
         raise DevicesError(
             f"config.batch_size must be a multiple of the number of devices, {len(chosen)}, got {batch_size}; choose "
@@ -99,10 +84,7 @@ def make_mesh(devices: int, batch_size: int) -> Mesh | None:
 
 
 def local_mesh(devices: int = 0) -> Mesh | None:
-    """Returns the mesh of this process's first `devices` devices (0: all), or None for a single device.
-
-    For work that needs no other process, such as encoding.
-    """
+    """Returns the mesh of this process's first `devices` devices (0: all) for its own work; None for one."""
     chosen = jax.local_devices()[: devices or None]
     return Mesh(chosen, (AXIS,)) if len(chosen) > 1 else None
 
@@ -174,13 +156,9 @@ def local_rows(over: Mesh | None, batch_size: int) -> Int[np.ndarray, " rows"]:
 
 
 def global_batch(rows: Any, here: Int[np.ndarray, " rows"], over: Mesh | None, batch_size: int) -> Any:
-    """Returns a chunk [1, batch, …] of one batch, from the rows that this process holds.
+    """Returns a chunk [1, batch, …] of one batch, from the tree of arrays [rows, …] that this process holds.
 
-    Args:
-      rows: Tree of arrays [rows, …], each of which becomes such a chunk.
-      here: Indices of these rows in the batch, from `local_rows`.
-      over: Mesh over which the batch is divided.
-      batch_size: Number of rows of the whole batch.
+    `here` has the indices of these rows in the batch, from `local_rows`.
     """
     if over is None or not over.is_multi_process:
         return jax.tree.map(lambda array: array[None], rows)
@@ -217,7 +195,6 @@ def map_batches(
       first: Index of the first image.
       over: Mesh of the devices that compute one batch each at the same time.
     """
-    start = first
     pending: Array | None = None
     batches, devices = iter(batches), mesh_size(over)
     while group := list(itertools.islice(batches, devices)):
@@ -226,12 +203,12 @@ def map_batches(
         missing = size * devices - len(images)
         padded = np.pad(images, ((0, missing), *[(0, 0)] * (images.ndim - 1))) if missing else images
         # Dispatched before the previous result is awaited: the device works while the host decodes the next batch.
-        following = function(padded, start)[: len(images)]
+        following = function(padded, first)[: len(images)]
         if pending is not None:
             on_images(len(pending.block_until_ready()))
             yield pending
         pending = following
-        start += len(images)
+        first += len(images)
     if pending is not None:
         on_images(len(pending.block_until_ready()))
         yield pending

@@ -22,26 +22,16 @@ from cib_jax.models.encoder import Encoder, Params, packed_of_features, plain_fe
 from cib_jax.models.weights import fingerprint
 from cib_jax.version import __version__
 
-TIME = (1980, 1, 1, 0, 0, 0)
-"""Time stamp of every part, so that the same encoder always gives the same file."""
+TIME = (1980, 1, 1, 0, 0, 0)  # of every part, so that the same encoder always gives the same file
 
 
 def write(
     path: pathlib.Path, encoder: Encoder, params: Params, frozen: Params, *, side: int, batch_sizes: Sequence[int]
 ) -> None:
-    """Writes an encoder to a file, in one step.
+    """Writes an encoder of images of this side, or of features, to a file, in one step.
 
-    Args:
-      path: Path of the file, in an existing folder.
-      encoder: Encoder from `create_encoder`.
-      params: Trained parameters.
-      frozen: Other parameters.
-      side: Side of the images in pixels; unused if the encoder takes features.
-      batch_sizes: Batch sizes in ascending order. They must be known here: a CPU goes through a batch in chunks, and
-        their number is part of the program.
-
-    Raises:
-      ExportedError: The file cannot be written, or flatbuffers is missing.
+    The batch sizes, in ascending order, must be known here: a CPU goes through a batch in chunks, and their number is
+    part of the program.
     """
     weights = {"params": params, "frozen": frozen}
     leaves, tree = jax.tree.flatten(weights)
@@ -70,7 +60,9 @@ def write(
                 parts[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
             for name, leaf in zip(names, leaves, strict=True):
-                add(name, _npy(leaf))
+                content = io.BytesIO()
+                np.save(content, _storable(leaf), allow_pickle=False)
+                add(name, content.getbuffer())
             weight_shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
             for size in batch_sizes:
                 rows = jax.ShapeDtypeStruct((size, *about["input"]["shape"][1:]), about["input"]["dtype"])
@@ -137,12 +129,6 @@ def _without_source_paths() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, limit)
-
-
-def _npy(leaf: Array) -> memoryview:
-    content = io.BytesIO()
-    np.save(content, _storable(leaf), allow_pickle=False)
-    return content.getbuffer()
 
 
 def _storable(leaf: Array) -> np.ndarray:

@@ -32,11 +32,8 @@ Items = (
 )
 """Items to encode: images of one size, images of several sizes, or features."""
 Batches = Iterable[Shaped[np.ndarray, "_ ..."]]
-Stage = Callable[..., Array]
-"""The program that follows the backbone: `packed_of_features` or `logits_of_features`."""
-
-SETTINGS = ("batch_size", "stored_size", "devices")
-"""Fields of a hasher that are saved with its encoder and parameters."""
+Stage = Callable[..., Array]  # the program that follows the backbone: `packed_of_features` or `logits_of_features`
+SETTINGS = ("batch_size", "stored_size", "devices")  # fields that are saved with the encoder and its parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +63,9 @@ class Hasher:
     def __post_init__(self) -> None:
         # LoRA factors and retrained blocks are merged into the backbone once, here, whoever constructs the hasher.
         # Encoding, saving and exporting then need not know how the backbone was trained, and give the same bits.
-        params, frozen = finetune.merge_params(self.params, self.frozen, self.encoder.lora_scale)
-        object.__setattr__(self, "params", params)
-        object.__setattr__(self, "frozen", frozen)
+        merged = finetune.merge_params(self.params, self.frozen, self.encoder.lora_scale)
+        for name, params in zip(("params", "frozen"), merged, strict=True):
+            object.__setattr__(self, name, params)
 
     @classmethod
     def load(
@@ -89,7 +86,7 @@ class Hasher:
           SavedHasherError: The saved hasher is damaged or of another version, or a location was given for it.
         """
         workdir = pathlib.Path(workdir)
-        if serialization.is_saved(workdir):
+        if (workdir / serialization.FILE).exists():
             if backbone_weights or checkpoint_dir is not None:
                 raise SavedHasherError(
                     f"backbone_weights and checkpoint_dir must not be given for {workdir}, a saved hasher, which holds "
@@ -170,13 +167,20 @@ class Hasher:
         items = self._validated(images)
         size = _batch_size(len(items), self.batch_size)
         batches = (items[start : start + size] for start in range(0, len(items), size))
-        return self._apply(stage, batches, size=size, over=self._mesh if len(items) > size else None)
+        return self._apply(stage, batches, lambda _: None, size, self._mesh if len(items) > size else None)
 
     def _validated(self, images: Items) -> Shaped[np.ndarray, "n ..."]:
         """Returns images or features as one array; images of several sizes are resized."""
         if self.encoder.backbone.takes == "features":
             features: Any = images if hasattr(images, "dtype") else np.asarray(images)
-            _validate_features(features, self.encoder.backbone.features)
+            count = self.encoder.backbone.features
+            is_float = np.issubdtype(features.dtype, np.floating) or features.dtype == jnp.bfloat16
+            if not is_float or features.ndim not in (2, 3) or features.shape[-1] != count:
+                raise UserError(
+                    f"images must be floating-point features [n, {count}] for this hasher, got {features.dtype} "
+                    f"{list(features.shape)}; compute them with the model that computed the features of training",
+                    field="images",
+                )
             return features
         if hasattr(images, "dtype"):
             _validate_images(np.asarray(images), 4)
@@ -198,22 +202,16 @@ class Hasher:
           on_images: Function that is called with the number of images of each encoded batch.
           size: Batch size for which the programs are compiled; 0 takes that of the first batch.
         """
-        return self._apply(packed_of_features, batches, on_images, size=size, over=self._mesh)
+        return self._apply(packed_of_features, batches, on_images, size, self._mesh)
 
     def logits_of_batches(
         self, batches: Batches, on_images: Callable[[int], None] = lambda images: None, *, size: int
     ) -> Float32[np.ndarray, "n bits"]:
         """Returns the logits of all images of `batches`; takes the arguments of `encode_batches`."""
-        return self._apply(logits_of_features, batches, on_images, size=size, over=self._mesh)
+        return self._apply(logits_of_features, batches, on_images, size, self._mesh)
 
     def _apply(
-        self,
-        stage: Stage,
-        batches: Batches,
-        on_images: Callable[[int], None] = lambda images: None,
-        *,
-        size: int,
-        over: Mesh | None,
+        self, stage: Stage, batches: Batches, on_images: Callable[[int], None], size: int, over: Mesh | None
     ) -> np.ndarray:
         params, frozen = self._replicated if over else (self.params, self.frozen)
 
@@ -241,16 +239,6 @@ class Hasher:
 def _batch_size(count: int, largest: int) -> int:
     """Returns the batch size for `count` images: a power of two or `largest`, since each size is compiled once."""
     return min(largest, 1 << (count - 1).bit_length())
-
-
-def _validate_features(features: Any, count: int) -> None:
-    is_float = np.issubdtype(features.dtype, np.floating) or features.dtype == jnp.bfloat16
-    if not is_float or features.ndim not in (2, 3) or features.shape[-1] != count:
-        raise UserError(
-            f"images must be floating-point features [n, {count}] for this hasher, got {features.dtype} "
-            f"{list(features.shape)}; compute them with the model that computed the features of training",
-            field="images",
-        )
 
 
 def _validate_images(images: np.ndarray, dimensions: int) -> None:
@@ -296,27 +284,10 @@ def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str 
             "hasher must have been trained on images, got one trained on features; pass features to hasher.encode",
             field="hasher",
         )
-    with inputs.blame_field("photos"):
-        return _encode_found(hasher, _find_photos(photos, hasher.side))
-
-
-def _find_photos(photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], side: int) -> Photos:
-    if not isinstance(photos, str | os.PathLike):
-        paths = [os.path.abspath(path) for path in photos]
-        return Photos("the list", paths, os.sep, side)
-    path = os.path.abspath(os.path.expanduser(photos))
-    if os.path.isfile(path) and not path.lower().endswith(inputs.LISTS):
-        return Photos(path, [os.path.basename(path)], os.path.dirname(path), side)
-    found = inputs.load_inputs(path, takes="images", size=side)
-    assert isinstance(found, Photos)
-    return found
-
-
-def _encode_found(hasher: Hasher, found: Photos) -> PhotoCodes:
     paths: list[str] = []
     unreadable: list[tuple[str, str]] = []
 
-    def squares() -> Iterator[UInt8[np.ndarray, "side side 3"]]:
+    def squares(found: Photos) -> Iterator[UInt8[np.ndarray, "side side 3"]]:
         for number, photo in found.read([range(len(found.names))]):
             path = os.path.join(found.root, found.names[number])
             if photo.content is None:
@@ -325,7 +296,19 @@ def _encode_found(hasher: Hasher, found: Photos) -> PhotoCodes:
                 paths.append(path)
                 yield photo.content
 
-    readable = squares()
-    batches = (np.stack(some) for some in iter(lambda: list(itertools.islice(readable, hasher.batch_size)), []))
-    codes = hasher.encode_batches(batches, size=hasher.batch_size)
+    with inputs.blame_field("photos"):
+        readable = squares(_find_photos(photos, hasher.side))
+        batches = (np.stack(some) for some in iter(lambda: list(itertools.islice(readable, hasher.batch_size)), []))
+        codes = hasher.encode_batches(batches, size=hasher.batch_size)
     return PhotoCodes(paths, codes, unreadable)
+
+
+def _find_photos(photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], side: int) -> Photos:
+    if not isinstance(photos, str | os.PathLike):
+        return Photos("the list", [os.path.abspath(path) for path in photos], os.sep, side)
+    path = os.path.abspath(os.path.expanduser(photos))
+    if os.path.isfile(path) and not path.lower().endswith(inputs.LISTS):
+        return Photos(path, [os.path.basename(path)], os.path.dirname(path), side)
+    found = inputs.load_inputs(path, takes="images", size=side)
+    assert isinstance(found, Photos)
+    return found

@@ -33,33 +33,15 @@ from cib_jax.version import __version__
 
 FILE = "hasher.safetensors"
 VERSION = 1
-KEY = "cib_jax.hasher"
-"""Key of the only metadata entry; safetensors writes several in random order, and so a different file each time."""
-RUN = "config.json"
-"""File by which the folder of a run is recognized."""
+KEY = "cib_jax.hasher"  # the only metadata entry: safetensors writes several in random order
+RUN = "config.json"  # by which the folder of a run is recognized
 
 
 # Saved encoders.
 
 
-def is_saved(folder: pathlib.Path) -> bool:
-    """Returns whether `folder` holds a saved encoder."""
-    return (folder / FILE).exists()
-
-
 def write(folder: pathlib.Path, encoder: Encoder, params: Params, frozen: Params, settings: dict[str, int]) -> None:
-    """Writes an encoder to a folder, which is created if needed; an existing file is replaced in one step.
-
-    Args:
-      folder: Folder of the encoder; must not be that of a run.
-      encoder: Encoder from `create_encoder`.
-      params: Trained parameters.
-      frozen: Other parameters.
-      settings: JSON values that `read` returns.
-
-    Raises:
-      SavedHasherError: The folder is that of a run, or cannot be written.
-    """
+    """Writes an encoder to a folder, which is created if needed; an existing file is replaced in one step."""
     path = folder / FILE
     if (folder / RUN).exists():
         raise SavedHasherError(
@@ -76,27 +58,21 @@ def write(folder: pathlib.Path, encoder: Encoder, params: Params, frozen: Params
             safetensors.numpy.save_file(tensors, part, metadata)
     except (OSError, safetensors.SafetensorError) as error:  # the latter if the disk is full
         reason = getattr(error, "strerror", None) or str(error)
-        raise SavedHasherError(
-            f"{path} cannot be written ({reason}); free some space, or name another folder", field=str(path)
-        ) from error
+        raise _error(path, f"cannot be written ({reason}); free some space, or name another folder") from error
 
 
 def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]:
-    """Returns a saved encoder, its trained parameters, its other parameters, and the settings.
-
-    Raises:
-      SavedHasherError: The file cannot be read, is damaged, or of another version.
-    """
+    """Returns a saved encoder, its trained parameters, its other parameters, and the settings."""
     path = folder / FILE
     try:
         with safetensors.safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {})[KEY])
             checksum = about.pop("checksum")
             if about["version"] != VERSION:
-                raise SavedHasherError(
-                    f"{path} must be of version {VERSION}, got version {about['version']}; save it again with this "
-                    "version of cib_jax, or load it with the version that saved it",
-                    field=str(path),
+                raise _error(
+                    path,
+                    f"must be of version {VERSION}, got version {about['version']}; save it again with this version of "
+                    "cib_jax, or load it with the version that saved it",
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if _checksum(about, tensors) != checksum:
@@ -104,18 +80,26 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
     except SavedHasherError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise SavedHasherError(
-            f"{path} is damaged, or was not written by Hasher.save ({error}); copy it again or train again",
-            field=str(path),
-        ) from error
+        fault = f"is damaged, or was not written by Hasher.save ({error}); copy it again or train again"
+        raise _error(path, fault) from error
     trees = traverse_util.unflatten_dict(
         {
             tuple(int(part) if part.isdigit() else part for part in name.split("/")): jnp.asarray(tensor)
             for name, tensor in tensors.items()
         }
     )
-    params, frozen = trees["params"], trees.get("frozen", {})
-    return _create_encoder(about["encoder"], params, frozen), params, frozen, about["settings"]
+    params, frozen, arguments = trees["params"], trees.get("frozen", {}), about["encoder"]
+    encoder, _, _ = create_encoder(
+        jax.random.key(0),  # for parameters that are not used
+        **arguments | {"standard": arguments["standard"] and Standard.from_lists(arguments["standard"])},
+        frozen="backbone" in frozen,
+        backbone_params=params.get("backbone") or frozen.get("backbone"),
+    )
+    return encoder, params, frozen, about["settings"]
+
+
+def _error(path: pathlib.Path, fault: str) -> SavedHasherError:
+    return SavedHasherError(f"{path} {fault}", field=str(path))
 
 
 def _encoder_arguments(encoder: Encoder, params: Params) -> dict[str, Any]:
@@ -136,17 +120,6 @@ def _encoder_arguments(encoder: Encoder, params: Params) -> dict[str, Any]:
     }
 
 
-def _create_encoder(arguments: dict[str, Any], params: Params, frozen: Params) -> Encoder:
-    standard = arguments["standard"] and Standard.from_lists(arguments["standard"])
-    encoder, _, _ = create_encoder(
-        jax.random.key(0),  # for parameters that are not used
-        **arguments | {"standard": standard},
-        frozen="backbone" in frozen,
-        backbone_params=params.get("backbone") or frozen.get("backbone"),
-    )
-    return encoder
-
-
 def _checksum(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -159,11 +132,7 @@ def _checksum(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """Returns the config of the run in `workdir`.
-
-    Raises:
-      CheckpointError: There is no run in `workdir`, or its config is damaged or of another version.
-    """
+    """Returns the config of the run in `workdir`; raises `CheckpointError` without one for this version."""
     path, flat = workdir / RUN, {}
     try:
         flat = flatten(ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
@@ -177,14 +146,13 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         if flat.keys() == FIELDS.keys() or len(flat.keys() & FIELDS.keys()) < len(FIELDS) / 2:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); restore it from a copy or train again", field=str(path)
-            ) from None
-        raise CheckpointError(
-            f"{path} does not fit this version of cib_jax, {__version__} ({error}); use the version of the run, which "
-            "its results.json names, or train again in another --workdir",
-            field=str(path),
-        ) from None
+            fault = f"is damaged ({error}); restore it from a copy or train again"
+        else:
+            fault = (
+                f"does not fit this version of cib_jax, {__version__} ({error}); use the version of the run, which its "
+                "results.json names, or train again in another --workdir"
+            )
+        raise CheckpointError(f"{path} {fault}", field=str(path)) from None
     return config
 
 
@@ -193,15 +161,8 @@ def restore_best(
 ) -> tuple[Params, Progress, dict[str, Any]]:
     """Returns a run's parameters, its progress, and the other contents of its checkpoint.
 
-    The parameters are those of the best checkpoint if the run was validated, of the last one otherwise.
-
-    Args:
-      workdir: Folder of the run.
-      params: Parameters of the same structure and shapes.
-      config: Config of the run.
-
-    Raises:
-      CheckpointError: There is no checkpoint, it is unusable, was made under another config, or cannot be reached.
+    The parameters, of the structure and shapes of `params`, are those of the best checkpoint if the run was validated,
+    of the last one otherwise. `CheckpointError` is raised if there is none that can be used under this config.
     """
     directory = _checkpoint_dir(workdir, config)
     # Restored to one device of this process: the devices of the training may not exist here.
@@ -225,11 +186,7 @@ def restore_best(
 
 
 def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Standard | None:
-    """Returns mean and deviation of the features on which a run was trained, None for a run on images.
-
-    Raises:
-      CheckpointError: There is no readable checkpoint.
-    """
+    """Returns mean and deviation of the features on which a run was trained, None for a run on images."""
     if config.backbone != "none":
         return None
     with Checkpoints(_checkpoint_dir(workdir, config), read_only=True) as checkpoints:
@@ -247,14 +204,10 @@ def _checkpoint_dir(workdir: pathlib.Path, config: ml_collections.ConfigDict) ->
 
 
 def validate_fingerprint(fingerprint: str, extra: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Checks that the backbone's weights are those of the run; with others, its codes would be meaningless.
-
-    Raises:
-      CheckpointError: The weights differ.
-    """
-    if extra.get("backbone_fingerprint", "") != fingerprint:
+    """Raises `CheckpointError` unless the weights are those of the run; with others, its codes would be meaningless."""
+    if (expected := extra.get("backbone_fingerprint", "")) != fingerprint:
         raise CheckpointError(
-            f"config.backbone_weights must be the file with which {workdir} was trained, of fingerprint "
-            f"{extra.get('backbone_fingerprint')!r}, got {fingerprint!r}",
+            f"config.backbone_weights must be the file with which {workdir} was trained, of fingerprint {expected!r}, "
+            f"got {fingerprint!r}",
             field="config.backbone_weights",
         )

@@ -27,30 +27,9 @@ ATTENTION = {
 }
 
 
-def _clip_design(patch: int) -> Design:
-    return Design(
-        patch=patch,
-        grid=224 // patch,
-        width=768,
-        heads=12,
-        epsilon=1e-5,
-        activation=vit.gelu_by_sigmoid,
-        patch_bias=False,
-        first_norm=True,
-    )
-
-
-B32, B16 = _clip_design(32), _clip_design(16)
-BASE = Design(
-    patch=16,
-    grid=14,
-    width=768,
-    heads=12,
-    epsilon=1e-6,
-    activation=vit.gelu_by_tanh,
-    class_token=False,
-)
-"""SigLIP's ViT-B/16."""
+B32 = Design(32, 7, 768, 12, 1e-5, vit.gelu_by_sigmoid, patch_bias=False, first_norm=True)
+B16 = B32._replace(patch=16, grid=14)
+SIGLIP_B16 = Design(16, 14, 768, 12, 1e-6, vit.gelu_by_tanh, class_token=False)
 
 
 class CLIP(VisionTransformer):
@@ -92,11 +71,7 @@ class SigLIP(VisionTransformer):
 
 
 def convert_clip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
-    """Returns the state of `CLIP` from tensors in the names of `transformers`, as published on the Hugging Face hub.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns the state of `CLIP` from tensors in the names of Hugging Face's `transformers`."""
     layout = _layout(design) | {"projection": vit.linear("visual_projection", design.width, FEATURES, bias=False)}
     layout["stem"]["class_token"] = Part("vision_model.embeddings.class_embedding", (design.width,))
     layout["first_norm"] = vit.norm("vision_model.pre_layrnorm", design.width)  # spelled so in the files
@@ -105,11 +80,7 @@ def convert_clip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
 
 
 def convert_siglip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
-    """Returns the state of `SigLIP` from tensors in the names of `transformers`, as published on the Hugging Face hub.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns the state of `SigLIP` from tensors in the names of Hugging Face's `transformers`."""
     head = "vision_model.head"
     pool = {
         "query": Part(f"{head}.probe", (1, 1, design.width), np.ravel),
@@ -121,14 +92,12 @@ def convert_siglip(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
 
 
 def _layout(design: Design) -> Layout:
-    """Returns the layout of what both towers share."""
+    """Returns the layout of the layers that both towers have."""
     stem = {
         "patches": vit.patches("vision_model.embeddings.patch_embedding", design),
         "positions": Part("vision_model.embeddings.position_embedding.weight", (design.positions, design.width)),
     }
-    blocks = {
-        i: vit.block(f"vision_model.encoder.layers.{i}", design, "layer_norm", ATTENTION) for i in range(design.depth)
-    }
+    blocks = vit.blocks("vision_model.encoder.layers", design, "layer_norm", ATTENTION)
     return {"stem": stem, "blocks": blocks, "norm": vit.norm("vision_model.post_layernorm", design.width)}
 
 
@@ -136,7 +105,7 @@ def _pool_attention(name: str, width: int) -> Layout:
     """Returns the layout of `torch.nn.MultiheadAttention`, which stacks the kernels of query, key and value."""
 
     def third(i: int, tensor: np.ndarray) -> np.ndarray:
-        return tensor[i * width : (i + 1) * width].T
+        return np.split(tensor, 3)[i].T
 
     parts: Layout = {
         ours: {

@@ -6,24 +6,25 @@ chooses when a program is lowered, so that networks need not know. All forms giv
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-Padding = str | Sequence[tuple[int, int]]
+Pads = Sequence[tuple[int, int]]
+Padding = str | Pads
 AXES = ("NHWC", "HWIO", "NHWC")
 NO_PADS = ((0, 0), (0, 0))
 COLUMN_CHANNELS = 4  # with as few inputs and a stride, XLA's form takes twice as long as one matrix product
 WINOGRAD_CHANNELS = 128  # with fewer inputs or outputs, transforming the tiles costs what the products save
 CHUNK_PIXELS = 2**17  # pixels that a CPU takes through a network at once: two images at 224 px, eight at 128
-# Where Winograd's polynomials are evaluated, besides infinity. For F(4×4), ±3/4 and ±3/2 are as exact in binary as the
-# usual ±1 and ±2, but closer together, which leaves a quarter of the rounding error.
-POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
+# Winograd's matrices Aᵀ, G and Bᵀ.
+OF_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
+OF_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+OF_DATA = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 
 
 class Convolution(nnx.Module):
@@ -48,14 +49,10 @@ def explicit_padding(
     "SAME" is TensorFlow's rule: ceil(size / stride) outputs, with the odd row at the end, so that a 3×3 kernel with
     stride 2 pads an even size at its end only. PyTorch's padding of 1 is ((1, 1), (1, 1)).
     """
-    if padding == "VALID":
-        return NO_PADS
-    if padding == "SAME":
-        totals = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)]
-        rows, columns = ((total // 2, total - total // 2) for total in totals)
-        return rows, columns
     if isinstance(padding, str):
-        raise ValueError(f"padding must be 'SAME', 'VALID' or ((top, bottom), (left, right)), got {padding!r}")
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding must be 'SAME', 'VALID' or ((top, bottom), (left, right)), got {padding!r}")
+        padding = lax.padtype_to_pads(size, window, (stride, stride), padding)
     (top, bottom), (left, right) = padding
     return (top, bottom), (left, right)
 
@@ -70,17 +67,13 @@ def conv(
     """Returns the convolution of all inputs with every output's kernel, plus bias."""
     pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
     plain = functools.partial(conv_plain, stride=stride, pads=pads)
-    form = _cpu_form(kernel.shape, stride)
-    return _by_platform(lambda x, kernel: form(x, kernel, stride, pads), plain, x, kernel) + bias
-
-
-def _cpu_form(shape: Sequence[int], stride: int) -> Callable[..., Array]:
-    """Returns the form that is fastest on a CPU for a kernel of this shape."""
-    if stride > 1 and shape[2] <= COLUMN_CHANNELS:
-        return conv_by_columns
-    if tuple(shape[:2]) == (3, 3) and stride == 1 and min(shape[2:]) >= WINOGRAD_CHANNELS:
-        return lambda x, kernel, stride, pads: winograd(x, kernel, pads)  # F(2×2): within a network the faster of both
-    return conv_for_loops
+    if stride > 1 and kernel.shape[2] <= COLUMN_CHANNELS:
+        form: Callable[..., Array] = functools.partial(conv_by_columns, stride=stride, pads=pads)
+    elif kernel.shape[:2] == (3, 3) and stride == 1 and min(kernel.shape[2:]) >= WINOGRAD_CHANNELS:
+        form = functools.partial(winograd, pads=pads)
+    else:
+        form = lambda x, kernel: conv_for_loops(x, kernel, stride, pads)  # noqa: E731 - custom_vjp takes no keywords
+    return _by_platform(form, plain, x, kernel) + bias
 
 
 def depthwise(
@@ -92,7 +85,7 @@ def depthwise(
 ) -> Float[Array, "batch h2 w2 channels"]:
     """Returns the convolution of every channel with its own kernel, plus bias."""
     pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
-    shifts, plain = (functools.partial(f, stride=stride, pads=pads) for f in (depthwise_by_shifts, depthwise_plain))
+    shifts, plain = (functools.partial(form, stride=stride, pads=pads) for form in (depthwise_by_shifts, conv_plain))
     return _by_platform(shifts, plain, x, kernel) + bias
 
 
@@ -102,7 +95,12 @@ def pointwise(
     bias: Float[Array, "outputs"],
 ) -> Float[Array, "batch h w outputs"]:
     """Returns the 1×1 convolution plus bias."""
-    return _by_platform(pointwise_by_product, pointwise_plain, x, kernel) + bias
+
+    def product(x: Array, kernel: Array) -> Array:
+        flat = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+        return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return _by_platform(product, functools.partial(conv_plain, stride=1, pads=NO_PADS), x, kernel) + bias
 
 
 def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h//2 w//2 channels"]:
@@ -124,13 +122,8 @@ def in_chunks(
     """Returns `function(x)`, computed for a few images at a time on a CPU.
 
     The maps of a few images fit into the caches, and their memory is allocated once instead of once per layer. On other
-    platforms the whole batch is computed at once.
-
-    Args:
-      function: A function that treats every image by itself.
-      x: The images.
-      most: The largest number of images in a chunk, by default what `CHUNK_PIXELS` allows. Chunks are equal, so their
-        size is the largest divisor of the batch up to this number.
+    platforms the whole batch is computed at once. Chunks are equal: their size is the largest divisor of the batch up
+    to `most`, by default the number of images that `CHUNK_PIXELS` allows.
     """
     batch, height, width, _ = x.shape
     most = max(1, CHUNK_PIXELS // (height * width) if most is None else most)
@@ -145,6 +138,11 @@ def in_chunks(
     return _by_platform(chunk_by_chunk, function, x)
 
 
+def in_turn(layers: Iterable[Callable[[Array], Array]], x: Array) -> Array:
+    """Returns `x` after all layers, one after the other."""
+    return functools.reduce(lambda x, layer: layer(x), layers, x)
+
+
 def _by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *arguments: Array) -> Array:
     return lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
@@ -152,13 +150,16 @@ def _by_platform(cpu: Callable[..., Array], default: Callable[..., Array], *argu
 # The forms, without bias.
 
 
-def conv_plain(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
-    """Returns the convolution in XLA's own form."""
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=AXES)
+def conv_plain(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    """Returns the convolution in XLA's own form; a kernel [height, width, 1, channels] is depthwise."""
+    groups = x.shape[-1] // kernel.shape[2]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=AXES, feature_group_count=groups
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_for_loops(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+def conv_for_loops(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """Returns `conv_plain` with gradients that are fast on a CPU inside a loop, such as that of `in_chunks`.
 
     The gradients that JAX derives are convolutions with permuted axes (batch and channels exchanged). XLA's CPU backend
@@ -168,22 +169,16 @@ def conv_for_loops(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[in
     return conv_plain(x, kernel, stride, pads)
 
 
-def _forward(
-    x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]
-) -> tuple[Array, tuple[Array, Array]]:
+def _forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
     return conv_plain(x, kernel, stride, pads), (x, kernel)
 
 
-def _backward(
-    stride: int, pads: Sequence[tuple[int, int]], kept: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
+def _backward(stride: int, pads: Pads, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
     convolve = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=AXES)
-    sizes, windows = x.shape[1:3], kernel.shape[:2]
     # With a stride, the windows may leave out the last rows or columns of an image: `reach` is what they cover.
     reach = [(outputs - 1) * stride + 1 for outputs in gradient.shape[1:3]]
-    before = [pad[0] for pad in pads]
-    axes = list(zip(sizes, windows, reach, before, strict=True))
+    axes = list(zip(x.shape[1:3], kernel.shape[:2], reach, [pad[0] for pad in pads], strict=True))
     # ∂/∂x is the gradient, with zeros between its pixels for the stride, convolved with the kernel turned by 180°.
     of_x = convolve(
         gradient,
@@ -204,29 +199,29 @@ def _backward(
 conv_for_loops.defvjp(_forward, _backward)
 
 
-def conv_by_columns(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+def conv_by_columns(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """Returns the convolution as one matrix product of the kernel and the pixels under it, copied side by side."""
     kh, kw, inputs, outputs = kernel.shape
-    columns = jnp.concatenate([image for row in _shifted(x, (kh, kw), stride, pads) for image in row], -1)
+    columns = jnp.concatenate(_shifted(x, (kh, kw), stride, pads), -1)
     flat = columns.reshape(-1, kh * kw * inputs) @ kernel.reshape(-1, outputs)
     return flat.reshape(*columns.shape[:3], outputs)
 
 
-def depthwise_by_shifts(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+def depthwise_by_shifts(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """Returns the depthwise convolution as a sum of shifted images, each times one tap of the kernel.
 
     XLA fuses the sum into one loop over the image, with the channels side by side. Its own form of a convolution with
     one channel per group has no such fast loop on a CPU.
     """
+    taps = kernel.reshape(-1, kernel.shape[-1])
     images = _shifted(x, kernel.shape[:2], stride, pads)
-    terms = [images[i][j] * kernel[i, j, 0] for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
-    return functools.reduce(jnp.add, terms)
+    return functools.reduce(jnp.add, [image * tap for image, tap in zip(images, taps, strict=True)])
 
 
 def _shifted(
-    x: Array, window: Sequence[int], stride: int, pads: Sequence[tuple[int, int]], around: float = 0
-) -> list[list[Float[Array, "batch h2 w2 channels"]]]:
-    """Returns the pixels under each tap of a window, by the tap's row and column; `around` fills the padding."""
+    x: Array, window: Sequence[int], stride: int, pads: Pads, around: float = 0
+) -> list[Float[Array, "batch h2 w2 channels"]]:
+    """Returns the pixels under each tap of a window, row by row; `around` fills the padding."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=around)
     batch, height, width, channels = x.shape
     kh, kw = window
@@ -236,38 +231,19 @@ def _shifted(
         end = (batch, i + last_row + 1, j + last_column + 1, channels)
         return lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1))
 
-    return [[under(i, j) for j in range(kw)] for i in range(kh)]
+    return [under(i, j) for i in range(kh) for j in range(kw)]
 
 
-def depthwise_plain(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
-    """Returns the depthwise convolution in XLA's own form."""
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), pads, dimension_numbers=AXES, feature_group_count=x.shape[-1]
-    )
-
-
-def pointwise_by_product(x: Array, kernel: Array) -> Array:
-    """Returns the 1×1 convolution as one matrix product."""
-    flat = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
-    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def pointwise_plain(x: Array, kernel: Array) -> Array:
-    """Returns the 1×1 convolution in XLA's own form."""
-    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=AXES)
-
-
-def max_pool_by_slices(x: Array, window: int = 2, pads: Sequence[tuple[int, int]] = NO_PADS) -> Array:
+def max_pool_by_slices(x: Array, window: int = 2, pads: Pads = NO_PADS) -> Array:
     """Returns the maximum under a window at stride 2, as an elementwise maximum of strided slices.
 
     XLA fuses the maximum into one loop, forward and backward; its own form goes window by window, and its gradient is a
     scatter.
     """
-    rows = _shifted(x, (window, window), 2, pads, around=-jnp.inf)
-    return functools.reduce(jnp.maximum, [image for row in rows for image in row])
+    return functools.reduce(jnp.maximum, _shifted(x, (window, window), 2, pads, around=-jnp.inf))
 
 
-def max_pool_plain(x: Array, window: int = 2, pads: Sequence[tuple[int, int]] = NO_PADS) -> Array:
+def max_pool_plain(x: Array, window: int = 2, pads: Pads = NO_PADS) -> Array:
     """Returns the maximum under a window at stride 2, in XLA's own form."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), ((0, 0), *pads, (0, 0)))
 
@@ -276,72 +252,42 @@ def max_pool_plain(x: Array, window: int = 2, pads: Sequence[tuple[int, int]] = 
 
 
 def winograd(
-    x: Float[Array, "batch h w inputs"],
-    kernel: Float[Array, "3 3 inputs outputs"],
-    pads: Sequence[tuple[int, int]],
-    side: int = 2,
+    x: Float[Array, "batch h w inputs"], kernel: Float[Array, "3 3 inputs outputs"], pads: Pads
 ) -> Float[Array, "batch h2 w2 outputs"]:
-    """Returns a 3×3 convolution of stride 1 with fewer multiplications: Winograd's F(side × side, 3 × 3).
+    """Returns a 3×3 convolution of stride 1 with fewer multiplications: Winograd's F(2×2, 3×3).
 
-    An image is cut into tiles of (side + 2)² pixels that overlap by two; each gives side² outputs. Tiles and kernel are
-    transformed, Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A, so that the sum over channels becomes (side + 2)² matrix products: 16
-    instead of 36 multiplications for the four outputs of F(2×2), 36 instead of 144 for the sixteen of F(4×4).
-
-    Args:
-      x: The images.
-      kernel: The weights.
-      pads: Numbers of zeros around the images, ((top, bottom), (left, right)).
-      side: 2, with the rounding errors of the plain convolution, or 4, with five times these errors.
+    An image is cut into tiles of 4² pixels that overlap by two; each gives 2² outputs. Tiles and kernel are combined:
+    Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A. The sum over channels becomes 16 matrix products: 16 instead of 36 multiplications
+    for four outputs. F(4×4) multiplies less, but is slower within a network and has larger rounding errors.
 
     References:
       Lavin & Gray, Fast Algorithms for Convolutional Neural Networks (https://arxiv.org/abs/1509.09308).
     """
-    output, weights, data = transforms(side)
     height, width = (n + sum(pad) - 2 for n, pad in zip(x.shape[1:3], pads, strict=True))
-    rows, columns = -(-height // side), -(-width // side)
-    filled = [(pad[0], pad[1] + n * side - m) for pad, n, m in zip(pads, (rows, columns), (height, width), strict=True)]
-    x = jnp.pad(x, ((0, 0), *filled, (0, 0)))
+    rows, columns = -(-height // 2), -(-width // 2)
+    x = jnp.pad(x, ((0, 0), *((a, b + n % 2) for (a, b), n in zip(pads, (height, width), strict=True)), (0, 0)))
     batch, _, _, inputs = x.shape
 
-    strips = [x[:, i : i + (rows - 1) * side + 1 : side] for i in range(side + 2)]
+    strips = [x[:, i : i + 2 * rows - 1 : 2] for i in range(4)]
     tiles = [
         value.reshape(-1, inputs)
-        for strip in _combine(data, strips)
-        for value in _combine(data, [strip[:, :, j : j + (columns - 1) * side + 1 : side] for j in range(side + 2)])
+        for strip in _combine(OF_DATA, strips)
+        for value in _combine(OF_DATA, [strip[:, :, j : j + 2 * columns - 1 : 2] for j in range(4)])
     ]
-    taps = [tap for row in _combine(weights, list(kernel)) for tap in _combine(weights, list(row))]
+    taps = [tap for row in _combine(OF_KERNEL, list(kernel)) for tap in _combine(OF_KERNEL, list(row))]
     # The barriers keep XLA from fusing the sums into the matrix products, which would compute a sum again for every
     # entry that reads it.
     products = lax.optimization_barrier([a @ b for a, b in zip(*lax.optimization_barrier((tiles, taps)), strict=True)])
-    by_row = [products[i * (side + 2) : (i + 1) * (side + 2)] for i in range(side + 2)]
-    halves = [_combine(output, column) for column in zip(*by_row, strict=True)]
-    lines = [jnp.stack(_combine(output, line), 1) for line in zip(*halves, strict=True)]
-    y = jnp.stack([line.reshape(batch, rows, columns * side, -1) for line in lines], 2)
-    return y.reshape(batch, rows * side, columns * side, -1)[:, :height, :width]
+    halves = [_combine(OF_OUTPUT, products[column::4]) for column in range(4)]
+    lines = [jnp.stack(_combine(OF_OUTPUT, line), 1) for line in zip(*halves, strict=True)]
+    y = jnp.stack([line.reshape(batch, rows, columns * 2, -1) for line in lines], 2)
+    return y.reshape(batch, rows * 2, columns * 2, -1)[:, :height, :width]
 
 
-@functools.cache
-def transforms(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns Aᵀ [side, side + 2], G [side + 2, 3] and Bᵀ [side + 2, side + 2] of F(side, 3), in float64.
-
-    They transpose the Toom-Cook product of polynomials: G evaluates the kernel at `POINTS` and at infinity (the leading
-    coefficient) and divides by Π_{l ≠ k} (p_k − p_l); row k of Bᵀ has the coefficients of Π_{l ≠ k} (z − p_l).
-    """
-    points = np.asarray(POINTS[side])
-    others = [np.delete(points, k) for k in range(len(points))]
-    scale = np.array([np.prod(p - rest) for p, rest in zip(points, others, strict=True)])
-    output = np.column_stack([np.vander(points, side, increasing=True).T, np.eye(side)[-1]])
-    weights = np.vstack([np.vander(points, 3, increasing=True) / scale[:, None], np.eye(3)[-1]])
-    data = np.zeros((side + 2, side + 2))
-    for row, roots in zip(data, [*others, points], strict=True):
-        row[: len(roots) + 1] = np.poly(roots)[::-1]
-    return output, weights, data
-
-
-def _combine(matrix: np.ndarray, arrays: Sequence[Array]) -> list[Array]:
+def _combine(matrix: Sequence[Sequence[float]], arrays: Sequence[Array]) -> list[Array]:
     """Returns the product of a small matrix and a column of arrays, leaving out terms with a coefficient of 0."""
     sums = []
-    for row in matrix.tolist():
+    for row in matrix:
         terms = [array if c == 1 else c * array for c, array in zip(row, arrays, strict=True) if c]
         sums.append(functools.reduce(jnp.add, terms))
     return sums

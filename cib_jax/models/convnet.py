@@ -48,9 +48,7 @@ class ConvNet(nnx.Module):
                 f"images must be {self.image_size} × {self.image_size}, the size that this ConvNet was built for, got "
                 f"{images.shape[1]} × {images.shape[2]}; resize them or build the network for their size"
             )
-        x = images
-        for layer in self.convolutions:
-            x = layer(x)
+        x = conv.in_turn(self.convolutions, images)
         kernel, bias = self.linear.arrays
         return jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
 

@@ -9,27 +9,11 @@ from cib_jax.models import vit
 from cib_jax.models.state_dict import Tree
 from cib_jax.models.vit import Design, Layout, Part, VisionTransformer
 
-
-def _design(width: int, heads: int, registers: int) -> Design:
-    # Trained at 518 pixels. As in Hugging Face's `transformers`, position embeddings are filtered on the way to smaller
-    # grids only in the networks with registers.
-    return Design(
-        patch=14,
-        grid=37,
-        width=width,
-        heads=heads,
-        epsilon=1e-6,
-        activation=vit.gelu,
-        layer_scale=True,
-        registers=registers,
-        antialias=registers > 0,
-    )
-
-
-SMALL = _design(384, 6, 0)
-BASE = _design(768, 12, 0)
-SMALL_REGISTERS = _design(384, 6, 4)
-BASE_REGISTERS = _design(768, 12, 4)
+# Trained at 518 pixels. As in Hugging Face's `transformers`, position embeddings are filtered on the way to smaller
+# grids only in the networks with registers.
+SMALL = Design(14, 37, 384, 6, 1e-6, vit.gelu, layer_scale=True)
+BASE = SMALL._replace(width=768, heads=12)
+SMALL_REGISTERS, BASE_REGISTERS = (design._replace(registers=4, antialias=True) for design in (SMALL, BASE))
 ATTENTION = {
     "query": "attention.attention.query",
     "key": "attention.attention.key",
@@ -46,11 +30,7 @@ class DINOv2(VisionTransformer):
 
 
 def convert(tensors: Mapping[str, np.ndarray], design: Design) -> Tree:
-    """Returns the state of `DINOv2` from tensors in the names of `transformers`, as published on the Hugging Face hub.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns the state of `DINOv2` from tensors in the names of Hugging Face's `transformers`."""
     # The mask token replaces hidden patches in pretraining only.
     return vit.fill(_layout(design), tensors, {"embeddings.mask_token"})
 
@@ -64,5 +44,5 @@ def _layout(design: Design) -> Layout:
     }
     if design.registers:
         stem["registers"] = Part("embeddings.register_tokens", (1, design.registers, width), np.squeeze)
-    blocks = {i: vit.block(f"encoder.layer.{i}", design, "norm", ATTENTION) for i in range(design.depth)}
+    blocks = vit.blocks("encoder.layer", design, "norm", ATTENTION)
     return {"stem": stem, "blocks": blocks, "norm": vit.norm("layernorm", width)}

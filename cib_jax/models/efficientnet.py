@@ -24,7 +24,6 @@ CLASSES = 1000
 CLASSIFIER: dict[str, Shape] = {"_fc.weight": (CLASSES, FEATURES), "_fc.bias": (CLASSES,)}
 STEM = 32
 EPSILON = 1e-3  # added to the variance by the batch norms
-DIVISOR = 8  # of the number of channels after scaling
 # (blocks, kernel side, stride of the first block, expansion, output channels) of each stage of Lite0
 STAGES = (
     (1, 3, 1, 1, 16),
@@ -46,12 +45,8 @@ class Scaling(NamedTuple):
     def channels(self, count: int) -> int:
         """Returns the scaled number, rounded to a multiple of 8 but not down by more than a tenth."""
         scaled = count * self.width
-        rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
-        return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
-
-    def blocks(self, count: int) -> int:
-        """Returns the scaled number of blocks, rounded up."""
-        return math.ceil(count * self.depth)
+        rounded = max(8, int(scaled + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 LITE0, LITE1, LITE2 = Scaling(1.0, 1.0), Scaling(1.0, 1.1), Scaling(1.1, 1.2)
@@ -68,7 +63,7 @@ class Row(NamedTuple):
 
     @property
     def wide(self) -> int:
-        """The number of channels between expansion and projection."""
+        """Number of channels between expansion and projection."""
         return self.inputs * self.expansion
 
 
@@ -76,7 +71,7 @@ def block_plan(scaling: Scaling) -> list[Row]:
     """Returns the blocks in order. In the Lite networks the first and the last stage keep their single block."""
     plan, inputs = [], STEM
     for stage, (blocks, kernel, stride, expansion, outputs) in enumerate(STAGES):
-        for i in range(blocks if stage in (0, len(STAGES) - 1) else scaling.blocks(blocks)):
+        for i in range(blocks if stage in (0, len(STAGES) - 1) else math.ceil(blocks * scaling.depth)):
             plan.append(Row(kernel, stride if i == 0 else 1, expansion, inputs, scaling.channels(outputs)))
             inputs = plan[-1].outputs
     return plan
@@ -115,17 +110,12 @@ class EfficientNetLite(nnx.Module):
         self.head = Convolution(rngs, 1, 1, plan[-1].outputs, FEATURES)
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
-        """Returns the features of images with pixels in [-1, 1]: means over the last map, taken in float32.
-
-        The features have the images' dtype, which must be the dtype of the parameters.
-        """
+        """Returns means over the last map, taken in float32, in the dtype of images and parameters."""
         return conv_lib.in_chunks(self._features, images)
 
     def _features(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
         x = jax.nn.relu6(conv_lib.conv(images, *self.stem.arrays, stride=2))
-        for block in self.blocks:
-            x = block(x)
-        x = jax.nn.relu6(conv_lib.pointwise(x, *self.head.arrays))
+        x = jax.nn.relu6(conv_lib.pointwise(conv_lib.in_turn(self.blocks, x), *self.head.arrays))
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
 
 
@@ -135,21 +125,13 @@ def torch_shapes(scaling: Scaling = LITE0) -> dict[str, Shape]:
 
 
 def convert(tensors: Mapping[str, np.ndarray], scaling: Scaling = LITE0) -> Tree:
-    """Returns the state of `EfficientNetLite` from a PyTorch checkpoint's tensors, with batch norms folded in.
-
-    Names are those of the `efficientnet-lite-pytorch` package.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns the state of `EfficientNetLite` from tensors in the names of the `efficientnet-lite-pytorch` package."""
     layers = _layers(scaling)
     state_dict.validate_shapes(tensors, torch_shapes(scaling), state_dict.counters(layers))
     folded = state_dict.fold_batch_norms(tensors, layers, EPSILON)
     parts = {"expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv"}
-    blocks = {
-        i: {part: folded[f"_blocks.{i}.{name}"] for part, name in parts.items() if f"_blocks.{i}.{name}" in folded}
-        for i in range(len(block_plan(scaling)))
-    }
+    names = [f"_blocks.{i}" for i in range(len(block_plan(scaling)))]
+    blocks = state_dict.gather_blocks(folded, names, parts)
     return {"stem": folded["_conv_stem"], "blocks": blocks, "head": folded["_conv_head"]}
 
 

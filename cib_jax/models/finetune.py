@@ -19,8 +19,7 @@ from cib_jax.errors import ConfigError
 from cib_jax.models.registry import Backbone
 from cib_jax.models.state_dict import Tree
 
-State = Mapping[Any, Any]
-"""A network's parameters, or their shapes, as nested dicts."""
+State = Mapping[Any, Any]  # a network's parameters, or their shapes, as nested dicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +55,7 @@ class FineTune:
 
 
 def validate_fine_tune(how: FineTune, backbone: Backbone, image_size: int, *, frozen: bool, from_scratch: bool) -> None:
-    """Checks that a network can be trained in this way.
-
-    Args:
-      how: Options of fine-tuning.
-      backbone: The network; it takes images.
-      image_size: Side of its input in pixels; 0: its usual one.
-      frozen: Whether the whole network is frozen.
-      from_scratch: Whether its weights are random.
-
-    Raises:
-      ConfigError: A value is out of range or does not fit the network.
-    """
+    """Raises `ConfigError` unless a network can be trained in this way; an `image_size` of 0 is its usual one."""
     for name in ("blocks", "learning_rate", "lora_rank"):
         value = getattr(how, name)
         if not (math.isfinite(value) and value >= 0):
@@ -90,9 +78,8 @@ def validate_fine_tune(how: FineTune, backbone: Backbone, image_size: int, *, fr
     shapes = state_shapes(backbone, image_size)
     count = len(shapes[_blocks_name(shapes)])
     if how.blocks > count:
-        raise _error(
-            "blocks", f"must be at most {count}, the blocks of {backbone.name}, got {how.blocks}; 0 trains everything"
-        )
+        fault = f"must be at most {count}, the blocks of {backbone.name}, got {how.blocks}; 0 trains everything"
+        raise _error("blocks", fault)
     ranks = {path: min(sides) for path, sides in kernel_shapes(split_blocks(shapes, how.blocks)[0])}
     smallest = min(ranks, key=ranks.__getitem__)
     if how.lora_rank > ranks[smallest]:
@@ -119,11 +106,9 @@ def state_shapes(backbone: Backbone, image_size: int) -> Tree:
 
 
 def split_blocks(state: State, blocks: int) -> tuple[Tree, Tree]:
-    """Returns the last blocks with everything after them, and the rest of a state.
+    """Returns the last blocks with everything after them, and the rest of a state; 0 blocks: the whole and nothing.
 
-    Args:
-      state: A state with its entries in the order in which images pass them, such as that of `state_shapes`.
-      blocks: Number of blocks; 0 gives the whole state and an empty rest.
+    The state's entries must be in the order in which images pass them, as those of `state_shapes`.
     """
     if not blocks:
         return dict(state), {}
@@ -131,8 +116,10 @@ def split_blocks(state: State, blocks: int) -> tuple[Tree, Tree]:
     first, position = len(state[listed]) - blocks, order.index(listed)
     last = {listed: {number: block for number, block in state[listed].items() if number >= first}}
     rest = {listed: {number: block for number, block in state[listed].items() if number < first}} if first else {}
-    before = {name: state[name] for name in order[:position]}
-    return last | {name: state[name] for name in order[position + 1 :]}, before | rest
+    return (
+        last | {name: state[name] for name in order[position + 1 :]},
+        {name: state[name] for name in order[:position]} | rest,
+    )
 
 
 def _blocks_name(state: State) -> str:
@@ -144,15 +131,7 @@ def _blocks_name(state: State) -> str:
 def create_parts(
     key: PRNGKeyArray, how: FineTune, backbone: Backbone, image_size: int, state: State
 ) -> tuple[Tree, Tree]:
-    """Returns what training changes, as an entry "backbone" or "lora", and what it keeps, as an entry "backbone".
-
-    Args:
-      key: Random key of LoRA's factors.
-      how: Options of fine-tuning.
-      backbone: The network.
-      image_size: Side of its input in pixels.
-      state: Parameters of the whole network.
-    """
+    """Returns what training changes, as an entry "backbone" or "lora", and what it keeps, as an entry "backbone"."""
     if not how.keeps:
         return {"backbone": dict(state)}, {}
     last, rest = split_blocks({name: state[name] for name in state_shapes(backbone, image_size)}, how.blocks)
@@ -167,25 +146,13 @@ def features_learn(params: State) -> bool:
 
 
 def backbone_state(params: State, frozen: State, scale: float) -> Tree:
-    """Returns the state with which a backbone is trained.
-
-    Args:
-      params: Parameters that training changes.
-      frozen: Parameters that it keeps.
-      scale: α / rank of LoRA.
-    """
+    """Returns the state with which a backbone is trained; `scale` is α / rank of LoRA."""
     state = join_states(frozen.get("backbone", {}), params.get("backbone", {}))
     return apply_lora(state, params["lora"], scale) if "lora" in params else state
 
 
 def merge_params(params: State, frozen: State, scale: float) -> tuple[State, State]:
-    """Returns parameters for inference: the whole backbone in one of both trees, with LoRA's factors in its kernels.
-
-    Args:
-      params: Parameters that training changed.
-      frozen: Parameters that it kept.
-      scale: α / rank of LoRA.
-    """
+    """Returns parameters for inference: the whole backbone in one of both trees, with LoRA's factors in its kernels."""
     if not (features_learn(params) and frozen):
         return params, frozen
     state = join_states(frozen["backbone"], params.get("backbone", {}))
@@ -205,9 +172,6 @@ def kernel_shapes(shapes: State) -> Iterator[tuple[tuple[Any, ...], tuple[int, i
     These are matrices [inputs, outputs] and convolutions [height, width, inputs, outputs]. Rows of a convolution are
     the pixels under it, channel by channel: A is a convolution to few channels and B a 1×1 convolution. Depthwise
     kernels have no inputs to mix and are left out.
-
-    Args:
-      shapes: A state, or the shapes of one.
     """
     for path, leaf in traverse_util.flatten_dict(shapes).items():
         if path[-1] == "kernel" and (len(leaf.shape) == 2 or (len(leaf.shape) == 4 and leaf.shape[2] > 1)):

@@ -25,7 +25,7 @@ class Backbone:
     mean: Numbers  # subtracted from pixels in [0, 1], by channel; if `takes` is "features", from each feature
     deviation: Numbers  # by which the differences are divided
     image_size: int  # usual side of the input in pixels
-    smallest: int  # smallest side of the input
+    smallest: int  # smallest side of the input in pixels
     build: Callable[[nnx.Rngs, int], nnx.Module]  # (rngs, image size) → network with random weights
     convert: Callable[[Mapping[str, np.ndarray]], Tree] | None  # named tensors → state; None: no published weights
     reads: tuple[str, ...] = ("",)  # beginnings of its tensors' names, if weight files contain other networks too
@@ -48,29 +48,14 @@ CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: int) -> Backbone:
     return Backbone(
-        name=f"efficientnet_lite{number}",
-        features=efficientnet.FEATURES,
+        f"efficientnet_lite{number}",
+        efficientnet.FEATURES,
         mean=HALF,
         deviation=HALF,
         image_size=image_size,
         smallest=32,
         build=lambda rngs, image_size: efficientnet.EfficientNetLite(rngs, scaling),
         convert=functools.partial(efficientnet.convert, scaling=scaling),
-    )
-
-
-def _torchvision(
-    name: str, features: int, network: Callable[[nnx.Rngs], nnx.Module], convert: Callable[..., Tree]
-) -> Backbone:
-    return Backbone(
-        name=name,
-        features=features,
-        mean=IMAGENET[0],
-        deviation=IMAGENET[1],
-        image_size=224,
-        smallest=32,
-        build=lambda rngs, image_size: network(rngs),
-        convert=convert,
     )
 
 
@@ -84,12 +69,10 @@ def _vit(
     reads: tuple[str, ...] = ("",),
 ) -> Backbone:
     """Returns a vision transformer; it has `features` or, by default, as many as a token has channels."""
-    mean, deviation = statistics
     return Backbone(
-        name=name,
-        features=features or design.width,
-        mean=mean,
-        deviation=deviation,
+        name,
+        features or design.width,
+        *statistics,
         image_size=224,
         smallest=design.patch,
         build=lambda rngs, image_size: network(rngs, design),
@@ -114,15 +97,17 @@ BACKBONES: dict[str, Backbone] = {
         _efficientnet_lite(0, efficientnet.LITE0, 224),
         _efficientnet_lite(1, efficientnet.LITE1, 240),
         _efficientnet_lite(2, efficientnet.LITE2, 260),
-        _torchvision("resnet50", resnet.FEATURES, resnet.ResNet50, resnet.convert),
-        _torchvision("vgg16", vgg.FEATURES, vgg.VGG16, vgg.convert),
+        Backbone(
+            "resnet50", resnet.FEATURES, *IMAGENET, 224, 32, lambda rngs, _: resnet.ResNet50(rngs), resnet.convert
+        ),
+        Backbone("vgg16", vgg.FEATURES, *IMAGENET, 224, 32, lambda rngs, _: vgg.VGG16(rngs), vgg.convert),
         _dinov2("dinov2_small", dinov2.SMALL),
         _dinov2("dinov2_base", dinov2.BASE),
         _dinov2("dinov2_small_registers", dinov2.SMALL_REGISTERS),
         _dinov2("dinov2_base_registers", dinov2.BASE_REGISTERS),
         _clip("clip_vit_b32", clip.B32),
         _clip("clip_vit_b16", clip.B16),
-        _vit("siglip_base", clip.BASE, clip.SigLIP, clip.convert_siglip, (HALF, HALF), reads=clip.SIGLIP_READS),
+        _vit("siglip_base", clip.SIGLIP_B16, clip.SigLIP, clip.convert_siglip, (HALF, HALF), reads=clip.SIGLIP_READS),
         # The number of features, their means and deviations come from the data; `create_encoder` fills them in.
         Backbone("none", 0, (), (), 0, 0, build=lambda rngs, size: _Identity(), convert=None, takes="features"),
     )
@@ -130,11 +115,7 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def get(name: str) -> Backbone:
-    """Returns the backbone called `name`.
-
-    Raises:
-      ConfigError: There is no backbone of this name.
-    """
+    """Returns the backbone called `name`; raises `ConfigError` if there is none."""
     if name not in BACKBONES:
         raise ConfigError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, got {name!r}", field="backbone")
     return BACKBONES[name]

@@ -84,25 +84,17 @@ class ResNet50(nnx.Module):
         self.blocks = nnx.List([Bottleneck(rngs, row) for row in block_plan()])
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 2048"]:
-        """Returns the features of normalized images: means over the last map, taken in float32.
+        """Returns means over the last map, taken in float32, in the dtype of images and parameters."""
+        last = len(self.blocks) - STAGES[-1][0]
 
-        The features have the images' dtype, which must be the dtype of the parameters.
-        """
+        def first_stages(images: Array) -> Float[Array, "batch h2 w2 channels"]:
+            x = jax.nn.relu(conv_lib.conv(images, *self.stem.arrays, stride=2, padding=STEM_PADDING))
+            return conv_lib.in_turn(self.blocks[:last], conv_lib.max_pool_3x3(x))
+
         # The last stage's weights are larger than its maps. Chunks would read them from memory again and again, so this
         # stage takes the whole batch.
-        last = len(self.blocks) - STAGES[-1][0]
-        x = conv_lib.in_chunks(lambda images: self._apply(self._stem(images), 0, last), images)
-        x = self._apply(x, last, len(self.blocks))
+        x = conv_lib.in_turn(self.blocks[last:], conv_lib.in_chunks(first_stages, images))
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
-
-    def _stem(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch h2 w2 64"]:
-        x = jax.nn.relu(conv_lib.conv(images, *self.stem.arrays, stride=2, padding=STEM_PADDING))
-        return conv_lib.max_pool_3x3(x)
-
-    def _apply(self, x: Float[Array, "batch h w inputs"], first: int, end: int) -> Float[Array, "batch h2 w2 outputs"]:
-        for i in range(first, end):
-            x = self.blocks[i](x)
-        return x
 
 
 def torch_shapes() -> dict[str, Shape]:
@@ -111,20 +103,15 @@ def torch_shapes() -> dict[str, Shape]:
 
 
 def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
-    """Returns the state of `ResNet50` from torchvision's or timm's tensors, with batch norms folded in.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns the state of `ResNet50` from torchvision's or timm's tensors, with batch norms folded in."""
     layers = _layers()
     state_dict.validate_shapes(tensors, torch_shapes(), state_dict.counters(layers) | {"fc.weight", "fc.bias"})
     folded = state_dict.fold_batch_norms(tensors, layers, EPSILON)
     parts = {"reduce": "conv1", "filter": "conv2", "widen": "conv3", "shortcut": "downsample.0"}
-    blocks = {
-        i: {part: folded[f"{row.name}.{name}"] for part, name in parts.items() if f"{row.name}.{name}" in folded}
-        for i, row in enumerate(block_plan())
+    return {
+        "stem": folded["conv1"],
+        "blocks": state_dict.gather_blocks(folded, [row.name for row in block_plan()], parts),
     }
-    return {"stem": folded["conv1"], "blocks": blocks}
 
 
 def _layers() -> list[NormedConvolution]:

@@ -8,6 +8,7 @@ import numpy as np
 Shape = tuple[int, ...]
 Tree = dict[Any, Any]
 """Nested dicts of arrays, keyed by names and, for blocks, by numbers."""
+NORM = ("weight", "bias", "running_mean", "running_var")  # tensors of a batch norm
 
 
 class MismatchError(ValueError):
@@ -24,13 +25,10 @@ class NormedConvolution(NamedTuple):
     @property
     def torch_shapes(self) -> dict[str, Shape]:
         """The names and shapes of the tensors of both."""
-        parts = ("weight", "bias", "running_mean", "running_var")
-        return {f"{self.conv}.weight": self.shape} | {f"{self.norm}.{part}": self.shape[:1] for part in parts}
+        return {f"{self.conv}.weight": self.shape} | {f"{self.norm}.{part}": self.shape[:1] for part in NORM}
 
 
-def validate_shapes(
-    tensors: Mapping[str, np.ndarray], needed: Mapping[str, Shape], extra: frozenset[str] | set[str]
-) -> None:
+def validate_shapes(tensors: Mapping[str, np.ndarray], needed: Mapping[str, Shape], extra: set[str]) -> None:
     """Raises `MismatchError` unless all `needed` tensors are there, in these shapes, and no others but `extra` ones."""
     present = {name: tensors[name] for name in needed if name in tensors}
     faults = {
@@ -54,24 +52,24 @@ def fold_batch_norms(
     """Returns a `kernel` [height, width, inputs, outputs] and a `bias` [outputs], float32, for each convolution.
 
     A batch norm with fixed statistics scales and shifts each output, so it can become a part of the convolution. The
-    result is computed in float64 and rounded once.
-
-    Args:
-      tensors: The state-dict.
-      layers: The network's convolutions.
-      epsilon: The number that the batch norms add to the variance.
+    result is computed in float64 and rounded once. `epsilon` is what the batch norms add to the variance.
     """
     folded = {}
     for layer in layers:
         weight = tensors[f"{layer.conv}.weight"].astype(np.float64)
-        gain, offset, mean, variance = (
-            tensors[f"{layer.norm}.{part}"].astype(np.float64)
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
+        gain, offset, mean, variance = (tensors[f"{layer.norm}.{part}"].astype(np.float64) for part in NORM)
         scale = gain / np.sqrt(variance + epsilon)
         kernel = weight.transpose(2, 3, 1, 0) * scale
         folded[layer.conv] = {"kernel": as_float32(kernel), "bias": as_float32(offset - mean * scale)}
     return folded
+
+
+def gather_blocks(folded: Mapping[str, Tree], blocks: Sequence[str], parts: Mapping[str, str]) -> Tree:
+    """Returns the layers of each block; `parts` maps their names to those in the file, which some blocks lack."""
+    return {
+        i: {part: folded[f"{block}.{name}"] for part, name in parts.items() if f"{block}.{name}" in folded}
+        for i, block in enumerate(blocks)
+    }
 
 
 def counters(layers: Sequence[NormedConvolution]) -> set[str]:

@@ -36,7 +36,7 @@ class FormatError(ValueError):
 
 
 class Storage(NamedTuple):
-    """An array of numbers in the file; tensors are views of it."""
+    """An array of numbers in the file, of which tensors are views."""
 
     dtype: np.dtype
     key: str
@@ -161,15 +161,7 @@ def _unpickle(data: bytes) -> tuple[Any, int]:
 
 
 def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file of PyTorch 1.6 or later.
-
-    Args:
-      file: The open file.
-      prefixes: Beginnings of tensor names; the numbers of other tensors are not read.
-
-    Raises:
-      FormatError: The file is cut short, corrupt, or holds anything but tensors.
-    """
+    """Returns the tensors of a file of PyTorch 1.6 or later with names that begin with one of `prefixes`."""
     length = file.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -182,7 +174,7 @@ def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.nd
             roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
             if len(roots) != 1:
                 raise FormatError("is a zip archive but not a PyTorch file: it has no data.pkl")
-            root = roots[0]
+            (root,) = roots
             if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
                 raise FormatError("was written on a big-endian machine, which is not supported")
             if entries[f"{root}data.pkl"].file_size > LARGEST_PICKLE:
@@ -203,15 +195,7 @@ def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.nd
 
 
 def read_legacy(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file in the format before PyTorch 1.6: five pickles, then all numbers.
-
-    Args:
-      file: The open file.
-      prefixes: Beginnings of tensor names; the numbers of other tensors are skipped.
-
-    Raises:
-      FormatError: The file is cut short, corrupt, or holds anything but tensors.
-    """
+    """Returns such tensors of a file in the format before PyTorch 1.6: five pickles, then all numbers."""
     length, position, parts = file.seek(0, io.SEEK_END), 0, []
     for _ in range(5):
         file.seek(position)
@@ -243,6 +227,10 @@ def read_legacy(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np
     if missing := declared.keys() - numbers.keys():
         raise FormatError(f"lacks the numbers of storage {printable(min(missing))}")
     return _arrays(selected, numbers.__getitem__)
+
+
+READERS = {ZIP_START: read_zip, LEGACY_START: read_legacy}
+"""Readers by the first bytes of the file."""
 
 
 def _select(tensors: dict[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:

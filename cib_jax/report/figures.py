@@ -3,13 +3,11 @@
 All are legible in print, in gray and for color-blind readers: lines differ in dashes and markers too, bars in hatching.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
-import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 import sklearn.manifold
@@ -47,30 +45,18 @@ _RULES: Any = {
     "hatch.linewidth": 0.6,
 }
 
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Returns a function that draws in this file's style and leaves Matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with matplotlib.rc_context(_RULES):
-            return draw(*args, **kwargs)
-
-    return inside
+# Decorates a function that draws: in this file's style, and leaving Matplotlib's settings as they were.
+styled = matplotlib.rc_context(_RULES)
 
 
 def figure(
-    title: str, *, width: float = 6.4, height: float = 3.8, columns: int = 1
-) -> tuple[matplotlib.figure.Figure, Sequence[Axes]]:
-    """Returns a figure with a title and its axes side by side; width and height are in inches."""
+    title: str, *, width: float = 6.4, height: float = 3.8, columns: int = 1, **settings: Any
+) -> tuple[Figure, Sequence[Axes]]:
+    """Returns a figure with a title and its axes side by side, each with `settings`; width and height are in inches."""
     # Without pyplot, which keeps every figure in memory and looks for a display.
-    made = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    made = Figure(figsize=(width, height), layout="constrained")
     made.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", wrap=True)
-    return made, list(made.subplots(1, columns, squeeze=False)[0])
+    return made, list(made.subplots(1, columns, squeeze=False, subplot_kw=settings)[0])
 
 
 def escape(text: object) -> str:
@@ -95,11 +81,12 @@ def training(records: Sequence[Mapping[str, float]]) -> Figure:
         width=3.8 + 1.2 * len(panels),
         height=3.2,
         columns=len(panels),
+        xlabel="epoch",
     )
     for axis, (name, label), color in zip(axes, panels, COLORS, strict=False):
         values = [(record["epoch"], record[name]) for record in records if name in record]
         axis.plot(*zip(*values, strict=True), color=color, marker="." if len(values) < 20 else "")
-        axis.set(xlabel="epoch", ylabel=label)
+        axis.set_ylabel(label)
     return made
 
 
@@ -123,18 +110,12 @@ def map_against_k(curves: Curves) -> Figure:
 def precision_recall(
     precision: Float[np.ndarray, " radii"], recall: Float[np.ndarray, " radii"], chance: float
 ) -> Figure:
-    """Returns the precision–recall curve over Hamming radii.
-
-    Args:
-      precision: Precision within each radius, from 0 on.
-      recall: Recall within each radius.
-      chance: Share of the pairs that are relevant.
-    """
+    """Returns the precision–recall curve over Hamming radii from 0 on; `chance` is the share of relevant pairs."""
     title = f"Precision is {precision[-1]:.2f} at the highest recall, {recall[-1]:.2f}; chance gives {chance:.2f}"
     if recall[0] <= 0.5 <= recall[-1]:
         half = float(np.interp(0.5, recall, precision))
         title = f"At recall 0.5, precision is {half:.2f}; chance gives {chance:.2f}"
-    made, (axis,) = figure(title)
+    made, (axis,) = figure(title, xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(0, 1.02))
     axis.plot(recall, precision, color=BLUE, marker="o", markersize=3, label="within Hamming radius 0, 1, 2, …")
     axis.axhline(chance, color=GREY, linestyle="--", label="chance")
     # Labels only where two do not overlap.
@@ -143,7 +124,6 @@ def precision_recall(
         if x - last > 0.06:
             axis.annotate(f"{radius}", (x, y), (3, 5), textcoords="offset points", ha="left", fontsize=8)
             last = x
-    axis.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(0, 1.02))
     axis.legend(loc="upper right")
     return made
 
@@ -190,10 +170,10 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
         f"the two overlap by {np.minimum(relevant, irrelevant).sum():.0%}"
     )
     if not relevant.any() or not irrelevant.any():
-        title = (
-            f"All pairs are {'relevant' if relevant.any() else 'irrelevant'}, {max(means):.1f} bits apart on average"
-        )
-    made, (axis,) = figure(title)
+        kind = "relevant" if relevant.any() else "irrelevant"
+        title = f"All pairs are {kind}, {max(means):.1f} bits apart on average"
+    xlabel = "Hamming distance (bits); dashed: the mean"
+    made, (axis,) = figure(title, xlabel=xlabel, ylabel="share of the pairs", xlim=(-0.5, len(bits) - 0.5))
     for share, color, hatch, label, mean in (
         (relevant, BLUE, "", "pairs that share a label", means[0]),
         (irrelevant, RUST, "///", "pairs that share none", means[1]),
@@ -201,9 +181,6 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
         axis.bar(bits, share, 1.0, facecolor=color, alpha=0.45, hatch=hatch, edgecolor="white", label=label)
         axis.step(bits, share, where="mid", color=color)
         axis.axvline(mean, color=color, linestyle="--", linewidth=1)
-    axis.set(
-        xlabel="Hamming distance (bits); dashed: the mean", ylabel="share of the pairs", xlim=(-0.5, len(bits) - 0.5)
-    )
     axis.legend()
     return made
 
@@ -216,10 +193,8 @@ def bit_balance(balance: Sequence[float]) -> Figure:
     """Returns the share of ones at each bit."""
     shares = np.asarray(balance)
     dead = int(np.sum((shares == 0) | (shares == 1)))
-    made, (axis,) = figure(
-        f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the images; "
-        + ("every bit is in use" if not dead else f"{dead} never change")
-    )
+    use = f"{dead} never change" if dead else "every bit is in use"
+    made, (axis,) = figure(f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the images; {use}")
     axis.bar(np.arange(len(shares)), shares - 0.5, 0.85, bottom=0.5, color=BLUE)
     axis.axhline(0.5, color=GREY, linewidth=1)
     axis.set(xlabel="bit", ylabel="share of images with a one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
@@ -234,12 +209,11 @@ def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
     title = "No two bits change, so none correlate"
     if len(pairs):
         title = f"Two bits correlate by {pairs.mean():.2f} on average and by {pairs.max():.2f} at most"
-    made, (axis,) = figure(title, width=5.2, height=4.4)
+    made, (axis,) = figure(title, width=5.2, height=4.4, xlabel="bit", ylabel="bit")
     correlation = correlation.copy()
     np.fill_diagonal(correlation, np.nan)
     image = axis.imshow(correlation, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     axis.grid(False)
-    axis.set(xlabel="bit", ylabel="bit")
     made.colorbar(image, label="Pearson correlation")
     return made
 
@@ -247,8 +221,7 @@ def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
 @styled
 def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
     """Returns the number of images that share each code, largest first."""
-    alone = int((counts == 1).sum())
-    total = int(counts.sum())
+    alone, total = int((counts == 1).sum()), int(counts.sum())
     made, (axis,) = figure(
         f"{total:,} images have {len(counts):,} different codes; {alone / total:.0%} of the images share theirs "
         f"with no other, {counts[0]:,} share the most frequent one"
@@ -266,10 +239,9 @@ def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
 
 
 class ClassLegend(NamedTuple):
-    """Classes of an embedding."""
+    """Classes of an embedding: for each image, the index into `names`, −1 for other classes."""
 
     labels: Int[np.ndarray, " n"]
-    """Index into `names` for each image, −1 for other classes."""
     names: list[str]
 
 
@@ -281,7 +253,7 @@ def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray,
     References:
       van der Maaten & Hinton, Visualizing data using t-SNE, JMLR 2008.
     """
-    if len(packed) < 5 or len(np.unique(packed, axis=0)) < 5:
+    if len(np.unique(packed, axis=0)) < 5:
         return None
     # The squared Euclidean distance of bits is their Hamming distance.
     bits = codes.ones(packed).astype(np.float32)
@@ -291,13 +263,10 @@ def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray,
 
 def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> ClassLegend:
     """Returns the most frequent classes, up to ten; an image with several of them gets the rarest."""
-    multi = labels.ndim == 2
-    hot = labels.astype(bool) if multi else labels[:, None] == np.arange(int(labels.max()) + 1)
+    hot = labels.astype(bool) if labels.ndim == 2 else labels[:, None] == np.arange(int(labels.max()) + 1)
     counts = hot.sum(axis=0)
     most = np.argsort(-counts, kind="stable")[:CLASSES]
     most = most[counts[most] > 0]
-    if not len(most):
-        return ClassLegend(np.full(len(labels), -1), [])
     legend = np.sort(most)  # by class, which is easier to look up than by frequency
     indices = np.full(len(labels), -1)
     for number in most:  # the most frequent first, so that a rarer one replaces it
@@ -307,9 +276,8 @@ def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> ClassL
 
 def agreement(packed: UInt8[np.ndarray, "n bytes"], labels: Shaped[np.ndarray, "n ..."]) -> float:
     """Returns the share of items that have a label in common with the nearest other item, ties in order."""
-    nearest = hamming.rank(packed, packed, 2)
-    own = np.arange(len(packed))
-    other = np.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
+    first, second = hamming.rank(packed, packed, 2).T
+    other = np.where(first == np.arange(len(packed)), second, first)
     if labels.ndim == 2:
         return float(np.mean((labels.astype(bool) & labels.astype(bool)[other]).any(axis=1)))
     return float(np.mean(labels == labels[other]))
@@ -322,40 +290,26 @@ def embedding(
     names: Sequence[str],
     agreement: float | None,
 ) -> Figure:
-    """Returns a scatter plot of codes, colored and marked by class.
+    """Returns a scatter plot of t-SNE's points of codes, colored and marked by class, if known.
 
-    Args:
-      points: Points of the images, from `points` of this file.
-      labels: Index into `names` for each image, −1 for other classes; None if not known.
-      names: Names of the classes, at most ten.
-      agreement: Share of images with a nearest other image of their own class; None if not known.
+    `labels` and `names` are those of a `ClassLegend`. `agreement` is the share that the function of this name returns.
     """
     title = f"{len(points):,} images by t-SNE of their codes"
     if agreement is not None:
         title += f": for {agreement:.0%}, the nearest image is of the same class"
-    made, (axis,) = figure(title, width=7.4, height=5.6)
+    xlabel = "only which points are near is meaningful; the axes have no unit"
+    made, (axis,) = figure(title, width=7.4, height=5.6, xticks=[], yticks=[], xlabel=xlabel)
     axis.grid(False)
     axis.spines[:].set_visible(False)
-    axis.set(xticks=[], yticks=[], xlabel="only which points are near is meaningful; the axes have no unit")
     if labels is None:
         axis.scatter(points[:, 0], points[:, 1], s=6, color=BLUE, linewidths=0)
         return made
     others = labels < 0
     if others.any():
         axis.scatter(points[others, 0], points[others, 1], s=6, color="#CCCCCC", linewidths=0, label="other classes")
-    for number, name in enumerate(names):
-        mine = points[labels == number]
-        axis.scatter(
-            mine[:, 0],
-            mine[:, 1],
-            s=18,
-            color=COLORS[number],
-            marker=MARKS[number],
-            linewidths=0.3,
-            edgecolors="white",
-            alpha=0.85,
-            label=escape(name),
-        )
+    style: Any = {"s": 18, "linewidths": 0.3, "edgecolors": "white", "alpha": 0.85}
+    for number, (name, color, mark) in enumerate(zip(names, COLORS, MARKS, strict=False)):
+        axis.scatter(*points[labels == number].T, color=color, marker=mark, label=escape(name), **style)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=1.6)
     return made
 
@@ -372,37 +326,25 @@ def heat_map(
     names: tuple[str, str],
     score: str,
 ) -> Figure:
-    """Returns a score over two hyperparameters, blank for pairs that were not tried.
-
-    Args:
-      columns: Values of the first hyperparameter.
-      rows: Values of the second hyperparameter.
-      values: Score of each pair, NaN if there is none.
-      names: Names of the two.
-      score: Name of the score.
-    """
+    """Returns a score over two hyperparameters, `columns` and `rows` in this order of `names`; NaN is left blank."""
     row, column = (int(at) for at in np.unravel_index(np.nanargmax(values), values.shape))
+    low, high = np.nanmin(values), np.nanmax(values)
     made, (axis,) = figure(
         f"{score[:1].upper()}{score[1:]} is best, {values[row, column]:.3f}, at {names[0]} = {columns[column]:.3g} and "
-        f"{names[1]} = {rows[row]:.3g}; over the sweep it varies by {np.nanmax(values) - np.nanmin(values):.3f}",
+        f"{names[1]} = {rows[row]:.3g}; over the sweep it varies by {high - low:.3f}",
         width=1.6 + 0.75 * max(len(columns), 6),
         height=1.6 + 0.5 * max(len(rows), 4),
+        xlabel=names[0],
+        ylabel=names[1],
     )
     image = axis.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", origin="lower")
     axis.grid(False)
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            color = "black" if value > middle else "white"
+            color = "black" if value > (low + high) / 2 else "white"
             axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
-    axis.set(
-        xlabel=names[0],
-        ylabel=names[1],
-        xticks=range(len(columns)),
-        yticks=range(len(rows)),
-        xticklabels=[f"{value:.3g}" for value in columns],
-        yticklabels=[f"{value:.3g}" for value in rows],
-    )
+    axis.set_xticks(range(len(columns)), [f"{value:.3g}" for value in columns])
+    axis.set_yticks(range(len(rows)), [f"{value:.3g}" for value in rows])
     made.colorbar(image, label=score)
     return made
 
@@ -421,26 +363,21 @@ def methods(
     overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
     order = np.argsort(overall, kind="stable")
     titles = [escape(title) for title in titles]
-    measured = [length for length, column in zip(bits, mean.T, strict=True) if np.isfinite(column).any()]
-    leaders = [titles[int(np.nanargmax(column))] for column in mean.T if np.isfinite(column).any()]
+    measured = np.flatnonzero(known.any(axis=0)).tolist()
+    leaders = [titles[int(np.nanargmax(mean[:, place]))] for place in measured]
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(
-        f"{best} in {score} at {', '.join(map(str, measured))} bits", width=7.4, height=1.4 + 0.36 * len(titles)
+        f"{best} in {score} at {', '.join(str(bits[int(place)]) for place in measured)} bits",
+        width=7.4,
+        height=1.4 + 0.36 * len(titles),
     )
     spread = np.linspace(-0.22, 0.22, len(bits)) if len(bits) > 1 else [0.0]
     for place, (length, shift) in enumerate(zip(bits, spread, strict=True)):
-        axis.errorbar(
-            mean[order, place],
-            np.arange(len(titles)) - shift,
-            xerr=deviation[order, place],
-            fmt=MARKS[place % len(MARKS)],
-            color=COLORS[place % len(COLORS)],
-            markersize=5,
-            capsize=2,
-            label=f"{length} bits",
-        )
-    axis.set(xlabel=f"{score}, mean and standard deviation over seeds", yticks=range(len(titles)))
-    axis.set_yticklabels([titles[number] for number in order])
+        style: Any = {"fmt": MARKS[place % len(MARKS)], "color": COLORS[place % len(COLORS)], "label": f"{length} bits"}
+        heights, spans = np.arange(len(titles)) - shift, deviation[order, place]
+        axis.errorbar(mean[order, place], heights, xerr=spans, markersize=5, capsize=2, **style)
+    axis.set_xlabel(f"{score}, mean and standard deviation over seeds")
+    axis.set_yticks(range(len(titles)), [titles[number] for number in order])
     axis.legend(loc="lower right")
     return made
 
@@ -466,13 +403,12 @@ def parameters(
 ) -> Figure:
     """Returns a score over each hyperparameter of a search."""
     best = int(np.argmax(values))
-    values_of_best = ", ".join(
+    at_best = [
         f"{name} {column[best]:.3g}" if isinstance(column[best], float) else escape(f"{name} {column[best]}")
         for name, column in drawn.items()
-    )
-    made, axes = figure(
-        f"Best at {values_of_best} (the star)", width=2.6 * max(len(drawn), 2), height=3.2, columns=len(drawn)
-    )
+    ]
+    title, width = f"Best at {', '.join(at_best)} (the star)", 2.6 * max(len(drawn), 2)
+    made, axes = figure(title, width=width, height=3.2, columns=len(drawn))
     for axis, (name, column) in zip(axes, drawn.items(), strict=True):
         positions: Sequence[float]
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
@@ -480,9 +416,8 @@ def parameters(
             # On a log scale if they span more than a factor of ten.
             if min(positions) > 0 and max(positions) > 10 * min(positions):
                 axis.set_xscale("log", subs=[])
-                axis.xaxis.set_major_locator(
-                    matplotlib.ticker.LogLocator(subs=(1,) if max(positions) > 300 * min(positions) else (1, 3))
-                )
+                digits = (1,) if max(positions) > 300 * min(positions) else (1, 3)
+                axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits))
                 axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         else:
             names = sorted({str(value) for value in column})

@@ -9,15 +9,12 @@ import jinja2
 
 
 class Picture(NamedTuple):
-    """A picture of a page."""
+    """A picture: name of its file without .png, alternative text, and a caption on how it was made."""
 
     name: str
-    """Name of its file, without .png."""
     png: bytes
     title: str
-    """Alternative text."""
     note: str = ""
-    """Caption: how it was made."""
 
 
 class Section(NamedTuple):
@@ -52,18 +49,11 @@ def render(
 ) -> str:
     """Returns the page as HTML; all arguments are shown as text, never interpreted as markup.
 
-    Args:
-      title: Title of the page.
-      lead: One sentence below the title.
-      grids: Tables.
-      sections: Pictures.
-      notes: Paragraphs on how the results were made.
-      config: Config of the run, as text.
-      wide: Names of pictures that take the whole width.
+    `lead` is a sentence below the title, `notes` are paragraphs on how the results were made, and `wide` are the names
+    of pictures that take the whole width.
     """
-    encoded = {
-        picture.name: base64.b64encode(picture.png).decode() for section in sections for picture in section.pictures
-    }
+    pictures = (picture for section in sections for picture in section.pictures)
+    encoded = {picture.name: base64.b64encode(picture.png).decode() for picture in pictures}
     return _TEMPLATE.render(
         title=title, lead=lead, grids=grids, sections=sections, notes=notes, config=config, wide=wide, encoded=encoded
     )

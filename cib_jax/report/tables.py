@@ -3,16 +3,15 @@
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
-    """A row of a published table."""
+    """A row of a published table: MAP by code length."""
 
     title: str
     values: Mapping[int, Sequence[float]]
-    """MAP by code length."""
 
 
 _CIBHASH = {
@@ -25,11 +24,10 @@ _CIBHASH = {
 
 def published_rows(protocol: str, k: int) -> list[Published]:
     """Returns published results for a protocol, by its name, and a k; empty if no table is known."""
-    lines = _CIBHASH.get((protocol, k), ())
-    titles = ("CIBHash (VGG-16)", "TBH (VGG-16)", "ITQ (VGG-16)")
+    lines = zip(("CIBHash", "TBH", "ITQ"), _CIBHASH.get((protocol, k), ()), strict=False)
     return [
-        Published(title, {bits: (value,) for bits, value in zip((16, 32, 64), line, strict=True)})
-        for title, line in zip(titles, lines, strict=False)
+        Published(f"{name} (VGG-16)", {16 << place: (value,) for place, value in enumerate(line)})
+        for name, line in lines
     ]
 
 
@@ -76,9 +74,7 @@ def markdown(table: Table) -> str:
         f"| method | {' | '.join(f'{bits} bits' for bits in table.bits)} |",
         f"| --- |{' ---: |' * len(table.bits)}",
     ]
-    for row, bold in _with_best(table):
-        cells = [f"**{text}**" if best else text for text, best in zip(cell_texts(table, row), bold, strict=True)]
-        lines.append(f"| {_in_markdown(row.title)} | {' | '.join(cells)} |")
+    lines += [f"| {_in_markdown(title)} | {' | '.join(cells)} |" for title, cells in _with_best(table, "**{}**", " ± ")]
     return "\n".join(lines) + "\n"
 
 
@@ -93,13 +89,8 @@ def latex(table: Table) -> str:
         rf"    Method & {' & '.join(f'{bits} bits' for bits in table.bits)} \\",
         r"    \midrule",
     ]
-    for row, bold in _with_best(table):
-        cells = [
-            rf"\textbf{{{text}}}" if best else text
-            for text, best in zip(cell_texts(table, row, r" $\pm$ "), bold, strict=True)
-        ]
-        cells = [cell.replace("–", "--") for cell in cells]
-        lines.append(rf"    {_in_latex(row.title)} & {' & '.join(cells)} \\")
+    for title, cells in _with_best(table, r"\textbf{{{}}}", r" $\pm$ "):
+        lines.append(rf"    {_in_latex(title)} & {' & '.join(cells).replace('–', '--')} \\")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}"]) + "\n"
 
 
@@ -127,14 +118,16 @@ def cell_texts(table: Table, row: Row, separator: str = " ± ") -> list[str]:
     return [text(cell) for cell in row.cells]
 
 
-def _with_best(table: Table) -> list[tuple[Row, list[bool]]]:
-    """Returns each row, and for each of its cells whether it is the best of its column, as printed."""
-
-    def printed(row: Row) -> list[float]:
-        return [-1.0 if row.published or cell.mean is None else round(cell.mean, 3) for cell in row.cells]
-
-    best = [max(column) for column in zip(*map(printed, table.rows), strict=True)]
-    return [(row, [mean == most >= 0 for mean, most in zip(printed(row), best, strict=True)]) for row in table.rows]
+def _with_best(table: Table, bold: str, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields title and texts of each row, the best of each column, as printed, in the format `bold`."""
+    means = [
+        [-1.0 if row.published or cell.mean is None else round(cell.mean, 3) for cell in row.cells]
+        for row in table.rows
+    ]
+    best = [max(column) for column in zip(*means, strict=True)]
+    for row, printed in zip(table.rows, means, strict=True):
+        cells = zip(cell_texts(table, row, separator), printed, best, strict=True)
+        yield row.title, [bold.format(text) if mean == most >= 0 else text for text, mean, most in cells]
 
 
 def _in_markdown(text: str) -> str:
@@ -148,12 +141,7 @@ def _in_latex(text: str) -> str:
 
 
 def metric_rows(results: dict[str, Any], k: object = None) -> list[tuple[str, str]]:
-    """Returns the rows of a table of a run's metrics: name and value.
-
-    Args:
-      results: Contents of results.json.
-      k: Label of the ranking's depth; None: its number.
-    """
+    """Returns name and value of a run's metrics from the content of results.json; `k` labels the depth of ranking."""
     figures, code_health = results["metrics"], results["metrics"]["code_health"]
     k, rows = results["k"] if k is None else k, []
     if results["map"] is not None:

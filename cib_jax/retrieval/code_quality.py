@@ -69,7 +69,6 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
     frequencies = _multiplicities(packed) / n
     correlation = _correlation(together[~dead][:, ~dead], n)
     pairs = np.abs(correlation[np.triu_indices(len(correlation), k=1)])
-    bit_entropy = _entropy_terms(balance) + _entropy_terms(1 - balance)
     return {
         "bit_balance": balance.tolist(),
         "worst_bit_balance": float(balance[np.argmax(np.abs(balance - 0.5))]),
@@ -77,7 +76,7 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
         "mean_abs_correlation": float(pairs.mean()) if len(pairs) else 0.0,
         "distinct_codes": len(frequencies),
         "entropy": float(_entropy_terms(frequencies).sum()),
-        "mean_bit_entropy": float(bit_entropy.mean()),
+        "mean_bit_entropy": float((_entropy_terms(balance) + _entropy_terms(1 - balance)).mean()),
     }
 
 
@@ -134,15 +133,7 @@ def separation(packed: UInt8[np.ndarray, "n bytes"], *, share: float = SHARE) ->
     If codes fall into groups, the nearest are much nearer than others are to each other. Codes that are only spread
     widely, or only repeat themselves, gain nothing, since distances are measured in their own standard deviation.
 
-    Args:
-      packed: Packed codes.
-      share: Share of the other images, those at the smallest distance, that count as nearest.
-
-    Returns:
-      The separation; 0 if all codes are the same.
-
-    Raises:
-      UserError: Codes are malformed, or there are fewer than 3.
+    It is 0 if all codes are the same. `share` is the share of the other images that count as nearest.
     """
     n = len(packed)
     if n < 3:
@@ -163,17 +154,6 @@ def neighbour_agreement(
     """Returns the tie-aware MAP of codes, with an image's nearest neighbors by its features as the relevant ones.
 
     Neighbors are by cosine of centered features. Each image is a query among all others.
-
-    Args:
-      packed: Packed codes of images.
-      features: Features of the same images before hashing.
-      neighbours: Number of relevant images for each image.
-
-    Returns:
-      The agreement, from 0 to 1.
-
-    Raises:
-      UserError: Codes are malformed, or there are too few images.
     """
     n = len(packed)
     if n != len(features) or n <= neighbours + 1:
@@ -193,16 +173,6 @@ def view_agreement(packed1: UInt8[np.ndarray, "n bytes"], packed2: UInt8[np.ndar
     """Returns how well the code of an image's first view finds that of its second view among all second views.
 
     The mean over images of the expected reciprocal rank, with images at one distance in random order.
-
-    Args:
-      packed1: Packed codes of the first views.
-      packed2: Packed codes of the second views of the same images.
-
-    Returns:
-      The agreement, from 0 to 1.
-
-    Raises:
-      UserError: Codes are malformed, or their numbers differ.
     """
     if len(packed1) != len(packed2):
         raise UserError(

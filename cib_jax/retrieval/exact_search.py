@@ -5,12 +5,11 @@ work, a query that takes 1 ms was measured to take 70. Here each call stays in o
 share the queries or, if these are few, parts of the database.
 """
 
-import contextlib
 import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import NamedTuple, TypeVar
@@ -72,18 +71,15 @@ def _search_all(queries: Queries, codes: Codes, search: Callable[[Queries, Codes
     rows = max(1, min(max(ROWS, TASK // len(codes)), -(-len(queries) // core_count())))
     parts = max(1, min(core_count() // len(queries), len(codes) // TASK))
 
-    def search_piece(start: int, begin: int, end: int) -> list[Hits]:
+    def search_piece(begin: int, end: int, start: int) -> list[Hits]:
         hits = search(queries[start : start + rows], codes[begin:end])
         return [Hits(some.distances, some.ids + begin) for some in hits]
 
-    bounds = [len(codes) * part // parts for part in range(parts + 1)]
-    pieces = [
-        functools.partial(search_piece, start, begin, end)
-        for begin, end in itertools.pairwise(bounds)
-        for start in range(0, len(queries), rows)
-    ]
+    bounds = itertools.pairwise(len(codes) * part // parts for part in range(parts + 1))
+    pieces = itertools.product(bounds, range(0, len(queries), rows))
     # All queries in the first part, then all in the second, …
-    by_part = list(itertools.chain.from_iterable(run_in_order(pieces)))
+    calls = (functools.partial(search_piece, *part, start) for part, start in pieces)
+    by_part = list(itertools.chain.from_iterable(run_in_order(calls)))
     return [by_part[row :: len(queries)] for row in range(len(queries))]
 
 
@@ -96,9 +92,9 @@ def _nearest(queries: Queries, codes: Codes, k: int) -> list[Hits]:
         for row, hits in enumerate(found):
             # Strictly nearer than the k-th: a later code at its distance comes after it. At 0, nothing can be nearer.
             if bound := int(hits.distances[-1]):
-                nearer = _nearer(queries[row : row + 1], block, bound)
+                nearer = _nearer(queries[row : row + 1], block, bound, begin)
                 if len(nearer.ids):
-                    found[row] = _first([hits, Hits(nearer.distances, nearer.ids + begin)], k)
+                    found[row] = _first([hits, nearer], k)
         begin += len(block)
     return found
 
@@ -114,8 +110,7 @@ def _within(queries: Queries, codes: Codes, radius: int) -> list[Hits]:
     found: list[list[Hits]] = [[] for _ in queries]
     for begin in range(0, len(codes), most):
         for row, several in enumerate(found):
-            distances, ids = _nearer(queries[row : row + 1], codes[begin : begin + most], radius + 1)
-            several.append(Hits(distances, ids + begin))
+            several.append(_nearer(queries[row : row + 1], codes[begin : begin + most], radius + 1, begin))
     return [Hits(*(np.concatenate(parts) for parts in zip(*several, strict=True))) for several in found]
 
 
@@ -136,8 +131,8 @@ def _distances(query: Query, codes: Codes) -> Int32[np.ndarray, " n"]:
     return distances
 
 
-def _nearer(query: Query, codes: Codes, distance: int) -> Hits:
-    """Returns all codes that differ from the query in fewer than `distance` bits, in any order."""
+def _nearer(query: Query, codes: Codes, distance: int, begin: int) -> Hits:
+    """Returns all codes that differ from the query in fewer than `distance` bits, in any order, ids from `begin` on."""
     faiss = load_faiss()
     found = faiss.RangeSearchResult(1)
     found.buffer_size = BUFFERED_HITS
@@ -149,18 +144,14 @@ def _nearer(query: Query, codes: Codes, distance: int) -> Hits:
         return Hits(np.empty(0, np.int32), np.empty(0, np.int64))
     # Copies: FAISS frees its memory with `found`.
     distances = faiss.rev_swig_ptr(found.distances, count).astype(np.int32)
-    return Hits(distances, faiss.rev_swig_ptr(found.labels, count).copy())
+    return Hits(distances, faiss.rev_swig_ptr(found.labels, count) + begin)
 
 
 # FAISS and its threads.
 
 
 def load_faiss() -> ModuleType:
-    """Returns the module `faiss`, imported at its first use.
-
-    Raises:
-      SearchError: FAISS is not installed.
-    """
+    """Returns the module `faiss`, imported at its first use."""
     if importlib.util.find_spec("faiss") is None:
         raise SearchError("Searching needs the package FAISS; pip install 'cib-jax[search]'", field="--index")
     import faiss
@@ -172,8 +163,13 @@ def run_in_order(calls: Iterable[Callable[[], T]]) -> list[T]:
     """Returns the results of the calls, in order. Any number of threads may use it at once, but not a call itself."""
     several = list(calls)
     if len(several) == 1:  # handing it to a thread would take a tenth of a millisecond
-        with _one_core():
+        faiss = load_faiss()
+        before = faiss.omp_get_max_threads()  # OpenMP's number is each thread's own
+        faiss.omp_set_num_threads(1)
+        try:
             return [several[0]()]
+        finally:
+            faiss.omp_set_num_threads(before)
     # By process: one that was forked off has none of its parent's threads.
     pool = _pool(os.getpid())
     waiting = [pool.submit(call) for call in several]
@@ -182,18 +178,6 @@ def run_in_order(calls: Iterable[Callable[[], T]]) -> list[T]:
     finally:
         for future in waiting:
             future.cancel()
-
-
-@contextlib.contextmanager
-def _one_core() -> Iterator[None]:
-    """Keeps FAISS's calls of this thread on one core; OpenMP's number is each thread's own."""
-    faiss = load_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 @functools.cache

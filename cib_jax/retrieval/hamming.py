@@ -1,5 +1,6 @@
 """Hamming distances, exact ranking and histograms of packed codes, in blocks of queries; ties in database order."""
 
+import bisect
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -48,9 +49,8 @@ def hamming_distances(
       [[0, 1, 2]]
     """
     validate_codes(queries, database)
-    blocks = over_blocks(queries, database, lambda rows, distances: (rows, np.asarray(distances)))
     matrix = np.empty((len(queries), len(database)), np.uint16)
-    for rows, distances in blocks:
+    for rows, distances in over_blocks(queries, database, lambda rows, distances: (rows, np.asarray(distances))):
         matrix[rows] = distances[: rows.stop - rows.start, : len(database)]
     return matrix
 
@@ -96,34 +96,26 @@ def over_blocks(
 ) -> Iterator[T]:
     """Yields `work(rows, distances)` for each block of queries, in order, computed on all cores and devices.
 
-    Args:
-      queries: Packed codes of the queries.
-      database: Packed codes of the database; each device of this process gets a copy.
-      work: Function of the positions of the block's queries and of their distances (`hamming`), in which rows and
-        columns beyond those of the queries and the database are padding. Several threads call it at once.
+    `work` takes the positions of the block's queries and their distances (`hamming`), in which rows and columns beyond
+    those of the queries and the database are padding. Several threads call it at once. Each device of this process gets
+    a copy of the database.
     """
     padded = padded_size(len(database))
     databases = [jax.device_put(as_words(database, padded), device) for device in jax.local_devices()]
     query_words = as_words(queries)
-    height = block_height(len(queries), padded)
+    # A power of two, so that few shapes are compiled.
+    height = 1 << (min(MAX_QUERIES, max(1, _BLOCK_DISTANCES // padded), len(queries)).bit_length() - 1)
 
     def compute(start: int) -> T:
         block = query_words[:, start : start + height]
-        count = block.shape[1]
+        rows = slice(start, start + block.shape[1])
         # The last block is padded to the height of the others, so that all run one compiled program.
-        block = np.pad(block, ((0, 0), (0, height - count)))
-        words = databases[start // height % len(databases)]
-        return work(slice(start, start + count), hamming(block, words, len(database)))
+        block = np.pad(block, ((0, 0), (0, height - block.shape[1])))
+        return work(rows, hamming(block, databases[start // height % len(databases)], len(database)))
 
     # Threads suffice: XLA and NumPy release the interpreter's lock while they work.
     for _, result in map_in_order(compute, range(0, len(queries), height)):
         yield result
-
-
-def block_height(queries: int, padded: int) -> int:
-    """Returns the number of queries in a block against a database of `padded` columns, a power of two."""
-    most = min(MAX_QUERIES, max(1, _BLOCK_DISTANCES // padded), queries)
-    return 1 << (most.bit_length() - 1)
 
 
 def padded_size(size: int) -> int:
@@ -243,12 +235,8 @@ def nearest_numpy(distances: UInt[np.ndarray, "queries n"], size: int, k: int) -
     """Returns the positions of each row's k smallest distances, ascending, ties in order of position.
 
     Only candidates within a bound are sorted, those of all rows at once. The bounds come from a sample: if one is too
-    large, the sort takes longer; if one leaves fewer than k candidates, the exact bound replaces it.
-
-    Args:
-      distances: Distances; columns from `size` on are padding, the type's largest value. n is a multiple of 8.
-      size: Number of database codes.
-      k: Number of positions for each row.
+    large, the sort takes longer; if one leaves fewer than k candidates, the exact bound replaces it. n is a multiple of
+    8. Columns from `size` on are padding, the type's largest value.
     """
     rows, width = distances.shape
     bounds = _sampled_bounds(distances[:, :size], k)
@@ -302,14 +290,8 @@ def true_positions(mask: Bool[np.ndarray, "queries n"]) -> Int64[np.ndarray, " f
 
 def kth_distance(distances: UInt[np.ndarray, " n"], k: int) -> int:
     """Returns the k-th smallest distance, by bisection on the number of distances up to a value."""
-    low, high = 0, int(distances.max())
-    while low < high:
-        middle = (low + high) // 2
-        if np.count_nonzero(distances <= middle) >= k:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    bounds = range(int(distances.max()))
+    return bisect.bisect_left(bounds, k, key=lambda bound: int(np.count_nonzero(distances <= bound)))
 
 
 def histograms_numpy(
@@ -363,17 +345,15 @@ class Relevance:
         """Returns whether each image is relevant to each of the queries `rows`; padding is relevant to none."""
         queries = self._queries[:, rows]
         queries = np.pad(queries, ((0, 0), (0, height - queries.shape[1])))
-        return (_equal if self._single else _intersect)(queries, self._padded)
+        return _are_relevant(queries, self._padded, self._single)
 
 
-@jax.jit
-def _equal(queries: UInt32[Array, "1 queries"], database: UInt32[Array, "1 n"]) -> Bool[Array, "queries n"]:
-    return queries[0][:, None] == database[0]
-
-
-@jax.jit
-def _intersect(queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"]) -> Bool[Array, "queries n"]:
-    return jnp.any(queries[:, :, None] & database[:, None] != 0, axis=0)
+@functools.partial(jax.jit, static_argnums=2)
+def _are_relevant(
+    queries: UInt32[Array, "words queries"], database: UInt32[Array, "words n"], single: bool
+) -> Bool[Array, "queries n"]:
+    pairs = queries[:, :, None], database[:, None]
+    return jnp.any(pairs[0] == pairs[1] if single else pairs[0] & pairs[1] != 0, axis=0)
 
 
 # Validation of arguments.
@@ -394,22 +374,15 @@ def validate_codes(queries: np.ndarray, database: np.ndarray, names: tuple[str, 
 def validate_packed(packed: np.ndarray, name: str) -> None:
     """Raises a UserError unless the argument called `name` is a non-empty uint8 array [n, bits/8]."""
     if packed.dtype != np.uint8 or packed.ndim != 2:
-        raise UserError(
-            f"{name} must be uint8 codes of shape [n, bits/8], got {packed.dtype} of shape {packed.shape}; pack them "
-            "with cib_jax.pack_bits",
-            field=name,
-        )
-    if packed.size == 0:
-        raise UserError(
-            f"{name} must have at least one code of at least one byte, got shape {packed.shape}; pass more codes",
-            field=name,
-        )
-    if packed.shape[1] > _MAX_BYTES:
-        raise UserError(
-            f"{name} must have at most {_MAX_BYTES} bytes per code, since distances are uint16, got shape "
-            f"{packed.shape}; use shorter codes",
-            field=name,
-        )
+        allowed, remedy = "be uint8 codes of shape [n, bits/8]", "pack them with cib_jax.pack_bits"
+    elif packed.size == 0:
+        allowed, remedy = "have at least one code of at least one byte", "pass more codes"
+    elif packed.shape[1] > _MAX_BYTES:
+        allowed = f"have at most {_MAX_BYTES} bytes per code, since distances are uint16"
+        remedy = "use shorter codes"
+    else:
+        return
+    raise UserError(f"{name} must {allowed}, got {packed.dtype} of shape {packed.shape}; {remedy}", field=name)
 
 
 def validate_k(k: int, database: int, name: str = "k") -> None:
@@ -422,10 +395,8 @@ def validate_labels(
     query_codes: np.ndarray, database_codes: np.ndarray, query_labels: np.ndarray, database_labels: np.ndarray
 ) -> None:
     """Raises a UserError unless both labels are of one kind and there is one per code."""
-    for codes, labels, side in (
-        (query_codes, query_labels, "query"),
-        (database_codes, database_labels, "database"),
-    ):
+    sides = (query_codes, query_labels, "query"), (database_codes, database_labels, "database")
+    for codes, labels, side in sides:
         _validate_kind(labels, f"{side}_labels")
         if len(labels) != len(codes):
             raise UserError(
@@ -445,14 +416,10 @@ def _validate_kind(labels: np.ndarray, name: str) -> None:
     single = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
     multi = labels.ndim == 2 and (labels.dtype == np.bool_ or np.issubdtype(labels.dtype, np.integer))
     if not (single or multi):
-        raise UserError(
-            f"{name} must be integers [n] or multi-hot bool or integers [n, classes], got {labels.dtype} of shape "
-            f"{labels.shape}; convert them",
-            field=name,
-        )
-    if multi and (labels.shape[1] == 0 or np.any((labels != 0) & (labels != 1))):
-        raise UserError(
-            f"{name} of shape {labels.shape} must be multi-hot, with at least one class and only 0 and 1 as values; "
-            "pass class numbers as [n]",
-            field=name,
-        )
+        allowed, remedy = "integers [n] or multi-hot bool or integers [n, classes]", "convert them"
+    elif multi and (labels.shape[1] == 0 or np.any((labels != 0) & (labels != 1))):
+        allowed = "multi-hot, with at least one class and only 0 and 1 as values"
+        remedy = "pass class numbers as [n]"
+    else:
+        return
+    raise UserError(f"{name} must be {allowed}, got {labels.dtype} of shape {labels.shape}; {remedy}", field=name)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,33 +69,18 @@ class Index:
         validate_packed(codes, "codes")
         exact_search.load_faiss()
         codes = _contiguous(codes)
-        if kind != EXACT:
-            return cls(codes, kind)._built(settings)
-        if settings:
-            name = next(iter(settings))
-            raise SearchError(
-                f"{name} is not a setting of an {EXACT!r} index, which has none; leave it out", field=name
-            )
-        return cls(codes, kind)
-
-    def _built(self, given: Mapping[str, int]) -> "Index":
-        """Returns this index with FAISS's approximate one; `given` settings replace the defaults."""
-        defaults, build = KINDS[self.kind]
-        settings = defaults(*self.codes.shape)
-        for name, value in given.items():
-            if name not in settings:
+        defaults, build = KINDS.get(kind, (lambda *_: {}, lambda codes: (codes, None)))
+        known = defaults(*codes.shape)
+        for name, value in settings.items():
+            if name not in known:
                 raise SearchError(
-                    f"{name} is not a setting of an index of kind {self.kind!r}, which has {', '.join(settings)}",
+                    f"{name} is not a setting of an index of kind {kind!r}, which has {', '.join(known) or 'none'}; "
+                    "leave it out",
                     field=name,
                 )
-            least = 0 if name == "nflip" else 1
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise SearchError(
-                    f"{name} must be a whole number, {least} or more, got {value!r}; leave it out for its default",
-                    field=name,
-                )
-        codes, approximate = build(self.codes, **(settings | {name: int(value) for name, value in given.items()}))
-        return Index(codes, self.kind, approximate)
+            known[name] = _whole_number(name, value, {"nflip": 0, "m": 2}.get(name, 1), "leave it out for its default")
+        codes, approximate = build(codes, **known)
+        return cls(codes, kind, approximate)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -143,7 +128,7 @@ class Index:
           UserError: The queries are not packed uint8, are empty or of another length, or the radius is negative.
         """
         validate_codes(queries, self.codes, ("queries", "the index"))
-        return exact_search.within(self.codes, _contiguous(queries), self._valid_radius(radius))
+        return exact_search.within(self.codes, _contiguous(queries), self._radius(radius))
 
     def groups(self, radius: int) -> list[Int64[np.ndarray, " members"]]:
         """Returns the groups of two or more codes that are joined by chains of codes within `radius` bits.
@@ -154,7 +139,7 @@ class Index:
         Raises:
           UserError: The radius is negative.
         """
-        return near_duplicates.groups(self.codes, self._valid_radius(radius))
+        return near_duplicates.groups(self.codes, self._radius(radius))
 
     def rerank(
         self, logits: Float[np.ndarray, "queries bits"], ids: Int64[np.ndarray, "queries k"]
@@ -170,6 +155,9 @@ class Index:
 
         Raises:
           SearchError: The shapes do not fit each other or the codes, a logit is not finite, or an id is not in −1..n−1.
+
+        References:
+          Gordo et al., Asymmetric distances for binary embeddings, CVPR 2011.
         """
         logits, ids = np.asarray(logits), np.asarray(ids)
         if logits.ndim != 2 or logits.shape[1] != self.bits or not np.issubdtype(logits.dtype, np.floating):
@@ -194,43 +182,30 @@ class Index:
                 "this index returned",
                 field="ids",
             )
-        return rerank(self.codes, logits, ids.astype(np.int64))
+        ids, distances = ids.astype(np.int64), np.empty(ids.shape, np.float32)
+        rows = max(1, _BLOCK // (ids.shape[1] * self.bits))
+        for start in range(0, len(ids), rows):
+            block = slice(start, start + rows)
+            bits = ones(self.codes[ids[block]]).view(np.bool_)
+            query = logits[block].astype(np.float32)[:, None]
+            differing = np.where(bits == (query > 0), np.float32(0), np.abs(query))
+            distances[block] = differing.sum(axis=-1, dtype=np.float64)
+        distances[ids < 0] = np.inf
+        order = np.argsort(distances, axis=1, kind="stable")
+        return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
-    def _valid_radius(self, radius: int) -> int:
-        if isinstance(radius, bool) or not isinstance(radius, int | np.integer) or radius < 0:
-            raise SearchError(f"radius must be a whole number of bits, 0 or more, got {radius!r}", field="radius")
-        return min(int(radius), self.bits)
+    def _radius(self, radius: int) -> int:
+        return min(_whole_number("radius", radius, 0, "give it in bits"), self.bits)
 
 
-def rerank(
-    codes: UInt8[np.ndarray, "n bytes"], logits: Float[np.ndarray, "queries bits"], ids: Int64[np.ndarray, "queries k"]
-) -> tuple[Float32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
-    """Returns the hits of each query by asymmetric distance, nearest first, ties in the given order.
-
-    The distance is Σ_j |l_j| over the bits j in which a code differs from that of the logits l: the Hamming distance
-    with bits weighted by the query's confidence. An id of −1 stands for no hit, at distance infinity.
-
-    References:
-      Gordo et al., Asymmetric distances for binary embeddings, CVPR 2011.
-    """
-    distances = np.empty(ids.shape, np.float32)
-    rows = max(1, _BLOCK // (ids.shape[1] * logits.shape[1]))
-    for start in range(0, len(ids), rows):
-        block = slice(start, start + rows)
-        bits = ones(codes[ids[block]]).view(np.bool_)
-        query = logits[block].astype(np.float32)[:, None]
-        distances[block] = np.where(bits == (query > 0), np.float32(0), np.abs(query)).sum(axis=-1, dtype=np.float64)
-    distances[ids < 0] = np.inf
-    order = np.argsort(distances, axis=1, kind="stable")
-    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+def _whole_number(name: str, value: int, least: int, remedy: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise SearchError(f"{name} must be a whole number, {least} or more, got {value!r}; {remedy}", field=name)
+    return int(value)
 
 
 def parse_kind(text: str) -> tuple[str, dict[str, int]]:
-    """Returns the kind of an index and its settings, as `Index.of` takes them, from words such as "ivf nprobe=64".
-
-    Raises:
-      SearchError: A word is not of the form name=number.
-    """
+    """Returns the kind of an index and its settings, as `Index.of` takes them, from words such as "ivf nprobe=64"."""
     kind, *words = text.split() or [""]
     settings = {}
     for word in words:
@@ -256,13 +231,7 @@ def _contiguous(codes: UInt8[np.ndarray, "n bytes"]) -> UInt8[np.ndarray, "n byt
 Built = tuple[UInt8[np.ndarray, "n bytes"], Any]
 
 
-def _hnsw_settings(n: int, width: int) -> dict[str, int]:
-    return {"m": 16, "ef_construction": 40, "ef_search": 64}
-
-
 def _hnsw(codes: UInt8[np.ndarray, "n bytes"], *, m: int, ef_construction: int, ef_search: int) -> Built:
-    if m < 2:
-        raise SearchError(f"m must be 2 or more links per code, got {m}; the default is 16", field="m")
     index = exact_search.load_faiss().IndexBinaryHNSW(8 * codes.shape[1], m)
     index.hnsw.efConstruction, index.hnsw.efSearch = ef_construction, ef_search
     # In one thread: several link codes in an order that no two builds share.
@@ -326,7 +295,7 @@ def _stored_codes(index: Any, shape: tuple[int, int]) -> UInt8[np.ndarray, "n by
 
 
 KINDS: dict[str, tuple[Callable[[int, int], dict[str, int]], Callable[..., Built]]] = {
-    "hnsw": (_hnsw_settings, _hnsw),
+    "hnsw": (lambda n, width: {"m": 16, "ef_construction": 40, "ef_search": 64}, _hnsw),
     "ivf": (_ivf_settings, _ivf),
     "mih": (_mih_settings, _mih),
 }

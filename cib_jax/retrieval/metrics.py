@@ -18,16 +18,17 @@ RADII = 5
 """Hamming radii 0 to 4 of `Curves`: beyond, lookups in a hash table touch too many buckets to be useful."""
 
 T = TypeVar("T")
+PerRadius = Float64[np.ndarray, "queries radii"]
 Queries = UInt8[np.ndarray, "queries bytes"]
-Database = UInt8[np.ndarray, "database bytes"]
+Codes = UInt8[np.ndarray, "database bytes"]
 QueryLabels = Shaped[np.ndarray, "queries ..."]
-DatabaseLabels = Shaped[np.ndarray, "database ..."]
+Labels = Shaped[np.ndarray, "database ..."]
 # The first four arguments of every metric, which travel together.
 Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def mean_average_precision(
-    query_codes: Queries, database_codes: Database, query_labels: QueryLabels, database_labels: DatabaseLabels, k: int
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
 ) -> float:
     """Returns MAP@k, the mean over queries of AP@k = Σ_{i≤k} r_i P(i) / Σ_{i≤k} r_i, ties in database order.
 
@@ -47,9 +48,8 @@ def mean_average_precision(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
-      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
-      >>> round(cib.mean_average_precision(queries, database, one, others, k=3), 4)  # (1/1 + 2/3) / 2
+      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
+      >>> round(cib.mean_average_precision(*data, k=3), 4)  # (1/1 + 2/3) / 2
       0.8333
     """
     data = query_codes, database_codes, query_labels, database_labels
@@ -57,7 +57,7 @@ def mean_average_precision(
 
 
 def tie_aware_map(
-    query_codes: Queries, database_codes: Database, query_labels: QueryLabels, database_labels: DatabaseLabels, k: int
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
 ) -> float:
     """Returns the expectation of MAP@k if images at one distance come in uniformly random order.
 
@@ -67,8 +67,8 @@ def tie_aware_map(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[1], [2]], np.uint8)  # both at distance 1
-      >>> cib.tie_aware_map(queries, database, np.array([1]), np.array([1, 2]), k=2)  # (1 + 1/2) / 2
+      >>> data = np.uint8([[0]]), np.uint8([[1], [2]]), np.array([1]), np.array([1, 2])  # both at distance 1
+      >>> cib.tie_aware_map(*data, k=2)  # (1 + 1/2) / 2
       0.75
     """
     data = query_codes, database_codes, query_labels, database_labels
@@ -76,11 +76,7 @@ def tie_aware_map(
 
 
 def precision_at_k(
-    query_codes: Queries,
-    database_codes: Database,
-    query_labels: QueryLabels,
-    database_labels: DatabaseLabels,
-    ks: Sequence[int],
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, ks: Sequence[int]
 ) -> dict[int, float]:
     """Returns, for each k, the mean over queries of P(k) = (r_1 + … + r_k) / k, ties in database order.
 
@@ -95,23 +91,15 @@ def precision_at_k(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
-      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
-      >>> cib.precision_at_k(queries, database, one, others, ks=[1, 2])
+      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
+      >>> cib.precision_at_k(*data, ks=[1, 2])
       {1: 1.0, 2: 0.5}
     """
-    data = query_codes, database_codes, query_labels, database_labels
-    _validate_ks(ks, len(database_codes))
-    means = _mean_over_queries(data, lambda block: _precision(block, ks), k=max(ks))
-    return dict(zip(ks, means.tolist(), strict=True))
+    return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _precision)
 
 
 def recall_at_k(
-    query_codes: Queries,
-    database_codes: Database,
-    query_labels: QueryLabels,
-    database_labels: DatabaseLabels,
-    ks: Sequence[int],
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, ks: Sequence[int]
 ) -> dict[int, float]:
     """Returns, for each k, the mean over queries of (r_1 + … + r_k) / R, with R relevant images in the database.
 
@@ -120,23 +108,15 @@ def recall_at_k(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
-      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
-      >>> cib.recall_at_k(queries, database, one, others, ks=[1, 3])
+      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
+      >>> cib.recall_at_k(*data, ks=[1, 3])
       {1: 0.5, 3: 1.0}
     """
-    data = query_codes, database_codes, query_labels, database_labels
-    _validate_ks(ks, len(database_codes))
-    means = _mean_over_queries(data, lambda block: _recall(block, ks), k=max(ks), histograms=True)
-    return dict(zip(ks, means.tolist(), strict=True))
+    return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _recall)
 
 
 def precision_within_radius(
-    query_codes: Queries,
-    database_codes: Database,
-    query_labels: QueryLabels,
-    database_labels: DatabaseLabels,
-    radius: int = 2,
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, radius: int = 2
 ) -> tuple[float, float]:
     """Returns the mean precision of lookups in a Hamming ball, and the share of queries with an empty ball.
 
@@ -152,9 +132,8 @@ def precision_within_radius(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
-      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
-      >>> cib.precision_within_radius(queries, database, one, others, radius=1)
+      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
+      >>> cib.precision_within_radius(*data, radius=1)
       (0.5, 0.0)
     """
     if radius < 0:
@@ -171,7 +150,7 @@ def precision_within_radius(
 
 
 def precision_recall_curve(
-    query_codes: Queries, database_codes: Database, query_labels: QueryLabels, database_labels: DatabaseLabels
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels
 ) -> tuple[Float64[np.ndarray, " radii"], Float64[np.ndarray, " radii"]]:
     """Returns precision and recall of Hamming balls of radius 0, 1, …, bits, each the mean over queries.
 
@@ -181,22 +160,19 @@ def precision_recall_curve(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
-      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
-      >>> precision, recall = cib.precision_recall_curve(queries, database, one, others)
+      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
+      >>> precision, recall = cib.precision_recall_curve(*data)
       >>> precision[:3].round(3).tolist(), recall[:3].tolist()
       ([1.0, 0.5, 0.667], [0.5, 0.5, 1.0])
     """
     data = query_codes, database_codes, query_labels, database_labels
-    means = _mean_over_queries(
-        data, lambda block: np.concatenate(_balls(block)[:2], axis=1), ranks=False, histograms=True
-    )
+    means = _mean_over_queries(data, lambda block: np.hstack(_balls(block)[:2]), ranks=False, histograms=True)
     precision, recall = np.split(means, 2)
     return precision, recall
 
 
 def evaluate(
-    query_codes: Queries, database_codes: Database, query_labels: QueryLabels, database_labels: DatabaseLabels, k: int
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
 ) -> dict[str, Any]:
     """Returns every metric of this module from one pass over the distances, as plain numbers and lists.
 
@@ -207,9 +183,8 @@ def evaluate(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> queries, database = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
-      >>> one, others = np.array([1]), np.array([1, 2, 1])  # the first and the third are relevant
-      >>> figures = cib.evaluate(queries, database, one, others, k=3)
+      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
+      >>> figures = cib.evaluate(*data, k=3)
       >>> round(figures["map"], 4), figures["precision_at_k"]["k"]
       (0.8333, [1, 3])
     """
@@ -217,30 +192,21 @@ def evaluate(
     ks = _ranks_up_to(k, digits=(1,))
 
     def per_query(block: Block) -> Float64[np.ndarray, "queries metrics"]:
-        parts = (
-            _average_precision(block, [k]),
-            _tie_aware(block, k),
-            _precision(block, ks),
-            _recall(block, ks),
-            *_balls(block),
-        )
-        return np.concatenate(parts, axis=1)
+        at_k = _average_precision(block, [k]), _tie_aware(block, k)
+        return np.concatenate([*at_k, _precision(block, ks), _recall(block, ks), *_balls(block)], axis=1)
 
     means = _mean_over_queries(data, per_query, k=k, histograms=True)
     radii = 8 * database_codes.shape[1] + 1
     ends = np.cumsum([1, 1, len(ks), len(ks), radii, radii])
-    (average,), (expected,), precision, recall, ball_precision, ball_recall, ball_empty = np.split(means, ends)
+    (average,), (expected,), precision, recall, *balls = (part.tolist() for part in np.split(means, ends))
+    ball_precision, ball_recall, ball_empty = balls
     return {
-        "map": float(average),
-        "map_tie_aware": float(expected),
-        "precision_at_k": {"k": ks, "precision": precision.tolist(), "recall": recall.tolist()},
-        "precision_radius_2": float(ball_precision[2]),
-        "empty_radius_2": float(ball_empty[2]),
-        "precision_recall": {
-            "radius": list(range(radii)),
-            "precision": ball_precision.tolist(),
-            "recall": ball_recall.tolist(),
-        },
+        "map": average,
+        "map_tie_aware": expected,
+        "precision_at_k": {"k": ks, "precision": precision, "recall": recall},
+        "precision_radius_2": ball_precision[2],
+        "empty_radius_2": ball_empty[2],
+        "precision_recall": {"radius": list(range(radii)), "precision": ball_precision, "recall": ball_recall},
         "queries": len(query_codes),
         "database": len(database_codes),
         "k": k,
@@ -248,22 +214,19 @@ def evaluate(
 
 
 class Curves(NamedTuple):
-    """Curves of a ranking for a report: means over queries, except for the last four fields."""
+    """Curves of a ranking for a report: means over queries, except for the last five fields."""
 
     k: list[int]
     """Ranks 1, 2, 5, 10, 20, … and the largest."""
     map: Float64[np.ndarray, " ks"]
-    """MAP@k."""
     precision: Float64[np.ndarray, " ks"]
     recall: Float64[np.ndarray, " ks"]
     radius_precision: Float64[np.ndarray, " radii"]
     """Precision within each Hamming radius from 0 on; an empty ball counts as 0."""
     radius_empty: Float64[np.ndarray, " radii"]
-    """Share of queries with an empty ball."""
     relevant: Float64[np.ndarray, " distances"]
-    """Share of the relevant pairs at each distance 0, 1, …, bits; all 0 if no pair is relevant."""
     irrelevant: Float64[np.ndarray, " distances"]
-    """Share of the irrelevant pairs at each distance."""
+    """Shares of the relevant and of the irrelevant pairs at each distance 0, 1, …, bits; all 0 if there are none."""
     chance: float
     """Share of all pairs that are relevant: the expected precision of a random ranking."""
     average_precision: Float64[np.ndarray, " queries"]
@@ -273,7 +236,7 @@ class Curves(NamedTuple):
 
 
 def curves(
-    query_codes: Queries, database_codes: Database, query_labels: QueryLabels, database_labels: DatabaseLabels, k: int
+    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
 ) -> Curves:
     """Returns the curves of a ranking up to rank k, ties in database order.
 
@@ -291,15 +254,15 @@ def curves(
     data = query_codes, database_codes, query_labels, database_labels
     sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
     totals = [np.sum(parts, axis=0) for parts in zip(*sums, strict=True)]
-    average, precision, recall, ball_precision, ball_empty = (total / len(query_codes) for total in totals[:5])
     hits, misses = (int(counts.sum()) for counts in totals[5:])
+    mean_ap, precision, recall, radius_precision, radius_empty = (total / len(query_codes) for total in totals[:5])
     return Curves(
         ks,
-        average,
+        mean_ap,
         precision,
         recall,
-        ball_precision,
-        ball_empty,
+        radius_precision,
+        radius_empty,
         relevant=totals[5] / max(hits, 1),
         irrelevant=totals[6] / max(misses, 1),
         chance=hits / (hits + misses),
@@ -320,13 +283,11 @@ class Block(NamedTuple):
     """Statistics of a block of queries, from which metrics are computed; those not requested are empty."""
 
     ranked: Bool[np.ndarray, "queries k"]
-    """r_i: whether the image at rank i is relevant."""
+    """r_i, and below r_1 + … + r_i."""
     hits: Int64[np.ndarray, "queries k"]
-    """r_1 + … + r_i."""
     counts: Int64[np.ndarray, "queries radii"]
-    """Number of database images at each distance 0..bits."""
+    """Number of database images at each distance 0..bits, and below of the relevant ones among them."""
     relevant: Int64[np.ndarray, "queries radii"]
-    """Number of relevant ones among them."""
 
 
 def each_block(
@@ -367,11 +328,15 @@ def _mean_over_queries(
     return np.sum(list(sums), axis=0) / len(data[0])
 
 
-def _validate_ks(ks: Sequence[int], database: int) -> None:
+def _mean_at_ks(
+    data: Data, ks: Sequence[int], per_query: Callable[[Block, Sequence[int]], Float64[np.ndarray, "queries ks"]]
+) -> dict[int, float]:
     if not ks:
         raise UserError("ks must have at least one k, got none", field="ks")
     for k in ks:
-        hamming.validate_k(k, database, name="ks")
+        hamming.validate_k(k, len(data[1]), name="ks")
+    means = _mean_over_queries(data, lambda block: per_query(block, ks), k=max(ks), histograms=per_query is _recall)
+    return dict(zip(ks, means.tolist(), strict=True))
 
 
 # Metrics of a block, one row per query.
@@ -396,11 +361,7 @@ def _recall(block: Block, ks: Sequence[int]) -> Float64[np.ndarray, "queries ks"
     return block.hits[:, np.asarray(ks) - 1] / np.maximum(block.relevant.sum(axis=1, keepdims=True), 1)
 
 
-def _balls(
-    block: Block,
-) -> tuple[
-    Float64[np.ndarray, "queries radii"], Float64[np.ndarray, "queries radii"], Bool[np.ndarray, "queries radii"]
-]:
+def _balls(block: Block) -> tuple[PerRadius, PerRadius, Bool[np.ndarray, "queries radii"]]:
     """Returns precision, recall and emptiness of the Hamming ball of each radius 0..bits."""
     inside = np.cumsum(block.counts, axis=1)
     hits = np.cumsum(block.relevant, axis=1)
@@ -425,10 +386,7 @@ def expected_average_precision(
 
     a term being 0 if R + m = 0.
 
-    Args:
-      counts: Number of images at each distance; each row sums to at least k.
-      relevant: Number of relevant images at each distance.
-      k: Number of ranks.
+    Each row of `counts` must sum to at least k.
 
     References:
       McSherry & Najork, Computing information retrieval performance measures efficiently in the presence of tied
@@ -472,7 +430,7 @@ def hypergeometric(
     up = np.where(inside, (r - low) * (c - low), 1)
     down = np.where(inside, (low + 1) * (n - r - c + low + 1), 1)
     log_ratio = np.where(inside, np.log(up / down), -np.inf)
-    log_probability = np.concatenate([np.zeros((len(m), 1)), np.cumsum(log_ratio, axis=1)], axis=1)
+    log_probability = np.pad(np.cumsum(log_ratio, axis=1), ((0, 0), (1, 0)))
     weight = np.exp(log_probability - log_probability.max(axis=1, keepdims=True))
     # Up to a factor, which normalization removes: the first log is 0 for each query.
     return m, weight / weight.sum(axis=1, keepdims=True)

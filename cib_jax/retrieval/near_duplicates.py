@@ -12,8 +12,10 @@ from scipy.sparse import csgraph
 BLOCK_BYTES = 1 << 24
 MAX_PAIRS = 1 << 22
 
+Codes = UInt8[np.ndarray, "n bytes"]
 
-def groups(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Int64[np.ndarray, " members"]]:
+
+def groups(codes: Codes, radius: int) -> list[Int64[np.ndarray, " members"]]:
     """Returns the connected components of two or more codes in the graph that joins codes within `radius` bits.
 
     Members ascend, and so do the groups' first members. Two codes of one group may be farther apart than `radius`.
@@ -32,12 +34,13 @@ def groups(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> list[Int64[np.nd
         component = _join_buckets(words, component, buckets, radius)
         if component.max() == 0:
             break
-    return _members(component[owner])
+    component = component[owner]
+    order, sizes = np.argsort(component, kind="stable"), np.bincount(component)
+    found = [order[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True) if size > 1]
+    return sorted(found, key=lambda members: int(members[0]))
 
 
-def _distinct(
-    codes: UInt8[np.ndarray, "n bytes"],
-) -> tuple[UInt8[np.ndarray, "distinct bytes"], Int64[np.ndarray, " n"]]:
+def _distinct(codes: Codes) -> tuple[UInt8[np.ndarray, "distinct bytes"], Int64[np.ndarray, " n"]]:
     """Returns the distinct codes, and the position of each code among them."""
     width = codes.shape[1]
     if width <= 8:  # numbers sort many times faster than bytes
@@ -50,7 +53,7 @@ def _distinct(
     return codes[first], owner
 
 
-def _pieces(codes: UInt8[np.ndarray, "n bytes"], radius: int) -> Iterator[Int64[np.ndarray, " n"]]:
+def _pieces(codes: Codes, radius: int) -> Iterator[Int64[np.ndarray, " n"]]:
     """Yields, for each piece of the codes, a bucket number per code, the same for codes that agree in the piece."""
     bits = 8 * codes.shape[1]
     count = radius + 1
@@ -87,10 +90,10 @@ def _join_buckets(
             here = active[start : start + most]
             distances = np.bitwise_count(words[here] ^ words[here + step]).sum(axis=1, dtype=np.int32)
             near = here[distances <= radius]
-            ends = component[order[near]], component[order[near + step]]
-            apart = ends[0] != ends[1]
+            one, other = component[order[near]], component[order[near + step]]
+            apart = one != other
             if apart.any():
-                pairs.append((ends[0][apart], ends[1][apart]))
+                pairs.append((one[apart], other[apart]))
                 count += int(apart.sum())
             if count > MAX_PAIRS:
                 component, pairs, count = _merge(component, pairs), [], 0
@@ -105,11 +108,3 @@ def _merge(component: Int64[np.ndarray, " n"], pairs: list[tuple[np.ndarray, np.
     one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
     graph = sparse.coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(count, count))
     return csgraph.connected_components(graph, directed=False)[1].astype(np.int64)[component]
-
-
-def _members(component: Int64[np.ndarray, " n"]) -> list[Int64[np.ndarray, " members"]]:
-    order = np.argsort(component, kind="stable")
-    sizes = np.bincount(component)
-    ends = np.cumsum(sizes)
-    found = [order[end - size : end] for size, end in zip(sizes, ends, strict=True) if size > 1]
-    return sorted(found, key=lambda members: int(members[0]))

@@ -5,6 +5,7 @@ The files of a corpus are cut into parts of equal size, and each part is one Par
 CodeStoreError if the folder holds something else or another corpus, or cannot be read or written.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cib_jax.errors import CodeStoreError
-from cib_jax.files import first_line, printable, write_bytes
+from cib_jax.files import first_line, printable, short_reason, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
 
 FORMAT = 1
@@ -35,41 +36,32 @@ class DamagedPartError(ValueError):
 
 
 class File(NamedTuple):
-    """One file of a corpus."""
+    """One file of a corpus; size in bytes and time of the last change, since 1970, are None if not known."""
 
     path: str
     size: int | None
-    """Size in bytes; None if not known."""
     modified_ns: int | None
-    """Time of the last change in nanoseconds since 1970; None if not known."""
     reason: str
     """Why it has no code; "" if it has one."""
 
 
 class Part(NamedTuple):
-    """A part of a corpus."""
+    """A part of a corpus: its header, and unless only that was read, its files and the codes of the readable ones."""
 
     corpus: str
     """Identity of the corpus."""
     total: int
-    """Number of files."""
     unreadable: int
-    """Number of files without a code."""
     files: Sequence[File] = ()
-    """Empty if only the header was read."""
     codes: UInt8[np.ndarray, "readable bytes"] | None = None
-    """Packed codes of the files without a reason, in order; None if only the header was read."""
 
 
 class Tally(NamedTuple):
-    """Progress of a corpus."""
+    """Numbers of files and of unreadable ones in the parts that exist, and the parts that are missing or damaged."""
 
     files: int
-    """Number of files in the parts that exist."""
     unreadable: int
-    """Number of files without a code among them."""
     missing: list[int]
-    """Parts that do not exist or have a damaged header."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +74,6 @@ class Corpus:
     part: int
     """Number of files in a part; the last one may have fewer."""
     files: int
-    """Number of files."""
     listed: str
     """Digest of the file names, in order."""
     images: str
@@ -113,18 +104,14 @@ class Corpus:
         return self.folder / f"part-{number:08}.parquet"
 
     def load_part(self, number: int, *, rows: bool = True) -> Part | None:
-        """Returns a part, or None if it does not exist; without `rows` only its header, so that damage may be missed.
-
-        Raises:
-          DamagedPartError: It is damaged.
-        """
+        """Returns a part, None if it does not exist; without `rows` only its header, so that damage may be missed."""
         path = self.path(number)
         try:
             part = read_part(path, rows=rows)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _error(f"{path} cannot be read ({_reason(error)}); repair that first") from error
+            raise _error(f"{path} cannot be read ({short_reason(error)}); repair that first") from error
         if part.corpus != self.identity:
             raise _error(
                 f"{path} is of another corpus than the one in {self.folder / DESCRIPTION}; move it elsewhere, and the "
@@ -146,19 +133,13 @@ class Corpus:
             if theirs.encoder.get(name) != value
         ]
         if differences:
-            raise _error(
-                f"{self.folder} holds codes of another encoder ({'; '.join(differences)}); give the --workdir of that "
-                "encoder, or another --codes"
-            )
-        if theirs.part != self.part:
-            raise _error(
-                f"{self.folder} holds parts of {theirs.part} files, not of {self.part}; give --part={theirs.part}, or "
-                "another --codes"
-            )
-        raise _error(
-            f"{self.folder} holds codes of another list of files, {theirs.files:,} then and {self.files:,} now; give "
-            "the --images of that list, or another --codes"
-        )
+            content = f"codes of another encoder ({'; '.join(differences)}); give the --workdir of that encoder"
+        elif theirs.part != self.part:
+            content = f"parts of {theirs.part} files, not of {self.part}; give --part={theirs.part}"
+        else:
+            numbers = f"{theirs.files:,} then and {self.files:,} now"
+            content = f"codes of another list of files, {numbers}; give the --images of that list"
+        raise _error(f"{self.folder} holds {content}, or another --codes")
 
 
 def begin(
@@ -166,28 +147,24 @@ def begin(
 ) -> Corpus:
     """Begins a corpus in a folder, or checks that the folder holds it; any number of processes may do so at once.
 
-    Args:
-      folder: Folder of the codes.
-      encoder: Identity of the encoder and of its input.
-      part: Number of files in a part.
-      names: Names of all files, in order.
-      images: Place of the files.
-      keep_list: Whether the names are kept, so that the corpus can be finished even if files come and go.
+    With `keep_list`, the names are kept, so that the corpus can be finished even if files come and go.
     """
+    import pyarrow
+
     corpus = Corpus(folder, encoder, part, len(names), _digest_names(names), images)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inside = sorted(os.listdir(folder))
     except OSError as error:
-        raise _error(f"{folder} cannot be used ({_reason(error)}); choose another folder") from error
+        raise _error(f"{folder} cannot be used ({short_reason(error)}); choose another folder") from error
     if DESCRIPTION not in inside:
         foreign = [name for name in inside if not name.startswith((".", "part-")) and name != MANIFEST]
         if foreign:
             raise _error(f"{folder} holds files, but no codes of a corpus ({foreign[0]}, …); choose another folder")
         if keep_list:
-            _write_manifest(folder / MANIFEST, names)
-        text = json.dumps(corpus.description(), indent=2) + "\n"
-        _write_file(folder / DESCRIPTION, text.encode())
+            raw = pyarrow.array([os.fsencode(name) for name in names], pyarrow.binary())
+            _write_table(folder / MANIFEST, pyarrow.table({"raw_path": raw}), use_dictionary=False)
+        _write_file(folder / DESCRIPTION, (json.dumps(corpus.description(), indent=2) + "\n").encode())
     # Read again even if just written: another process may have written another corpus at the same moment. Each process
     # also checks before each part, and a part carries the identity of its corpus.
     theirs = load_description(folder)
@@ -217,7 +194,7 @@ def load_description(folder: pathlib.Path) -> Corpus:
         raise
     except OSError as error:
         raise _error(
-            f"{folder} is not a folder of a corpus's codes ({DESCRIPTION}: {_reason(error)}); give one that "
+            f"{folder} is not a folder of a corpus's codes ({DESCRIPTION}: {short_reason(error)}); give one that "
             "--mode=encode has made"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -230,18 +207,13 @@ def load_description(folder: pathlib.Path) -> Corpus:
 
 def tally(corpus: Corpus) -> Tally:
     """Returns the progress of a corpus, from the headers of its parts alone."""
-    files = unreadable = 0
-    missing = []
-    for number in range(corpus.parts):
-        try:
-            part = corpus.load_part(number, rows=False)
-        except DamagedPartError:
-            part = None
-        if part is None:
-            missing.append(number)
-        else:
-            files, unreadable = files + part.total, unreadable + part.unreadable
-    return Tally(files, unreadable, missing)
+    parts: dict[int, Part | None] = dict.fromkeys(range(corpus.parts))
+    for number in parts:
+        with contextlib.suppress(DamagedPartError):
+            parts[number] = corpus.load_part(number, rows=False)
+    existing = [part for part in parts.values() if part]
+    missing = [number for number, part in parts.items() if not part]
+    return Tally(sum(part.total for part in existing), sum(part.unreadable for part in existing), missing)
 
 
 def remove_temporary(corpus: Corpus) -> None:
@@ -310,18 +282,8 @@ def load_names(corpus: Corpus) -> list[str]:
     return names
 
 
-def _write_manifest(path: pathlib.Path, names: Sequence[str]) -> None:
-    import pyarrow
-
-    table = pyarrow.table({"raw_path": pyarrow.array([os.fsencode(name) for name in names], pyarrow.binary())})
-    _write_table(path, table, use_dictionary=False)
-
-
 def _digest_names(names: Sequence[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()
+    return hashlib.blake2b(b"".join(os.fsencode(name) + b"\0" for name in names), digest_size=16).hexdigest()
 
 
 def _format_changes(then: Sequence[str], now: Sequence[str]) -> str:
@@ -345,16 +307,10 @@ def write_part(
     codes: UInt8[np.ndarray, "readable bytes"],
     made_with: dict[str, str],
 ) -> None:
-    """Writes a part atomically; of several processes that write it at once, one wins.
+    """Writes a part, for the corpus of this identity, atomically; of several processes that write it at once, one wins.
 
     The columns are those of `file_columns` and `code`, fixed-size binary, null for a file that cannot be read.
-
-    Args:
-      path: Path of the part.
-      corpus: Identity of the corpus.
-      files: Files of this part, in order.
-      codes: Packed codes of the files without a reason, in order.
-      made_with: Versions and device, for information.
+    `made_with` are versions and device, for information.
     """
     import pyarrow
 
@@ -374,12 +330,7 @@ def write_part(
 
 
 def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
-    """Returns a part, checked; without `rows` only its header.
-
-    Raises:
-      DamagedPartError: The file does not hold what was written.
-      OSError: The file cannot be opened.
-    """
+    """Returns a part, checked; without `rows` only its header."""
     import pyarrow
     import pyarrow.parquet
 
@@ -391,12 +342,9 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
             if not rows:
                 return header
             table = file.read()
-            times = table.column("modified").cast(pyarrow.int64()).to_pylist()
-            records = table.select(["path", "raw_path", "code", "size", "reason"]).to_pylist()
-            files = [
-                File(path_of(row), row["size"], time, row["reason"] or "")
-                for row, time in zip(records, times, strict=True)
-            ]
+            at = table.schema.get_field_index("modified")
+            records = table.set_column(at, "modified", table["modified"].cast(pyarrow.int64())).to_pylist()
+            files = [File(path_of(row), row["size"], row["modified"], row["reason"] or "") for row in records]
             packed = [row["code"] for row in records]
             if [code is None for code in packed] != [bool(file.reason) for file in files]:
                 raise ValueError("its codes do not belong to the readable files")
@@ -412,10 +360,8 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
 
 def _digest_rows(files: Sequence[File], codes: UInt8[np.ndarray, "readable bytes"]) -> str:
     # Parquet's own checksums are of pages alone: they leave out the schema and the headers of pages.
-    digest = hashlib.blake2b(json.dumps([list(file) for file in files]).encode(), digest_size=16)
-    digest.update(repr(codes.shape).encode())
-    digest.update(np.ascontiguousarray(codes).tobytes())
-    return digest.hexdigest()
+    rows = json.dumps([list(file) for file in files]) + repr(codes.shape)
+    return hashlib.blake2b(rows.encode() + codes.tobytes(), digest_size=16).hexdigest()
 
 
 # Writing, and what can go wrong.
@@ -443,14 +389,10 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
             left.unlink(missing_ok=True)
     except OSError as error:
         raise _error(
-            f"{path} cannot be written ({_reason(error)}); make room or repair it, and the same command goes on after "
-            "the parts that exist"
+            f"{path} cannot be written ({short_reason(error)}); make room or repair it, and the same command goes on "
+            "after the parts that exist"
         ) from error
 
 
 def _error(sentence: str) -> CodeStoreError:
     return CodeStoreError(f"--codes: {sentence}", field="--codes")
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

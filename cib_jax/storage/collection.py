@@ -1,6 +1,7 @@
 """Index of photos, opened for searching: its encoder, its codes, and the metadata of each photo."""
 
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.models import weights
 from cib_jax.retrieval.index import EXACT, Index
 from cib_jax.storage import photo_table
-from cib_jax.storage.photo_table import PhotoTable, Snapshot
+from cib_jax.storage.photo_table import PhotoTable
 from cib_jax.storage.rows import path_of
 
 
@@ -30,10 +31,9 @@ class Photo(NamedTuple):
     modified_ns: int
     """Time of the file's last change before it was indexed, in nanoseconds since 1970."""
     width: int
-    """Width in pixels, upright."""
     height: int
-    """Height in pixels, upright."""
-    thumbnail: bytes
+    """Width and height in pixels, upright."""
+    thumbnail: bytes = b""
     """A JPEG, its longer side at most `photos.THUMBNAIL` pixels; b"" if not requested."""
 
 
@@ -62,9 +62,24 @@ class Collection:
       [('red.png', 0)]
     """
 
-    def __init__(self, table: PhotoTable, snapshot: Snapshot, hasher: Hasher, index: Index | None):
-        self._table, self._snapshot, self._index = table, snapshot, index
-        self.hasher = hasher
+    hasher: Hasher
+    """Encoder of the codes."""
+    uri: str
+    """Place of the index."""
+    root: str
+    """Absolute path of the folder of photos."""
+    bits: int
+    """Number of bits of a code."""
+    side: int
+    """Side in pixels of the squares that `encode` takes."""
+    codes: UInt8[np.ndarray, "photos bytes"]
+    """Packed codes of all photos."""
+
+    def __init__(self, table: PhotoTable, hasher: Hasher, kind: str, settings: Mapping[str, int]):
+        self._table, self._snapshot, self.hasher = table, table.snapshot(), hasher
+        self.uri, self.root, self.codes = table.uri, table.metadata.root, self._snapshot.codes
+        self.bits, self.side = hasher.encoder.bits, hasher.side
+        self._index = Index.of(self.codes, kind, **settings) if len(self.codes) else None
 
     @classmethod
     def open(
@@ -83,37 +98,10 @@ class Collection:
           SearchError: FAISS is not installed, or the kind or a setting is unknown.
         """
         table = PhotoTable.open(photo_table.normalize_uri(uri))
-        snapshot = table.snapshot()
-        index = Index.of(snapshot.codes, kind, **settings or {}) if len(snapshot.codes) else None
-        return cls(table, snapshot, load_hasher(table), index)
+        return cls(table, load_hasher(table), kind, settings or {})
 
     def __len__(self) -> int:
         return len(self._snapshot.keys)
-
-    @property
-    def uri(self) -> str:
-        """Place of the index."""
-        return self._table.uri
-
-    @property
-    def root(self) -> str:
-        """Absolute path of the folder of photos."""
-        return self._table.metadata.root
-
-    @property
-    def bits(self) -> int:
-        """Number of bits of a code."""
-        return self.hasher.encoder.bits
-
-    @property
-    def side(self) -> int:
-        """Side in pixels of the squares that `encode` takes."""
-        return self.hasher.side
-
-    @property
-    def codes(self) -> UInt8[np.ndarray, "photos bytes"]:
-        """Packed codes of all photos."""
-        return self._snapshot.codes
 
     def renewed(self) -> "Collection":
         """Returns the collection as it is now, with exact search; itself if nothing has changed.
@@ -123,14 +111,13 @@ class Collection:
         """
         table = PhotoTable.open(self.uri)
         if table.metadata.encoder != self._table.metadata.encoder:
-            raise errors.IndexFolderError(
-                f"--index: {self.uri} was made anew by another encoder, so codes cannot be compared; open it again",
-                field="--index",
+            message = (
+                f"--index: {self.uri} was made anew by another encoder, so codes cannot be compared; open it again"
             )
+            raise errors.IndexFolderError(message, field="--index")
         if table.metadata == self._table.metadata and table.version == self._snapshot.table.version:
             return self
-        snapshot = table.snapshot()
-        return Collection(table, snapshot, self.hasher, Index.of(snapshot.codes) if len(snapshot.codes) else None)
+        return Collection(table, self.hasher, EXACT, {})
 
     def encode(self, squares: UInt8[np.ndarray, "n side side 3"]) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the codes of photos that `data.photos` decoded to squares of `side` pixels."""
@@ -191,23 +178,19 @@ class Collection:
 
     def photos(self, numbers: Sequence[int], *, thumbnails: bool = True) -> list[Photo]:
         """Returns the metadata of photos, in the order of `numbers`."""
-        columns = ["path", "raw_path", "size", "modified", "width", "height", *(["thumbnail"] if thumbnails else [])]
-        rows = self._table.read(self._snapshot, numbers, columns)
-        found = []
-        for number in numbers:
-            row, id = rows[number], int(self._snapshot.keys[number]).to_bytes(8, "big", signed=True).hex()
-            about_file = path_of(row), row["size"], row["modified"]
-            found.append(Photo(id, *about_file, row["width"], row["height"], row.get("thumbnail", b"")))
-        return found
+        columns = ["size", "modified", "width", "height", *(["thumbnail"] if thumbnails else [])]
+        rows = self._table.read(self._snapshot, numbers, ["path", "raw_path", *columns])
+        ids = (int(self._snapshot.keys[number]).to_bytes(8, "big", signed=True).hex() for number in numbers)
+        return [
+            Photo(id, path_of(row), *(row[column] for column in columns))
+            for id, row in zip(ids, (rows[number] for number in numbers), strict=True)
+        ]
 
     def number_of(self, id: str) -> int | None:
         """Returns the position of the photo with this id, or None if there is none."""
-        try:
-            key = int.from_bytes(bytes.fromhex(id), "big", signed=True) if len(id) == 16 else None
-        except ValueError:
+        if not re.fullmatch("[0-9a-fA-F]{16}", id):
             return None
-        if key is None:
-            return None
+        key = int.from_bytes(bytes.fromhex(id), "big", signed=True)
         place = int(np.searchsorted(self._snapshot.keys, key))
         return place if place < len(self) and self._snapshot.keys[place] == key else None
 

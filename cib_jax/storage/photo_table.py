@@ -36,21 +36,18 @@ _MISSING = "LanceDB is not installed; pip install 'cib-jax[search]'"
 
 
 class Row(NamedTuple):
-    """A photo, or a file that cannot be read as one."""
+    """A photo, or with a reason and no code, a file that cannot be read as one."""
 
     path: str
     """Path relative to the root, or absolute."""
     size: int
-    """Size in bytes; −1 if the file may become readable without being changed."""
+    """Size in bytes. It and the time since 1970 are −1 if the file may become readable without being changed."""
     modified_ns: int
-    """Time of the last change in nanoseconds since 1970; −1 as for `size`."""
     code: bytes | None = None
-    """Packed code; None if the file cannot be read."""
     width: int = 0
     height: int = 0
     thumbnail: bytes = b""
     reason: str = ""
-    """Why the file cannot be read."""
 
 
 class IndexMetadata(NamedTuple):
@@ -104,14 +101,18 @@ class PhotoTable:
     def exists(cls, uri: str) -> bool:
         """Returns whether there is an index; a place that holds something else is an error."""
         if is_local(uri):
-            folder = pathlib.Path(uri)
-            if folder.exists() and not folder.is_dir():
-                raise _error(f"{uri} is a file; give a folder")
-            inside = _visible_names(folder)
-            if inside and f"{ENCODER}.lance" not in inside:
-                raise _error(f"{uri} holds files, but no index ({inside[0]}, …); give another folder")
+            try:
+                inside = sorted(path.name for path in pathlib.Path(uri).iterdir() if not path.name.startswith("."))
+            except FileNotFoundError:
+                return False
+            except NotADirectoryError:
+                raise _error(f"{uri} is a file; give a folder") from None
+            except OSError as error:
+                raise _error(f"{uri} cannot be read ({error.strerror}); give a folder that you may read") from None
             if not inside:
                 return False
+            if f"{ENCODER}.lance" not in inside:
+                raise _error(f"{uri} holds files, but no index ({inside[0]}, …); give another folder")
         connection = _connect(uri)
         names = _table_names(connection, uri)
         if ENCODER not in names or _can_open(connection, uri, ENCODER):
@@ -125,11 +126,7 @@ class PhotoTable:
 
     @classmethod
     def open(cls, uri: str) -> "PhotoTable":
-        """Returns the index at a place.
-
-        Args:
-          uri: A folder, or another place that LanceDB supports, such as s3://bucket/folder or db://database.
-        """
+        """Returns the index in a folder, or another place of LanceDB, as s3://bucket/folder or db://database."""
         if not cls.exists(uri):
             raise _error(f"there is no index at {uri}; make one by --mode=index --images=PHOTOS --index={uri}")
         connection = _connect(uri)
@@ -151,10 +148,7 @@ class PhotoTable:
     def create(cls, uri: str, metadata: IndexMetadata, encoder: bytes) -> "PhotoTable":
         """Returns a new index, or the one that another process made at the same place meanwhile.
 
-        Args:
-          uri: A folder, or another place that LanceDB supports.
-          metadata: Metadata of the index.
-          encoder: Content of the file that `Hasher.save` writes.
+        `encoder` is the content of the file that `Hasher.save` writes.
         """
         import pyarrow
 
@@ -211,26 +205,23 @@ class PhotoTable:
         if not rows:
             return
         content = _as_table(rows, self.metadata.encoder["bits"])
-        self._commit(
-            lambda: (
-                self._photos.merge_insert("key")
-                .when_matched_update_all()
-                .when_not_matched_insert_all()
-                .execute(content)
-            )
-        )
+
+        def merge() -> None:
+            matched = self._photos.merge_insert("key").when_matched_update_all()
+            matched.when_not_matched_insert_all().execute(content)
+
+        self._commit(merge)
 
     def remove(self, keys: Iterable[int]) -> None:
         """Removes photos, in one commit."""
-        listed = ", ".join(str(int(key)) for key in keys)
-        if listed:
+        if listed := ", ".join(str(int(key)) for key in keys):
             self._commit(lambda: self._photos.delete(f"key IN ({listed})"))
 
     def paths(self, keys: Iterable[int]) -> list[str]:
         """Returns the paths of some files."""
-        wanted, paths = [int(key) for key in keys], []
+        wanted, paths = [str(int(key)) for key in keys], []
         for start in range(0, len(wanted), AT_ONCE):
-            listed = ", ".join(map(str, wanted[start : start + AT_ONCE]))
+            listed = ", ".join(wanted[start : start + AT_ONCE])
             with lance_errors(self.uri, "read"):
                 found = _fetch(self._photos.search().select(["path", "raw_path"]).where(f"key IN ({listed})"))
             paths += [path_of(row) for row in found.to_pylist()]
@@ -294,18 +285,12 @@ def _as_table(rows: Sequence[Row], bits: int) -> Any:
     """Returns photos as an Arrow table."""
     import pyarrow
 
-    paths, sizes, times, codes, widths, heights, thumbnails, reasons = zip(*rows, strict=True)
-    return pyarrow.table(
-        {
-            **file_columns(paths, sizes, times, reasons),
-            "key": [key_of(path) for path in paths],
-            "code": [None if code is None else list(code) for code in codes],
-            "width": widths,
-            "height": heights,
-            "thumbnail": thumbnails,
-        },
-        schema=_schema(bits),
-    )
+    paths, sizes, times, codes, *looks, reasons = zip(*rows, strict=True)
+    columns = file_columns(paths, sizes, times, reasons)
+    columns["width"], columns["height"], columns["thumbnail"] = looks
+    columns["key"] = [key_of(path) for path in paths]
+    columns["code"] = [None if code is None else list(code) for code in codes]
+    return pyarrow.table(columns, schema=_schema(bits))
 
 
 def _schema(bits: int) -> Any:
@@ -313,22 +298,21 @@ def _schema(bits: int) -> Any:
     import pyarrow
 
     # By this key LanceDB notices that two writers add the same photo.
-    key = {"lance-schema:unenforced-primary-key": "true"}
-    return pyarrow.schema(
-        [
-            pyarrow.field("key", pyarrow.int64(), nullable=False, metadata=key),
-            pyarrow.field("path", pyarrow.string()),
-            pyarrow.field("raw_path", pyarrow.binary()),
-            # The type that LanceDB's own search by Hamming distance takes.
-            pyarrow.field("code", pyarrow.list_(pyarrow.uint8(), bits // 8)),
-            pyarrow.field("size", pyarrow.int64()),
-            pyarrow.field("modified", timestamp()),
-            pyarrow.field("width", pyarrow.int32()),
-            pyarrow.field("height", pyarrow.int32()),
-            pyarrow.field("thumbnail", pyarrow.binary()),
-            pyarrow.field("reason", pyarrow.string()),
-        ]
-    )
+    primary = {"lance-schema:unenforced-primary-key": "true"}
+    key = pyarrow.field("key", pyarrow.int64(), nullable=False, metadata=primary)
+    types = {
+        "path": pyarrow.string(),
+        "raw_path": pyarrow.binary(),
+        # The type that LanceDB's own search by Hamming distance takes.
+        "code": pyarrow.list_(pyarrow.uint8(), bits // 8),
+        "size": pyarrow.int64(),
+        "modified": timestamp(),
+        "width": pyarrow.int32(),
+        "height": pyarrow.int32(),
+        "thumbnail": pyarrow.binary(),
+        "reason": pyarrow.string(),
+    }
+    return pyarrow.schema([key, *types.items()])
 
 
 def _fetch(query: Any) -> Any:
@@ -391,16 +375,6 @@ def _can_open(connection: Any, uri: str, name: str) -> bool:
                 return False
             raise
     return True
-
-
-def _visible_names(folder: pathlib.Path) -> list[str]:
-    """Returns the names of what is in a folder and not hidden; none if there is no folder."""
-    try:
-        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise _error(f"{folder} cannot be read ({error.strerror}); give a folder that you may read") from None
 
 
 @contextlib.contextmanager

@@ -10,19 +10,13 @@ from cib_jax.files import printable
 def file_columns(
     paths: Sequence[str], sizes: Sequence[int | None], times: Sequence[int | None], reasons: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the columns of files, by name.
+    """Returns the columns of files, by name, from paths as `os.fsdecode` gives them and nanoseconds since 1970.
 
     - `path`: The path as text, with bytes that are not valid Unicode written as `\\udcff`.
     - `raw_path`: The bytes of a path that is not valid Unicode; otherwise null.
     - `size`: The size in bytes.
     - `modified`: The time of the last change.
-    - `reason`: Why the file has no code; null if it has one.
-
-    Args:
-      paths: Paths, as `os.fsdecode` gives them.
-      sizes: Sizes in bytes.
-      times: Times of the last change, in nanoseconds since 1970.
-      reasons: Reasons why files have no code; "" for those that have one.
+    - `reason`: Why the file has no code; null if it has one, given as "".
     """
     import pyarrow
 

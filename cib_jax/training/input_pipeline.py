@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
+from cib_jax.augment.features import draw_two
 from cib_jax.data import dataset
 from cib_jax.data.dataset import Images
 from cib_jax.distributed import multihost, sharding
@@ -151,11 +152,7 @@ def draw_pairs(
     axis: Axis = None,
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
     """Returns the features, in float32, of two different views, drawn uniformly, of each image in `indices`."""
-    views = bank.shape[0]
-    key1, key2 = jax.random.split(key)
-    first = sharding.draw_sharded(lambda shape: jax.random.randint(key1, shape, 0, views), indices.shape, axis)
-    distance = sharding.draw_sharded(lambda shape: jax.random.randint(key2, shape, 1, views), indices.shape, axis)
-    second = (first + distance) % views
+    first, second = draw_two(key, len(indices), len(bank), axis)
     return bank[first, indices].astype(jnp.float32), bank[second, indices].astype(jnp.float32)
 
 

@@ -35,7 +35,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
     page: Page | None = None,
-    renew: Callable[[Collection], Collection] | None = None,
+    renew: Callable[[Any], Collection] | None = None,
     settings: Settings | None = None,
     print_line: Callable[[str], None] = print,
 ) -> None:
@@ -67,7 +67,7 @@ def serve(
 @contextlib.contextmanager
 def renewing(
     served: api.Api,
-    renew: Callable[[Collection], Collection] | None,
+    renew: Callable[[Any], Collection] | None,
     print_line: Callable[[str], None],
     *,
     seconds: float = 30.0,

@@ -1,4 +1,4 @@
-"""Writes docs/files.md out of the first sentence of each file in cib_jax/: the question that the file answers.
+"""Writes docs/files.md from the first sentences of the files in cib_jax/.
 
 python docs/site/files.py
 """
@@ -14,19 +14,19 @@ PAGE = ROOT / "docs" / "files.md"
 
 HEAD = """# The files
 
-What each file is for, in its own words: this page is made of their first sentences by `python docs/site/files.py`.
-[Architecture](architecture.md) says who may call whom.
+The first sentence of each file's docstring, collected by `python docs/site/files.py`. [Architecture](architecture.md)
+describes the layers and which of them may import which.
 """
 
 
-def question(path: pathlib.Path) -> str:
-    """Returns the first paragraph of a file's docstring on one line, "" where there is none."""
+def first_sentence(path: pathlib.Path) -> str:
+    """Returns the first paragraph of a file's docstring on one line, "" if it has none."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def folders() -> Iterator[tuple[pathlib.Path, list[pathlib.Path]]]:
-    """Yields each folder of the package that holds code, with its files but the one that speaks for the folder."""
+    """Yields each folder of the package with code, and its files except `__init__.py`."""
     for initial in sorted(PACKAGE.rglob("__init__.py")):
         yield initial.parent, sorted(path for path in initial.parent.glob("*.py") if path != initial)
 
@@ -36,12 +36,11 @@ def page() -> str:
     parts = [HEAD]
     for folder, files in folders():
         parts.append(f"## {folder.relative_to(ROOT).as_posix()}\n")
-        parts.append(f"{_text(question(folder / '__init__.py'))}\n")
+        parts.append(f"{_text(first_sentence(folder / '__init__.py'))}\n")
         if files:
-            rows = [
-                f"| [{path.name}](../{path.relative_to(ROOT).as_posix()}) | {_text(question(path))} |" for path in files
-            ]
-            parts.append("\n".join(["| file | what for |", "| --- | --- |", *rows, ""]))
+            rows = [(f"[{path.name}](../{path.relative_to(ROOT).as_posix()})", first_sentence(path)) for path in files]
+            lines = [f"| {link} | {_text(sentence)} |" for link, sentence in rows]
+            parts.append("\n".join(["| file | content |", "| --- | --- |", *lines, ""]))
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/layers.svg, the layers of cib_jax, and finds which part imports which.
+"""Draws docs/layers.svg, the layers of cib_jax, and finds the imports between its parts.
 
 python docs/site/layers.py
 """
@@ -17,12 +17,13 @@ LAYERS = (
     ("modes", ("commands",)),
     ("one run, one call, one page", ("runs", "fitting", "storage", "web")),
     ("a trained encoder", ("inference", "baselines")),
-    ("what fields mean, figures", ("config", "report")),
+    ("config, figures", ("config", "report")),
     ("steps and loop", ("training",)),
     ("networks, losses, ranking, data", ("models", "losses", "retrieval", "data")),
-    ("arrays to arrays", ("augment", "codes", "diffusion", "exported")),
+    ("functions of arrays", ("augment", "codes", "diffusion", "exported")),
     ("devices and hosts", ("distributed",)),
-    ("used by all", ("errors", "files", "console", "random_streams", "deprecation", "configs", "version")),
+    ("names and settings", ("random_streams", "deprecation", "configs", "version")),
+    ("used by all", ("errors", "files", "console")),
 )
 """From top to bottom: a part imports parts of lower layers only. A part is a folder of the package, or a file."""
 
@@ -67,7 +68,7 @@ def picture() -> str:
         top, width = 16 + number * ROW, (WIDTH - LEFT - 20) / len(parts)
         shapes.append(_text(20, top + 21, title, anchor="start", size=13, fill="#666"))
         for column, part in enumerate(parts):
-            fill = "#d9ecd9" if part in PURE else "#ececec" if number == len(LAYERS) - 1 else "#dbe7f5"
+            fill = "#d9ecd9" if part in PURE else "#ececec" if number >= len(LAYERS) - 2 else "#dbe7f5"
             left = LEFT + column * width
             shapes.append(
                 f'<rect x="{left:.0f}" y="{top}" width="{width - 8:.0f}" height="{BOX}" rx="5" fill="{fill}" '

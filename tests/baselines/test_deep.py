@@ -96,9 +96,8 @@ def test_descent_finds_the_least_squares_solution():
         return jnp.mean(jnp.square(rows[:, :3] @ params - rows[:, 3]))
 
     rows = np.concatenate([data[:, :3], targets[:, None]], axis=1)
-    found = deep.minimize(
-        jnp.zeros(3), loss, jnp.asarray(rows), jax.random.key(0), epochs=300, batch_size=64, learning_rate=0.03
-    )
+    schedule = deep.Schedule(epochs=300, batch_size=64, learning_rate=0.03)
+    found = deep.minimize(jnp.zeros(3), loss, jnp.asarray(rows), jax.random.key(0), schedule)
     np.testing.assert_allclose(found, np.linalg.lstsq(rows[:, :3], rows[:, 3], rcond=None)[0], atol=1e-3)
 
 
@@ -108,8 +107,6 @@ def test_descent_takes_fewer_rows_than_a_batch():
         lambda p, rows, key: jnp.sum(p**2),
         jnp.ones((3, 2)),
         jax.random.key(0),
-        epochs=50,
-        batch_size=64,
-        learning_rate=0.05,
+        deep.Schedule(epochs=50, batch_size=64, learning_rate=0.05),
     )
     assert np.abs(found).max() < 0.2

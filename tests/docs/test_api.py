@@ -1,4 +1,4 @@
-"""docs/api.md has every public name, once, and docs/method.md names functions that there are."""
+"""docs/api.md lists every public name once, and docs/method.md links to existing functions."""
 
 import re
 
@@ -7,7 +7,7 @@ from cib_jax.losses import OBJECTIVES
 from tests.docs import pages
 
 
-def test_every_public_name_stands_there_once():
+def test_every_public_name_is_listed_once():
     assert sorted(re.findall(r"^::: cib_jax\.(\w+)$", pages.text("api.md"), re.MULTILINE)) == sorted(cib.__all__)
 
 

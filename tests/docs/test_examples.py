@@ -1,4 +1,4 @@
-"""Every public name has an example in its docstring, and each runs and gives what stands there."""
+"""Every public name has an example in its docstring, which runs and gives the documented output."""
 
 import doctest
 
@@ -8,14 +8,14 @@ import pytest
 import rich.console
 
 import cib_jax as cib
-from cib_jax.commands import index
 from cib_jax.storage import code_store
+from configs import digits
 from configs import index as index_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the examples name: photos, an encoder, codes of the photos, an index."""
+    """The folders that the examples use: photos, an encoder, codes of the photos, an index, a trained run."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "PHOTOS").mkdir()
     for color in ("blue", "green", "red"):
@@ -23,17 +23,20 @@ def folder(tmp_path_factory):
     made = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
     cib.Hasher(*made).save(folder / "RUN")
     _, codes, _ = cib.encode_photos(cib.Hasher.load(folder / "RUN"), folder / "PHOTOS")
-    paths = ["blue.png", "green.png", "red.png"]  # as --mode=encode keeps them: relative to the folder
+    paths = ["blue.png", "green.png", "red.png"]  # relative to the folder, as --mode=encode stores them
     held = code_store.begin(folder / "CODES", {"bits": 16}, 3, paths, str(folder / "PHOTOS"), keep_list=True)
     files = [code_store.File(path, 1, 0, "") for path in paths]
     code_store.write_part(held.path(0), held.identity, files, codes, {})
-    index.index(
+    cib.index_photos(
         str(folder / "INDEX"),
         str(folder / "PHOTOS"),
         workdir=folder / "RUN",
         config=index_config.get_config(),
         console=rich.console.Console(quiet=True),
     )
+    config = digits.get_config()
+    config.update_from_flattened_dict({"epochs": 1, "cache.dir": "none", "report.write": False})
+    cib.train(config, folder / "DIGITS", console=rich.console.Console(quiet=True))
     return folder
 
 
@@ -42,7 +45,7 @@ def test_examples(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     found = doctest.DocTestFinder().find(getattr(cib, name), name, globs={})
     assert found[0].examples, f"{name} has no example"
-    runner, told = doctest.DocTestRunner(), []
+    runner, output = doctest.DocTestRunner(), []
     for test in found:
-        runner.run(test, out=told.append)
-    assert runner.failures == 0, "".join(told)
+        runner.run(test, out=output.append)
+    assert runner.failures == 0, "".join(output)

@@ -1,4 +1,4 @@
-"""What docs/extending.md tells how to add works as it stands, and each of its parts is short."""
+"""The instructions of docs/extending.md run as printed, and each part is short."""
 
 import jax
 import numpy as np
@@ -11,27 +11,29 @@ import sklearn.metrics.pairwise
 import cib_jax as cib
 from cib_jax import losses
 from cib_jax.baselines import BASELINES
+from cib_jax.config import schema
 from cib_jax.data import sources
 from cib_jax.data.dataset import DataConfig
 from cib_jax.models import registry
+from configs import default
 from tests.docs import pages
 
 
 def run(part: str) -> dict:
-    """The names that a part's code leaves behind."""
+    """Runs the code of a part and returns the names that it defines."""
     names: dict = {}
     for block in pages.code(pages.section("extending.md", part)):
         exec(compile(block, f"docs/extending.md, {part}", "exec"), names)
     return names
 
 
-@pytest.mark.parametrize("part", ["A baseline", "An objective", "A backbone", "A data set"])
+@pytest.mark.parametrize("part", ["A baseline", "An objective", "A backbone", "A data set", "A config field"])
 def test_a_part_is_under_forty_lines(part):
     assert len(pages.section("extending.md", part).strip().splitlines()) < 40
 
 
 def test_the_baseline_turns_principal_components(monkeypatch):
-    """Compares with scikit-learn's components: a rotation keeps their lengths and angles, and mixes all of them."""
+    """Compares with scikit-learn's components: a rotation keeps inner products and mixes the components."""
     monkeypatch.setattr("cib_jax.baselines.BASELINES", rows := dict(BASELINES))
     run("A baseline")
     assert rows.keys() - BASELINES.keys() == {"pca_rotated"}
@@ -58,7 +60,7 @@ def logits(batch: int = 5, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_row_makes_an_objective(objectives):
-    """Its loss is the contrast of the logits themselves, by scikit-learn's cosines, and β times SciPy's KL."""
+    """Compares the loss with scikit-learn's cosines of the logits, plus β times SciPy's KL."""
     first, second = logits()
     loss, terms = cib.cib_loss(jax.random.key(0), first, second, objective="bottleneck_cl", temperature=0.5, beta=0.1)
     similarity = sklearn.metrics.pairwise.cosine_similarity(np.concatenate([first, second])) / 0.5
@@ -79,12 +81,12 @@ def test_a_term_is_added_and_reported(objectives):
     np.testing.assert_allclose(terms["balance"], np.mean((means - 0.5) ** 2), rtol=1e-5)
     np.testing.assert_allclose(loss, plain + 2 * terms["balance"], rtol=1e-6)
     assert terms["loss"] == loss
-    # Half of the bits 1 and half 0, for every bit: nothing to balance.
+    # Each bit is 1 for half of the batch: already balanced.
     assert float(objectives["balance"](np.array([[3.0, -1.0], [-3.0, 1.0]]))) < 1e-12
 
 
 def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):
-    """Its features are those of a plain sum over each patch, with weights out of a file."""
+    """Compares its features with a plain sum over each patch, with weights from a file."""
     monkeypatch.setattr(registry, "BACKBONES", dict(registry.BACKBONES))
     run("A backbone")
     rng = np.random.default_rng(2)
@@ -97,7 +99,7 @@ def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):
     patches = images.reshape(2, 2, 8, 3, 8, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 6, -1)  # channel, row, column
     expected = np.maximum(patches @ weight.reshape(64, -1).T.astype(np.float64) + bias, 0).mean(1)
     np.testing.assert_allclose(encoder.features(params, frozen, images), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(cib.Refusal, match="does not hold the weights of patches"):
+    with pytest.raises(cib.UserError, match="does not hold the weights of patches"):
         safetensors.numpy.save_file({"layer.weight": weight}, tmp_path / "half.safetensors")
         cib.load_pretrained("patches", str(tmp_path / "half.safetensors"))
 
@@ -110,5 +112,19 @@ def test_a_data_set_is_found_by_its_name(monkeypatch, tmp_path):
     source = sources.load(DataConfig("npz", str(tmp_path / "set.npz")))
     assert (source.test, source.classes) == (None, ["0", "1"])
     np.testing.assert_array_equal(source.train.take(np.array([4, 1])).images[0], pixels[4])
-    with pytest.raises(cib.Refusal, match=r"config.data.dir: 'nowhere.npz'"):
+    with pytest.raises(cib.UserError, match=r"config.data.dir: 'nowhere.npz'"):
         sources.load(DataConfig("npz", "nowhere.npz"))
+
+
+def test_a_field_is_validated_by_its_rule(monkeypatch):
+    monkeypatch.setattr(schema, "RULES", dict(schema.RULES))
+    monkeypatch.setitem(schema.FIELDS, "margin", float)
+    run("A config field")
+    config = default.get_config()
+    with config.unlocked():
+        config.margin = 0.5
+    schema.validate(config, around=True)
+    config.margin = -1.0
+    with pytest.raises(cib.UserError) as caught:
+        schema.validate(config, around=True)
+    assert caught.value.field == "config.margin"

@@ -1,4 +1,4 @@
-"""docs/files.md is what the files of cib_jax/ say of themselves."""
+"""docs/files.md has the first sentence of each file in cib_jax/."""
 
 import importlib.util
 
@@ -14,11 +14,11 @@ def script():
 
 
 def test_the_page_is_up_to_date():
-    """`python docs/site/files.py` would write what is there."""
+    """`python docs/site/files.py` changes nothing."""
     assert pages.text("files.md") == script().page()
 
 
-def test_every_file_says_what_it_is_for():
+def test_every_file_has_a_docstring():
     made = script()
-    silent = [path for path in made.PACKAGE.rglob("*.py") if not made.question(path)]
-    assert silent == []
+    undocumented = [path for path in made.PACKAGE.rglob("*.py") if not made.first_sentence(path)]
+    assert undocumented == []

@@ -19,11 +19,11 @@ def layers():
 
 @pytest.fixture(scope="module")
 def level(layers):
-    """The layer of each part, 0 being the lowest."""
+    """The layer of each part, from 0 for the lowest."""
     return {part: number for number, (_, parts) in enumerate(reversed(layers.LAYERS)) for part in parts}
 
 
-def test_every_part_has_one_layer_and_stands_in_the_table(layers, level):
+def test_every_part_has_one_layer_and_is_in_the_table(layers, level):
     parts = [part for _, parts in layers.LAYERS for part in parts]
     assert sorted(parts) == sorted(layers.uses())
     page = pages.text("architecture.md")
@@ -31,7 +31,7 @@ def test_every_part_has_one_layer_and_stands_in_the_table(layers, level):
 
 
 def test_no_part_imports_upwards(layers, level):
-    """Parts of one layer do not know each other; files and errors, the lowest layer, do."""
+    """Parts of one layer do not import each other, except for files and errors in the lowest layer."""
     upwards = [(part, used) for part, found in layers.uses().items() for used in found if level[used] >= level[part]]
     assert [(part, used) for part, used in upwards if level[part] > 0] == []
     assert {used for part, used in upwards} <= {"files", "errors"}
@@ -72,14 +72,14 @@ def outside(layers, part: str) -> set[str]:
 
 
 def test_the_core_is_pure(layers):
-    """It imports numerical libraries, and nothing that reaches a file, a log or a screen."""
+    """The pure parts import numerical libraries, and none for files, logs or output."""
     allowed = {"jax", "flax", "numpy", "scipy", "optax", "jaxtyping", "threadpoolctl", "sklearn"}
     reaches = {"io", "logging", "pathlib", "shutil", "subprocess", "socket", "tempfile", "json", "pickle", "urllib"}
     for part in layers.PURE:
         assert outside(layers, part) <= allowed | (sys.stdlib_module_names - reaches), part
 
 
-def test_data_does_not_know_networks_and_retrieval_does_not_know_training(layers):
+def test_data_does_not_import_networks_and_retrieval_does_not_import_training(layers):
     uses = layers.uses()
     assert not outside(layers, "data") & {"flax", "jax", "optax"}
     assert not uses["data"] & {"models", "losses", "training", "inference"}

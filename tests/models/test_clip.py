@@ -26,7 +26,7 @@ def get(name: str) -> Backbone:
         return registry.get(name)
     network, design, convert = {
         "clip_vit_b32_shallow": (clip.CLIP, clip.B32, clip.convert_clip),
-        "siglip_base_shallow": (clip.SigLIP, clip.BASE, clip.convert_siglip),
+        "siglip_base_shallow": (clip.SigLIP, clip.SIGLIP_B16, clip.convert_siglip),
     }[name]
     design = design._replace(depth=transformer_inputs.SHALLOW)
     return dataclasses.replace(
@@ -72,7 +72,7 @@ def test_the_published_names_and_shapes_become_the_module_s(golden_transformers,
 def test_clip_and_siglip_are_distinguished(golden_transformers):
     tensors = zeros(golden_transformers, "clip_vit_b16")
     with pytest.raises(MismatchError, match=r"missing: .*patch_embedding.bias, .*head.probe, .* and 9 more;"):
-        clip.convert_siglip(tensors, clip.BASE)
+        clip.convert_siglip(tensors, clip.SIGLIP_B16)
     with pytest.raises(MismatchError, match=r"patch_embedding.weight \[768, 3, 16, 16\]"):
         clip.convert_clip(tensors, clip.B32)
 

@@ -1,7 +1,6 @@
 """Checkpoints outside the workdir: trained, resumed, evaluated and loaded from there, by one run at a time."""
 
 import pathlib
-import re
 import shutil
 
 import jax
@@ -88,21 +87,24 @@ def test_checkpoints_may_be_moved_but_not_left_behind(plain, tmp_path, console):
     assert train(placed(where), workdir, console=console)["map"] == plain[1]["map"]
     assert np.array_equal(*(cib.Hasher.load(run).encode(images) for run in (workdir, plain[0])))
     (workdir / "results.json").unlink()
-    with pytest.raises(WorkdirError, match=r"in .*/place, .* in .*/elsewhere"):
+    with pytest.raises(WorkdirError, match=r"/place.*/elsewhere") as caught:
         train(placed(tmp_path / "elsewhere"), workdir, console=console)
+    assert caught.value.field == "config.train.checkpoint_dir"
 
 
 def test_two_workdirs_do_not_share_a_place(plain, tmp_path, console):
     workdir, where = copied(plain, tmp_path)
     first = take_ownership(workdir, placed(where))
-    with pytest.raises(WorkdirError, match=rf"{where} .* {workdir}"):
+    with pytest.raises(WorkdirError, match=rf"{where} .*{workdir}") as caught:
         train(placed(where), tmp_path / "other", console=console)
-    with pytest.raises(WorkdirError, match=r"it belongs to another config \(temperature: 0.5 → 0.1\)"):
+    assert caught.value.field == "config.train.checkpoint_dir"
+    with pytest.raises(WorkdirError, match=r"temperature: 0\.5 → 0\.1"):
         (workdir / "results.json").unlink()
         train(placed(where, temperature=0.1), workdir, console=console)
     first.check()
-    with pytest.raises(WorkdirError, match=r"train\.checkpoint_dir"):
+    with pytest.raises(WorkdirError, match="workdir of another run") as caught:
         find_owner(tmp_path / "other", placed(plain[0] / "checkpoints"))
+    assert caught.value.field == "config.train.checkpoint_dir"
 
 
 def test_a_second_session_of_one_workdir_ends_the_first_before_its_next_save(tmp_path, console, monkeypatch):
@@ -115,7 +117,7 @@ def test_a_second_session_of_one_workdir_ends_the_first_before_its_next_save(tmp
             take_ownership(tmp_path / "r", config)
 
     monkeypatch.setattr(Checkpoints, "save", taken_over)
-    with pytest.raises(WorkdirError, match=rf"a run in {tmp_path / 'r'} has taken over"):
+    with pytest.raises(WorkdirError, match=str(tmp_path / "r")):
         train(config, tmp_path / "r", console=console)
     with Checkpoints(tmp_path / "place", read_only=True) as checkpoints:
         assert checkpoints.latest_step == 4
@@ -128,10 +130,10 @@ def test_a_workdir_that_was_moved_keeps_its_checkpoints_and_its_copy_does_not(tm
     shutil.move(tmp_path / "a", tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     take_ownership(tmp_path / "b", config)
-    with pytest.raises(WorkdirError, match=r"belong to the run in .*/b;"):
+    with pytest.raises(WorkdirError, match="/b;"):
         take_ownership(tmp_path / "c", config)
     (tmp_path / "place" / "owner.json").write_text('{"work')
-    with pytest.raises(WorkdirError, match=r"owner.json: the file is damaged"):
+    with pytest.raises(WorkdirError, match=r"owner\.json"):
         find_owner(tmp_path / "b", config)
 
 
@@ -139,21 +141,22 @@ def test_a_workdir_that_was_moved_keeps_its_checkpoints_and_its_copy_does_not(tm
     "words", ["runs/1", "file://relative/x", "s3://bucket/run", "gs://bucket", "az://a/b", "gs://"]
 )
 def test_places_that_cannot_work_are_refused_by_their_form(words):
-    with pytest.raises(ConfigError, match=rf"config.train.checkpoint_dir: .*{re.escape(words)}"):
+    with pytest.raises(ConfigError) as caught:
         schema.validate(placed(words))
+    assert caught.value.field == "config.train.checkpoint_dir" and repr(words) in str(caught.value)
 
 
 def test_a_bucket_without_its_package_names_what_to_install(tmp_path, console, monkeypatch):
     schema.validate(placed("gs://bucket/run"))
     monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.CheckpointError, match=r"gs://bucket/run .*cib-jax\[gcs\]"):
+    with pytest.raises(errors.CheckpointError, match=r"gs://bucket/run .*pip install 'cib-jax\[gcs\]'"):
         train(placed("gs://bucket/run"), tmp_path / "r", console=console)
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "r").mkdir()
-    with pytest.raises(errors.CheckpointError, match=r"file/place cannot be written to \(NotADirectoryError"):
+    with pytest.raises(errors.CheckpointError, match=r"file/place .*NotADirectoryError"):
         take_ownership(tmp_path / "r", placed(tmp_path / "file" / "place"))
 
 
