@@ -10,11 +10,7 @@ Result = TypeVar("Result")
 
 
 def renamed_keywords(**renamed: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Returns a decorator that accepts old keywords with a DeprecationWarning: `@renamed_keywords(old="new")`.
-
-    Raises:
-      TypeError: A call of the decorated function gives both the old and the new keyword.
-    """
+    """Returns a decorator that accepts old keywords with a DeprecationWarning: `@renamed_keywords(old="new")`."""
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)

@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import scipy.sparse
@@ -89,17 +89,8 @@ def coordinates(
     A group of items that no walk leaves, such as more than `neighbours` copies of one picture, takes a dimension of its
     own. At most half of the dimensions go to such groups, the largest first; coordinates of the others are near 0.
 
-    Args:
-      embeddings: Embeddings of any length; only their directions matter.
-      neighbours: Number of neighbors of each item in the graph.
-      dimensions: Number of the walk's slowest modes that are kept, the constant one included.
-      steps: Number of steps of the walk.
-      on_items: Function that is called with the number of items of which the neighbors have been found since the last
-        call.
-
-    Raises:
-      ConfigError: A value is out of range, or there are too few items for it.
-      DataError: An embedding is not finite, or all zeros.
+    Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
+    included. `on_items` is called with the number of items of which the neighbors have been found since the last call.
     """
     items = len(embeddings)
     if not 2 <= dimensions < items:
@@ -187,17 +178,11 @@ class Teacher:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(
-                    f"teacher.{name} must be {least} or more, got {getattr(self, name)}", field=f"teacher.{name}"
-                )
+                self._refuse(name, f"must be {least} or more")
         if self.bits < 8 or self.bits % 8:
-            raise ConfigError(
-                f"teacher.bits must be a positive multiple of 8, such as 128, got {self.bits}", field="teacher.bits"
-            )
+            self._refuse("bits", "must be a positive multiple of 8, such as 128")
         if not self.temperature > 0:
-            raise ConfigError(
-                f"teacher.temperature must be greater than 0, got {self.temperature}", field="teacher.temperature"
-            )
+            self._refuse("temperature", "must be greater than 0")
 
     def check(self, images: int) -> None:
         """Checks that there are enough training images for the graph.
@@ -207,11 +192,10 @@ class Teacher:
         """
         for name in ("neighbours", "dimensions"):
             if getattr(self, name) >= images:
-                raise ConfigError(
-                    f"teacher.{name} must be less than the number of training images, {images}, got "
-                    f"{getattr(self, name)}",
-                    field=f"teacher.{name}",
-                )
+                self._refuse(name, f"must be less than the number of training images, {images}")
+
+    def _refuse(self, name: str, problem: str) -> NoReturn:
+        raise ConfigError(f"teacher.{name} {problem}, got {getattr(self, name)}", field=f"teacher.{name}")
 
     @property
     def walk(self) -> dict[str, Any]:

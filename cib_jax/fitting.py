@@ -187,16 +187,14 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
 
 
 def _validate_schedule(count: int, epochs: int, batch_size: int, learning_rate: float, views: int) -> None:
-    if not 2 <= batch_size <= count:
-        raise ConfigError(
-            f"batch_size must be from 2 to the number of images, {count}, got {batch_size}", field="batch_size"
-        )
-    if views == 1 or views < 0:
-        raise ConfigError(f"views must be 0 (fresh views at every step) or at least 2, got {views}", field="views")
-    if not learning_rate > 0:
-        raise ConfigError(f"learning_rate must be greater than 0, got {learning_rate}", field="learning_rate")
-    if epochs < 1:
-        raise ConfigError(f"epochs must be 1 or more, got {epochs}", field="epochs")
+    for valid, name, value, allowed in (
+        (2 <= batch_size <= count, "batch_size", batch_size, f"from 2 to the number of images, {count}"),
+        (views == 0 or views >= 2, "views", views, "0 (fresh views at every step) or at least 2"),
+        (learning_rate > 0, "learning_rate", learning_rate, "greater than 0"),
+        (epochs >= 1, "epochs", epochs, "1 or more"),
+    ):
+        if not valid:
+            raise ConfigError(f"{name} must be {allowed}, got {value}", field=name)
 
 
 def load_data(

@@ -23,12 +23,9 @@ _exact_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHES
 class Objective(NamedTuple):
     """The parts of which an objective is made."""
 
-    binary: bool
-    """Whether the contrast compares codes, rather than logits."""
-    bottleneck: bool
-    """Whether β · L_KL is added."""
-    taught: bool = False
-    """Whether the target comes from a teacher (`diffusion.coordinates`), rather than from the two views alone."""
+    binary: bool  # the contrast compares codes, rather than logits
+    bottleneck: bool  # β · L_KL is added
+    taught: bool = False  # the target comes from a teacher (`diffusion.coordinates`), not from the two views alone
 
 
 OBJECTIVES = {
@@ -117,13 +114,7 @@ def log_sum_exp_of_others(
 
     If rows × codes exceeds `entries`, the products are computed in blocks of rows, in the forward pass and again in
     the backward pass, so that memory grows with the number of codes instead of its square. The result is the same up
-    to rounding.
-
-    Args:
-      rows: Codes scaled such that a product with one of `codes` is a similarity divided by the temperature.
-      codes: All codes.
-      places: Index in `codes` of each row itself, which the sum leaves out; −1 for a row that is not among them.
-      entries: Largest number of products held at a time.
+    to rounding. A row that is not among the codes has the place −1.
     """
     if len(rows) * len(codes) <= entries:
         return _log_sums(rows, codes, places)[0]

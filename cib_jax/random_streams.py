@@ -59,12 +59,7 @@ RNG_STREAMS = {
 
 
 def stream_key(seed: int, name: str) -> PRNGKeyArray:
-    """Returns the JAX key of the stream `name` of a seed.
-
-    Args:
-      seed: Seed of the run, or of its data.
-      name: One of the first names in `KEY_STREAMS`.
-    """
+    """Returns the JAX key of the stream `name` of a seed, one of the first names in `KEY_STREAMS`."""
     import jax
 
     return fold_by_name(jax.random.key(seed), name)
@@ -78,11 +73,8 @@ def fold_by_name(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
 
 
 def stream_rng(seed: int, name: str, *more: int) -> np.random.Generator:
-    """Returns the NumPy generator of the stream `name` of a seed.
+    """Returns the NumPy generator of the stream `name` of a seed, one of `RNG_STREAMS`.
 
-    Args:
-      seed: Seed of the run, or of its data.
-      name: One of `RNG_STREAMS`.
-      *more: Numbers that distinguish several generators of one stream, such as the epoch.
+    The numbers `more`, such as the epoch, distinguish several generators of one stream.
     """
     return np.random.default_rng((seed, RNG_STREAMS[name], *more))

@@ -397,18 +397,7 @@ FEW = 500
 
 
 def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console) -> Hasher:
-    """Returns an encoder that was trained, without labels, on a random sample of the photos.
-
-    Args:
-      found: Photos; unreadable ones are left out.
-      config: Config of an experiment on images; its `data.train_images` is the size of the sample, 0 for all photos.
-      console: Console to report on.
-
-    Raises:
-      ConfigError: The config is for features, or a field does not fit the photos.
-      DataError: There are fewer than 16 readable photos, or fewer than devices that share a batch.
-      WeightsError: The backbone's weights are missing or unusable.
-    """
+    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` readable photos."""
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import html
 import http.client
 import importlib
 import importlib.util
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import rich.console
 
@@ -109,6 +110,16 @@ _COLAB = "https://colab.research.google.com,https://*.googleusercontent.com"
 _pages: dict[int, "Page"] = {}  # those that this notebook serves, by port
 
 
+class _Frame(NamedTuple):
+    """A frame with a page, which a notebook shows as the result of a cell."""
+
+    url: str
+    height: int
+
+    def _repr_html_(self) -> str:
+        return f'<iframe src="{html.escape(self.url)}" width="100%" height="{self.height}" style="border: 0"></iframe>'
+
+
 class Page:
     """A search page that is served until it is stopped, or the notebook's kernel ends."""
 
@@ -136,9 +147,7 @@ class Page:
         if (colab := _colab()) is not None:
             colab.serve_kernel_port_as_iframe(self.port, height=str(height))
             return None
-        from IPython.display import IFrame
-
-        return IFrame(self.url, "100%", height)
+        return _Frame(self.url, height)
 
     def wait(self, patience: float) -> None:
         """Returns once the page answers, within `patience` seconds."""

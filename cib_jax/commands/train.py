@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,12 +95,15 @@ def train(
         validate_owner_seen(workdir, config)
         with multihost.shared_errors():
             validate_owner(workdir, config)
-        if results := _finished_results(workdir, config):
+        path = workdir / "results.json"
+        finished = path.exists() and (not config.report.write or (workdir / "report" / "index.html").exists())
+        # The first process decides for all: it may write the file while another one looks for it.
+        if multihost.broadcast_text("yes" if finished else "no") == "yes":
             print_message(
                 console,
                 f"{workdir} holds a finished run of this config; --mode=evaluate --workdir={workdir} measures it again",
             )
-            return results
+            return read_json(path)
         # The first process downloads, decodes and caches; the others find the files.
         run = multihost.run_first_then_others(lambda: context.prepare_run(config, workdir, console))
         context.validate_same_data(run)
@@ -112,41 +116,24 @@ def train(
         return evaluate.evaluate_run(run, params, progress, bank_seconds)
 
 
-def _finished_results(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
-    """Returns the results of a finished run, None if there is something left to do."""
-    path = workdir / "results.json"
-    finished = path.exists() and (not config.report.write or (workdir / "report" / "index.html").exists())
-    # The first process decides for all: it may write the file while another one looks for it.
-    if multihost.broadcast_text("yes" if finished else "no") == "no":
-        return None
-    return read_json(path)
-
-
 def _print_summary(run: RunContext) -> None:
     config, splits = run.config, run.splits
     network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
-    print_message(
-        run.console,
+    run.print(
         f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
-        f"{len(splits.database):,} in the database; {network}, "
-        f"{config.bits} bits, {config.objective}; in {run.workdir}",
+        f"{len(splits.database):,} in the database; {network}, {config.bits} bits, {config.objective}; in {run.workdir}"
     )
-    print_message(run.console, context.format_protocol(run))
+    run.print(context.format_protocol(run))
     if mesh := run.training_mesh:
         processes = f"{jax.process_count()} processes with " if multihost.is_distributed() else ""
-        print_message(run.console, f"{processes}{mesh.size} devices share each batch")
+        run.print(f"{processes}{mesh.size} devices share each batch")
 
 
 # One training run in its folder: resume, train, save.
 
 
 def _train(run: RunContext, data: TrainingData | None = None) -> float:
-    """Trains to the end, or continues to it, and leaves checkpoints; returns the seconds that the view bank took.
-
-    Args:
-      run: Context of the run, or of the teacher of one.
-      data: Training data, if they are loaded already.
-    """
+    """Trains to the end, or continues to it, and leaves checkpoints; returns the seconds that the view bank took."""
     with multihost.shared_errors():
         owned = take_ownership(run.workdir, run.config)
     with Checkpoints(owned.directory) as checkpoints:
@@ -224,9 +211,10 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
 def _load_data(run: RunContext) -> tuple[TrainingData, float]:
     """Returns the training data, as a view bank if the config asks for one, and the seconds that the bank took."""
     config, images = run.config, run.splits.train.images
-    if config.train.views:
-        bank, seconds = features.bank(run)
-        return TrainingData(images, bank), seconds
+    if views := config.train.views:
+        begun = time.perf_counter()
+        bank = features.of_views(run, run.splits.train, views, f"View bank, {views} views")
+        return TrainingData(images, bank), time.perf_counter() - begun
     stored_size = config.data.stored_size
     loaded = trainer.load_if_small(images, stored_size, config.data.resident_mb * 2**20)
     return TrainingData(loaded, stored_size=stored_size), 0.0
@@ -252,7 +240,7 @@ class _Session:
     @property
     def hooks(self) -> Hooks:
         validation = Validation(self.run) if self.run.splits.validation is not None else None
-        return Hooks(validation, self.on_steps, self.on_epoch, self.should_stop, self.during_steps)
+        return Hooks(validation, self.on_steps, self.on_epoch, lambda: self.sigterm_came(), self.during_steps)
 
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:
@@ -262,20 +250,13 @@ class _Session:
         with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
             yield
 
-    def should_stop(self) -> bool:
-        return self.sigterm_came()
-
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
         words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "contrast", "kl"))
         self.advance(steps * self.run.config.batch_size, words)
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:
         progress = report.progress
-        record: dict[str, Any] = {
-            "epoch": progress.epoch,
-            **report.terms,
-            "images_per_second": report.images_per_second,
-        }
+        record = {"epoch": progress.epoch, **report.terms, "images_per_second": report.images_per_second}
         if report.validation_map is not None:
             record["validation_map"] = report.validation_map
             self.run.print(f"Epoch {progress.epoch}: validation MAP {report.validation_map:.4f}")
@@ -299,20 +280,13 @@ def _format_progress(progress: Progress, config: ml_collections.ConfigDict) -> s
 @contextlib.contextmanager
 def _metric_log(run: RunContext, progress: Progress) -> Iterator[MetricLog | None]:
     """Yields the log in the first process, None in the others; opened early, since a writer may fail to start."""
-    with contextlib.ExitStack() as stack:
-        log = None
-        with multihost.shared_errors():
-            if multihost.is_first_process():
-                log = MetricLog(
-                    run.workdir,
-                    progress.step,
-                    progress.epoch,
-                    writers=run.config.log.writers,
-                    config=run.config.to_dict(),
-                    warn=run.print,
-                )
-                stack.enter_context(log)
-        yield log
+    log: contextlib.AbstractContextManager[MetricLog | None] = contextlib.nullcontext()
+    with multihost.shared_errors():
+        if multihost.is_first_process():
+            settings = {"writers": run.config.log.writers, "config": run.config.to_dict(), "warn": run.print}
+            log = MetricLog(run.workdir, progress.step, progress.epoch, **settings)
+    with log as opened:
+        yield opened
 
 
 # Validation during training.

@@ -43,14 +43,7 @@ def encoder(
 ) -> tuple[Encoder, Params, Params, str]:
     """Returns the encoder, its parameters to train, its frozen ones, and the fingerprint of the frozen ones ("": none).
 
-    Args:
-      config: Config of the run.
-      trained: Whether a checkpoint will replace the parameters to train, so that only frozen weights need be loaded.
-      standard: Mean and deviation of the features, for the backbone "none".
-      stream: Random stream of the initial weights.
-
-    Raises:
-      WeightsError: The backbone's weights are missing or unusable.
+    If it is `trained`, a checkpoint will replace the parameters to train, and only frozen weights are loaded.
     """
     how = fine_tune(config)
     pretrained = registry.get(config.backbone).convert is not None and (config.frozen or how.keeps or not trained)
@@ -92,15 +85,7 @@ def training_run(
     *,
     stream: str = "steps",
 ) -> TrainingRun:
-    """Returns everything that decides the trained parameters.
-
-    Args:
-      config: Config of the run.
-      network: Encoder, its parameters to train, and its frozen ones.
-      data: Training images.
-      mesh: Devices that share each batch.
-      stream: Random stream of the steps.
-    """
+    """Returns everything that decides the trained parameters; `network` holds those to train, then the frozen ones."""
     made, params, frozen = network
     schedule = Schedule(config.epochs, config.batch_size, config.train.validate_every, config.train.patience)
     data = dataclasses.replace(data, seed=config.seed)
@@ -122,11 +107,7 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
 
 
 def protocol(config: ml_collections.ConfigDict) -> Protocol:
-    """Returns the protocol that the config names, with the fields that the config sets itself.
-
-    Raises:
-      DataError: The protocol is for another data set.
-    """
+    """Returns the protocol that the config names, with the fields that the config sets itself."""
     data = config.data
     names = ("queries", "queries_per_class", "train_images", "train_per_class", "validation")
     return splits.get_protocol(data.protocol, data.name, {"k": config.k} | {name: data[name] for name in names})
@@ -135,16 +116,7 @@ def protocol(config: ml_collections.ConfigDict) -> Protocol:
 def source(
     config: ml_collections.ConfigDict, prepared: pathlib.Path | None = None, bar: Bar = no_bar
 ) -> dataset.Source:
-    """Returns the data set.
-
-    Args:
-      config: Config of the run.
-      prepared: Folder of decoded and resized photos; needed for photos in a folder or a list only.
-      bar: Factory of progress bars for preparing and checking.
-
-    Raises:
-      DataError: The data set is missing or unusable.
-    """
+    """Returns the data set; only photos in a folder or a list need the folder `prepared`, of resized ones."""
     data = config.data
     which = DataConfig(
         name=data.name,
@@ -162,16 +134,7 @@ def source(
 
 
 def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | None = None) -> splits.Splits:
-    """Returns the data set's splits, after checks of the fields that depend on their sizes.
-
-    Args:
-      config: Config of the run.
-      drawn_from: The data set, if it is loaded already.
-
-    Raises:
-      DataError: The data set is missing or too small.
-      ConfigError: A field, such as `k` or `batch_size`, does not fit the number of images.
-    """
+    """Returns the data set's splits, after checks of the fields that depend on their sizes."""
     wanted = protocol(config)
     drawn = splits.draw_splits(
         source(config) if drawn_from is None else drawn_from,
@@ -185,7 +148,13 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
             f"config.k must be at most the number of images in the database, {searched}, got {wanted.k}; 0 takes all",
             field="config.k",
         )
-    _validate_bank_size(config, len(drawn.train))
+    size = config.train.views * len(drawn.train) * registry.get(config.backbone).features * input_pipeline.BYTES / 2**20
+    if size > config.train.bank_mb:
+        raise ConfigError(
+            f"config.train.views must be lower, got {config.train.views}: a bank of {config.train.views} views of "
+            f"{len(drawn.train)} images takes {size:,.0f} MiB, more than config.train.bank_mb; or raise that limit",
+            field="config.train.views",
+        )
     if config.augment == "stored" and (np.ndim(first := drawn.train.images[0]) != 2 or len(first) < 2):
         raise ConfigError(
             "config.augment must be 'noise' for features with one vector per item, got 'stored', which draws two of "
@@ -204,13 +173,3 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
             field="config.batch_size",
         )
     return drawn
-
-
-def _validate_bank_size(config: ml_collections.ConfigDict, images: int) -> None:
-    size = config.train.views * images * registry.get(config.backbone).features * input_pipeline.BYTES / 2**20
-    if size > config.train.bank_mb:
-        raise ConfigError(
-            f"config.train.views must be lower, got {config.train.views}: a bank of {config.train.views} views of "
-            f"{images} images takes {size:,.0f} MiB, more than config.train.bank_mb; or raise that limit",
-            field="config.train.views",
-        )

@@ -202,13 +202,14 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None
             f"{config.backbone!r} cannot be used with config.data.name={config.data.name}; 'none' is for 'features', "
             "which need no network, and for nothing else",
         )
-    if config.backbone == "none":
-        families, inputs, validate_rest = [*features.FAMILIES], "features", _validate_without_network
-    else:
-        families, inputs, validate_rest = [*augment.FAMILIES], "images", _validate_network
+    families = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
     if config.augment not in families:
+        inputs = "features" if config.backbone == "none" else "images"
         raise _error("augment", f"must be one of {', '.join(families)} for {inputs}, got {config.augment!r}")
-    validate_rest(config)
+    if config.backbone == "none":
+        _validate_without_network(config)
+    else:
+        _validate_network(config)
 
 
 def _validate_value(name: str, value: Any, where: str) -> None:

@@ -241,8 +241,7 @@ def create_encoder(
         )
     if size < chosen.smallest or size % chosen.multiple:
         raise ConfigError(
-            f"image_size must be at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}, got "
-            f"{size}",
+            f"image_size must be at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}, got {size}",
             field="image_size",
         )
     if backbone_dtype not in DTYPES:

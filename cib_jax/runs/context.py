@@ -22,7 +22,7 @@ from cib_jax.augment.features import Standard
 from cib_jax.config import build
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import cache, dataset, feature_files
-from cib_jax.data.dataset import Bar, ImageSet, Source, gather
+from cib_jax.data.dataset import ImageSet, Source, gather
 from cib_jax.data.splits import Protocol, Splits
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
@@ -127,21 +127,20 @@ def prepare_run(
 ) -> RunContext:
     """Returns the context of a run: draws the splits, creates the encoder, and lists unreadable files.
 
-    Args:
-      config: Config of the run.
-      workdir: Folder of the run.
-      console: Console to report on.
-      trained: Whether the parameters to train will come from a checkpoint.
-      standard: Mean and deviation of the features that a trained run used (`serialization.read_standard`).
-
-    Raises:
-      ConfigError: A field does not fit the data or the network.
-      DataError: The data are missing or unusable.
-      WeightsError: The backbone's weights are missing or unusable.
+    For a run that is `trained`, whose parameters will come from a checkpoint, `standard` is the one that it used.
     """
     protocol = build.protocol(config)
-    photos = _photos(config, workdir)
-    source = build.source(config, photos, _bars(console))
+    # The folder of decoded and resized photos: in the cache, or in the workdir if there is no cache.
+    photos = workdir / "photos"
+    if config.cache.dir != "none":
+        photos = (pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else cache.home()) / "photos"
+
+    @contextlib.contextmanager
+    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        with progress_bar(console, what, total) as advance:
+            yield lambda more: advance(more, "")
+
+    source = build.source(config, photos, bar)
     cache.prune(photos, config.cache.mb * 2**20, cache.in_use)
     _report_source(config, source, workdir, console)
     splits = build.draw_splits(config, source)
@@ -164,22 +163,6 @@ def print_weights_download(config: ml_collections.ConfigDict, console: rich.cons
 def _blocks(items: ImageSet) -> Iterator[Float[np.ndarray, "rows *views features"]]:
     for start in range(0, len(items), feature_files.BLOCK):
         yield gather(items.images, np.arange(start, min(start + feature_files.BLOCK, len(items))))
-
-
-def _photos(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of decoded and resized photos: in the cache, or in the workdir if there is no cache."""
-    if config.cache.dir == "none":
-        return workdir / "photos"
-    return (pathlib.Path(config.cache.dir).expanduser() if config.cache.dir else cache.home()) / "photos"
-
-
-def _bars(console: rich.console.Console) -> Bar:
-    @contextlib.contextmanager
-    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        with progress_bar(console, what, total) as advance:
-            yield lambda more: advance(more, "")
-
-    return bar
 
 
 def _report_source(
@@ -219,11 +202,7 @@ def format_protocol(run: RunContext) -> str:
 
 
 def validate_same_data(run: RunContext) -> None:
-    """Checks that all processes of a run have the same data and weights, whatever their folders are.
-
-    Raises:
-      SharedRefusal: The data or weights of a process differ.
-    """
+    """Checks that all processes of a run have the same data and weights, whatever their folders are."""
     multihost.validate_alike(
         {"config.data.dir": data_record(run), "config.backbone_weights": run.fingerprint or "none"}
     )

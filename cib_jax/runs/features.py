@@ -5,7 +5,6 @@ import functools
 import hashlib
 import importlib.resources
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -43,36 +42,17 @@ CODE = (
 )
 
 
-def bank(run: RunContext) -> tuple[Float16[Array, "views images features"], float]:
-    """Returns the view bank of the training images, and the seconds that it took."""
-    begun = time.perf_counter()
-    views = run.config.train.views
-    features = of_views(run, run.splits.train, views, f"View bank, {views} views")
-    return features, time.perf_counter() - begun
-
-
 def of_views(
     run: RunContext, images: ImageSet, views: int, title: str, *, stream: str = "view bank"
 ) -> Float16[Array, "views images features"]:
-    """Returns a frozen backbone's features of random views of images, with a progress bar.
-
-    Args:
-      run: Run with a frozen backbone.
-      images: Images.
-      views: Number of views per image.
-      title: Title of the progress bar.
-      stream: Random stream of the views.
-    """
+    """Returns a frozen backbone's features of `views` random views of each image, with a progress bar."""
     config = run.config
     key = build.key(config, stream)
     batches = run.repeatable_batches(images)
     made_of = {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()}
     cached = _CachedFeatures(run, made_of, images, batches)
     mine = multihost.share_of_batches(len(images), config.encode_batch)
-    with (
-        cached.lock(),
-        console.progress_bar(run.console, title, (mine.stop - mine.start) * views) as advance,
-    ):
+    with cached.lock(), console.progress_bar(run.console, title, (mine.stop - mine.start) * views) as advance:
         bank = input_pipeline.build_view_bank(
             key,
             run.encoder,
@@ -92,11 +72,7 @@ def plain(
 ) -> Iterator[Float[np.ndarray, "rows features"]]:
     """Yields the features of unaugmented images, in order, about `PART` images at a time, with a progress bar.
 
-    Args:
-      run: Run with a frozen backbone.
-      images: Images.
-      title: Title of the progress bar.
-      shared: Whether each of several processes gets only its own parts of the images, for `join_codes`.
+    If `shared`, each of several processes gets only its own parts of the images, for `join_codes`.
     """
     batches = run.repeatable_batches(images)
     cached = _CachedFeatures(run, {"views": "none"}, images, batches)
@@ -277,15 +253,10 @@ class _CachedFeatures:
             self._disable(error)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which no other run computes the same features.
-
-        The first of several processes takes the lock; the others wait for that process.
-        """
-        return (
-            self.cache.exclusive()
-            if self.cache is not None and multihost.is_first_process()
-            else contextlib.nullcontext()
-        )
+        """Returns a context in which no other run computes the same features; the first process takes the lock."""
+        if self.cache is None or not multihost.is_first_process():
+            return contextlib.nullcontext()
+        return self.cache.exclusive()
 
     def _disable(self, error: OSError) -> None:
         assert self.cache is not None

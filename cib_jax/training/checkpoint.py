@@ -102,13 +102,9 @@ class _LastAndBest:
 
 
 class Checkpoints:
-    """The checkpoints in a directory, a context manager that waits at its end for what is still being written.
+    """The checkpoints in a directory (a path, or a gs:// URI), a context manager that waits at its end for its writes.
 
     Several processes must open them, save and restore together, since each waits for the others.
-
-    Args:
-      directory: Absolute path, or gs:// URI.
-      read_only: Whether nothing is saved.
     """
 
     def __init__(self, directory: epath.PathLike, *, read_only: bool = False):
@@ -150,11 +146,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress, extra: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; `extra` is its JSON part: config, data, seconds.
-
-        Raises:
-          SaveError: The disk is full, or the previous checkpoint could not be written.
-        """
+        """Starts writing a checkpoint; `extra` is its JSON part. An error may be that of the previous checkpoint."""
         self._check_room(progress.step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._policy.best_step = progress.best_step
         # A copy, since the next step donates the state's buffers while they are still being written.
@@ -173,11 +165,7 @@ class Checkpoints:
             self._manager.save(progress.step, args=arguments, force=True)
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk.
-
-        Raises:
-          SaveError: A checkpoint could not be written.
-        """
+        """Returns when everything that was saved is on disk."""
         with self._save_errors():
             self._manager.wait_until_finished()
 
@@ -188,10 +176,11 @@ class Checkpoints:
         # An eighth and 256 KiB more, for metadata.
         free, needed = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
         if free < needed:
-            raise SaveError(
-                f"{self.directory / str(step)}: the disk has no room for the checkpoint ({needed / 2**20:,.1f} MiB are "
-                f"needed, {free / 2**20:,.1f} are free); make room, and run the same command again",
-                field=str(self.directory),
+            raise _error(
+                SaveError,
+                self.directory / str(step),
+                f"the disk has no room for the checkpoint ({needed / 2**20:,.1f} MiB are needed, {free / 2**20:,.1f} "
+                "are free); make room, and run the same command again",
             )
 
     @contextlib.contextmanager
@@ -202,39 +191,31 @@ class Checkpoints:
             if multihost.is_distributed() and multihost.is_peer_failure(error):
                 raise
             full = "No space left" in str(error)
-            raise SaveError(
-                f"{self.directory}: the last checkpoint could not be written "
-                f"({'the disk is full' if full else f'{type(error).__name__}: {error}'.splitlines()[0]}); "
-                "repair that, and the same command continues from the previous one",
-                field=str(self.directory),
-            ) from error
+            reason = "the disk is full" if full else f"{type(error).__name__}: {error}".splitlines()[0]
+            problem = f"the last checkpoint could not be written ({reason}); repair that, and the same command"
+            raise _error(SaveError, self.directory, f"{problem} continues from the previous one") from error
 
     def restore_newest(
         self, template: TrainState, warn: Callable[[str], None] = lambda sentence: None
     ) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the newest checkpoint that can be read: its state, progress and JSON part.
 
-        A damaged one is reported by `warn` and renamed to damaged-STEP, and the previous one is read instead.
-
-        Raises:
-          CheckpointError: No checkpoint can be read.
-          OtherNetworkError: The newest one belongs to another network; nothing is renamed.
+        A damaged one is reported by `warn` and renamed to damaged-STEP, and the previous one is read instead. One of
+        another network is an OtherNetworkError, and nothing is renamed.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step, before in zip(steps, [*steps[1:], None], strict=True):
-            restored, problem, intact = None, "", False
+            restored, problem, kind = None, "", CheckpointError
             try:
                 restored = self.restore(template, step)
             except CheckpointError as error:
-                problem, intact = str(error), isinstance(error, OtherNetworkError)
+                problem, kind = str(error), type(error)
             # A checkpoint that one process cannot read is used by none.
             problem = next(filter(None, multihost.gather_texts(problem)), "")
             if restored and not problem:
                 return restored
-            if intact:
-                raise OtherNetworkError(problem, field=str(self.directory / str(step)))
-            if before is None:
-                raise CheckpointError(problem, field=str(self.directory / str(step)))
+            if before is None or kind is OtherNetworkError:
+                raise kind(problem, field=str(self.directory / str(step)))
             cause = problem.partition(";")[0]
             warn(f"{cause}; it is renamed to damaged-{step}, and the previous one, of step {before}, is used")
             self._set_aside(step)
@@ -269,85 +250,44 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
-        """Returns the state, progress and JSON part of a checkpoint.
+        """Returns the state, progress and JSON part of a checkpoint, by default of the newest one.
 
-        Args:
-          template: State of the same structure, shapes and types, on the devices where the restored one is needed; it
-            may have been saved from others.
-          step: Step of the checkpoint; None reads the newest one.
-
-        Raises:
-          CheckpointError: There is no checkpoint, or it is damaged.
-          OtherNetworkError: It belongs to another network.
+        The state is put on the devices of the `template`, a state of the same structure, shapes and types.
         """
+        step = self.latest_step if step is None else step
+        folder = self.directory / str(step)
         state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template)))
         try:
-            restored = self._read(
-                self.latest_step if step is None else step,
-                state=state,
-                progress=ocp.args.JsonRestore(),
-                extra=ocp.args.JsonRestore(),
-            )
+            restored = self._read(step, state=state, progress=ocp.args.JsonRestore(), extra=ocp.args.JsonRestore())
         except CheckpointError as error:
-            self._validate_shapes(template, self.latest_step if step is None else step, error)
+            _validate_shapes(template, folder, error)
             raise
         extra = dict(restored.extra)
         if extra.pop(CHECKSUM, None) not in (None, _checksum(restored.state)):
-            folder = self.directory / str(self.latest_step if step is None else step)
-            raise CheckpointError(
-                f"{folder}: the checkpoint cannot be read (its checksum is not that of its content); remove that "
-                "folder to continue from the previous one, or use another workdir",
-                field=str(folder),
-            )
+            raise _damaged(folder, "its checksum is not that of its content")
         return TrainState(**restored.state), Progress(**restored.progress), extra
 
-    def _validate_shapes(self, template: TrainState, step: int | None, error: CheckpointError) -> None:
-        """Raises OtherNetworkError if a checkpoint is not damaged, but its metadata list other parameters."""
-        folder = self.directory / str(step)
-        try:
-            theirs = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
-        except Exception:  # Orbax raises errors of many types: the metadata are damaged, too
-            return
-        mine = _shapes(_as_dict(template))
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                there, here = (f"{shapes[name]}" if name in shapes else "absent" for shapes in (theirs, mine))
-                raise OtherNetworkError(
-                    f"{folder}: the checkpoint belongs to another network ({name.replace('/', '.')}: {there} there, "
-                    f"{here} here), perhaps of another version of cib_jax; continue with that version, or train again "
-                    "in another workdir",
-                    field=str(folder),
-                ) from error
-
     def extra(self) -> dict[str, Any]:
-        """Returns the JSON part of the newest checkpoint in which that can be read, without reading the state.
-
-        Raises:
-          CheckpointError: There is none.
-        """
-        steps: list[int | None] = [*sorted(self._manager.all_steps(), reverse=True)]
-        for step in steps[:-1]:
-            with contextlib.suppress(CheckpointError):
-                return self._extra_of(step)
-        return self._extra_of(steps[-1] if steps else None)
-
-    def _extra_of(self, step: int | None) -> dict[str, Any]:
-        extra = dict(self._read(step, extra=ocp.args.JsonRestore()).extra)
+        """Returns the JSON part of the newest checkpoint in which that can be read, without reading the state."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps or [None]:
+            try:
+                extra = dict(self._read(step, extra=ocp.args.JsonRestore()).extra)
+                break
+            except CheckpointError:
+                if step is None or step == steps[-1]:
+                    raise
         extra.pop(CHECKSUM, None)
         return extra
 
     def _read(self, step: int | None, **items: Any) -> Any:
         if step is None:
-            raise CheckpointError(
-                f"{self.directory}: there is no checkpoint here; train first, with --mode=train",
-                field=str(self.directory),
-            )
+            problem = "there is no checkpoint here; train first, with --mode=train"
+            raise _error(CheckpointError, self.directory, problem)
         folder = self.directory / str(step)
         if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder}: the checkpoint is missing; put it back, or train again in another workdir",
-                field=str(folder),
-            )
+            problem = "the checkpoint is missing; put it back, or train again in another workdir"
+            raise _error(CheckpointError, folder, problem)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (MemoryError, PermissionError):
@@ -355,10 +295,33 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise errors of many types for damaged files
             if multihost.is_distributed() and multihost.is_peer_failure(error):
                 raise
-            raise CheckpointError(
-                f"{folder}: the checkpoint cannot be read ({type(error).__name__}); remove that folder to continue "
-                "from the previous one, or use another workdir",
-                field=str(folder),
+            raise _damaged(folder, type(error).__name__) from error
+
+
+def _error(kind: type[CheckpointError], path: epath.Path, problem: str) -> CheckpointError:
+    return kind(f"{path}: {problem}", field=str(path))
+
+
+def _damaged(folder: epath.Path, reason: str) -> CheckpointError:
+    remedy = "remove that folder to continue from the previous one, or use another workdir"
+    return _error(CheckpointError, folder, f"the checkpoint cannot be read ({reason}); {remedy}")
+
+
+def _validate_shapes(template: TrainState, folder: epath.Path, error: CheckpointError) -> None:
+    """Raises OtherNetworkError if a checkpoint is not damaged, but its metadata list other parameters."""
+    try:
+        theirs = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+    except Exception:  # Orbax raises errors of many types: the metadata are damaged, too
+        return
+    mine = _shapes(_as_dict(template))
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            there, here = (f"{shapes[name]}" if name in shapes else "absent" for shapes in (theirs, mine))
+            raise _error(
+                OtherNetworkError,
+                folder,
+                f"the checkpoint belongs to another network ({name.replace('/', '.')}: {there} there, {here} here), "
+                "perhaps of another version of cib_jax; continue with that version, or train again in another workdir",
             ) from error
 
 

@@ -44,17 +44,7 @@ def features_of_two_views(
     """Returns the features of all first views, then of all second views, `micro_batch` images at a time.
 
     Views are those of `encoder.two_views(key, images, ...)`; features and gradients are the same up to rounding. There
-    is no second pass if the backbone is not trained.
-
-    Args:
-      params: Parameters to train; those of the backbone get a gradient.
-      frozen: Parameters that are not trained.
-      images: This device's rows of the batch.
-      key: Random key of the views.
-      encoder: Encoder of images, not of features.
-      micro_batch: Number of images in a part, a divisor of the number of images.
-      family: Family of the views.
-      axis: Mesh axis that shards the batch; None if it is not sharded.
+    is no second pass if the backbone is not trained. `micro_batch` must divide the number of images.
     """
     rows = images.shape[0]
     validate_micro_batch(micro_batch, rows)

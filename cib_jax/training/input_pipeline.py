@@ -37,14 +37,12 @@ SCAN_STEPS = 256
 
 @dataclasses.dataclass(frozen=True)
 class ImageBatches:
-    """Images that are read in batches, several times."""
+    """`count` images that are read, several times, in batches of at most `batch_size`."""
 
     read: Callable[[int, int], Iterable[UInt8[np.ndarray, "batch height width 3"]]]
     """Returns the images from one index to before another, in order, in batches."""
     count: int
-    """Number of images."""
     batch_size: int
-    """The most images of a batch."""
     mesh: Mesh | None = None
     """Devices of this process that compute a batch each at the same time; None is one device."""
 
@@ -72,20 +70,8 @@ def build_view_bank(
 ) -> Float16[Array, "views images features"]:
     """Returns the features of `views` random views of every image, for a backbone that is not trained.
 
-    Of several processes, each computes its share of the batches, and all get all features.
-
-    Args:
-      key: Random key; view k of image i depends on it, on k and on i alone, not on the batch size.
-      encoder: Encoder with a frozen backbone.
-      frozen: Parameters of the backbone.
-      images: Training images.
-      views: Number of views per image.
-      family: Family of the views.
-      on_images: Function that is called after each batch with the number of views that this process has computed.
-      store: Place to read the features of a view from, if they are there, and to write them to.
-
-    Raises:
-      DataError: A feature is not finite, or outside the range of float16.
+    View k of image i depends on the key, on k and on i alone, not on the batch size. Of several processes, each computes
+    its share of the batches, calls `on_images` with the number of views of each, and gets all features.
     """
     axis, mine = sharding.axis_of(images.mesh), multihost.share_of_batches(images.count, images.batch_size)
     compute = jax.jit(
@@ -162,16 +148,13 @@ def draw_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class BatchOrder:
-    """Which images make each batch, what else is known of them, and which devices share it."""
+    """Which images make each batch, what else is known of them, and which devices share it (None: one)."""
 
     seed: int
-    """Seed of the order of images."""
     batch_size: int
-    """Images per step."""
     coordinates: Float[np.ndarray, "images dimensions"] | None = None
     """Coordinates of all images on a diffusion map; for the objective "diffusion" only."""
     mesh: Mesh | None = None
-    """Devices that share each batch; None is one device."""
 
 
 def from_bank(bank: Float[Array, "views images features"], method: Method, order: BatchOrder) -> Feed:

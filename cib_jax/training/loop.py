@@ -31,12 +31,10 @@ class Feed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long training lasts, and in which portions."""
+    """How long training lasts (`epochs` at most), and in which portions."""
 
     epochs: int
-    """Passes over the training images, at most."""
     batch_size: int
-    """Images per step."""
     validate_every: int = 20
     """Epochs between validations."""
     patience: int = 6
@@ -45,14 +43,12 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class EpochReport:
-    """Result of one epoch."""
+    """Result of one epoch: means of the loss terms over its steps, and its validation MAP, if there was one."""
 
     progress: Progress
     terms: dict[str, float]
-    """Means over the epoch's steps."""
     images_per_second: float
     validation_map: float | None
-    """None if there was no validation after this epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +85,7 @@ def run(
     A function of its arguments alone: step s uses `key` folded with s, and epoch e the chunks of
     `feed.epoch_chunks(e, 0)`. A run that was stopped after any chunk and resumed therefore ends with the same bits.
     Steps are dispatched ahead and their terms are fetched late: within an epoch, the device never waits for the host.
-
-    Args:
-      state: State to start from; it may be donated.
-      progress: Progress of that state.
-      feed: Steps and their data.
-      key: Root key of all steps.
-      schedule: Epochs, batch size and validations.
-      hooks: Functions that are called in between.
-
-    Raises:
-      NonFiniteLossError: A loss term became NaN or infinite.
+    The state may be donated.
     """
     while not progress.finished and progress.epoch < schedule.epochs:
         begun = time.perf_counter()
@@ -110,7 +96,7 @@ def run(
         for chunk in feed.epoch_chunks(progress.epoch, progress.steps_of_epoch):
             state, terms = feed.steps(state, chunk, dispatched, key)
             pending.append(terms)
-            dispatched += _count(terms)
+            dispatched += len(next(iter(terms.values())))
             if stopped := hooks.stop():
                 break
             if dispatched - fetched > FETCH_EVERY and len(pending) > 1:
@@ -137,10 +123,6 @@ def run(
         means = {name: total / steps_of_epoch for name, total in sums.items()}
         hooks.on_epoch(state, EpochReport(progress, means, images_per_second, validation_map))
     return state, progress
-
-
-def _count(terms: StepTerms) -> int:
-    return len(next(iter(terms.values())))
 
 
 def _fetch(pending: list[StepTerms], first_step: int, sums: dict[str, float], hooks: Hooks) -> int:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from cib_jax import files
@@ -24,11 +24,10 @@ FLUSHED_AFTER = 30.0
 
 
 class RunInfo(NamedTuple):
-    """A run, as writers need it."""
+    """A run, as writers need it; groups of the config are nested dictionaries."""
 
     workdir: pathlib.Path
     config: dict[str, Any]
-    """Its config, with groups as nested dictionaries."""
     resumed: bool
     """Whether it continues from a checkpoint; if not, runs of earlier sessions in a service are left as they are."""
     last_step: int
@@ -123,6 +122,7 @@ class MLflow:
 
     def __init__(self, run: RunInfo):
         import mlflow
+        from flax.traverse_util import flatten_dict
 
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient()
@@ -134,7 +134,7 @@ class MLflow:
                 had = self._client.get_run(self._id).data.metrics
             except Exception as error:
                 raise MissingExtraError(
-                    f"config.log.writers: MLflow has no run {self._id} in {store} ({_first_line(error)}); set "
+                    f"config.log.writers: MLflow has no run {self._id} in {store} ({files.first_line(error)}); set "
                     f"MLFLOW_TRACKING_URI={notes.get('store')}, or remove {path} to begin a new one",
                     field="config.log.writers",
                 ) from error
@@ -145,7 +145,10 @@ class MLflow:
         self._id = self._client.create_run(_experiment(self._client), run_name=str(run.workdir)).info.run_id
         self.last_step = 0
         _write_notes(path, {"run_id": self._id, "store": store})
-        fields = [mlflow.entities.Param(name, str(value)[:LONGEST_VALUE]) for name, value in _flatten(run.config)]
+        fields = [
+            mlflow.entities.Param(name, str(value)[:LONGEST_VALUE])
+            for name, value in flatten_dict(run.config, sep=".").items()
+        ]
         for at in range(0, len(fields), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=fields[at : at + PARAMETERS_AT_ONCE])
 
@@ -210,7 +213,7 @@ def open_writers(value: str, run: RunInfo) -> dict[str, MetricWriter]:
             if isinstance(error, MissingExtraError) or name not in EXTRAS:
                 raise
             raise MissingExtraError(
-                f"config.log.writers: {name} does not start ({_first_line(error)}); set it up, or remove it from the "
+                f"config.log.writers: {name} does not start ({files.first_line(error)}); set it up, or remove it from the "
                 "field: metrics.jsonl has the same numbers",
                 field="config.log.writers",
             ) from error
@@ -229,14 +232,6 @@ def _experiment(client: Any) -> str:
     return found.experiment_id
 
 
-def _flatten(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{before}{name}.")
-        else:
-            yield before + name, value
-
-
 def _read_notes(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -251,12 +246,7 @@ def _read_notes(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_notes(path: pathlib.Path, content: dict[str, Any]) -> None:
-    with files.replacing(path) as part:
-        part.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    files.write_bytes(path, f"{json.dumps(content)}\n".encode())
 
 
 class MetricLog:
@@ -265,18 +255,7 @@ class MetricLog:
     When a run is resumed, records after `resumed_step`, or of epochs after `resumed_epoch`, are removed, since these
     steps are repeated. A writer gets no step twice, and first gets the remaining records that it lacks: it may be new,
     or a session may have been killed between the line and the writer. A writer that fails during training is reported
-    once and disabled; metrics.jsonl is always complete.
-
-    Args:
-      workdir: Folder of the run.
-      resumed_step: Step after which training continues; 0 for a new run.
-      resumed_epoch: Number of epochs after which training continues.
-      writers: Value of `log.writers`.
-      config: Config of the run, with groups as nested dictionaries, for writers that show it.
-      warn: Function that is called with a sentence on each writer that fails.
-
-    Raises:
-      MissingExtraError: A writer is not installed or does not start.
+    once, by `warn`, and disabled; metrics.jsonl is always complete.
     """
 
     def __init__(
@@ -353,6 +332,5 @@ def _truncate(path: pathlib.Path, last_step: int, last_epoch: int) -> list[dict[
                 lines.append(line + "\n")
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a line cut short when the run was killed
-    with files.replacing(path) as part:
-        part.write_text("".join(lines), encoding="utf-8")
+    files.write_bytes(path, "".join(lines).encode())
     return kept

@@ -48,7 +48,6 @@ class TrainingRun:
     params: Params
     """Parameters to train, before the first step."""
     frozen: Params
-    """Parameters that are not trained."""
     data: TrainingData
     schedule: Schedule
     key: PRNGKeyArray
@@ -66,15 +65,8 @@ def train(
 ) -> tuple[TrainState, Progress]:
     """Trains to the end of the schedule, or until `hooks.stop`, and returns the last state.
 
-    Args:
-      run: What is trained, on which data, and how.
-      start: State and progress of an earlier session to continue from; None starts at the beginning. The state is
-        donated.
-      hooks: Functions that are called between steps and epochs.
-      learn_coordinates: Trains a teacher and returns what it has learned, for an objective that needs one.
-
-    Raises:
-      NonFiniteLossError: A loss term became NaN or infinite.
+    It continues from the state and progress `start`, if given; the state is donated. `learn_coordinates` trains a
+    teacher and returns what it has learned, for an objective that needs one.
     """
     state, progress = start or (initial_state(run.params, run.method.optimizer, run.mesh), Progress())
     # 1. "diffusion" learns which images belong together from a teacher, which is trained before.

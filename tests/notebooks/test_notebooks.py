@@ -232,5 +232,5 @@ def test_missing_data_are_one_sentence(tmp_path, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", unreachable)
-    with pytest.raises(SystemExit, match=r"downloading it failed \(ConnectionError: no route to host\)"):
+    with pytest.raises(SystemExit, match="ConnectionError: no route to host"):
         exec(loading, names | {"data_dir": str(tmp_path)})
