@@ -32,10 +32,7 @@ SMALLEST_WEIGHT = 1e-6
 
 
 def nearest_neighbors(
-    embeddings: Float[np.ndarray, "items features"],
-    count: int,
-    *,
-    on_items: Callable[[int], None] = lambda items: None,
+    embeddings: Float[np.ndarray, "items features"], count: int, *, on_items: Callable[[int], None] = lambda items: None
 ) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
     """Returns the `count` nearest other items of each item by cosine, in any order, and the cosines.
 

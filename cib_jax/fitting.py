@@ -133,53 +133,35 @@ def fit(
     if OBJECTIVES[chosen.objective].taught:
         teacher.check(len(array))
     data = load_data(array, chosen, unchanging, views, stream_key(seed, "view bank"), devices, on_views)
-    run = TrainingRun(
-        chosen,
-        params,
-        unchanging,
-        dataclasses.replace(data, seed=seed),
-        Schedule(epochs, batch_size),
-        stream_key(seed, "steps"),
-        mesh,
-    )
-
+    data, schedule = dataclasses.replace(data, seed=seed), Schedule(epochs, batch_size)
+    run = TrainingRun(chosen, params, unchanging, data, schedule, stream_key(seed, "steps"), mesh)
     teacher_run = None
     if OBJECTIVES[chosen.objective].taught:
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
-        teacher_run = dataclasses.replace(
-            run,
-            method=dataclasses.replace(
-                chosen, encoder=encoder, objective=teacher.objective, temperature=teacher.temperature
-            ),
-            params=params,
-            frozen=unchanging,
-            schedule=Schedule(teacher.epochs or epochs, batch_size),
-            key=stream_key(seed, "teacher steps"),
-        )
+        objective, temperature = teacher.objective, teacher.temperature
+        theirs = dataclasses.replace(chosen, encoder=encoder, objective=objective, temperature=temperature)
+        schedule, key = Schedule(teacher.epochs or epochs, batch_size), stream_key(seed, "teacher steps")
+        teacher_run = TrainingRun(theirs, params, unchanging, data, schedule, key, mesh)
     return train_hasher(run, array, devices, on_epoch, teacher, teacher_run)
 
 
 def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Standard | None]:
     """Returns images, or features with their mean and deviation, as one array."""
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
-        raise DataError(
-            "images must all have one size; resize them first, for example with PIL.Image.resize", field="images"
-        )
+        problem = "images must all have one size; resize them first, for example with PIL.Image.resize"
+        raise DataError(problem, field="images")
     images = np.asarray(images)
+    got = f"got {images.dtype} {list(images.shape)}"
     if not on_features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise DataError(
-                f"images must be uint8 [images, height, width, 3], got {images.dtype} {list(images.shape)}; features "
-                "of a model need backbone='none'",
-                field="images",
+            problem = (
+                f"images must be uint8 [images, height, width, 3], {got}; features of a model need backbone='none'"
             )
+            raise DataError(problem, field="images")
         return images, None
     if images.dtype.kind != "f" or images.ndim not in (2, 3) or 0 in images.shape:
-        raise DataError(
-            "images must be floating point [items, features] or [items, views, features] for the backbone 'none', got "
-            f"{images.dtype} {list(images.shape)}",
-            field="images",
-        )
+        allowed = "floating point [items, features] or [items, views, features] for the backbone 'none'"
+        raise DataError(f"images must be {allowed}, {got}", field="images")
     blocks = [images[start : start + 8192] for start in range(0, len(images), 8192)]
     if not all(np.isfinite(block).all() for block in blocks):
         raise DataError("images: some features are not finite; remove those rows", field="images")

@@ -85,7 +85,7 @@ def bi_half(
     return _fit_head(features, bits, key, loss, Schedule(epochs, batch_size, learning_rate))
 
 
-def balanced_sign(logits: Float[Array, "batch bits"], gamma: float) -> Float[Array, "batch bits"]:
+def balanced_sign(logits: Float[Array, "batch bits"], gamma: float | Array) -> Float[Array, "batch bits"]:
     """Returns the nearest ±1 codes that are balanced over the batch, bit by bit (equation 8).
 
     Codes of the upper half of the logits are +1: ⌊batch / 2⌋ of them, and the earlier one of equal logits. The gradient
@@ -97,17 +97,19 @@ def balanced_sign(logits: Float[Array, "batch bits"], gamma: float) -> Float[Arr
 
 
 @jax.custom_vjp
-def _attracted(logits: Array, codes: Array, weight: float) -> Array:
+def _attracted(logits: Array, codes: Array, weight: float | Array) -> Array:
     """Returns `codes`, with the gradient of equation 9."""
     del logits, weight
     return codes
 
 
-def _attracted_forward(logits: Array, codes: Array, weight: float) -> tuple[Array, tuple[Array, Array, float]]:
+def _attracted_forward(
+    logits: Array, codes: Array, weight: float | Array
+) -> tuple[Array, tuple[Array, Array, float | Array]]:
     return codes, (logits, codes, weight)
 
 
-def _attracted_backward(residuals: tuple[Array, Array, float], gradient: Array) -> tuple[Array, Array, Array]:
+def _attracted_backward(residuals: tuple[Array, Array, float | Array], gradient: Array) -> tuple[Array, Array, Array]:
     logits, codes, weight = residuals
     return gradient + weight * (logits - codes), jnp.zeros_like(codes), jnp.zeros_like(weight)
 
@@ -260,7 +262,7 @@ def minimize(
     optimizer = optax.adam(schedule.learning_rate)
 
     @jax.jit
-    def epoch(carry: Any, features: Array, number: Array) -> tuple[Any, None]:
+    def epoch(carry: Any, features: Array, number: int | Array) -> Any:
         order_key, noise_key = jax.random.split(jax.random.fold_in(key, number))
         order = jax.random.permutation(order_key, len(features))[: steps * batch].reshape(steps, batch)
 

@@ -390,14 +390,12 @@ def _encode_block(
 # Training of an encoder on the photos
 
 
-FEWEST = 16
-"""The fewest photos to train on."""
-FEW = 500
-"""Number of photos below which a message says that they are few."""
+FEWEST = 16  # photos to train on
+FEW = 500  # photos below which a message says that they are few
 
 
 def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console) -> Hasher:
-    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` readable photos."""
+    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` photos."""
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)
@@ -409,12 +407,10 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
             "add some, or give --workdir=RUN, the folder of a trained run",
             field="--images",
         )
-    few = ", which are few: more photos, or --workdir=RUN of a trained run, give better codes"
-    print_message(
-        console,
-        f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
-        f"{few if len(images) < FEW else ''}",
-    )
+    message = f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
+    if len(images) < FEW:
+        message += ", which are few: more photos, or --workdir=RUN of a trained run, give better codes"
+    print_message(console, message)
     devices = sharding.mesh_size(sharding.local_mesh(config.devices))
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -422,16 +418,9 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
     mesh = sharding.make_mesh(config.devices, config.batch_size)
     grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
     views = config.train.views if config.frozen else 0
+    method, key = build.method(config, encoder), build.key(config, "view bank")
     with progress_bar(console, "Training: views", views * len(images)) as advance:
-        data = fitting.load_data(
-            images,
-            build.method(config, encoder),
-            frozen,
-            views,
-            build.key(config, "view bank"),
-            config.devices,
-            lambda more: advance(more, ""),
-        )
+        data = fitting.load_data(images, method, frozen, views, key, config.devices, lambda more: advance(more, ""))
     run = build.training_run(config, (encoder, params, frozen), data, mesh)
     teacher_run = None
     if OBJECTIVES[config.objective].taught:

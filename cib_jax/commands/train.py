@@ -220,27 +220,23 @@ def _load_data(run: RunContext) -> tuple[TrainingData, float]:
     return TrainingData(loaded, stored_size=stored_size), 0.0
 
 
+@dataclasses.dataclass
 class _Session:
     """What happens around the steps: progress bar, SIGTERM, validation, log and checkpoints."""
 
-    def __init__(
-        self,
-        run: RunContext,
-        start: Progress,
-        checkpoints: Checkpoints,
-        owned: Owned,
-        extra: dict[str, Any],
-        log: MetricLog | None,
-    ):
-        self.run, self.start, self.log = run, start, log
-        self.checkpoints, self.owned, self.extra = checkpoints, owned, extra
-        # SIGTERM is only noted from the first step until the state after the last one is saved.
-        self.until_saved = contextlib.ExitStack()
+    run: RunContext
+    start: Progress
+    checkpoints: Checkpoints
+    owned: Owned
+    extra: dict[str, Any]
+    log: MetricLog | None
+    until_saved: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    """Context, from the first step until the state after the last one is saved, in which SIGTERM is only noted."""
 
     @property
     def hooks(self) -> Hooks:
         validation = Validation(self.run) if self.run.splits.validation is not None else None
-        return Hooks(validation, self.on_steps, self.on_epoch, lambda: self.sigterm_came(), self.during_steps)
+        return Hooks(validation, self.on_steps, self.on_epoch, self.should_stop, self.during_steps)
 
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:
@@ -249,6 +245,9 @@ class _Session:
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
         with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
             yield
+
+    def should_stop(self) -> bool:
+        return self.sigterm_came()
 
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
         words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "contrast", "kl"))
@@ -339,17 +338,10 @@ def teacher_context(run: RunContext) -> RunContext:
     with config.unlocked():
         config.train.checkpoint_dir = checkpoint.within(config.train.checkpoint_dir, TEACHER_FOLDER)
     encoder, initial, frozen, _ = build.encoder(config, standard=run.standard, stream="teacher weights")
-    return dataclasses.replace(
-        run,
-        config=config,
-        workdir=run.workdir / TEACHER_FOLDER,
-        splits=dataclasses.replace(run.splits, validation=None),
-        encoder=encoder,
-        initial=initial,
-        # The same arrays as the run's, so that a large network is in memory once.
-        frozen=run.frozen or frozen,
-        is_teacher=True,
-    )
+    frozen = run.frozen or frozen  # the same arrays as the run's, so that a large network is in memory once
+    own: dict[str, Any] = {"config": config, "workdir": run.workdir / TEACHER_FOLDER, "is_teacher": True}
+    network: dict[str, Any] = {"encoder": encoder, "initial": initial, "frozen": frozen}
+    return dataclasses.replace(run, splits=dataclasses.replace(run.splits, validation=None), **own, **network)
 
 
 def _learn_coordinates(run: RunContext, data: TrainingData) -> Coordinates:

@@ -118,18 +118,9 @@ def source(
 ) -> dataset.Source:
     """Returns the data set; only photos in a folder or a list need the folder `prepared`, of resized ones."""
     data = config.data
-    which = DataConfig(
-        name=data.name,
-        directory=data.dir,
-        labeled=data.labelled,
-        stored_size=data.stored_size,
-        max_megapixels=data.max_megapixels,
-        raw_directory=data.raw_dir,
-        image_feature=data.image_feature,
-        label_feature=data.label_feature,
-        database_split=data.database_split,
-        query_split=data.query_split,
-    )
+    # The other fields of `DataConfig` have the same names in the config.
+    named = {field.name: data[field.name] for field in dataclasses.fields(DataConfig) if field.name in data}
+    which = DataConfig(directory=data.dir, labeled=data.labelled, raw_directory=data.raw_dir, **named)
     return sources.load(which, prepared, bar)
 
 
@@ -156,20 +147,14 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
             field="config.train.views",
         )
     if config.augment == "stored" and (np.ndim(first := drawn.train.images[0]) != 2 or len(first) < 2):
-        raise ConfigError(
-            "config.augment must be 'noise' for features with one vector per item, got 'stored', which draws two of "
-            "several, [items, views, features]",
-            field="config.augment",
-        )
+        problem = "must be 'noise' for features with one vector per item, got 'stored', which draws two of several"
+        raise ConfigError(f"config.augment {problem}, [items, views, features]", field="config.augment")
     if OBJECTIVES[config.objective].taught:
         try:
             teacher(config).check(len(drawn.train))
         except ConfigError as error:
             raise ConfigError(f"config.{error}", field=f"config.{error.field}") from None
     if config.batch_size > len(drawn.train):
-        raise ConfigError(
-            f"config.batch_size must be at most the number of training images, {len(drawn.train)}, got "
-            f"{config.batch_size}",
-            field="config.batch_size",
-        )
+        allowed = f"at most the number of training images, {len(drawn.train)}"
+        raise ConfigError(f"config.batch_size must be {allowed}, got {config.batch_size}", field="config.batch_size")
     return drawn

@@ -22,9 +22,9 @@ COLUMN_CHANNELS = 4  # with as few inputs and a stride, XLA's form takes twice a
 WINOGRAD_CHANNELS = 128  # with fewer inputs or outputs, transforming the tiles costs what the products save
 CHUNK_PIXELS = 2**17  # pixels that a CPU takes through a network at once: two images at 224 px, eight at 128
 # Winograd's matrices Aᵀ, G and Bᵀ.
-OF_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
-OF_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
-OF_DATA = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+OF_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+OF_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+OF_DATA = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
 
 
 class Convolution(nnx.Module):

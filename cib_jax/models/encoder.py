@@ -220,38 +220,23 @@ def create_encoder(
     chosen = registry.get(backbone)
     on_features = chosen.takes == "features"
     if on_features != (standard is not None):
-        raise ConfigError(
-            f"standard must be given for the backbone 'none', and for no other, got the backbone {backbone!r}; "
-            "cib_jax.augment.features.standard computes it",
-            field="standard",
-        )
+        problem = f"must be given for the backbone 'none', and for no other, got the backbone {backbone!r}"
+        raise _error("standard", f"{problem}; cib_jax.augment.features.standard computes it")
     if standard is not None:
-        chosen = dataclasses.replace(
-            chosen,
-            features=len(standard.mean),
-            mean=tuple(standard.mean.tolist()),
-            deviation=tuple(standard.deviation.tolist()),
-        )
+        mean, deviation = tuple(standard.mean.tolist()), tuple(standard.deviation.tolist())
+        chosen = dataclasses.replace(chosen, features=len(mean), mean=mean, deviation=deviation)
     size = image_size or chosen.image_size
     has_pretrained = chosen.convert is not None
     if bits < 8 or bits % 8:
-        raise ConfigError(
-            f"bits must be a positive multiple of 8, since codes are stored in bytes, got {bits}; try 16, 32 or 64",
-            field="bits",
-        )
+        allowed = "a positive multiple of 8, since codes are stored in bytes"
+        raise _error("bits", f"must be {allowed}, got {bits}; try 16, 32 or 64")
     if size < chosen.smallest or size % chosen.multiple:
-        raise ConfigError(
-            f"image_size must be at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}, got {size}",
-            field="image_size",
-        )
+        allowed = f"at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}"
+        raise _error("image_size", f"must be {allowed}, got {size}")
     if backbone_dtype not in DTYPES:
-        raise ConfigError(
-            f"backbone_dtype must be one of {', '.join(DTYPES)}, got {backbone_dtype!r}", field="backbone_dtype"
-        )
+        raise _error("backbone_dtype", f"must be one of {', '.join(DTYPES)}, got {backbone_dtype!r}")
     if frozen and backbone_params is None and not has_pretrained and not on_features:
-        raise ConfigError(
-            f"frozen must be False for {backbone}, which starts from random weights, got True", field="frozen"
-        )
+        raise _error("frozen", f"must be False for {backbone}, which starts from random weights, got True")
     if has_pretrained and pretrained and backbone_params is None:
         raise WeightsError(
             f"backbone_params must be cib_jax.load_pretrained({backbone!r}) for {backbone}; or give pretrained=False "
@@ -288,6 +273,10 @@ def create_encoder(
     return encoder, head_params | trained, _cast(unchanging, DTYPES[backbone_dtype])
 
 
+def _error(field: str, problem: str) -> ConfigError:
+    return ConfigError(f"{field} {problem}", field=field)
+
+
 def _split_backbone(
     chosen: registry.Backbone, size: int, key: PRNGKeyArray, loaded: Params | None
 ) -> tuple[nnx.GraphDef[Any], Params]:
@@ -296,8 +285,7 @@ def _split_backbone(
         return graph, nnx.to_pure_dict(state)
     # Shapes only: drawing VGG's 134 million random weights, to discard them, would take seconds.
     graph, state = nnx.split(nnx.eval_shape(lambda: chosen.build(nnx.Rngs(key), size)))
-    expected = jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
-    given = jax.tree.map(jnp.shape, loaded)
+    expected, given = jax.tree.map(jnp.shape, nnx.to_pure_dict(state)), jax.tree.map(jnp.shape, loaded)
     if expected != given:
         raise WeightsError(
             f"backbone_params must have the shapes {expected} for {chosen.name}, got {given}; give "

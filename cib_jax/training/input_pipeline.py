@@ -23,9 +23,7 @@ from cib_jax.random_streams import fold_by_name
 from cib_jax.training.loop import Feed, StepTerms
 from cib_jax.training.train_step import Batch, Method, TrainState, update
 
-STORED = np.float16
-"""Type of a view bank: half the bytes of float32. Its rounding, 1 part in 2,048, is far smaller than the difference
-between two draws of a view."""
+STORED = np.float16  # of a view bank; its rounding is far smaller than the difference between two draws of a view
 BYTES = np.dtype(STORED).itemsize
 
 SCAN_STEPS = 256
@@ -70,24 +68,14 @@ def build_view_bank(
 ) -> Float16[Array, "views images features"]:
     """Returns the features of `views` random views of every image, for a backbone that is not trained.
 
-    View k of image i depends on the key, on k and on i alone, not on the batch size. Of several processes, each computes
-    its share of the batches, calls `on_images` with the number of views of each, and gets all features.
+    View k of image i depends on the key, k and i alone, not on the batch size. Of several processes, each computes its
+    share of the batches, calls `on_images` with the number of views of each, and gets all features.
     """
     axis, mine = sharding.axis_of(images.mesh), multihost.share_of_batches(images.count, images.batch_size)
     compute = jax.jit(
         sharding.shard_rows(functools.partial(_view_features, encoder=encoder, family=family, axis=axis), images.mesh)
     )
     frozen = sharding.replicate(frozen, images.mesh)
-
-    def compute_view(key: PRNGKeyArray) -> Iterable[Array]:
-        return sharding.map_batches(
-            lambda batch, first: compute(frozen, batch, first, key),
-            images.read(mine.start, mine.stop),
-            on_images,
-            size=min(images.batch_size, images.count),
-            first=mine.start,
-            over=images.mesh,
-        )
 
     bank = np.empty((views, images.count, encoder.backbone.features), STORED)
     for view, rows in enumerate(bank):
@@ -96,8 +84,16 @@ def build_view_bank(
             rows[:] = kept
             on_images(mine.stop - mine.start)
             continue
+        view_key = jax.random.fold_in(key, view)
         start = mine.start
-        for features in compute_view(jax.random.fold_in(key, view)):
+        for features in sharding.map_batches(
+            lambda batch, first: compute(frozen, batch, first, view_key),  # noqa: B023 - used up in this iteration
+            images.read(mine.start, mine.stop),
+            on_images,
+            size=min(images.batch_size, images.count),
+            first=mine.start,
+            over=images.mesh,
+        ):
             rows[start : start + len(features)] = features
             start += len(features)
         if multihost.is_distributed():

@@ -72,13 +72,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def run(
-    state: TrainState,
-    progress: Progress,
-    feed: Feed,
-    *,
-    key: PRNGKeyArray,
-    schedule: Schedule,
-    hooks: Hooks = Hooks(),
+    state: TrainState, progress: Progress, feed: Feed, *, key: PRNGKeyArray, schedule: Schedule, hooks: Hooks = Hooks()
 ) -> tuple[TrainState, Progress]:
     """Trains from `progress` to the end, or until `hooks.stop`, and returns the last state.
 

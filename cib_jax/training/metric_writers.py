@@ -13,14 +13,9 @@ from typing import Any, NamedTuple, Protocol
 from cib_jax import files
 from cib_jax.errors import MissingExtraError
 
-PROJECT = "cib_jax"
-"""Project, or experiment, of the runs in a tracking service, unless the environment names another one."""
-
-PARAMETERS_AT_ONCE, LONGEST_VALUE = 100, 6000
-"""The most parameters that MLflow takes in one call, and the most characters of a value."""
-
-FLUSHED_AFTER = 30.0
-"""Seconds after which W&B has surely stored what it was given; it does so every 15 seconds, and at the end."""
+PROJECT = "cib_jax"  # or experiment, of the runs in a tracking service, unless the environment names another one
+PARAMETERS_AT_ONCE, LONGEST_VALUE = 100, 6000  # of MLflow: most parameters in a call, most characters of a value
+FLUSHED_AFTER = 30.0  # seconds after which W&B has surely stored what it was given: it does so every 15 seconds
 
 
 class RunInfo(NamedTuple):
@@ -28,10 +23,8 @@ class RunInfo(NamedTuple):
 
     workdir: pathlib.Path
     config: dict[str, Any]
-    resumed: bool
-    """Whether it continues from a checkpoint; if not, runs of earlier sessions in a service are left as they are."""
-    last_step: int
-    """The last step in metrics.jsonl; 0 if there is none."""
+    resumed: bool  # from a checkpoint; if not, runs of earlier sessions in a service are left as they are
+    last_step: int  # in metrics.jsonl; 0 if there is none
 
 
 class MetricWriter(Protocol):
@@ -133,10 +126,9 @@ class MLflow:
             try:
                 had = self._client.get_run(self._id).data.metrics
             except Exception as error:
-                raise MissingExtraError(
-                    f"config.log.writers: MLflow has no run {self._id} in {store} ({files.first_line(error)}); set "
-                    f"MLFLOW_TRACKING_URI={notes.get('store')}, or remove {path} to begin a new one",
-                    field="config.log.writers",
+                raise _error(
+                    f"MLflow has no run {self._id} in {store} ({files.first_line(error)}); set MLFLOW_TRACKING_URI="
+                    f"{notes.get('store')}, or remove {path} to begin a new one"
                 ) from error
             self._client.update_run(self._id, status="RUNNING")
             steps = [metric.step for name in had for metric in self._client.get_metric_history(self._id, name)]
@@ -164,15 +156,9 @@ class MLflow:
         self._client.set_terminated(self._id, status="FINISHED" if finished else "KILLED")
 
 
-WRITERS: dict[str, Callable[[RunInfo], MetricWriter]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-}
-"""Writers by their names in `log.writers`."""
-
-EXTRAS = ("wandb", "mlflow")
-"""Writers that need an optional package. Package and extra have the name of the writer."""
+WRITERS: dict[str, Callable[[RunInfo], MetricWriter]]
+WRITERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}  # by their names in `log.writers`
+EXTRAS = ("wandb", "mlflow")  # need an optional package; package and extra have the name of the writer
 
 CHOICES = f"must name some of {', '.join(WRITERS)}, separated by commas, or be empty for metrics.jsonl alone"
 
@@ -192,11 +178,12 @@ def validate_writers(value: str) -> None:
     for name in names(value):
         # A folder of that name, such as the one that Weights & Biases creates, looks like a package without a file.
         if name in EXTRAS and getattr(importlib.util.find_spec(name), "origin", None) is None:
-            raise MissingExtraError(
-                f"config.log.writers: the package {name} is not installed; pip install 'cib-jax[{name}]', or remove it "
-                "from the field",
-                field="config.log.writers",
-            )
+            remedy = f"pip install 'cib-jax[{name}]', or remove it from the field"
+            raise _error(f"the package {name} is not installed; {remedy}")
+
+
+def _error(problem: str) -> MissingExtraError:
+    return MissingExtraError(f"config.log.writers: {problem}", field="config.log.writers")
 
 
 def open_writers(value: str, run: RunInfo) -> dict[str, MetricWriter]:
@@ -212,11 +199,8 @@ def open_writers(value: str, run: RunInfo) -> dict[str, MetricWriter]:
                     other.close(finished=False)
             if isinstance(error, MissingExtraError) or name not in EXTRAS:
                 raise
-            raise MissingExtraError(
-                f"config.log.writers: {name} does not start ({files.first_line(error)}); set it up, or remove it from the "
-                "field: metrics.jsonl has the same numbers",
-                field="config.log.writers",
-            ) from error
+            remedy = "set it up, or remove it from the field: metrics.jsonl has the same numbers"
+            raise _error(f"{name} does not start ({files.first_line(error)}); {remedy}") from error
     return writers
 
 
