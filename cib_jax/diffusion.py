@@ -21,14 +21,12 @@ from jaxtyping import Float, Float32, Int
 from cib_jax.errors import ConfigError, DataError
 from cib_jax.random_streams import stream_rng
 
-BLOCK = 512
-"""Items of which the similarities to all others are in memory at a time, in each thread."""
+BLOCK = 512  # items of which the similarities to all others are in memory at a time, in each thread
 
 TOLERANCE = 1e-4
 """Relative precision of the eigenvalues: far finer than the change that another draw of the embeddings makes."""
 
-SMALLEST_WEIGHT = 1e-6
-"""Weight of an edge between embeddings that are opposite, so that a walk can leave every item."""
+SMALLEST_WEIGHT = 1e-6  # weight of an edge between embeddings that are opposite, so that a walk can leave every item
 
 
 def nearest_neighbors(

@@ -43,16 +43,12 @@ class RunContext:
     protocol: Protocol
     source: Source
     splits: Splits
-    standard: Standard | None
-    """Mean and deviation of the features, if the data are features."""
+    standard: Standard | None  # mean and deviation of the features, if the data are features
     encoder: Encoder
-    initial: Params
-    """Parameters to train, before the first step."""
+    initial: Params  # parameters to train, before the first step
     frozen: Params
-    fingerprint: str
-    """Fingerprint of the backbone weights that were loaded; "" if none were."""
-    is_teacher: bool = False
-    """Whether this is the teacher of another run, which draws from random streams of its own."""
+    fingerprint: str  # fingerprint of the backbone weights that were loaded; "" if none were
+    is_teacher: bool = False  # whether this is the teacher of another run, which draws from random streams of its own
 
     def print(self, sentence: str) -> None:
         """Prints a sentence on the run's console."""

@@ -34,10 +34,8 @@ class TrainingData:
     """Arrays of JAX stay on the device; anything else is streamed from the host, unless there is a view bank."""
     bank: Float16[Array, "views images features"] | None = None
     """Features of a few views of every image, computed once by a frozen backbone; None draws fresh views."""
-    stored_size: int = 0
-    """Side in pixels to which streamed images are resized on the host; 0 leaves them as they are."""
-    seed: int = 0
-    """Seed of the order in which the images are seen."""
+    stored_size: int = 0  # side in pixels to which streamed images are resized on the host; 0 leaves them as they are
+    seed: int = 0  # seed of the order in which the images are seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +43,12 @@ class TrainingRun:
     """Everything that decides the trained parameters."""
 
     method: Method
-    params: Params
-    """Parameters to train, before the first step."""
+    params: Params  # parameters to train, before the first step
     frozen: Params
     data: TrainingData
     schedule: Schedule
-    key: PRNGKeyArray
-    """Root key of all steps."""
-    mesh: Mesh | None = None
-    """Devices that share each batch; None is one device."""
+    key: PRNGKeyArray  # root key of all steps
+    mesh: Mesh | None = None  # devices that share each batch; None is one device
 
 
 def train(
