@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class ImageBatches:
     mesh: Mesh | None = None  # devices of this process that compute a batch each at the same time; None is one device
 
 
+@runtime_checkable
 class ViewStore(Protocol):
     """A place where the features of each view are kept for later runs."""
 
