@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse
@@ -21,14 +21,16 @@ from jaxtyping import Float, Float32, Int
 from cib_jax.errors import ConfigError, DataError
 from cib_jax.random_streams import stream_rng
 
-BLOCK = 512
-"""Items of which the similarities to all others are in memory at a time, in each thread."""
+BLOCK = 512  # items of which the similarities to all others are in memory at a time, in each thread
 
 TOLERANCE = 1e-4
 """Relative precision of the eigenvalues: far finer than the change that another draw of the embeddings makes."""
 
-SMALLEST_WEIGHT = 1e-6
-"""Weight of an edge between embeddings that are opposite, so that a walk can leave every item."""
+SMALLEST_WEIGHT = 1e-6  # weight of an edge between embeddings that are opposite, so that a walk can leave every item
+
+
+def _error(name: str, allowed: str, value: object) -> ConfigError:
+    return ConfigError(f"teacher.{name} {allowed}, got {value}", field=f"teacher.{name}")
 
 
 def nearest_neighbors(
@@ -40,17 +42,12 @@ def nearest_neighbors(
     """
     items = len(embeddings)
     if not 1 <= count < items:
-        raise ConfigError(
-            f"teacher.neighbours must be from 1 to {items - 1} for {items} items, got {count}",
-            field="teacher.neighbours",
-        )
+        raise _error("neighbours", f"must be from 1 to {items - 1} for {items} items", count)
     unit = np.asarray(embeddings, np.float32)
     norms = np.linalg.norm(unit, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or not norms.all():
-        raise DataError(
-            "embeddings must be finite and not all zeros, since their direction is compared; remove those items",
-            field="embeddings",
-        )
+        problem = "must be finite and not all zeros, since their direction is compared; remove those items"
+        raise DataError(f"embeddings {problem}", field="embeddings")
     unit = unit / norms
     neighbors, cosines = np.empty((items, count), np.int32), np.empty((items, count), np.float32)
 
@@ -91,12 +88,9 @@ def coordinates(
     """
     items = len(embeddings)
     if not 2 <= dimensions < items:
-        raise ConfigError(
-            f"teacher.dimensions must be from 2 to {items - 1} for {items} items, got {dimensions}",
-            field="teacher.dimensions",
-        )
+        raise _error("dimensions", f"must be from 2 to {items - 1} for {items} items", dimensions)
     if steps < 1:
-        raise ConfigError(f"teacher.steps must be 1 or more, got {steps}", field="teacher.steps")
+        raise _error("steps", "must be 1 or more", steps)
     neighbors, cosines = nearest_neighbors(embeddings, neighbours, on_items=on_items)
     weights = np.maximum(cosines.astype(np.float64), SMALLEST_WEIGHT).ravel()
     edges = (np.repeat(np.arange(items), neighbours), neighbors.ravel())
@@ -175,11 +169,11 @@ class Teacher:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
             if getattr(self, name) < least:
-                self._refuse(name, f"must be {least} or more")
+                raise _error(name, f"must be {least} or more", getattr(self, name))
         if self.bits < 8 or self.bits % 8:
-            self._refuse("bits", "must be a positive multiple of 8, such as 128")
+            raise _error("bits", "must be a positive multiple of 8, such as 128", self.bits)
         if not self.temperature > 0:
-            self._refuse("temperature", "must be greater than 0")
+            raise _error("temperature", "must be greater than 0", self.temperature)
 
     def check(self, images: int) -> None:
         """Checks that there are enough training images for the graph.
@@ -189,10 +183,8 @@ class Teacher:
         """
         for name in ("neighbours", "dimensions"):
             if getattr(self, name) >= images:
-                self._refuse(name, f"must be less than the number of training images, {images}")
-
-    def _refuse(self, name: str, problem: str) -> NoReturn:
-        raise ConfigError(f"teacher.{name} {problem}, got {getattr(self, name)}", field=f"teacher.{name}")
+                allowed = f"must be less than the number of training images, {images}"
+                raise _error(name, allowed, getattr(self, name))
 
     @property
     def walk(self) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from cib_jax.training.loop import EpochReport, Hooks, Schedule
 from cib_jax.training.train_step import Method, adam
 from cib_jax.training.trainer import Coordinates, TrainingData, TrainingRun
 
-ENCODE_BATCH = 100
-"""Images that a device encodes at once, as `encode_batch` in configs/default.py."""
+ENCODE_BATCH = 100  # images that a device encodes at once, as `encode_batch` in configs/default.py
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -84,8 +85,7 @@ def train(
     with multihost.shared_errors():
         schema.validate(config)
         mesh = sharding.make_mesh(config.devices, config.batch_size)
-        if config.micro_batch:
-            grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
+        grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
         metric_writers.validate_writers(config.log.writers)
     console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))
@@ -143,36 +143,28 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
         with _metric_log(run, progress) as log:
             loaded, bank_seconds = (data, 0.0) if data is not None else _load_data(run)
             extra["bank_seconds"] = bank_seconds
-            training_run = build.training_run(
-                run.config,
-                (run.encoder, run.initial, run.frozen),
-                loaded,
-                run.training_mesh,
-                stream="teacher steps" if run.is_teacher else "steps",
-            )
+            network, stream = (run.encoder, run.initial, run.frozen), "teacher steps" if run.is_teacher else "steps"
+            training_run = build.training_run(run.config, network, loaded, run.training_mesh, stream=stream)
             session = _Session(run, progress, checkpoints, owned, extra, log)
             with session.until_saved:
+                learn = functools.partial(_learn_coordinates, run, loaded)
                 try:
                     state, progress = trainer.train(
-                        training_run,
-                        (state, progress),
-                        hooks=session.hooks,
-                        learn_coordinates=lambda: _learn_coordinates(run, loaded),
+                        training_run, (state, progress), hooks=session.hooks, learn_coordinates=learn
                     )
                 except NonFiniteLossError as error:
                     checkpoints.wait()
+                    last = checkpoints.directory / str(checkpoints.latest_step)
+                    remedy = "in another --workdir with a lower config.learning_rate or a higher config.temperature"
                     raise TrainingError(
-                        f"{error}; the last good checkpoint is {checkpoints.directory / str(checkpoints.latest_step)}; "
-                        "train again in another --workdir with a lower config.learning_rate or a higher "
-                        "config.temperature",
+                        f"{error}; the last good checkpoint is {last}; train again {remedy}",
                         field="config.learning_rate",
                     ) from None
                 if not progress.finished:
                     session.save(state, progress)
                     checkpoints.wait()
-                    raise multihost.Preempted(
-                        f"{_format_progress(progress, run.config)} is saved in {checkpoints.directory}"
-                    )
+                    saved = _format_progress(progress, run.config)
+                    raise multihost.Preempted(f"{saved} is saved in {checkpoints.directory}")
         return float(extra["bank_seconds"])
 
 
@@ -188,11 +180,9 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
             with multihost.shared_errors():
                 validate_fingerprint(run.fingerprint, extra, run.workdir)
                 if changed := context.describe_data_change(run, extra):
-                    raise DataError(
-                        f"config.data.dir: {changed}, so that the run cannot end with the same result; put the data "
-                        "back, or train again in another --workdir",
-                        field="config.data.dir",
-                    )
+                    remedy = "put the data back, or train again in another --workdir"
+                    problem = f"config.data.dir: {changed}, so that the run cannot end with the same result; {remedy}"
+                    raise DataError(problem, field="config.data.dir")
             run.print(f"Going on after {_format_progress(progress, run.config).rstrip(',')}")
             return state, progress, extra
     extra = {

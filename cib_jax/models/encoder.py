@@ -88,9 +88,11 @@ class Encoder:
         """Returns the images as at test time, resized and normalized for the backbone; features are standardized."""
         if self.backbone.takes == "features":
             return plain(images, self.backbone.mean, self.backbone.deviation)
-        return augment.resize_and_normalize(
-            images, image_size=self.image_size, mean=self.backbone.mean, deviation=self.backbone.deviation
-        )
+        return augment.resize_and_normalize(images, **self._size_and_scale)
+
+    @property
+    def _size_and_scale(self) -> dict[str, Any]:
+        return {"image_size": self.image_size, "mean": self.backbone.mean, "deviation": self.backbone.deviation}
 
     def two_views(
         self,
@@ -119,28 +121,13 @@ class Encoder:
                 dropout=self.feature_dropout,
                 axis=axis,
             )
-        return augment.two_views(
-            key,
-            images,
-            image_size=self.image_size,
-            family=family,
-            mean=self.backbone.mean,
-            deviation=self.backbone.deviation,
-            axis=axis,
-        )
+        return augment.two_views(key, images, family=family, axis=axis, **self._size_and_scale)
 
     def view_each(
         self, keys: PRNGKeyArray, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
     ) -> Float[Array, "batch image_size image_size 3"]:
         """Returns one random view of every image, each drawn by its own key of `keys`."""
-        return augment.view_each(
-            keys,
-            images,
-            image_size=self.image_size,
-            family=family,
-            mean=self.backbone.mean,
-            deviation=self.backbone.deviation,
-        )
+        return augment.view_each(keys, images, family=family, **self._size_and_scale)
 
     def features(
         self, params: Params, frozen: Params, views: Float[Array, "batch ..."]
@@ -153,8 +140,7 @@ class Encoder:
             state = frozen["backbone"]
         else:  # some or all of the backbone is trained, or low-rank corrections of it
             state = finetune.backbone_state(params, frozen, self.lora_scale)
-        state = _cast(state, dtype)
-        network = nnx.merge(self.backbone_graph, state)
+        network = nnx.merge(self.backbone_graph, _cast(state, dtype))
         if self.checkpointing:
             finetune.checkpoint_blocks(network)
         return network(views.astype(dtype)).astype(jnp.float32)

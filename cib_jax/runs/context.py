@@ -43,16 +43,12 @@ class RunContext:
     protocol: Protocol
     source: Source
     splits: Splits
-    standard: Standard | None
-    """Mean and deviation of the features, if the data are features."""
+    standard: Standard | None  # mean and deviation of the features, if the data are features
     encoder: Encoder
-    initial: Params
-    """Parameters to train, before the first step."""
+    initial: Params  # parameters to train, before the first step
     frozen: Params
-    fingerprint: str
-    """Fingerprint of the backbone weights that were loaded; "" if none were."""
-    is_teacher: bool = False
-    """Whether this is the teacher of another run, which draws from random streams of its own."""
+    fingerprint: str  # fingerprint of the backbone weights that were loaded; "" if none were
+    is_teacher: bool = False  # whether this is the teacher of another run, which draws from random streams of its own
 
     def print(self, sentence: str) -> None:
         """Prints a sentence on the run's console."""
@@ -147,10 +143,8 @@ def prepare_run(
     if config.backbone == "none" and not trained:
         standard = features.standard(_blocks(splits.train))
     print_weights_download(config, console)
-    encoder, initial, frozen, fingerprint = build.encoder(config, trained=trained, standard=standard)
-    return RunContext(
-        config, workdir, console, protocol, source, splits, standard, encoder, initial, frozen, fingerprint
-    )
+    network = build.encoder(config, trained=trained, standard=standard)
+    return RunContext(config, workdir, console, protocol, source, splits, standard, *network)
 
 
 def print_weights_download(config: ml_collections.ConfigDict, console: rich.console.Console) -> None:
@@ -203,15 +197,13 @@ def format_protocol(run: RunContext) -> str:
 
 def validate_same_data(run: RunContext) -> None:
     """Checks that all processes of a run have the same data and weights, whatever their folders are."""
-    multihost.validate_alike(
-        {"config.data.dir": data_record(run), "config.backbone_weights": run.fingerprint or "none"}
-    )
+    weights_used = run.fingerprint or "none"
+    multihost.validate_alike({"config.data.dir": data_record(run), "config.backbone_weights": weights_used})
 
 
 def data_record(run: RunContext) -> dict[str, Any]:
     """Returns the description of a run's data that its checkpoints hold."""
-    counts = {"train": len(run.splits.train), "database": len(run.splits.database)}
-    return {"digest": run.data_digest, **counts}
+    return {"digest": run.data_digest, "train": len(run.splits.train), "database": len(run.splits.database)}
 
 
 def describe_data_change(run: RunContext, extra: dict[str, Any]) -> str:

@@ -46,9 +46,7 @@ def of_views(
     run: RunContext, images: ImageSet, views: int, title: str, *, stream: str = "view bank"
 ) -> Float16[Array, "views images features"]:
     """Returns a frozen backbone's features of `views` random views of each image, with a progress bar."""
-    config = run.config
-    key = build.key(config, stream)
-    batches = run.repeatable_batches(images)
+    config, key, batches = run.config, build.key(run.config, stream), run.repeatable_batches(images)
     made_of = {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()}
     cached = _CachedFeatures(run, made_of, images, batches)
     mine = multihost.share_of_batches(len(images), config.encode_batch)
@@ -76,8 +74,7 @@ def plain(
     """
     batches = run.repeatable_batches(images)
     cached = _CachedFeatures(run, {"views": "none"}, images, batches)
-    mesh = run.mesh
-    frozen = sharding.replicate(run.frozen, mesh)
+    frozen = sharding.replicate(run.frozen, run.mesh)
     size = min(run.config.encode_batch, len(images))
     parts = _parts(run, len(images))
     if shared:
@@ -89,11 +86,11 @@ def plain(
                 features = cached.read(name, shape, np.float32)
                 if features is None:
                     of_batches = sharding.map_batches(
-                        lambda batch, first: plain_features(run.encoder, {}, frozen, batch, mesh),
+                        lambda batch, first: plain_features(run.encoder, {}, frozen, batch, run.mesh),
                         batches(start, stop),
                         lambda count: advance(count, ""),
                         size=size,
-                        over=mesh,
+                        over=run.mesh,
                     )
                     features = np.concatenate([np.asarray(rows) for rows in of_batches])
                     cached.write(name, features)
@@ -162,7 +159,7 @@ def logits(run: RunContext, params: Params, images: ImageSet, title: str) -> Flo
     """Returns the logits of a set, equal to those of `Hasher.logits`, with a progress bar, in every process."""
     if run.features_stay:
         parts = plain(run, images, title)
-        return np.concatenate([logits_of_features(run, params, part) for part in parts])
+        return np.concatenate([_of_features(run, params, part, encoder.logits_of_features) for part in parts])
     hasher = Hasher(run.encoder, params, run.frozen, devices=sharding.mesh_size(run.mesh))
     size = min(run.config.encode_batch, len(images))
     with console.progress_bar(run.console, title, len(images)) as advance:
@@ -176,24 +173,14 @@ def codes_of_features(
     return _of_features(run, params, features, encoder.packed_of_features)
 
 
-def logits_of_features(
-    run: RunContext, params: Params, features: Float[np.ndarray, "n features"]
-) -> Float32[np.ndarray, "n bits"]:
-    """Returns the logits of features of unaugmented images."""
-    return _of_features(run, params, features, encoder.logits_of_features)
-
-
 def _of_features(
     run: RunContext, params: Params, features: Float[np.ndarray, "n features"], compute: Callable[..., Array]
 ) -> np.ndarray:
     size = min(run.config.encode_batch, len(features))
-    mesh = run.mesh
-    params = sharding.replicate(params, mesh)
+    params = sharding.replicate(params, run.mesh)
+    batches = (features[start : start + size] for start in range(0, len(features), size))
     rows = sharding.map_batches(
-        lambda batch, first: compute(run.encoder, params, batch, mesh),
-        (features[start : start + size] for start in range(0, len(features), size)),
-        size=size,
-        over=mesh,
+        lambda batch, first: compute(run.encoder, params, batch, run.mesh), batches, size=size, over=run.mesh
     )
     return np.concatenate([np.asarray(row) for row in rows])
 
@@ -232,14 +219,13 @@ class _CachedFeatures:
     def read(self, part: str, shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."] | None:
         if self.cache is None:
             return None
+        features = None
         try:
             features = self.cache.read(part, shape, dtype)
         except DamagedError as error:
             print_message(self.console, f"{error}; it is computed again")
-            return None
         except OSError as error:
             self._disable(error)
-            return None
         self.parts_found += features is not None
         return features
 

@@ -24,8 +24,7 @@ from cib_jax.distributed import multihost
 from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
 from cib_jax.training.train_step import Progress, TrainState
 
-CHECKSUM = "checksum"
-"""Name of the state's digest in the JSON part, by which a byte that changed on disk is noticed."""
+CHECKSUM = "checksum"  # name of the state's digest in the JSON part, by which a byte that changed on disk is noticed
 
 # The directory of a run's checkpoints: in its workdir, elsewhere on a disk, or in a bucket.
 

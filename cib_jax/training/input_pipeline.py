@@ -41,8 +41,7 @@ class ImageBatches:
     """Returns the images from one index to before another, in order, in batches."""
     count: int
     batch_size: int
-    mesh: Mesh | None = None
-    """Devices of this process that compute a batch each at the same time; None is one device."""
+    mesh: Mesh | None = None  # devices of this process that compute a batch each at the same time; None is one device
 
 
 @runtime_checkable

@@ -13,11 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from cib_jax.training.train_step import Progress, TrainState
 
-FETCH_EVERY = 32
-"""The most steps that are dispatched before their loss is fetched, which waits for the device."""
+FETCH_EVERY = 32  # the most steps that are dispatched before their loss is fetched, which waits for the device
 
-StepTerms = dict[str, Float[Array, " steps"]]
-"""Each loss term at every step of a chunk."""
+StepTerms = dict[str, Float[Array, " steps"]]  # each loss term at every step of a chunk
 
 
 class Feed(NamedTuple):
@@ -35,10 +33,8 @@ class Schedule:
 
     epochs: int
     batch_size: int
-    validate_every: int = 20
-    """Epochs between validations."""
-    patience: int = 6
-    """Validations without a better MAP after which training stops."""
+    validate_every: int = 20  # epochs between validations
+    patience: int = 6  # validations without a better MAP after which training stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +57,7 @@ class Hooks:
     """Called now and then with the number of steps done since the last call, and the terms of the last one."""
     on_epoch: Callable[[TrainState, EpochReport], None] = lambda state, report: None
     """Called after every epoch; the state is valid only during the call, since the next step donates it."""
-    stop: Callable[[], bool] = lambda: False
-    """Called after every chunk; True stops training there."""
+    stop: Callable[[], bool] = lambda: False  # called after every chunk; True stops training there
     during_steps: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """Returns a context that the trainer enters for the loop alone: a progress bar, signal handlers."""
 

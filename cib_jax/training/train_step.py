@@ -23,8 +23,7 @@ from cib_jax.models.encoder import Encoder, Params
 from cib_jax.random_streams import fold_by_name
 from cib_jax.training import grad_cache
 
-Terms = dict[str, Float[Array, ""]]
-"""The loss and its parts, in nats, and the norm of the gradient."""
+Terms = dict[str, Float[Array, ""]]  # the loss and its parts, in nats, and the norm of the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +118,14 @@ class Progress:
 
     epoch: int = 0
     """Epochs finished. Order and views follow from seed, epoch and step, so that no other data position is kept."""
-    step: int = 0
-    """Steps done in all."""
-    steps_of_epoch: int = 0
-    """Steps done of the unfinished epoch."""
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Sum of each loss term over those steps."""
-    best_step: int = 0
-    """Step of the best validation so far; 0 before the first."""
+    step: int = 0  # steps done in all
+    steps_of_epoch: int = 0  # steps done of the unfinished epoch
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # sum of each loss term over those steps
+    best_step: int = 0  # step of the best validation so far; 0 before the first
     best_map: float = -1.0
-    bad_validations: int = 0
-    """Validations since the best one."""
+    bad_validations: int = 0  # validations since the best one
     finished: bool = False
-    seconds: float = 0.0
-    """Training time so far, over all sessions."""
+    seconds: float = 0.0  # training time so far, over all sessions
 
 
 @renamed_keywords(optimiser="optimizer")

@@ -19,7 +19,7 @@ from cib_jax.losses import OBJECTIVES
 from cib_jax.models.encoder import Params
 from cib_jax.training import input_pipeline, loop
 from cib_jax.training.input_pipeline import BatchOrder
-from cib_jax.training.loop import Feed, Hooks, Schedule
+from cib_jax.training.loop import Hooks, Schedule
 from cib_jax.training.train_step import Method, Progress, TrainState, initial_state
 
 Coordinates = Float32[np.ndarray, "images dimensions"]
@@ -34,10 +34,8 @@ class TrainingData:
     """Arrays of JAX stay on the device; anything else is streamed from the host, unless there is a view bank."""
     bank: Float16[Array, "views images features"] | None = None
     """Features of a few views of every image, computed once by a frozen backbone; None draws fresh views."""
-    stored_size: int = 0
-    """Side in pixels to which streamed images are resized on the host; 0 leaves them as they are."""
-    seed: int = 0
-    """Seed of the order in which the images are seen."""
+    stored_size: int = 0  # side in pixels to which streamed images are resized on the host; 0 leaves them as they are
+    seed: int = 0  # seed of the order in which the images are seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +43,12 @@ class TrainingRun:
     """Everything that decides the trained parameters."""
 
     method: Method
-    params: Params
-    """Parameters to train, before the first step."""
+    params: Params  # parameters to train, before the first step
     frozen: Params
     data: TrainingData
     schedule: Schedule
-    key: PRNGKeyArray
-    """Root key of all steps."""
-    mesh: Mesh | None = None
-    """Devices that share each batch; None is one device."""
+    key: PRNGKeyArray  # root key of all steps
+    mesh: Mesh | None = None  # devices that share each batch; None is one device
 
 
 def train(
@@ -75,22 +70,18 @@ def train(
         if learn_coordinates is None:
             raise ValueError(f"learn_coordinates must be given for the objective {run.method.objective!r}")
         coordinates = learn_coordinates()
-    # 2. The data, as the steps take them.
-    feed = make_feed(run, coordinates)
-    # 3. All steps of all epochs.
-    with hooks.during_steps():
-        return loop.run(state, progress, feed=feed, key=run.key, schedule=run.schedule, hooks=hooks)
-
-
-def make_feed(run: TrainingRun, coordinates: Coordinates | None) -> Feed:
-    """Returns the feed that suits the data: from a view bank, from images on the device, or streamed."""
+    # 2. The data, as the steps take them: from a view bank, from images on the device, or streamed.
     data = run.data
     order = BatchOrder(data.seed, run.schedule.batch_size, coordinates, run.mesh)
     if data.bank is not None:
-        return input_pipeline.from_bank(data.bank, run.method, order)
-    if isinstance(data.images, jax.Array):
-        return input_pipeline.from_device(data.images, run.frozen, run.method, order)
-    return input_pipeline.from_stream(data.images, run.frozen, run.method, order, stored_size=data.stored_size)
+        feed = input_pipeline.from_bank(data.bank, run.method, order)
+    elif isinstance(data.images, jax.Array):
+        feed = input_pipeline.from_device(data.images, run.frozen, run.method, order)
+    else:
+        feed = input_pipeline.from_stream(data.images, run.frozen, run.method, order, stored_size=data.stored_size)
+    # 3. All steps of all epochs.
+    with hooks.during_steps():
+        return loop.run(state, progress, feed=feed, key=run.key, schedule=run.schedule, hooks=hooks)
 
 
 def load_if_small(images: Images, stored_size: int, max_bytes: int) -> Array | Images:
