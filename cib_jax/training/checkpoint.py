@@ -49,10 +49,8 @@ def checkpoint_dir(value: str, workdir: pathlib.Path) -> epath.Path:
     if not value.startswith("gs://"):
         return epath.Path(pathlib.Path(re.sub("^file://", "", value)).expanduser())
     if importlib.util.find_spec("gcsfs") is None:
-        raise CheckpointError(
-            f"config.train.checkpoint_dir: {value} needs an extra package: pip install 'cib-jax[gcs]'",
-            field="config.train.checkpoint_dir",
-        )
+        field = "config.train.checkpoint_dir"
+        raise CheckpointError(f"{field}: {value} needs an extra package: pip install 'cib-jax[gcs]'", field=field)
     return epath.Path(value.rstrip("/"))
 
 
