@@ -292,7 +292,7 @@ def train_step_on_features(
       >>> import functools, jax, jax.numpy as jnp, numpy as np, optax
       >>> from cib_jax.augment.features import standard
       >>> features = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
-      >>> made = {"backbone": "none", "bits": 16, "hidden": 32, "standard": standard([features])}
+      >>> made = {"backbone": "none", "bits": 16, "hidden": 32, "standard": standard([np.asarray(features)])}
       >>> encoder, params, _ = cib.create_encoder(jax.random.key(0), **made)
       >>> method = {"encoder": encoder, "optimizer": optax.adam(1e-3)}
       >>> step = jax.jit(functools.partial(cib.train_step_on_features, **method))

@@ -1,6 +1,7 @@
 """The instructions of docs/extending.md run as printed, and each part is short."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -54,9 +55,9 @@ def objectives(monkeypatch) -> dict:
     return run("An objective")
 
 
-def logits(batch: int = 5, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def logits(batch: int = 5, bits: int = 8) -> tuple[jax.Array, jax.Array]:
     first, second = np.random.default_rng(1).normal(size=(2, batch, bits)).astype(np.float32)
-    return first, second
+    return jnp.asarray(first), jnp.asarray(second)
 
 
 def test_a_row_makes_an_objective(objectives):
@@ -82,7 +83,7 @@ def test_a_term_is_added_and_reported(objectives):
     np.testing.assert_allclose(loss, plain + 2 * terms["balance"], rtol=1e-6)
     assert terms["loss"] == loss
     # Each bit is 1 for half of the batch: already balanced.
-    assert float(objectives["balance"](np.array([[3.0, -1.0], [-3.0, 1.0]]))) < 1e-12
+    assert float(objectives["balance"](jnp.array([[3.0, -1.0], [-3.0, 1.0]]))) < 1e-12
 
 
 def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):

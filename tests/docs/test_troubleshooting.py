@@ -43,12 +43,12 @@ def fits(message: str, template: str) -> bool:
 
 @pytest.mark.parametrize("message", messages("troubleshooting.md"))
 def test_the_message_is_in_the_source(message):
-    # Some messages are composed of two strings: the name of a field or flag, and the rule for its value.
-    composed = re.match(r"(?:config\.|--)([\w.]+)(: | must be | )(.*)", message)
-    rules = (
-        (composed[3], f"… {composed[3]}") if composed and {composed[1], f"config.{composed[1]}"} & {*TEMPLATES} else ()
-    )
-    assert any(fits(beginning, template) for beginning in (message, *rules) for template in TEMPLATES), message
+    # Some messages are composed of two strings: the name of a field, flag or file, and the rest.
+    composed = re.match(r"((?:config\.|--)?[\w.]+|…)(: | must be | )(.*)", message)
+    beginnings = [message]
+    if composed and (composed[1] == "…" or {composed[1], re.sub(r"^(config\.|--)", "", composed[1])} & {*TEMPLATES}):
+        beginnings += [composed[3], f"… {composed[3]}"]
+    assert any(fits(beginning, template) for beginning in beginnings for template in TEMPLATES), message
 
 
 def test_page_lists_messages():
