@@ -123,10 +123,8 @@ def fit(
     chosen = Method(encoder, adam(learning_rate, fine_tune.learning_rate), **method)
     grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
     if chosen.micro_batch and (views or standard is not None):
-        raise ConfigError(
-            f"micro_batch must be 0 where features are computed before training, got {chosen.micro_batch}",
-            field="micro_batch",
-        )
+        problem = f"must be 0 where features are computed before training, got {chosen.micro_batch}"
+        raise ConfigError(f"micro_batch {problem}", field="micro_batch")
     if views and (params.keys() != {"head"} or standard is not None):
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
     if OBJECTIVES[chosen.objective].taught:

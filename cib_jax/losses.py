@@ -248,11 +248,8 @@ def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array,
       0.1438
     """
     if logits.shape != target_logits.shape or logits.ndim != 2:
-        raise UserError(
-            f"logits and target_logits must both be [batch, bits]; got {list(logits.shape)} and "
-            f"{list(target_logits.shape)}",
-            field="logits",
-        )
+        got = f"{list(logits.shape)} and {list(target_logits.shape)}"
+        raise UserError(f"logits and target_logits must both be [batch, bits]; got {got}", field="logits")
     target = jax.lax.stop_gradient(target_logits)
     p = jax.nn.sigmoid(logits)
     on = jax.nn.log_sigmoid(logits) - jax.nn.log_sigmoid(target)

@@ -402,11 +402,9 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
     encoder, params, frozen, _ = build.encoder(config)
     images = _sample(found, config, console)
     if len(images) < FEWEST:
-        raise DataError(
-            f"--images must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}; "
-            "add some, or give --workdir=RUN, the folder of a trained run",
-            field="--images",
-        )
+        problem = f"must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}"
+        remedy = "add some, or give --workdir=RUN, the folder of a trained run"
+        raise DataError(f"--images {problem}; {remedy}", field="--images")
     message = f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
     if len(images) < FEW:
         message += ", which are few: more photos, or --workdir=RUN of a trained run, give better codes"
@@ -445,11 +443,8 @@ def batch_for(count: int, devices: int, config: ml_collections.ConfigDict) -> tu
     unit = devices * max(part, 1)
     size = count // unit * unit
     if not size:
-        raise DataError(
-            f"--images must have at least as many readable photos as devices share a batch, {devices}, got {count}; "
-            "set --config.devices=1, or give more photos",
-            field="--images",
-        )
+        problem = f"must have at least as many readable photos as devices share a batch, {devices}, got {count}"
+        raise DataError(f"--images {problem}; set --config.devices=1, or give more photos", field="--images")
     return size, part
 
 

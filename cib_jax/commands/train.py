@@ -85,7 +85,8 @@ def train(
     with multihost.shared_errors():
         schema.validate(config)
         mesh = sharding.make_mesh(config.devices, config.batch_size)
-        grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
+        if config.micro_batch:
+            grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
         metric_writers.validate_writers(config.log.writers)
     console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))

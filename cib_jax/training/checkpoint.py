@@ -49,10 +49,8 @@ def checkpoint_dir(value: str, workdir: pathlib.Path) -> epath.Path:
     if not value.startswith("gs://"):
         return epath.Path(pathlib.Path(re.sub("^file://", "", value)).expanduser())
     if importlib.util.find_spec("gcsfs") is None:
-        raise CheckpointError(
-            f"config.train.checkpoint_dir: {value} needs an extra package: pip install 'cib-jax[gcs]'",
-            field="config.train.checkpoint_dir",
-        )
+        field = "config.train.checkpoint_dir"
+        raise CheckpointError(f"{field}: {value} needs an extra package: pip install 'cib-jax[gcs]'", field=field)
     return epath.Path(value.rstrip("/"))
 
 
@@ -175,12 +173,9 @@ class Checkpoints:
         # An eighth and 256 KiB more, for metadata.
         free, needed = shutil.disk_usage(self.directory).free, size + (size >> 3) + (1 << 18)
         if free < needed:
-            raise _error(
-                SaveError,
-                self.directory / str(step),
-                f"the disk has no room for the checkpoint ({needed / 2**20:,.1f} MiB are needed, {free / 2**20:,.1f} "
-                "are free); make room, and run the same command again",
-            )
+            sizes = f"{needed / 2**20:,.1f} MiB are needed, {free / 2**20:,.1f} are free"
+            problem = f"the disk has no room for the checkpoint ({sizes}); make room, and run the same command again"
+            raise SaveError(f"{self.directory / str(step)}: {problem}", field=str(self.directory))
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
