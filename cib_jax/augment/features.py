@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
@@ -96,7 +96,9 @@ def two_views(
                 field="features",
             )
         rows = jnp.arange(features.shape[0])
-        one, other = (features[rows, views] for views in draw_two(key, features.shape[0], features.shape[1], axis))
+        one, other = (
+            features[rows, views] for views in sharding.draw_two(key, features.shape[0], features.shape[1], axis)
+        )
         return _standardize(one, mean, deviation), _standardize(other, mean, deviation)
     vectors = plain(features, mean, deviation)
     one_key, other_key = jax.random.split(key)
@@ -120,13 +122,3 @@ def _add_noise(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, 
         )
         vectors = vectors * kept / (1 - dropout)
     return vectors
-
-
-def draw_two(
-    key: PRNGKeyArray, batch: int, views: int, axis: Axis = None
-) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
-    """Returns the numbers of two different views of each item, uniformly drawn among the pairs of its `views` views."""
-    first_key, distance_key = jax.random.split(key)
-    first = sharding.draw_sharded(lambda shape: jax.random.randint(first_key, shape, 0, views), (batch,), axis)
-    distance = sharding.draw_sharded(lambda shape: jax.random.randint(distance_key, shape, 1, views), (batch,), axis)
-    return first, (first + distance) % views

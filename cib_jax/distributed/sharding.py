@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, PRNGKeyArray, Shaped
 
 from cib_jax.errors import DevicesError
 
@@ -39,6 +39,16 @@ def draw_sharded(draw: Callable[[tuple[int, ...]], Array], shape: tuple[int, ...
     # Every device draws for all devices, and keeps its own rows. This costs less than one key per row.
     whole = draw((shape[0] * jax.lax.axis_size(axis), *shape[1:]))
     return jax.lax.dynamic_slice_in_dim(whole, first_row(shape[0], axis), shape[0])
+
+
+def draw_two(
+    key: PRNGKeyArray, batch: int, views: int, axis: Axis = None
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Returns the numbers of two different views of each item, uniformly drawn among the pairs of its `views` views."""
+    first_key, distance_key = jax.random.split(key)
+    first = draw_sharded(lambda shape: jax.random.randint(first_key, shape, 0, views), (batch,), axis)
+    distance = draw_sharded(lambda shape: jax.random.randint(distance_key, shape, 1, views), (batch,), axis)
+    return first, (first + distance) % views
 
 
 def sum_over_devices(shares: Tree, axis: Axis) -> Tree:

@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PRNGKeyArray, UInt8
 
-from cib_jax.augment.features import draw_two
 from cib_jax.data import dataset
 from cib_jax.data.dataset import Images
 from cib_jax.distributed import multihost, sharding
@@ -134,7 +133,7 @@ def draw_pairs(
     axis: Axis = None,
 ) -> tuple[Float[Array, "batch features"], Float[Array, "batch features"]]:
     """Returns the features, in float32, of two different views, drawn uniformly, of each image in `indices`."""
-    first, second = draw_two(key, len(indices), len(bank), axis)
+    first, second = sharding.draw_two(key, len(indices), len(bank), axis)
     return bank[first, indices].astype(jnp.float32), bank[second, indices].astype(jnp.float32)
 
 
