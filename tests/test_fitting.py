@@ -183,6 +183,7 @@ def test_views_that_features_do_not_have_are_refused(augment):
         cib.fit(np.ones((80, 4)), backbone="none", augment=augment, epochs=1, hidden=8)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_hasher_of_features_takes_no_others():
     features, _ = grouped()
     hasher = cib.fit(features, backbone="none", augment="noise", bits=8, epochs=1, hidden=8)
