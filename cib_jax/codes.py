@@ -7,7 +7,7 @@ else. Bit j of a code is bit 7 − j mod 8 of byte j // 8, the order of `numpy.p
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
 
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
@@ -75,7 +75,7 @@ def sample_codes(
     return _straight_through(probabilities, codes)
 
 
-def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"]:
+def pack_bits(codes: Shaped[Array | np.ndarray, "*batch bits"]) -> UInt8[Array, "*batch bytes"]:
     """Returns codes with eight bits per byte; a bit is 1 where the code is greater than 0.
 
     Accepts ±1 codes, {0, 1} codes, booleans and logits.
@@ -96,10 +96,10 @@ def pack_bits(codes: Float[Array, "*batch bits"]) -> UInt8[Array, "*batch bytes"
             "try 16, 32 or 64 bits",
             field="codes",
         )
-    return jnp.packbits(codes > 0, axis=-1)
+    return jnp.packbits(jnp.asarray(codes) > 0, axis=-1)
 
 
-def unpack_bits(packed: UInt8[Array, "*batch bytes"]) -> Float[Array, "*batch bits"]:
+def unpack_bits(packed: UInt8[Array | np.ndarray, "*batch bytes"]) -> Float[Array, "*batch bits"]:
     """Returns the ±1 codes, in float32, of packed codes: the inverse of `pack_bits`.
 
     Raises:
