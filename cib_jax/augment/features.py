@@ -34,7 +34,7 @@ class Standard(NamedTuple):
         return cls(np.array(lists["mean"], np.float32), np.array(lists["deviation"], np.float32))
 
 
-def standard(blocks: Iterable[Float[np.ndarray, "... features"]]) -> Standard:
+def standard(blocks: Iterable[Float[Array | np.ndarray, "... features"]]) -> Standard:
     """Returns mean and deviation of each feature over all rows and views of blocks, which are read one by one.
 
     Sums are taken of differences from a running mean, in float64 (Chan, Golub and LeVeque 1983), so that a large mean
