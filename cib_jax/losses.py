@@ -175,8 +175,8 @@ def diffusion_match(
     codes2: Float[Array, "batch bits"],
     coordinates: Float[Array, "batch dimensions"],
     *,
-    temperature: float = 0.2,
-    sharpness: float = 6.0,
+    temperature: float | Float[Array, ""] = 0.2,
+    sharpness: float | Float[Array, ""] = 6.0,
     axis: Axis = None,
 ) -> Float[Array, ""]:
     """Returns the divergence between a teacher's and the codes' similarities of images, in nats, averaged over images.
@@ -263,11 +263,11 @@ def cib_loss(
     logits2: Float[Array, "batch bits"],
     *,
     objective: str = "cibhash",
-    temperature: float = 0.3,
-    beta: float = 0.001,
+    temperature: float | Float[Array, ""] = 0.3,
+    beta: float | Float[Array, ""] = 0.001,
     stochastic: bool = True,
     coordinates: Float[Array, "batch dimensions"] | None = None,
-    sharpness: float = 6.0,
+    sharpness: float | Float[Array, ""] = 6.0,
     axis: Axis = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of one batch and its terms {"loss", "contrast", "kl"}, all in nats.
