@@ -55,6 +55,20 @@ def test_a_step_is_adams_first(made):
     assert int(after.step) == 1
 
 
+def test_weight_decay_sees_the_parameters():
+    """With SGD and a learning rate of 1, decay by 0.25 takes another quarter of each parameter away."""
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5)), jnp.float32)
+    standard = feature_augment.standard([features])
+    encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="none", bits=8, hidden=4, standard=standard)
+    after = []
+    for optimizer in (optax.sgd(1.0), optax.chain(optax.add_decayed_weights(0.25), optax.sgd(1.0))):
+        step = jax.jit(functools.partial(cib.train_step_on_features, encoder=encoder, optimizer=optimizer))
+        state, _ = step(cib.create_train_state(params, optimizer), features, features + 0.1, jax.random.key(1))
+        after.append(state.params)
+    for start, plain, decayed in zip(*map(jax.tree.leaves, (params, *after)), strict=True):
+        np.testing.assert_allclose(plain - decayed, 0.25 * start, rtol=1e-4, atol=1e-6)
+
+
 def test_the_same_key_gives_the_same_bits_and_another_does_not(made):
     _, params, frozen, optimizer, step = made
     outcomes = [step(cib.create_train_state(params, optimizer), frozen, IMAGES, jax.random.key(k)) for k in (1, 1, 2)]
