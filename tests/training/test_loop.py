@@ -132,6 +132,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(bad):
     assert [report.progress.epoch for report in ended] == [1]
 
 
+@pytest.mark.parametrize("bad", [1, 20, 40, 57, 90])
+def test_a_loss_that_is_not_finite_in_any_portion_is_named_by_its_step(bad):
+    """Terms of an epoch are fetched in portions of chunks."""
+
+    def poisoned(epoch, first):
+        return (np.array([[np.nan if index + 1 == bad else 0.0]], np.float32) for index in range(90))
+
+    with pytest.raises(loop.NonFiniteLossError, match=f"step {bad}:"):
+        run(start(), Progress(), 1, epoch_chunks=poisoned)
+
+
 def test_hooks_see_every_step_once_and_a_device_that_is_never_waited_for_long():
     """Terms are fetched in portions; together they are all steps."""
     counts = []
