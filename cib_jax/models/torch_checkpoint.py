@@ -87,7 +87,7 @@ def _parameter(tensor: Any, *_unused: Any) -> Tensor:
     return tensor
 
 
-# The only functions that a pickle can call. Each stands in for the one of this name and validates its arguments.
+# The only functions that a pickle can call. Each replaces the function of this name and validates its arguments.
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: _Dict(),  # noqa: PLW0108 - it takes no arguments
     "torch._utils._rebuild_tensor_v2": _tensor,
