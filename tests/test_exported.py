@@ -16,8 +16,6 @@ from cib_jax import errors, exported
 from cib_jax.augment.features import standard
 from cib_jax.models.encoder import plain_features
 
-pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # whose codes are the hasher's to the bit
-
 RNG = np.random.default_rng(0)
 BATCH = 4
 COUNTS = (1, 3, 4, 11)

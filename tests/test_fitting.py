@@ -14,8 +14,6 @@ from cib_jax.inference.serialization import restore_best
 from cib_jax.models import weights
 from tests import pretrained, small
 
-pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # hundreds of steps, and bits that are compared
-
 
 @pytest.fixture(scope="module")
 def digits():

@@ -24,9 +24,6 @@ from tests import pretrained
 from tests import small as small_runs
 from tests.data import miniature
 
-# Streamed and resident images, parts of a batch and whole ones: other programs, the same bits as users get them.
-pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
-
 
 def small(**fields):
     """Returns the config of a small run, on views of 8 pixels."""

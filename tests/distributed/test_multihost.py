@@ -83,9 +83,7 @@ with open(f"{folder}/found-{number}.json", "w") as file:
 def found(tmp_path_factory):
     """The results of each of the processes, with two devices each."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     port = free_port()
     started = [
         subprocess.Popen(

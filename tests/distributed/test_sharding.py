@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def found(tmp_path_factory):
     """What tests/distributed/eight_devices.py computes."""
     folder = tmp_path_factory.mktemp("devices")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-m", "tests.distributed.eight_devices", str(folder)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return json.loads((folder / "found.json").read_text())

@@ -9,13 +9,11 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"COLUMNS": "120"}
-OPTIMIZED = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-"""Programs as users run them, not compiled quickly as the tests' own: for runs that are compared with each other."""
 
 
-def with_devices(count, environment=ENVIRONMENT):
+def with_devices(count):
     """Returns an environment in which a process has so many simulated devices."""
-    return environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def free_port():

@@ -23,8 +23,6 @@ from cib_jax.inference.hasher import Hasher
 from tests.commands import many
 from tests.end_to_end.processes import children, gone, wait_until
 
-pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
-
 ROOT = pathlib.Path(__file__).parents[2]
 QUIET = rich.console.Console(quiet=True)
 MANY = 24

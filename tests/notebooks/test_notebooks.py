@@ -80,8 +80,7 @@ def pictures(notebook):
 def test_every_cell_runs(path, tmp_path, monkeypatch):
     """Runs in an empty folder, with cib_jax of this clone, on two devices."""
     assert path.stem in SMALL, f"{path.name} has no row in SMALL: the settings of a small run"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compilation would take longer than the run
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     saved, small = read(path), SMALL[path.stem](tmp_path)
     parameters = next(cell.source for cell in saved.cells if "parameters" in cell.metadata.get("tags", ()))

@@ -22,8 +22,6 @@ from cib_jax.training.checkpoint import Checkpoints
 from tests import small
 from tests.commands.test_train import assert_same, interrupted
 
-pytestmark = pytest.mark.usefixtures("compiled_as_for_users")  # programs that others have compiled so
-
 
 @pytest.fixture
 def console():
