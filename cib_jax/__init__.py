@@ -5,7 +5,7 @@
     codes = hasher.encode(images)
 
 The functions from `two_views` to `train_step` are pure, for `jax.jit`, `jax.vmap` and `jax.grad`. Codes are ±1
-floats in training and packed uint8 [n, bits / 8] everywhere else.
+floats in training and packed uint8 [n, bytes] everywhere else.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Conversions between the three forms of a code: logits, ±1 codes and packed bytes.
 
 Logits leave the encoder and enter the loss, ±1 codes exist inside a training step, and packed uint8 are used everywhere
-else. Bit j of a code is bit 7 − j mod 8 of byte j // 8, the order of `numpy.packbits`.
+else. Bit j of a code is bit 7 − j mod 8 of byte j // 8, the order of `numpy.packbits`; the rest of the last byte is 0.
 """
 
 import jax
@@ -28,6 +28,7 @@ def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
     return primals[1], tangents[0].astype(primals[1].dtype)
 
 
+@sharding.on_explicit_mesh(rows=True)
 def binarize(logits: Float[Array, "*batch bits"]) -> Float[Array, "*batch bits"]:
     """Returns the deterministic ±1 codes of test time: +1 where a logit is greater than 0, else −1.
 
@@ -42,6 +43,7 @@ def binarize(logits: Float[Array, "*batch bits"]) -> Float[Array, "*batch bits"]
     return jnp.where(logits > 0, 1.0, -1.0).astype(logits.dtype)
 
 
+@sharding.on_explicit_mesh(rows=True)
 def sample_codes(
     key: PRNGKeyArray, logits: Float[Array, "*batch bits"], *, stochastic: bool = True, axis: Axis = None
 ) -> Float[Array, "*batch bits"]:
@@ -68,20 +70,29 @@ def sample_codes(
     """
     probabilities = jax.nn.sigmoid(logits)
     if stochastic:
-        uniform = sharding.draw_sharded(lambda shape: jax.random.uniform(key, shape, logits.dtype), logits.shape, axis)
-        codes = jnp.where(uniform < probabilities, 1.0, -1.0).astype(logits.dtype)
+        # In single precision, whatever the logits have: bfloat16 has too few numbers near 0 for rare bits.
+        uniform = sharding.draw_sharded(lambda shape: jax.random.uniform(key, shape, jnp.float32), logits.shape, axis)
+        chance = jax.nn.sigmoid(logits.astype(jnp.float32))
+        codes = jnp.where(uniform < chance, 1.0, -1.0).astype(logits.dtype)
     else:
         codes = binarize(logits)
     return _straight_through(probabilities, codes)
 
 
+def byte_count(bits: int) -> int:
+    """Returns the number of bytes of a packed code."""
+    return -(-bits // 8)
+
+
+@sharding.on_explicit_mesh(rows=True)
 def pack_bits(codes: Shaped[Array | np.ndarray, "*batch bits"]) -> UInt8[Array, "*batch bytes"]:
     """Returns codes with eight bits per byte; a bit is 1 where the code is greater than 0.
 
-    Accepts ±1 codes, {0, 1} codes, booleans and logits.
+    Accepts ±1 codes, {0, 1} codes, booleans and logits. If the number of bits is not a multiple of 8, the last byte is
+    filled with zeros, which change no Hamming distance.
 
     Raises:
-      ValueError: The number of bits is not a multiple of 8.
+      ValueError: There are no bits.
 
     Examples:
       >>> import cib_jax as cib
@@ -89,21 +100,23 @@ def pack_bits(codes: Shaped[Array | np.ndarray, "*batch bits"]) -> UInt8[Array, 
       >>> cib.pack_bits(jnp.array([1.0, -1, -1, -1, -1, -1, -1, 1])).tolist()
       [129]
     """
-    bits = codes.shape[-1] if codes.ndim else 0
-    if bits == 0 or bits % 8:
-        raise UserError(
-            f"the last axis of codes must be a positive multiple of 8, got the shape {list(codes.shape)}; "
-            "try 16, 32 or 64 bits",
-            field="codes",
-        )
+    if not codes.ndim or not codes.shape[-1]:
+        raise UserError(f"codes must have at least one bit, got the shape {list(codes.shape)}", field="codes")
     return jnp.packbits(jnp.asarray(codes) > 0, axis=-1)
 
 
-def unpack_bits(packed: UInt8[Array | np.ndarray, "*batch bytes"]) -> Float[Array, "*batch bits"]:
+@sharding.on_explicit_mesh(rows=True)
+def unpack_bits(
+    packed: UInt8[Array | np.ndarray, "*batch bytes"], bits: int | None = None
+) -> Float[Array, "*batch bits"]:
     """Returns the ±1 codes, in float32, of packed codes: the inverse of `pack_bits`.
 
+    Args:
+      packed: Packed codes.
+      bits: Length of a code; None takes all bits of the bytes.
+
     Raises:
-      ValueError: `packed` is not uint8.
+      ValueError: `packed` is not uint8, or its bytes are not those of so many bits.
 
     Examples:
       >>> import cib_jax as cib
@@ -113,11 +126,18 @@ def unpack_bits(packed: UInt8[Array | np.ndarray, "*batch bytes"]) -> Float[Arra
     """
     if packed.dtype != jnp.uint8:
         raise UserError(f"packed codes must be uint8, got {packed.dtype}; pass the result of pack_bits", field="packed")
+    if bits is not None and byte_count(bits) != packed.shape[-1]:
+        whole = 8 * packed.shape[-1]
+        raise UserError(
+            f"bits must be from {max(1, whole - 7)} to {whole} for codes of {packed.shape[-1]} bytes, got {bits}",
+            field="bits",
+        )
     # jnp.unpackbits fails on an empty batch.
-    bits = (jnp.asarray(packed)[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
-    return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8).astype(jnp.float32) * 2.0 - 1.0
+    shifts = jnp.arange(7, -1, -1, dtype=jnp.uint8).reshape((1,) * packed.ndim + (8,))
+    on = (jnp.asarray(packed)[..., None] >> shifts) & 1
+    return on.reshape(*packed.shape[:-1], packed.shape[-1] * 8)[..., :bits].astype(jnp.float32) * 2.0 - 1.0
 
 
-def ones(packed: UInt8[np.ndarray, "*batch bytes"]) -> UInt8[np.ndarray, "*batch bits"]:
+def ones(packed: UInt8[np.ndarray, "*batch bytes"], bits: int | None = None) -> UInt8[np.ndarray, "*batch bits"]:
     """Returns the bits of packed codes as 0 and 1, in NumPy, for statistics on the host."""
-    return np.unpackbits(packed, axis=-1)
+    return np.unpackbits(packed, axis=-1, count=bits)

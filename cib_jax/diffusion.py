@@ -167,11 +167,9 @@ class Teacher:
     """Number of steps of the walk."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
+        for name, least in (("bits", 1), ("epochs", 0), ("neighbours", 1), ("dimensions", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise _error(name, f"must be {least} or more", getattr(self, name))
-        if self.bits < 8 or self.bits % 8:
-            raise _error("bits", "must be a positive multiple of 8, such as 128", self.bits)
         if not self.temperature > 0:
             raise _error("temperature", "must be greater than 0", self.temperature)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 
 class UserError(ValueError):
     """Invalid user input; the message names what was given, what is allowed and what to do.
@@ -32,6 +34,14 @@ class UserError(ValueError):
 
 
 Refusal = UserError
+
+
+def whole_number(name: str, value: object, least: int, error: type[UserError] = UserError, remedy: str = "") -> int:
+    """Returns a whole number of `least` or more as a Python int; raises `error` for any other value."""
+    if not isinstance(value, bool) and hasattr(value, "__index__") and operator.index(value) >= least:
+        return operator.index(value)
+    problem = f"{name} must be a whole number, {least} or more, got {value!r}"
+    raise error(f"{problem}; {remedy}" if remedy else problem, field=name)
 
 
 class ConfigError(UserError):

@@ -68,7 +68,7 @@ class ExportedEncoder:
     def encode(
         self, images: UInt8[np.ndarray, "n size size 3"] | Float[np.ndarray, "n *views features"]
     ) -> UInt8[np.ndarray, "n bytes"]:
-        """Returns packed codes of `bits` / 8 bytes each, as `Hasher.encode` does, computed on JAX's default device.
+        """Returns packed codes of ⌈`bits` / 8⌉ bytes each, as `Hasher.encode` does, computed on JAX's default device.
 
         Args:
           images: RGB images, or features for an encoder of features; if there are several views, the first is encoded.
@@ -78,7 +78,7 @@ class ExportedEncoder:
           ExportedError: The encoder was not exported for this kind of device.
         """
         if not len(images):
-            return np.zeros((0, self.signature["bits"] // 8), np.uint8)
+            return np.zeros((0, -(-self.signature["bits"] // 8)), np.uint8)
         items = self._validated(images)
         sizes = self.signature["batch_sizes"]
         size = next((size for size in sizes if size >= len(items)), sizes[-1])

@@ -14,8 +14,8 @@ from cib_jax.augment import features as features_lib
 from cib_jax.augment.features import Standard
 from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, DataError
-from cib_jax.inference.hasher import Hasher
+from cib_jax.errors import ConfigError, DataError, whole_number
+from cib_jax.inference.hasher import Hasher, as_array
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models.encoder import Params, create_encoder
 from cib_jax.models.finetune import FineTune
@@ -62,7 +62,7 @@ def fit(
     Args:
       images: RGB images of one size; or, for the backbone "none", features of any model, one vector or several views
         per item.
-      bits: Length of a code, a multiple of 8.
+      bits: Length of a code, from 1; packed codes are stored in whole bytes.
       backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md.
       backbone_params: Weights of a pretrained network: `cib_jax.load_pretrained(backbone)`.
       frozen: Whether the backbone is not trained; None freezes a pretrained one unless `fine_tune` asks for something.
@@ -147,7 +147,7 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
     if not hasattr(images, "dtype") and len({np.shape(image) for image in images}) > 1:
         problem = "images must all have one size; resize them first, for example with PIL.Image.resize"
         raise DataError(problem, field="images")
-    images = np.asarray(images)
+    images = as_array(images)
     got = f"got {images.dtype} {list(images.shape)}"
     if not on_features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -156,21 +156,22 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
             )
             raise DataError(problem, field="images")
         return images, None
-    if images.dtype.kind != "f" or images.ndim not in (2, 3) or 0 in images.shape:
+    if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim not in (2, 3) or 0 in images.shape:
         allowed = "floating point [items, features] or [items, views, features] for the backbone 'none'"
         raise DataError(f"images must be {allowed}, {got}", field="images")
     blocks = [images[start : start + 8192] for start in range(0, len(images), 8192)]
-    if not all(np.isfinite(block).all() for block in blocks):
+    if not all(np.isfinite(np.asarray(block, np.float32)).all() for block in blocks):
         raise DataError("images: some features are not finite; remove those rows", field="images")
     return images, features_lib.standard(blocks)
 
 
 def _validate_schedule(count: int, epochs: int, batch_size: int, learning_rate: float, views: int) -> None:
+    for name, number, least in (("epochs", epochs, 1), ("batch_size", batch_size, 2), ("views", views, 0)):
+        whole_number(name, number, least, ConfigError)
     for valid, name, value, allowed in (
-        (2 <= batch_size <= count, "batch_size", batch_size, f"from 2 to the number of images, {count}"),
-        (views == 0 or views >= 2, "views", views, "0 (fresh views at every step) or at least 2"),
+        (batch_size <= count, "batch_size", batch_size, f"from 2 to the number of images, {count}"),
+        (views != 1, "views", views, "0 (fresh views at every step) or at least 2"),
         (learning_rate > 0, "learning_rate", learning_rate, "greater than 0"),
-        (epochs >= 1, "epochs", epochs, "1 or more"),
     ):
         if not valid:
             raise ConfigError(f"{name} must be {allowed}, got {value}", field=name)

@@ -36,6 +36,7 @@ OBJECTIVES = {
 }
 
 
+@sharding.on_explicit_mesh(rows=False)
 def nt_xent(
     codes1: Float[Array, "batch bits"],
     codes2: Float[Array, "batch bits"],
@@ -58,7 +59,7 @@ def nt_xent(
         negatives of each other; the result is this device's share of the loss, and the shares add up to it.
 
     Raises:
-      ValueError: The shapes differ, are not [batch, bits], or hold fewer than 2 images.
+      ValueError: The shapes differ, are not [batch, bits], or hold fewer than 2 images on all devices together.
 
     References:
       Chen et al. 2020, SimCLR, https://arxiv.org/abs/2002.05709, equation 1; CIBHash, equation 2.
@@ -70,7 +71,7 @@ def nt_xent(
       >>> round(float(cib.nt_xent(codes, codes, temperature=1.0)), 4)  # log(e + 2) - 1
       0.5514
     """
-    if codes1.shape != codes2.shape or codes1.ndim != 2 or codes1.shape[0] < 2:
+    if codes1.shape != codes2.shape or codes1.ndim != 2 or codes1.shape[0] * sharding.parts(axis) < 2:
         raise UserError(
             "codes1 and codes2 must both be [batch, bits] with at least 2 images, since the contrast needs a negative; "
             f"got {list(codes1.shape)} and {list(codes2.shape)}",
@@ -94,9 +95,11 @@ def nt_xent(
 def _unit(codes: Float[Array, "codes bits"]) -> Float[Array, "codes bits"]:
     """Returns codes divided by their Euclidean norm; zeros stay zeros."""
     # Division by the largest entry first keeps the squares of large logits from overflowing and of small ones from
-    # vanishing. It cancels in the result, so its gradient is not needed.
-    codes = codes / jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(codes), axis=-1, keepdims=True)), 1e-12)
-    return codes * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(codes), axis=-1, keepdims=True), 1e-12))
+    # vanishing. It cancels in the result, so its gradient is not needed. A row of zeros, which has no direction and no
+    # derivative, is taken to have the norm 1, so that its gradient is of the size of the others'.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(codes), axis=-1, keepdims=True))
+    codes = codes / jnp.where(largest > 0, largest, 1.0)
+    return codes * jax.lax.rsqrt(jnp.where(largest > 0, jnp.sum(jnp.square(codes), axis=-1, keepdims=True), 1.0))
 
 
 MAX_SIMILARITIES = 1 << 24
@@ -125,7 +128,7 @@ def _log_sums(
     rows: Float[Array, "rows bits"], codes: Float[Array, "codes bits"], places: Int[Array, " rows"]
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows codes"]]:
     similarity = _exact_matmul(rows, codes.T)
-    others = jnp.where(places[:, None] == jnp.arange(len(codes)), -jnp.inf, similarity)
+    others = jnp.where(places[:, None] == jnp.arange(len(codes))[None], -jnp.inf, similarity)
     return jax.nn.logsumexp(others, axis=-1), others
 
 
@@ -170,6 +173,7 @@ def _cut(height: int, *arrays: Array) -> tuple[Array, ...]:
     )
 
 
+@sharding.on_explicit_mesh(rows=False)
 def diffusion_match(
     codes1: Float[Array, "batch bits"],
     codes2: Float[Array, "batch bits"],
@@ -226,6 +230,7 @@ def diffusion_match(
     return (divergence(codes1, all2) + divergence(codes2, all1)) / 2
 
 
+@sharding.on_explicit_mesh(rows=False)
 def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array, "batch bits"]) -> Float[Array, ""]:
     """Returns KL(Bernoulli(σ(logits)) ‖ Bernoulli(σ(target_logits))) in nats.
 
@@ -257,6 +262,7 @@ def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array,
     return jnp.mean(jnp.sum(p * on + (1 - p) * off, axis=-1))
 
 
+@sharding.on_explicit_mesh(rows=False)
 def cib_loss(
     key: PRNGKeyArray,
     logits1: Float[Array, "batch bits"],

@@ -7,7 +7,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
 
     c.seed = 0  # seed of initial weights, order, views and bits; data.seed is that of splits and stored views
-    c.bits = 32  # length of a code, a multiple of 8
+    c.bits = 32  # length of a code
     c.k = -1  # number of ranked images that MAP@k evaluates; 0 = the whole database, -1 = as the protocol defines
 
     # Network.

@@ -44,6 +44,7 @@ ImageKeys = Key[Array, " batch"] | UInt32[Array, "batch 2"]
 """A random key per image, of the current or the legacy kind."""
 
 
+@sharding.on_explicit_mesh(rows=True)
 def two_views(
     key: PRNGKeyArray,
     images: Images,
@@ -87,6 +88,7 @@ def two_views(
     return views[:batch], views[batch:]
 
 
+@sharding.on_explicit_mesh(rows=True)
 def view_each(
     keys: ImageKeys,
     images: Images,
@@ -105,12 +107,13 @@ def view_each(
     draws = jax.vmap(lambda key: sample(key, height=height, width=width))(keys)
 
     def whole(draws: Any, images: Array) -> Array:
-        return _normalize(apply(draws, images / 255, image_size=image_size), mean, deviation)
+        return _normalize(apply(draws, _scale(images), image_size=image_size), mean, deviation)
 
     chunked = functools.partial(by_chunks, whole, chunk=chunk_of(image_size))
     return jax.lax.platform_dependent(draws, jnp.asarray(images), cpu=chunked, default=whole)
 
 
+@sharding.on_explicit_mesh(rows=True)
 def resize_and_normalize(
     images: Images,
     *,
@@ -138,7 +141,7 @@ def resize_and_normalize(
       ((1, 16, 16, 3), 1.0, 1.0)
     """
     _validate(images, image_size)
-    return _normalize(geometry.resize(jnp.asarray(images) / 255, image_size=image_size), mean, deviation)
+    return _normalize(geometry.resize(_scale(images), image_size=image_size), mean, deviation)
 
 
 def _validate(images: Any, image_size: int) -> None:
@@ -154,8 +157,13 @@ def _validate(images: Any, image_size: int) -> None:
         )
 
 
+def _scale(images: Array | np.ndarray) -> Array:
+    return jnp.asarray(images, jnp.float32) / 255
+
+
 def _normalize(images: Array, mean: Sequence[float], deviation: Sequence[float]) -> Array:
-    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(deviation, images.dtype)
+    channels = (jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1) for values in (mean, deviation))
+    return (images - next(channels)) / next(channels)
 
 
 def image_keys(key: PRNGKeyArray, batch: int, first: Int[Array, ""] | int = 0) -> ImageKeys:
@@ -183,7 +191,7 @@ def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> PhotoDraws:
     """Draws a view of the family "photo" for a `height` × `width` image."""
     crop_key, jitter_key, key = jax.random.split(key, 3)
     jitter = color.sample_color_jitter(jitter_key, **JITTER)
-    chance = jax.random.uniform(key, (5,))
+    chance = jax.random.uniform(key, (5,), jnp.float32)
     jittered = chance[0] < JITTER_PROBABILITY
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * chance[1]
     return PhotoDraws(
@@ -222,7 +230,7 @@ def sample_digits(key: PRNGKeyArray, *, height: int, width: int) -> DigitDraws:
     affine = geometry.sample_affine(
         affine_key, angle=DIGIT_ANGLE, shear=DIGIT_SHEAR, scale=DIGIT_SCALE, shift=DIGIT_SHIFT
     )
-    return DigitDraws(affine, jax.random.uniform(gain_key, minval=DIGIT_GAIN[0], maxval=DIGIT_GAIN[1]))
+    return DigitDraws(affine, jax.random.uniform(gain_key, (), jnp.float32, *DIGIT_GAIN))
 
 
 def digits(
@@ -272,4 +280,5 @@ def by_chunks(
         return jax.lax.dynamic_update_slice_in_dim(done, some, start, axis=0)
 
     shape = jax.eval_shape(views, draws, images)
-    return jax.lax.fori_loop(0, -(-batch // chunk), write_chunk, jnp.zeros(shape.shape, shape.dtype))
+    empty = sharding.vary_like(jnp.zeros(shape.shape, shape.dtype), images)
+    return jax.lax.fori_loop(0, -(-batch // chunk), write_chunk, empty)

@@ -28,8 +28,8 @@ def sample_color_jitter(
     key: PRNGKeyArray, *, brightness: float, contrast: float, saturation: float, hue: float
 ) -> ColorJitter:
     """Draws the color jitter of one image: factors from U(1 − strength, 1 + strength), the shift from U(−hue, hue)."""
-    order, distance = jnp.split(jax.random.uniform(key, (8,)), 2)
-    distance = (2 * distance - 1) * jnp.array([brightness, contrast, saturation, hue])
+    order, distance = jnp.split(jax.random.uniform(key, (8,), jnp.float32), 2)
+    distance = (2 * distance - 1) * jnp.array([brightness, contrast, saturation, hue], jnp.float32)
     return ColorJitter(order=jnp.argsort(order), factors=1 + distance[:3], hue=distance[3])
 
 
@@ -59,7 +59,7 @@ def jitter_rows(
     hue_turn = jnp.argmax(jitter.order == HUE, axis=-1)[:, None]
     factors = jnp.concatenate((jitter.factors, jnp.ones_like(jitter.hue)[:, None]), axis=-1)
     factors = jnp.take_along_axis(factors, jitter.order, axis=-1)
-    turns = jnp.arange(4)
+    turns = jnp.arange(4)[None]
     before, after = jnp.where(turns < hue_turn, factors, 1.0), jnp.where(turns > hue_turn, factors, 1.0)
     # No blend before the hue is in the last turn, and none after it in the first. Grayscale takes the free place.
     after = jnp.concatenate((after[:, 1:], jnp.where(grayscale, 0.0, 1.0)[:, None]), axis=-1)
@@ -114,7 +114,7 @@ def jitter_one(
 
     nothing = len(branches) - 1
     strengths = jnp.concatenate((jitter.factors, jitter.hue[:, None]), axis=-1)[0]
-    unchanged = strengths == jnp.array([1.0, 1.0, 1.0, 0.0])
+    unchanged = strengths == jnp.array([1.0, 1.0, 1.0, 0.0], jnp.float32)
     operations = jnp.where(unchanged, nothing, jnp.arange(4))[jitter.order[0]]
     operations = jnp.append(operations, jnp.where(grayscale[0], SATURATION, nothing))
     return jax.lax.scan(turn, rows, (operations, jnp.append(strengths[jitter.order[0]], 0.0)))[0]
@@ -165,7 +165,7 @@ def _shift_hue(
         jnp.where(value == green, 2 + (blue - red) * per_chroma, 4 + (red - green) * per_chroma),
     )
     # One expression for all three channels: a stack of three would keep XLA from vectorizing what follows it.
-    corner = jnp.array([[5.0], [3.0], [1.0]])
+    corner = jnp.array([5.0, 3.0, 1.0], jnp.float32).reshape(1, 1, 3, 1)
     position = hue + (6 * _per_pixel(shift) + corner)
     position = position - 6 * jnp.floor(position / 6)
     return value - chroma * jnp.clip(jnp.minimum(position, 4 - position), 0.0, 1.0)

@@ -1,5 +1,6 @@
 """Features in place of images: standardization, and two views of each item, by noise or from stored views."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -108,17 +109,18 @@ def two_views(
 def _standardize(
     features: Array | np.ndarray, mean: Sequence[float] | np.ndarray, deviation: Sequence[float] | np.ndarray
 ) -> Array:
-    return (jnp.asarray(features, jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(deviation, jnp.float32)
+    center, unit = jnp.asarray(mean, jnp.float32)[None], jnp.asarray(deviation, jnp.float32)[None]
+    return (jnp.asarray(features, jnp.float32) - center) / unit
 
 
 def _add_noise(key: PRNGKeyArray, vectors: Array, noise: float, dropout: float, axis: Axis) -> Array:
     noise_key, dropout_key = jax.random.split(key)
     if noise:
-        normal = sharding.draw_sharded(lambda shape: jax.random.normal(noise_key, shape), vectors.shape, axis)
-        vectors = vectors + noise * normal
+        draw = functools.partial(jax.random.normal, noise_key, dtype=jnp.float32)
+        vectors = vectors + noise * sharding.draw_sharded(draw, vectors.shape, axis)
     if dropout:
         kept = sharding.draw_sharded(
             lambda shape: jax.random.bernoulli(dropout_key, 1 - dropout, shape), vectors.shape, axis
         )
-        vectors = vectors * kept / (1 - dropout)
+        vectors = jnp.where(kept, vectors / (1 - dropout), 0.0)
     return vectors

@@ -54,15 +54,15 @@ def sample_crop(
     the largest centered box with a ratio in range.
     """
     # One call for all numbers: each call of the generator adds a quarter of a second of compilation.
-    tries, position = jnp.split(jax.random.uniform(key, (2 * CROP_TRIES + 2,)), [2 * CROP_TRIES])
+    tries, position = jnp.split(jax.random.uniform(key, (2 * CROP_TRIES + 2,), jnp.float32), [2 * CROP_TRIES])
     area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[:CROP_TRIES])
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** tries[CROP_TRIES:]
     heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
     first = jnp.argmax(fits)
-    top = (position[0] * (height - heights[first] + 1)).astype(jnp.int32)
-    left = (position[1] * (width - widths[first] + 1)).astype(jnp.int32)
+    room = [(side - drawn[first] + 1).astype(jnp.float32) for side, drawn in ((height, heights), (width, widths))]
+    top, left = ((place * free).astype(jnp.int32) for place, free in zip(position, room, strict=True))
     drawn = (top, left, heights[first], widths[first])
     sides = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
     fallback = ((height - sides[0]) // 2, (width - sides[1]) // 2, *sides)  # rounded as in torchvision
@@ -128,8 +128,9 @@ def resized_axis(
     target = jnp.abs(jnp.arange(-margin, image_size + margin))
     target = (image_size - 1) - jnp.abs((image_size - 1) - target)
     target = jnp.where(flip[:, None], image_size - 1 - target, target)
-    step = extent / image_size
-    return ResizedAxis(start, extent, step, start[:, None] + (target + 0.5) * step[:, None])
+    step = extent.astype(jnp.float32) / image_size
+    center = start[:, None].astype(jnp.float32) + (target.astype(jnp.float32) + 0.5) * step[:, None]
+    return ResizedAxis(start, extent, step, center)
 
 
 def tap_count(size: int, image_size: int) -> int:
@@ -153,7 +154,7 @@ def rows_by_taps(
     """
     reach = jnp.maximum(axis.step, 1.0)[:, None]
     first = jnp.floor(axis.center - reach + 0.5).astype(jnp.int32)
-    rows = first[..., None] + jnp.arange(taps)
+    rows = first[..., None] + jnp.arange(taps)[None, None]
     weights = _weights(axis, rows)
     rows = jnp.clip(rows, 0, images.shape[1] - 1)  # rows outside the image have weight 0
     look_up = jax.vmap(lambda image, rows: image.at[rows].get(mode="promise_in_bounds"))
@@ -168,7 +169,9 @@ def _weights(axis: ResizedAxis, pixels: Int[Array, "... pixels"]) -> Float[Array
     growing, and one output pixel when shrinking. Pixels outside the resized part have weight 0; the rest sum to 1.
     """
     start, extent, step = (values[:, None, None] for values in (axis.start, axis.extent, axis.step))
-    distance = jnp.abs(pixels + 0.5 - axis.center[..., None]) / jnp.maximum(step, 1.0)
+    # Pixels and the three values get the same number of axes, since broadcasting over fewer may be forbidden.
+    pixels = pixels.reshape((1,) * (3 - pixels.ndim) + pixels.shape)
+    distance = jnp.abs(pixels.astype(jnp.float32) + 0.5 - axis.center[..., None]) / jnp.maximum(step, 1.0)
     inside = (pixels >= start) & (pixels < start + extent)
     weights = jnp.where(inside, jnp.maximum(1 - distance, 0.0), 0.0)
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -176,9 +179,9 @@ def _weights(axis: ResizedAxis, pixels: Int[Array, "... pixels"]) -> Float[Array
 
 def sample_affine(key: PRNGKeyArray, *, angle: float, shear: float, scale: tuple[float, float], shift: float) -> Affine:
     """Draws an affine map of one image, uniform within ±`angle`, ±`shear`, `scale` and ±`shift`."""
-    low = jnp.array([-angle, -shear, scale[0], -shift, -shift])
-    high = jnp.array([angle, shear, scale[1], shift, shift])
-    drawn = jax.random.uniform(key, (5,), minval=low, maxval=high)
+    low = jnp.array([-angle, -shear, scale[0], -shift, -shift], jnp.float32)
+    high = jnp.array([angle, shear, scale[1], shift, shift], jnp.float32)
+    drawn = jax.random.uniform(key, (5,), jnp.float32, low, high)
     return Affine(angle=drawn[0], shear=drawn[1], scale=drawn[2], shift=drawn[3:])
 
 
@@ -190,7 +193,7 @@ def warp(
     There is no antialiasing: `resize` images that are larger than `image_size` first.
     """
     _, height, width, _ = images.shape
-    offset = jnp.arange(image_size) - (image_size - 1) / 2
+    offset = jnp.arange(image_size, dtype=jnp.float32) - (image_size - 1) / 2
     y, x = jnp.meshgrid(offset, offset, indexing="ij")
 
     # Each output pixel looks up the point from which it comes, by the inverse of the whole map: stretching and moving

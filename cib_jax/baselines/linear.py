@@ -72,7 +72,7 @@ def lsh(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyArray)
     """
     validate_features(features, bits)
     mean = np.mean(features, axis=0, dtype=np.float64)
-    return Hyperplanes(jnp.asarray(mean, jnp.float32), jax.random.normal(key, (features.shape[1], bits)))
+    return Hyperplanes(jnp.asarray(mean, jnp.float32), jax.random.normal(key, (features.shape[1], bits), jnp.float32))
 
 
 def pca_sign(features: Float[np.ndarray, "n features"], bits: int, key: PRNGKeyArray) -> Hyperplanes:

@@ -146,7 +146,7 @@ def evaluate_codes(
             return found | {"queries": len(query)}
 
         figures = multihost.mean_over_processes(evaluate_queries, len(query))
-    figures["code_health"] = code_quality.code_health(database)
+    figures["code_health"] = code_quality.code_health(database, run.config.bits)
     seconds = seconds | {"metrics": time.perf_counter() - begun}
     results = _results(run, figures, origin, k, seconds)
     if multihost.is_first_process():

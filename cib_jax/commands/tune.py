@@ -180,7 +180,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
     some = run.splits.database.take(np.sort(draws.permutation(len(run.splits.database))[:images]))
     packed = features.codes(run, params, some, "Encoding")
     before = np.concatenate(list(features.before_hashing(run, some, "Features")))
-    statistics = code_quality.code_health(packed)
+    statistics = code_quality.code_health(packed, config.bits)
     neighbors = min(code_quality.NEIGHBOURS, len(packed) - 2)
     last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {

@@ -24,7 +24,7 @@ from cib_jax.retrieval.code_quality import SCORES
 from cib_jax.training import checkpoint, metric_writers
 
 Rule = tuple[Callable[[Any], bool], str]
-"""Whether a value is allowed, and what is: the second part of "config.bits must be a multiple of 8, got 20"."""
+"""Whether a value is allowed, and what is: the second part of "config.bits must be from 1 to 4096, got 0"."""
 
 
 def _one_of(*choices: str) -> Rule:
@@ -49,10 +49,7 @@ _NUMBERS: Rule = (
 
 RULES: dict[str, Rule] = {
     "seed": _SEED,
-    "bits": (
-        lambda bits: 8 <= bits <= 4096 and bits % 8 == 0,
-        "must be a multiple of 8 from 8 to 4096, since codes are stored in whole bytes; try 16, 32 or 64",
-    ),
+    "bits": (lambda bits: 1 <= bits <= 4096, "must be from 1 to 4096; try 16, 32 or 64"),
     "k": _COUNT,
     "backbone": (
         lambda name: name in registry.BACKBONES,
@@ -66,7 +63,7 @@ RULES: dict[str, Rule] = {
     "temperature": _POSITIVE,
     "beta": _at_least(0),
     "sharpness": _POSITIVE,
-    "teacher.bits": (lambda bits: bits >= 8 and bits % 8 == 0, "must be a multiple of 8, such as 128"),
+    "teacher.bits": _at_least(1),
     "teacher.temperature": _POSITIVE,
     "teacher.epochs": _at_least(0),
     "teacher.neighbours": _at_least(1),

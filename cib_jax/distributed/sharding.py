@@ -4,19 +4,22 @@ Inside `jax.shard_map`, functions take `axis`, the name of the mesh axis over wh
 one device has the whole batch. Outside, they take `over`, the mesh, or None if there is only one device.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray, Shaped
 
 from cib_jax.errors import DevicesError
 
 Axis = str | None
 Tree = TypeVar("Tree")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 AXIS = "data"  # the mesh's only axis, over which batches are divided; everything else is whole on every device
 WHOLE = PartitionSpec()
@@ -56,9 +59,65 @@ def sum_over_devices(shares: Tree, axis: Axis) -> Tree:
     return shares if axis is None else jax.lax.psum(shares, axis)
 
 
+def vary_like(tree: Tree, example: Array) -> Tree:
+    """Returns arrays that JAX takes to differ between devices, as `example` does.
+
+    With `check_vma=True`, JAX sums the gradient of an array that is the same on all devices by itself, before
+    `sum_over_devices`, and no loop replaces such an array by values of each device. With `check_vma=False`, and outside
+    `jax.shard_map`, nothing changes.
+    """
+    axes = jax.typeof(example).mat.varying
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(leaf).mat.varying))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
 def parts(axis: Axis) -> int:
     """Returns the number of devices over which the batch is divided."""
     return 1 if axis is None else jax.lax.axis_size(axis)
+
+
+# On explicit meshes, which `jax.make_mesh` makes by default.
+
+
+def on_explicit_mesh(*, rows: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Returns a decorator that lets a function take arrays whose types hold their sharding over an explicit mesh.
+
+    There, JAX asks for the sharding of every intermediate result. The decorated function leaves it to the compiler, as
+    on other meshes, and only its results are given one.
+
+    Args:
+      rows: Whether the results are divided as the rows of the first argument that is; otherwise they are whole.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            leaves, tree = jax.tree.flatten((args, kwargs))
+            places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+            shardings = [jax.typeof(leaves[place]).sharding for place in places]
+            explicit = [each for each in shardings if AxisType.Explicit in each.mesh.axis_types]
+            if not explicit:
+                return function(*args, **kwargs)
+            divided = next((each.spec[0] for each in explicit if len(each.spec) and each.spec[0]), None)
+
+            def call(arrays: list[Array]) -> R:
+                for place, array in zip(places, arrays, strict=True):
+                    leaves[place] = array
+                args, kwargs = jax.tree.unflatten(tree, leaves)
+                return function(*args, **kwargs)
+
+            result = PartitionSpec(divided) if rows else WHOLE
+            with jax.sharding.use_abstract_mesh(explicit[0].mesh):
+                # Without `jit`, JAX would look for a mesh for each constant inside.
+                return jax.jit(jax.sharding.auto_axes(call, out_sharding=result))([leaves[place] for place in places])
+
+        return wrapped
+
+    return decorate
 
 
 # Meshes.

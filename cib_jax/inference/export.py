@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cib_jax import files
+from cib_jax.codes import byte_count
 from cib_jax.errors import ExportedError
 from cib_jax.exported import FORMAT, FORMS, SIGNATURE, STAGES, VERSION, checksum, program_name
 from cib_jax.models.encoder import Encoder, Params, packed_of_features, plain_features
@@ -101,7 +102,7 @@ def _describe(encoder: Encoder, side: int) -> dict[str, Any]:
         "bits": encoder.bits,
         "takes": backbone.takes,
         "input": taken,
-        "output": {"dtype": "uint8", "shape": ["n", encoder.bits // 8]},
+        "output": {"dtype": "uint8", "shape": ["n", byte_count(encoder.bits)]},
         "preprocessing": inside,
     }
 

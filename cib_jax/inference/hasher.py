@@ -8,11 +8,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
+from cib_jax.codes import byte_count
 from cib_jax.config import build
 from cib_jax.config.schema import validate
 from cib_jax.data import inputs
@@ -139,7 +141,7 @@ class Hasher:
         return self.stored_size or self.encoder.image_size
 
     def encode(self, images: Items) -> UInt8[np.ndarray, "n bytes"]:
-        """Returns packed codes of `bits` / 8 bytes each.
+        """Returns packed codes of ⌈`bits` / 8⌉ bytes each.
 
         Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
         where rounding to whole gray levels can change a bit or two.
@@ -166,16 +168,19 @@ class Hasher:
             return self._empty(stage)
         items = self._validated(images)
         size = _batch_size(len(items), self.batch_size)
-        batches = (items[start : start + size] for start in range(0, len(items), size))
+        batches = (_finite(items[start : start + size], start) for start in range(0, len(items), size))
         return self._apply(stage, batches, lambda _: None, size, self._mesh if len(items) > size else None)
 
     def _validated(self, images: Items) -> Shaped[np.ndarray, "n ..."]:
         """Returns images or features as one array; images of several sizes are resized."""
         if self.encoder.backbone.takes == "features":
-            features: Any = images if hasattr(images, "dtype") else np.asarray(images)
+            features = as_array(images)
             count = self.encoder.backbone.features
-            is_float = np.issubdtype(features.dtype, np.floating) or features.dtype == jnp.bfloat16
-            if not is_float or features.ndim not in (2, 3) or features.shape[-1] != count:
+            if (
+                not jnp.issubdtype(features.dtype, jnp.floating)
+                or features.ndim not in (2, 3)
+                or features.shape[-1] != count
+            ):
                 raise UserError(
                     f"images must be floating-point features [n, {count}] for this hasher, got {features.dtype} "
                     f"{list(features.shape)}; compute them with the model that computed the features of training",
@@ -224,7 +229,9 @@ class Hasher:
 
     def _empty(self, stage: Stage) -> np.ndarray:
         bits = self.encoder.bits
-        return np.zeros((0, bits // 8), np.uint8) if stage is packed_of_features else np.zeros((0, bits), np.float32)
+        if stage is packed_of_features:
+            return np.zeros((0, byte_count(bits)), np.uint8)
+        return np.zeros((0, bits), np.float32)
 
     @functools.cached_property
     def _mesh(self) -> Mesh | None:
@@ -239,6 +246,31 @@ class Hasher:
 def _batch_size(count: int, largest: int) -> int:
     """Returns the batch size for `count` images: a power of two or `largest`, since each size is compiled once."""
     return min(largest, 1 << (count - 1).bit_length())
+
+
+def as_array(images: Any) -> Any:
+    """Returns images or features of any library as an array of NumPy or JAX; raises `UserError` if none can be made."""
+    if isinstance(images, np.ndarray | jax.Array):
+        return images
+    try:
+        return np.asarray(images)
+    except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU, or of PyTorch's bfloat16
+        raise UserError(
+            f"images must be an array that NumPy can read ({error}); convert them first, for example with "
+            "tensor.detach().cpu().float().numpy()",
+            field="images",
+        ) from error
+
+
+def _finite(rows: Shaped[np.ndarray, "n ..."], first: int) -> Shaped[np.ndarray, "n ..."]:
+    """Returns rows of images or features; raises `UserError` if one, numbered from `first`, is NaN or infinite."""
+    if rows.dtype != np.uint8:
+        # In single precision: NumPy cannot tell for bfloat16.
+        bad = ~np.isfinite(np.asarray(rows, np.float32)).all(axis=tuple(range(1, rows.ndim)))
+        if bad.any():
+            row = first + int(np.argmax(bad))
+            raise UserError(f"images must be finite, but row {row} has a NaN or an infinity; remove it", field="images")
+    return rows
 
 
 def _validate_images(images: np.ndarray, dimensions: int) -> None:

@@ -73,7 +73,7 @@ def conv(
         form = functools.partial(winograd, pads=pads)
     else:
         form = lambda x, kernel: conv_for_loops(x, kernel, stride, pads)  # noqa: E731 - custom_vjp takes no keywords
-    return _by_platform(form, plain, x, kernel) + bias
+    return _by_platform(form, plain, x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
 def depthwise(
@@ -86,7 +86,7 @@ def depthwise(
     """Returns the convolution of every channel with its own kernel, plus bias."""
     pads = explicit_padding(x.shape[1:3], kernel.shape[:2], stride, padding)
     shifts, plain = (functools.partial(form, stride=stride, pads=pads) for form in (depthwise_by_shifts, conv_plain))
-    return _by_platform(shifts, plain, x, kernel) + bias
+    return _by_platform(shifts, plain, x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
 def pointwise(
@@ -100,7 +100,8 @@ def pointwise(
         flat = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
-    return _by_platform(product, functools.partial(conv_plain, stride=1, pads=NO_PADS), x, kernel) + bias
+    plain = functools.partial(conv_plain, stride=1, pads=NO_PADS)
+    return _by_platform(product, plain, x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
 def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h//2 w//2 channels"]:

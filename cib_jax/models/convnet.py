@@ -50,7 +50,7 @@ class ConvNet(nnx.Module):
             )
         x = conv.in_turn(self.convolutions, images)
         kernel, bias = self.linear.arrays
-        return jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
+        return jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias[None])
 
 
 def _standardize(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:

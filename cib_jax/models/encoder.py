@@ -15,7 +15,7 @@ from cib_jax.augment import augment
 from cib_jax.augment.features import Standard, plain, two_views
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
-from cib_jax.errors import ConfigError, WeightsError
+from cib_jax.errors import ConfigError, WeightsError, whole_number
 from cib_jax.models import finetune, registry
 from cib_jax.models.finetune import FineTune
 from cib_jax.random_streams import fold_by_name
@@ -179,7 +179,7 @@ def create_encoder(
     Args:
       key: Random key of the initial weights.
       backbone: Name of a network in `cib_jax.models.registry.BACKBONES`.
-      bits: Length of a code, a multiple of 8.
+      bits: Length of a code, from 1; packed codes are stored in whole bytes.
       image_size: Side of the square input in pixels; 0 takes the backbone's usual one.
       frozen: Whether the backbone is not trained; None freezes one with pretrained weights, unless `fine_tune` asks for
         something.
@@ -213,9 +213,8 @@ def create_encoder(
         chosen = dataclasses.replace(chosen, features=len(mean), mean=mean, deviation=deviation)
     size = image_size or chosen.image_size
     has_pretrained = chosen.convert is not None
-    if bits < 8 or bits % 8:
-        allowed = "a positive multiple of 8, since codes are stored in bytes"
-        raise _error("bits", f"must be {allowed}, got {bits}; try 16, 32 or 64")
+    for name, value in (("bits", bits), ("hidden", hidden)):
+        whole_number(name, value, 1, ConfigError)
     if size < chosen.smallest or size % chosen.multiple:
         allowed = f"at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}"
         raise _error("image_size", f"must be {allowed}, got {size}")

@@ -185,8 +185,8 @@ def create_lora(key: PRNGKeyArray, state: State, rank: int) -> Tree:
     """
     factors = {}
     for number, (path, (rows, columns)) in enumerate(kernel_shapes(state)):
-        a = jax.random.normal(jax.random.fold_in(key, number), (rows, rank)) * rows**-0.5
-        factors[path] = {"a": a, "b": jnp.zeros((rank, columns))}
+        a = jax.random.normal(jax.random.fold_in(key, number), (rows, rank), jnp.float32) * rows**-0.5
+        factors[path] = {"a": a, "b": jnp.zeros((rank, columns), jnp.float32)}
     return traverse_util.unflatten_dict(factors)
 
 

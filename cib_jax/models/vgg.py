@@ -49,7 +49,7 @@ class VGG16(nnx.Module):
         x = adaptive_average_pool(conv.in_turn(self.convolutions[last:], x), GRID)
         for layer in (self.fc6, self.fc7):
             kernel, bias = layer.arrays
-            x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias)
+            x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias[None])
         return x
 
 

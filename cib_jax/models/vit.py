@@ -88,7 +88,12 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         """Returns x times the kernel, plus the bias."""
         y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + _of_rank(y, self.bias)
+
+
+def _of_rank(x: Float[Array, "..."], channels: nnx.Param[Array]) -> Float[Array, "..."]:
+    """Returns one value per channel with as many axes as `x` has, since broadcasting over fewer may be forbidden."""
+    return channels[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class LayerNorm(nnx.Module):
@@ -104,7 +109,7 @@ class LayerNorm(nnx.Module):
         single = x.astype(jnp.float32)
         centered = single - jnp.mean(single, axis=-1, keepdims=True)
         unit = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.epsilon)
-        return (unit * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (unit * _of_rank(x, self.scale) + _of_rank(x, self.bias)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -149,9 +154,9 @@ class Block(nnx.Module):
         """Applies the block."""
         normal = self.norm1(x)
         y = self.attention(normal, normal)
-        x = x + (y if self.scale1 is None else y * self.scale1[...])
+        x = x + (y if self.scale1 is None else y * _of_rank(y, self.scale1))
         y = self.mlp(self.norm2(x))
-        return x + (y if self.scale2 is None else y * self.scale2[...])
+        return x + (y if self.scale2 is None else y * _of_rank(y, self.scale2))
 
 
 class Stem(nnx.Module):
@@ -179,7 +184,7 @@ class Stem(nnx.Module):
         learned, ahead = self.positions[...], int(self.design.class_token)
         grid = learned[ahead:].reshape(self.design.grid, self.design.grid, width)
         placed = interpolate(grid, rows, columns, antialias=self.design.antialias)
-        parts = [patches + placed.reshape(-1, width).astype(images.dtype)]
+        parts = [patches + placed.reshape(1, -1, width).astype(images.dtype)]
         if self.registers is not None:
             parts.insert(0, jnp.broadcast_to(self.registers[...], (batch, *self.registers.shape)))
         if self.class_token is not None:

@@ -36,7 +36,7 @@ SHARE = 0.04
 # Use of the bits.
 
 
-def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
+def code_health(packed: UInt8[np.ndarray, "n bytes"], bits: int | None = None) -> dict[str, Any]:
     """Returns statistics of the empirical distribution of codes, as plain numbers and lists.
 
     - `bit_balance`: The share of ones at each bit, bit 0 being the most significant of byte 0; 0.5 is best.
@@ -50,6 +50,7 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
 
     Args:
       packed: Packed codes.
+      bits: Length of a code; None takes all bits of the bytes.
 
     Raises:
       UserError: `packed` is not packed uint8 codes or is empty.
@@ -63,7 +64,7 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
     """
     validate_packed(packed, "packed")
     n = len(packed)
-    together = _ones_together(packed)
+    together = _ones_together(packed, bits)
     balance = np.diag(together) / n
     dead = (balance == 0) | (balance == 1)
     frequencies = _multiplicities(packed) / n
@@ -80,10 +81,10 @@ def code_health(packed: UInt8[np.ndarray, "n bytes"]) -> dict[str, Any]:
     }
 
 
-def bit_correlation(packed: UInt8[np.ndarray, "n bytes"]) -> Float64[np.ndarray, "bits bits"]:
-    """Returns the Pearson correlation of every two bits; NaN with a bit that never changes."""
+def bit_correlation(packed: UInt8[np.ndarray, "n bytes"], bits: int | None = None) -> Float64[np.ndarray, "bits bits"]:
+    """Returns the Pearson correlation of every two of the `bits` bits; NaN with a bit that never changes."""
     validate_packed(packed, "packed")
-    return _correlation(_ones_together(packed), len(packed))
+    return _correlation(_ones_together(packed, bits), len(packed))
 
 
 def occupancy(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, " distinct"]:
@@ -92,12 +93,12 @@ def occupancy(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, " disti
     return np.sort(_multiplicities(packed))[::-1]
 
 
-def _ones_together(packed: UInt8[np.ndarray, "n bytes"]) -> Int64[np.ndarray, "bits bits"]:
+def _ones_together(packed: UInt8[np.ndarray, "n bytes"], bits: int | None) -> Int64[np.ndarray, "bits bits"]:
     """Returns the number of codes with both bits of each pair set; on the diagonal, with that bit set."""
-    bits = packed.shape[1] * 8
+    bits = packed.shape[1] * 8 if bits is None else bits
     together = np.zeros((bits, bits), np.int64)
     for start in range(0, len(packed), BLOCK):
-        ones = codes.ones(packed[start : start + BLOCK]).astype(np.float32)
+        ones = codes.ones(packed[start : start + BLOCK], bits).astype(np.float32)
         together += (ones.T @ ones).astype(np.int64)
     return together
 

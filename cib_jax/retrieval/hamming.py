@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Int64, Integer, Shaped, UInt, UInt8, UInt16, UInt32
 
-from cib_jax.errors import UserError
+from cib_jax.errors import UserError, whole_number
 from cib_jax.files import map_in_order
 
 # The distances of one block fit the caches of a core, yet computing them outweighs the cost of starting a block.
@@ -387,7 +387,7 @@ def validate_packed(packed: np.ndarray, name: str) -> None:
 
 def validate_k(k: int, database: int, name: str = "k") -> None:
     """Raises a UserError unless k is in 1..database."""
-    if not 1 <= k <= database:
+    if whole_number(name, k, 1) > database:
         raise UserError(f"{name} must be from 1 to {database}, the size of the database, got {k}", field=name)
 
 

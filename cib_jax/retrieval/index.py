@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
-from cib_jax.codes import ones
-from cib_jax.errors import SearchError
+from cib_jax.codes import byte_count, ones
+from cib_jax.errors import SearchError, whole_number
 from cib_jax.files import core_count
 from cib_jax.retrieval import exact_search, near_duplicates
 from cib_jax.retrieval.exact_search import Hits
@@ -46,7 +46,7 @@ class Index:
 
     @classmethod
     def of(cls, codes: UInt8[np.ndarray, "n bytes"], kind: str = EXACT, **settings: int) -> "Index":
-        """Returns the index of codes [n, bits / 8].
+        """Returns the index of codes [n, bytes].
 
         "exact" compares every code and copies none; a memory map larger than memory works. The other kinds compare few
         codes and may miss some of the nearest: "ivf" sorts codes into lists around centers, "mih" hashes pieces of
@@ -78,7 +78,9 @@ class Index:
                     "leave it out",
                     field=name,
                 )
-            known[name] = _whole_number(name, value, {"nflip": 0, "m": 2}.get(name, 1), "leave it out for its default")
+            known[name] = whole_number(
+                name, value, {"nflip": 0, "m": 2}.get(name, 1), SearchError, "leave it out for its default"
+            )
         codes, approximate = build(codes, **known)
         return cls(codes, kind, approximate)
 
@@ -160,7 +162,8 @@ class Index:
           Gordo et al., Asymmetric distances for binary embeddings, CVPR 2011.
         """
         logits, ids = np.asarray(logits), np.asarray(ids)
-        if logits.ndim != 2 or logits.shape[1] != self.bits or not np.issubdtype(logits.dtype, np.floating):
+        fits = logits.ndim == 2 and byte_count(logits.shape[1]) == self.codes.shape[1]
+        if not fits or not np.issubdtype(logits.dtype, np.floating):
             raise SearchError(
                 f"logits must be floats of shape [queries, {self.bits}], got {logits.dtype} of shape {logits.shape}; "
                 "take those of the Hasher that made the codes",
@@ -186,7 +189,7 @@ class Index:
         rows = max(1, _BLOCK // (ids.shape[1] * self.bits))
         for start in range(0, len(ids), rows):
             block = slice(start, start + rows)
-            bits = ones(self.codes[ids[block]]).view(np.bool_)
+            bits = ones(self.codes[ids[block]], logits.shape[1]).view(np.bool_)
             query = logits[block].astype(np.float32)[:, None]
             differing = np.where(bits == (query > 0), np.float32(0), np.abs(query))
             distances[block] = differing.sum(axis=-1, dtype=np.float64)
@@ -195,13 +198,7 @@ class Index:
         return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
     def _radius(self, radius: int) -> int:
-        return min(_whole_number("radius", radius, 0, "give it in bits"), self.bits)
-
-
-def _whole_number(name: str, value: int, least: int, remedy: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise SearchError(f"{name} must be a whole number, {least} or more, got {value!r}; {remedy}", field=name)
-    return int(value)
+        return min(whole_number("radius", radius, 0, SearchError, "give it in bits"), self.bits)
 
 
 def parse_kind(text: str) -> tuple[str, dict[str, int]]:

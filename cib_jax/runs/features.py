@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
 from cib_jax import console
+from cib_jax.codes import byte_count
 from cib_jax.config import build
 from cib_jax.console import print_message
 from cib_jax.data import cache
@@ -114,7 +115,7 @@ def join_codes(
     if not multihost.is_distributed():
         return np.concatenate(mine)
     parts = _parts(run, count)
-    codes = np.empty((count, run.encoder.bits // 8), np.uint8)
+    codes = np.empty((count, byte_count(run.encoder.bits)), np.uint8)
     # Some processes have no part if there are fewer parts than processes.
     for process, rows in enumerate(multihost.gather(np.concatenate([codes[:0], *mine]))):
         done = 0

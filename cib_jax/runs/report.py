@@ -129,9 +129,10 @@ def _draw_codes(
     run: RunContext, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]
 ) -> list[Picture]:
     where = "Of the database"
+    correlation = code_quality.bit_correlation(database, run.config.bits)
     drawn = [
         picture("bit_balance", figures.bit_balance(results["metrics"]["code_health"]["bit_balance"]), where),
-        picture("bit_correlation", figures.bit_correlation(code_quality.bit_correlation(database)), where),
+        picture("bit_correlation", figures.bit_correlation(correlation), where),
         picture("occupancy", figures.occupancy(code_quality.occupancy(database), run.config.bits), where),
     ]
     config, labels = run.config, run.splits.database.labels

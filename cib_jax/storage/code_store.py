@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from cib_jax.codes import byte_count
 from cib_jax.errors import CodeStoreError
 from cib_jax.files import first_line, printable, short_reason, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
@@ -229,7 +230,7 @@ def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray
       folder: Folder of the codes.
 
     Returns:
-      Paths, relative to the folder of photos or to that of the list, as they were encoded; codes [n, bits / 8].
+      Paths, relative to the folder of photos or to that of the list, as they were encoded; codes [n, bytes].
 
     Raises:
       CodeStoreError: There is no corpus, parts are missing or damaged, or one is of another corpus.
@@ -250,7 +251,7 @@ def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray
             f"{corpus.path(missing[0]).name}); {remedy}"
         )
     paths: list[str] = []
-    codes = np.empty((corpus.files, corpus.encoder["bits"] // 8), np.uint8)
+    codes = np.empty((corpus.files, byte_count(corpus.encoder["bits"])), np.uint8)
     for number in range(corpus.parts):
         try:
             part = corpus.load_part(number)

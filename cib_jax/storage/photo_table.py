@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from cib_jax.codes import byte_count
 from cib_jax.data import inputs
 from cib_jax.errors import IndexFolderError, UserError
 from cib_jax.files import first_line
@@ -238,7 +239,7 @@ class PhotoTable:
             table.checkout(table.version)
             found = _fetch(table.search().select(["key", "code"]).where("code IS NOT NULL").with_row_id(True))
             keys, rows = _as_numpy(found["key"]), _as_numpy(found["_rowid"])
-            width = self.metadata.encoder["bits"] // 8
+            width = byte_count(self.metadata.encoder["bits"])
             codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
         order = np.argsort(keys)
         return Snapshot(keys[order], codes[order], rows[order], table)
@@ -304,7 +305,7 @@ def _schema(bits: int) -> Any:
         "path": pyarrow.string(),
         "raw_path": pyarrow.binary(),
         # The type that LanceDB's own search by Hamming distance takes.
-        "code": pyarrow.list_(pyarrow.uint8(), bits // 8),
+        "code": pyarrow.list_(pyarrow.uint8(), byte_count(bits)),
         "size": pyarrow.int64(),
         "modified": timestamp(),
         "width": pyarrow.int32(),

@@ -60,6 +60,10 @@ class Method:
             raise ConfigError(
                 f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}", field="objective"
             )
+        for name in ("temperature", "sharpness", "beta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.number | jax.Array):
+                raise ConfigError(f"{name} must be a number, got {value!r}", field=name)
         for name in ("temperature", "sharpness"):
             value = getattr(self, name)
             # A traced value, such as a temperature that follows a schedule, is known only when the step runs.
@@ -148,9 +152,9 @@ def create_train_state(params: Params, optimizer: optax.GradientTransformation) 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """Returns the state before the first step, with a copy of the parameters, on all devices of a mesh."""
-    params = jax.tree.map(jnp.array, params)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
-    return sharding.replicate(state, mesh)
+    # Every array is copied: some optimizers keep the parameters themselves, and no buffer can be donated twice.
+    return sharding.replicate(jax.tree.map(jnp.array, state), mesh)
 
 
 def adam(learning_rate: float, backbone_learning_rate: float = 0.0) -> optax.GradientTransformation:
@@ -179,6 +183,7 @@ def update(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`; every device gets the same result.
     """
     encoder = method.encoder
+    params, frozen = sharding.vary_like((state.params, frozen), jax.tree.leaves(batch.inputs)[0])
     view_key, bit_key = fold_by_name(key, "views"), fold_by_name(key, "code bits")
 
     def loss(params: Params) -> tuple[Array, Terms]:
@@ -207,14 +212,16 @@ def update(
 
     # Each device differentiates its share of the loss. Codes are gathered from all devices, so that the gradient also
     # holds what these rows do to the other shares; the sum over devices is the gradient of the whole batch's loss.
-    gradient, terms = sharding.sum_over_devices(jax.grad(loss, has_aux=True)(state.params), axis)
-    updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    gradient, terms = sharding.sum_over_devices(jax.grad(loss, has_aux=True)(params), axis)
+    with jax.numpy_dtype_promotion("standard"):  # optimizers count their steps in integers
+        updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     terms = terms | {"gradient_norm": optax.tree.norm(gradient)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms
 
 
 @renamed_keywords(optimiser="optimizer")
+@sharding.on_explicit_mesh(rows=False)
 def train_step(
     state: TrainState,
     frozen: Params,
@@ -261,6 +268,7 @@ def train_step(
 
 
 @renamed_keywords(optimiser="optimizer")
+@sharding.on_explicit_mesh(rows=False)
 def train_step_on_features(
     state: TrainState,
     features1: Float[Array, "batch features"],

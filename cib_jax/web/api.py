@@ -32,6 +32,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cib_jax.codes import byte_count
 from cib_jax.data.photos import BadPhotoError
 from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
 from cib_jax.web.decode_pool import DecodePool, DecoderError
@@ -207,7 +208,7 @@ class Api:
 
     def _search_code(self, code: str, k: int, radius: int | None) -> dict[str, Any]:
         collection = self.collection
-        digits = collection.bits // 4
+        digits = 2 * byte_count(collection.bits)
         if not re.fullmatch(rf"[0-9a-fA-F]{{{digits}}}", code):
             raise HTTPException(400, f"code must be {digits} hexadecimal digits, for {collection.bits} bits.")
         return _search(collection, np.frombuffer(bytes.fromhex(code), np.uint8), k, radius, None)

@@ -5,6 +5,7 @@ compiling take most of the time.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.console
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cib_jax as cib
+from cib_jax.augment import features
 from cib_jax.commands.index import train_index_encoder
 from cib_jax.data import inputs
 from cib_jax.distributed import sharding
@@ -127,6 +130,79 @@ def one_step(fine_tune, devices, micro_batch):
     return {name: float(value[0]) for name, value in terms.items()}, leaves(after.opt_state)
 
 
+def own_step(step, state, batch, mesh=None, check_vma=None):
+    """Returns the norm of the gradient and the loss of a step in a loop of one's own: `jax.shard_map`, or `jax.jit`.
+
+    Without a mesh, one device has the whole batch; without `check_vma`, the compiler divides the step by the sharding
+    of its arguments.
+    """
+    specs, program = (P(), P(), P("d")), step
+    arguments = (state, KEY, batch)
+    if mesh is not None:
+        arguments = tuple(
+            jax.device_put(part, NamedSharding(mesh, spec)) for part, spec in zip(arguments, specs, strict=True)
+        )
+    if check_vma is not None:
+        program = functools.partial(step, axis="d")
+        program = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    _, terms = jax.jit(program)(*arguments)
+    return [float(terms["gradient_norm"]), float(terms["loss"])]
+
+
+def own_loops():
+    """Returns what steps in loops of one's own come to, by the kind of their arguments; first on one device."""
+    optimizer = optax.sgd(0.1)
+    auto, explicit = Mesh(jax.devices(), ("d",)), jax.make_mesh((8,), ("d",))
+    assert explicit.axis_types == (AxisType.Explicit,)
+    found = {}
+    items = {"backbone": "none", "hidden": 16, "standard": features.standard([FEATURES])}
+    pixels = {"backbone": "convnet", "image_size": 8, "hidden": 16}
+    for name, made, batch, options in (
+        ("features", items, (FEATURES[:16],), {"augment": "noise", "objective": "diffusion"}),
+        ("images", pixels, (IMAGES[:8],), {"augment": "digits"}),  # one for each device
+        ("two views", items, (FEATURES[:8], FEATURES[8:16]), {}),  # one for each device
+    ):
+        encoder, params, frozen = cib.create_encoder(KEY, bits=8, **made)
+        method = options | {"encoder": encoder, "optimizer": optimizer}
+        known = {"coordinates": COORDINATES} if options.get("objective") == "diffusion" else {}
+
+        def step(state, key, batch, axis=None, frozen=frozen, method=method):
+            data, known = batch
+            if len(data) == 2:
+                return cib.train_step_on_features(state, *data, key, axis=axis, **method)
+            return cib.train_step(state, frozen, *data, key, axis=axis, **known, **method)
+
+        ways = [(None, None), (auto, True), (explicit, True), (explicit, None)]
+        if name == "two views":  # the cheapest to compile
+            ways += [(auto, False), (explicit, False), (auto, None)]
+        state = cib.create_train_state(params, optimizer)
+        found[name] = [own_step(step, state, (batch, known), *way) for way in ways]
+    return found
+
+
+def functions_on_an_explicit_mesh():
+    """Returns how far each pure function's result for divided rows is from that for whole ones."""
+    rows = NamedSharding(jax.make_mesh((8,), ("d",)), P("d"))
+    logits = LOGITS * 3
+    functions = {
+        "nt_xent": cib.nt_xent,
+        "gradient of nt_xent": jax.jit(jax.grad(cib.nt_xent)),
+        "cib_loss": lambda a, b: cib.cib_loss(KEY, a, b)[0],
+        "bernoulli_kl": cib.bernoulli_kl,
+        "sample_codes": lambda a, b: cib.sample_codes(KEY, a),
+        "binarize": lambda a, b: cib.binarize(a),
+        "pack_bits": lambda a, b: cib.unpack_bits(cib.pack_bits(a)),
+    }
+    pairs = {
+        name: [function(*logits), function(*jax.device_put(tuple(logits), rows))]
+        for name, function in functions.items()
+    }
+    images, divided = IMAGES[:8], jax.device_put(IMAGES[:8], rows)
+    pairs["two_views"] = [jnp.stack(cib.two_views(KEY, x, image_size=8, family="digits")) for x in (images, divided)]
+    pairs["resize"] = [cib.resize_and_normalize(x, image_size=12) for x in (images, divided)]
+    return {name: float(np.abs(np.subtract(*map(np.asarray, pair))).max()) for name, pair in pairs.items()}
+
+
 def learned_for_an_index(folder):
     """Returns the shape of codes of an encoder trained on 22 photos, of which four devices share 20."""
     indexing.fill(folder / "photos", 22)
@@ -164,6 +240,8 @@ def main(folder):
     }
     fine_tune = cib.FineTune(blocks=1, checkpointing=True)
     found["last block"] = [one_step(fine_tune, 1, 0), one_step(fine_tune, 4, 2)]
+    found["own loops"] = own_loops()
+    found["explicit"] = functions_on_an_explicit_mesh()
     hasher = cib.Hasher(encoder, params, frozen, batch_size=3)
     found["codes"] = {n: dataclasses.replace(hasher, devices=n).encode(IMAGES).tolist() for n in (1, 2, 8)}
     codes = GENERATOR.integers(0, 256, (2, 300, 2), np.uint8)

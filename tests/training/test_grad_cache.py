@@ -17,7 +17,7 @@ from tests import small
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (48, 8, 8, 3), dtype=np.uint8)
 KEY = jax.random.key(5)
-# Views without black borders, where all inputs of a max pool are equal, and rounding decides which one has the gradient.
+# Views without black borders, where all inputs of a max pool are equal, and rounding decides which has the gradient.
 FAMILY = "photo"
 TEMPERATURE, BETA = 0.4, 0.2
 
