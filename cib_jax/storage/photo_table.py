@@ -93,9 +93,11 @@ class PhotoTable:
     files were deleted since.
     """
 
-    def __init__(self, uri: str, metadata: IndexMetadata, connection: Any, photos: Any):
+    def __init__(self, uri: str, metadata: IndexMetadata, connection: Any, photos: Any, created: datetime.datetime):
         self.uri, self.metadata = uri, metadata
         self._connection, self._photos = connection, photos
+        self.created = created
+        """Time at which the index was made, which another index at the same place does not share."""
 
     @classmethod
     def exists(cls, uri: str) -> bool:
@@ -131,7 +133,8 @@ class PhotoTable:
             raise _error(f"there is no index at {uri}; make one by --mode=index --images=PHOTOS --index={uri}")
         connection = _connect(uri)
         with lance_errors(uri, "read"):
-            row = _fetch(connection.open_table(ENCODER).search().select(["about"]))
+            table = connection.open_table(ENCODER)
+            row, created = _fetch(table.search().select(["about"])), table.list_versions()[0]["timestamp"]
             metadata = json.loads(row["about"][0].as_py())
         if metadata["version"] != VERSION:
             raise _error(
@@ -142,7 +145,7 @@ class PhotoTable:
         with lance_errors(uri, "read"):
             # The process that made the index may have been killed between the two tables.
             photos = connection.create_table(PHOTOS, schema=_schema(made.encoder["bits"]), exist_ok=True)
-        return cls(uri, made, connection, photos)
+        return cls(uri, made, connection, photos, created)
 
     @classmethod
     def create(cls, uri: str, metadata: IndexMetadata, encoder: bytes) -> "PhotoTable":
