@@ -72,33 +72,47 @@ def renewing(
     *,
     seconds: float = 30.0,
 ) -> Iterator[None]:
-    """Replaces the collection that an API serves, at intervals, by what `renew` returns for it; prints changes.
+    """Replaces the collection that an API serves, at intervals and when a read fails, by what `renew` returns for it.
 
-    `renew` returns the same object if nothing changed. If it is None, nothing is done.
+    Changes are printed, and a lasting error once. `renew` returns the same object if nothing changed. If it is None,
+    nothing is done.
     """
     if renew is None:
         yield
         return
-    ended = threading.Event()
+    ended, lock, printed = threading.Event(), threading.Lock(), ""
 
-    def watch() -> None:
-        while not ended.wait(seconds):
+    def renew_now(known: Collection) -> None:
+        nonlocal printed
+        with lock:
+            if served.collection is not known:
+                return  # another thread has replaced it
             try:
-                collection = renew(served.collection)
-                if collection is not served.collection:
+                collection, message = renew(known), ""
+                if collection is not known:
                     served.replace(collection)
                     print_line(f"{api.format_count(collection)} now")
             except UserError as error:
-                print_line(f"Newly indexed photos are not served yet: {error}")
+                message = f"The index cannot be read again, so changes are not served: {error}"
+                if message != printed:
+                    print_line(message)
             except Exception:  # a temporary failure must not end this thread
+                message = printed
                 traceback.print_exc()
+            printed = message
 
+    def watch() -> None:
+        while not ended.wait(seconds):
+            renew_now(served.collection)
+
+    served.renew = renew_now
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
+        served.renew = None
         thread.join(1)
 
 
