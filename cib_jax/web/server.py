@@ -209,6 +209,12 @@ def _quiet_shutdown() -> Iterator[None]:
         yield
 
 
+_SLICE = 16_384
+"""Bytes that are parsed at once."""
+_MOST_LINES, _BYTES_PER_LINE = 2000, 512
+"""Line ends in a chunked body, of which each chunk has two, and the bytes for which there may be one more."""
+
+
 class _BoundedProtocol(H11Protocol):
     """Closes a connection of a client that has too many, is slow to send a request, or does not read its answer."""
 
@@ -219,6 +225,8 @@ class _BoundedProtocol(H11Protocol):
     _client_name: str | None = None
     _last_cycle: Any = None
     """uvicorn's state of the request that was received last."""
+    _lines, _bytes = 0, 0
+    """Line ends and bytes of its body, if it is chunked."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -241,10 +249,27 @@ class _BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not self._last_cycle:  # the head of a request is complete
-            self._close_after("head", None)
-            self._last_cycle = self.cycle
+        # In slices: a call blocks all other clients, and takes a second for the smallest chunks in 256 KB.
+        for start in range(0, len(data), _SLICE):
+            part = data[start : start + _SLICE]
+            if self.transport.is_closing() or self._has_too_many_chunks(part):
+                return
+            super().data_received(part)
+            if self.cycle is not self._last_cycle:  # the head of a request is complete
+                self._close_after("head", None)
+                self._last_cycle, self._lines, self._bytes = self.cycle, 0, 0
+
+    def _has_too_many_chunks(self, data: bytes) -> bool:
+        """Returns whether a body is in so many chunks that it is not read further; `BodyLimits` then refuses it."""
+        if self.cycle is None or all(name != b"transfer-encoding" for name, _ in self.cycle.scope["headers"]):
+            return False
+        self._lines, self._bytes = self._lines + data.count(b"\r\n"), self._bytes + len(data)
+        if self._lines <= _MOST_LINES + self._bytes // _BYTES_PER_LINE:
+            return False
+        self.cycle.scope["state"]["too_many_chunks"] = True
+        self.cycle.message_event.set()
+        self.transport.pause_reading()
+        return True
 
     def on_response_complete(self) -> None:
         answered = self.cycle
