@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from cib_jax import errors
+from cib_jax.files import short_reason
 from cib_jax.inference import serialization
 from cib_jax.inference.hasher import Hasher
 from cib_jax.models import weights
@@ -208,9 +209,16 @@ class Collection:
 
 def load_hasher(table: PhotoTable) -> Hasher:
     """Returns the encoder that made an index's codes."""
-    with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / serialization.FILE).write_bytes(table.encoder())
-        return Hasher.load(folder)
+    content = table.encoder()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (pathlib.Path(folder) / serialization.FILE).write_bytes(content)
+            return Hasher.load(folder)
+    except OSError as error:
+        message = (
+            f"the folder of temporary files cannot be used ({short_reason(error)}); free some space, or set TMPDIR"
+        )
+        raise errors.IndexFolderError(f"--index: {message}", field="--index") from error
 
 
 def hasher_bytes(hasher: Hasher) -> bytes:

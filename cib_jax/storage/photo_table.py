@@ -21,7 +21,7 @@ from jaxtyping import Int64, UInt8
 
 from cib_jax.data import inputs
 from cib_jax.errors import IndexFolderError, UserError
-from cib_jax.files import first_line
+from cib_jax.files import first_line, import_optional
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
 VERSION = 1
@@ -350,10 +350,7 @@ def is_local(uri: str) -> bool:
 
 def _connect(uri: str) -> Any:
     """Returns LanceDB's connection to a place, and makes the folder if there is none."""
-    try:
-        import lancedb
-    except ImportError as error:
-        raise _error(_MISSING) from error
+    lancedb = import_optional("lancedb", _error(_MISSING))
     with lance_errors(uri, "reached"):
         return lancedb.connect(uri)
 
@@ -385,7 +382,7 @@ def lance_errors(uri: str, action: str) -> Iterator[None]:
     """Converts any error of LanceDB into an IndexFolderError that says that the index cannot be `action`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # LanceDB's errors have no class of their own
         raise _lance_error(uri, action, error) from error

@@ -82,6 +82,14 @@ def test_photos_are_found_by_id_and_changes_by_renewing(tmp_path, hashers):
     assert moved.root == "/elsewhere" and len(moved) == COUNT - 1 and moved.renewed() is moved
 
 
+def test_temporary_files_that_cannot_be_written_are_one_sentence(tmp_path, hashers, monkeypatch):
+    make(tmp_path / "i", hashers[0])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(IndexFolderError) as error:
+        Collection.open(tmp_path / "i")
+    assert "TMPDIR" in str(error.value) and error.value.field == "--index"
+
+
 def test_photos_that_were_read_before_need_no_file(tmp_path, hashers, monkeypatch):
     monkeypatch.setattr(collection_lib, "KEPT", 5)
     make(tmp_path / "i", hashers[0])
