@@ -87,7 +87,7 @@ def serve(uri: str, at_once: int) -> None:
     from cib_jax.web import server
     from cib_jax.web.settings import Settings
 
-    settings = Settings(searches=10**9, images=10**9, others=10**9, at_once=at_once)
+    settings = Settings(searches=10**9, images=10**9, others=10**9, at_once=at_once, bodies_each=at_once)
     server.serve(Collection.open(uri), port=0, settings=settings, print_line=lambda line: print(line, flush=True))
 
 

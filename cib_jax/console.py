@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import json
 import pathlib
 import shutil
@@ -53,11 +54,20 @@ def print_message(console: rich.console.Console, sentence: str) -> None:
     console.print(words, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+def replace_unprintable() -> None:
+    """Makes stdout print "?" for a character that its encoding lacks, such as ASCII's, instead of raising an error.
+
+    Python itself makes stderr print an escape for it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def print_json(console: rich.console.Console, content: dict[str, Any]) -> None:
     """Prints one line of JSON."""
     HINT.clear()
     # Directly to the file: the console would break and color the line.
-    console.file.write(json.dumps(content, ensure_ascii=False) + "\n")
+    console.file.write(json.dumps(content, ensure_ascii=not console.encoding.startswith("utf")) + "\n")
     console.file.flush()
 
 
@@ -88,7 +98,8 @@ class Hint:
         self._message = message
         timer = threading.Timer(delay, self._print)
         timer.daemon = True
-        timer.start()
+        with contextlib.suppress(RuntimeError):  # no memory for a thread
+            timer.start()
 
     def clear(self) -> None:
         """Removes the message, or keeps it from appearing."""

@@ -1,16 +1,20 @@
-"""Atomic writes, locks, printable file names, hints for misspelled names, and threads that keep an order."""
+"""Atomic writes, locks, printable file names, optional packages, misspelled names, threads that keep an order."""
 
 import collections
 import concurrent.futures
 import contextlib
 import difflib
 import fcntl
+import importlib
 import os
 import pathlib
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import IO, Any
+
+from cib_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -56,6 +60,25 @@ def printable(name: str) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its class if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+REINSTALL = "install it again or, if memory is limited (ulimit -v), raise the limit"
+"""Advice for a library that is installed and cannot be loaded."""
+
+
+def import_optional(name: str, missing: UserError) -> ModuleType:
+    """Returns an optional package.
+
+    Raises:
+      UserError: `missing` if it is not installed, else one of the same class with the reason.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise missing from None
+        message = f"{name} is installed but cannot be loaded ({first_line(error)}); {REINSTALL}"
+        raise type(missing)(message, missing.field) from error
 
 
 def did_you_mean(name: str, choices: Iterable[str], *, most: int = 1) -> str:

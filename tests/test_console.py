@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 import threading
 
@@ -107,3 +108,17 @@ def test_progress_in_a_file_prints_few_lines_and_always_the_last(console):
             advance(1)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Encoding: 1,000 of 1,000")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_printing_never_fails(monkeypatch, encoding):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr("sys.stdout", stdout)
+    console_lib.replace_unprintable()
+    console, content = rich.console.Console(width=80), {"path": "é×日.jpg"}
+    console_lib.print_message(console, "é×日.jpg, \\udcff")
+    console.print("é×日\udcff")
+    console_lib.print_json(console, content)
+    stdout.flush()
+    lines = stdout.buffer.getvalue().decode(encoding).splitlines()
+    assert len(lines) == 3 and lines[0].endswith(".jpg, \\udcff") and json.loads(lines[2]) == content

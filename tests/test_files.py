@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from cib_jax import files
+from cib_jax.errors import MissingExtraError
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
@@ -61,3 +62,19 @@ def test_results_come_in_order_and_an_error_stops_the_map():
 def test_the_map_uses_as_many_threads_as_there_are_cores():
     barrier = threading.Barrier(files.core_count())
     assert len(list(files.map_in_order(lambda n: barrier.wait(timeout=60), range(files.core_count())))) > 0
+
+
+def test_an_optional_package_that_cannot_be_loaded_is_not_called_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    missing = MissingExtraError("not installed", field="--mode")
+    (tmp_path / "cib_damaged.py").write_text("raise ImportError('libx.so: failed to map segment')")
+    (tmp_path / "cib_incomplete.py").write_text("import cib_not_there")
+    (tmp_path / "cib_intact.py").write_text("")
+    for name, part in (("cib_damaged", "failed to map segment"), ("cib_incomplete", "cib_not_there")):
+        with pytest.raises(MissingExtraError) as error:
+            files.import_optional(name, missing)
+        assert error.value is not missing and part in str(error.value) and error.value.field == "--mode"
+    with pytest.raises(MissingExtraError) as error:
+        files.import_optional("cib_not_there", missing)
+    assert error.value is missing
+    assert files.import_optional("cib_intact", missing).__name__ == "cib_intact"

@@ -4,6 +4,8 @@ import importlib
 import pathlib
 import signal
 import sys
+import tempfile
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +18,14 @@ from cib_jax.cli.flags import CONFIG, COORDINATOR, DISTRIBUTED, MODE, MODES, PRO
 from cib_jax.cli.parsing import parse
 from cib_jax.config import flatten
 from cib_jax.console import exit_with_error
+from cib_jax.files import REINSTALL, first_line, short_reason
 
 LOADING = "Loading JAX and other libraries; the first start takes longest"
 
 
 def start() -> None:
     """Starts the program, under the docstring of the file that Python runs as the head of --help."""
+    console.replace_unprintable()
     console.HINT.show(LOADING)
     for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists only these
@@ -30,6 +34,21 @@ def start() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs one command; `arguments` is the result of `parse`."""
+    try:
+        _run(arguments)
+    except (ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ImportError) and not (error.name or "").startswith("cib_jax"):
+            exit_with_error(f"a library cannot be loaded ({first_line(error)}); {REINSTALL}")
+        # JAX reports the memory of a device, and Python that of a thread, in errors without a class of their own.
+        if isinstance(error, MemoryError) or str(error).startswith(("RESOURCE_EXHAUSTED", "can't start new thread")):
+            exit_with_error(
+                f"memory is exhausted ({first_line(error)}); end other programs, raise a limit (ulimit -v) or, in "
+                "training, choose a smaller --config.batch_size"
+            )
+        raise
+
+
+def _run(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # messages of Orbax, TFDS and Grain that are not meant for users
     name, mode, config_given = MODE.value, MODES[MODE.value], len(arguments) > 1
     validate_flags(name, config_given)
@@ -132,15 +151,25 @@ def join_processes(name: str) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Turns on JAX's persistent compilation cache, unless the environment names one: a second run starts sooner."""
+    """Turns on JAX's persistent compilation cache: a second run starts sooner. The environment may name its folder."""
     import jax
 
     from cib_jax.data import cache
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.home() / "jax"))
+        folder = cache.home() / "jax"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            _print_error(f"{folder} cannot be written ({short_reason(error)}), so programs are compiled at each start")
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # By default, programs that compile in less than a second are not kept, which together take longest.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # JAX would warn for each program, such as when the disk gets full. Without the cache, results are the same.
+    warnings.filterwarnings("ignore", "Error (read|writ)ing persistent compilation cache")
 
 
 def _print_error(message: str) -> None:

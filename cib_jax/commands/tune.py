@@ -23,7 +23,7 @@ from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError
-from cib_jax.files import write_bytes
+from cib_jax.files import import_optional, write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
 from cib_jax.random_streams import stream_rng
@@ -86,12 +86,8 @@ Space = dict[str, Any]
 
 def load_optuna() -> Any:
     """Returns the module optuna."""
-    try:
-        import optuna
-    except ImportError:
-        raise errors.MissingExtraError(
-            "--mode=tune needs Optuna, which is not installed; pip install 'optuna>=4.5'", field="--mode"
-        ) from None
+    message = "--mode=tune needs Optuna, which is not installed; pip install 'optuna>=4.5'"
+    optuna = import_optional("optuna", errors.MissingExtraError(message, field="--mode"))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

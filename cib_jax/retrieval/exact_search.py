@@ -6,7 +6,6 @@ share the queries or, if these are few, parts of the database.
 """
 
 import functools
-import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from cib_jax.errors import SearchError
-from cib_jax.files import core_count
+from cib_jax.files import core_count, import_optional
 
 # Codes that bound the k-th distance before FAISS is called.
 FIRST = 1 << 14
@@ -152,11 +151,8 @@ def _nearer(query: Query, codes: Codes, distance: int, begin: int) -> Hits:
 
 def load_faiss() -> ModuleType:
     """Returns the module `faiss`, imported at its first use."""
-    if importlib.util.find_spec("faiss") is None:
-        raise SearchError("Searching needs the package FAISS; pip install 'cib-jax[search]'", field="--index")
-    import faiss
-
-    return faiss
+    missing = SearchError("Searching needs the package FAISS; pip install 'cib-jax[search]'", field="--index")
+    return import_optional("faiss", missing)
 
 
 def run_in_order(calls: Iterable[Callable[[], T]]) -> list[T]:

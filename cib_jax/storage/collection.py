@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from cib_jax import errors
+from cib_jax.files import short_reason
 from cib_jax.inference import serialization
 from cib_jax.inference.hasher import Hasher
 from cib_jax.models import weights
@@ -17,6 +18,9 @@ from cib_jax.retrieval.index import EXACT, Index
 from cib_jax.storage import photo_table
 from cib_jax.storage.photo_table import PhotoTable
 from cib_jax.storage.rows import path_of
+
+KEPT = 100_000
+"""Number of photos whose metadata, without the thumbnail, is kept in memory once it was read."""
 
 
 class Photo(NamedTuple):
@@ -80,6 +84,7 @@ class Collection:
         self.uri, self.root, self.codes = table.uri, table.metadata.root, self._snapshot.codes
         self.bits, self.side = hasher.encoder.bits, hasher.side
         self._index = Index.of(self.codes, kind, **settings) if len(self.codes) else None
+        self._known: dict[int, Photo] = {}  # read before, by number, without thumbnails
 
     @classmethod
     def open(
@@ -115,7 +120,8 @@ class Collection:
                 f"--index: {self.uri} was made anew by another encoder, so codes cannot be compared; open it again"
             )
             raise errors.IndexFolderError(message, field="--index")
-        if table.metadata == self._table.metadata and table.version == self._snapshot.table.version:
+        before = (self._table.metadata, self._table.created, self._snapshot.table.version)
+        if (table.metadata, table.created, table.version) == before:
             return self
         return Collection(table, self.hasher, EXACT, {})
 
@@ -178,13 +184,19 @@ class Collection:
 
     def photos(self, numbers: Sequence[int], *, thumbnails: bool = True) -> list[Photo]:
         """Returns the metadata of photos, in the order of `numbers`."""
+        # A read by LanceDB takes milliseconds, ten times as long as a search.
+        known = {} if thumbnails else self._known
+        found = {number: known[number] for number in numbers if number in known}
         columns = ["size", "modified", "width", "height", *(["thumbnail"] if thumbnails else [])]
-        rows = self._table.read(self._snapshot, numbers, ["path", "raw_path", *columns])
-        ids = (int(self._snapshot.keys[number]).to_bytes(8, "big", signed=True).hex() for number in numbers)
-        return [
-            Photo(id, path_of(row), *(row[column] for column in columns))
-            for id, row in zip(ids, (rows[number] for number in numbers), strict=True)
-        ]
+        missing = [number for number in numbers if number not in found]
+        for number, row in self._table.read(self._snapshot, missing, ["path", "raw_path", *columns]).items():
+            id = int(self._snapshot.keys[number]).to_bytes(8, "big", signed=True).hex()
+            found[number] = Photo(id, path_of(row), *(row[column] for column in columns))
+        if not thumbnails and len(found) <= KEPT:
+            if len(known) > KEPT:
+                known = self._known = {}
+            known.update(found)
+        return [found[number] for number in numbers]
 
     def number_of(self, id: str) -> int | None:
         """Returns the position of the photo with this id, or None if there is none."""
@@ -197,9 +209,16 @@ class Collection:
 
 def load_hasher(table: PhotoTable) -> Hasher:
     """Returns the encoder that made an index's codes."""
-    with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / serialization.FILE).write_bytes(table.encoder())
-        return Hasher.load(folder)
+    content = table.encoder()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (pathlib.Path(folder) / serialization.FILE).write_bytes(content)
+            return Hasher.load(folder)
+    except OSError as error:
+        message = (
+            f"the folder of temporary files cannot be used ({short_reason(error)}); free some space, or set TMPDIR"
+        )
+        raise errors.IndexFolderError(f"--index: {message}", field="--index") from error
 
 
 def hasher_bytes(hasher: Hasher) -> bytes:

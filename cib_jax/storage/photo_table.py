@@ -22,7 +22,7 @@ from jaxtyping import Int64, UInt8
 from cib_jax.codes import byte_count
 from cib_jax.data import inputs
 from cib_jax.errors import IndexFolderError, UserError
-from cib_jax.files import first_line
+from cib_jax.files import first_line, import_optional
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
 VERSION = 1
@@ -94,9 +94,11 @@ class PhotoTable:
     files were deleted since.
     """
 
-    def __init__(self, uri: str, metadata: IndexMetadata, connection: Any, photos: Any):
+    def __init__(self, uri: str, metadata: IndexMetadata, connection: Any, photos: Any, created: datetime.datetime):
         self.uri, self.metadata = uri, metadata
         self._connection, self._photos = connection, photos
+        self.created = created
+        """Time at which the index was made, which another index at the same place does not share."""
 
     @classmethod
     def exists(cls, uri: str) -> bool:
@@ -132,7 +134,8 @@ class PhotoTable:
             raise _error(f"there is no index at {uri}; make one by --mode=index --images=PHOTOS --index={uri}")
         connection = _connect(uri)
         with lance_errors(uri, "read"):
-            row = _fetch(connection.open_table(ENCODER).search().select(["about"]))
+            table = connection.open_table(ENCODER)
+            row, created = _fetch(table.search().select(["about"])), table.list_versions()[0]["timestamp"]
             metadata = json.loads(row["about"][0].as_py())
         if metadata["version"] != VERSION:
             raise _error(
@@ -143,7 +146,7 @@ class PhotoTable:
         with lance_errors(uri, "read"):
             # The process that made the index may have been killed between the two tables.
             photos = connection.create_table(PHOTOS, schema=_schema(made.encoder["bits"]), exist_ok=True)
-        return cls(uri, made, connection, photos)
+        return cls(uri, made, connection, photos, created)
 
     @classmethod
     def create(cls, uri: str, metadata: IndexMetadata, encoder: bytes) -> "PhotoTable":
@@ -348,10 +351,7 @@ def is_local(uri: str) -> bool:
 
 def _connect(uri: str) -> Any:
     """Returns LanceDB's connection to a place, and makes the folder if there is none."""
-    try:
-        import lancedb
-    except ImportError as error:
-        raise _error(_MISSING) from error
+    lancedb = import_optional("lancedb", _error(_MISSING))
     with lance_errors(uri, "reached"):
         return lancedb.connect(uri)
 
@@ -383,7 +383,7 @@ def lance_errors(uri: str, action: str) -> Iterator[None]:
     """Converts any error of LanceDB into an IndexFolderError that says that the index cannot be `action`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # LanceDB's errors have no class of their own
         raise _lance_error(uri, action, error) from error

@@ -40,4 +40,5 @@ def timestamp() -> Any:
 
 def path_of(row: dict[str, Any]) -> str:
     """Returns the path of a row with the columns `path` and `raw_path`."""
-    return row["path"] if row["raw_path"] is None else os.fsdecode(row["raw_path"])
+    # As this process names files: where its locale is not UTF-8, that is not the text.
+    return os.fsdecode(row["path"].encode() if row["raw_path"] is None else row["raw_path"])

@@ -11,6 +11,7 @@
 
 import asyncio
 import collections
+import contextlib
 import functools
 import hashlib
 import os
@@ -34,6 +35,7 @@ from starlette.responses import JSONResponse, Response
 
 from cib_jax.codes import byte_count
 from cib_jax.data.photos import BadPhotoError
+from cib_jax.errors import IndexFolderError
 from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
 from cib_jax.web.decode_pool import DecodePool, DecoderError
 from cib_jax.web.middleware import error_response
@@ -43,6 +45,7 @@ MAX_RESULTS = 1000
 """Largest number of results of one search."""
 
 _ID = re.compile(r"[0-9a-f]{16}")
+_GONE = "The index was deleted, replaced or damaged, or cannot be reached; the server's log has more. Try again later."
 _CHANGED = "The photo's file was changed since it was indexed"
 
 T = TypeVar("T")
@@ -110,6 +113,8 @@ class Api:
         """Compiles the encoder, which takes some seconds."""
         self.collection = collection
         """The collection that is searched now."""
+        self.renew: Callable[[Collection], None] | None = None
+        """Function that calls `replace` if the index is another one than this collection by now; see `renewing`."""
         self._settings, self._decoders = settings, decoders
         self._batcher = EncodeBatcher(collection.encode, collection.side)
 
@@ -143,18 +148,18 @@ class Api:
         if request.method == "POST":
             body, content_type = await request.body(), request.headers.get("content-type", "")
             square = await self._decode(request, self._square, body, content_type)
-            found = await self._searches.run(_client(request), self._search_photo, square, k, radius)
+            found = await self._read(request, self._search_photo, square, k, radius, executor=self._searches)
         elif "id" in query and "code" in query:
             raise HTTPException(400, "Only one of id and code can be given.")
         elif "code" in query:
-            found = await self._lookups.run(_client(request), self._search_code, query["code"], k, radius)
+            found = await self._read(request, self._search_code, query["code"], k, radius)
         else:
-            found = await self._lookups.run(_client(request), self._search_id, query.get("id"), k, radius)
+            found = await self._read(request, self._search_id, query.get("id"), k, radius)
         return _json(found)
 
     async def photo(self, request: Request) -> Response:
         """Returns one photo's metadata in the format of a search result."""
-        photo = await self._lookups.run(_client(request), self._photo, request.query_params.get("id", ""))
+        photo = await self._read(request, self._photo, request.query_params.get("id", ""))
         return _json(_metadata(photo))
 
     async def thumbnail(self, request: Request) -> Response:
@@ -162,15 +167,34 @@ class Api:
         id = request.path_params["id"]
         found = self._thumbnails.get(id)
         if found is None:
-            found = await self._lookups.run(_client(request), self._thumbnail, id)
+            found = await self._read(request, self._thumbnail, id)
         return _jpeg(request, *found)
 
     async def image(self, request: Request) -> Response:
         """Returns a photo, decoded and encoded anew."""
-        photo = await self._lookups.run(_client(request), self._photo, request.path_params["id"])
+        photo = await self._read(request, self._photo, request.path_params["id"])
         tag = _etag(photo, "image")
         cached = _is_cached(request, tag)
         return _jpeg(request, tag, b"" if cached else await self._decode(request, self._image, photo))
+
+    async def _read(
+        self, request: Request, function: Callable[..., T], *arguments: Any, executor: FairExecutor | None = None
+    ) -> T:
+        """Returns the result of a function that reads the collection, of a newer one if its files are gone."""
+
+        def read() -> T:
+            collection = self.collection
+            try:
+                return function(*arguments)
+            except IndexFolderError:
+                if self.renew is not None:
+                    self.renew(collection)
+                if self.collection is not collection:
+                    with contextlib.suppress(IndexFolderError):
+                        return function(*arguments)
+            raise unavailable(_GONE)
+
+        return await (executor or self._lookups).run(_client(request), read)
 
     async def _decode(self, request: Request, function: Callable[..., T], *arguments: Any) -> T:
         """Returns the result of a function that uses the decoders."""

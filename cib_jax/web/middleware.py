@@ -364,7 +364,8 @@ class BodyLimits:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
         self._most = settings.photo_mb * 1_000_000 + _MULTIPART
-        self._bodies, self._bytes = 0, 0
+        self._bodies: collections.Counter[str] = collections.Counter()  # by client
+        self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -378,12 +379,15 @@ class BodyLimits:
             raise refusal(400, "A request cannot have both Content-Length and Transfer-Encoding.")
         if lengths and int(lengths[0]) > self._most:
             raise self._too_large()
-        if self._bodies >= self._settings.bodies:
+        client = scope["state"].get("client", "")
+        if self._bodies[client] >= self._settings.bodies_each:
+            raise refusal(429, "Too many photos at once; wait for earlier answers.", {"retry-after": "1"})
+        if self._bodies.total() >= self._settings.bodies:
             raise _too_many()
-        self._bodies += 1
+        self._bodies[client] += 1
         chunks: list[bytes] = []
         try:
-            await self._read(receive, chunks)
+            await self._read(scope, receive, chunks)
             chunks[:] = [b"".join(chunks)]
             messages: list[Message] = [{"type": "http.request", "body": chunks[0], "more_body": False}]
 
@@ -392,10 +396,12 @@ class BodyLimits:
 
             await self._app(scope, replay, send)
         finally:
-            self._bodies -= 1
+            self._bodies[client] -= 1
+            if not self._bodies[client]:
+                del self._bodies[client]
             self._bytes -= sum(map(len, chunks))
 
-    async def _read(self, receive: Receive, chunks: list[bytes]) -> None:
+    async def _read(self, scope: Scope, receive: Receive, chunks: list[bytes]) -> None:
         """Appends a body to `chunks`; all that is appended is counted."""
         started, size, more = time.monotonic(), 0, True
         while more:
@@ -406,6 +412,8 @@ class BodyLimits:
                 raise refusal(408, "The photo was received too slowly; try again.") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
+            if scope["state"].get("too_many_chunks"):
+                raise refusal(413, "The photo is sent in too many chunks; send chunks of 4,096 bytes or more.")
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > self._most:

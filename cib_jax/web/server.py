@@ -72,33 +72,47 @@ def renewing(
     *,
     seconds: float = 30.0,
 ) -> Iterator[None]:
-    """Replaces the collection that an API serves, at intervals, by what `renew` returns for it; prints changes.
+    """Replaces the collection that an API serves, at intervals and when a read fails, by what `renew` returns for it.
 
-    `renew` returns the same object if nothing changed. If it is None, nothing is done.
+    Changes are printed, and a lasting error once. `renew` returns the same object if nothing changed. If it is None,
+    nothing is done.
     """
     if renew is None:
         yield
         return
-    ended = threading.Event()
+    ended, lock, printed = threading.Event(), threading.Lock(), ""
 
-    def watch() -> None:
-        while not ended.wait(seconds):
+    def renew_now(known: Collection) -> None:
+        nonlocal printed
+        with lock:
+            if served.collection is not known:
+                return  # another thread has replaced it
             try:
-                collection = renew(served.collection)
-                if collection is not served.collection:
+                collection, message = renew(known), ""
+                if collection is not known:
                     served.replace(collection)
                     print_line(f"{api.format_count(collection)} now")
             except UserError as error:
-                print_line(f"Newly indexed photos are not served yet: {error}")
+                message = f"The index cannot be read again, so changes are not served: {error}"
+                if message != printed:
+                    print_line(message)
             except Exception:  # a temporary failure must not end this thread
+                message = printed
                 traceback.print_exc()
+            printed = message
 
+    def watch() -> None:
+        while not ended.wait(seconds):
+            renew_now(served.collection)
+
+    served.renew = renew_now
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
+        served.renew = None
         thread.join(1)
 
 
@@ -195,6 +209,12 @@ def _quiet_shutdown() -> Iterator[None]:
         yield
 
 
+_SLICE = 16_384
+"""Bytes that are parsed at once."""
+_MOST_LINES, _BYTES_PER_LINE = 2000, 512
+"""Line ends in a chunked body, of which each chunk has two, and the bytes for which there may be one more."""
+
+
 class _BoundedProtocol(H11Protocol):
     """Closes a connection of a client that has too many, is slow to send a request, or does not read its answer."""
 
@@ -205,6 +225,8 @@ class _BoundedProtocol(H11Protocol):
     _client_name: str | None = None
     _last_cycle: Any = None
     """uvicorn's state of the request that was received last."""
+    _lines, _bytes = 0, 0
+    """Line ends and bytes of its body, if it is chunked."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -227,10 +249,27 @@ class _BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not self._last_cycle:  # the head of a request is complete
-            self._close_after("head", None)
-            self._last_cycle = self.cycle
+        # In slices: a call blocks all other clients, and takes a second for the smallest chunks in 256 KB.
+        for start in range(0, len(data), _SLICE):
+            part = data[start : start + _SLICE]
+            if self.transport.is_closing() or self._has_too_many_chunks(part):
+                return
+            super().data_received(part)
+            if self.cycle is not self._last_cycle:  # the head of a request is complete
+                self._close_after("head", None)
+                self._last_cycle, self._lines, self._bytes = self.cycle, 0, 0
+
+    def _has_too_many_chunks(self, data: bytes) -> bool:
+        """Returns whether a body is in so many chunks that it is not read further; `BodyLimits` then refuses it."""
+        if self.cycle is None or all(name != b"transfer-encoding" for name, _ in self.cycle.scope["headers"]):
+            return False
+        self._lines, self._bytes = self._lines + data.count(b"\r\n"), self._bytes + len(data)
+        if self._lines <= _MOST_LINES + self._bytes // _BYTES_PER_LINE:
+            return False
+        self.cycle.scope["state"]["too_many_chunks"] = True
+        self.cycle.message_event.set()
+        self.transport.pause_reading()
+        return True
 
     def on_response_complete(self) -> None:
         answered = self.cycle

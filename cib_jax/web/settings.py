@@ -40,10 +40,12 @@ class Settings:
     """Memory that a decode process may take beyond what it has at its start."""
 
     bodies: int = 128
-    """Number of request bodies that may be read at the same time."""
+    """Number of request bodies that may be received or waiting for their answer at the same time."""
+    bodies_each: int = 16
+    """Number of them that may be of one client."""
     bodies_mb: int = 256
     """Memory for all of them, in millions of bytes."""
-    body_seconds: float = 15.0
+    body_seconds: float = 10.0
     """Time limit for a request body, extended by one second for each `body_rate` bytes received."""
     body_rate: int = 65_536
     """Bytes per second that a client has to send at least."""

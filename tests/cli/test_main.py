@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import sys
 
+import jax
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -63,3 +64,50 @@ def test_fields_become_overrides_and_an_experiment_must_agree_with_the_run(parse
     arguments = main.command_arguments("evaluate", pathlib.Path("w"), len(given) > 1)
     overrides = {"data.name": "cifar10", "backbone": "efficientnet_lite0", "k": 5}
     assert arguments == {"workdir": pathlib.Path("w"), "overrides": overrides}
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (MemoryError("Unable to allocate 1. GiB"), "Unable to allocate 1. GiB"),
+        (RuntimeError("can't start new thread"), "memory"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), "allocating 9 bytes"),
+        (ImportError("libx.so: failed to map segment from shared object", name="libx"), "failed to map segment"),
+    ],
+)
+def test_a_lack_of_memory_and_a_damaged_library_are_one_sentence(refusal, monkeypatch, error, part):
+    def search(**_):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("cib_jax.commands.search"), "search", search)
+    assert part in refusal("--mode=search", "--index=i", "--query=q")
+
+
+def test_other_errors_keep_their_traceback(run_cli, monkeypatch):
+    for error in (RuntimeError("unexpected"), ImportError("no x", name="cib_jax.x")):
+
+        def search(error=error, **_):
+            raise error
+
+        monkeypatch.setattr(importlib.import_module("cib_jax.commands.search"), "search", search)
+        with pytest.raises(type(error)) as raised:
+            run_cli("--mode=search", "--index=i", "--query=q")
+        assert raised.value is error
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_without_a_folder_for_compiled_programs_one_sentence_is_printed(tmp_path, monkeypatch, capsys, usable):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    home = tmp_path / "home"
+    if not usable:
+        home.write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        main.use_compilation_cache()
+        folder = str(home / "cib_jax" / "jax")
+        assert jax.config.values["jax_compilation_cache_dir"] == (folder if usable else None)
+        error = capsys.readouterr().err
+        assert (error.count("\n"), folder in error) == ((0, False) if usable else (1, True))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

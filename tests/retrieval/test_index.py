@@ -1,6 +1,5 @@
 """Index of codes: every kind, ties, threads, reranking and invalid arguments."""
 
-import importlib.util
 import subprocess
 import sys
 import threading
@@ -186,7 +185,7 @@ def test_invalid_arguments_are_refused(call, field):
 
 
 def test_without_faiss_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(SearchError, match=r"cib-jax\[search\]"):
         cib.Index.of(CODES)
 

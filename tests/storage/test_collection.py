@@ -1,6 +1,7 @@
 """Collections of photos against plain loops over their codes."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -79,6 +80,29 @@ def test_photos_are_found_by_id_and_changes_by_renewing(tmp_path, hashers):
     table.move("/elsewhere")
     moved = renewed.renewed()
     assert moved.root == "/elsewhere" and len(moved) == COUNT - 1 and moved.renewed() is moved
+
+
+def test_temporary_files_that_cannot_be_written_are_one_sentence(tmp_path, hashers, monkeypatch):
+    make(tmp_path / "i", hashers[0])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(IndexFolderError) as error:
+        Collection.open(tmp_path / "i")
+    assert "TMPDIR" in str(error.value) and error.value.field == "--index"
+
+
+def test_photos_that_were_read_before_need_no_file(tmp_path, hashers, monkeypatch):
+    monkeypatch.setattr(collection_lib, "KEPT", 5)
+    make(tmp_path / "i", hashers[0])
+    collection = Collection.open(tmp_path / "i")
+    expected = [photo._replace(thumbnail=b"") for photo in collection.photos(range(COUNT))]
+    for start in range(0, COUNT, 3):  # more than are kept
+        numbers = [start + 2, start, start]
+        assert collection.photos(numbers, thumbnails=False) == [expected[number] for number in numbers]
+    shutil.rmtree(tmp_path / "i")
+    assert collection.photos(numbers, thumbnails=False) == [expected[number] for number in numbers]
+    for request in ({"numbers": numbers}, {"numbers": range(COUNT), "thumbnails": False}):
+        with pytest.raises(IndexFolderError):
+            collection.photos(**request)
 
 
 def test_an_index_by_another_encoder_cannot_take_its_place(tmp_path, hashers):

@@ -516,3 +516,24 @@ def test_the_number_and_the_memory_of_bodies_are_bounded(running, collection, fe
         assert statuses_of_refused(slow) == [503]
         clients.close()
         until(lambda: served.ask("/search", method="POST", body=b"x" * 900_000)[0] == 422)
+
+
+def test_the_bodies_of_a_client_are_bounded(running, collection, few):
+    settings = dataclasses.replace(few, bodies=5, bodies_each=2, body_seconds=60, proxies=("127.0.0.1",))
+    with running(collection, settings) as served, contextlib.ExitStack() as clients:
+        slow = [clients.enter_context(served.socket()) for _ in range(3)]
+        for connection in slow:
+            connection.sendall(post("1000", "X-Forwarded-For: 192.0.2.1"))
+        assert statuses_of_refused(slow) == [429]
+        other = {"X-Forwarded-For": "192.0.2.2"}
+        assert served.ask("/search", method="POST", body=b"x", headers=other)[0] == 422
+
+
+@pytest.mark.parametrize(("size", "status"), [(1, 413), (4096, 200)])
+def test_a_body_in_tiny_chunks_is_refused(small, size, status):
+    """Parsing such chunks would keep all other clients waiting for seconds."""
+    photo = fake.encoded(fake.picture(0, 150, 100))
+    parts = [photo[at : at + size] for at in range(0, len(photo), size)]
+    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    assert len(photo) > 10_000
+    assert status_of(raw(small, post("", "Transfer-Encoding: chunked"), body, b"0\r\n\r\n", wait=0.2)) == status

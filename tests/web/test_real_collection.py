@@ -72,3 +72,31 @@ def test_newly_indexed_photos_are_served_without_a_restart(running, indexed):
         found = served.json(f"/search?id={kept.id}&k=3")[1]["results"]
         assert {result["id"] for result in found if result["distance"] == 0} >= {changed.id, kept.id}
     assert lines[-1] == "20 photos now"
+
+
+def test_an_index_that_is_deleted_or_replaced_answers_503_until_it_is_back(running, indexed, tmp_path, capfd):
+    """Made anew by the same encoder, it has the same version as before, and its photos other rows."""
+    root, uri, _ = indexed
+    copy, lines = tmp_path / "index", []
+    again = functools.partial(index, copy, root, config=default.get_config())
+    encoder, params, frozen = cib.create_encoder(jax.random.key(1), backbone="convnet", bits=16, image_size=16)
+    cib.Hasher(encoder, params, frozen).save(tmp_path / "other")
+    again(workdir=uri.parent / "hasher")
+    with running(Collection.open(copy)) as served:
+        id = served.api.collection.photos([0])[0].id
+
+        def statuses():
+            paths = (f"/search?id={id}&k=7", f"/photo?id={id}", f"/thumbnail/{id}", "/search")
+            return {served.ask(path)[0] for path in paths}
+
+        with server.renewing(served.api, lambda collection: collection.renewed(), lines.append, seconds=3600):
+            shutil.rmtree(copy)
+            assert statuses() == {503}
+            assert statuses() == {503} and len(lines) == 1  # printed once
+            again(workdir=tmp_path / "other")
+            assert statuses() == {503} and len(lines) == 2
+            for _ in range(2):
+                shutil.rmtree(copy)
+                again(workdir=uri.parent / "hasher")
+                assert statuses() == {200}
+    assert "Traceback" not in capfd.readouterr().err
