@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.temperature = 0.3  # τ of the contrast
     c.beta = 0.001  # β, weight of the bottleneck term in nats
     c.sharpness = 6.0  # with "diffusion": power of the odds that a random walk links two images, the codes' target
+    c.head_dropout = 0.0  # probability that the head's input lacks a feature in training; 0.5 in the published code
     c.augment = "photo"  # family of views: photo (the paper's) | digits | of features: noise | stored
     c.feature_noise = 0.7  # with "noise": deviation of the noise added to standardized features
     c.feature_dropout = 0.3  # with "noise": probability that a feature is dropped from a view

@@ -54,6 +54,8 @@ class Method:
     """Family of views: "photo" or "digits" of images, "noise" or "stored" of features."""
     micro_batch: int = 0
     """Images of one device that go through the backbone at a time, for less memory; 0 takes all at once."""
+    head_dropout: float = 0.0
+    """Probability that the hash head's input lacks a feature of a view, in training; 0 keeps all."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -69,6 +71,11 @@ class Method:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}", field=name)
+        if not 0 <= self.head_dropout < 1:
+            problem = (
+                f"head_dropout must be at least 0 and below 1, got {self.head_dropout}; 0.5 is the published code's"
+            )
+            raise ConfigError(problem, field="head_dropout")
 
     @property
     def loss_fields(self) -> dict[str, Any]:
@@ -180,6 +187,7 @@ def update(
     """
     encoder = method.encoder
     view_key, bit_key = fold_by_name(key, "views"), fold_by_name(key, "code bits")
+    dropout_key = fold_by_name(key, "head dropout")
 
     def loss(params: Params) -> tuple[Array, Terms]:
         # v₁ = t₁(x), v₂ = t₂(x): two random views of every image. All first views come before all second ones, so that
@@ -200,6 +208,8 @@ def update(
                 family=method.augment,
                 axis=axis,
             )
+        if method.head_dropout:
+            features = drop_features(dropout_key, features, method.head_dropout, axis)
         # f(v): the logits, with p = σ(f(v)) the probability that a bit is 1.
         logits1, logits2 = jnp.split(encoder.head(params, features), 2)
         # b ~ Bernoulli(p) with ∂b/∂p = 1, and L = L_contrast(b₁, b₂) + β · L_KL(p₁, p₂).
@@ -212,6 +222,18 @@ def update(
     params = optax.apply_updates(state.params, updates)
     terms = terms | {"gradient_norm": optax.tree.norm(gradient)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms
+
+
+def drop_features(
+    key: PRNGKeyArray, features: Float[Array, "2*batch features"], rate: float, axis: Axis = None
+) -> Float[Array, "2*batch features"]:
+    """Returns features of all first views, then of all second ones, with each set to 0 with probability `rate`.
+
+    The others are divided by 1 − `rate`, so that the mean stays. Views lose features independently of each other.
+    """
+    shape = (len(features) // 2, 2, features.shape[1])  # by image, since devices share a batch by image
+    kept = sharding.draw_sharded(lambda shape: jax.random.bernoulli(key, 1 - rate, shape), shape, axis)
+    return jnp.where(kept.swapaxes(0, 1).reshape(features.shape), features / (1 - rate), 0.0)
 
 
 @renamed_keywords(optimiser="optimizer")
@@ -239,8 +261,8 @@ def train_step(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`. `images` are then this device's rows; the result
         is that of the whole batch, on every device.
       **method: Fields of `Method`: `encoder` and `optimizer`, and where they differ from the defaults `objective`,
-        `temperature` (0.3), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo") and
-        `micro_batch` (0).
+        `temperature` (0.3), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo"),
+        `micro_batch` (0) and `head_dropout` (0.0).
 
     Raises:
       ConfigError: A value is out of range, or `micro_batch` does not divide the images of a device.
@@ -273,7 +295,7 @@ def train_step_on_features(
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of features of two views, for a frozen backbone, and the loss terms.
 
-    With the same key it draws the same bits as `train_step`.
+    With the same key it draws the same bits as `train_step`, and drops the same features.
 
     Args:
       state: State before the step.

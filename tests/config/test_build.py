@@ -37,11 +37,14 @@ def test_a_frozen_backbone_is_loaded_and_known_by_its_fingerprint():
 
 
 def test_a_method_has_every_field_that_the_config_has():
-    config = small.config(temperature=0.7, beta=0.2, sharpness=3.0, micro_batch=4, binary="deterministic")
+    config = small.config(
+        temperature=0.7, beta=0.2, sharpness=3.0, micro_batch=4, head_dropout=0.5, binary="deterministic"
+    )
     encoder = build.encoder(config)[0]
     method = build.method(config, encoder)
-    named = {name: getattr(method, name) for name in ("temperature", "beta", "sharpness", "micro_batch", "stochastic")}
-    assert named == {"temperature": 0.7, "beta": 0.2, "sharpness": 3.0, "micro_batch": 4, "stochastic": False}
+    expected = {"temperature": 0.7, "beta": 0.2, "sharpness": 3.0, "micro_batch": 4, "head_dropout": 0.5}
+    expected["stochastic"] = False
+    assert {name: getattr(method, name) for name in expected} == expected
     assert (method.encoder, method.objective, method.augment) == (encoder, "cibhash", "digits")
 
 

@@ -46,6 +46,7 @@ def test_the_experiments_are_valid(name):
         ({"data__max_megapixels": 500}, "data.max_megapixels", ("500", "178")),
         ({"data__protocol": "cifar"}, "data.protocol", ("'cifar'", "own, cifar10-10k-50k")),
         ({"feature_dropout": 1.0}, "feature_dropout", ("1.0",)),
+        ({"head_dropout": 1.0}, "head_dropout", ("1.0",)),
         ({"data__name": "features"}, "backbone", ("'convnet'", "config.data.name=features")),
         ({"augment": "noise"}, "augment", ("'noise'", "photo, digits", "images")),
         ({"train__views": 1}, "train.views", ("1", "2")),
