@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The codes of the whole batch are negatives of each other in any case.
     c.micro_batch = 0
     c.devices = 0  # devices that share each batch; 0 = all devices of all processes
-    c.epochs = 60  # passes over the training images; the paper uses 80 for 16 bits
+    c.epochs = 60  # passes over the training images; 0 = the paper's: 80 for 16 bits, 60 for other lengths
     c.learning_rate = 1e-3  # learning rate of Adam
 
     # Trained part of a backbone that is not frozen; see docs/fine-tuning.md.

@@ -66,6 +66,11 @@ def encoder(
     return made, params, frozen, weights.fingerprint(loaded) if frozen and loaded else ""
 
 
+def epochs(config: ml_collections.ConfigDict) -> int:
+    """Returns the number of epochs; a field of 0 stands for the paper's: 80 for 16 bits, 60 for other lengths."""
+    return config.epochs or (80 if config.bits == 16 else 60)
+
+
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Returns Adam with the config's learning rates."""
     return train_step.adam(config.learning_rate, config.fine_tune.learning_rate)
@@ -87,7 +92,7 @@ def training_run(
 ) -> TrainingRun:
     """Returns everything that decides the trained parameters; `network` holds those to train, then the frozen ones."""
     made, params, frozen = network
-    schedule = Schedule(config.epochs, config.batch_size, config.train.validate_every, config.train.patience)
+    schedule = Schedule(epochs(config), config.batch_size, config.train.validate_every, config.train.patience)
     data = dataclasses.replace(data, seed=config.seed)
     return TrainingRun(method(config, made), params, frozen, data, schedule, key(config, stream), mesh)
 
@@ -101,8 +106,8 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     """Returns the config of a run's teacher: the same network with another head, and another objective."""
     own, config = teacher(config), config.copy_and_resolve_references()
     with config.unlocked():
+        config.epochs = own.epochs or epochs(config)
         config.objective, config.temperature, config.bits = own.objective, own.temperature, own.bits
-        config.epochs = own.epochs or config.epochs
     return config
 
 

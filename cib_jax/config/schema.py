@@ -80,7 +80,7 @@ RULES: dict[str, Rule] = {
     "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
     "micro_batch": _at_least(0),
     "devices": _at_least(0),
-    "epochs": _at_least(1),
+    "epochs": _at_least(0),
     "learning_rate": _POSITIVE,
     "fine_tune.blocks": _at_least(0),
     "fine_tune.learning_rate": _at_least(0),

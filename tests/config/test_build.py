@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 import configs.cifar
+import configs.cifar_vgg16
 from cib_jax.config import build
 from cib_jax.errors import ConfigError
+from cib_jax.models import registry
 from tests import small
 
 
@@ -48,6 +50,26 @@ def test_a_method_has_every_field_that_the_config_has():
     assert (method.encoder, method.objective, method.augment) == (encoder, "cibhash", "digits")
 
 
+def test_cifar_vgg16_is_the_published_experiment():
+    """Section 4.2 of the paper and, for dropout, the VGG-16 of its published code."""
+    config = configs.cifar_vgg16.get_config()
+    protocol, network = build.protocol(config), registry.get(config.backbone)
+    assert (network.name, config.image_size, network.image_size, network.features) == ("vgg16", 224, 224, 4096)
+    assert (network.mean, network.deviation) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (config.frozen, config.hidden, config.head_dropout, config.train.views) == (True, 1024, 0.5, 0)
+    assert (config.objective, config.temperature, config.beta, config.binary) == ("cibhash", 0.3, 0.001, "stochastic")
+    assert (config.batch_size, config.learning_rate) == (64, 0.001)
+    assert (protocol.k, protocol.train_per_class, protocol.pooled) == (1000, 500, False)
+    epochs = {}
+    for config.bits in (16, 32, 64):
+        epochs[config.bits] = build.epochs(config)
+    assert epochs == {16: 80, 32: 60, 64: 60}
+
+
+def test_a_number_of_epochs_is_taken_as_it_is():
+    assert build.epochs(small.config(bits=16, epochs=7)) == 7
+
+
 def test_a_teachers_config_is_the_same_but_for_head_and_objective():
     config = small.config(objective="diffusion", teacher__bits=24, teacher__temperature=0.15, teacher__epochs=7)
     theirs = build.teacher_config(config)
@@ -56,6 +78,7 @@ def test_a_teachers_config_is_the_same_but_for_head_and_objective():
     theirs.update(changed)
     assert theirs.to_dict() == config.to_dict()
     assert build.teacher_config(small.config(objective="diffusion")).epochs == 3
+    assert build.teacher_config(small.config(objective="diffusion", bits=16, epochs=0)).epochs == 80
 
 
 def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():

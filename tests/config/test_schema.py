@@ -36,7 +36,7 @@ def test_the_experiments_are_valid(name):
         ({"temperature": float("nan")}, "temperature", ("nan",)),
         ({"beta": -0.1}, "beta", ("-0.1",)),
         ({"learning_rate": float("inf")}, "learning_rate", ("inf",)),
-        ({"epochs": 0}, "epochs", ("0", "1")),
+        ({"epochs": -1}, "epochs", ("0", "-1")),
         ({"seed": -1}, "seed", ("-1",)),
         ({"bits": "32"}, "bits", ("'32'", "str", "int")),
         ({"frozen": 1}, "frozen", ("1", "int", "bool")),
