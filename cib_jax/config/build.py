@@ -71,15 +71,27 @@ def epochs(config: ml_collections.ConfigDict) -> int:
     return config.epochs or (80 if config.bits == 16 else 60)
 
 
-def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Returns Adam with the config's learning rates."""
-    return train_step.adam(config.learning_rate, config.fine_tune.learning_rate)
+def optimizer(config: ml_collections.ConfigDict, steps: int = 1) -> optax.GradientTransformation:
+    """Returns the config's optimizer for a run of `steps` steps, a number that the structure of its state ignores."""
+    warmup = config.warmup_steps
+
+    def rate(peak: float) -> optax.ScalarOrSchedule:
+        if config.learning_rate_schedule == "cosine":
+            return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+        return optax.linear_schedule(0.0, peak, warmup) if warmup else peak
+
+    backbone = config.fine_tune.learning_rate
+    another = backbone not in (0, config.learning_rate)
+    made = train_step.adam(
+        rate(config.learning_rate), rate(backbone) if another else 0.0, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), made) if config.clip_norm else made
 
 
-def method(config: ml_collections.ConfigDict, encoder: Encoder) -> Method:
+def method(config: ml_collections.ConfigDict, encoder: Encoder, steps: int = 1) -> Method:
     """Returns what training minimizes, and how: each field of `Method` from the config's field of the same name."""
     named = {field.name: config[field.name] for field in dataclasses.fields(Method) if field.name in config}
-    return Method(encoder, optimizer(config), stochastic=config.binary == "stochastic", **named)
+    return Method(encoder, optimizer(config, steps), stochastic=config.binary == "stochastic", **named)
 
 
 def training_run(
@@ -94,7 +106,8 @@ def training_run(
     made, params, frozen = network
     schedule = Schedule(epochs(config), config.batch_size, config.train.validate_every, config.train.patience)
     data = dataclasses.replace(data, seed=config.seed)
-    return TrainingRun(method(config, made), params, frozen, data, schedule, key(config, stream), mesh)
+    steps = schedule.epochs * (len(data.images) // config.batch_size)
+    return TrainingRun(method(config, made, steps), params, frozen, data, schedule, key(config, stream), mesh)
 
 
 def teacher(config: ml_collections.ConfigDict) -> Teacher:

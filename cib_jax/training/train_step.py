@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -160,11 +161,17 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh:
     return sharding.replicate(state, mesh)
 
 
-def adam(learning_rate: float, backbone_learning_rate: float = 0.0) -> optax.GradientTransformation:
-    """Returns Adam with a constant learning rate, and another one for the backbone unless that is 0 or the same."""
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    backbone_learning_rate: optax.ScalarOrSchedule = 0.0,
+    *,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Returns Adam, or AdamW, with another learning rate for the backbone unless that is 0 or the same."""
+    rule = functools.partial(optax.adamw, weight_decay=weight_decay) if weight_decay else optax.adam
     if backbone_learning_rate in (0, learning_rate):
-        return optax.adam(learning_rate)
-    rates = {"head": optax.adam(learning_rate), "backbone": optax.adam(backbone_learning_rate)}
+        return rule(learning_rate)
+    rates = {"head": rule(learning_rate), "backbone": rule(backbone_learning_rate)}
 
     def labels(params: Params) -> dict[str, str]:
         return {name: "head" if name == "head" else "backbone" for name in params}

@@ -1,7 +1,9 @@
 """Objects that a config describes: random streams, methods, and weights that are loaded only if they are needed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import configs.cifar
@@ -68,6 +70,53 @@ def test_cifar_vgg16_is_the_published_experiment():
 
 def test_a_number_of_epochs_is_taken_as_it_is():
     assert build.epochs(small.config(bits=16, epochs=7)) == 7
+
+
+def updates(steps, **fields):
+    """Returns the updates of three parameters of 2 by gradients of (3, 4, 0) at every step."""
+    optimizer = build.optimizer(small.config(**fields), steps)
+    params, gradient = {"head": jnp.full(3, 2.0)}, {"head": jnp.array([3.0, 4.0, 0.0])}
+    state, found = optimizer.init(params), []
+    assert jax.tree.structure(state) == jax.tree.structure(build.optimizer(small.config(**fields)).init(params))
+    for _ in range(steps):
+        update, state = optimizer.update(gradient, state, params)
+        found.append(np.asarray(update["head"], float))
+    return np.array(found)
+
+
+def test_the_default_optimizer_is_adam_to_the_bit():
+    made, plain = build.optimizer(small.config(learning_rate=0.25), 9), optax.adam(0.25)
+    params = {"head": jnp.full(3, 2.0)}
+    assert jax.tree.structure(made.init(params)) == jax.tree.structure(plain.init(params))
+    found, expected = (rule.update({"head": jnp.arange(3.0)}, rule.init(params), params)[0] for rule in (made, plain))
+    assert np.array_equal(found["head"], expected["head"])
+
+
+def test_the_learning_rate_follows_its_schedule():
+    """Adam's step for a constant gradient is the learning rate, whatever the gradient's size."""
+    warm = np.array([0, 0.25, 0.5, 0.75])
+    constant = updates(6, learning_rate=0.5, warmup_steps=4)
+    np.testing.assert_allclose(-constant[:, 0], 0.5 * np.concatenate([warm, [1, 1]]), rtol=1e-4)
+    cosine = updates(12, learning_rate=0.5, warmup_steps=4, learning_rate_schedule="cosine")
+    falling = (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+    np.testing.assert_allclose(-cosine[:, 1], 0.5 * np.concatenate([warm, falling]), rtol=1e-4)
+    without_warmup = updates(8, learning_rate=0.5, learning_rate_schedule="cosine")
+    np.testing.assert_allclose(-without_warmup[:, 1], 0.5 * falling, rtol=1e-4)
+
+
+def test_weights_decay_apart_from_the_gradient():
+    """AdamW takes learning rate × decay × the parameter away, besides Adam's step."""
+    decayed = updates(1, learning_rate=0.5, weight_decay=0.1) - updates(1, learning_rate=0.5)
+    np.testing.assert_allclose(decayed, np.full((1, 3), -0.5 * 0.1 * 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(2.5, 0.5), (10.0, 1.0)])
+def test_a_longer_gradient_is_scaled_to_the_limit(limit, scale):
+    """A gradient of length 5, by Adam's first moment: a tenth of the gradient after one step."""
+    optimizer = build.optimizer(small.config(clip_norm=limit))
+    gradient = {"head": jnp.array([3.0, 4.0, 0.0])}
+    _, (_, (adam, *_)) = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    np.testing.assert_allclose(adam.mu["head"], 0.1 * scale * np.array([3, 4, 0]), rtol=1e-5)
 
 
 def test_a_teachers_config_is_the_same_but_for_head_and_objective():

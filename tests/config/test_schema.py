@@ -47,6 +47,7 @@ def test_the_experiments_are_valid(name):
         ({"data__protocol": "cifar"}, "data.protocol", ("'cifar'", "own, cifar10-10k-50k")),
         ({"feature_dropout": 1.0}, "feature_dropout", ("1.0",)),
         ({"head_dropout": 1.0}, "head_dropout", ("1.0",)),
+        ({"learning_rate_schedule": "linear"}, "learning_rate_schedule", ("'linear'", "constant, cosine")),
         ({"data__name": "features"}, "backbone", ("'convnet'", "config.data.name=features")),
         ({"augment": "noise"}, "augment", ("'noise'", "photo, digits", "images")),
         ({"train__views": 1}, "train.views", ("1", "2")),
