@@ -90,6 +90,7 @@ def fit(
         augment: Family of views: "photo" (the default) or "digits" of images, "noise" or "stored" of features.
         micro_batch: Images of one device that go through the backbone at a time, for less memory; 0, the default,
           takes all at once.
+        head_dropout: Probability that the head's input lacks a feature in training; 0.0 by default.
 
     Raises:
       ConfigError: A setting is out of range or does not go together with another one.

@@ -235,8 +235,9 @@ def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array,
     """Returns KL(Bernoulli(σ(logits)) ‖ Bernoulli(σ(target_logits))) in nats.
 
     Summed over bits, averaged over the batch. The bottleneck term of CIBHash (https://arxiv.org/abs/2105.06138,
-    section 3.3): an upper bound on I(B, V), the information that the code holds on the view it was computed from.
-    Computed from logits, so that it is finite for every finite input. No gradient flows into `target_logits`.
+    section 3.3): its mean is an upper bound on I(B; V1 | V2), the information that the code holds on its view and that
+    the other view does not. It does not bound I(B; V1): it is 0 for equal views, whatever their code holds. Computed
+    from logits, so that it is finite for every finite input. No gradient flows into `target_logits`.
 
     Args:
       logits: Logits of the code's bits, given one view.

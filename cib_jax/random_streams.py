@@ -4,7 +4,8 @@ All randomness of a run follows from its seeds. Every use has a name here, and n
 
     key(seed) ─┬─ "initial weights", "teacher weights" ─── "backbone", "head", "lora"
                ├─ "view bank", "score views" ─── number of the view ─── number of the image
-               ├─ "steps", "teacher steps" ─── number of the step ─── "views", "code bits", "view pairs"
+               ├─ "steps", "teacher steps" ─── number of the step ─── "views", "code bits", "view pairs",
+               │                                               "head dropout"
                └─ "baseline"
 
 A key is either folded (here, and by number) or split (inside one augmentation), never both: `fold_in(key, 1)` equals
@@ -40,6 +41,7 @@ KEY_STREAMS = {
     "views": 10,
     "code bits": 11,
     "view pairs": 12,
+    "head dropout": 13,
 }
 """Numbers by which JAX keys are folded."""
 

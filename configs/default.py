@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.temperature = 0.3  # τ of the contrast
     c.beta = 0.001  # β, weight of the bottleneck term in nats
     c.sharpness = 6.0  # with "diffusion": power of the odds that a random walk links two images, the codes' target
+    c.head_dropout = 0.0  # probability that the head's input lacks a feature in training; 0.5 in the published code
     c.augment = "photo"  # family of views: photo (the paper's) | digits | of features: noise | stored
     c.feature_noise = 0.7  # with "noise": deviation of the noise added to standardized features
     c.feature_dropout = 0.3  # with "noise": probability that a feature is dropped from a view
@@ -37,14 +38,18 @@ def get_config() -> ml_collections.ConfigDict:
     c.teacher.dimensions = 50  # number of diffusion coordinates
     c.teacher.steps = 20  # steps of the random walk
 
-    # Optimization: Adam with a constant learning rate.
+    # Optimization: Adam; the paper's learning rate is constant, without decay of weights and clipping of gradients.
     c.batch_size = 64  # images per step; two views each
     # Images of one device that pass through the network at a time: less memory, at the cost of a second pass; 0 = all.
     # The codes of the whole batch are negatives of each other in any case.
     c.micro_batch = 0
     c.devices = 0  # devices that share each batch; 0 = all devices of all processes
-    c.epochs = 60  # passes over the training images; the paper uses 80 for 16 bits
-    c.learning_rate = 1e-3  # learning rate of Adam
+    c.epochs = 60  # passes over the training images; 0 = the paper's: 80 for 16 bits, 60 for other lengths
+    c.learning_rate = 1e-3  # learning rate of Adam, or the highest of the schedule
+    c.learning_rate_schedule = "constant"  # constant | cosine (falls to 0 at the last step of all epochs)
+    c.warmup_steps = 0  # steps in which the learning rate rises linearly from 0
+    c.weight_decay = 0.0  # decoupled decay of all trained parameters (AdamW)
+    c.clip_norm = 0.0  # longest gradient of all trained parameters together, longer ones are scaled; 0 = any
 
     # Trained part of a backbone that is not frozen; see docs/fine-tuning.md.
     c.fine_tune = ml_collections.ConfigDict()

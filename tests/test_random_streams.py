@@ -50,7 +50,7 @@ def keys_of_a_run(seed):
         for number in range(16):
             yield (step := jax.random.fold_in(root, number))
             views, bits, pairs = (fold_by_name(step, part) for part in ("views", "code bits", "view pairs"))
-            yield from (views, bits, pairs, *jax.random.split(pairs))
+            yield from (views, bits, pairs, *jax.random.split(pairs), fold_by_name(step, "head dropout"))
             yield from (jax.random.fold_in(bits, view) for view in (1, 2))
             yield from itertools.chain(*(jax.random.fold_in(views, view)[None] for view in (0, 1)))
             yield from itertools.chain(*two_view_keys(views, 8))
@@ -79,7 +79,7 @@ def test_jax_finds_no_key_that_a_step_uses_twice(what):
     encoder, params, frozen = cib.create_encoder(
         jax.random.key(0), backbone="none", bits=8, hidden=8, standard=cib.augment.features.standard([features])
     )
-    method = {"encoder": encoder, "optimizer": optax.sgd(0.1), "augment": "noise"}
+    method = {"encoder": encoder, "optimizer": optax.sgd(0.1), "augment": "noise", "head_dropout": 0.5}
     state = cib.create_train_state(params, method["optimizer"])
     with jax.debug_key_reuse(True):
         if what == "images":

@@ -14,7 +14,7 @@ import rich.table
 from jaxtyping import UInt8
 
 import cib_jax
-from cib_jax.config import flatten, schema
+from cib_jax.config import build, flatten, schema
 from cib_jax.console import HINT, print_message
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError
@@ -77,8 +77,8 @@ def evaluate(
         if not progress.finished:
             print_message(
                 console,
-                f"{workdir}: training stopped at epoch {progress.epoch} of {config.epochs}; its last checkpoint is "
-                "evaluated",
+                f"{workdir}: training stopped at epoch {progress.epoch} of {build.epochs(config)}; its last checkpoint "
+                "is evaluated",
             )
         if changed := context.describe_data_change(run, extra):
             print_message(console, f"{workdir}: {changed}; the evaluation uses the current data")

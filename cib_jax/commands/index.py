@@ -427,7 +427,7 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
         network = build.encoder(theirs, stream="teacher weights")[:3]
         teacher_run = build.training_run(theirs, network, data, mesh, stream="teacher steps")
     # A bar of its own: its images per second are not those of the views.
-    with progress_bar(console, "Training: codes", config.epochs * len(images)) as advance:
+    with progress_bar(console, "Training: codes", build.epochs(config) * len(images)) as advance:
         hasher = fitting.train_hasher(
             run, images, config.devices, lambda report: advance(len(images), ""), build.teacher(config), teacher_run
         )

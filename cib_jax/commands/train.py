@@ -232,7 +232,7 @@ class _Session:
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:
         config = self.run.config
-        images = config.epochs * (len(self.run.splits.train) // config.batch_size) * config.batch_size
+        images = build.epochs(config) * (len(self.run.splits.train) // config.batch_size) * config.batch_size
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
         with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
             yield
@@ -263,8 +263,8 @@ class _Session:
 
 def _format_progress(progress: Progress, config: ml_collections.ConfigDict) -> str:
     if progress.steps_of_epoch:
-        return f"step {progress.step}, in epoch {progress.epoch + 1} of {config.epochs},"
-    return f"epoch {progress.epoch} of {config.epochs}, step {progress.step}"
+        return f"step {progress.step}, in epoch {progress.epoch + 1} of {build.epochs(config)},"
+    return f"epoch {progress.epoch} of {build.epochs(config)}, step {progress.step}"
 
 
 @contextlib.contextmanager

@@ -66,15 +66,32 @@ def encoder(
     return made, params, frozen, weights.fingerprint(loaded) if frozen and loaded else ""
 
 
-def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Returns Adam with the config's learning rates."""
-    return train_step.adam(config.learning_rate, config.fine_tune.learning_rate)
+def epochs(config: ml_collections.ConfigDict) -> int:
+    """Returns the number of epochs; a field of 0 stands for the paper's: 80 for 16 bits, 60 for other lengths."""
+    return config.epochs or (80 if config.bits == 16 else 60)
 
 
-def method(config: ml_collections.ConfigDict, encoder: Encoder) -> Method:
+def optimizer(config: ml_collections.ConfigDict, steps: int = 1) -> optax.GradientTransformation:
+    """Returns the config's optimizer for a run of `steps` steps, a number that the structure of its state ignores."""
+    warmup = config.warmup_steps
+
+    def rate(peak: float) -> optax.ScalarOrSchedule:
+        if config.learning_rate_schedule == "cosine":
+            return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+        return optax.linear_schedule(0.0, peak, warmup) if warmup else peak
+
+    backbone = config.fine_tune.learning_rate
+    another = backbone not in (0, config.learning_rate)
+    made = train_step.adam(
+        rate(config.learning_rate), rate(backbone) if another else 0.0, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), made) if config.clip_norm else made
+
+
+def method(config: ml_collections.ConfigDict, encoder: Encoder, steps: int = 1) -> Method:
     """Returns what training minimizes, and how: each field of `Method` from the config's field of the same name."""
     named = {field.name: config[field.name] for field in dataclasses.fields(Method) if field.name in config}
-    return Method(encoder, optimizer(config), stochastic=config.binary == "stochastic", **named)
+    return Method(encoder, optimizer(config, steps), stochastic=config.binary == "stochastic", **named)
 
 
 def training_run(
@@ -87,9 +104,10 @@ def training_run(
 ) -> TrainingRun:
     """Returns everything that decides the trained parameters; `network` holds those to train, then the frozen ones."""
     made, params, frozen = network
-    schedule = Schedule(config.epochs, config.batch_size, config.train.validate_every, config.train.patience)
+    schedule = Schedule(epochs(config), config.batch_size, config.train.validate_every, config.train.patience)
     data = dataclasses.replace(data, seed=config.seed)
-    return TrainingRun(method(config, made), params, frozen, data, schedule, key(config, stream), mesh)
+    steps = schedule.epochs * (len(data.images) // config.batch_size)
+    return TrainingRun(method(config, made, steps), params, frozen, data, schedule, key(config, stream), mesh)
 
 
 def teacher(config: ml_collections.ConfigDict) -> Teacher:
@@ -101,8 +119,8 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     """Returns the config of a run's teacher: the same network with another head, and another objective."""
     own, config = teacher(config), config.copy_and_resolve_references()
     with config.unlocked():
+        config.epochs = own.epochs or epochs(config)
         config.objective, config.temperature, config.bits = own.objective, own.temperature, own.bits
-        config.epochs = own.epochs or config.epochs
     return config
 
 

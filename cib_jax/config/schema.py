@@ -40,6 +40,7 @@ def _pixels_or_zero(meaning: str) -> Rule:
 
 
 _POSITIVE: Rule = (lambda value: math.isfinite(value) and value > 0, "must be greater than 0")
+_PROBABILITY: Rule = (lambda part: 0 <= part < 1, "must be at least 0 and below 1")
 _SEED: Rule = (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295")
 _COUNT: Rule = (lambda count: count >= AS_NAMED, "must be 0 or more, or -1 to take the protocol's number")
 _NUMBERS: Rule = (
@@ -63,6 +64,7 @@ RULES: dict[str, Rule] = {
     "temperature": _POSITIVE,
     "beta": _at_least(0),
     "sharpness": _POSITIVE,
+    "head_dropout": _PROBABILITY,
     "teacher.bits": _at_least(1),
     "teacher.temperature": _POSITIVE,
     "teacher.epochs": _at_least(0),
@@ -71,12 +73,16 @@ RULES: dict[str, Rule] = {
     "teacher.steps": _at_least(1),
     "augment": _one_of(*augment.FAMILIES, *features.FAMILIES),
     "feature_noise": _at_least(0),
-    "feature_dropout": (lambda part: 0 <= part < 1, "must be at least 0 and below 1"),
+    "feature_dropout": _PROBABILITY,
     "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
     "micro_batch": _at_least(0),
     "devices": _at_least(0),
-    "epochs": _at_least(1),
+    "epochs": _at_least(0),
     "learning_rate": _POSITIVE,
+    "learning_rate_schedule": _one_of("constant", "cosine"),
+    "warmup_steps": _at_least(0),
+    "weight_decay": _at_least(0),
+    "clip_norm": _at_least(0),
     "fine_tune.blocks": _at_least(0),
     "fine_tune.learning_rate": _at_least(0),
     "fine_tune.lora_rank": _at_least(0),
@@ -153,6 +159,11 @@ ADDED: dict[str, Any] = {
     "report.embedded": 2000,
     "train.checkpoint_dir": "",
     "sharpness": 6.0,
+    "head_dropout": 0.0,
+    "learning_rate_schedule": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "clip_norm": 0.0,
     **{f"teacher.{name}": value for name, value in dataclasses.asdict(Teacher()).items()},
     **{f"fine_tune.{name}": value for name, value in dataclasses.asdict(FineTune()).items()},
 }

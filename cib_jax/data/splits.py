@@ -107,7 +107,10 @@ PROTOCOLS: dict[str, Protocol] = {
             name="cifar10-pooled-10k-50k-5k",
             says="1,000 per class of all 60,000 images on the other 50,000, 500 per class of which train",
             queries_per_class=1000,
-            published={ALL: "Bi-half Net, AAAI 2021, CIFAR-10 (II)"},
+            published={
+                ALL: "Bi-half Net, AAAI 2021, CIFAR-10 (II)",
+                1000: f"{CIBHASH}, if drawn as its section 4.1 says",
+            },
         ),
         _POOLED_CIFAR(
             name="cifar10-1k-59k",

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ class Method:
     """Family of views: "photo" or "digits" of images, "noise" or "stored" of features."""
     micro_batch: int = 0
     """Images of one device that go through the backbone at a time, for less memory; 0 takes all at once."""
+    head_dropout: float = 0.0
+    """Probability that the hash head's input lacks a feature of a view, in training; 0 keeps all."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -73,6 +76,11 @@ class Method:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value >= 0:
                 raise ConfigError(f"{name} must be 0 or more, got {value}", field=name)
+        if not 0 <= self.head_dropout < 1:
+            problem = (
+                f"head_dropout must be at least 0 and below 1, got {self.head_dropout}; 0.5 is the published code's"
+            )
+            raise ConfigError(problem, field="head_dropout")
 
     @property
     def loss_fields(self) -> dict[str, Any]:
@@ -157,11 +165,17 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh:
     return sharding.replicate(jax.tree.map(jnp.array, state), mesh)
 
 
-def adam(learning_rate: float, backbone_learning_rate: float = 0.0) -> optax.GradientTransformation:
-    """Returns Adam with a constant learning rate, and another one for the backbone unless that is 0 or the same."""
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    backbone_learning_rate: optax.ScalarOrSchedule = 0.0,
+    *,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Returns Adam, or AdamW, with another learning rate for the backbone unless that is 0 or the same."""
+    rule = functools.partial(optax.adamw, weight_decay=weight_decay) if weight_decay else optax.adam
     if backbone_learning_rate in (0, learning_rate):
-        return optax.adam(learning_rate)
-    rates = {"head": optax.adam(learning_rate), "backbone": optax.adam(backbone_learning_rate)}
+        return rule(learning_rate)
+    rates = {"head": rule(learning_rate), "backbone": rule(backbone_learning_rate)}
 
     def labels(params: Params) -> dict[str, str]:
         return {name: "head" if name == "head" else "backbone" for name in params}
@@ -185,6 +199,7 @@ def update(
     encoder = method.encoder
     params, frozen = sharding.vary_like((state.params, frozen), jax.tree.leaves(batch.inputs)[0])
     view_key, bit_key = fold_by_name(key, "views"), fold_by_name(key, "code bits")
+    dropout_key = fold_by_name(key, "head dropout")
 
     def loss(params: Params) -> tuple[Array, Terms]:
         # v₁ = t₁(x), v₂ = t₂(x): two random views of every image. All first views come before all second ones, so that
@@ -205,6 +220,8 @@ def update(
                 family=method.augment,
                 axis=axis,
             )
+        if method.head_dropout:
+            features = drop_features(dropout_key, features, method.head_dropout, axis)
         # f(v): the logits, with p = σ(f(v)) the probability that a bit is 1.
         logits1, logits2 = jnp.split(encoder.head(params, features), 2)
         # b ~ Bernoulli(p) with ∂b/∂p = 1, and L = L_contrast(b₁, b₂) + β · L_KL(p₁, p₂).
@@ -218,6 +235,18 @@ def update(
         params = optax.apply_updates(state.params, updates)
     terms = terms | {"gradient_norm": optax.tree.norm(gradient)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), terms
+
+
+def drop_features(
+    key: PRNGKeyArray, features: Float[Array, "2*batch features"], rate: float, axis: Axis = None
+) -> Float[Array, "2*batch features"]:
+    """Returns features of all first views, then of all second ones, with each set to 0 with probability `rate`.
+
+    The others are divided by 1 − `rate`, so that the mean stays. Views lose features independently of each other.
+    """
+    shape = (len(features) // 2, 2, features.shape[1])  # by image, since devices share a batch by image
+    kept = sharding.draw_sharded(lambda shape: jax.random.bernoulli(key, 1 - rate, shape), shape, axis)
+    return jnp.where(kept.swapaxes(0, 1).reshape(features.shape), features / (1 - rate), 0.0)
 
 
 @renamed_keywords(optimiser="optimizer")
@@ -246,8 +275,8 @@ def train_step(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`. `images` are then this device's rows; the result
         is that of the whole batch, on every device.
       **method: Fields of `Method`: `encoder` and `optimizer`, and where they differ from the defaults `objective`,
-        `temperature` (0.3), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo") and
-        `micro_batch` (0).
+        `temperature` (0.3), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo"),
+        `micro_batch` (0) and `head_dropout` (0.0).
 
     Raises:
       ConfigError: A value is out of range, or `micro_batch` does not divide the images of a device.
@@ -281,7 +310,7 @@ def train_step_on_features(
 ) -> tuple[TrainState, Terms]:
     """Returns the state after one batch of features of two views, for a frozen backbone, and the loss terms.
 
-    With the same key it draws the same bits as `train_step`.
+    With the same key it draws the same bits as `train_step`, and drops the same features.
 
     Args:
       state: State before the step.

@@ -84,6 +84,31 @@ def test_photo_blurs_half_the_images():
     assert stats.kstest(sigma[blurred], stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
 
 
+def crop_area_cdf(area):
+    """Of torchvision's crops with a scale of (1/2, 1) and a ratio of (3/4, 4/3), as fractions of a square image.
+
+    An area a is drawn uniformly. It is drawn again if the crop does not fit: its ratio must be from a to 1/a.
+    """
+    fitting = np.where(area < 0.75, 0.0, area - area * np.log(area) - 0.75 + 0.75 * np.log(0.75)) / np.log(4 / 3)
+    return (np.minimum(area, 0.75) - 0.5 + fitting) / (0.25 + (0.25 + 0.75 * np.log(0.75)) / np.log(4 / 3))
+
+
+def test_photo_draws_as_strongly_as_the_paper():
+    """Brightness, contrast and saturation of 0.4, hue of 0.1, crops of (1/2, 1) with ratios of (3/4, 4/3)."""
+    jittered = np.asarray(draws().jitter.hue) != 0
+    for factors in np.asarray(draws().jitter.factors)[jittered].T:
+        assert stats.kstest(factors, stats.uniform(0.6, 0.8).cdf).pvalue > 1e-3
+    assert stats.kstest(np.asarray(draws().jitter.hue)[jittered], stats.uniform(-0.1, 0.2).cdf).pvalue > 1e-3
+    # Sides are rounded to whole pixels, which do not matter in an image of this size.
+    sample = jax.vmap(functools.partial(augment.sample_photo, height=10_000, width=10_000))
+    crop = jax.jit(sample)(augment.image_keys(jax.random.key(3), MANY)).crop
+    height, width = np.asarray(crop.height, float) / 1e4, np.asarray(crop.width, float) / 1e4
+    assert stats.kstest(height * width, crop_area_cdf).pvalue > 1e-3
+    always_fits = height * width < 0.75
+    ratio = np.log(width / height)[always_fits] / np.log(4 / 3)
+    assert stats.kstest(ratio, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
 def test_draws_of_a_view_are_independent():
     """Every pair of draws, those of the crop among themselves aside, is uncorrelated over many images."""
     draw = draws()
@@ -122,8 +147,15 @@ def test_digits_move_and_change_brightness_without_flips():
     assert (heaviness > 0).mean() > 0.98
     even = np.full((MANY, 8, 8, 3), 160, np.uint8)
     center = np.asarray(jitted("view", 8, "digits")(jax.random.key(5), even))[:, 4, 4, 0]
-    low, high = augment.DIGIT_GAIN
-    assert stats.kstest(center * 255 / 160, stats.uniform(low, high - low).cdf).pvalue > 1e-3
+    assert stats.kstest(center * 255 / 160, stats.uniform(0.7, 0.6).cdf).pvalue > 1e-3
+
+
+def test_digits_turn_shear_and_scale_as_far_as_stated():
+    """±15°, ±10° and 85 to 115%, uniformly."""
+    sample = jax.vmap(functools.partial(augment.sample_digits, height=8, width=8))
+    affine = jax.jit(sample)(augment.image_keys(jax.random.key(7), MANY)).affine
+    for values, low, high in ((affine.angle, -15, 15), (affine.shear, -10, 10), (affine.scale, 0.85, 1.15)):
+        assert stats.kstest(np.asarray(values), stats.uniform(low, high - low).cdf).pvalue > 1e-3
 
 
 def test_digits_move_as_far_as_stated():

@@ -1,12 +1,16 @@
 """Objects that a config describes: random streams, methods, and weights that are loaded only if they are needed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import configs.cifar
+import configs.cifar_vgg16
 from cib_jax.config import build
 from cib_jax.errors import ConfigError
+from cib_jax.models import registry
 from tests import small
 
 
@@ -37,12 +41,82 @@ def test_a_frozen_backbone_is_loaded_and_known_by_its_fingerprint():
 
 
 def test_a_method_has_every_field_that_the_config_has():
-    config = small.config(temperature=0.7, beta=0.2, sharpness=3.0, micro_batch=4, binary="deterministic")
+    config = small.config(
+        temperature=0.7, beta=0.2, sharpness=3.0, micro_batch=4, head_dropout=0.5, binary="deterministic"
+    )
     encoder = build.encoder(config)[0]
     method = build.method(config, encoder)
-    named = {name: getattr(method, name) for name in ("temperature", "beta", "sharpness", "micro_batch", "stochastic")}
-    assert named == {"temperature": 0.7, "beta": 0.2, "sharpness": 3.0, "micro_batch": 4, "stochastic": False}
+    expected = {"temperature": 0.7, "beta": 0.2, "sharpness": 3.0, "micro_batch": 4, "head_dropout": 0.5}
+    expected["stochastic"] = False
+    assert {name: getattr(method, name) for name in expected} == expected
     assert (method.encoder, method.objective, method.augment) == (encoder, "cibhash", "digits")
+
+
+def test_cifar_vgg16_is_the_published_experiment():
+    """Section 4.2 of the paper and, for dropout, the VGG-16 of its published code."""
+    config = configs.cifar_vgg16.get_config()
+    protocol, network = build.protocol(config), registry.get(config.backbone)
+    assert (network.name, config.image_size, network.image_size, network.features) == ("vgg16", 224, 224, 4096)
+    assert (network.mean, network.deviation) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (config.frozen, config.hidden, config.head_dropout, config.train.views) == (True, 1024, 0.5, 0)
+    assert (config.objective, config.temperature, config.beta, config.binary) == ("cibhash", 0.3, 0.001, "stochastic")
+    assert (config.batch_size, config.learning_rate) == (64, 0.001)
+    assert (protocol.k, protocol.train_per_class, protocol.pooled) == (1000, 500, False)
+    epochs = {}
+    for config.bits in (16, 32, 64):
+        epochs[config.bits] = build.epochs(config)
+    assert epochs == {16: 80, 32: 60, 64: 60}
+
+
+def test_a_number_of_epochs_is_taken_as_it_is():
+    assert build.epochs(small.config(bits=16, epochs=7)) == 7
+
+
+def updates(steps, **fields):
+    """Returns the updates of three parameters of 2 by gradients of (3, 4, 0) at every step."""
+    optimizer = build.optimizer(small.config(**fields), steps)
+    params, gradient = {"head": jnp.full(3, 2.0)}, {"head": jnp.array([3.0, 4.0, 0.0])}
+    state, found = optimizer.init(params), []
+    assert jax.tree.structure(state) == jax.tree.structure(build.optimizer(small.config(**fields)).init(params))
+    for _ in range(steps):
+        update, state = optimizer.update(gradient, state, params)
+        found.append(np.asarray(update["head"], float))
+    return np.array(found)
+
+
+def test_the_default_optimizer_is_adam_to_the_bit():
+    made, plain = build.optimizer(small.config(learning_rate=0.25), 9), optax.adam(0.25)
+    params = {"head": jnp.full(3, 2.0)}
+    assert jax.tree.structure(made.init(params)) == jax.tree.structure(plain.init(params))
+    found, expected = (rule.update({"head": jnp.arange(3.0)}, rule.init(params), params)[0] for rule in (made, plain))
+    assert np.array_equal(found["head"], expected["head"])
+
+
+def test_the_learning_rate_follows_its_schedule():
+    """Adam's step for a constant gradient is the learning rate, whatever the gradient's size."""
+    warm = np.array([0, 0.25, 0.5, 0.75])
+    constant = updates(6, learning_rate=0.5, warmup_steps=4)
+    np.testing.assert_allclose(-constant[:, 0], 0.5 * np.concatenate([warm, [1, 1]]), rtol=1e-4)
+    cosine = updates(12, learning_rate=0.5, warmup_steps=4, learning_rate_schedule="cosine")
+    falling = (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+    np.testing.assert_allclose(-cosine[:, 1], 0.5 * np.concatenate([warm, falling]), rtol=1e-4)
+    without_warmup = updates(8, learning_rate=0.5, learning_rate_schedule="cosine")
+    np.testing.assert_allclose(-without_warmup[:, 1], 0.5 * falling, rtol=1e-4)
+
+
+def test_weights_decay_apart_from_the_gradient():
+    """AdamW takes learning rate × decay × the parameter away, besides Adam's step."""
+    decayed = updates(1, learning_rate=0.5, weight_decay=0.1) - updates(1, learning_rate=0.5)
+    np.testing.assert_allclose(decayed, np.full((1, 3), -0.5 * 0.1 * 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(2.5, 0.5), (10.0, 1.0)])
+def test_a_longer_gradient_is_scaled_to_the_limit(limit, scale):
+    """A gradient of length 5, by Adam's first moment: a tenth of the gradient after one step."""
+    optimizer = build.optimizer(small.config(clip_norm=limit))
+    gradient = {"head": jnp.array([3.0, 4.0, 0.0])}
+    _, (_, (adam, *_)) = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    np.testing.assert_allclose(adam.mu["head"], 0.1 * scale * np.array([3, 4, 0]), rtol=1e-5)
 
 
 def test_a_teachers_config_is_the_same_but_for_head_and_objective():
@@ -53,6 +127,7 @@ def test_a_teachers_config_is_the_same_but_for_head_and_objective():
     theirs.update(changed)
     assert theirs.to_dict() == config.to_dict()
     assert build.teacher_config(small.config(objective="diffusion")).epochs == 3
+    assert build.teacher_config(small.config(objective="diffusion", bits=16, epochs=0)).epochs == 80
 
 
 def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():

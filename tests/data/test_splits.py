@@ -230,6 +230,8 @@ def test_published_tables_go_by_k():
     assert at_5000.tables().startswith("none") and "MAP@5000" in at_5000.tables()
     assert get_protocol("cifar10-1k-59k", "cifar10", {"k": 0}).tables().startswith("the tables of DeepHash-pytorch")
     assert at_5000.changed == ()
+    pooled = (get_protocol("cifar10-pooled-10k-50k-5k", "cifar10", {"k": k}).tables() for k in (0, 1000))
+    assert [table.partition(",")[0] for table in pooled] == ["Bi-half Net", "CIBHash"]
 
 
 def test_an_own_split_compares_with_nothing():

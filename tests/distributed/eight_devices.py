@@ -81,6 +81,7 @@ def fitted(devices, data, augment):
         hidden=16,
         epochs=2,
         batch_size=16,
+        head_dropout=0.25,
         devices=devices,
         on_epoch=lambda report: losses.append(report.terms),
     )
@@ -100,7 +101,7 @@ def from_bank(encoder, params, devices):
     """Trains on a view bank."""
     optimizer = optax.adam(1e-3)
     mesh = sharding.make_mesh(devices, 16)
-    feed = input_pipeline.from_bank(BANK, Method(encoder, optimizer), BatchOrder(0, 16, mesh=mesh))
+    feed = input_pipeline.from_bank(BANK, Method(encoder, optimizer, head_dropout=0.25), BatchOrder(0, 16, mesh=mesh))
     return looped(feed, {"head": params["head"]}, optimizer)
 
 

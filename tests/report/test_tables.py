@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cib_jax.report import tables
 from cib_jax.report.tables import Cell, Row, Table
+from tests.docs import pages
 
 TABLE = Table(
     "MAP@1000 on a_b",
@@ -77,3 +79,27 @@ def test_csv_is_read_back_by_pythons_reader():
 )
 def test_published_rows_stand_only_beside_figures_of_their_protocol(protocol, k, rows):
     assert len(tables.published_rows(protocol, k)) == rows
+
+
+PUBLISHED = {
+    "cifar10-10k-50k": ("CIBHash 0.590 0.622 0.641", "TBH 0.532 0.573 0.578", "ITQ 0.305 0.325 0.349"),
+    "nuswide-2100": ("CIBHash 0.790 0.807 0.815", "TBH 0.717 0.725 0.735", "ITQ 0.627 0.645 0.664"),
+    "coco-5000": ("CIBHash 0.737 0.760 0.775", "TBH 0.706 0.735 0.722", "ITQ 0.598 0.624 0.648"),
+}
+"""Table 1 of CIBHash (arXiv 2105.06138): MAP at 16, 32 and 64 bits by protocol."""
+
+
+@pytest.mark.parametrize(("protocol", "k"), [("cifar10-10k-50k", 1000), ("nuswide-2100", 5000), ("coco-5000", 5000)])
+def test_published_numbers_are_those_of_the_paper(protocol, k):
+    rows = tables.published_rows(protocol, k)
+    written = [f"{row.title} " + " ".join(f"{row.values[bits][0]:.3f}" for bits in (16, 32, 64)) for row in rows]
+    assert written == [row.replace(" ", " (VGG-16) ", 1) for row in PUBLISHED[protocol]]
+
+
+@pytest.mark.parametrize(("page", "count"), [("docs/results.md", 3), ("README.md", 1)])
+def test_pages_quote_the_published_numbers(page, count):
+    """Every row of a table that is marked as published, with a name and three numbers."""
+    lines = (pages.DOCS.parent / page).read_text(encoding="utf-8").splitlines()
+    marked = [line for line in lines if re.match(r"\| .*VGG-16.*published", line)]
+    quoted = [" ".join([re.findall(r"\w+", line)[0], *re.findall(r"\| (0\.\d{3})\b", line)]) for line in marked]
+    assert quoted == list(PUBLISHED["cifar10-10k-50k"][:count])

@@ -93,7 +93,7 @@ def test_features_of_the_views_give_the_step_of_the_views(made):
     key = jax.random.key(9)
     views = encoder.two_views(fold_by_name(key, "views"), jnp.asarray(IMAGES), family="digits")
     features = [encoder.features(params, frozen, view) for view in views]
-    options = {"encoder": encoder, "optimizer": optimizer, "beta": 0.1, "temperature": 0.5}
+    options = {"encoder": encoder, "optimizer": optimizer, "beta": 0.1, "temperature": 0.5, "head_dropout": 0.25}
     state = cib.create_train_state(params, optimizer)
     whole, terms = jax.jit(functools.partial(cib.train_step, augment="digits", **options))(state, frozen, IMAGES, key)
     part, part_terms = jax.jit(functools.partial(cib.train_step_on_features, **options))(state, *features, key)
@@ -127,6 +127,37 @@ def test_every_field_of_the_loss_reaches_it(tiny, field):
     assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_dropout_reaches_the_heads_input_alone(tiny):
+    encoder, params = tiny
+    key, options = jax.random.key(1), {"encoder": encoder, "optimizer": optax.sgd(0.1)}
+    state = cib.create_train_state(params, options["optimizer"])
+    views = jnp.concatenate([FEATURES, FEATURES + 0.3])
+    losses = []
+    for rate in (0.5, 0.0):
+        _, terms = cib.train_step_on_features(state, *jnp.split(views, 2), key, head_dropout=rate, **options)
+        kept = train_step.drop_features(fold_by_name(key, "head dropout"), views, rate) if rate else views
+        expected, _ = cib.cib_loss(fold_by_name(key, "code bits"), *jnp.split(encoder.head(params, kept), 2))
+        assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-6)
+        losses.append(float(terms["loss"]))
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_has_its_rate_keeps_the_mean_and_differs_between_views(rate):
+    """100,000 features of each of two views: shares of a binomial draw, within five standard deviations."""
+    views = jnp.full((2 * 200, 500), 3.0)
+    first, second = jnp.split(train_step.drop_features(jax.random.key(0), views, rate), 2)
+    dropped = first == 0, second == 0
+    for share, expected in (
+        (jnp.mean(dropped[0]), rate),
+        (jnp.mean(dropped[1]), rate),
+        (jnp.mean(dropped[0] & dropped[1]), rate**2),
+    ):
+        assert abs(float(share) - expected) < 5 * np.sqrt(expected * (1 - expected) / 1e5)
+    np.testing.assert_allclose(np.unique(first), [0.0, 3 / (1 - rate)], rtol=1e-6)
+    assert float(jnp.mean(first)) == pytest.approx(3, rel=5 * np.sqrt(rate / (1 - rate) / 1e5))
+
+
 def test_coordinates_and_their_sharpness_reach_the_loss(tiny):
     encoder, params = tiny
     key, options = jax.random.key(1), {"objective": "diffusion", "coordinates": jnp.eye(6), "sharpness": 2.0}
@@ -148,6 +179,9 @@ def test_coordinates_and_their_sharpness_reach_the_loss(tiny):
         ("sharpness", -1.0),
         ("beta", -0.1),
         ("micro_batch", -1),
+        ("head_dropout", -0.1),
+        ("head_dropout", 1.0),
+        ("head_dropout", float("nan")),
     ],
 )
 def test_a_method_out_of_range_is_refused_with_its_field(tiny, field, value):
