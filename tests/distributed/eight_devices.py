@@ -25,6 +25,7 @@ from cib_jax.commands.index import train_index_encoder
 from cib_jax.data import inputs
 from cib_jax.distributed import sharding
 from cib_jax.training import input_pipeline, loop
+from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.input_pipeline import BatchOrder
 from cib_jax.training.loop import Hooks, Schedule
 from cib_jax.training.train_step import Method, Progress, adam
@@ -241,6 +242,9 @@ def main(folder):
     }
     fine_tune = cib.FineTune(blocks=1, checkpointing=True)
     found["last block"] = [one_step(fine_tune, 1, 0), one_step(fine_tune, 4, 2)]
+    state = sharding.replicate(cib.create_train_state(params, optax.adam(1e-3)), sharding.make_mesh(8, 16))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(state, Progress(step=7), {})
     found["own loops"] = own_loops()
     found["explicit"] = functions_on_an_explicit_mesh()
     hasher = cib.Hasher(encoder, params, frozen, batch_size=3)

@@ -8,10 +8,13 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+import cib_jax as cib
 from cib_jax import errors
 from cib_jax.distributed import sharding
+from cib_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,7 +26,7 @@ def found(tmp_path_factory):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-m", "tests.distributed.eight_devices", str(folder)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    return json.loads((folder / "found.json").read_text())
+    return json.loads((folder / "found.json").read_text()) | {"checkpoints": str(folder / "checkpoints")}
 
 
 @pytest.mark.parametrize("name", ["naive_cl", "cl_hash", "cibhash", "diffusion"])
@@ -68,6 +71,17 @@ def test_a_step_in_a_loop_of_ones_own_is_that_of_one_device(found, name):
 def test_pure_functions_take_arrays_of_explicit_meshes(found):
     assert len(found["explicit"]) == 9
     assert max(found["explicit"].values()) < 1e-6, found["explicit"]
+
+
+def test_a_checkpoint_of_eight_devices_is_restored_on_one(found):
+    _, params, _ = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=8, image_size=8, hidden=16)
+    template = cib.create_train_state(params, optax.adam(1e-3))
+    with Checkpoints(found["checkpoints"], read_only=True) as checkpoints:
+        state, progress, _ = checkpoints.restore(template)
+    assert progress.step == 7
+    for restored, expected in zip(jax.tree.leaves(state), jax.tree.leaves(template), strict=True):
+        assert restored.devices() == set(jax.local_devices())
+        np.testing.assert_array_equal(restored, expected)
 
 
 def test_an_index_learns_from_photos_that_the_devices_do_not_divide(found):
