@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from cib_jax import files
 from cib_jax.errors import ExportedError
-from cib_jax.exported import FORMAT, FORMS, SIGNATURE, STAGES, VERSION, checksum, program_name
+from cib_jax.exported import FORMAT, FORMS, SIGNATURE, STAGES, VERSION, checksum, program_name, validate_program
 from cib_jax.models.encoder import Encoder, Params, packed_of_features, plain_features
 from cib_jax.models.weights import fingerprint
 from cib_jax.version import __version__
@@ -70,6 +70,7 @@ def write(
                     for form, platforms in FORMS.items():
                         with _without_source_paths():
                             exported = jax.export.export(jax.jit(program), platforms=platforms)(weight_shapes, rows)
+                        validate_program(exported, weight_shapes, rows)  # `exported.load` refuses all others
                         add(program_name(stage, form, size), bytes(exported.serialize()), zipfile.ZIP_DEFLATED)
                     rows = jax.eval_shape(program, weight_shapes, rows)
             signature = about | {"parts": parts}
