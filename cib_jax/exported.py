@@ -213,7 +213,8 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         if expected != programs.keys():
             raise ValueError("programs are missing")
         encoder = ExportedEncoder(signature, weights, programs)
-        encoder._deserialize(min(signature["platforms"]), signature["batch_sizes"][0])  # fails early if it cannot
+        for form in signature["platforms"]:
+            encoder._deserialize(form, signature["batch_sizes"][0])  # fails early if JAX cannot read it
         return encoder
     except ExportedError as error:
         raise ExportedError(f"{path}: {error}", field=str(path)) from error
