@@ -170,6 +170,8 @@ class ExportedEncoder:
             name = program_name(stage, form, size)
             try:
                 program = jax.export.deserialize(bytearray(self.programs[name]))
+                if list(program.platforms) != self.signature["platforms"][form]:
+                    raise ValueError("it is for other platforms")
                 validate_program(program, self.weights, rows)
                 (rows,) = program.out_avals
                 if stage == STAGES[-1] and (rows.shape, rows.dtype) != ((size, self.signature["bits"] // 8), np.uint8):

@@ -1,16 +1,21 @@
-"""Atomic writes, locks, printable file names, hints for misspelled names, and threads that keep an order."""
+"""Atomic writes, reads of foreign files, locks, printable names, hints for misspelled names, and ordered threads."""
 
 import collections
 import concurrent.futures
 import contextlib
 import difflib
+import errno
 import fcntl
+import json
 import os
 import pathlib
+import stat
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
+
+MAX_JSON_BYTES = 2**28
 
 
 @contextlib.contextmanager
@@ -33,6 +38,30 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file atomically; if several processes write it at once, the content of one of them remains."""
     with replacing(path) as part:
         part.write_bytes(content)
+
+
+def open_regular(path: pathlib.Path, *, links: bool = True) -> IO[bytes]:
+    """Opens a regular file of somebody else for reading; without `links`, not even by a symbolic link.
+
+    An OSError is raised for anything else: a pipe, for example, would wait for its writer.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Returns the content of a JSON file of somebody else; raises an OSError or ValueError if it cannot be read."""
+    with open_regular(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextlib.contextmanager

@@ -199,7 +199,14 @@ def load_hasher(table: PhotoTable) -> Hasher:
     """Returns the encoder that made an index's codes."""
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / serialization.FILE).write_bytes(table.encoder())
-        return Hasher.load(folder)
+        hasher = Hasher.load(folder)
+    if hasher.encoder.bits != table.metadata.encoder["bits"]:
+        message = (
+            f"--index: {table.uri} is damaged, its codes have {table.metadata.encoder['bits']} bits and those of its "
+            f"encoder {hasher.encoder.bits}; index the photos again in another folder"
+        )
+        raise errors.IndexFolderError(message, field="--index")
+    return hasher
 
 
 def hasher_bytes(hasher: Hasher) -> bytes:
