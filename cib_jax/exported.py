@@ -51,6 +51,7 @@ FORMS = {"cpu": ("cpu",), "accelerator": ("cuda", "tpu")}  # forms of the progra
 
 MAX_PROGRAM_BYTES = 2**28  # of all programs together
 MAX_SIZE = 2**20  # of a batch, a side of images, features, bits
+MAX_BATCH_ELEMENTS = 2**31
 MAX_ROW_ELEMENTS = 2**28
 """Largest number of elements of an array for each row of a batch; attention at 896 pixels needs 2^27.6."""
 MAX_ROW_STEPS = 2**16
@@ -244,11 +245,17 @@ def _read_signature(archive: zipfile.ZipFile) -> dict[str, Any]:
         raise ValueError(f"its {SIGNATURE} is of another format")
     if signature.get("version") != VERSION:
         raise ExportedError(
-            f"the version must be {VERSION}, got {signature.get('version')}; export the encoder again with this "
+            f"the version must be {VERSION}, got {signature.get('version')!r:.20}; export the encoder again with this "
             "version of cib_jax, or load it with the version that exported it"
         )
     if signature["checksum"] != checksum(signature):
         raise ValueError(f"the checksum of its {SIGNATURE} is wrong")
+    validate_signature(signature)
+    return signature
+
+
+def validate_signature(signature: dict[str, Any]) -> None:
+    """Raises a ValueError, or a KeyError or TypeError, unless a signature is that of an encoder."""
     dtype, dimensions = {"images": ("uint8", 4), "features": ("float32", 2)}[signature["takes"]]
     rows, *shape = signature["input"]["shape"]
     bits, sizes = signature["bits"], signature["batch_sizes"]
@@ -260,14 +267,17 @@ def _read_signature(archive: zipfile.ZipFile) -> dict[str, Any]:
         or signature["output"] != {"dtype": "uint8", "shape": ["n", bits // 8]}
         or not all(type(size) is int and 0 < size <= MAX_SIZE for size in [bits, *shape, *sizes])
         or bits % 8
-        or sizes != sorted(set(sizes))
         or not sizes
+        or sizes != sorted(set(sizes))
+        or sizes[-1] * math.prod(shape) > MAX_BATCH_ELEMENTS
         or len({part for part, _ in weights}) != len(weights)
         or not {dtype for _, dtype in weights} <= {"float32", "bfloat16"}
-        or not all(re.fullmatch(r"[\w.+-]{1,40}", name) for name in [*names, signature["made_with"]["jax"]])
+        or not all(
+            re.fullmatch(r"[\w.+-]{1,40}", name)
+            for name in (*names, *signature["platforms"], signature["made_with"]["jax"])
+        )
     ):
-        raise ValueError(f"its {SIGNATURE} is not that of an encoder")
-    return signature
+        raise ValueError("its batches, bits or input are not those of an encoder, or too large")
 
 
 def _validate_sizes(archive: zipfile.ZipFile, signature: dict[str, Any], size: int) -> None:
@@ -301,7 +311,8 @@ def _array(content: bytes, dtype: str) -> np.ndarray:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__
+    line = str(error).partition("\n")[0][:200] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 # Validation of programs.
@@ -338,9 +349,10 @@ def validate_program(program: jax.export.Exported, weights: Sequence[Any], rows:
             raise ValueError("its function returns other results")
         elements = MAX_ROW_ELEMENTS * rows.shape[0] + sum(math.prod(weight.shape) for weight in weights)
         counted: dict[str, int] = {}
-        steps = sum(_count_steps(name, functions, counted, elements) for name in functions)
-        if steps > MAX_ROW_STEPS * rows.shape[0]:
-            raise ValueError(f"it takes {steps} steps, more than {MAX_ROW_STEPS} for each row")
+        for name in functions:  # called or not
+            _count_steps(name, functions, counted, elements)
+        if counted["main"] > MAX_ROW_STEPS * rows.shape[0]:
+            raise ValueError(f"it takes {counted['main']} steps, more than {MAX_ROW_STEPS} for each row")
 
 
 def _tensor(array: Any) -> str:

@@ -154,7 +154,7 @@ def _validate(pixels: Any, checksum: int, folder: pathlib.Path, number: int) -> 
     if zlib.crc32(pixels) != checksum:
         path = _pixels_path(folder, number)
         raise DataError(
-            f"{path} is damaged (the checksum of a photo is wrong); remove {folder}, and its photos are prepared again",
+            f"{path}: the checksum of a prepared photo is wrong; remove {folder}, and the photos are prepared again",
             field=str(path),
         )
 
@@ -224,8 +224,8 @@ def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Loc
             if pixels.dtype != np.uint8 or len(pixels) != rows or (rows and pixels.shape[1:] != (size, size, 3)):
                 raise ValueError(f"its shape is {pixels.shape}, not that of {rows} photos of {size} pixels")
             known |= locations
-        except (OSError, ValueError, TypeError) as error:
-            notes.append(f"{path} is damaged ({error}); its photos are prepared again")
+        except Exception as error:  # NumPy raises errors of many types for a damaged header
+            notes.append(f"{path} is damaged ({short_reason(error)}); its photos are prepared again")
             _delete_shard(folder, number)
     return known, notes
 

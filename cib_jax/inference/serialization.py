@@ -5,11 +5,9 @@ config cannot come from different writings. The weights of a frozen backbone are
 a file, so that a fingerprint could name something that cannot be found again.
 """
 
-import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,6 +98,8 @@ def _rebuild(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[Enc
     )
     params, frozen, arguments = trees["params"], trees.get("frozen", {}), about["encoder"]
     head = {"hidden": arguments["hidden"], "out": arguments["bits"]}
+    if not trees.keys() <= {"params", "frozen"}:
+        raise ValueError("it holds other tensors")
     if {layer: params["head"][layer]["kernel"].shape[1] for layer in head} != head:  # before memory for them is taken
         raise ValueError("its head has another shape")
     settings = about["settings"]  # fields of a hasher
@@ -190,8 +190,7 @@ def restore_best(
         jax.eval_shape(lambda: create_train_state(params, build.optimizer(config))),
     )
     with Checkpoints(directory, read_only=True) as checkpoints:
-        with _damaged_metadata(directory):
-            saved = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
+        saved = checkpoints.entry("config", lambda config: flatten(ml_collections.ConfigDict(config)))
         if changes := differences(flatten(config), saved, MAY_CHANGE | MEASURING):
             raise CheckpointError(
                 f"{workdir / RUN} must be the config of the run's checkpoints, but differs from it "
@@ -208,24 +207,8 @@ def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> S
     """Returns mean and deviation of the features on which a run was trained, None for a run on images."""
     if config.backbone != "none":
         return None
-    directory = _checkpoint_dir(workdir, config)
-    with Checkpoints(directory, read_only=True) as checkpoints, _damaged_metadata(directory):
-        return Standard.from_lists(checkpoints.extra()["standard"])
-
-
-@contextlib.contextmanager
-def _damaged_metadata(directory: epath.Path) -> Iterator[None]:
-    """Converts what malformed metadata of a checkpoint raise into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{directory}: the metadata of the newest checkpoint are damaged ({type(error).__name__}: "
-            f"{files.first_line(error)}); restore them from a copy or train again",
-            field=str(directory),
-        ) from error
+    with Checkpoints(_checkpoint_dir(workdir, config), read_only=True) as checkpoints:
+        return checkpoints.entry("standard", Standard.from_lists)
 
 
 def _checkpoint_dir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> epath.Path:

@@ -165,7 +165,7 @@ def adopt(
 
 
 def _validate_same_config(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, theirs: Any, ignored: frozenset[str]
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, theirs: dict[str, Any], ignored: frozenset[str]
 ) -> None:
     try:
         changed = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)), ignored)
@@ -192,7 +192,7 @@ def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> 
         return
     with Checkpoints(directory, read_only=True) as checkpoints:
         # The config in the checkpoint, since config.json could be lost or edited.
-        _validate_same_config(workdir, config, checkpoints.extra().get("config"), MAY_CHANGE)
+        _validate_same_config(workdir, config, checkpoints.entry("config", dict), MAY_CHANGE)
 
 
 def _has_checkpoints(directory: epath.Path) -> bool:

@@ -280,6 +280,15 @@ class Checkpoints:
         extra.pop(CHECKSUM, None)
         return extra
 
+    def entry(self, name: str, parse: Callable[[Any], Any]) -> Any:
+        """Returns what `parse` makes of an entry of `extra`; raises a CheckpointError if the entry is damaged."""
+        try:
+            return parse(self.extra()[name])
+        except CheckpointError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _damaged(self.directory, f"its {name} is damaged") from error
+
     def _read(self, step: int | None, **items: Any) -> Any:
         if step is None:
             problem = "there is no checkpoint here; train first, with --mode=train"
