@@ -1,13 +1,16 @@
-"""Atomic writes, locks, printable file names, optional packages, misspelled names, threads that keep an order."""
+"""Atomic writes, reads of foreign files, locks, printable names, optional packages, misspelled names, and threads."""
 
 import collections
 import concurrent.futures
 import contextlib
 import difflib
+import errno
 import fcntl
 import importlib
+import json
 import os
 import pathlib
+import stat
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +18,8 @@ from types import ModuleType
 from typing import IO, Any
 
 from cib_jax.errors import UserError
+
+MAX_JSON_BYTES = 2**28
 
 
 @contextlib.contextmanager
@@ -39,6 +44,30 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
+def open_regular(path: pathlib.Path, *, links: bool = True) -> IO[bytes]:
+    """Opens a regular file of somebody else for reading; without `links`, not even by a symbolic link.
+
+    An OSError is raised for anything else: a pipe, for example, would wait for its writer.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Returns the content of a JSON file of somebody else; raises an OSError or ValueError if it cannot be read."""
+    with open_regular(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 @contextlib.contextmanager
 def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> Iterator[IO[str]]:
     """Holds an advisory lock on a file, which is created if necessary, while the context lasts.
@@ -47,7 +76,9 @@ def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> It
     `shared` lock are admitted. If the lock is held and `wait` is False, a BlockingIOError is raised; if the file system
     does not support locks, an OSError.
     """
-    with path.open("a") as lock:
+    # Not blocking: with a pipe of that name, it would wait for somebody to read it.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+    with os.fdopen(os.open(path, flags, 0o666), "a") as lock:
         fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield lock
 

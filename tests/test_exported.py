@@ -1,6 +1,9 @@
 """Exported encoders: the codes of the hasher, in a process without anything of training; damaged files."""
 
+import functools
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,12 +11,15 @@ import zipfile
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import cib_jax as cib
 from cib_jax import errors, exported
 from cib_jax.augment.features import standard
+from cib_jax.inference import export
 from cib_jax.models.encoder import plain_features
 
 RNG = np.random.default_rng(0)
@@ -226,7 +232,11 @@ def test_other_contents_are_rejected(tmp_path, convnet, change, word):
 
 
 def test_an_encoder_runs_only_on_platforms_it_was_exported_for(tmp_path, convnet):
-    rewritten(convnet[1], tmp_path / "other.zip", lambda signature: signature["platforms"].update(cpu=["tpu"]))
+    def without_cpu(signature):
+        del signature["platforms"]["cpu"]
+        signature["parts"] = {name: about for name, about in signature["parts"].items() if "-cpu-" not in name}
+
+    rewritten(convnet[1], tmp_path / "other.zip", without_cpu)
     with pytest.raises(errors.ExportedError) as error:
         exported.load(tmp_path / "other.zip").encode(images(16, 1))
     assert error.value.field == "JAX_PLATFORMS"
@@ -243,3 +253,170 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path, convnet):
             call()
         assert error.value.field == field
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# Hostile files, whose checksums hold.
+
+
+def replaced(path, target, programs):
+    """Writes the file again with other programs, by stage, in place of those of the smallest batch on a CPU."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        contents = {name: old.read(name) for name in old.namelist()}
+        signature = json.loads(contents.pop(exported.SIGNATURE))
+        contents |= {exported.program_name(stage, "cpu", 1): content for stage, content in programs.items()}
+        for name, content in contents.items():
+            signature["parts"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            new.writestr(name, content, None if name.startswith("weights/") else zipfile.ZIP_DEFLATED)
+        signature["checksum"] = exported.checksum(signature)
+        new.writestr(exported.SIGNATURE, json.dumps(signature))
+    return target
+
+
+@pytest.fixture(scope="module")
+def of_features(tmp_path_factory):
+    """An encoder of 16 features, and the file of its export."""
+    path = tmp_path_factory.mktemp("exported") / "encoder.zip"
+    made = hasher("none", standard=standard([RNG.normal(size=(5, 16)).astype(np.float32)]))
+    made.export(path)
+    return made, path
+
+
+def exported_program(function, made, rows=(1, 16)):
+    """Returns a serialized program of the weights of an encoder and of rows, as `Hasher.export` serializes it."""
+    leaves = jax.tree.leaves({"params": made.params, "frozen": made.frozen})
+    arguments = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    program = jax.export.export(jax.jit(function), platforms=("cpu",))(
+        arguments, jax.ShapeDtypeStruct(rows, np.float32)
+    )
+    return bytes(program.serialize())
+
+
+def doubled(times):
+    """Returns a function of 2^times additions in a few bytes."""
+    return functools.reduce(lambda f, _: jax.jit(lambda x: f(x) + f(x)), range(times), lambda x: x + 1)
+
+
+HOSTILE = {
+    "custom call": lambda x: jnp.linalg.cholesky(x.reshape(4, 4)).reshape(1, 16),
+    "operation that no encoder needs": jnp.sin,
+    "endless loop": lambda x: lax.while_loop(lambda y: y[0, 0] < 1, lambda y: y * 1, x),
+    "long loop": lambda x: lax.fori_loop(0, 2**30, lambda _, y: y + 1, x),
+    "loop that stands still": lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] * 2, c[1] + 1), (0, x))[1],
+    "loop from a number of the input": lambda x: lax.fori_loop(x[0, 0].astype(int), 3, lambda _, y: y + 1, x),
+    "giant array": lambda x: x + jnp.broadcast_to(x[0, 0], (2**20, 2**20)).max(),
+    "giant window": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2**30), (1, 1), ((0, 0), (2**30 - 16, 2**30 - 1)))[
+        :, :16
+    ],
+    "exponentially many operations": doubled(15),
+    "other results": lambda x: x[:, :8],
+    "results of another type": lambda x: x.astype(jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_program_with_anything_that_is_never_exported_is_rejected(tmp_path, of_features, kind):
+    made, path = of_features
+    program = exported_program(lambda leaves, rows: HOSTILE[kind](rows), made)
+    with pytest.raises(errors.ExportedError) as error:
+        exported.load(replaced(path, tmp_path / "hostile.zip", {"features": program}))
+    assert error.value.field == str(tmp_path / "hostile.zip")
+
+
+def test_a_harmless_program_is_accepted(tmp_path, of_features):
+    """Guards the tests of hostile ones, which would hold for any program if it were built in a wrong way."""
+    made, path = of_features
+    program = exported_program(lambda leaves, rows: lax.fori_loop(0, 16, lambda _, y: y + 1, rows), made)
+    assert exported.load(replaced(path, tmp_path / "other.zip", {"features": program})).encode(
+        np.zeros((1, 16), np.float32)
+    ).shape == (1, 2)
+
+
+def test_malformed_programs_are_rejected(tmp_path, of_features):
+    made, path = of_features
+    other_rows = exported_program(lambda leaves, rows: rows[:1], made, (2, 16))
+    whole = exported_program(lambda leaves, rows: rows, made)
+    for program in (b"", b"\0" * 100, b"\xff" * 100, whole[:200], whole[200:], whole[::-1], other_rows):
+        with pytest.raises(errors.ExportedError) as error:
+            exported.load(replaced(path, tmp_path / "hostile.zip", {"features": program}))
+        assert error.value.field == str(tmp_path / "hostile.zip") and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"takes": "sounds"},
+        {"input": {"dtype": "uint8", "shape": ["n", 16]}},
+        {"input": {"dtype": "float32", "shape": ["n", -16]}},
+        {"input": {"dtype": "float32", "shape": 16}},
+        {"output": None},
+        {"bits": 12},
+        {"bits": "16"},
+        {"batch_sizes": []},
+        {"batch_sizes": [1, 2, 2**60]},
+        {"batch_sizes": [1, 2, 2**20 + 1]},
+        {"batch_sizes": [4, 2, 1]},
+        {"batch_sizes": {}},
+        {"platforms": []},
+        {"platforms": {"cpu": ["\x1b[2J"]}},
+        {"platforms": {"\x1b[2J": ["cpu"]}},
+        {"version": "\x1b[2J\n"},
+        {"made_with": {"jax": "1\n2"}},
+        {"made_with": None},
+        {"weights": None},
+        {"weights": [{}]},
+        {"weights": [{"part": "programs/codes-cpu-1.stablehlo", "dtype": "float32"}]},
+        {"weights": []},
+    ],
+)
+def test_malformed_signatures_are_rejected(tmp_path, of_features, change):
+    path = tmp_path / "other.zip"
+    rewritten(of_features[1], path, lambda signature: signature.update(change))
+    with pytest.raises(errors.ExportedError) as error:
+        exported.load(path)
+    assert error.value.field == str(path) and str(error.value).isprintable()
+
+
+def test_weights_of_other_shapes_or_listed_twice_are_rejected(tmp_path, of_features):
+    def twice(signature):
+        signature["weights"][1] = signature["weights"][0]
+
+    def swapped(signature):
+        signature["weights"].reverse()
+
+    def another_type(signature):
+        signature["weights"][0]["dtype"] = "bfloat16"
+
+    for change in (twice, swapped, another_type):
+        rewritten(of_features[1], tmp_path / "other.zip", change)
+        with pytest.raises(errors.ExportedError):
+            exported.load(tmp_path / "other.zip")
+
+
+def test_deeply_nested_json_and_pipes_are_rejected(tmp_path):
+    with zipfile.ZipFile(tmp_path / "nested.zip", "w") as archive:
+        archive.writestr(exported.SIGNATURE, "[" * 100_000)
+    os.mkfifo(tmp_path / "pipe.zip")
+    for name in ("nested.zip", "pipe.zip"):
+        with pytest.raises(errors.ExportedError) as error:
+            exported.load(tmp_path / name)
+        assert error.value.field == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "vgg16", "dinov2_small_registers", "clip_vit_b32", "siglip_base"])
+def test_programs_of_every_family_are_accepted(backbone):
+    """Lowered for all platforms at once, from the shapes of the weights alone."""
+    made = []
+
+    def params():
+        encoder, *params = cib.create_encoder(
+            jax.random.key(0), backbone=backbone, bits=16, hidden=8, image_size=224, pretrained=False
+        )
+        made.append(encoder)
+        return dict(zip(("params", "frozen"), params, strict=True))
+
+    leaves, tree = jax.tree.flatten(jax.eval_shape(params))
+    weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    rows = jax.ShapeDtypeStruct((3, 256, 256, 3), np.uint8)
+    to_features, _ = export.programs(made[0], tree)
+    program = jax.export.export(jax.jit(to_features), platforms=("cpu", "cuda", "tpu"))(weights, rows)
+    exported.validate_program(program, weights, rows)

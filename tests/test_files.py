@@ -1,5 +1,6 @@
 """Atomic writes, locks, names and the ordered thread map."""
 
+import os
 import threading
 
 import pytest
@@ -78,3 +79,26 @@ def test_an_optional_package_that_cannot_be_loaded_is_not_called_missing(tmp_pat
         files.import_optional("cib_not_there", missing)
     assert error.value is missing
     assert files.import_optional("cib_intact", missing).__name__ == "cib_intact"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_only_regular_files_are_opened(tmp_path, links):
+    os.mkfifo(tmp_path / "pipe")
+    for link, target in (("link", "regular"), ("to a pipe", "pipe"), ("to itself", "to itself")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "regular").write_bytes(b"text")
+    for name in ("pipe", "to a pipe", "to itself", ".", "absent", "/dev/zero", *([] if links else ["link"])):
+        with pytest.raises(OSError):
+            files.open_regular(tmp_path / name, links=links)
+    for name in ("regular", *(["link"] if links else [])):
+        with files.open_regular(tmp_path / name, links=links) as file:
+            assert file.read() == b"text"
+
+
+def test_json_that_cannot_be_read_is_one_of_two_errors(tmp_path):
+    (tmp_path / "file").write_text('{"a": [1]}')
+    assert files.read_json(tmp_path / "file") == {"a": [1]}
+    for content in (b"", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(ValueError):
+            files.read_json(tmp_path / "file")

@@ -1,7 +1,8 @@
 """Photo cache: photos decoded and resized once, on all cores, and kept in shards on disk for later runs.
 
 A cache folder holds numbered shards: `000000.npy` with the pixels of up to `SHARD` photos and `000000.json` with the
-path, size and modification time of each file and its row, or the reason why it could not be read.
+path, size and modification time of each file, its row and a checksum of its pixels, or the reason why it could not be
+read.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -21,7 +23,8 @@ from jaxtyping import Int, UInt8
 
 from cib_jax.data import cache, photos
 from cib_jax.data.dataset import Bar, Unreadable, no_bar
-from cib_jax.files import map_in_order, replacing, short_reason, write_bytes
+from cib_jax.errors import DataError
+from cib_jax.files import map_in_order, read_json, replacing, short_reason, write_bytes
 
 SHARD = 512
 """Photos per shard: an interrupted preparation loses at most these, and memory holds at most these."""
@@ -44,6 +47,7 @@ class _Location(NamedTuple):
     shard: int
     row: int
     reason: str
+    checksum: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +133,30 @@ class CachedImages:
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(cache.shared(folder))
         self._size = size
-        self._places = np.array([location[:2] for location in locations], np.int64)
+        self._folder = folder
+        self._places = np.array([(place.shard, place.row, place.checksum) for place in locations], np.int64)
         self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_open_shard, folder))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
-        shard, row = self._places[index].tolist()
+        shard, row, checksum = self._places[index].tolist()
         file, offset = self._open(shard)
         length = self._size * self._size * 3
         pixels = os.pread(file.fileno(), length, offset + row * length)
+        _validate(pixels, checksum, self._folder, shard)
         return np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3)
+
+
+def _validate(pixels: Any, checksum: int, folder: pathlib.Path, number: int) -> None:
+    # CRC-32, since each photo is checked whenever it is read: a cryptographic digest would take as long as decoding.
+    if zlib.crc32(pixels) != checksum:
+        path = _pixels_path(folder, number)
+        raise DataError(
+            f"{path}: the checksum of a prepared photo is wrong; remove {folder}, and the photos are prepared again",
+            field=str(path),
+        )
 
 
 def _open_shard(folder: pathlib.Path, number: int) -> tuple[IO[bytes], int]:
@@ -179,13 +195,17 @@ def _append_shard(folder: pathlib.Path, shard: list[tuple[_FileStamp, Any]]) -> 
     locations, row = {}, 0
     for stamp, pixels in shard:
         bad = isinstance(pixels, str)
-        locations[stamp] = _Location(number, -1 if bad else row, pixels if bad else "")
+        locations[stamp] = _Location(number, -1, pixels, 0) if bad else _Location(number, row, "", zlib.crc32(pixels))
         row += not bad
     with replacing(path) as part, part.open("wb") as file:
         np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))
     entries = [[*stamp, *location[1:]] for stamp, location in locations.items()]
-    write_bytes(path.with_suffix(".json"), json.dumps(entries).encode())
+    write_bytes(path.with_suffix(".json"), json.dumps([_digest(entries), entries]).encode())
     return locations
+
+
+def _digest(entries: list[list[Any]]) -> str:
+    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
 
 
 def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Location], list[str]]:
@@ -195,15 +215,17 @@ def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Loc
     for number in _shard_numbers(folder):
         path = _pixels_path(folder, number)
         try:
-            entries = json.loads(path.with_suffix(".json").read_bytes())
+            digest, entries = read_json(path.with_suffix(".json"))
+            if digest != _digest(entries):
+                raise ValueError("its entries have no checksum, or a wrong one")
             locations = {_FileStamp(*entry[:3]): _Location(number, *entry[3:]) for entry in entries}
             rows = sum(not location.reason for location in locations.values())
             pixels = np.load(path, mmap_mode="r")  # checks the length of the file
             if pixels.dtype != np.uint8 or len(pixels) != rows or (rows and pixels.shape[1:] != (size, size, 3)):
                 raise ValueError(f"its shape is {pixels.shape}, not that of {rows} photos of {size} pixels")
             known |= locations
-        except (OSError, ValueError, TypeError) as error:
-            notes.append(f"{path} is damaged ({error}); its photos are prepared again")
+        except Exception as error:  # NumPy raises errors of many types for a damaged header
+            notes.append(f"{path} is damaged ({short_reason(error)}); its photos are prepared again")
             _delete_shard(folder, number)
     return known, notes
 
@@ -226,9 +248,16 @@ def _compact(
     if unused <= len(used) or len(used) * size * size * 3 > shutil.disk_usage(folder).free:
         return used
     load = functools.lru_cache(4)(lambda number: np.load(_pixels_path(folder, number), mmap_mode="r"))
-    content = ((stamp, place.reason or np.array(load(place.shard)[place.row])) for stamp, place in used.items())
+
+    def read(place: _Location) -> np.ndarray | str:
+        if place.reason:
+            return place.reason
+        pixels = np.array(load(place.shard)[place.row])
+        _validate(pixels, place.checksum, folder, place.shard)
+        return pixels
+
     moved: dict[_FileStamp, _Location] = {}
-    for shard in _batched(content):
+    for shard in _batched((stamp, read(place)) for stamp, place in used.items()):
         moved |= _append_shard(folder, shard)
     for number in shards:
         _delete_shard(folder, number)

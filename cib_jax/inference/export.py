@@ -18,7 +18,17 @@ from jaxtyping import Array
 from cib_jax import files
 from cib_jax.codes import byte_count
 from cib_jax.errors import ExportedError
-from cib_jax.exported import FORMAT, FORMS, SIGNATURE, STAGES, VERSION, checksum, program_name
+from cib_jax.exported import (
+    FORMAT,
+    FORMS,
+    SIGNATURE,
+    STAGES,
+    VERSION,
+    checksum,
+    program_name,
+    validate_program,
+    validate_signature,
+)
 from cib_jax.models.encoder import Encoder, Params, packed_of_features, plain_features
 from cib_jax.models.weights import fingerprint
 from cib_jax.version import __version__
@@ -54,6 +64,7 @@ def write(
     }
     parts: dict[str, dict[str, Any]] = {}
     try:
+        validate_signature(json.loads(json.dumps(about)))
         with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
 
             def add(name: str, content: bytes | memoryview, compression: int = zipfile.ZIP_STORED) -> None:
@@ -67,15 +78,21 @@ def write(
             weight_shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
             for size in batch_sizes:
                 rows = jax.ShapeDtypeStruct((size, *about["input"]["shape"][1:]), about["input"]["dtype"])
-                for stage, program in zip(STAGES, _programs(encoder, tree), strict=True):
+                for stage, program in zip(STAGES, programs(encoder, tree), strict=True):
                     for form, platforms in FORMS.items():
                         with _without_source_paths():
                             exported = jax.export.export(jax.jit(program), platforms=platforms)(weight_shapes, rows)
+                        validate_program(exported, weight_shapes, rows)  # `exported.load` refuses others
                         add(program_name(stage, form, size), bytes(exported.serialize()), zipfile.ZIP_DEFLATED)
                     rows = jax.eval_shape(program, weight_shapes, rows)
             signature = about | {"parts": parts}
             signature["checksum"] = checksum(signature)
             add(SIGNATURE, (json.dumps(signature, indent=1) + "\n").encode(), zipfile.ZIP_DEFLATED)
+    except ValueError as error:
+        raise ExportedError(
+            f"batch_size and image_size must be such that a program is of moderate size ({error}); lower them",
+            field="batch_size",
+        ) from error
     except ImportError as error:
         raise ExportedError("jax.export needs flatbuffers, which is not installed; pip install flatbuffers") from error
     except OSError as error:
@@ -107,7 +124,7 @@ def _describe(encoder: Encoder, side: int) -> dict[str, Any]:
     }
 
 
-def _programs(encoder: Encoder, tree: Any) -> list[Callable[[list[Array], Array], Array]]:
+def programs(encoder: Encoder, tree: Any) -> list[Callable[[list[Array], Array], Array]]:
     """Returns a function of the weights' leaves and of rows for each of `STAGES`."""
 
     def features(leaves: list[Array], images: Array) -> Array:

@@ -65,7 +65,8 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
     """Returns a saved encoder, its trained parameters, its other parameters, and the settings."""
     path = folder / FILE
     try:
-        with safetensors.safe_open(path, framework="np") as file:
+        # The link or pipe of somebody else would be followed or waited for.
+        with files.open_regular(path, links=False), safetensors.safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {})[KEY])
             checksum = about.pop("checksum")
             if about["version"] != VERSION:
@@ -77,11 +78,18 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if _checksum(about, tensors) != checksum:
             raise ValueError("its checksum is not that of its content")
-    except SavedHasherError:
+        return *_rebuild(about, tensors), about["settings"]
+    except (SavedHasherError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        fault = f"is damaged, or was not written by Hasher.save ({error}); copy it again or train again"
+    except Exception as error:  # damaged content makes safetensors, JSON, Flax and JAX raise errors of many types
+        fault = (
+            f"is damaged, or was not written by Hasher.save ({files.first_line(error)}); copy it again or train again"
+        )
         raise _error(path, fault) from error
+
+
+def _rebuild(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[Encoder, Params, Params]:
+    """Returns the encoder, its trained parameters and its other parameters; raises any error for damaged content."""
     trees = traverse_util.unflatten_dict(
         {
             tuple(int(part) if part.isdigit() else part for part in name.split("/")): jnp.asarray(tensor)
@@ -89,13 +97,23 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
         }
     )
     params, frozen, arguments = trees["params"], trees.get("frozen", {}), about["encoder"]
-    encoder, _, _ = create_encoder(
+    head = {"hidden": arguments["hidden"], "out": arguments["bits"]}
+    if not trees.keys() <= {"params", "frozen"}:
+        raise ValueError("it holds other tensors")
+    if {layer: params["head"][layer]["kernel"].shape[1] for layer in head} != head:  # before memory for them is taken
+        raise ValueError("its head has another shape")
+    settings = about["settings"]  # fields of a hasher
+    if settings.keys() != {"batch_size", "stored_size", "devices"} or {type(n) for n in settings.values()} != {int}:
+        raise ValueError("its settings are not those of a hasher")
+    encoder, *expected = create_encoder(
         jax.random.key(0),  # for parameters that are not used
         **arguments | {"standard": arguments["standard"] and Standard.from_lists(arguments["standard"])},
         frozen="backbone" in frozen,
         backbone_params=params.get("backbone") or frozen.get("backbone"),
     )
-    return encoder, params, frozen, about["settings"]
+    if jax.tree.map(jnp.shape, [params, frozen]) != jax.tree.map(jnp.shape, expected):
+        raise ValueError("its tensors are not those of its network")
+    return encoder, params, frozen
 
 
 def _error(path: pathlib.Path, fault: str) -> SavedHasherError:
@@ -135,7 +153,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Returns the config of the run in `workdir`; raises `CheckpointError` without one for this version."""
     path, flat = workdir / RUN, {}
     try:
-        flat = flatten(ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
+        flat = flatten(ml_collections.ConfigDict(files.read_json(path)))
         # Runs of earlier versions lack some fields.
         config = ml_collections.ConfigDict(traverse_util.unflatten_dict(ADDED | flat, sep="."))
         validate(config)
@@ -144,7 +162,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
             f"--workdir must be the folder of a training run, got {workdir} without config.json ({error.strerror})",
             field="--workdir",
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         if flat.keys() == FIELDS.keys() or len(flat.keys() & FIELDS.keys()) < len(FIELDS) / 2:
             fault = f"is damaged ({error}); restore it from a copy or train again"
         else:
@@ -172,7 +190,7 @@ def restore_best(
         jax.eval_shape(lambda: create_train_state(params, build.optimizer(config))),
     )
     with Checkpoints(directory, read_only=True) as checkpoints:
-        saved = flatten(ml_collections.ConfigDict(checkpoints.extra()["config"]))
+        saved = checkpoints.entry("config", lambda config: flatten(ml_collections.ConfigDict(config)))
         if changes := differences(flatten(config), saved, MAY_CHANGE | MEASURING):
             raise CheckpointError(
                 f"{workdir / RUN} must be the config of the run's checkpoints, but differs from it "
@@ -190,7 +208,7 @@ def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> S
     if config.backbone != "none":
         return None
     with Checkpoints(_checkpoint_dir(workdir, config), read_only=True) as checkpoints:
-        return Standard.from_lists(checkpoints.extra()["standard"])
+        return checkpoints.entry("standard", Standard.from_lists)
 
 
 def _checkpoint_dir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> epath.Path:

@@ -65,11 +65,15 @@ def _natural(value: Any) -> int:
 
 
 class _Dict(dict[Any, Any]):
-    """A dict of a pickle; its keys are text or integers, since hashing nested tuples can exhaust time or the stack."""
+    """A dict of a pickle; its keys are text or small integers.
+
+    Hashing nested tuples can exhaust time or the stack. Multiples of 2⁶¹ − 1 all have the hash 0, so that the time of a
+    dict of many of them grows with the square of their number.
+    """
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if not isinstance(key, str | int):
-            raise FormatError("is corrupt (a key of a dict is neither text nor a number)")
+        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 1 << 48):
+            raise FormatError("is corrupt or malicious (a key of a dict is neither text nor a number below 2⁴⁸)")
         super().__setitem__(key, value)
 
 

@@ -103,8 +103,8 @@ def picture(name: str, figure: Figure, note: str = "") -> Picture:
 def _draw_training(workdir: pathlib.Path) -> list[Picture]:
     path = workdir / "metrics.jsonl"
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line may be incomplete if the run was killed
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):  # the last line may be incomplete if the run was killed
             records.append(json.loads(line))
     if not records:
         return []

@@ -167,7 +167,10 @@ def adopt(
 def _validate_same_config(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, theirs: dict[str, Any], ignored: frozenset[str]
 ) -> None:
-    changed = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)), ignored)
+    try:
+        changed = differences(flatten(config), flatten(ml_collections.ConfigDict(theirs)), ignored)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _error(workdir, f"its config is damaged ({files.first_line(error)}); choose another --workdir") from None
     if changed:
         remedy = "choose another --workdir, or give the config that it was started with"
         raise _error(workdir, f"it belongs to another config ({'; '.join(changed)}); {remedy}")
@@ -178,7 +181,7 @@ def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> 
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not _has_checkpoints(directory):
         value = ""  # the field at the last start of the run; unknown in earlier versions
-        with contextlib.suppress(OSError, WorkdirError, KeyError, TypeError):
+        with contextlib.suppress(WorkdirError, KeyError, TypeError):
             value = str(read_json(workdir / "config.json")["train"]["checkpoint_dir"])
         before = checkpoint.checkpoint_dir(value, workdir)
         if before != directory and _has_checkpoints(before):
@@ -189,7 +192,7 @@ def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> 
         return
     with Checkpoints(directory, read_only=True) as checkpoints:
         # The config in the checkpoint, since config.json could be lost or edited.
-        _validate_same_config(workdir, config, checkpoints.extra()["config"], MAY_CHANGE)
+        _validate_same_config(workdir, config, checkpoints.entry("config", dict), MAY_CHANGE)
 
 
 def _has_checkpoints(directory: epath.Path) -> bool:
@@ -216,9 +219,12 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the content of a file that `write_json` wrote; raises WorkdirError if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WorkdirError(f"{path}: the file is damaged ({error}); remove it, and it will be written again") from None
+        if isinstance(content := files.read_json(path), dict):
+            return content
+        raise ValueError("it does not hold a dict")
+    except (OSError, ValueError) as error:
+        reason = files.short_reason(error)
+        raise WorkdirError(f"{path}: the file is damaged ({reason}); remove it, and it will be written again") from None
 
 
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:
@@ -274,7 +280,7 @@ def find_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None
     if not owner or owner.get("workdir") == str(workdir.absolute()):
         return
     session = workdir / SESSION
-    if not session.exists() or session.read_text() != owner.get("session"):
+    if not session.is_file() or session.read_text() != owner.get("session"):
         raise _directory_error(
             f"the checkpoints in {directory} belong to the run in {owner.get('workdir')}; choose another folder, or "
             f"remove {directory / OWNER} if that run is over and this one continues it"
@@ -320,8 +326,10 @@ def _read_owner(directory: epath.Path) -> dict[str, str]:
     try:
         if not path.exists():
             return {}
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = files.read_json(pathlib.Path(path)) if checkpoint.is_local(path) else json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a dict")
+    except (ValueError, RecursionError) as error:
         raise WorkdirError(f"{path}: the file is damaged ({error}); remove it if no other run uses it") from None
     except Exception as error:  # Google's libraries raise many classes
         raise checkpoint.unreachable(directory, "read", error) from error

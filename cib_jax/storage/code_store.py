@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 
 from cib_jax.codes import byte_count
 from cib_jax.errors import CodeStoreError
-from cib_jax.files import first_line, printable, short_reason, write_bytes
+from cib_jax.files import first_line, open_regular, printable, read_json, short_reason, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
 
 FORMAT = 1
@@ -185,11 +185,14 @@ def load_description(folder: pathlib.Path) -> Corpus:
     """Returns the corpus that the `_corpus.json` of a folder describes."""
     path = folder / DESCRIPTION
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if known["format"] != FORMAT:
             raise _error(f"{path} is of another version of this program; choose another folder")
         corpus = Corpus(folder, known["encoder"], known["part"], known["files"], known["listed"], known["images"])
-        if not isinstance(corpus.encoder, dict) or corpus.part < 1 or corpus.parts != known["parts"]:
+        numbers = corpus.encoder["bits"], corpus.part, corpus.files, known["parts"]
+        if not all(type(number) is int and number >= 0 for number in numbers) or corpus.encoder["bits"] < 1:
+            raise ValueError("its numbers are not natural")
+        if corpus.part < 1 or corpus.parts != known["parts"]:
             raise ValueError("its numbers do not agree")
     except CodeStoreError:
         raise
@@ -335,7 +338,7 @@ def read_part(path: pathlib.Path, *, rows: bool = True) -> Part:
     import pyarrow
     import pyarrow.parquet
 
-    with path.open("rb") as content:
+    with open_regular(path) as content:
         try:
             file = pyarrow.parquet.ParquetFile(content)
             metadata = json.loads(file.schema_arrow.metadata[_KEY])

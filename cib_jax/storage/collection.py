@@ -213,12 +213,19 @@ def load_hasher(table: PhotoTable) -> Hasher:
     try:
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / serialization.FILE).write_bytes(content)
-            return Hasher.load(folder)
+            hasher = Hasher.load(folder)
     except OSError as error:
         message = (
             f"the folder of temporary files cannot be used ({short_reason(error)}); free some space, or set TMPDIR"
         )
         raise errors.IndexFolderError(f"--index: {message}", field="--index") from error
+    if hasher.encoder.bits != table.metadata.encoder["bits"]:
+        message = (
+            f"--index: {table.uri} is damaged, its codes have {table.metadata.encoder['bits']} bits and those of its "
+            f"encoder {hasher.encoder.bits}; index the photos again in another folder"
+        )
+        raise errors.IndexFolderError(message, field="--index")
+    return hasher
 
 
 def hasher_bytes(hasher: Hasher) -> bytes:

@@ -137,12 +137,13 @@ class PhotoTable:
             table = connection.open_table(ENCODER)
             row, created = _fetch(table.search().select(["about"])), table.list_versions()[0]["timestamp"]
             metadata = json.loads(row["about"][0].as_py())
-        if metadata["version"] != VERSION:
+            version = metadata["version"]
+            made = _parse(metadata) if version == VERSION else None
+        if made is None:
             raise _error(
-                f"{uri} is of version {metadata['version']}, this package reads version {VERSION}; index the photos "
+                f"{uri} is of version {version}, this package reads version {VERSION}; index the photos "
                 "again in another folder, or use the package that made it"
             )
-        made = IndexMetadata(metadata["images"], metadata["encoder"], metadata.get("learnt", {}))
         with lance_errors(uri, "read"):
             # The process that made the index may have been killed between the two tables.
             photos = connection.create_table(PHOTOS, schema=_schema(made.encoder["bits"]), exist_ok=True)
@@ -271,6 +272,15 @@ class PhotoTable:
                 if "conflict" not in str(error).lower() or attempt == _MAX_ATTEMPTS - 1:
                     raise _lance_error(self.uri, "written", error) from error
                 time.sleep(0.05 * (attempt + 1))  # another writer was faster
+
+
+def _parse(metadata: Any) -> IndexMetadata:
+    """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
+    made = IndexMetadata(metadata["images"], metadata["encoder"], metadata.get("learnt", {}))
+    bits = made.encoder["bits"]
+    if not isinstance(made.images, str) or not isinstance(made.learnt, dict) or type(bits) is not int or bits < 1:
+        raise ValueError("its metadata are damaged")
+    return made
 
 
 def _serialize(metadata: IndexMetadata) -> str:

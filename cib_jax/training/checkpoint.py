@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import pathlib
 import re
 import shutil
@@ -24,7 +25,7 @@ from cib_jax.distributed import multihost
 from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
 from cib_jax.training.train_step import Progress, TrainState
 
-CHECKSUM = "checksum"  # name of the state's digest in the JSON part, by which a byte that changed on disk is noticed
+CHECKSUM = "checksum"  # name of the checkpoint's digest in its JSON part, by which a byte that changed is noticed
 
 # The directory of a run's checkpoints: in its workdir, elsewhere on a disk, or in a bucket.
 
@@ -151,7 +152,7 @@ class Checkpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(copy),
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy)}),
+            extra=ocp.args.JsonSave(extra | {CHECKSUM: _checksum(copy, dataclasses.asdict(progress), extra)}),
         )
         with self._save_errors():
             if progress.step in self._manager.all_steps():
@@ -256,10 +257,15 @@ class Checkpoints:
         except CheckpointError as error:
             _validate_shapes(template, folder, error)
             raise
-        extra = dict(restored.extra)
-        if extra.pop(CHECKSUM, None) not in (None, _checksum(restored.state)):
+        try:
+            extra, progress = dict(restored.extra), _progress(restored.progress)
+        except (TypeError, ValueError) as problem:
+            raise _damaged(folder, f"its metadata are damaged: {problem}") from problem
+        checksum = extra.pop(CHECKSUM, None)
+        if checksum != _checksum(restored.state, restored.progress, extra) and checksum != _checksum(restored.state):
+            # The second one is that of version 0.1.0.
             raise _damaged(folder, "its checksum is not that of its content")
-        return TrainState(**restored.state), Progress(**restored.progress), extra
+        return TrainState(**restored.state), progress, extra
 
     def extra(self) -> dict[str, Any]:
         """Returns the JSON part of the newest checkpoint in which that can be read, without reading the state."""
@@ -274,6 +280,15 @@ class Checkpoints:
         extra.pop(CHECKSUM, None)
         return extra
 
+    def entry(self, name: str, parse: Callable[[Any], Any]) -> Any:
+        """Returns what `parse` makes of an entry of `extra`; raises a CheckpointError if the entry is damaged."""
+        try:
+            return parse(self.extra()[name])
+        except CheckpointError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _damaged(self.directory, f"its {name} is damaged") from error
+
     def _read(self, step: int | None, **items: Any) -> Any:
         if step is None:
             problem = "there is no checkpoint here; train first, with --mode=train"
@@ -283,6 +298,10 @@ class Checkpoints:
             problem = "the checkpoint is missing; put it back, or train again in another workdir"
             raise _error(CheckpointError, folder, problem)
         try:
+            if is_local(self.directory):
+                for path in pathlib.Path(folder).rglob("*"):
+                    if not path.is_dir() and not path.is_file():  # the pipe of somebody else would be waited for
+                        raise ValueError(f"{path.name} is not a regular file")
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (MemoryError, PermissionError):
             raise  # the checkpoint itself is not damaged
@@ -319,9 +338,20 @@ def _validate_shapes(template: TrainState, folder: epath.Path, error: Checkpoint
             ) from error
 
 
-def _checksum(state: Any) -> str:
-    """Returns a digest of all numbers of a state, in the order of its leaves."""
+def _progress(content: dict[str, Any]) -> Progress:
+    """Returns the progress in the JSON part of a checkpoint; raises a TypeError for other fields or types."""
+    progress = Progress(**content)
+    for name, default in vars(Progress()).items():
+        if not isinstance(getattr(progress, name), int | float if isinstance(default, float) else type(default)):
+            raise TypeError(f"{name} must be of the type {type(default).__name__}")
+    return progress
+
+
+def _checksum(state: Any, *metadata: dict[str, Any]) -> str:
+    """Returns a digest of all numbers of a state, in the order of its leaves, and of JSON."""
     digest = hashlib.blake2b(digest_size=16)
+    for part in metadata:
+        digest.update(json.dumps(part, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

@@ -12,6 +12,7 @@ import pytest
 from cib_jax.data import photo_cache, photos
 from cib_jax.data.cache import in_use
 from cib_jax.data.photo_cache import PhotoCache
+from cib_jax.errors import DataError
 from tests.data import errors, pictures
 
 SIZE = 12
@@ -157,6 +158,53 @@ def test_a_damaged_shard_is_reported_and_made_again(root):
     assert prepare(root).notes == []
 
 
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_a_flipped_bit_anywhere_is_seen_or_harmless(root, suffix):
+    """Reported while photos are prepared, and the shard is made again, or when a photo is read."""
+    prepare(root)
+    cache = next((root.parent / "cache").iterdir())
+    whole = {path: path.read_bytes() for path in cache.glob("0*")}
+    path = sorted(cache.glob(f"*.{suffix}"))[0]
+    places, seen = {*range(0, 80, 6), *np.linspace(0, len(whole[path]) - 1, 30).astype(int).tolist()}, 0
+    for place in places:
+        altered = bytearray(whole[path])
+        altered[place] ^= 1 << place % 7
+        path.write_bytes(altered)
+        try:
+            made = prepare(root)
+            assert_right(made, root)
+            seen += bool(made.notes)
+        except DataError as error:
+            assert error.field == str(path)
+            seen += 1
+        made = None
+        for file in cache.glob("0*"):
+            file.unlink()
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert seen > len(places) / 2
+
+
+def test_damaged_photos_are_not_copied_to_a_new_shard(root):
+    prepare(root)
+    cache = next((root.parent / "cache").iterdir())
+    path = sorted(cache.glob("*.npy"))[0]
+    path.write_bytes(path.read_bytes()[: -4 * SIZE * SIZE * 3] + bytes(4 * SIZE * SIZE * 3))
+    with errors.raises(str(path)):
+        prepare(root, ["0.jpg", "4.jpg", "5.jpg"])
+
+
+def test_shards_without_checksums_are_made_again(root, opened):
+    """Those of version 0.1.0."""
+    prepare(root)
+    cache = next((root.parent / "cache").iterdir())
+    for path in cache.glob("0*.json"):
+        path.write_text(json.dumps([entry[:5] for entry in json.loads(path.read_text())[1]]))
+    opened.clear()
+    assert_right(prepare(root), root)
+    assert set(opened) >= set(NAMES)
+
+
 def test_another_size_or_owner_is_kept_apart(root):
     made = prepare(root)
     other = PhotoCache(root.parent / "cache", SIZE).prepare(NAMES[:2], root=str(root), owner="list.csv")
@@ -239,6 +287,6 @@ def test_two_at_once_do_not_harm_each_other(root):
         thread.join()
     assert len(made) == 2
     cache = next((root.parent / "cache").iterdir())
-    entries = [entry for path in sorted(cache.glob("0*.json")) for entry in json.loads(path.read_text())]
+    entries = [entry for path in sorted(cache.glob("0*.json")) for entry in json.loads(path.read_text())[1]]
     assert [entry[0] for entry in entries] == NAMES
     assert_right(prepare(root), root)

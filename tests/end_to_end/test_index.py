@@ -115,7 +115,7 @@ MISTAKES = [
         ["--config", "--workdir"],
     ),
     (["--mode=index", "--index=INDEX", "--images=docs", "--workdir=ENCODER", "--config.bits=32"], ["config.bits"]),
-    (["--mode=index", "--index=INDEX", "--images=docs", "--config.bits=12"], ["config.bits", "12"]),
+    (["--mode=index", "--index=INDEX", "--images=docs", "--config.bits=0"], ["config.bits", "0"]),
     (["--mode=index", "--index=INDEX", "--images=docs", "--config.x=1"], ["--config.x"]),
     (["--mode=index", "--index=INDEX", "--k=3"], ["--k", "--mode=search"]),
     (["--mode=search", "--index=INDEX"], ["--query", "--mode=search"]),

@@ -1,6 +1,8 @@
 """Saved hashers come back bit for bit; damaged ones, other versions and folders that are not a run are rejected."""
 
+import hashlib
 import json
+import os
 import pathlib
 
 import jax
@@ -29,11 +31,119 @@ def test_a_folder_that_is_not_a_run_is_rejected(tmp_path):
             cib.Hasher.load(folder)
         assert error.value.field == "--workdir"
     path = tmp_path / "config.json"
-    for damaged in ('{"bits": ', "[1]", "5", '{"a.b": 1}', "{}", '{"bits": "32"}'):
+    deep = ("[" * 100_000, '{"a":' * 500 + "1" + "}" * 500)
+    for damaged in ('{"bits": ', "[1]", "5", '{"a.b": 1}', "{}", '{"bits": "32"}', '{"a": {"b": [{}]}}', *deep):
         path.write_text(damaged)
         with pytest.raises(errors.CheckpointError, match="damaged") as error:
             cib.Hasher.load(tmp_path)
         assert error.value.field == str(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, kind in (("config.json", errors.CheckpointError), (serialization.FILE, errors.SavedHasherError)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).symlink_to(tmp_path / "pipe")
+        with pytest.raises(kind):
+            cib.Hasher.load(folder)
+
+
+def test_no_link_is_followed_to_a_hasher(hasher, tmp_path):
+    hasher.save(tmp_path / "private")
+    (tmp_path / "hasher").mkdir()
+    path = tmp_path / "hasher" / serialization.FILE
+    path.symlink_to(tmp_path / "private" / serialization.FILE)
+    with pytest.raises(errors.SavedHasherError) as error:
+        cib.Hasher.load(tmp_path / "hasher")
+    assert error.value.field == str(path)
+
+
+def set_in(tree, path, value):
+    """Sets, or for None deletes, what is under a dotted path."""
+    *groups, last = path.split(".")
+    for group in groups:
+        tree = tree[group]
+    if value is None:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("settings", None),
+        ("settings", 3),
+        ("settings.devices", None),
+        ("settings.other", 3),
+        ("settings.batch_size", "3"),
+        ("encoder", None),
+        ("encoder", []),
+        ("encoder.bits", None),
+        ("encoder.bits", 2**40),
+        ("encoder.bits", "16"),
+        ("encoder.hidden", 2**40),
+        ("encoder.hidden", {}),
+        ("encoder.other", 1),
+        ("encoder.backbone", "none"),
+        ("encoder.backbone", "resnet50"),
+        ("encoder.backbone", ["convnet"]),
+        ("encoder.image_size", -1),
+        ("encoder.image_size", "16"),
+        ("encoder.backbone_dtype", "text"),
+        ("encoder.standard", {"mean": 1}),
+    ],
+)
+def test_a_hasher_with_other_metadata_is_rejected(hasher, tmp_path, path, value):
+    """Their checksum holds."""
+    hasher.save(tmp_path)
+    file = tmp_path / serialization.FILE
+    with safetensors.safe_open(file, framework="np") as content:
+        about = json.loads(content.metadata()[serialization.KEY])
+    about.pop("checksum")
+    set_in(about, path, value)
+    tensors = safetensors.numpy.load_file(file)
+    write_hasher(file, about, tensors)
+    with pytest.raises(errors.SavedHasherError) as error:
+        cib.Hasher.load(tmp_path)
+    assert error.value.field == str(file) and "\n" not in str(error.value)
+
+
+def write_hasher(file, about, tensors):
+    """Writes the file as its format demands: the checksum is over the JSON and, in order, each tensor."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype.name} {tensor.shape}\n".encode() + tensor.tobytes())
+    metadata = {serialization.KEY: json.dumps(about | {"checksum": digest.hexdigest()})}
+    safetensors.numpy.save_file(tensors, file, metadata)
+
+
+def test_a_hasher_with_other_tensors_is_rejected(hasher, tmp_path):
+    hasher.save(tmp_path)
+    file = tmp_path / serialization.FILE
+    with safetensors.safe_open(file, framework="np") as content:
+        about = json.loads(content.metadata()[serialization.KEY])
+    about.pop("checksum")
+    whole = safetensors.numpy.load_file(file)
+    write_hasher(file, about, whole)
+    assert np.array_equal(cib.Hasher.load(tmp_path).encode(IMAGES), hasher.encode(IMAGES))
+    name = "params/head/out/kernel"
+    for change in (
+        {name: whole[name][:, :8].copy()},
+        {name: whole[name][:5].copy()},
+        {"params/head/other": np.zeros(3)},
+        {f"{name}/below": np.zeros(3)},
+        {"params/²": np.zeros(3)},
+        {"other": np.zeros(3)},
+    ):
+        write_hasher(file, about, whole | change)
+        with pytest.raises(errors.SavedHasherError):
+            cib.Hasher.load(tmp_path)
+    for missing in (name, "params/backbone/linear/kernel"):
+        write_hasher(file, about, {other: tensor for other, tensor in whole.items() if other != missing})
+        with pytest.raises(errors.SavedHasherError):
+            cib.Hasher.load(tmp_path)
 
 
 def same(tree, other) -> bool:

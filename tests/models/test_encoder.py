@@ -70,7 +70,7 @@ def test_preprocessing_is_of_the_backbones_size_and_normalization(small):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"bits": 12}, "bits"),
+        ({"bits": 0}, "bits"),
         ({"image_size": 4}, "image_size"),
         ({"frozen": True}, "frozen"),
         ({"standard": Standard(np.zeros(2, np.float32), np.ones(2, np.float32))}, "standard"),

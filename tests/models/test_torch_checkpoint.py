@@ -191,6 +191,7 @@ HARMFUL = {
     "not only tensors": ({"a": tensor(), "b": "text"}, "b is not"),
     "names that are numbers": ({1: tensor()}, "1 is not"),
     "keys that are tuples": ({(1, 2): tensor()}, ""),
+    "keys that all have the hash 0": ({"state_dict": {"a": tensor()}, "b": {2**61 - 1: 0, 2**62 - 2: 0}}, ""),
 }
 
 

@@ -1,5 +1,7 @@
 """Checkpoints outside the workdir: trained, resumed, evaluated and loaded from there, by one run at a time."""
 
+import json
+import os
 import pathlib
 import shutil
 
@@ -16,7 +18,7 @@ from cib_jax.commands.train import train
 from cib_jax.config import build, schema
 from cib_jax.errors import ConfigError, WorkdirError
 from cib_jax.inference.serialization import restore_best
-from cib_jax.runs.workdir import find_owner, read_json, take_ownership, write_json
+from cib_jax.runs.workdir import find_owner, read_json, take_ownership, validate_owner, write_json
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
 from tests import small
@@ -174,3 +176,34 @@ def test_a_run_of_an_earlier_version_has_its_checkpoints_in_its_workdir(plain, t
     write_json(tmp_path / "r" / "config.json", fields)
     assert evaluate(tmp_path / "r", console=console)["map"] == plain[1]["map"]
     assert jax.tree.leaves(cib.Hasher.load(pathlib.Path(tmp_path / "r")).params)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "\ud800"])
+def test_damaged_json_is_one_error(tmp_path, content):
+    (tmp_path / "file.json").write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(WorkdirError):
+        read_json(tmp_path / "file.json")
+    (tmp_path / "file.json").unlink()
+    os.mkfifo(tmp_path / "file.json")
+    with pytest.raises(WorkdirError):
+        read_json(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000])
+def test_a_damaged_owner_is_one_error(tmp_path, content):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "owner.json").write_text(content)
+    with pytest.raises(WorkdirError):
+        find_owner(tmp_path / "r", placed(tmp_path / "place"))
+
+
+@pytest.mark.parametrize("config", [None, 3, {"a.b": 1}, {"bits": []}])
+def test_a_checkpoint_with_another_config_is_one_error(plain, tmp_path, config):
+    """Its checksum covers the state alone, as version 0.1.0 wrote it, so that this is not noticed by it."""
+    shutil.copytree(plain[0], tmp_path / "r")
+    for file in (tmp_path / "r" / "checkpoints").glob("*/extra/metadata"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"config": config}))
+    with pytest.raises(errors.CheckpointError):
+        cib.Hasher.load(tmp_path / "r")
+    with pytest.raises(errors.UserError):
+        validate_owner(tmp_path / "r", placed(""))

@@ -230,7 +230,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     refuse("thesis.tex", started, tmp_path / "thesis.tex" / "codes")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps({"format": 1, "encoder": 3})])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "[" * 100_000, json.dumps({"format": 1, "encoder": 3})])
 def test_a_damaged_description_is_reported_and_written_again(whole, content):
     path = whole.folder / "_corpus.json"
     path.write_text(content)
@@ -238,6 +238,24 @@ def test_a_damaged_description_is_reported_and_written_again(whole, content):
     path.unlink()
     started(whole.folder)
     assert len(read_corpus(whole.folder)[0]) == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"encoder": {}}, {"encoder": {"bits": "16"}}, {"encoder": {"bits": 12}}, {"encoder": []}, {"part": 0.5},
+     {"part": True}, {"files": -1, "parts": 0}, {"files": "10"}, {"parts": None}],
+)  # fmt: skip
+def test_a_description_with_other_values_is_reported(whole, change):
+    path = whole.folder / "_corpus.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refuse("_corpus.json", read_corpus, whole.folder)
+
+
+def test_pipes_in_a_corpus_are_not_waited_for(whole):
+    for name in ("part-00000001.parquet", "_corpus.json"):
+        (whole.folder / name).unlink()
+        os.mkfifo(whole.folder / name)
+        refuse(name, read_corpus, whole.folder)
 
 
 def test_of_two_corpora_begun_at_once_one_goes_on(tmp_path):

@@ -123,6 +123,14 @@ def test_an_empty_collection_finds_nothing(tmp_path, hashers):
     assert collection.reranked(np.zeros((2, 8), np.float32), [[], []]) == [[], []]
 
 
+def test_an_encoder_of_longer_codes_than_those_of_the_index_is_rejected(tmp_path, hashers):
+    metadata = IndexMetadata("/photos", collection_lib.encoder_identity(hashers[0]) | {"bits": 16})
+    PhotoTable.create(str(tmp_path / "i"), metadata, collection_lib.hasher_bytes(hashers[0]))
+    with pytest.raises(IndexFolderError) as error:
+        Collection.open(tmp_path / "i")
+    assert error.value.field == "--index"
+
+
 def test_the_encoder_comes_back_as_it_was(tmp_path, hashers):
     loaded = collection_lib.load_hasher(make(tmp_path / "i", hashers[0]))
     assert collection_lib.encoder_identity(loaded) == collection_lib.encoder_identity(hashers[0])

@@ -235,6 +235,27 @@ def test_an_index_of_another_version_is_refused(tmp_path):
     refuse("99", PhotoTable.open, str(tmp_path / "i"))
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 10_000,
+        '{"version": 1}',
+        '{"version": 1, "images": "/photos", "encoder": {}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": "16"}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 12}}',
+        '{"version": 1, "images": 3, "encoder": {"bits": 16}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "learnt": []}',
+    ],
+)
+def test_malformed_metadata_are_reported_in_a_sentence(tmp_path, about):
+    made(tmp_path / "i")
+    lancedb.connect(tmp_path / "i").open_table("encoder").update(values={"about": about})
+    refuse(str(tmp_path / "i"), PhotoTable.open, str(tmp_path / "i"))
+
+
 def test_photos_that_moved_are_noted(tmp_path):
     made(tmp_path / "i").move("/elsewhere/list.CSV")
     moved = PhotoTable.open(str(tmp_path / "i"))

@@ -1,6 +1,9 @@
 """Checkpoints: what goes in comes out, the last two and the best are kept, damage is named."""
 
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
 import shutil
 
@@ -155,3 +158,64 @@ def test_another_networks_checkpoint_is_refused_and_stays_where_it_is(tmp_path, 
                 restore(other())
             assert refused.value.field == str(tmp_path / "5")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def edit(directory, part, change):
+    """Edits a JSON part of the only checkpoint."""
+    (file,) = [file for file in files_of(directory) if file.parent.name == part and file.name == "metadata"]
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("progress", lambda content: content.update(step=6)),
+        ("progress", lambda content: content.update(epoch=4)),
+        ("progress", lambda content: content.update(seconds=1.0)),
+        ("extra", lambda content: content.update(note="m")),
+        ("extra", lambda content: content.pop("checksum")),
+        ("progress", lambda content: content.pop("step")),
+        ("progress", lambda content: content.update(other=1)),
+        ("progress", lambda content: content.update(step="5")),
+        ("progress", lambda content: content.update(sums=[])),
+        ("extra", lambda content: content.clear()),
+    ],
+)
+def test_edited_metadata_are_noticed(tmp_path, part, change):
+    saved(tmp_path, [5])
+    edit(tmp_path, part, change)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError) as refused:
+        checkpoints.restore(state_of(0.0))
+    assert refused.value.field == str(tmp_path / "5")
+
+
+def test_a_checkpoint_without_a_checksum_of_its_metadata_is_read(tmp_path):
+    """One of version 0.1.0, which covered the state alone."""
+    progress = Progress(epoch=1, step=5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_of(5.0), progress, {})
+    digest = hashlib.blake2b(digest_size=16)
+    state = {field.name: getattr(state_of(5.0), field.name) for field in dataclasses.fields(state_of(5.0))}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+    edit(tmp_path, "extra", lambda content: content.update(checksum=digest.hexdigest()))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state_of(0.0))[1:] == (progress, {})
+
+
+def test_deep_json_and_pipes_in_a_checkpoint_are_refused(tmp_path):
+    saved(tmp_path / "whole", [5])
+    for name, damage in (
+        ("deep", lambda file: file.write_text("[" * 100_000)),
+        ("list", lambda file: file.write_text("[1, 2]")),
+        ("pipe", lambda file: (file.unlink(), os.mkfifo(file))),
+    ):
+        for part in ("progress", "extra"):
+            directory = tmp_path / name / part
+            shutil.copytree(tmp_path / "whole", directory)
+            damage(directory / "5" / part / "metadata")
+            with Checkpoints(directory) as checkpoints, pytest.raises(CheckpointError) as refused:
+                checkpoints.restore(state_of(0.0))
+            assert refused.value.field == str(directory / "5")
