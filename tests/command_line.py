@@ -44,6 +44,7 @@ class Ended(NamedTuple):
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
     """A function that runs a command line in the repository's root, as run.py does, and returns how it ended."""
+    import grain  # noqa: F401 - it defines flags, which would be forgotten if it were imported while a command runs
     from absl.testing import flagsaver
 
     from cib_jax.cli import main, parsing

@@ -9,11 +9,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.pare
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Threads of OpenMP wait by spinning: on cores that are shared, t-SNE of 200 points takes twenty times as long with two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# LLVM's first level instead of its third: programs compile twice as fast, and run nearly as fast. With another value in
-# the environment, such as the empty one, they are compiled as for users.
+# For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. Where a test asks for
+# more, LLVM's first level instead of its third: programs compile twice as fast, and run nearly as fast. With "0" and an
+# empty text in the environment, all programs are compiled as for users.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import hypothesis
+import jax
 import jaxtyping
 import pytest
 
@@ -47,6 +50,20 @@ def pytest_collection_modifyitems(items):
     tests = pathlib.Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="module")
+def compiled_to_run():
+    """More optimizations, in started processes too, for tests that train or compare programs bit for bit."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        quickly = jax.config.values["jax_disable_most_optimizations"]
+        # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()
 
 
 @pytest.fixture

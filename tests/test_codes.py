@@ -60,18 +60,27 @@ def test_works_under_vmap_and_forward_mode():
     np.testing.assert_allclose(tangent, p * (1 - p), rtol=1e-5)
 
 
-@hypothesis.given(hnp.arrays(np.bool_, st.sampled_from([(0, 8), (1, 64), (5, 16)])))
+@hypothesis.given(hnp.arrays(np.bool_, st.sampled_from([(0, 8), (1, 64), (5, 12), (3, 1)])))
 def test_packing_is_that_of_numpy_and_unpacking_undoes_it(bits):
     codes = np.where(bits, 1.0, -1.0).astype(np.float32)
     packed = np.asarray(pack_bits(jnp.asarray(codes)))
     assert packed.dtype == np.uint8
     assert np.array_equal(packed, np.packbits(bits, axis=-1))
-    assert np.array_equal(unpack_bits(jnp.asarray(packed)), codes)
+    assert np.array_equal(unpack_bits(jnp.asarray(packed), bits.shape[1]), codes)
+    whole = np.asarray(unpack_bits(jnp.asarray(packed)))
+    assert np.array_equal(whole[:, : bits.shape[1]], codes) and (whole[:, bits.shape[1] :] == -1).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 12), (3, 0), ()])
+@pytest.mark.parametrize("bits", [8, 17, 0])
+def test_bytes_of_another_number_of_bits_are_refused(bits):
+    with pytest.raises(UserError) as error:
+        unpack_bits(jnp.zeros((3, 2), jnp.uint8), bits)
+    assert error.value.field == "bits"
+
+
+@pytest.mark.parametrize("shape", [(3, 0), ()])
 @pytest.mark.usefixtures("without_shape_checks")
-def test_only_whole_bytes_can_be_packed(shape):
+def test_codes_without_bits_are_refused(shape):
     with pytest.raises(UserError) as error:
         pack_bits(jnp.ones(shape))
     assert error.value.field == "codes"

@@ -25,6 +25,8 @@ import cib_jax as cib
 from cib_jax import exported
 from cib_jax.cli import flags  # noqa: F401 - the one internal import: its flags must exist before any are saved
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "compatibility"
 HOOKS = ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook"))

@@ -22,6 +22,8 @@ from cib_jax.augment.features import standard
 from cib_jax.inference import export
 from cib_jax.models.encoder import plain_features
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 RNG = np.random.default_rng(0)
 BATCH = 4
 COUNTS = (1, 3, 4, 11)
@@ -349,7 +351,7 @@ def test_malformed_programs_are_rejected(tmp_path, of_features):
         {"input": {"dtype": "float32", "shape": ["n", -16]}},
         {"input": {"dtype": "float32", "shape": 16}},
         {"output": None},
-        {"bits": 12},
+        {"bits": 8},
         {"bits": "16"},
         {"batch_sizes": []},
         {"batch_sizes": [1, 2, 2**60]},

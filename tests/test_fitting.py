@@ -14,6 +14,8 @@ from cib_jax.inference.serialization import restore_best
 from cib_jax.models import weights
 from tests import pretrained, small
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -101,7 +103,7 @@ def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch):
         ({"epochs": 0}, "epochs"),
         ({"objective": "diffusion"}, "teacher.dimensions"),
         ({"sharpness": 0.0}, "sharpness"),
-        ({"bits": 9}, "bits"),
+        ({"bits": 0}, "bits"),
         ({"objective": "other"}, "objective"),
         ({"micro_batch": 3}, "config.micro_batch"),
         ({"micro_batch": 2, "views": 2}, "micro_batch"),

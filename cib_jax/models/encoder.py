@@ -15,7 +15,7 @@ from cib_jax.augment import augment
 from cib_jax.augment.features import Standard, plain, two_views
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
-from cib_jax.errors import ConfigError, WeightsError, whole_number
+from cib_jax.errors import ConfigError, WeightsError
 from cib_jax.models import finetune, registry
 from cib_jax.models.finetune import FineTune
 from cib_jax.random_streams import fold_by_name
@@ -214,7 +214,8 @@ def create_encoder(
     size = image_size or chosen.image_size
     has_pretrained = chosen.convert is not None
     for name, value in (("bits", bits), ("hidden", hidden)):
-        whole_number(name, value, 1, ConfigError)
+        if not isinstance(value, int) or value < 1:
+            raise _error(name, f"must be a whole number, 1 or more, got {value!r}")
     if size < chosen.smallest or size % chosen.multiple:
         allowed = f"at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}"
         raise _error("image_size", f"must be {allowed}, got {size}")

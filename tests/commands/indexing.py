@@ -16,7 +16,7 @@ from configs import index as index_config
 from tests.data import pictures
 
 
-def save_hasher(folder, bits=16, seed=0):
+def save_hasher(folder, bits=12, seed=0):
     """Saves an encoder with random weights, whose codes tell photos apart as well as need be."""
     made = cib_jax.create_encoder(jax.random.key(seed), backbone="convnet", bits=bits, image_size=16, hidden=16)
     cib_jax.Hasher(*made).save(folder)

@@ -276,7 +276,7 @@ def test_an_index_needs_photos_and_keeps_its_encoder(tmp_path, root, encoder):
     run(tmp_path / "i", root, workdir=encoder)
     indexing.save_hasher(tmp_path / "seed", seed=1)
     indexing.save_hasher(tmp_path / "bits", bits=24)
-    for name, what in (("seed", "weights"), ("bits", "bits: 16 → 24")):
+    for name, what in (("seed", "weights"), ("bits", "bits: 12 → 24")):
         with pytest.raises(IndexFolderError, match=rf"^--workdir\b.*{what}"):
             run(tmp_path / "i", root, workdir=tmp_path / name)
     with pytest.raises(ConfigError, match=r"^config\.bits\b"):

@@ -18,6 +18,8 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import restore_best
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 
 def config(**fields):
     """A split that looks at no label, and a teacher as small as the codes."""

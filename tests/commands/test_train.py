@@ -24,6 +24,8 @@ from tests import pretrained
 from tests import small as small_runs
 from tests.data import miniature
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 
 def small(**fields):
     """Returns the config of a small run, on views of 8 pixels."""

@@ -9,11 +9,13 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"COLUMNS": "120"}
+OPTIMIZED = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""Programs compiled as by the fixture `compiled_to_run`."""
 
 
-def with_devices(count):
+def with_devices(count, environment=ENVIRONMENT):
     """Returns an environment in which a process has so many simulated devices."""
-    return ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(count)}
+    return environment | {"JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def free_port():

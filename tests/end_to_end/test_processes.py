@@ -16,7 +16,7 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.runs.workdir import claim_workdir
 from tests import small
 from tests.commands import many
-from tests.end_to_end.processes import ENVIRONMENT, finish, run, start, wait_until, with_devices
+from tests.end_to_end.processes import ENVIRONMENT, OPTIMIZED, finish, run, start, wait_until, with_devices
 
 QUIET = rich.console.Console(quiet=True)
 # Read as they are needed, so that each process reads its part of every batch, and validated while training.
@@ -158,7 +158,7 @@ def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
 def undisturbed(tmp_path_factory):
     """The long run on one process with two devices."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2))
+    run(1, *small.flags(**LONG), f"--workdir={workdir}", environment=with_devices(2, OPTIMIZED))
     return workdir
 
 
@@ -166,9 +166,9 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_undisturbed(tmp_path, undisturbed, victim):
     arguments = small.flags(**LONG)
-    killed(tmp_path / "run", victim, arguments, epochs=5)
+    killed(tmp_path / "run", victim, arguments, epochs=5, environment=OPTIMIZED)
     # On two processes again, or on one.
-    out = run(2 - victim, *arguments, f"--workdir={tmp_path / 'run'}", environment=with_devices(1 + victim))
+    out = run(2 - victim, *arguments, f"--workdir={tmp_path / 'run'}", environment=with_devices(1 + victim, OPTIMIZED))
     assert "Going on after " in out
     assert same_parameters(tmp_path / "run", undisturbed)
 
@@ -178,7 +178,7 @@ def test_killed_hard_one_process_ends_the_others_and_all_go_on_to_the_undisturbe
 def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_the_same(tmp_path, undisturbed, moment):
     draws = np.random.default_rng(moment)
     arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments)
+    processes = start(2, *arguments, environment=OPTIMIZED)
     try:
         processes[moment % 2].wait(timeout=draws.uniform(0, 25))
     except subprocess.TimeoutExpired:
@@ -186,7 +186,7 @@ def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_th
     told = finish(processes, timeout=400)
     code, _, error = told[1 - moment % 2]
     assert code in (75, -signal.SIGABRT) or (code == 2 and "did not come" in error), told
-    run(2, *arguments)
+    run(2, *arguments, environment=OPTIMIZED)
     assert same_parameters(tmp_path / "run", undisturbed)
 
 
@@ -195,7 +195,7 @@ def test_killed_at_any_moment_one_of_two_processes_ends_both_and_all_go_on_to_th
 def test_killed_during_a_save_one_of_two_processes_ends_the_other_with_75(tmp_path, undisturbed, moment):
     draws = np.random.default_rng(moment)
     arguments = [*small.flags(**LONG | {"train__checkpoint_every": 1}), f"--workdir={tmp_path / 'run'}"]
-    processes = start(2, *arguments)
+    processes = start(2, *arguments, environment=OPTIMIZED)
     epoch = draws.integers(1, 10)
     wait_until(
         processes,
@@ -204,5 +204,5 @@ def test_killed_during_a_save_one_of_two_processes_ends_the_other_with_75(tmp_pa
     processes[moment % 2].send_signal(signal.SIGKILL)
     told = finish(processes, timeout=400)
     assert told[1 - moment % 2][0] in (75, -signal.SIGABRT), told
-    run(2, *arguments)
+    run(2, *arguments, environment=OPTIMIZED)
     assert same_parameters(tmp_path / "run", undisturbed)

@@ -12,6 +12,8 @@ import sklearn.datasets
 
 import cib_jax as cib
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")

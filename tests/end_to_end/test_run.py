@@ -23,6 +23,8 @@ from cib_jax.inference.hasher import Hasher
 from tests.commands import many
 from tests.end_to_end.processes import children, gone, wait_until
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 ROOT = pathlib.Path(__file__).parents[2]
 QUIET = rich.console.Console(quiet=True)
 MANY = 24

@@ -170,7 +170,7 @@ CODES = np.zeros((5, 4), np.uint8)
         (lambda: cib.Index.of(CODES).within(CODES, -1), "radius"),
         (lambda: cib.Index.of(CODES).within(CODES[:, :1], 1), "queries"),
         (lambda: cib.Index.of(CODES).groups(0.5), "radius"),
-        (lambda: cib.Index.of(CODES).rerank(np.zeros((1, 31)), [[0]]), "logits"),
+        (lambda: cib.Index.of(CODES).rerank(np.zeros((1, 33)), [[0]]), "logits"),
         (lambda: cib.Index.of(CODES).rerank(np.full((1, 32), np.nan), [[0]]), "logits"),
         (lambda: cib.Index.of(CODES).rerank(np.zeros((1, 32)), [[0], [1]]), "ids"),
         (lambda: cib.Index.of(CODES).rerank(np.zeros((1, 32)), [[5]]), "ids"),

@@ -24,6 +24,8 @@ from cib_jax.training.checkpoint import Checkpoints
 from tests import small
 from tests.commands.test_train import assert_same, interrupted
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 
 @pytest.fixture
 def console():
