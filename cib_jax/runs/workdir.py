@@ -181,7 +181,7 @@ def validate_owner(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> 
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not _has_checkpoints(directory):
         value = ""  # the field at the last start of the run; unknown in earlier versions
-        with contextlib.suppress(WorkdirError, KeyError, TypeError):
+        with contextlib.suppress(FileNotFoundError, WorkdirError, KeyError, TypeError):
             value = str(read_json(workdir / "config.json")["train"]["checkpoint_dir"])
         before = checkpoint.checkpoint_dir(value, workdir)
         if before != directory and _has_checkpoints(before):
@@ -217,11 +217,18 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a file that `write_json` wrote; raises WorkdirError if it is damaged."""
+    """Returns the content of a file that `write_json` wrote.
+
+    Raises:
+      FileNotFoundError: There is none.
+      WorkdirError: It is damaged.
+    """
     try:
         if isinstance(content := files.read_json(path), dict):
             return content
         raise ValueError("it does not hold a dict")
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         reason = files.short_reason(error)
         raise WorkdirError(f"{path}: the file is damaged ({reason}); remove it, and it will be written again") from None

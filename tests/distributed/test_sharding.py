@@ -69,7 +69,7 @@ def test_a_step_in_a_loop_of_ones_own_is_that_of_one_device(found, name):
 
 
 def test_pure_functions_take_arrays_of_explicit_meshes(found):
-    assert len(found["explicit"]) == 9
+    assert len(found["explicit"]) == 8
     assert max(found["explicit"].values()) < 1e-5, found["explicit"]
 
 
