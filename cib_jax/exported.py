@@ -175,7 +175,10 @@ class ExportedEncoder:
                     raise ValueError("it is for other platforms")
                 validate_program(program, self.weights, rows)
                 (rows,) = program.out_avals
-                if stage == STAGES[-1] and (rows.shape, rows.dtype) != ((size, self.signature["bits"] // 8), np.uint8):
+                if stage == STAGES[-1] and (rows.shape, rows.dtype) != (
+                    (size, -(-self.signature["bits"] // 8)),
+                    np.uint8,
+                ):
                     raise ValueError("its results are not codes")
             except ImportError as error:
                 raise ExportedError(f"reading {name} needs flatbuffers; pip install flatbuffers", field=name) from error

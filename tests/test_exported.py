@@ -35,7 +35,7 @@ def images(size: int, count: int = max(COUNTS)) -> np.ndarray:
 
 def hasher(backbone: str, size: int = 0, batch_size: int = BATCH, **options) -> cib.Hasher:
     encoder, params, frozen = cib.create_encoder(
-        jax.random.key(0), backbone=backbone, bits=16, image_size=size, hidden=32, **options
+        jax.random.key(0), backbone=backbone, bits=12, image_size=size, hidden=32, **options
     )
     return cib.Hasher(encoder, params, frozen, batch_size=batch_size, devices=1)
 
@@ -114,7 +114,7 @@ def test_images_of_the_stored_size_are_taken_and_resized_inside(tmp_path, convne
 
 def test_the_signature_says_what_goes_in_and_out(convnet):
     signature = exported.load(convnet[1]).signature
-    assert signature["bits"] == 16
+    assert signature["bits"] == 12
     assert signature["input"] == {"dtype": "uint8", "shape": ["n", 16, 16, 3]}
     assert signature["output"] == {"dtype": "uint8", "shape": ["n", 2]}
     assert signature["batch_sizes"] == [1, 2, 4]

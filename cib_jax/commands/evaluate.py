@@ -31,6 +31,10 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "
 """Packages with versions that results.json records."""
 
 
+MAX_SHIFT = 0.01
+"""Difference of MAP from tie-aware MAP beyond which the order of the database is named as its cause."""
+
+
 def evaluate(
     workdir: pathlib.Path | str,
     *,
@@ -172,6 +176,8 @@ def _write(
             write_json(folder / f"{side}_names.json", list(images.names))
     write_json(run.workdir / name, results)
     _print_results(run, results)
+    if warning := order_warning(results["map"], results["map_tie_aware"]):
+        print_message(run.console, warning)
     print_message(run.console, f"Written to {run.workdir / name}")
     if run.config.report.write:
         from cib_jax.runs import report  # imports Matplotlib, which takes a while
@@ -181,6 +187,16 @@ def _write(
         folder = run.workdir / name.removesuffix(".json").replace("results", "report")
         page = report.write_report(run, query, database, results, folder)
         print_message(run.console, f"Report in {page}")
+
+
+def order_warning(found: float | None, expected: float | None) -> str:
+    """Returns a warning if the order of the database shifts a MAP far from the one expected in a random order."""
+    if found is None or expected is None or abs(found - expected) <= MAX_SHIFT:
+        return ""
+    return (
+        f"MAP is {found:.3f} with equal distances in database order, but {expected:.3f} in random order: the database "
+        "seems to be sorted by class, which decides among few distinct codes; shuffle it, or compare the tie-aware MAP"
+    )
 
 
 def _results(

@@ -9,12 +9,13 @@ import jinja2
 
 
 class Picture(NamedTuple):
-    """A picture: name of its file without .png, alternative text, and a caption on how it was made."""
+    """A picture: name of its files without .png and .pdf, alternative text, and a caption on how it was made."""
 
     name: str
     png: bytes
     title: str
     note: str = ""
+    pdf: bytes = b""
 
 
 class Section(NamedTuple):

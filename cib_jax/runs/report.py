@@ -77,12 +77,14 @@ def write_page(
     """
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
     page = render(title, lead, grids, sections, notes=notes, config=text, wide=wide)
-    pictures = {f"{picture.name}.png": picture.png for section in sections for picture in section.pictures}
+    pictures = [picture for section in sections for picture in section.pictures]
+    files = {f"{each.name}.png": each.png for each in pictures}
+    files |= {f"{each.name}.pdf": each.pdf for each in pictures if each.pdf}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in pictures.items():
-        write_bytes(folder / name, png)
-    for stale in folder.glob("*.png"):
-        if stale.name not in pictures:
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+    for stale in (*folder.glob("*.png"), *folder.glob("*.pdf")):
+        if stale.name not in files:
             stale.unlink()
     path = folder / "index.html"
     # File and class names need not be valid Unicode.
@@ -91,10 +93,12 @@ def write_page(
 
 
 def picture(name: str, figure: Figure, note: str = "") -> Picture:
-    """Returns a figure as a PNG, with its title as the alternative text."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return Picture(name, file.getvalue(), figure.get_suptitle(), note)
+    """Returns a figure as a PNG and as a PDF for papers, with its title as the alternative text."""
+    png, pdf = io.BytesIO(), io.BytesIO()
+    # Without version and time, so that the same figure gives the same bytes.
+    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(pdf, format="pdf", metadata={"Creator": None, "Producer": None, "CreationDate": None})
+    return Picture(name, png.getvalue(), figure.get_suptitle(), note, pdf.getvalue())
 
 
 # Figures

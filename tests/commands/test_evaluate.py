@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import rich.console
 
-from cib_jax.commands.evaluate import evaluate, override_fields
+import cib_jax as cib
+from cib_jax.commands.evaluate import evaluate, order_warning, override_fields
 from cib_jax.commands.train import train
 from cib_jax.errors import CheckpointError, ConfigError
 from tests.commands import many
@@ -35,6 +37,16 @@ def test_results_under_another_k_are_written_beside_those_of_the_run(run):
     assert "MAP@10" in console.export_text()
     assert json.loads((workdir / "results-epoch2-k10.json").read_text())["map"] == other["map"]
     assert json.loads((workdir / "results.json").read_text())["map"] == results["map"]
+
+
+def test_a_database_sorted_by_class_is_warned_of():
+    """All codes are equal, so that the order of the database alone decides the ranking."""
+    codes, sorted_labels = np.zeros((1000, 1), np.uint8), np.repeat([0, 1], 500)
+    for labels, warned in ((sorted_labels, True), (np.random.default_rng(0).permutation(sorted_labels), False)):
+        data = codes[:2], codes, np.array([0, 1]), labels
+        found, expected = cib.mean_average_precision(*data, k=1000), cib.tie_aware_map(*data, k=1000)
+        assert bool(order_warning(found, expected)) is warned
+    assert order_warning(None, None) == ""
 
 
 def test_fields_that_change_the_run_are_refused_and_equal_ones_are_not(run, tmp_path):

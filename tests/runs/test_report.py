@@ -63,6 +63,9 @@ def test_every_figure_is_drawn_and_lies_in_the_one_page(run):
     workdir, _ = run
     files = {path.stem: path.read_bytes() for path in (workdir / "report").glob("*.png")}
     assert files.keys() == FIGURES
+    papers = {path.stem: path.read_bytes() for path in (workdir / "report").glob("*.pdf")}
+    assert papers.keys() == FIGURES - {"worst_queries", "random_queries"}  # sheets of photos
+    assert all(content.startswith(b"%PDF-") for content in papers.values())
     page = Page((workdir / "report" / "index.html").read_text())
     assert page.fetched == []
     assert {base64.b64decode(image["src"].split(",")[1]) for image in page.images} == set(files.values())
@@ -123,7 +126,8 @@ def test_a_run_of_an_earlier_version_is_measured_and_reported(run):
 
 
 def test_pictures_that_are_no_longer_drawn_are_removed(tmp_path):
-    (tmp_path / "stale.png").write_bytes(b"")
+    for name in ("stale.png", "stale.pdf", "new.pdf"):
+        (tmp_path / name).write_bytes(b"")
     sections = [Section("Pictures", [Picture("new", b"png", "title")])]
     path = report.write_page(tmp_path, "\udce9", "lead", [], sections, notes=[], config=small.config())
     assert sorted(file.name for file in path.parent.iterdir()) == ["index.html", "new.png"]
