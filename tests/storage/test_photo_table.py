@@ -245,7 +245,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
         '{"version": 1}',
         '{"version": 1, "images": "/photos", "encoder": {}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": "16"}}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 12}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 0}}',
         '{"version": 1, "images": 3, "encoder": {"bits": 16}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "learnt": []}',
     ],
