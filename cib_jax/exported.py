@@ -143,6 +143,8 @@ class ExportedEncoder:
                 f"{remedy} first",
                 field="images",
             )
+        if takes == "features" and not np.isfinite(items).all():
+            raise UserError("images must be finite, but some have a NaN or an infinity; remove them", field="images")
         return items
 
     def _programs_of(self, size: int) -> list[Callable[..., Array]]:

@@ -11,7 +11,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. Where a test asks for
 # more, LLVM's first level instead of its third: programs compile twice as fast, and run nearly as fast. With "0" and an
-# empty text in the environment, all programs are compiled as for users.
+# empty text in the environment, all programs are compiled with the default optimizations.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
@@ -58,7 +58,7 @@ def compiled_to_run():
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         quickly = jax.config.values["jax_disable_most_optimizations"]
-        # What is compiled already is forgotten: JAX would take it for the same program, and the bits are others.
+        # JAX's caches in memory do not distinguish the two, but their results differ in the last bits.
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", False)
         yield

@@ -98,9 +98,10 @@ def test_codes_of_features_are_those_of_the_hasher(tmp_path):
     assert loaded.signature["input"] == {"dtype": "float32", "shape": ["n", 24]}
     for given in (features, features[:, 0], features[:3].astype(np.float64), features[:2, 1].astype(np.float16)):
         assert np.array_equal(loaded.encode(given), made.encode(given))
-    with pytest.raises(errors.UserError) as error:
-        loaded.encode(features[..., 1:])
-    assert error.value.field == "images"
+    for wrong in (features[..., 1:], np.where(np.arange(24) == 3, np.nan, features)):
+        with pytest.raises(errors.UserError) as error:
+            loaded.encode(wrong)
+        assert error.value.field == "images"
 
 
 def test_images_of_the_stored_size_are_taken_and_resized_inside(tmp_path, convnet):

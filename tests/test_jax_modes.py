@@ -110,13 +110,14 @@ def hasher():
 
 @pytest.mark.usefixtures("without_shape_checks")
 def test_arrays_of_any_library_are_hashed(hasher):
+    """NumPy's whole numbers are taken as settings, too."""
     expected = hasher.encode(FEATURES)
     assert expected.shape == (16, 2) and not (expected[:, 1] & 0x0F).any()
     np.testing.assert_array_equal(hasher.encode(Tensor(FEATURES)), expected)
     halves = jnp.asarray(FEATURES, jnp.bfloat16)
     for form in (halves, np.asarray(halves)):
         np.testing.assert_array_equal(hasher.encode(form), hasher.encode(np.asarray(halves, np.float32)))
-        trained = cib.fit(form, backbone="none", augment="noise", bits=12, hidden=8, epochs=1, batch_size=8)
+        trained = cib.fit(form, backbone="none", augment="noise", bits=np.int64(12), hidden=8, epochs=1, batch_size=8)
         assert trained.encode(form).shape == (16, 2)
     for refused in (lambda: hasher.encode(Tensor(FEATURES, readable=False)), lambda: cib.fit(Tensor(IMAGES, False))):
         with pytest.raises(cib.UserError) as error:
@@ -141,6 +142,7 @@ def test_rows_that_are_not_finite_are_refused(hasher, value):
         ("beta", "much"),
         ("bits", 8.0),
         ("bits", 0),
+        ("bits", True),
         ("hidden", 0),
         ("epochs", 1.5),
         ("batch_size", 8.0),

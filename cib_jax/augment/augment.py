@@ -162,8 +162,8 @@ def _scale(images: Array | np.ndarray) -> Array:
 
 
 def _normalize(images: Array, mean: Sequence[float], deviation: Sequence[float]) -> Array:
-    channels = (jnp.asarray(values, images.dtype).reshape(1, 1, 1, -1) for values in (mean, deviation))
-    return (images - next(channels)) / next(channels)
+    center, unit = (jnp.asarray(values, images.dtype).reshape(1, 1, 1, 3) for values in (mean, deviation))
+    return (images - center) / unit
 
 
 def image_keys(key: PRNGKeyArray, batch: int, first: Int[Array, ""] | int = 0) -> ImageKeys:

@@ -90,7 +90,7 @@ def on_explicit_mesh(*, rows: bool) -> Callable[[Callable[P, R]], Callable[P, R]
     on other meshes, and only its results are given one.
 
     Args:
-      rows: Whether the results are divided as the rows of the first argument that is; otherwise they are whole.
+      rows: Whether the results are divided as the rows of the first divided argument; otherwise they are whole.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
@@ -214,7 +215,7 @@ def create_encoder(
     size = image_size or chosen.image_size
     has_pretrained = chosen.convert is not None
     for name, value in (("bits", bits), ("hidden", hidden)):
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise _error(name, f"must be a whole number, 1 or more, got {value!r}")
     if size < chosen.smallest or size % chosen.multiple:
         allowed = f"at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}"

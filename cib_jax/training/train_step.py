@@ -65,7 +65,7 @@ class Method:
             )
         for name in ("temperature", "sharpness", "beta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float | np.number | jax.Array):
+            if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
                 raise ConfigError(f"{name} must be a number, got {value!r}", field=name)
         for name in ("temperature", "sharpness"):
             value = getattr(self, name)
