@@ -46,6 +46,7 @@ def fit(
     teacher: Teacher = Teacher(),  # noqa: B008 - it is immutable
     epochs: int = 60,
     batch_size: int = 64,
+    partial_batch: bool = False,
     learning_rate: float = 1e-3,
     views: int = 0,
     devices: int = 0,
@@ -74,6 +75,7 @@ def fit(
       teacher: Settings of the teacher, for `objective="diffusion"`.
       epochs: Passes over the images.
       batch_size: Images per step.
+      partial_batch: Whether an epoch ends with a smaller batch of the images that are left over.
       learning_rate: Learning rate of Adam.
       views: Number of views per image of which a frozen backbone computes the features once; 0 draws fresh views at
         every step.
@@ -126,19 +128,22 @@ def fit(
     if chosen.micro_batch and (views or standard is not None):
         problem = f"must be 0 where features are computed before training, got {chosen.micro_batch}"
         raise ConfigError(f"micro_batch {problem}", field="micro_batch")
+    schedule = Schedule(epochs, batch_size, partial_batch=partial_batch)
+    schedule.validate(len(array), sharding.mesh_size(mesh), chosen.micro_batch)
     if views and (params.keys() != {"head"} or standard is not None):
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
     if OBJECTIVES[chosen.objective].taught:
         teacher.check(len(array))
     data = load_data(array, chosen, unchanging, views, stream_key(seed, "view bank"), devices, on_views)
-    data, schedule = dataclasses.replace(data, seed=seed), Schedule(epochs, batch_size)
+    data = dataclasses.replace(data, seed=seed)
     run = TrainingRun(chosen, params, unchanging, data, schedule, stream_key(seed, "steps"), mesh)
     teacher_run = None
     if OBJECTIVES[chosen.objective].taught:
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
         objective, temperature = teacher.objective, teacher.temperature
         theirs = dataclasses.replace(chosen, encoder=encoder, objective=objective, temperature=temperature)
-        schedule, key = Schedule(teacher.epochs or epochs, batch_size), stream_key(seed, "teacher steps")
+        schedule = dataclasses.replace(schedule, epochs=teacher.epochs or epochs)
+        key = stream_key(seed, "teacher steps")
         teacher_run = TrainingRun(theirs, params, unchanging, data, schedule, key, mesh)
     return train_hasher(run, array, devices, on_epoch, teacher, teacher_run)
 

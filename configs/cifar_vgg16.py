@@ -16,4 +16,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.image_size = 224
     c.head_dropout = 0.5
     c.epochs = 0
+    c.partial_batch = True
     return c

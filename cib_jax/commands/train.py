@@ -108,6 +108,7 @@ def train(
         # The first process downloads, decodes and caches; the others find the files.
         run = multihost.run_first_then_others(lambda: context.prepare_run(config, workdir, console))
         context.validate_same_data(run)
+        build.validate_partial_batch(config, len(run.splits.train), sharding.mesh_size(mesh))
         if multihost.is_first_process():
             # Written after all checks, so that a config with a mistake does not claim the folder.
             write_json(workdir / "config.json", config.to_dict())
@@ -232,7 +233,8 @@ class _Session:
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:
         config = self.run.config
-        images = build.epochs(config) * (len(self.run.splits.train) // config.batch_size) * config.batch_size
+        planned = build.schedule(config)
+        images = planned.epochs * planned.steps_per_epoch(len(self.run.splits.train)) * config.batch_size
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
         with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
             yield

@@ -71,6 +71,20 @@ def epochs(config: ml_collections.ConfigDict) -> int:
     return config.epochs or (80 if config.bits == 16 else 60)
 
 
+def schedule(config: ml_collections.ConfigDict) -> Schedule:
+    """Returns how long a run trains, and in which portions."""
+    often, patience = config.train.validate_every, config.train.patience
+    return Schedule(epochs(config), config.batch_size, often, patience, config.partial_batch)
+
+
+def validate_partial_batch(config: ml_collections.ConfigDict, images: int, devices: int) -> None:
+    """Raises ConfigError if the training images that are left over from whole batches cannot be a batch."""
+    try:
+        schedule(config).validate(images, devices, config.micro_batch)
+    except ConfigError as error:
+        raise ConfigError(f"config.{error}", field=f"config.{error.field}") from None
+
+
 def optimizer(config: ml_collections.ConfigDict, steps: int = 1) -> optax.GradientTransformation:
     """Returns the config's optimizer for a run of `steps` steps, a number that the structure of its state ignores."""
     warmup = config.warmup_steps
@@ -104,10 +118,10 @@ def training_run(
 ) -> TrainingRun:
     """Returns everything that decides the trained parameters; `network` holds those to train, then the frozen ones."""
     made, params, frozen = network
-    schedule = Schedule(epochs(config), config.batch_size, config.train.validate_every, config.train.patience)
     data = dataclasses.replace(data, seed=config.seed)
-    steps = schedule.epochs * (len(data.images) // config.batch_size)
-    return TrainingRun(method(config, made, steps), params, frozen, data, schedule, key(config, stream), mesh)
+    planned = schedule(config)
+    steps = planned.epochs * planned.steps_per_epoch(len(data.images))
+    return TrainingRun(method(config, made, steps), params, frozen, data, planned, key(config, stream), mesh)
 
 
 def teacher(config: ml_collections.ConfigDict) -> Teacher:

@@ -138,7 +138,8 @@ def draw_pairs(
 
 
 # Feeds: what each step takes, from a bank, from images on the device, or streamed from the host. Images that do not
-# fill a batch are left out of an epoch.
+# fill a batch are left out of an epoch, unless the order says that they make a smaller one. A smaller batch is another
+# shape, so the step is compiled a second time for it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,8 @@ class BatchOrder:
     coordinates: Float[np.ndarray, "images dimensions"] | None = None
     """Coordinates of all images on a diffusion map; for the objective "diffusion" only."""
     mesh: Mesh | None = None
+    partial_batch: bool = False
+    """Whether an epoch ends with a smaller batch of the images that are left over."""
 
 
 def from_bank(bank: Float[Array, "views images features"], method: Method, order: BatchOrder) -> Feed:
@@ -201,16 +204,17 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
     def step(state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
         return update(state, frozen, batch, key, method, axis)
 
-    rows = sharding.local_rows(order.mesh, order.batch_size)
-
     def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
-        # Only the rows of each batch that the devices of this process hold: no process decodes another one's images.
-        mine = _batches(order, epoch, len(images))[first:, rows].reshape(-1)
-        parts = dataset.stream(images, mine, len(rows), stored_size=stored_size)
-        for number, part in enumerate(parts):
-            known = _rows(order.coordinates, mine[number * len(rows) :][: len(rows)])
-            # Arrays of NumPy here, which become rows of arrays on all devices.
-            yield sharding.global_batch(Batch(part, known), rows, order.mesh, order.batch_size)  # type: ignore[arg-type]
+        for batches in _batches(order, epoch, len(images), first):
+            size = batches.shape[1]
+            # Only the rows of each batch that the devices of this process hold: no process decodes another one's images.
+            rows = sharding.local_rows(order.mesh, size)
+            mine = batches[:, rows].reshape(-1)
+            parts = dataset.stream(images, mine, len(rows), stored_size=stored_size)
+            for number, part in enumerate(parts):
+                known = _rows(order.coordinates, mine[number * len(rows) :][: len(rows)])
+                # Arrays of NumPy here, which become rows of arrays on all devices.
+                yield sharding.global_batch(Batch(part, known), rows, order.mesh, size)  # type: ignore[arg-type]
 
     return Feed(_compile(_single_step(step), frozen, order.mesh), chunks)
 
@@ -220,19 +224,23 @@ def _rows(coordinates: Any, indices: Array | np.ndarray) -> Any:
 
 
 def _chunks_of_indices(order: BatchOrder, count: int, longest: int) -> Callable[[int, int], Iterable[np.ndarray]]:
-    """Returns a function from an epoch to its order, as arrays [steps, batch_size] of up to `longest` steps."""
+    """Returns a function from an epoch to its order, as arrays [steps, batch] of up to `longest` steps."""
 
     def chunks(epoch: int, first: int = 0) -> Iterable[np.ndarray]:
-        batches = _batches(order, epoch, count)
-        return (batches[start : start + longest] for start in range(first, len(batches), longest))
+        for batches in _batches(order, epoch, count, first):
+            yield from (batches[start : start + longest] for start in range(0, len(batches), longest))
 
     return chunks
 
 
-def _batches(order: BatchOrder, epoch: int, count: int) -> Int[np.ndarray, "steps batch"]:
-    """Returns the indices of the images of each step of an epoch."""
+def _batches(order: BatchOrder, epoch: int, count: int, first: int) -> list[Int[np.ndarray, "steps batch"]]:
+    """Returns the indices of the images of each step of an epoch, from the step `first` on: whole batches, the rest."""
     steps = count // order.batch_size
-    return dataset.epoch_order(order.seed, epoch, count)[: steps * order.batch_size].reshape(steps, order.batch_size)
+    whole, rest = np.split(dataset.epoch_order(order.seed, epoch, count), [steps * order.batch_size])
+    parts = [whole.reshape(steps, order.batch_size)[first:]]
+    if order.partial_batch and len(rest):
+        parts.append(rest[None][max(0, first - steps) :])
+    return parts
 
 
 Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]

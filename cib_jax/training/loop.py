@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from cib_jax.errors import ConfigError
 from cib_jax.training.train_step import Progress, TrainState
 
 FETCH_EVERY = 32  # the most steps that are dispatched before their loss is fetched, which waits for the device
@@ -35,6 +36,24 @@ class Schedule:
     batch_size: int
     validate_every: int = 20  # epochs between validations
     patience: int = 6  # validations without a better MAP after which training stops
+    partial_batch: bool = False  # whether an epoch ends with a smaller batch of the images that are left over
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Returns the number of steps of an epoch over so many images."""
+        steps, rest = divmod(images, self.batch_size)
+        return steps + (self.partial_batch and rest > 0)
+
+    def validate(self, images: int, devices: int, micro_batch: int = 0) -> None:
+        """Raises ConfigError if the images that are left over cannot be a batch."""
+        rest = images % self.batch_size
+        if self.partial_batch and rest and (rest < 2 or rest % (devices * max(1, micro_batch))):
+            allowed = "2 or more and a multiple of the number of devices, times micro_batch if that is not 0"
+            raise ConfigError(
+                f"partial_batch must be False where the images left over from whole batches are not {allowed}; got True "
+                f"with {images} images, {rest} of them left over, for batch_size {self.batch_size}, micro_batch "
+                f"{micro_batch} and {devices} devices",
+                field="partial_batch",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

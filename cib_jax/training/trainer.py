@@ -72,7 +72,7 @@ def train(
         coordinates = learn_coordinates()
     # 2. The data, as the steps take them: from a view bank, from images on the device, or streamed.
     data = run.data
-    order = BatchOrder(data.seed, run.schedule.batch_size, coordinates, run.mesh)
+    order = BatchOrder(data.seed, run.schedule.batch_size, coordinates, run.mesh, run.schedule.partial_batch)
     if data.bank is not None:
         feed = input_pipeline.from_bank(data.bank, run.method, order)
     elif isinstance(data.images, jax.Array):

@@ -1,5 +1,6 @@
 """The trainer: the feed that suits the data, a teacher first, and the files that run before the first loss."""
 
+import contextlib
 import dataclasses
 import io
 import pathlib
@@ -14,9 +15,11 @@ import pytest
 import rich.console
 
 import cib_jax as cib
+from cib_jax import errors
 from cib_jax.augment.features import standard
 from cib_jax.commands.train import train as train_in_workdir
-from cib_jax.training import trainer
+from cib_jax.data import dataset
+from cib_jax.training import train_step, trainer
 from cib_jax.training.loop import Hooks, Schedule
 from cib_jax.training.train_step import Method, Progress
 from cib_jax.training.trainer import TrainingData, TrainingRun
@@ -68,6 +71,44 @@ def test_a_bank_is_what_steps_take_if_there_is_one(run):
     hooks = Hooks(on_steps=lambda steps, last: terms.append(last))
     trainer.train(dataclasses.replace(run, data=TrainingData(np.zeros(0), bank)), hooks=hooks)
     assert all(last["kl"] == 0 for last in terms)  # both views have the same logits
+
+
+def test_the_images_left_over_make_a_smaller_batch_if_asked(run):
+    """24 items in batches of 7: a loop over their order by hand, with 3 whole batches and one of 3 items an epoch."""
+    schedule = Schedule(2, 7, partial_batch=True)
+    assert schedule.steps_per_epoch(24) == 4 and Schedule(2, 7).steps_per_epoch(24) == 3
+    end, progress = trainer.train(dataclasses.replace(run, schedule=schedule))
+    assert progress.step == 8
+    state = cib.create_train_state(run.params, run.method.optimizer)
+    for epoch in range(2):
+        order = dataset.epoch_order(run.data.seed, epoch, 24)
+        for rows in (order[:7], order[7:14], order[14:21], order[21:]):
+            key = jax.random.fold_in(run.key, int(state.step))
+            state, _ = train_step.update(state, {}, train_step.Batch(jnp.asarray(FEATURES[rows])), key, run.method)
+    for mine, theirs in zip(leaves(end), leaves(state), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    for stop_after in (1, 2):  # before the smaller batch, and after it
+        chunks = iter(range(1, 10))
+        stopped = trainer.train(
+            dataclasses.replace(run, schedule=schedule), hooks=Hooks(stop=lambda: next(chunks) == stop_after)  # noqa: B023
+        )
+        assert stopped[1].steps_of_epoch == 2 + stop_after
+        again, _ = trainer.train(dataclasses.replace(run, schedule=schedule), stopped)
+        assert_same(again, end)
+    streamed, _ = trainer.train(dataclasses.replace(run, schedule=schedule, data=TrainingData(FEATURES)))
+    for mine, theirs in zip(leaves(streamed), leaves(end), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "micro_batch", "fits"),
+    [(64, 8, 0, True), (65, 1, 0, False), (66, 1, 0, True), (68, 8, 0, False), (72, 8, 0, True), (76, 2, 4, False)],
+)
+def test_images_left_over_that_cannot_be_shared_are_refused(images, devices, micro_batch, fits):
+    Schedule(1, 64).validate(images, devices, micro_batch)
+    with contextlib.nullcontext() if fits else pytest.raises(errors.ConfigError) as refused:
+        Schedule(1, 64, partial_batch=True).validate(images, devices, micro_batch)
+    assert fits or refused.value.field == "partial_batch"
 
 
 def test_small_images_stay_on_the_device_and_large_ones_do_not():
