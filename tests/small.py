@@ -9,6 +9,7 @@ from tests.retrieval import reference
 FLAGS = {
     "bits": 16,
     "k": 100,
+    "image_size": 8,
     "hidden": 32,
     "batch_size": 32,
     "epochs": 3,

@@ -1,4 +1,4 @@
-"""A batch sharded over 1, 2, 4 and 8 simulated devices: the same loss, codes, gradients and parameters as on one."""
+"""A batch sharded over 1, 4 and 8 simulated devices: the same loss, codes, gradients and parameters as on one."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def test_shares_of_the_loss_sum_up_and_gradients_are_those_of_the_whole(found, n
     """Every code of the batch is a negative of every other, whichever device it is on, and gets its gradient for it."""
     assert found["devices"] == 8
     value, *gradients = found[name]["1"]
-    for devices in ("2", "8"):
-        assert found[name][devices][0] == pytest.approx(value, rel=1e-6)
-        for mine, whole in zip(found[name][devices][1:], gradients, strict=True):
-            np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-7)
+    total, *of_shares = found[name]["8"]
+    assert total == pytest.approx(value, rel=1e-6)
+    for mine, whole in zip(of_shares, gradients, strict=True):
+        np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["bank", "images", "features", "stored views"])
+@pytest.mark.parametrize("name", ["bank", "images", "features"])
 def test_training_ends_with_the_same_on_any_number_of_devices(found, name):
     one = found[name].pop("1")
     for devices in found[name]:
@@ -92,7 +92,7 @@ def test_encoding_on_any_number_of_devices_gives_the_same_codes(found):
     """48 images, a batch of 3 for each device: 8 devices have two rounds."""
     one = found["codes"]["1"]
     assert np.shape(one) == (48, 1) and len(np.unique(one)) >= 5
-    assert found["codes"]["2"] == one and found["codes"]["8"] == one
+    assert found["codes"]["8"] == one
 
 
 def test_a_ranking_whose_blocks_go_round_all_devices_is_that_of_a_plain_loop(found):

@@ -12,11 +12,21 @@ from cib_jax.commands.train import train
 from cib_jax.config import build
 from cib_jax.distributed import sharding
 from cib_jax.runs import context, features
-from tests import small
+from tests import pretrained, small
+
+NETWORK = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network(tmp_path_factory):
+    """A small network that counts as pretrained, for all runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        NETWORK.update(pretrained.convnet(patched, tmp_path_factory.mktemp("network"), 8))
+        yield
 
 
 def config(cache, **fields):
-    frozen = {"backbone": "efficientnet_lite0", "frozen": True, "image_size": 32, "train__views": 2, "epochs": 1}
+    frozen = NETWORK | {"train__views": 2, "epochs": 1}
     return small.config(**frozen | {"cache__dir": str(cache), "data__queries": 1497, "k": 20} | fields)
 
 
@@ -44,7 +54,7 @@ def computed(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(tmp_path_factory, network):
     """A run that filled a cache: the cache, the run's folder and what it said."""
     root = tmp_path_factory.mktemp("first")
     console = rich.console.Console(file=io.StringIO(), record=True, width=120)
@@ -86,7 +96,7 @@ def test_codes_are_those_of_the_hasher(first):
     "field",
     [
         {"data__seed": 1},
-        {"image_size": 40},
+        {"image_size": 12},
         {"augment": "photo"},
         {"backbone_dtype": "bfloat16"},
         {"encode_batch": 50},
