@@ -40,7 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Optimization: Adam; the paper's learning rate is constant, without decay of weights and clipping of gradients.
     c.batch_size = 64  # images per step; two views each
-    c.partial_batch = False  # True: an epoch ends with a smaller batch of the images left over; False: they are left out
+    c.partial_batch = (
+        False  # True: an epoch ends with a smaller batch of the images left over; False: they are left out
+    )
     # Images of one device that pass through the network at a time: less memory, at the cost of a second pass; 0 = all.
     # The codes of the whole batch are negatives of each other in any case.
     c.micro_batch = 0

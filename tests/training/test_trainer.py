@@ -90,7 +90,8 @@ def test_the_images_left_over_make_a_smaller_batch_if_asked(run):
     for stop_after in (1, 2):  # before the smaller batch, and after it
         chunks = iter(range(1, 10))
         stopped = trainer.train(
-            dataclasses.replace(run, schedule=schedule), hooks=Hooks(stop=lambda: next(chunks) == stop_after)  # noqa: B023
+            dataclasses.replace(run, schedule=schedule),
+            hooks=Hooks(stop=lambda: next(chunks) == stop_after),  # noqa: B023
         )
         assert stopped[1].steps_of_epoch == 2 + stop_after
         again, _ = trainer.train(dataclasses.replace(run, schedule=schedule), stopped)
