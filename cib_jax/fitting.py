@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
 from cib_jax import diffusion
@@ -16,7 +17,7 @@ from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, whole_number
 from cib_jax.inference.hasher import Hasher, as_array
-from cib_jax.losses import OBJECTIVES
+from cib_jax.losses import is_taught
 from cib_jax.models.encoder import Params, create_encoder
 from cib_jax.models.finetune import FineTune
 from cib_jax.random_streams import stream_key
@@ -47,6 +48,7 @@ def fit(
     epochs: int = 60,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
+    optimizer: optax.GradientTransformation | None = None,
     views: int = 0,
     devices: int = 0,
     seed: int = 0,
@@ -75,6 +77,7 @@ def fit(
       epochs: Passes over the images.
       batch_size: Images per step.
       learning_rate: Learning rate of Adam.
+      optimizer: Optimizer in place of Adam: any of optax, with its own learning rate.
       views: Number of views per image of which a frozen backbone computes the features once; 0 draws fresh views at
         every step.
       devices: Number of devices of this machine that share each batch; 0 takes all.
@@ -82,7 +85,8 @@ def fit(
       on_views: Function that is called with the number of views computed since the last call.
       on_epoch: Function that is called after every epoch, those of a teacher included.
       **method: Settings of the objective and of the steps:
-        objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first.
+        objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first; or a
+          function, as for `cib_loss`.
         temperature: Temperature τ of the contrast; 0.3 by default.
         beta: Weight β of the bottleneck; 0.001 by default.
         stochastic: Whether bits are drawn in training (the default) or thresholded.
@@ -121,20 +125,20 @@ def fit(
         fine_tune=fine_tune,
     )
     encoder, params, unchanging = create(stream_key(seed, "initial weights"), bits=bits)
-    chosen = Method(encoder, adam(learning_rate, fine_tune.learning_rate), **method)
+    chosen = Method(encoder, optimizer or adam(learning_rate, fine_tune.learning_rate), **method)
     grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
     if chosen.micro_batch and (views or standard is not None):
         problem = f"must be 0 where features are computed before training, got {chosen.micro_batch}"
         raise ConfigError(f"micro_batch {problem}", field="micro_batch")
     if views and (params.keys() != {"head"} or standard is not None):
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
-    if OBJECTIVES[chosen.objective].taught:
+    if is_taught(chosen.objective):
         teacher.check(len(array))
     data = load_data(array, chosen, unchanging, views, stream_key(seed, "view bank"), devices, on_views)
     data, schedule = dataclasses.replace(data, seed=seed), Schedule(epochs, batch_size)
     run = TrainingRun(chosen, params, unchanging, data, schedule, stream_key(seed, "steps"), mesh)
     teacher_run = None
-    if OBJECTIVES[chosen.objective].taught:
+    if is_taught(chosen.objective):
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
         objective, temperature = teacher.objective, teacher.temperature
         theirs = dataclasses.replace(chosen, encoder=encoder, objective=objective, temperature=temperature)

@@ -67,7 +67,7 @@ def evaluate(
     with multihost.shared_errors():
         trained = read_config(workdir)
         config = override_fields(trained.copy_and_resolve_references(), overrides or {})
-        schema.validate(config)
+        schema.validate(config, trained=True)
     with claim_workdir(workdir):
         with multihost.shared_errors():
             standard = read_standard(workdir, config)

@@ -241,7 +241,8 @@ class _Session:
         return self.sigterm_came()
 
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
-        words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "contrast", "kl"))
+        names = [name for name in dict.fromkeys(["loss", *terms]) if name != "gradient_norm"]
+        words = " ".join(f"{name} {terms[name]:.4f}" for name in names[:4])
         self.advance(steps * self.run.config.batch_size, words)
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:

@@ -185,7 +185,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
         "view_agreement": code_quality.view_agreement(*_codes_of_views(run, params, some)),
         "entropy": statistics["entropy"],
         "decorrelation": 1 - statistics["mean_abs_correlation"],
-        "contrast": -last["contrast"],
+        "contrast": -last.get("contrast", last["loss"]),
     }
 
 

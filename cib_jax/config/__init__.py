@@ -4,6 +4,9 @@ from typing import Any
 
 import ml_collections
 
+own_fields: dict[str, Any] = {}
+"""Config fields of parts that `cib_jax.register` has entered, with their defaults: each is a field of every config."""
+
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config by their dotted names.

@@ -102,7 +102,7 @@ class Hasher:
             config.backbone_weights = backbone_weights
         if checkpoint_dir is not None:
             config.train.checkpoint_dir = checkpoint_dir
-            validate(config)
+            validate(config, trained=True)
         encoder, params, frozen, fingerprint = build.encoder(
             config, trained=True, standard=read_standard(workdir, config)
         )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 from cib_jax import console
 from cib_jax.codes import byte_count
 from cib_jax.config import build
+from cib_jax.config.extensions import loaded_files
 from cib_jax.console import print_message
 from cib_jax.data import cache
 from cib_jax.data.cache import DamagedError, FeatureCache
@@ -201,6 +202,7 @@ def cache_key(run: RunContext, images: ImageSet, batches: Callable[..., Batches]
         "devices": sharding.mesh_size(run.mesh),
         "jax": jax.__version__,
         "code": digest_of_code(),
+        **({"own code": [pathlib.Path(file).read_text() for file in files]} if (files := loaded_files()) else {}),
     }
 
 
