@@ -63,16 +63,16 @@ def compare(
         for bits in parse_numbers(compared.bits)
         for method in parse_methods(compared.methods)
     ]
-    adopt(workdir, config, "comparison")
-    return many_runs.run_all(
-        cells,
-        functools.partial(_measure_once, cells=cells, since=time.time()),
-        lambda records: _conclude(config, workdir, list(zip(cells, records, strict=True)), console),
-        workdir=workdir,
-        workers=compared.workers,
-        noun="cells",
-        console=console,
-    )
+    with adopt(workdir, config, "comparison"):
+        return many_runs.run_all(
+            cells,
+            functools.partial(_measure_once, cells=cells, since=time.time()),
+            lambda records: _conclude(config, workdir, list(zip(cells, records, strict=True)), console),
+            workdir=workdir,
+            workers=compared.workers,
+            noun="cells",
+            console=console,
+        )
 
 
 # The runs of a comparison
