@@ -36,7 +36,7 @@ def fit(
     | Float[np.ndarray, "items *views features"],
     *,
     bits: int = 32,
-    backbone: str = "convnet",
+    backbone: str | None = None,
     backbone_params: Params | None = None,
     frozen: bool | None = None,
     fine_tune: FineTune = FineTune(),  # noqa: B008 - it is immutable
@@ -46,7 +46,7 @@ def fit(
     feature_dropout: float = 0.3,
     teacher: Teacher = Teacher(),  # noqa: B008 - it is immutable
     epochs: int = 60,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     learning_rate: float = 1e-3,
     optimizer: optax.GradientTransformation | None = None,
     views: int = 0,
@@ -62,10 +62,10 @@ def fit(
     checkpoints, logs and resuming use `run.py`, or `cib_jax.commands.train.train`.
 
     Args:
-      images: RGB images of one size; or, for the backbone "none", features of any model, one vector or several views
-        per item.
+      images: RGB images of one size; or features of any model, one vector or several views per item.
       bits: Length of a code, from 1; packed codes are stored in whole bytes.
-      backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md.
+      backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md;
+        None takes "none" for features and "convnet" for images.
       backbone_params: Weights of a pretrained network: `cib_jax.load_pretrained(backbone)`.
       frozen: Whether the backbone is not trained; None freezes a pretrained one unless `fine_tune` asks for something.
       fine_tune: Part of the backbone that is trained, and its learning rate.
@@ -75,7 +75,7 @@ def fit(
       feature_dropout: Probability that a view of features lacks a feature, for `augment="noise"`.
       teacher: Settings of the teacher, for `objective="diffusion"`.
       epochs: Passes over the images.
-      batch_size: Images per step.
+      batch_size: Images per step; None takes 64, or all where there are fewer.
       learning_rate: Learning rate of Adam.
       optimizer: Optimizer in place of Adam: any of optax, with its own learning rate.
       views: Number of views per image of which a frozen backbone computes the features once; 0 draws fresh views at
@@ -91,7 +91,8 @@ def fit(
         beta: Weight β of the bottleneck; 0.001 by default.
         stochastic: Whether bits are drawn in training (the default) or thresholded.
         sharpness: Power of the odds that a diffusion links two images, for "diffusion"; 6.0 by default.
-        augment: Family of views: "photo" (the default) or "digits" of images, "noise" or "stored" of features.
+        augment: Family of views: "photo" (the default) or "digits" of images; "noise" (the default) or "stored" of
+          features.
         micro_batch: Images of one device that go through the backbone at a time, for less memory; 0, the default,
           takes all at once.
         head_dropout: Probability that the head's input lacks a feature in training; 0.0 by default.
@@ -105,11 +106,16 @@ def fit(
       >>> import cib_jax as cib
       >>> import numpy as np
       >>> features = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)  # of any model
-      >>> hasher = cib.fit(features, backbone="none", augment="noise", bits=16, hidden=32, epochs=1)
+      >>> hasher = cib.fit(features, bits=16, hidden=32, epochs=1)
       >>> hasher.encode(features).shape
       (64, 2)
     """
+    if backbone is None:
+        backbone = "none" if jnp.issubdtype(getattr(images, "dtype", np.uint8), jnp.floating) else "convnet"
     array, standard = _validate_images(images, on_features=backbone == "none")
+    if standard is not None:
+        method = {"augment": "noise"} | method
+    batch_size = min(64, len(array)) if batch_size is None else batch_size
     _validate_schedule(len(array), epochs, batch_size, learning_rate, views)
     mesh = sharding.make_mesh(devices, batch_size)
     create = functools.partial(

@@ -1,5 +1,6 @@
 """Evaluation of a run: codes of queries and database, retrieval metrics, results.json and its table."""
 
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -16,6 +17,7 @@ from jaxtyping import UInt8
 import cib_jax
 from cib_jax.config import build, flatten, schema
 from cib_jax.console import HINT, print_message
+from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
@@ -150,6 +152,15 @@ def evaluate_codes(
             return found | {"queries": len(query)}
 
         figures = multihost.mean_over_processes(evaluate_queries, len(query))
+    elif run.standard is not None and (ks := [k for k in (10, 100) if k <= len(database)]):
+        vectors = gather(splits.query.images, np.arange(len(query)))
+        blocks = functools.partial(context.blocks, splits.database)
+
+        def recall_of_queries(mine: slice) -> dict[str, Any]:
+            found = code_quality.neighbor_recall(query[mine], database, vectors[mine], blocks, ks)
+            return {str(k): recall for k, recall in found.items()}
+
+        figures["neighbor_recall"] = multihost.mean_over_processes(recall_of_queries, len(query))
     figures["code_health"] = code_quality.code_health(database, run.config.bits)
     seconds = seconds | {"metrics": time.perf_counter() - begun}
     results = _results(run, figures, origin, k, seconds)

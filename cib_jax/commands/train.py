@@ -121,7 +121,7 @@ def _print_summary(run: RunContext) -> None:
     config, splits = run.config, run.splits
     network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
     run.print(
-        f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
+        f"{config.data.name}: {len(splits.train):,} training {run.noun}, {len(splits.query):,} queries, "
         f"{len(splits.database):,} in the database; {network}, {config.bits} bits, {config.objective}; in {run.workdir}"
     )
     run.print(context.format_protocol(run))
@@ -234,7 +234,8 @@ class _Session:
         config = self.run.config
         images = build.epochs(config) * (len(self.run.splits.train) // config.batch_size) * config.batch_size
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
-        with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
+        done, unit = self.start.step * config.batch_size, self.run.noun
+        with progress_bar(self.run.console, "Training", images, done, unit=unit) as self.advance:
             yield
 
     def should_stop(self) -> bool:
