@@ -24,7 +24,7 @@ LOADING = "Loading JAX and other libraries; the first start takes longest"
 
 
 def start() -> None:
-    """Starts the program, under the docstring of the file that Python runs as the head of --help."""
+    """Starts the program."""
     console.replace_unprintable()
     console.HINT.show(LOADING)
     for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
