@@ -16,7 +16,7 @@ from cib_jax.augment.features import Standard
 from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, whole_number
-from cib_jax.inference.hasher import Hasher, as_array
+from cib_jax.inference.hasher import Hasher, as_array, initial_params
 from cib_jax.losses import is_taught
 from cib_jax.models.encoder import Params, create_encoder
 from cib_jax.models.finetune import FineTune
@@ -50,6 +50,7 @@ def fit(
     learning_rate: float = 1e-3,
     optimizer: optax.GradientTransformation | None = None,
     views: int = 0,
+    init_from: Hasher | None = None,
     devices: int = 0,
     seed: int = 0,
     on_views: Callable[[int], None] = lambda views: None,
@@ -80,6 +81,7 @@ def fit(
       optimizer: Optimizer in place of Adam: any of optax, with its own learning rate.
       views: Number of views per image of which a frozen backbone computes the features once; 0 draws fresh views at
         every step.
+      init_from: Hasher of the same shapes, with whose weights training begins.
       devices: Number of devices of this machine that share each batch; 0 takes all.
       seed: Seed of everything random.
       on_views: Function that is called with the number of views computed since the last call.
@@ -131,6 +133,8 @@ def fit(
         fine_tune=fine_tune,
     )
     encoder, params, unchanging = create(stream_key(seed, "initial weights"), bits=bits)
+    if init_from is not None:
+        params = initial_params(init_from, params, unchanging)
     chosen = Method(encoder, optimizer or adam(learning_rate, fine_tune.learning_rate), **method)
     grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
     if chosen.micro_batch and (views or standard is not None):

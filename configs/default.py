@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.frozen = True  # True: only the hash head learns; False: the backbone learns, too
     c.image_size = 0  # side of the network's square input in pixels; 0 = the backbone's usual one
     c.hidden = 1024  # width of the hash head's hidden layer
+    c.init_from = ""  # folder of a run or a saved hasher of the same shapes, with whose weights training begins
 
     # Method (CIBHash, https://arxiv.org/abs/2105.06138).
     c.objective = "cibhash"  # naive_cl | cl_hash | cibhash | diffusion (docs/beyond.md) | one of your own

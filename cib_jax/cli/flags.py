@@ -34,12 +34,10 @@ MODES = {
     ),
     "evaluate": Mode(
         "evaluate.evaluate",
-        "evaluates a trained run again",
+        "evaluates a trained run again, or the codes of any model",
         "--workdir=runs/cifar --config.k=100",
-        _RUN,
-        required=("workdir",),
+        (*_RUN, "codes"),
     ),
-    # compare and tune need no flags for several processes: each works on what no other one has locked.
     "compare": Mode(
         "compare.compare",
         "compares methods, code lengths and seeds",
@@ -134,7 +132,12 @@ IMAGES = flags.DEFINE_string(
     None,
     "index, encode: folder of photos, or .csv or .parquet list of them; encode: also a .npy file of features.",
 )
-CODES = flags.DEFINE_string("codes", None, "encode: output folder of the codes.")
+CODES = flags.DEFINE_string(
+    "codes",
+    None,
+    "encode: output folder of the codes. evaluate: .npz file of any model's query_codes, database_codes, query_labels "
+    "and database_labels, in place of --workdir.",
+)
 PART = flags.DEFINE_integer("part", 8192, "encode: files per part; each part is made by one process.")
 
 INDEX = flags.DEFINE_string(

@@ -20,7 +20,8 @@ from cib_jax.config import build, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
-from cib_jax.errors import DataError, TrainingError
+from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
+from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
 from cib_jax.retrieval import metrics
@@ -108,6 +109,9 @@ def train(
         # The first process downloads, decodes and caches; the others find the files.
         run = multihost.run_first_then_others(lambda: context.prepare_run(config, workdir, console))
         context.validate_same_data(run)
+        with multihost.shared_errors():
+            if multihost.is_first_process() and not (workdir / "config.json").exists():
+                _first_params(run)  # refused now if it cannot be loaded
         if multihost.is_first_process():
             # Written after all checks, so that a config with a mistake does not claim the folder.
             write_json(workdir / "config.json", config.to_dict())
@@ -172,11 +176,11 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
 def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainState, Progress, dict[str, Any]]:
     """Returns the newest checkpoint: state, progress and extra; if there is none, saves and returns the initial one."""
 
-    def initial_state() -> TrainState:
-        return train_step.initial_state(run.initial, build.optimizer(run.config), run.training_mesh)
+    def initial_state(params: Params) -> TrainState:
+        return train_step.initial_state(params, build.optimizer(run.config), run.training_mesh)
 
     if checkpoints.latest_step is not None:
-        state, progress, extra = checkpoints.restore_newest(initial_state(), run.print)
+        state, progress, extra = checkpoints.restore_newest(initial_state(run.initial), run.print)
         if not checkpoints.lacks_best(state, progress, run.print):
             with multihost.shared_errors():
                 validate_fingerprint(run.fingerprint, extra, run.workdir)
@@ -193,10 +197,23 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
         "data": context.data_record(run),
         "standard": run.standard.to_lists() if run.standard else None,
     }
-    state, progress = initial_state(), Progress()
+    with multihost.shared_errors():
+        params = _first_params(run)
+    state, progress = initial_state(params), Progress()
     # Saved before the first step, so that a run that diverges at once still has a good checkpoint.
     checkpoints.save(state, progress, extra)
     return state, progress, extra
+
+
+def _first_params(run: RunContext) -> Params:
+    """Returns the parameters before the first step: random ones, or those of the run that `init_from` names."""
+    place = run.config.init_from
+    if not place or run.is_teacher:
+        return run.initial
+    try:
+        return initial_params(Hasher.load(place), run.initial, run.frozen)
+    except UserError as error:
+        raise ConfigError(f"config.init_from: {place!r} cannot be used: {error}", "config.init_from") from None
 
 
 def _load_data(run: RunContext) -> tuple[TrainingData, float]:

@@ -159,6 +159,7 @@ Paths are included: weights are compared by their fingerprint, data by their dig
 ADDED: dict[str, Any] = {
     "extensions": "",
     "optimizer": "adam",
+    "init_from": "",
     "micro_batch": 0,
     "devices": 0,
     "log.writers": "tensorboard",

@@ -62,6 +62,8 @@ def test_a_run_of_own_parts_alone(tmp_path, run_cli, own_parts):
     assert ended.code == 2 and f"--config={mine}" in ended.error
     assert "patches" not in schema.RULES["backbone"][1]
     assert run_cli("--mode=evaluate", f"--workdir={run}", f"--config={mine}").code == 0
+    ended = run_cli("--mode=search", f"--index={tmp_path}/none", "--query=x.png", f"--config={mine}")
+    assert ended.code == 2 and "there is no index" in ended.error
 
 
 def test_encoding_needs_no_objective(tmp_path, own_parts):
