@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array
 
 from cib_jax.augment import augment, features
-from cib_jax.config import own_fields, schema
+from cib_jax.config import loaded_files, own_fields, schema
 from cib_jax.data import sources
 from cib_jax.errors import ConfigError
 from cib_jax.losses import OBJECTIVES, Objective
@@ -100,11 +100,6 @@ def _keep_key(key: Array, *, height: int, width: int) -> Array:
 
 def _of_each(view: Callable[..., Array]) -> Callable[..., Array]:
     return lambda keys, images, *, image_size: jax.vmap(lambda *one: view(*one, image_size=image_size))(keys, images)
-
-
-def loaded_files() -> list[str]:
-    """Returns the files that have registered parts in this process."""
-    return [file for file in own_fields.get("extensions", "").split(os.pathsep) if file]
 
 
 def load(files: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 
 from cib_jax.augment import augment, features
-from cib_jax.config import flatten, own_fields
+from cib_jax.config import flatten, loaded_files, own_fields
 from cib_jax.data import photos
 from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import Teacher
@@ -199,8 +199,8 @@ def fine_tune(config: ml_collections.ConfigDict) -> FineTune:
 
 def absent_extensions(config: ml_collections.ConfigDict) -> str:
     """Returns the file that has registered parts of a run, if it has not been run in this process; "" otherwise."""
-    loaded = own_fields.get("extensions", "").split(os.pathsep)
-    return next((file for file in str(config.get("extensions", "")).split(os.pathsep) if file not in loaded), "")
+    files = str(config.get("extensions", "")).split(os.pathsep)
+    return next((file for file in files if file not in loaded_files()), "")
 
 
 def validate(config: ml_collections.ConfigDict, *, around: bool = False, trained: bool = False) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from cib_jax.console import print_error
 from cib_jax.data import photos, tfds_builders
 from cib_jax.data.dataset import DataConfig, ImageSet, Labels, Source, Unreadable, config_error, multi_hot
 from cib_jax.errors import DataError
@@ -64,8 +63,6 @@ def _prepare(builder: Any, name: str, place: str, raw_directory: str) -> None:
         problem = f"it must be the folder of files in docs/data.md to prepare {place}, got {raw_directory!r}"
         raise config_error("raw_dir", problem)
     options = {"manual_dir": raw_directory} if raw_directory else {}
-    if not own:
-        print_error(f"Downloading and preparing {place}, once; --config.data.name names other data")
     try:
         with tfds_builders.without_tensorflow():
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**options))

@@ -15,8 +15,7 @@ from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
 from cib_jax import console
 from cib_jax.codes import byte_count
-from cib_jax.config import build
-from cib_jax.config.extensions import loaded_files
+from cib_jax.config import build, loaded_files
 from cib_jax.console import print_message
 from cib_jax.data import cache
 from cib_jax.data.cache import DamagedError, FeatureCache

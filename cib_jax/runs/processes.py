@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 
 from cib_jax import console, errors, files
-from cib_jax.config import extensions
+from cib_jax.config import extensions, loaded_files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
 from cib_jax.runs.workdir import LAST_WORDS
@@ -187,7 +187,7 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
     locks what other processes are working on. If a started process breaks down, a DistributedError is raised.
     """
     context = multiprocessing.get_context("spawn")
-    cache, loaded = jax.config.values["jax_compilation_cache_dir"], extensions.loaded_files()
+    cache, loaded = jax.config.values["jax_compilation_cache_dir"], loaded_files()
     others = [
         context.Process(target=_work_in_child, args=(work, arguments, cache, loaded, os.getpid()), daemon=True)
         for _ in range(processes - 1)

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import cib_jax as cib
 from cib_jax.commands import compare, tune
-from cib_jax.config import build, extensions, schema
+from cib_jax.config import build, extensions, loaded_files, schema
 from cib_jax.errors import ConfigError
 from tests import small
 from tests.docs import pages
@@ -82,7 +82,7 @@ def test_encoding_needs_no_objective(tmp_path, own_parts):
 
 def test_started_processes_load_the_same_files(tmp_path, own_parts):
     extensions.load([str(own_file(tmp_path, ["An objective"]))])
-    assert extensions.loaded_files() == [str(tmp_path / "mine.py")]
+    assert loaded_files() == [str(tmp_path / "mine.py")]
     config = small.config(objective="balanced", balance_weight=3.0)
     method = build.method(config, build.encoder(config)[0])
     assert method.objective.keywords["balance_weight"] == 3.0
