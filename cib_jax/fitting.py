@@ -66,7 +66,7 @@ def fit(
       images: RGB images of one size; or features of any model, one vector or several views per item.
       bits: Length of a code, from 1; packed codes are stored in whole bytes.
       backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md;
-        None takes "none" for features and "convnet" for images.
+        None takes "none" for features [items, features] and "convnet" for images.
       backbone_params: Weights of a pretrained network: `cib_jax.load_pretrained(backbone)`.
       frozen: Whether the backbone is not trained; None freezes a pretrained one unless `fine_tune` asks for something.
       fine_tune: Part of the backbone that is trained, and its learning rate.
@@ -113,7 +113,8 @@ def fit(
       (64, 2)
     """
     if backbone is None:
-        backbone = "none" if jnp.issubdtype(getattr(images, "dtype", np.uint8), jnp.floating) else "convnet"
+        vectors = hasattr(images, "dtype") and np.ndim(as_array(images)) == 2
+        backbone = "none" if vectors and jnp.issubdtype(as_array(images).dtype, jnp.floating) else "convnet"
     array, standard = _validate_images(images, on_features=backbone == "none")
     if standard is not None:
         method = {"augment": "noise"} | method
