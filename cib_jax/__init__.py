@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cib_jax.commands.search import search as search_photos
     from cib_jax.commands.serve import serve_notebook
     from cib_jax.commands.train import train
+    from cib_jax.config.extensions import register
     from cib_jax.data.zip_archive import unzip as unzip_photos
     from cib_jax.diffusion import Teacher
     from cib_jax.errors import Refusal, UserError
@@ -86,6 +87,7 @@ __all__ = [
     "rank",
     "read_corpus",
     "recall_at_k",
+    "register",
     "resize_and_normalize",
     "sample_codes",
     "search_photos",
@@ -134,6 +136,7 @@ _HOMES = {
     "rank": "retrieval.hamming:rank",
     "read_corpus": "storage.code_store:read_corpus",
     "recall_at_k": "retrieval.metrics:recall_at_k",
+    "register": "config.extensions:register",
     "resize_and_normalize": "augment.augment:resize_and_normalize",
     "sample_codes": "codes:sample_codes",
     "search_photos": "commands.search:search",

@@ -125,9 +125,17 @@ HINT = Hint()
 
 @contextlib.contextmanager
 def progress_bar(
-    console: rich.console.Console, title: str, total: int, done: int = 0, *, interval: float = LINE_INTERVAL
+    console: rich.console.Console,
+    title: str,
+    total: int,
+    done: int = 0,
+    *,
+    interval: float = LINE_INTERVAL,
+    unit: str = "images",
 ) -> Iterator[Callable[..., None]]:
     """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
+
+    `unit` is the word in place of images.
 
     Where the output is not a terminal, a line is printed every `interval` seconds instead.
     """
@@ -137,7 +145,7 @@ def progress_bar(
         columns = (title, *bars, "{task.fields[note]}", rich.progress.TimeRemainingColumn())
         with rich.progress.Progress(*columns, console=console) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
-            yield _with_rate(lambda images, note: progress.update(task, advance=images, note=note))
+            yield _with_rate(lambda images, note: progress.update(task, advance=images, note=note), unit)
         return
     begun = last_line = time.monotonic()
     done_before, wait = done, interval / 3
@@ -152,10 +160,10 @@ def progress_bar(
             line = ", ".join(filter(None, (f"{title}: {done:,} of {total:,}", note)))
             console.print(f"{line}{left}", highlight=False, soft_wrap=True, markup=False)
 
-    yield _with_rate(advance)
+    yield _with_rate(advance, unit)
 
 
-def _with_rate(advance: Callable[[int, str], None]) -> Callable[..., None]:
+def _with_rate(advance: Callable[[int, str], None], unit: str) -> Callable[..., None]:
     """Returns an `advance` function whose notes end in the images per second since now."""
     begun, total = time.monotonic(), 0
 
@@ -164,7 +172,7 @@ def _with_rate(advance: Callable[[int, str], None]) -> Callable[..., None]:
         total += images
         seconds = time.monotonic() - begun
         # Steps that have only been dispatched so far took no time.
-        rate = f"{total / seconds:,.0f} images/s" if seconds > 0.2 else ""
+        rate = f"{total / seconds:,.0f} {unit}/s" if seconds > 0.2 else ""
         advance(images, ", ".join(filter(None, (note, rate))))
 
     return advance_with_rate

@@ -7,6 +7,7 @@ import difflib
 import errno
 import fcntl
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -110,6 +111,18 @@ def import_optional(name: str, missing: UserError) -> ModuleType:
             raise missing from None
         message = f"{name} is installed but cannot be loaded ({first_line(error)}); {REINSTALL}"
         raise type(missing)(message, missing.field) from error
+
+
+def install_command(extra: str) -> str:
+    """Returns the pip command that adds an extra to this installation: a clone, or a package from a URL or an index."""
+    clone = pathlib.Path(__file__).parents[1]
+    if (clone / "pyproject.toml").is_file():
+        return f"pip install -e '{'.' if clone == pathlib.Path.cwd() else clone}[{extra}]'"
+    origin = {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        origin = json.loads(importlib.metadata.distribution("cib-jax").read_text("direct_url.json") or "{}")
+    scheme = f"{origin['vcs_info']['vcs']}+" if "vcs_info" in origin else ""
+    return f"pip install 'cib-jax[{extra}]" + (f" @ {scheme}{origin['url']}'" if origin else "'")
 
 
 def did_you_mean(name: str, choices: Iterable[str], *, most: int = 1) -> str:

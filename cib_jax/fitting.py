@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
 from cib_jax import diffusion
@@ -15,8 +16,8 @@ from cib_jax.augment.features import Standard
 from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, whole_number
-from cib_jax.inference.hasher import Hasher, as_array
-from cib_jax.losses import OBJECTIVES
+from cib_jax.inference.hasher import Hasher, as_array, initial_params
+from cib_jax.losses import is_taught
 from cib_jax.models.encoder import Params, create_encoder
 from cib_jax.models.finetune import FineTune
 from cib_jax.random_streams import stream_key
@@ -35,7 +36,7 @@ def fit(
     | Float[np.ndarray, "items *views features"],
     *,
     bits: int = 32,
-    backbone: str = "convnet",
+    backbone: str | None = None,
     backbone_params: Params | None = None,
     frozen: bool | None = None,
     fine_tune: FineTune = FineTune(),  # noqa: B008 - it is immutable
@@ -45,10 +46,12 @@ def fit(
     feature_dropout: float = 0.3,
     teacher: Teacher = Teacher(),  # noqa: B008 - it is immutable
     epochs: int = 60,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     partial_batch: bool = False,
     learning_rate: float = 1e-3,
+    optimizer: optax.GradientTransformation | None = None,
     views: int = 0,
+    init_from: Hasher | None = None,
     devices: int = 0,
     seed: int = 0,
     on_views: Callable[[int], None] = lambda views: None,
@@ -61,10 +64,10 @@ def fit(
     checkpoints, logs and resuming use `run.py`, or `cib_jax.commands.train.train`.
 
     Args:
-      images: RGB images of one size; or, for the backbone "none", features of any model, one vector or several views
-        per item.
+      images: RGB images of one size; or features of any model, one vector or several views per item.
       bits: Length of a code, from 1; packed codes are stored in whole bytes.
-      backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md.
+      backbone: "convnet" (trained from scratch), "none" for features, or a pretrained network of docs/backbones.md;
+        None takes "none" for features [items, features] and "convnet" for images.
       backbone_params: Weights of a pretrained network: `cib_jax.load_pretrained(backbone)`.
       frozen: Whether the backbone is not trained; None freezes a pretrained one unless `fine_tune` asks for something.
       fine_tune: Part of the backbone that is trained, and its learning rate.
@@ -74,22 +77,26 @@ def fit(
       feature_dropout: Probability that a view of features lacks a feature, for `augment="noise"`.
       teacher: Settings of the teacher, for `objective="diffusion"`.
       epochs: Passes over the images.
-      batch_size: Images per step.
+      batch_size: Images per step; None takes 64, or all where there are fewer.
       partial_batch: Whether an epoch ends with a smaller batch of the images that are left over.
       learning_rate: Learning rate of Adam.
+      optimizer: Optimizer in place of Adam: any of optax, with its own learning rate.
       views: Number of views per image of which a frozen backbone computes the features once; 0 draws fresh views at
         every step.
+      init_from: Hasher of the same shapes, with whose weights training begins.
       devices: Number of devices of this machine that share each batch; 0 takes all.
       seed: Seed of everything random.
       on_views: Function that is called with the number of views computed since the last call.
       on_epoch: Function that is called after every epoch, those of a teacher included.
       **method: Settings of the objective and of the steps:
-        objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first.
+        objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first; or a
+          function, as for `cib_loss`.
         temperature: Temperature τ of the contrast; 0.3 by default.
         beta: Weight β of the bottleneck; 0.001 by default.
         stochastic: Whether bits are drawn in training (the default) or thresholded.
         sharpness: Power of the odds that a diffusion links two images, for "diffusion"; 6.0 by default.
-        augment: Family of views: "photo" (the default) or "digits" of images, "noise" or "stored" of features.
+        augment: Family of views: "photo" (the default) or "digits" of images; "noise" (the default) or "stored" of
+          features.
         micro_batch: Images of one device that go through the backbone at a time, for less memory; 0, the default,
           takes all at once.
         head_dropout: Probability that the head's input lacks a feature in training; 0.0 by default.
@@ -103,11 +110,17 @@ def fit(
       >>> import cib_jax as cib
       >>> import numpy as np
       >>> features = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)  # of any model
-      >>> hasher = cib.fit(features, backbone="none", augment="noise", bits=16, hidden=32, epochs=1)
+      >>> hasher = cib.fit(features, bits=16, hidden=32, epochs=1)
       >>> hasher.encode(features).shape
       (64, 2)
     """
+    if backbone is None:
+        vectors = hasattr(images, "dtype") and np.ndim(as_array(images)) == 2
+        backbone = "none" if vectors and jnp.issubdtype(as_array(images).dtype, jnp.floating) else "convnet"
     array, standard = _validate_images(images, on_features=backbone == "none")
+    if standard is not None:
+        method = {"augment": "noise"} | method
+    batch_size = min(64, len(array)) if batch_size is None else batch_size
     _validate_schedule(len(array), epochs, batch_size, learning_rate, views)
     mesh = sharding.make_mesh(devices, batch_size)
     create = functools.partial(
@@ -123,7 +136,9 @@ def fit(
         fine_tune=fine_tune,
     )
     encoder, params, unchanging = create(stream_key(seed, "initial weights"), bits=bits)
-    chosen = Method(encoder, adam(learning_rate, fine_tune.learning_rate), **method)
+    if init_from is not None:
+        params = initial_params(init_from, params, unchanging)
+    chosen = Method(encoder, optimizer or adam(learning_rate, fine_tune.learning_rate), **method)
     grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
     if chosen.micro_batch and (views or standard is not None):
         problem = f"must be 0 where features are computed before training, got {chosen.micro_batch}"
@@ -132,13 +147,13 @@ def fit(
     schedule.validate(len(array), sharding.mesh_size(mesh), chosen.micro_batch)
     if views and (params.keys() != {"head"} or standard is not None):
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
-    if OBJECTIVES[chosen.objective].taught:
+    if is_taught(chosen.objective):
         teacher.check(len(array))
     data = load_data(array, chosen, unchanging, views, stream_key(seed, "view bank"), devices, on_views)
     data = dataclasses.replace(data, seed=seed)
     run = TrainingRun(chosen, params, unchanging, data, schedule, stream_key(seed, "steps"), mesh)
     teacher_run = None
-    if OBJECTIVES[chosen.objective].taught:
+    if is_taught(chosen.objective):
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
         objective, temperature = teacher.objective, teacher.temperature
         theirs = dataclasses.replace(chosen, encoder=encoder, objective=objective, temperature=temperature)

@@ -5,7 +5,9 @@ CIBHash (https://arxiv.org/abs/2105.06138) minimizes L = L_contrast + β · L_KL
 """
 
 import functools
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ class Objective(NamedTuple):
     binary: bool  # the contrast compares codes, rather than logits
     bottleneck: bool  # β · L_KL is added
     taught: bool = False  # the target comes from a teacher (`diffusion.coordinates`), not from the two views alone
+    loss: Callable[..., Any] | None = None  # (key, logits1, logits2, **fields) → (loss, terms), in place of all parts
 
 
 OBJECTIVES = {
@@ -34,6 +37,11 @@ OBJECTIVES = {
     "cibhash": Objective(binary=True, bottleneck=True),
     "diffusion": Objective(binary=True, bottleneck=True, taught=True),
 }
+
+
+def is_taught(objective: str | Callable[..., Any]) -> bool:
+    """Returns whether an objective, a name or a loss of its own, learns from a teacher."""
+    return not callable(objective) and objective in OBJECTIVES and OBJECTIVES[objective].taught
 
 
 @sharding.on_explicit_mesh(rows=False)
@@ -269,7 +277,7 @@ def cib_loss(
     logits1: Float[Array, "batch bits"],
     logits2: Float[Array, "batch bits"],
     *,
-    objective: str = "cibhash",
+    objective: str | Callable[..., Any] = "cibhash",
     temperature: float | Float[Array, ""] = 0.3,
     beta: float | Float[Array, ""] = 0.001,
     stochastic: bool = True,
@@ -288,7 +296,9 @@ def cib_loss(
       logits1: Outputs of the hash head for the first views.
       logits2: Outputs for the second views, in the same order of images.
       objective: "naive_cl" (contrast of logits), "cl_hash" (contrast of codes), "cibhash" (contrast of codes and
-        bottleneck) or "diffusion" (`diffusion_match`, reported as the contrast, and bottleneck).
+        bottleneck) or "diffusion" (`diffusion_match`, reported as the contrast, and bottleneck); or a function
+        (key, logits1, logits2, **fields) → (loss, terms), which takes the fields that it names of `temperature`,
+        `beta`, `stochastic` and `sharpness`. It sees the whole batch, also where devices share it.
       temperature: Temperature τ of the contrast.
       beta: Weight β of the bottleneck.
       stochastic: Whether bits are drawn (the paper's layer) or thresholded (the published code's).
@@ -307,9 +317,13 @@ def cib_loss(
       >>> {name: round(float(term), 4) for name, term in sorted(terms.items())}  # equal views: no bottleneck
       {'contrast': 0.5514, 'kl': 0.0, 'loss': 0.5514}
     """
-    if objective not in OBJECTIVES:
+    if not callable(objective) and objective not in OBJECTIVES:
         raise UserError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}", field="objective")
-    parts = OBJECTIVES[objective]
+    own = objective if callable(objective) else OBJECTIVES[objective].loss
+    if own is not None:
+        fields = {"temperature": temperature, "beta": beta, "stochastic": stochastic, "sharpness": sharpness}
+        return _own_loss(own, key, logits1, logits2, fields, axis)
+    parts = OBJECTIVES[str(objective)]
     if parts.taught != (coordinates is not None):
         raise UserError(
             f"coordinates must {'' if parts.taught else 'not '}be given for the objective {objective!r}; only the "
@@ -330,3 +344,23 @@ def cib_loss(
     kl = 0.5 * (bernoulli_kl(logits1, logits2) + bernoulli_kl(logits2, logits1)) / sharding.parts(axis)
     loss = contrast + beta * kl if parts.bottleneck else contrast
     return loss, {"loss": loss, "contrast": contrast, "kl": kl}
+
+
+def _own_loss(
+    loss: Callable[..., Any], key: PRNGKeyArray, logits1: Array, logits2: Array, fields: dict[str, Any], axis: Axis
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns this device's share of a function's loss, and of its terms."""
+    if axis is not None:
+        # Every device computes the loss of the whole batch, so that the function need not know of devices.
+        logits1, logits2 = jax.lax.all_gather((logits1, logits2), axis, tiled=True)
+    parameters = inspect.signature(loss).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    bound = getattr(loss, "keywords", {})  # of functools.partial
+    given = {name: value for name, value in fields.items() if name not in bound and (takes_all or name in parameters)}
+    value, terms = loss(key, logits1, logits2, **given)
+    terms = terms | {"loss": value}
+    for name, term in terms.items():
+        if jnp.shape(term) != ():
+            raise UserError(f"objective must return numbers, got {name} of shape {list(jnp.shape(term))}", "objective")
+    shares = {name: jnp.asarray(term, jnp.float32) / sharding.parts(axis) for name, term in terms.items()}
+    return shares["loss"], shares

@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from cib_jax.config import own_fields
+
 
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
@@ -9,6 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.seed = 0  # seed of initial weights, order, views and bits; data.seed is that of splits and stored views
     c.bits = 32  # length of a code
     c.k = -1  # number of ranked images that MAP@k evaluates; 0 = the whole database, -1 = as the protocol defines
+    c.extensions = ""  # file of your own parts, which cib_jax.register enters; see docs/extending.md
 
     # Network.
     c.backbone = "efficientnet_lite0"  # a network of docs/backbones.md; --config.backbone= lists them
@@ -17,9 +20,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.frozen = True  # True: only the hash head learns; False: the backbone learns, too
     c.image_size = 0  # side of the network's square input in pixels; 0 = the backbone's usual one
     c.hidden = 1024  # width of the hash head's hidden layer
+    c.init_from = ""  # folder of a run or a saved hasher of the same shapes, with whose weights training begins
 
     # Method (CIBHash, https://arxiv.org/abs/2105.06138).
-    c.objective = "cibhash"  # naive_cl | cl_hash | cibhash | diffusion (docs/beyond.md)
+    c.objective = "cibhash"  # naive_cl | cl_hash | cibhash | diffusion (docs/beyond.md) | one of your own
     c.binary = "stochastic"  # stochastic: bits are drawn (the paper) | deterministic: thresholded (the published code)
     c.temperature = 0.3  # τ of the contrast
     c.beta = 0.001  # β, weight of the bottleneck term in nats
@@ -48,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.micro_batch = 0
     c.devices = 0  # devices that share each batch; 0 = all devices of all processes
     c.epochs = 60  # passes over the training images; 0 = the paper's: 80 for 16 bits, 60 for other lengths
+    c.optimizer = "adam"  # adam, which the fields below set, or one of your own (docs/extending.md)
     c.learning_rate = 1e-3  # learning rate of Adam, or the highest of the schedule
     c.learning_rate_schedule = "constant"  # constant | cosine (falls to 0 at the last step of all epochs)
     c.warmup_steps = 0  # steps in which the learning rate rises linearly from 0
@@ -146,4 +151,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.tune.score = "validation_map"
     c.tune.images = 2000  # random images of the database for the scores without labels
     c.tune.workers = 0  # as compare.workers; 1 with tpe, which waits for earlier trials
+    c.update(own_fields)
     return c

@@ -68,6 +68,24 @@ def compiled_to_run():
 
 
 @pytest.fixture
+def own_parts():
+    """Forgets at the end of a test what it has registered; called, it forgets at once, as a new process would."""
+    from cib_jax.augment import features
+    from cib_jax.config import extensions, own_fields, schema
+
+    tables = [*extensions.TABLES.values(), features.FAMILIES, own_fields, schema.FIELDS]
+    before = [dict(table) for table in tables]
+
+    def forget():
+        for table, rows in zip(tables, before, strict=True):
+            table.clear()
+            table.update(rows)
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
 def without_shape_checks():
     """Lets wrong shapes and types reach the code's own validation when jaxtyping checks the signatures."""
     before = jaxtyping.config.jaxtyping_disable

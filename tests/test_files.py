@@ -1,7 +1,11 @@
 """Atomic writes, locks, names and the ordered thread map."""
 
+import importlib.metadata
+import json
 import os
+import pathlib
 import threading
+import types
 
 import pytest
 
@@ -102,3 +106,21 @@ def test_json_that_cannot_be_read_is_one_of_two_errors(tmp_path):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(ValueError):
             files.read_json(tmp_path / "file")
+
+
+def test_the_command_for_an_extra_suits_the_installation(tmp_path, monkeypatch):
+    """A clone, from inside and from elsewhere; packages from an index, from GitHub and from a folder."""
+    monkeypatch.chdir(root := pathlib.Path(files.__file__).parents[1])
+    assert files.install_command("search") == "pip install -e '.[search]'"
+    monkeypatch.chdir(tmp_path)
+    assert files.install_command("search") == f"pip install -e '{root}[search]'"
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "cib_jax" / "files.py"))
+    github = "https://github.com/cib-jax/cib_jax"
+    for origin, expected in (
+        (None, "cib-jax[search]"),
+        ({"url": github, "vcs_info": {"vcs": "git"}}, f"cib-jax[search] @ git+{github}"),
+        ({"url": "file:///clone", "dir_info": {}}, "cib-jax[search] @ file:///clone"),
+    ):
+        found = types.SimpleNamespace(read_text=lambda name, origin=origin: origin and json.dumps(origin))
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda name, found=found: found)
+        assert files.install_command("search") == f"pip install '{expected}'"

@@ -153,6 +153,14 @@ def test_features_are_hashed_better_than_by_random_planes(views, augment):
     assert learned > by_planes + 0.1
 
 
+def test_vectors_alone_are_enough():
+    """Takes settings that suit them: no backbone, views by noise, and a batch of all where there are few."""
+    features = grouped()[0][:40]
+    named = {"backbone": "none", "augment": "noise", "batch_size": 40}
+    codes, same = (cib.fit(features, bits=16, epochs=1, hidden=8, **more).encode(features) for more in ({}, named))
+    np.testing.assert_array_equal(codes, same)
+
+
 def test_half_precision_features_are_standardized_in_single_precision():
     features = (1000 + grouped()[0]).astype(np.float16)
     codes = [

@@ -127,6 +127,11 @@ def test_help_lists_the_flags(program):
     assert "--logtostderr" not in done.stdout  # one of absl's flags, which --helpfull lists
 
 
+def test_the_command_starts_the_program():
+    module, function = PROJECT["scripts"]["cib-jax"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_whatever_is_imported_is_declared():
     """Looks up in the installed packages which of them provides each imported module."""
     known = {canonicalize_name(one.name) for one in declared()}

@@ -1,7 +1,7 @@
 """Features in place of images: standardization, and two views of each item, by noise or from stored views."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
+from cib_jax.augment.augment import two_view_keys
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import UserError
 
-FAMILIES = ("noise", "stored")
-"""noise: one vector per item, views by noise and dropout; stored: several vectors per item, of which two are drawn."""
+FAMILIES: dict[str, Callable[[PRNGKeyArray, Array], Array] | None] = {"noise": None, "stored": None}
+"""noise: one vector per item, views by noise and dropout; stored: several vectors per item, of which two are drawn.
+Others are functions (key, standardized vector) → view."""
 
 Features = Float[Array | np.ndarray, "batch *views features"]
 
@@ -102,6 +104,9 @@ def two_views(
         )
         return _standardize(one, mean, deviation), _standardize(other, mean, deviation)
     vectors = plain(features, mean, deviation)
+    if (view := FAMILIES[family]) is not None:
+        one_keys, other_keys = two_view_keys(key, len(vectors), axis)
+        return jax.vmap(view)(one_keys, vectors), jax.vmap(view)(other_keys, vectors)
     one_key, other_key = jax.random.split(key)
     return _add_noise(one_key, vectors, noise, dropout, axis), _add_noise(other_key, vectors, noise, dropout, axis)
 

@@ -9,12 +9,14 @@ _CONTINUES = "--mode={mode} --workdir={workdir} with the same config continues w
 
 
 class Mode(NamedTuple):
-    """A mode of the program, its flags besides --config and --mode, and the advice to a user who interrupts it.
+    """A mode of the program: what it does, an example, its flags besides --config and --mode, advice after Ctrl-C.
 
     The command is a module and function in cib_jax.commands; its keyword arguments have the names of the flags.
     """
 
     command: str
+    about: str
+    example: str
     flags: tuple[str, ...]
     required: tuple[str, ...] = ()
     after_interrupt: str = "the same command starts again"
@@ -24,32 +26,66 @@ _RUN = ("workdir", "coordinator", "processes", "process", "distributed")
 
 MODES = {
     "train": Mode(
-        "train.train", _RUN, after_interrupt="--workdir={workdir} with the same config continues from its checkpoint"
+        "train.train",
+        "trains an encoder, and evaluates it",
+        "--config=cifar --config.bits=64 --workdir=runs/cifar",
+        _RUN,
+        after_interrupt="--workdir={workdir} with the same config continues from its checkpoint",
     ),
-    "evaluate": Mode("evaluate.evaluate", _RUN, required=("workdir",)),
-    # compare and tune need no flags for several processes: each works on what no other one has locked.
-    "compare": Mode("compare.compare", ("workdir",), after_interrupt=_CONTINUES),
-    "tune": Mode("tune.tune", ("workdir",), after_interrupt=_CONTINUES),
+    "evaluate": Mode(
+        "evaluate.evaluate",
+        "evaluates a trained run again, or the codes of any model",
+        "--workdir=runs/cifar --config.k=100",
+        (*_RUN, "codes"),
+    ),
+    "compare": Mode(
+        "compare.compare",
+        "compares methods, code lengths and seeds",
+        '--config=cifar --config.compare.methods="itq, cibhash" --workdir=runs/table',
+        ("workdir",),
+        after_interrupt=_CONTINUES,
+    ),
+    "tune": Mode(
+        "tune.tune",
+        "tunes hyperparameters",
+        '--config=cifar --config.tune.score=separation --config.tune.space="temperature=0.2..0.5"',
+        ("workdir",),
+        after_interrupt=_CONTINUES,
+    ),
     "encode": Mode(
         "encode.encode",
+        "encodes many files with a trained run",
+        "--workdir=runs/photos --images=PHOTOS --codes=CODES",
         ("workdir", "processes", "process", "images", "codes", "part"),
         required=("workdir", "codes"),
         after_interrupt="the same command continues after the parts that are complete",
     ),
     "index": Mode(
         "index.index",
+        "indexes photos for search",
+        "--images=PHOTOS --index=INDEX",
         ("workdir", "images", "index"),
         required=("index",),
         after_interrupt="the same command continues with what is not indexed yet",
     ),
     "search": Mode(
         "search.search",
+        "searches an index",
+        "--index=INDEX --query=PHOTO.jpg --k=10 --show",
         ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
         required=("index", "query"),
     ),
-    "duplicates": Mode("search.duplicates", ("index", "radius", "confirm", "format", "show"), required=("index",)),
+    "duplicates": Mode(
+        "search.duplicates",
+        "finds near duplicates in an index",
+        "--index=INDEX --show",
+        ("index", "radius", "confirm", "format", "show"),
+        required=("index",),
+    ),
     "serve": Mode(
         "serve.serve",
+        "serves a search page",
+        "--index=INDEX --port=7860",
         ("index", "host", "port", "names", "proxies", "frames", "below", "searches", "photo_mb", "megapixels"),
         required=("index",),
     ),
@@ -75,9 +111,7 @@ MODE = flags.DEFINE_enum(
     "mode",
     "train",
     [*MODES],
-    "train (and evaluate); evaluate a trained run again; compare methods, code lengths and seeds; tune "
-    "hyperparameters; encode many files with a trained run; index photos for search; search an index; find near "
-    "duplicates in it; serve a search page.",
+    "What to do; the first word of the command line may name it instead.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -98,7 +132,12 @@ IMAGES = flags.DEFINE_string(
     None,
     "index, encode: folder of photos, or .csv or .parquet list of them; encode: also a .npy file of features.",
 )
-CODES = flags.DEFINE_string("codes", None, "encode: output folder of the codes.")
+CODES = flags.DEFINE_string(
+    "codes",
+    None,
+    "encode: output folder of the codes. evaluate: .npz file of any model's query_codes, database_codes, query_labels "
+    "and database_labels, in place of --workdir.",
+)
 PART = flags.DEFINE_integer("part", 8192, "encode: files per part; each part is made by one process.")
 
 INDEX = flags.DEFINE_string(

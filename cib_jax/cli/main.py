@@ -16,7 +16,7 @@ from cib_jax import console
 from cib_jax.cli import python_check
 from cib_jax.cli.flags import CONFIG, COORDINATOR, DISTRIBUTED, MODE, MODES, PROCESS, PROCESSES, STARTING, WORKDIR
 from cib_jax.cli.parsing import parse
-from cib_jax.config import flatten
+from cib_jax.config import flatten, own_fields
 from cib_jax.console import exit_with_error
 from cib_jax.files import REINSTALL, first_line, short_reason
 
@@ -24,7 +24,7 @@ LOADING = "Loading JAX and other libraries; the first start takes longest"
 
 
 def start() -> None:
-    """Starts the program, under the docstring of the file that Python runs as the head of --help."""
+    """Starts the program."""
     console.replace_unprintable()
     console.HINT.show(LOADING)
     for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
@@ -94,6 +94,9 @@ def validate_flags(name: str, config_given: bool) -> None:
             exit_with_error(
                 f"--{flag}: missing, but required by --mode={name}; give the {meaning.removeprefix('the ')}"
             )
+    if name == "evaluate" and bool(WORKDIR.value) == bool(flags.FLAGS["codes"].value):
+        exit_with_error("--workdir: --mode=evaluate needs the folder of a run, or the file of --codes instead of it")
+    config_given = config_given and not own_fields  # a file of a user's own parts may have the encoder's backbone
     if name in ("search", "duplicates", "serve") and (config_given or _overrides()):
         exit_with_error(f"--config: an index has its own encoder; omit --config and its fields with --mode={name}")
     if name == "index" and WORKDIR.value and config_given:
@@ -110,7 +113,7 @@ def command_arguments(name: str, workdir: pathlib.Path | None, config_given: boo
         arguments.update(workdir=workdir, overrides=_overrides())
     if name == "index":
         arguments["config"] = CONFIG.value
-        if config_given:  # every field of the experiment was asked for
+        if config_given and workdir is None:  # every field of the experiment was asked for
             arguments["overrides"] = flatten(CONFIG.value)
     elif config_given and "overrides" in arguments:
         # An experiment given beside a trained run must agree in the fields that identify the run.

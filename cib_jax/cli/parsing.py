@@ -6,17 +6,19 @@ import pathlib
 import re
 import runpy
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from absl import flags
 
 import cib_jax.configs
 from cib_jax import console
-from cib_jax.cli.flags import DEFAULT_CONFIG, INDEX_CONFIG
+from cib_jax.cli.flags import CONFIG, DEFAULT_CONFIG, INDEX_CONFIG, MODES, STARTING
 from cib_jax.config import flatten
 from cib_jax.console import exit_with_error
 from cib_jax.errors import ConfigError
 from cib_jax.files import did_you_mean
+from cib_jax.version import __version__
 
 CONFIGS = pathlib.Path(cib_jax.configs.__path__[0])
 """The folder of the experiments that are distributed with the package."""
@@ -51,6 +53,14 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
     A mistake ends the program with one sentence that names the flag.
     """
+    arguments = _with_mode(arguments)
+    if {"-h", "-help", "--help"} & {*arguments}:
+        console.HINT.clear()
+        print(help_text(_mode_of(arguments, "")))
+        sys.exit(0)
+    if "--version" in arguments:
+        print(f"cib-jax {__version__}")
+        sys.exit(0)
     given, others = _split_config(arguments)
     default = INDEX_CONFIG if _mode_of(others) == "index" else DEFAULT_CONFIG
     others = list(_with_sheet_name(others))
@@ -62,9 +72,15 @@ def parse(arguments: Sequence[str]) -> list[str]:
     # --config comes first: its fields become flags only once the file is read. ml_collections reads the overrides of
     # fields from sys.argv itself.
     sys.argv[:] = [others[0], f"--config={file}", *others[1:]]
-    console.HINT.clear()  # --help is printed here
+    console.HINT.clear()  # --helpfull is printed here
     try:
         rest = flags.FLAGS(sys.argv)
+    except flags.UnrecognizedFlagError as error:
+        name, fields = error.flagname, flatten(CONFIG.value)
+        near = [name] if name in fields else [field for field in fields if field.endswith(f".{name}")]
+        hint = f"did you mean --config.{' or --config.'.join(near)}? "
+        hint = hint if near else did_you_mean(f"--{name}", [f"--{flag}" for flag in own_flags()])
+        exit_with_error(f"--{name}: there is no such flag; {hint}--help lists all of them")
     except (flags.Error, ValueError, TypeError) as error:
         exit_with_error(str(error).strip().splitlines()[0])
     if len(rest) > 1:
@@ -72,8 +88,52 @@ def parse(arguments: Sequence[str]) -> list[str]:
     return [rest[0], *([given] if given is not None else [])]
 
 
-def _mode_of(arguments: Sequence[str]) -> str:
-    mode = "train"
+def own_flags() -> list[str]:
+    """Returns the names of the program's flags."""
+    return [flag.name for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags")]
+
+
+def help_text(name: str) -> str:
+    """Returns the help of a mode, or, for "", of the program."""
+    program, mode = console.with_program_name("").partition(":")[0], MODES.get(name)
+    lines = [f"{program} {name if mode else 'MODE'} [--config=NAME] [--config.FIELD=VALUE ...] [flags]", ""]
+    if mode:
+        lines += [f"{name} {mode.about}:", "", f"  {program} {name} {mode.example}", ""]
+    else:
+        lines += [f"  {other:12}{MODES[other].about}" for other in MODES]
+        lines += ["", f"`{program} MODE --help` has an example of a mode, its flags and fields.", ""]
+    for flag in ("config", *mode.flags) if mode else own_flags():
+        text = f"--{flag}: {flags.FLAGS[flag].help}"
+        text += f" Names: {', '.join(config_names())}." if flag == "config" else ""
+        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      "))
+    return "\n".join(lines + (_field_lines() if mode and name in (*STARTING, "index") else []))
+
+
+def _field_lines() -> list[str]:
+    """Returns the fields of configs/default.py with their defaults and meanings."""
+    lines, above = ["", "Fields:"], ""
+    for line in (CONFIGS / "default.py").read_text(encoding="utf-8").splitlines():
+        comment = re.fullmatch(r" {4}# (.*)", line)
+        field = re.fullmatch(r" {4}c\.([\w.]+) = (.*?)(?:  # (.*))?", line)
+        if field and "ConfigDict" not in field[2]:
+            lines.append(f"  --config.{field[1]}={'…' if field[2] == '(' else field[2]}  {field[3] or above}".rstrip())
+        above = f"{above} {comment[1]}".strip() if comment else ""
+    return lines
+
+
+def _with_mode(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with a mode that is their first word, as in `cib-jax search`, as the flag --mode."""
+    program, *rest = arguments
+    if not rest or rest[0].startswith("-"):
+        return [program, *rest]
+    if rest[0] not in MODES:
+        hint = did_you_mean(rest[0], MODES)
+        exit_with_error(f"{rest[0]!r} is neither a mode nor a flag; {hint}modes are {', '.join(MODES)}")
+    return [program, f"--mode={rest[0]}", *rest[1:]]
+
+
+def _mode_of(arguments: Sequence[str], default: str = "train") -> str:
+    mode = default
     for argument, following in itertools.pairwise([*arguments, ""]):
         if match := re.fullmatch(r"--?mode(?:=(.*))?", argument):
             mode = following if match[1] is None else match[1]

@@ -63,16 +63,16 @@ def compare(
         for bits in parse_numbers(compared.bits)
         for method in parse_methods(compared.methods)
     ]
-    adopt(workdir, config, "comparison")
-    return many_runs.run_all(
-        cells,
-        functools.partial(_measure_once, cells=cells, since=time.time()),
-        lambda records: _conclude(config, workdir, list(zip(cells, records, strict=True)), console),
-        workdir=workdir,
-        workers=compared.workers,
-        noun="cells",
-        console=console,
-    )
+    with adopt(workdir, config, "comparison"):
+        return many_runs.run_all(
+            cells,
+            functools.partial(_measure_once, cells=cells, since=time.time()),
+            lambda records: _conclude(config, workdir, list(zip(cells, records, strict=True)), console),
+            workdir=workdir,
+            workers=compared.workers,
+            noun="cells",
+            console=console,
+        )
 
 
 # The runs of a comparison
@@ -87,7 +87,7 @@ class ComparedMethod(NamedTuple):
     @property
     def title(self) -> str:
         """Name of the row in tables."""
-        return " ".join([TITLES[self.name], *(f"{name}={value}" for name, value in self.fields)])
+        return " ".join([TITLES.get(self.name, self.name), *(f"{name}={value}" for name, value in self.fields)])
 
     @property
     def slug(self) -> str:
@@ -123,8 +123,8 @@ def parse_methods(text: str) -> list[ComparedMethod]:
     methods: list[ComparedMethod] = []
     for part in filter(None, map(str.strip, text.split(","))):
         name, *assignments = part.split()
-        if name not in TITLES:
-            hint = f"{did_you_mean(name, TITLES)}try {', '.join(TITLES)}"
+        if name not in (known := [*TITLES, *(OBJECTIVES.keys() - TITLES)]):
+            hint = f"{did_you_mean(name, known)}try {', '.join(known)}"
             raise ConfigError(f"{METHODS} must name known methods, got {name!r}; {hint}", METHODS)
         method = ComparedMethod(name, tuple(_parse_assignment(name, one) for one in assignments))
         if method in methods:
@@ -351,8 +351,9 @@ def make_tables(
 
     methods = list(dict.fromkeys(methods))
     baselines = [method for method in methods if method.name not in OBJECTIVES]
-    taught = [method for method in methods if method.name in OBJECTIVES and OBJECTIVES[method.name].taught]
-    ablated = [method for method in methods if method not in baselines + taught]
+    # The paper's ablation consists of its own objectives.
+    others = [method for method in methods if method.name in OBJECTIVES and any(OBJECTIVES[method.name][2:])]
+    ablated = [method for method in methods if method not in baselines + others]
     # As in the paper, the complete objective alone represents the ablated ones in the first table.
     complete = [method for method in methods if method.name == "cibhash"] or ablated
     # Published figures are comparable only under the very protocol they were measured by.
@@ -360,7 +361,7 @@ def make_tables(
         tables.Row(f"{one.title}, published", [tables.Cell(one.values.get(bits, ())) for bits in lengths], True)
         for one in ([] if protocol.changed else tables.published_rows(protocol.name, k))
     ]
-    first = [*map(row, baselines + complete + taught), *quoted]
+    first = [*map(row, baselines + complete + others), *quoted]
     made = [tables.Table(f"MAP@{k} on {where}; {over}", lengths, first, seeds)]
     if len(ablated) > 1:
         made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, [*map(row, ablated)], seeds))

@@ -83,7 +83,7 @@ def encode(
         raise CodeStoreError(f"--part must be 1 file or more, got {part}; try {PART}", field="--part")
     place = initialize.process_index(process, processes)
     config = override_fields(read_config(workdir).copy_and_resolve_references(), overrides or {})
-    schema.validate(config)
+    schema.validate(config, trained=True)
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
     hasher = dataclasses.replace(hasher, batch_size=config.encode_batch)
     items = _find_items(images, folder, hasher, config)

@@ -1,5 +1,6 @@
 """Evaluation of a run: codes of queries and database, retrieval metrics, results.json and its table."""
 
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -14,10 +15,13 @@ import rich.table
 from jaxtyping import UInt8
 
 import cib_jax
+from cib_jax.codes import pack_bits
 from cib_jax.config import build, flatten, schema
 from cib_jax.console import HINT, print_message
+from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
-from cib_jax.errors import ConfigError
+from cib_jax.errors import ConfigError, DataError
+from cib_jax.files import first_line
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
 from cib_jax.report import tables
@@ -36,8 +40,9 @@ MAX_SHIFT = 0.01
 
 
 def evaluate(
-    workdir: pathlib.Path | str,
+    workdir: pathlib.Path | str | None,
     *,
+    codes: pathlib.Path | str | None = None,
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
@@ -46,7 +51,9 @@ def evaluate(
     They go to results.json, or to a file beside it if the run is unfinished or `k` differs from the run's own.
 
     Args:
-      workdir: Folder of a trained run.
+      workdir: Folder of a trained run, None with `codes`.
+      codes: A .npz file with `query_codes`, `database_codes`, `query_labels` and `database_labels` of any model, which
+        are evaluated instead; codes are packed uint8, or one number for each bit, which is 1 above 0.
       overrides: Values of config fields by dotted name, for fields that affect the evaluation and not the run.
       console: Console for messages and the table.
 
@@ -62,12 +69,14 @@ def evaluate(
       >>> 0 < results["map"] < 1
       True
     """
-    workdir = pathlib.Path(workdir)
+    if codes is not None:
+        return _evaluate_file(pathlib.Path(codes), (overrides or {}).get("k", 0), console or rich.console.Console())
+    workdir = pathlib.Path(workdir or "")
     console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
     with multihost.shared_errors():
         trained = read_config(workdir)
         config = override_fields(trained.copy_and_resolve_references(), overrides or {})
-        schema.validate(config)
+        schema.validate(config, trained=True)
     with claim_workdir(workdir):
         with multihost.shared_errors():
             standard = read_standard(workdir, config)
@@ -90,6 +99,30 @@ def evaluate(
         same = progress.finished and config.k == trained.k and not changed
         name = "results.json" if same else f"results-epoch{progress.epoch}-k{run.protocol.k or 'all'}.json"
         return evaluate_run(run, params, progress, float(extra["bank_seconds"]), name)
+
+
+def _evaluate_file(path: pathlib.Path, k: int, console: rich.console.Console) -> dict[str, Any]:
+    """Evaluates the codes and labels in a .npz file, prints the table, and returns the figures."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            *both, query_labels, database_labels = (
+                file[f"{side}_{kind}"] for kind in ("codes", "labels") for side in ("query", "database")
+            )
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        needed = "query_codes, database_codes, query_labels and database_labels"
+        raise DataError(f"--codes must be a .npz with {needed}, got {path} ({first_line(error)})", "--codes") from None
+    query, database = (one if one.dtype == np.uint8 else np.asarray(pack_bits(one)) for one in both)
+    figures = metrics.evaluate(query, database, query_labels, database_labels, k if k > 0 else len(database))
+    figures["code_health"] = code_quality.code_health(database, None if both[1].dtype == np.uint8 else both[1].shape[1])
+    means = {name: figures.pop(name) for name in ("map", "map_tie_aware")}
+    results = {**means, "k": figures["k"], "counts": {"database": len(database)}, "metrics": figures}
+    table = rich.table.Table("figure", "value", title=f"{path.name} · {len(query):,} queries on {len(database):,}")
+    for row in tables.metric_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    if warning := order_warning(means["map"], means["map_tie_aware"]):
+        print_message(console, warning)
+    return results
 
 
 def override_fields(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -150,6 +183,15 @@ def evaluate_codes(
             return found | {"queries": len(query)}
 
         figures = multihost.mean_over_processes(evaluate_queries, len(query))
+    elif run.standard is not None and (ks := [k for k in (10, 100) if k <= len(database)]):
+        vectors = gather(splits.query.images, np.arange(len(query)))
+        blocks = functools.partial(context.blocks, splits.database)
+
+        def recall_of_queries(mine: slice) -> dict[str, Any]:
+            found = code_quality.neighbor_recall(query[mine], database, vectors[mine], blocks, ks)
+            return {str(k): recall for k, recall in found.items()}
+
+        figures["neighbor_recall"] = multihost.mean_over_processes(recall_of_queries, len(query))
     figures["code_health"] = code_quality.code_health(database, run.config.bits)
     seconds = seconds | {"metrics": time.perf_counter() - begun}
     results = _results(run, figures, origin, k, seconds)

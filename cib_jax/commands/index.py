@@ -23,7 +23,7 @@ from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
 from cib_jax.files import map_in_order, printable
 from cib_jax.inference.hasher import Hasher
-from cib_jax.losses import OBJECTIVES
+from cib_jax.losses import is_taught
 from cib_jax.models import registry
 from cib_jax.random_streams import stream_rng
 from cib_jax.runs import context
@@ -421,7 +421,7 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
         data = fitting.load_data(images, method, frozen, views, key, config.devices, lambda more: advance(more, ""))
     run = build.training_run(config, (encoder, params, frozen), data, mesh)
     teacher_run = None
-    if OBJECTIVES[config.objective].taught:
+    if is_taught(config.objective):
         build.teacher(config).check(len(images))
         theirs = build.teacher_config(config)
         network = build.encoder(theirs, stream="teacher weights")[:3]

@@ -20,7 +20,8 @@ from cib_jax.config import build, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
-from cib_jax.errors import DataError, TrainingError
+from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
+from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
 from cib_jax.retrieval import metrics
@@ -109,6 +110,9 @@ def train(
         run = multihost.run_first_then_others(lambda: context.prepare_run(config, workdir, console))
         context.validate_same_data(run)
         build.validate_partial_batch(config, len(run.splits.train), sharding.mesh_size(mesh))
+        with multihost.shared_errors():
+            if multihost.is_first_process() and not (workdir / "config.json").exists():
+                _first_params(run)  # refused now if it cannot be loaded
         if multihost.is_first_process():
             # Written after all checks, so that a config with a mistake does not claim the folder.
             write_json(workdir / "config.json", config.to_dict())
@@ -122,7 +126,7 @@ def _print_summary(run: RunContext) -> None:
     config, splits = run.config, run.splits
     network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
     run.print(
-        f"{config.data.name}: {len(splits.train):,} training images, {len(splits.query):,} queries, "
+        f"{config.data.name}: {len(splits.train):,} training {run.noun}, {len(splits.query):,} queries, "
         f"{len(splits.database):,} in the database; {network}, {config.bits} bits, {config.objective}; in {run.workdir}"
     )
     run.print(context.format_protocol(run))
@@ -173,11 +177,11 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
 def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainState, Progress, dict[str, Any]]:
     """Returns the newest checkpoint: state, progress and extra; if there is none, saves and returns the initial one."""
 
-    def initial_state() -> TrainState:
-        return train_step.initial_state(run.initial, build.optimizer(run.config), run.training_mesh)
+    def initial_state(params: Params) -> TrainState:
+        return train_step.initial_state(params, build.optimizer(run.config), run.training_mesh)
 
     if checkpoints.latest_step is not None:
-        state, progress, extra = checkpoints.restore_newest(initial_state(), run.print)
+        state, progress, extra = checkpoints.restore_newest(initial_state(run.initial), run.print)
         if not checkpoints.lacks_best(state, progress, run.print):
             with multihost.shared_errors():
                 validate_fingerprint(run.fingerprint, extra, run.workdir)
@@ -194,10 +198,23 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
         "data": context.data_record(run),
         "standard": run.standard.to_lists() if run.standard else None,
     }
-    state, progress = initial_state(), Progress()
+    with multihost.shared_errors():
+        params = _first_params(run)
+    state, progress = initial_state(params), Progress()
     # Saved before the first step, so that a run that diverges at once still has a good checkpoint.
     checkpoints.save(state, progress, extra)
     return state, progress, extra
+
+
+def _first_params(run: RunContext) -> Params:
+    """Returns the parameters before the first step: random ones, or those of the run that `init_from` names."""
+    place = run.config.init_from
+    if not place or run.is_teacher:
+        return run.initial
+    try:
+        return initial_params(Hasher.load(place), run.initial, run.frozen)
+    except UserError as error:
+        raise ConfigError(f"config.init_from: {place!r} cannot be used: {error}", "config.init_from") from None
 
 
 def _load_data(run: RunContext) -> tuple[TrainingData, float]:
@@ -236,14 +253,16 @@ class _Session:
         planned = build.schedule(config)
         images = planned.epochs * planned.steps_per_epoch(len(self.run.splits.train)) * config.batch_size
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
-        with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
+        done, unit = self.start.step * config.batch_size, self.run.noun
+        with progress_bar(self.run.console, "Training", images, done, unit=unit) as self.advance:
             yield
 
     def should_stop(self) -> bool:
         return self.sigterm_came()
 
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
-        words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "contrast", "kl"))
+        names = [name for name in dict.fromkeys(["loss", *terms]) if name != "gradient_norm"]
+        words = " ".join(f"{name} {terms[name]:.4f}" for name in names[:4])
         self.advance(steps * self.run.config.batch_size, words)
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:

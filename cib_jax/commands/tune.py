@@ -23,7 +23,7 @@ from cib_jax.console import print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError
-from cib_jax.files import import_optional, write_bytes
+from cib_jax.files import import_optional, install_command, write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
 from cib_jax.random_streams import stream_rng
@@ -62,20 +62,20 @@ def tune(
             f"'database' or 'query_half', or try {', '.join(SCORES)}",
             field=SCORE,
         )
-    adopt(workdir, config, "search", frozenset({"tune.space", "tune.sampler", "tune.score", "tune.images"}))
     count = len(grid_points(space)) if tuned.sampler == "grid" else tuned.trials
     trials = [Trial(number, workdir / "trials" / f"{number:04}") for number in range(count)]
-    print_message(console, f"{tuned.sampler} over {', '.join(space)}; best by {tuned.score}")
-    return many_runs.run_all(
-        trials,
-        functools.partial(_complete, config=config, trials=trials),
-        lambda records: _conclude(config, workdir, records, console),
-        workdir=workdir,
-        # Each trial of TPE depends on all trials before it.
-        workers=1 if tuned.sampler == "tpe" else tuned.workers,
-        noun="trials",
-        console=console,
-    )
+    with adopt(workdir, config, "search", frozenset({"tune.space", "tune.sampler", "tune.score", "tune.images"})):
+        print_message(console, f"{tuned.sampler} over {', '.join(space)}; best by {tuned.score}")
+        return many_runs.run_all(
+            trials,
+            functools.partial(_complete, config=config, trials=trials),
+            lambda records: _conclude(config, workdir, records, console),
+            workdir=workdir,
+            # Each trial of TPE depends on all trials before it.
+            workers=1 if tuned.sampler == "tpe" else tuned.workers,
+            noun="trials",
+            console=console,
+        )
 
 
 # The space and its samplers
@@ -86,7 +86,7 @@ Space = dict[str, Any]
 
 def load_optuna() -> Any:
     """Returns the module optuna."""
-    message = "--mode=tune needs Optuna, which is not installed; pip install 'optuna>=4.5'"
+    message = f"--mode=tune needs Optuna, which is not installed; {install_command('tune')}"
     optuna = import_optional("optuna", errors.MissingExtraError(message, field="--mode"))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
@@ -185,7 +185,7 @@ def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
         "view_agreement": code_quality.view_agreement(*_codes_of_views(run, params, some)),
         "entropy": statistics["entropy"],
         "decorrelation": 1 - statistics["mean_abs_correlation"],
-        "contrast": -last["contrast"],
+        "contrast": -last.get("contrast", last["loss"]),
     }
 
 

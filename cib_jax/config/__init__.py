@@ -1,8 +1,17 @@
 """Configuration: the allowed values of each field, and the objects that a config describes."""
 
+import os
 from typing import Any
 
 import ml_collections
+
+own_fields: dict[str, Any] = {}
+"""Config fields of parts that `cib_jax.register` has entered, with their defaults: each is a field of every config."""
+
+
+def loaded_files() -> list[str]:
+    """Returns the files that have registered parts in this process."""
+    return [file for file in own_fields.get("extensions", "").split(os.pathsep) if file]
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """Objects that a config describes: encoder, method, training run, data set, splits."""
 
 import dataclasses
+import functools
+import inspect
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -10,13 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from cib_jax.augment.features import Standard
-from cib_jax.config.schema import fine_tune
+from cib_jax.config.schema import FIELDS, absent_extensions, fine_tune, load_remedy
 from cib_jax.data import dataset, sources, splits
 from cib_jax.data.dataset import Bar, DataConfig, no_bar
 from cib_jax.data.splits import Protocol
 from cib_jax.diffusion import Teacher
-from cib_jax.errors import ConfigError
-from cib_jax.losses import OBJECTIVES
+from cib_jax.errors import ConfigError, DataError
+from cib_jax.losses import OBJECTIVES, is_taught
 from cib_jax.models import registry, weights
 from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.random_streams import stream_key
@@ -87,6 +91,9 @@ def validate_partial_batch(config: ml_collections.ConfigDict, images: int, devic
 
 def optimizer(config: ml_collections.ConfigDict, steps: int = 1) -> optax.GradientTransformation:
     """Returns the config's optimizer for a run of `steps` steps, a number that the structure of its state ignores."""
+    if config.optimizer != "adam":
+        own = train_step.OPTIMIZERS[config.optimizer]
+        return own(steps, **_fields_of(config, own))
     warmup = config.warmup_steps
 
     def rate(peak: float) -> optax.ScalarOrSchedule:
@@ -105,7 +112,16 @@ def optimizer(config: ml_collections.ConfigDict, steps: int = 1) -> optax.Gradie
 def method(config: ml_collections.ConfigDict, encoder: Encoder, steps: int = 1) -> Method:
     """Returns what training minimizes, and how: each field of `Method` from the config's field of the same name."""
     named = {field.name: config[field.name] for field in dataclasses.fields(Method) if field.name in config}
-    return Method(encoder, optimizer(config, steps), stochastic=config.binary == "stochastic", **named)
+    if loss := OBJECTIVES[config.objective].loss:
+        named["objective"] = functools.partial(loss, **_fields_of(config, loss))
+    named |= {"optimizer": optimizer(config, steps), "stochastic": config.binary == "stochastic"}
+    return Method(encoder, **named)
+
+
+def _fields_of(config: ml_collections.ConfigDict, function: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the config's values for the keyword-only parameters of a function that are named after fields."""
+    named = [one for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    return {one.name: config.get(one.name, one.default) for one in named if one.name in FIELDS}
 
 
 def training_run(
@@ -153,7 +169,12 @@ def source(
     # The other fields of `DataConfig` have the same names in the config.
     named = {field.name: data[field.name] for field in dataclasses.fields(DataConfig) if field.name in data}
     which = DataConfig(directory=data.dir, labeled=data.labelled, raw_directory=data.raw_dir, **named)
-    return sources.load(which, prepared, bar)
+    try:
+        return sources.load(which, prepared, bar)
+    except DataError as error:
+        if (file := absent_extensions(config)) and error.field == "config.data.name":
+            raise DataError(f"{error}; or, if {file} registers it, {load_remedy(file)}", error.field) from None
+        raise
 
 
 def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | None = None) -> splits.Splits:
@@ -181,7 +202,7 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
     if config.augment == "stored" and (np.ndim(first := drawn.train.images[0]) != 2 or len(first) < 2):
         problem = "must be 'noise' for features with one vector per item, got 'stored', which draws two of several"
         raise ConfigError(f"config.augment {problem}, [items, views, features]", field="config.augment")
-    if OBJECTIVES[config.objective].taught:
+    if is_taught(config.objective):
         try:
             teacher(config).check(len(drawn.train))
         except ConfigError as error:

@@ -1,16 +1,18 @@
 """Allowed values of the config fields, and which of them may differ when a run is resumed."""
 
+import collections
 import dataclasses
 import importlib
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ml_collections
 
 from cib_jax.augment import augment, features
-from cib_jax.config import flatten
+from cib_jax.config import flatten, loaded_files, own_fields
 from cib_jax.data import photos
 from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import Teacher
@@ -21,14 +23,19 @@ from cib_jax.models import registry
 from cib_jax.models.encoder import DTYPES
 from cib_jax.models.finetune import FineTune, validate_fine_tune
 from cib_jax.retrieval.code_quality import SCORES
-from cib_jax.training import checkpoint, metric_writers
+from cib_jax.training import checkpoint, metric_writers, train_step
 
-Rule = tuple[Callable[[Any], bool], str]
-"""Whether a value is allowed, and what is: the second part of "config.bits must be from 1 to 4096, got 0"."""
+Rule = tuple[Callable[[Any], bool], str | Collection[str]]
+"""Whether a value is allowed, and what is: the second part of "config.bits must be from 1 to 4096, got 0", or names."""
 
 
 def _one_of(*choices: str) -> Rule:
-    return lambda value: value in choices, f"must be one of {', '.join(choices)}"
+    return lambda value: value in choices, choices
+
+
+def _name_in(*tables: Any) -> Rule:
+    names = collections.ChainMap(*tables)  # a view, since users add rows
+    return lambda value: value in names, names
 
 
 def _at_least(least: float) -> Rule:
@@ -52,14 +59,12 @@ RULES: dict[str, Rule] = {
     "seed": _SEED,
     "bits": (lambda bits: 1 <= bits <= 4096, "must be from 1 to 4096; try 16, 32 or 64"),
     "k": _COUNT,
-    "backbone": (
-        lambda name: name in registry.BACKBONES,
-        f"must be one of {', '.join(registry.BACKBONES)}; docs/backbones.md describes them",
-    ),
+    "backbone": _name_in(registry.BACKBONES),
     "backbone_dtype": _one_of(*DTYPES),
     "image_size": _pixels_or_zero("the backbone's usual size"),
     "hidden": _at_least(1),
-    "objective": _one_of(*OBJECTIVES),
+    "objective": _name_in(OBJECTIVES),
+    "optimizer": _name_in(train_step.OPTIMIZERS, {"adam": None}),
     "binary": _one_of("stochastic", "deterministic"),
     "temperature": _POSITIVE,
     "beta": _at_least(0),
@@ -71,7 +76,7 @@ RULES: dict[str, Rule] = {
     "teacher.neighbours": _at_least(1),
     "teacher.dimensions": _at_least(2),
     "teacher.steps": _at_least(1),
-    "augment": _one_of(*augment.FAMILIES, *features.FAMILIES),
+    "augment": _name_in(features.FAMILIES, augment.FAMILIES),
     "feature_noise": _at_least(0),
     "feature_dropout": _PROBABILITY,
     "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
@@ -138,7 +143,7 @@ FIELDS: dict[str, type] = {name: type(value) for name, value in flatten(_DEFAULT
 AROUND = frozenset(name for name in FIELDS if name.partition(".")[0] in ("compare", "tune"))
 """Fields used only by compare and tune; the config of a single run may lack them."""
 
-WHERE = frozenset({"data.dir", "data.raw_dir", "backbone_weights", "cache.dir"})
+WHERE = frozenset({"data.dir", "data.raw_dir", "backbone_weights", "cache.dir", "extensions"})
 """Paths, which may differ from one machine to the next."""
 
 MAY_CHANGE = AROUND.union(
@@ -152,6 +157,9 @@ Paths are included: weights are compared by their fingerprint, data by their dig
 """
 
 ADDED: dict[str, Any] = {
+    "extensions": "",
+    "optimizer": "adam",
+    "init_from": "",
     "micro_batch": 0,
     "devices": 0,
     "log.writers": "tensorboard",
@@ -189,20 +197,36 @@ def fine_tune(config: ml_collections.ConfigDict) -> FineTune:
     return FineTune(**config.fine_tune.to_dict())
 
 
-def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None:
-    """Checks every field, and the fields that depend on each other; with `around`, those of `AROUND` are required."""
-    flat = flatten(config)
-    for name in flat.keys() - FIELDS.keys():
+def absent_extensions(config: ml_collections.ConfigDict) -> str:
+    """Returns the file that has registered parts of a run, if it has not been run in this process; "" otherwise."""
+    files = str(config.get("extensions", "")).split(os.pathsep)
+    return next((file for file in files if file not in loaded_files()), "")
+
+
+def validate(config: ml_collections.ConfigDict, *, around: bool = False, trained: bool = False) -> None:
+    """Checks every field, and the fields that depend on each other; with `around`, those of `AROUND` are required.
+
+    A run that is `trained` may have an objective, an augmentation and fields of a file that has not been run.
+    """
+    flat, absent = flatten(config), absent_extensions(config)
+    unknown = set() if not (absent and trained) else {"objective", "augment"} | flat.keys() - FIELDS.keys()
+    for name in flat.keys() - FIELDS.keys() - unknown:
+        if absent:
+            raise _error(name, f"this is a field of {absent}, which is not loaded; {load_remedy(absent)}")
         hint = did_you_mean(name, FIELDS) or "see configs/default.py "
         raise _error(name, f"there is no such field; {hint.rstrip('? ')}")
     for name, kind in FIELDS.items():
         if name not in flat:
-            if name in AROUND and not around:
+            if (name in AROUND and not around) or name in own_fields:
                 continue
             raise _error(name, "the field is missing; start from configs/default.py, which has all of them")
         value = flat[name]
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise _error(name, f"must be of type {kind.__name__}, got {value!r} of type {type(value).__name__}")
+        if name in unknown:
+            continue
+        if absent and name in ("objective", "optimizer", "augment", "backbone") and not RULES[name][0](value):
+            raise _error(name, f"{value!r} is a part of {absent}, which is not loaded; {load_remedy(absent)}")
         _validate_value(name, value, f"config.{name}")
     if (config.data.name == "features") != (config.backbone == "none"):
         raise _error(
@@ -211,7 +235,7 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None
             "which need no network, and for nothing else",
         )
     families = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
-    if config.augment not in families:
+    if config.augment not in families and "augment" not in unknown:
         inputs = "features" if config.backbone == "none" else "images"
         raise _error("augment", f"must be one of {', '.join(families)} for {inputs}, got {config.augment!r}")
     if config.backbone == "none":
@@ -223,11 +247,17 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False) -> None
 def _validate_value(name: str, value: Any, where: str) -> None:
     allowed, requirement = RULES.get(name, (lambda value: True, ""))
     if not allowed(value):
+        requirement = requirement if isinstance(requirement, str) else f"must be one of {', '.join(requirement)}"
         raise ConfigError(f"{where}: {requirement}, got {value!r}", where)
 
 
 def _error(name: str, problem: str) -> ConfigError:
     return ConfigError(f"config.{name}: {problem}", f"config.{name}")
+
+
+def load_remedy(file: str) -> str:
+    """Returns how a user has a file of registered parts run, which is never run because a run names it."""
+    return f"add --config={file}, or import it, if you trust it"
 
 
 def _validate_without_network(config: ml_collections.ConfigDict) -> None:
@@ -275,7 +305,7 @@ def _validate_network(config: ml_collections.ConfigDict) -> None:
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset[str] = MAY_CHANGE) -> list[str]:
     """Returns "field: theirs → mine" for each field in which two flat configs differ, except for the ignored ones."""
-    mine, theirs = ADDED | mine, ADDED | theirs
+    mine, theirs = ADDED | own_fields | mine, ADDED | own_fields | theirs
     names = sorted((mine.keys() | theirs.keys()) - ignored)
     pairs = [(name, theirs.get(name, "absent"), mine.get(name, "absent")) for name in names]
     return [f"{name}: {before!r} → {now!r}" for name, before, now in pairs if before != now]

@@ -21,7 +21,7 @@ from cib_jax.data import inputs
 from cib_jax.data.dataset import resize
 from cib_jax.data.inputs import Photos
 from cib_jax.distributed import sharding
-from cib_jax.errors import SavedHasherError, UserError
+from cib_jax.errors import ConfigError, SavedHasherError, UserError
 from cib_jax.inference import export, serialization
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models import finetune
@@ -102,7 +102,7 @@ class Hasher:
             config.backbone_weights = backbone_weights
         if checkpoint_dir is not None:
             config.train.checkpoint_dir = checkpoint_dir
-            validate(config)
+            validate(config, trained=True)
         encoder, params, frozen, fingerprint = build.encoder(
             config, trained=True, standard=read_standard(workdir, config)
         )
@@ -241,6 +241,24 @@ class Hasher:
     def _replicated(self) -> tuple[Params, Params]:
         # Copied once, not at every call: the weights of a deep network take half a gigabyte.
         return sharding.replicate((self.params, self.frozen), self._mesh)
+
+
+def initial_params(hasher: Hasher, params: Params, frozen: Params) -> Params:
+    """Returns the trained parameters of a hasher in place of `params`; `frozen` are those that stay.
+
+    Raises:
+      ConfigError: The shapes differ, or the weights of the frozen backbone.
+    """
+    if jax.tree.map(jnp.shape, hasher.params) != jax.tree.map(jnp.shape, params):
+        mine, theirs = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, hasher.params))
+        raise ConfigError(
+            f"init_from must have trained parameters of the same shapes, {mine:,} numbers, got {theirs:,}; use its "
+            "bits, hidden, backbone, image_size, frozen and data of as many features",
+            field="init_from",
+        )
+    if not all(map(np.array_equal, *map(jax.tree.leaves, (frozen, hasher.frozen)))):
+        raise ConfigError("init_from must have the same frozen backbone; use its backbone_weights", field="init_from")
+    return hasher.params
 
 
 def _batch_size(count: int, largest: int) -> int:

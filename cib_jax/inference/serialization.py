@@ -23,8 +23,8 @@ from jax.sharding import SingleDeviceSharding
 from cib_jax import files
 from cib_jax.augment.features import Standard
 from cib_jax.config import build, flatten
-from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, differences, validate
-from cib_jax.errors import CheckpointError, SavedHasherError
+from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, absent_extensions, differences, validate
+from cib_jax.errors import CheckpointError, ConfigError, SavedHasherError
 from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
@@ -85,6 +85,8 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
         fault = (
             f"is damaged, or was not written by Hasher.save ({files.first_line(error)}); copy it again or train again"
         )
+        if isinstance(error, ConfigError) and error.field == "backbone":
+            fault = f"may have a backbone of a user's own, whose file must be imported first ({error})"
         raise _error(path, fault) from error
 
 
@@ -156,13 +158,15 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         flat = flatten(ml_collections.ConfigDict(files.read_json(path)))
         # Runs of earlier versions lack some fields.
         config = ml_collections.ConfigDict(traverse_util.unflatten_dict(ADDED | flat, sep="."))
-        validate(config)
+        validate(config, trained=True)
     except OSError as error:
         raise CheckpointError(
             f"--workdir must be the folder of a training run, got {workdir} without config.json ({error.strerror})",
             field="--workdir",
         ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        if flat and absent_extensions(config):
+            raise CheckpointError(f"{path}: {error}", field=str(path)) from None
         if flat.keys() == FIELDS.keys() or len(flat.keys() & FIELDS.keys()) < len(FIELDS) / 2:
             fault = f"is damaged ({error}); restore it from a copy or train again"
         else:

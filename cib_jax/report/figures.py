@@ -73,11 +73,13 @@ def training(records: Sequence[Mapping[str, float]]) -> Figure:
     """Returns the loss terms over epochs, and the validation MAP if there is one, from the lines of metrics.jsonl."""
     first, last = records[0], records[-1]
     panels = [("contrast", "contrast (nats)"), ("kl", "KL bottleneck (nats)"), ("loss", "loss (nats)")]
+    panels = [(name, label) for name, label in panels if name in last]
+    name, label = panels[0]
+    title = f"{name.capitalize()} went from {first[name]:.2f} to {last[name]:.2f} nats in {last['epoch']:g} epochs"
     if any("validation_map" in record for record in records):
         panels.append(("validation_map", "validation MAP"))
     made, axes = figure(
-        f"Contrast went from {first['contrast']:.2f} to {last['contrast']:.2f} nats in {last['epoch']:g} epochs; "
-        f"KL ended at {last['kl']:.2f} nats",
+        title + (f"; KL ended at {last['kl']:.2f} nats" if "kl" in last else ""),
         width=3.8 + 1.2 * len(panels),
         height=3.2,
         columns=len(panels),

@@ -153,6 +153,8 @@ def metric_rows(results: dict[str, Any], k: object = None) -> list[tuple[str, st
             ("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}"),
             ("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}"),
         ]
+    for at, value in figures.get("neighbor_recall", {}).items():
+        rows.append((f"recall of the {at} nearest by cosine", f"{value:.4f}"))
     return [
         *rows,
         ("distinct codes in the database", f"{code_health['distinct_codes']:,} of {results['counts']['database']:,}"),

@@ -1,6 +1,7 @@
 """Quality of codes without labels: use of the bits, and agreement with features or between views."""
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Float64, Int, Int64, UInt8
 
 from cib_jax import codes
 from cib_jax.errors import UserError
-from cib_jax.retrieval.hamming import hamming_distances, validate_packed
+from cib_jax.retrieval.hamming import hamming_distances, rank, validate_packed
 from cib_jax.retrieval.metrics import expected_average_precision
 
 # Codes that are unpacked at a time: float32 counts of at most this many are exact (below 2**24).
@@ -168,6 +169,45 @@ def neighbour_agreement(
     counts, hits = _histograms(packed, packed, relevant)
     counts[:, 0] -= 1  # the image itself, at distance 0
     return float(expected_average_precision(counts, hits, n - 1).mean())
+
+
+def neighbor_recall(
+    query_codes: UInt8[np.ndarray, "queries bytes"],
+    database_codes: UInt8[np.ndarray, "database bytes"],
+    query: Float[np.ndarray, "queries features"],
+    blocks: Callable[[], Iterable[Float[np.ndarray, "rows features"]]],
+    ks: Sequence[int],
+) -> dict[int, float]:
+    """Returns, for each k, the share of a query's k nearest vectors, by cosine, that are among its k nearest codes.
+
+    Codes at one distance are in database order. `blocks` returns the vectors of the database in blocks of rows.
+    """
+    found, step = rank(query_codes, database_codes, max(ks)), 1024
+    parts = [_nearest_in(blocks(), query[start : start + step], max(ks)) for start in range(0, len(query), step)]
+    pairs = list(zip(found, np.concatenate(parts), strict=True))
+    return {k: float(np.mean([len(np.intersect1d(one[:k], two[:k])) / k for one, two in pairs])) for k in ks}
+
+
+def _nearest_in(
+    blocks: Iterable[Float[np.ndarray, "rows features"]], query: Float[np.ndarray, "queries features"], k: int
+) -> Int[np.ndarray, "queries k"]:
+    """Returns the numbers of each query's k nearest rows by cosine, nearest first."""
+    unit, first = _unit(query), 0
+    best, places = np.zeros((len(unit), 0), np.float32), np.zeros((len(unit), 0), np.int64)
+    for block in blocks:
+        numbers = np.arange(first, first + len(block))
+        best = np.hstack([best, unit @ _unit(block).T])
+        places = np.hstack([places, np.broadcast_to(numbers, (len(unit), len(block)))])
+        if best.shape[1] > k:
+            keep = np.argpartition(-best, k - 1, axis=1)[:, :k]
+            best, places = np.take_along_axis(best, keep, 1), np.take_along_axis(places, keep, 1)
+        first += len(block)
+    return np.take_along_axis(places, np.argsort(-best, axis=1, kind="stable"), 1)
+
+
+def _unit(vectors: Float[np.ndarray, "rows *views features"]) -> Float[np.ndarray, "rows features"]:
+    vectors = np.asarray(vectors[:, 0] if vectors.ndim == 3 else vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def view_agreement(packed1: UInt8[np.ndarray, "n bytes"], packed2: UInt8[np.ndarray, "n bytes"]) -> float:

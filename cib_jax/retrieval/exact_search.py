@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from cib_jax.errors import SearchError
-from cib_jax.files import core_count, import_optional
+from cib_jax.files import core_count, import_optional, install_command
 
 # Codes that bound the k-th distance before FAISS is called.
 FIRST = 1 << 14
@@ -151,7 +151,8 @@ def _nearer(query: Query, codes: Codes, distance: int, begin: int) -> Hits:
 
 def load_faiss() -> ModuleType:
     """Returns the module `faiss`, imported at its first use."""
-    missing = SearchError("Searching needs the package FAISS; pip install 'cib-jax[search]'", field="--index")
+    message = f"Searching needs the package FAISS; {install_command('search')}"
+    missing = SearchError(message, field="--index")
     return import_optional("faiss", missing)
 
 

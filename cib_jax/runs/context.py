@@ -55,6 +55,11 @@ class RunContext:
         print_message(self.console, sentence)
 
     @property
+    def noun(self) -> str:
+        """What the data are called in messages."""
+        return "images" if self.standard is None else "items"
+
+    @property
     def features_stay(self) -> bool:
         """Whether the backbone is a network that is not trained, so that features of images never change."""
         return bool(self.frozen) and self.initial.keys() == {"head"}
@@ -141,7 +146,7 @@ def prepare_run(
     _report_source(config, source, workdir, console)
     splits = build.draw_splits(config, source)
     if config.backbone == "none" and not trained:
-        standard = features.standard(_blocks(splits.train))
+        standard = features.standard(blocks(splits.train))
     print_weights_download(config, console)
     network = build.encoder(config, trained=trained, standard=standard)
     return RunContext(config, workdir, console, protocol, source, splits, standard, *network)
@@ -154,7 +159,8 @@ def print_weights_download(config: ml_collections.ConfigDict, console: rich.cons
         print_message(console, f"Downloading the weights of {config.backbone} from {address}, once")
 
 
-def _blocks(items: ImageSet) -> Iterator[Float[np.ndarray, "rows *views features"]]:
+def blocks(items: ImageSet) -> Iterator[Float[np.ndarray, "rows *views features"]]:
+    """Yields features in blocks of rows, in order."""
     for start in range(0, len(items), feature_files.BLOCK):
         yield gather(items.images, np.arange(start, min(start + feature_files.BLOCK, len(items))))
 
@@ -211,5 +217,5 @@ def describe_data_change(run: RunContext, extra: dict[str, Any]) -> str:
     then, now = extra.get("data", {}), data_record(run)
     if then == now:
         return ""
-    counts = [f"{data.get('train', 0):,} + {data.get('database', 0):,} images" for data in (then, now)]
+    counts = [f"{data.get('train', 0):,} + {data.get('database', 0):,} {run.noun}" for data in (then, now)]
     return f"the data changed since the run began (training and database {counts[0]} then, {counts[1]} now)"

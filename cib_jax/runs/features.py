@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
 
 from cib_jax import console
 from cib_jax.codes import byte_count
-from cib_jax.config import build
+from cib_jax.config import build, loaded_files
 from cib_jax.console import print_message
 from cib_jax.data import cache
 from cib_jax.data.cache import DamagedError, FeatureCache
@@ -80,7 +80,7 @@ def plain(
     parts = _parts(run, len(images))
     if shared:
         parts = parts[jax.process_index() :: jax.process_count()]
-    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts)) as advance:
+    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts), unit=run.noun) as advance:
         for start, stop in parts:
             name, shape = f"plain-{start:09}", (stop - start, run.encoder.backbone.features)
             with cached.lock():
@@ -132,7 +132,7 @@ def before_hashing(run: RunContext, images: ImageSet, title: str) -> Iterator[Fl
         return
     compute = jax.jit(lambda batch: run.encoder.preprocess(batch).reshape(len(batch), -1))
     size = min(run.config.encode_batch, len(images))
-    with console.progress_bar(run.console, title, len(images)) as advance:
+    with console.progress_bar(run.console, title, len(images), unit=run.noun) as advance:
         for start in range(0, len(images), PART):
             batches = run.batches(images, start, start + PART)
             rows = sharding.map_batches(
@@ -149,7 +149,7 @@ def codes(run: RunContext, params: Params, images: ImageSet, title: str) -> UInt
     hasher = Hasher(run.encoder, params, run.frozen, devices=sharding.mesh_size(run.mesh))
     parts, mine = _parts(run, len(images))[jax.process_index() :: jax.process_count()], []
     size = min(run.config.encode_batch, len(images))
-    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts)) as advance:
+    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts), unit=run.noun) as advance:
         for start, stop in parts:
             batches = run.batches(images, start, stop)
             mine.append(hasher.encode_batches(batches, lambda count: advance(count, ""), size=size))
@@ -163,7 +163,7 @@ def logits(run: RunContext, params: Params, images: ImageSet, title: str) -> Flo
         return np.concatenate([_of_features(run, params, part, encoder.logits_of_features) for part in parts])
     hasher = Hasher(run.encoder, params, run.frozen, devices=sharding.mesh_size(run.mesh))
     size = min(run.config.encode_batch, len(images))
-    with console.progress_bar(run.console, title, len(images)) as advance:
+    with console.progress_bar(run.console, title, len(images), unit=run.noun) as advance:
         return hasher.logits_of_batches(run.batches(images), lambda count: advance(count, ""), size=size)
 
 
@@ -201,6 +201,7 @@ def cache_key(run: RunContext, images: ImageSet, batches: Callable[..., Batches]
         "devices": sharding.mesh_size(run.mesh),
         "jax": jax.__version__,
         "code": digest_of_code(),
+        **({"own code": [pathlib.Path(file).read_text() for file in files]} if (files := loaded_files()) else {}),
     }
 
 

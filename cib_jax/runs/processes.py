@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import jax
 
 from cib_jax import console, errors, files
+from cib_jax.config import extensions, loaded_files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
 from cib_jax.runs.workdir import LAST_WORDS
@@ -186,9 +187,9 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
     locks what other processes are working on. If a started process breaks down, a DistributedError is raised.
     """
     context = multiprocessing.get_context("spawn")
-    cache = jax.config.values["jax_compilation_cache_dir"]
+    cache, loaded = jax.config.values["jax_compilation_cache_dir"], loaded_files()
     others = [
-        context.Process(target=_work_in_child, args=(work, arguments, cache, os.getpid()), daemon=True)
+        context.Process(target=_work_in_child, args=(work, arguments, cache, loaded, os.getpid()), daemon=True)
         for _ in range(processes - 1)
     ]
     # A terminal sends Ctrl-C to all processes. The started ones inherit that it is ignored, and this one ends them.
@@ -218,7 +219,9 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         )
 
 
-def _work_in_child(work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, parent: int) -> None:
+def _work_in_child(
+    work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, loaded: list[str], parent: int
+) -> None:
     def exit_with_parent() -> None:
         while os.getppid() == parent:  # it may die by SIGKILL
             time.sleep(1)
@@ -229,6 +232,7 @@ def _work_in_child(work: Callable[..., None], arguments: tuple[Any, ...], cache:
         jax.config.update("jax_compilation_cache_dir", cache)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
+        extensions.load(loaded)
         work(*arguments, False)
     except KeyboardInterrupt:
         sys.exit(0)  # reported by the process that the user started

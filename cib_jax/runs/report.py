@@ -50,7 +50,7 @@ def write_report(
     return write_page(
         folder,
         f"{run.config.data.name} · {results['objective']} · {run.config.bits} bits",
-        _format_lead(results),
+        _format_lead(results, run.noun),
         [Grid("Figures", ("figure", "value"), tables.metric_rows(results)), _settings(results)],
         sections,
         notes=_format_notes(results),
@@ -241,12 +241,14 @@ def _class_name(run: RunContext, index: int) -> str:
 # Text
 
 
-def _format_lead(results: dict[str, Any]) -> str:
+def _format_lead(results: dict[str, Any], noun: str) -> str:
     counts = results["counts"]
-    searched = f"{counts['query']:,} queries on {counts['database']:,} images"
+    searched = f"{counts['query']:,} queries on {counts['database']:,} {noun}"
+    if results["map"] is None and "neighbor_recall" in results["metrics"]:
+        return f"{searched}; there are no labels, so codes are judged by the nearest neighbors that they find."
     if results["map"] is None:
         return f"{searched}; there are no labels, so judge the codes by their statistics and by eye."
-    return f"MAP@{results['k']} {results['map']:.4f}: {searched}; {counts['train']:,} images trained, without labels."
+    return f"MAP@{results['k']} {results['map']:.4f}: {searched}; {counts['train']:,} {noun} trained, without labels."
 
 
 def _settings(results: dict[str, Any]) -> Grid:
@@ -255,7 +257,7 @@ def _settings(results: dict[str, Any]) -> Grid:
         ("protocol", f"{results['protocol']['name']}: {results['protocol']['says']}"),
         ("published tables", results["protocol"]["published_tables"]),
         ("backbone", f"{results['backbone']} at {results['image_size']} px" if results["image_size"] else "none"),
-        ("images: queries, database, training", f"{counts['query']:,}, {counts['database']:,}, {counts['train']:,}"),
+        ("queries, database, training", f"{counts['query']:,}, {counts['database']:,}, {counts['train']:,}"),
         ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in results["seconds"].items())),
     ]
     return Grid("Setting", ("what", "value"), rows)

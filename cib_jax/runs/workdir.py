@@ -141,13 +141,15 @@ def exclusive(path: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
 def adopt(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, kind: str, fixed: frozenset[str] = frozenset()
-) -> None:
+) -> Iterator[None]:
     """Makes a folder one of many runs of a `kind`, or checks that it is one with the same config.
 
-    Several processes may work in it; each run inside has a lock of its own. Fields that do not change a run may differ
-    from those of the first start, except for the `fixed` ones.
+    If the first run in it is refused before anything is computed, the folder is removed at the end. Several processes
+    may work in it; each run inside has a lock of its own. Fields that do not change a run may differ from those of the
+    first start, except for the `fixed` ones.
     """
     marker, path = workdir / KINDS[kind], workdir / "config.json"
     try:
@@ -162,6 +164,15 @@ def adopt(
         write_json(path, config.to_dict())
     except OSError as error:
         raise _unusable(workdir, error) from None
+    try:
+        yield
+    except UserError:
+        made = sorted(workdir.rglob("*"), reverse=True)  # what is in a folder comes before the folder
+        if not names and all(file.is_dir() or file == path or file.name.endswith(".lock") for file in made):
+            for file in made:
+                file.rmdir() if file.is_dir() else file.unlink()
+            workdir.rmdir()
+        raise
 
 
 def _validate_same_config(

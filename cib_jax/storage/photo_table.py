@@ -22,7 +22,7 @@ from jaxtyping import Int64, UInt8
 from cib_jax.codes import byte_count
 from cib_jax.data import inputs
 from cib_jax.errors import IndexFolderError, UserError
-from cib_jax.files import first_line, import_optional
+from cib_jax.files import first_line, import_optional, install_command
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
 VERSION = 1
@@ -33,7 +33,7 @@ AT_ONCE = 10_000
 """Largest number of keys in one command to LanceDB."""
 _MAX_ATTEMPTS = 20
 """Attempts to commit a change that conflicts with those of other writers."""
-_MISSING = "LanceDB is not installed; pip install 'cib-jax[search]'"
+_MISSING = f"LanceDB is not installed; {install_command('search')}"
 
 
 class Row(NamedTuple):

@@ -23,6 +23,7 @@ from etils import epath
 
 from cib_jax.distributed import multihost
 from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
+from cib_jax.files import install_command
 from cib_jax.training.train_step import Progress, TrainState
 
 CHECKSUM = "checksum"  # name of the checkpoint's digest in its JSON part, by which a byte that changed is noticed
@@ -51,7 +52,7 @@ def checkpoint_dir(value: str, workdir: pathlib.Path) -> epath.Path:
         return epath.Path(pathlib.Path(re.sub("^file://", "", value)).expanduser())
     if importlib.util.find_spec("gcsfs") is None:
         field = "config.train.checkpoint_dir"
-        raise CheckpointError(f"{field}: {value} needs an extra package: pip install 'cib-jax[gcs]'", field=field)
+        raise CheckpointError(f"{field}: {value} needs an extra package: {install_command('gcs')}", field=field)
     return epath.Path(value.rstrip("/"))
 
 

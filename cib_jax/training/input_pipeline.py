@@ -207,7 +207,7 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
     def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
         for batches in _batches(order, epoch, len(images), first):
             size = batches.shape[1]
-            # Only the rows of each batch that the devices of this process hold: no process decodes another one's images.
+            # Only the rows of each batch that the devices of this process hold: none decodes another one's images.
             rows = sharding.local_rows(order.mesh, size)
             mine = batches[:, rows].reshape(-1)
             parts = dataset.stream(images, mine, len(rows), stored_size=stored_size)

@@ -49,8 +49,8 @@ class Schedule:
         if self.partial_batch and rest and (rest < 2 or rest % (devices * max(1, micro_batch))):
             allowed = "2 or more and a multiple of the number of devices, times micro_batch if that is not 0"
             raise ConfigError(
-                f"partial_batch must be False where the images left over from whole batches are not {allowed}; got True "
-                f"with {images} images, {rest} of them left over, for batch_size {self.batch_size}, micro_batch "
+                f"partial_batch must be False where the images left over from batches are not {allowed}, got True "
+                f"with {rest} of {images} images left over, batch_size {self.batch_size}, micro_batch "
                 f"{micro_batch} and {devices} devices",
                 field="partial_batch",
             )

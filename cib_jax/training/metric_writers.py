@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cib_jax import files
 from cib_jax.errors import MissingExtraError
+from cib_jax.files import install_command
 
 PROJECT = "cib_jax"  # or experiment, of the runs in a tracking service, unless the environment names another one
 PARAMETERS_AT_ONCE, LONGEST_VALUE = 100, 6000  # of MLflow: most parameters in a call, most characters of a value
@@ -178,7 +179,7 @@ def validate_writers(value: str) -> None:
     for name in names(value):
         # A folder of that name, such as the one that Weights & Biases creates, looks like a package without a file.
         if name in EXTRAS and getattr(importlib.util.find_spec(name), "origin", None) is None:
-            remedy = f"pip install 'cib-jax[{name}]', or remove it from the field"
+            remedy = f"{install_command(name)}, or remove it from the field"
             raise _error(f"the package {name} is not installed; {remedy}")
 
 

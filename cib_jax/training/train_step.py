@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,8 +42,8 @@ class Method:
     encoder: Encoder
     """Network from views to logits."""
     optimizer: optax.GradientTransformation
-    objective: str = "cibhash"
-    """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, or "diffusion", which learns from a teacher."""
+    objective: str | Callable[..., Any] = "cibhash"
+    """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, "diffusion", with a teacher, or a function."""
     temperature: float = 0.3
     """Temperature τ of the contrast."""
     beta: float = 0.001
@@ -59,7 +60,7 @@ class Method:
     """Probability that the hash head's input lacks a feature of a view, in training; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
+        if not callable(self.objective) and self.objective not in OBJECTIVES:
             raise ConfigError(
                 f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}", field="objective"
             )
@@ -181,6 +182,10 @@ def adam(
         return {name: "head" if name == "head" else "backbone" for name in params}
 
     return optax.partition(rates, labels)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
+"""Optimizers besides "adam" for the config field of this name: functions of the number of steps and of fields."""
 
 
 def update(

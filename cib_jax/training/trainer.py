@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float16, Float32, PRNGKeyArray, UInt8
 
 from cib_jax.data import dataset
 from cib_jax.data.dataset import Images
-from cib_jax.losses import OBJECTIVES
+from cib_jax.losses import is_taught
 from cib_jax.models.encoder import Params
 from cib_jax.training import input_pipeline, loop
 from cib_jax.training.input_pipeline import BatchOrder
@@ -66,7 +66,7 @@ def train(
     state, progress = start or (initial_state(run.params, run.method.optimizer, run.mesh), Progress())
     # 1. "diffusion" learns which images belong together from a teacher, which is trained before.
     coordinates = None
-    if OBJECTIVES[run.method.objective].taught:
+    if is_taught(run.method.objective):
         if learn_coordinates is None:
             raise ValueError(f"learn_coordinates must be given for the objective {run.method.objective!r}")
         coordinates = learn_coordinates()

@@ -3,6 +3,7 @@
 import importlib.util
 
 from cib_jax.errors import WebError
+from cib_jax.files import install_command
 
 
 def check_installed() -> None:
@@ -14,6 +15,6 @@ def check_installed() -> None:
     for package in ("fastapi", "gradio", "limits", "python_multipart", "starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise WebError(
-                f"--mode=serve needs the package {package}, which is not installed; pip install 'cib-jax[web]'",
+                f"--mode=serve needs the package {package}, which is not installed; {install_command('web')}",
                 field="--mode",
             )

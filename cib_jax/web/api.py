@@ -7,6 +7,10 @@
 | `GET /photo?id=ID` | path and size of a photo, as in the results of a search |
 | `GET /thumbnail/ID`, `GET /image/ID` | a JPEG; the second encoded anew, at most 2,048 pixels long, without metadata |
 | `GET /health` | the number of photos |
+| `GET /docs` | this text |
+
+A search returns {"query": {"id", "code"}, "bits", "results": [{"id", "path", "distance", "code", "width", "height",
+"thumbnail", "image"}]}, an error {"error": "one sentence"}.
 """
 
 import asyncio
@@ -31,7 +35,7 @@ from starlette.datastructures import Headers, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cib_jax.codes import byte_count
 from cib_jax.data.photos import BadPhotoError
@@ -99,6 +103,7 @@ def create_app(collection: Collection, settings: Settings, decoders: DecodePool)
     app.add_route("/thumbnail/{id}", api.thumbnail, methods=["GET"])
     app.add_route("/image/{id}", api.image, methods=["GET"])
     app.add_route("/health", api.health, methods=["GET"])
+    app.add_route("/docs", lambda _: PlainTextResponse(__doc__), methods=["GET"])
     return app
 
 

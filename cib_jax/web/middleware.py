@@ -64,7 +64,7 @@ ROUTES = (
     Route(re.compile(r"/search"), (*_GET, "POST"), SEARCH, False),
     Route(re.compile(r"/image/[0-9a-f]{16}"), _GET, IMAGE, False),
     Route(re.compile(r"/thumbnail/[0-9a-f]{16}"), _GET, OTHER, False),
-    Route(re.compile(r"/health"), _GET, OTHER, False),
+    Route(re.compile(r"/(health|docs)"), _GET, OTHER, False),
     Route(re.compile(r"/photo"), _GET, OTHER, False),
     Route(re.compile(r"/"), _GET, OTHER, True),
     Route(re.compile(r"/(config|favicon\.ico|manifest\.json|robots\.txt|theme\.css)/?"), _GET, OTHER, True),

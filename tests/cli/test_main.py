@@ -63,7 +63,7 @@ def test_fields_become_overrides_and_an_experiment_must_agree_with_the_run(parse
     given = parse("--mode=evaluate", "--workdir=w", "--config=cifar", "--config.k=5")
     arguments = main.command_arguments("evaluate", pathlib.Path("w"), len(given) > 1)
     overrides = {"data.name": "cifar10", "backbone": "efficientnet_lite0", "k": 5}
-    assert arguments == {"workdir": pathlib.Path("w"), "overrides": overrides}
+    assert arguments == {"workdir": pathlib.Path("w"), "codes": None, "overrides": overrides}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Command lines: the config file is found wherever --config stands, and mistakes name the flag."""
 
 import pathlib
+import shlex
 import sys
 
 import pytest
+from absl import flags as absl_flags
 from absl.testing import flagsaver
 
+import cib_jax
 from cib_jax.cli import flags, parsing
 from cib_jax.errors import ConfigError
 
@@ -78,6 +81,10 @@ def test_show_alone_names_a_file_after_the_mode(parse, mode, file):
         (("--k=many", "--mode=search"), "k"),
         (("--workdri=x",), "workdri"),
         (("folder",), "'folder'"),
+        (("serch", "--index=i"), "did you mean search?"),
+        (("--bits=16",), "did you mean --config.bits?"),
+        (("--patience=2",), "did you mean --config.train.patience?"),
+        (("--workdri=x",), "did you mean --workdir?"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(parse, capsys, arguments, mentioned):
@@ -86,6 +93,27 @@ def test_a_mistake_ends_in_one_sentence(parse, capsys, arguments, mentioned):
     error = capsys.readouterr().err
     assert ended.value.code == 2 and len(error.splitlines()) == 1
     assert error.startswith("run.py: ") and mentioned in error
+
+
+@pytest.mark.parametrize("mode", flags.MODES)
+def test_the_help_of_a_mode_has_an_example_and_its_flags(parse, capsys, mode):
+    with pytest.raises(SystemExit) as ended:
+        parse(mode, "--help")
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"  --{flag}: " in out for flag in ("config", *flags.MODES[mode].flags))
+    assert ("  --config.train.patience=6 " in out) == (mode in (*flags.STARTING, "index"))
+    example = flags.MODES[mode].example
+    assert f" {mode} {example}" in out
+    parse(mode, *shlex.split(example))
+    assert flags.MODE.value == mode
+    assert all(absl_flags.FLAGS[flag].value is not None for flag in flags.MODES[mode].required)
+
+
+def test_the_version_is_printed(parse, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--version")
+    assert ended.value.code == 0 and capsys.readouterr().out == f"cib-jax {cib_jax.__version__}\n"
 
 
 def test_a_config_file_that_fails_is_named(parse, capsys, tmp_path):

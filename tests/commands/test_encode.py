@@ -166,8 +166,11 @@ def test_when_files_came_and_went_the_list_as_it_was_can_be_finished(run, root, 
 
 
 def test_vectors_are_encoded_by_a_run_on_vectors(tmp_path, console):
-    config = many.config(tmp_path, encode_batch=50)
-    train(config, tmp_path / "run", console=console)
+    config = many.config(tmp_path, encode_batch=50, data__labelled=False)
+    results = train(config, tmp_path / "run", console=console)
+    # Without labels, they are measured by the nearest vectors that the codes find.
+    assert 0.1 < results["metrics"]["neighbor_recall"]["10"] < results["metrics"]["neighbor_recall"]["100"] < 1
+    assert " training items," in told(console) and "images" not in told(console)
     features = np.load(tmp_path / "features.npy")
     features[17, 3] = np.nan
     np.save(tmp_path / "new.npy", features)

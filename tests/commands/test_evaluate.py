@@ -9,7 +9,7 @@ import rich.console
 import cib_jax as cib
 from cib_jax.commands.evaluate import evaluate, order_warning, override_fields
 from cib_jax.commands.train import train
-from cib_jax.errors import CheckpointError, ConfigError
+from cib_jax.errors import CheckpointError, ConfigError, DataError
 from tests.commands import many
 from tests.small import reference_map
 
@@ -27,6 +27,24 @@ def test_a_run_is_evaluated_to_the_same_results(run):
     again = evaluate(workdir, console=QUIET)
     assert (again["map"], again["metrics"]) == (results["map"], results["metrics"])
     assert json.loads((workdir / "results.json").read_text())["map"] == results["map"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_codes_of_any_model_are_evaluated(run, tmp_path, run_cli, packed):
+    """Compares with the run that computed them; a file without labels is refused."""
+    workdir, results = run
+    arrays = {path.stem: np.load(path) for path in (workdir / "codes").glob("*.npy")}
+    if not packed:
+        arrays |= {name: cib.unpack_bits(arrays[name], results["bits"]) for name in ("query_codes", "database_codes")}
+    np.savez(tmp_path / "codes.npz", **arrays)
+    ended = run_cli("--mode=evaluate", f"--codes={tmp_path}/codes.npz", f"--config.k={results['k']}")
+    assert ended.code == 0 and f"{results['map']:.4f}" in ended.out, ended
+    found = evaluate(None, codes=tmp_path / "codes.npz", overrides={"k": results["k"]}, console=QUIET)
+    assert (found["map"], found["map_tie_aware"]) == (results["map"], results["map_tie_aware"])
+    np.savez(tmp_path / "half.npz", query_codes=arrays["query_codes"])
+    with pytest.raises(DataError) as error:
+        evaluate(None, codes=tmp_path / "half.npz", console=QUIET)
+    assert error.value.field == "--codes"
 
 
 def test_results_under_another_k_are_written_beside_those_of_the_run(run):

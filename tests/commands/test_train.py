@@ -22,6 +22,7 @@ from cib_jax.runs.workdir import claim_workdir, write_json
 from cib_jax.training import loop
 from tests import pretrained
 from tests import small as small_runs
+from tests.commands import many
 from tests.data import miniature
 
 pytestmark = pytest.mark.usefixtures("compiled_to_run")
@@ -311,6 +312,23 @@ def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
         with pytest.raises(ConfigError):
             train(config, workdir, console=console)
     assert not (tmp_path / "new" / "run").exists() and (tmp_path / "mine").is_dir()
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path, console):
+    """At a learning rate of nearly 0, its codes stay those of the other; weights of another shape are refused."""
+    first = train(many.config(tmp_path, bits=8), tmp_path / "first", console=console)
+    more = {"init_from": str(tmp_path / "first"), "learning_rate": 1e-12, "epochs": 1}
+    again = train(many.config(tmp_path, bits=8, **more), tmp_path / "again", console=console)
+    assert again["map"] == first["map"]
+    features = np.load(tmp_path / "features.npy")
+    hasher = cib.Hasher.load(tmp_path / "first")
+    made = {"bits": 8, "hidden": 32, "epochs": 1, "learning_rate": 1e-12}
+    assert_same(cib.fit(features, init_from=hasher, **made).params, hasher.params)
+    for fields in ({"bits": 16}, {"init_from": str(tmp_path / "nowhere")}):
+        with pytest.raises(ConfigError) as error:
+            train(many.config(tmp_path, **{"bits": 8} | more | fields), tmp_path / "refused", console=console)
+        assert error.value.field == "config.init_from"
+        assert not (tmp_path / "refused").exists()
 
 
 def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, console):

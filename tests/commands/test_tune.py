@@ -15,7 +15,9 @@ from cib_jax import errors
 from cib_jax.commands import tune
 from cib_jax.commands.train import train
 from cib_jax.errors import ConfigError, WorkdirError
+from cib_jax.files import install_command
 from cib_jax.runs import workdir
+from configs import digits
 from tests import pretrained, small
 from tests.commands import many
 
@@ -30,6 +32,7 @@ def searched(folder, **fields):
         "tune__trials": 4,
         "tune__images": 60,
         "tune__sampler": "random",
+        "tune__score": "validation_map",
         "tune__workers": 1,
     }
     return many.config(folder, **defaults | fields)
@@ -199,9 +202,19 @@ def test_a_grid_of_ranges_and_a_search_that_cannot_validate_are_refused(tmp_path
     assert error.value.field == "config.tune.score"
 
 
+def test_the_default_experiment_is_tuned_and_a_refused_search_claims_no_folder(tmp_path):
+    """Refuses it for its depth of ranking alone, which the first trial finds out, and leaves nothing behind."""
+    config = digits.get_config()
+    config.k, config.cache.dir = 5000, "none"
+    with pytest.raises(ConfigError) as error:
+        tune.tune(config, tmp_path / "s", console=QUIET)
+    assert error.value.field == "config.k"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_optuna_the_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(errors.MissingExtraError, match=r"pip install 'optuna>=4\.5'"):
+    with pytest.raises(errors.MissingExtraError, match=re.escape(install_command("tune"))):
         tune.tune(searched(tmp_path), tmp_path / "s", console=QUIET)
 
 

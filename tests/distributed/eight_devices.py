@@ -40,6 +40,11 @@ FEATURES = GENERATOR.normal(size=(48, 12)).astype(np.float32)
 BANK = jnp.asarray(GENERATOR.normal(size=(4, 48, 256)), jnp.float16)
 
 
+def own_loss(key, logits1, logits2, *, temperature):
+    """Returns a loss that needs the whole batch, and knows of no devices."""
+    return cib.nt_xent(logits1, logits2, temperature=temperature) + jnp.var(logits1) * jax.random.uniform(key), {}
+
+
 def loss_and_gradients(objective, devices):
     """Returns the loss of a batch on several devices, and its gradient of both logits."""
     axis = "data" if devices > 1 else None
@@ -47,7 +52,8 @@ def loss_and_gradients(objective, devices):
     def compute(key, logits1, logits2, coordinates):
         def loss(logits1, logits2):
             known = coordinates if objective == "diffusion" else None
-            return cib.cib_loss(key, logits1, logits2, objective=objective, beta=0.1, coordinates=known, axis=axis)[0]
+            named = own_loss if objective == "own" else objective
+            return cib.cib_loss(key, logits1, logits2, objective=named, beta=0.1, coordinates=known, axis=axis)[0]
 
         value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(logits1, logits2)
         return sharding.sum_over_devices(value, axis), gradients
@@ -229,7 +235,7 @@ def learned_for_an_index(folder):
 def main(folder):
     """Writes everything that the tests look at."""
     found = {"devices": jax.local_device_count()}
-    for objective in ("naive_cl", "cl_hash", "cibhash", "diffusion"):
+    for objective in ("naive_cl", "cl_hash", "cibhash", "diffusion", "own"):
         found[objective] = {devices: loss_and_gradients(objective, devices) for devices in (1, 8)}
     found["features"] = {devices: fitted(devices) for devices in (1, 4)}
     encoder, params, frozen = cib.create_encoder(KEY, backbone="convnet", bits=8, image_size=8, hidden=16)

@@ -29,7 +29,7 @@ def found(tmp_path_factory):
     return json.loads((folder / "found.json").read_text()) | {"checkpoints": str(folder / "checkpoints")}
 
 
-@pytest.mark.parametrize("name", ["naive_cl", "cl_hash", "cibhash", "diffusion"])
+@pytest.mark.parametrize("name", ["naive_cl", "cl_hash", "cibhash", "diffusion", "own"])
 def test_shares_of_the_loss_sum_up_and_gradients_are_those_of_the_whole(found, name):
     """Every code of the batch is a negative of every other, whichever device it is on, and gets its gradient for it."""
     assert found["devices"] == 8

@@ -1,5 +1,7 @@
 """The instructions of docs/extending.md run as printed, and each part is short."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,10 @@ import sklearn.decomposition
 import sklearn.metrics.pairwise
 
 import cib_jax as cib
-from cib_jax import losses
 from cib_jax.baselines import BASELINES
 from cib_jax.config import schema
 from cib_jax.data import sources
 from cib_jax.data.dataset import DataConfig
-from cib_jax.models import registry
 from configs import default
 from tests.docs import pages
 
@@ -28,7 +28,10 @@ def run(part: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("part", ["A baseline", "An objective", "A backbone", "A data set", "A config field"])
+PARTS = ["A baseline", "An objective", "An optimizer and an augmentation", "A backbone", "A data set", "A config field"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_is_under_forty_lines(part):
     assert len(pages.section("extending.md", part).strip().splitlines()) < 40
 
@@ -50,8 +53,7 @@ def test_the_baseline_turns_principal_components(monkeypatch):
 
 
 @pytest.fixture
-def objectives(monkeypatch) -> dict:
-    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
+def objectives(own_parts) -> dict:
     return run("An objective")
 
 
@@ -77,7 +79,8 @@ def test_a_row_makes_an_objective(objectives):
 def test_a_term_is_added_and_reported(objectives):
     first, second = logits()
     plain, _ = cib.cib_loss(jax.random.key(0), first, second)
-    loss, terms = objectives["balanced_loss"](jax.random.key(0), first, second, weight=2.0)
+    own = functools.partial(objectives["balanced"], balance_weight=2.0)
+    loss, terms = cib.cib_loss(jax.random.key(0), first, second, objective=own)
     means = scipy.special.expit(np.concatenate([first, second])).mean(axis=0)
     np.testing.assert_allclose(terms["balance"], np.mean((means - 0.5) ** 2), rtol=1e-5)
     np.testing.assert_allclose(loss, plain + 2 * terms["balance"], rtol=1e-6)
@@ -86,9 +89,8 @@ def test_a_term_is_added_and_reported(objectives):
     assert float(objectives["balance"](jnp.array([[3.0, -1.0], [-3.0, 1.0]]))) < 1e-12
 
 
-def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):
+def test_a_backbone_becomes_an_encoder(own_parts, tmp_path):
     """Compares its features with a plain sum over each patch, with weights from a file."""
-    monkeypatch.setattr(registry, "BACKBONES", dict(registry.BACKBONES))
     run("A backbone")
     rng = np.random.default_rng(2)
     weight, bias = rng.normal(size=(64, 3, 8, 8)).astype(np.float32), rng.normal(size=64).astype(np.float32)
@@ -105,16 +107,15 @@ def test_a_backbone_becomes_an_encoder(monkeypatch, tmp_path):
         cib.load_pretrained("patches", str(tmp_path / "half.safetensors"))
 
 
-def test_a_data_set_is_found_by_its_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "DATA_SETS", dict(sources.DATA_SETS))
+def test_a_data_set_is_found_by_its_name(own_parts, tmp_path):
     run("A data set")
     pixels = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
     np.savez(tmp_path / "set.npz", images=pixels, labels=np.array([0, 1, 0, 1, 0, 1]))
-    source = sources.load(DataConfig("npz", str(tmp_path / "set.npz")))
+    source = sources.load(DataConfig("arrays", str(tmp_path / "set.npz")))
     assert (source.test, source.classes) == (None, ["0", "1"])
     np.testing.assert_array_equal(source.train.take(np.array([4, 1])).images[0], pixels[4])
     with pytest.raises(cib.UserError, match=r"config.data.dir: 'nowhere.npz'"):
-        sources.load(DataConfig("npz", "nowhere.npz"))
+        sources.load(DataConfig("arrays", "nowhere.npz"))
 
 
 def test_a_field_is_validated_by_its_rule(monkeypatch):

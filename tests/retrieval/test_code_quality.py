@@ -150,6 +150,18 @@ def test_neighbour_agreement_is_the_mean_over_all_orders_of_ties(seed):
     )
 
 
+def test_neighbor_recall_counts_the_nearest_vectors_among_the_nearest_codes():
+    generator = np.random.default_rng(0)
+    query, database = generator.normal(size=(7, 5)), generator.normal(size=(40, 5))
+    codes = [np.packbits(vectors @ generator.normal(size=(5, 8)) > 0, axis=1) for vectors in (query, database)]
+    measured = code_quality.neighbor_recall(*codes, query, lambda: [database[:15], database[15:]], [3, 12])
+    nearest = NearestNeighbors(n_neighbors=12, metric="cosine").fit(database).kneighbors(query)[1]
+    for k in (3, 12):
+        ordered = [sorted(range(40), key=lambda at, one=one: distance(one, codes[1][at]))[:k] for one in codes[0]]
+        shares = [len({*found} & {*near[:k]}) / k for found, near in zip(ordered, nearest, strict=True)]
+        assert measured[k] == pytest.approx(np.mean(shares))
+
+
 @given(st.integers(0, 1000))
 def test_view_agreement_is_the_expected_reciprocal_rank(seed):
     generator = np.random.default_rng(seed)

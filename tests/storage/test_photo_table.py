@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cib_jax.errors import IndexFolderError
+from cib_jax.files import install_command
 from cib_jax.storage import photo_table
 from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, Row, key_of
 
@@ -290,7 +291,7 @@ def test_a_damaged_index_is_reported_in_a_sentence(tmp_path, which):
 
 def test_without_lancedb_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lancedb", None)
-    refuse("cib-jax[search]", made, tmp_path / "i")
+    refuse(install_command("search"), made, tmp_path / "i")
 
 
 def test_a_hosted_index_without_a_key_is_reported_in_a_sentence(monkeypatch):

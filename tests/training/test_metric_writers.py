@@ -19,6 +19,7 @@ import rich.console
 
 from cib_jax.commands import train
 from cib_jax.errors import MissingExtraError
+from cib_jax.files import install_command
 from cib_jax.training import metric_writers
 from cib_jax.training.metric_writers import MetricLog
 from tests import small
@@ -274,7 +275,7 @@ def test_a_missing_package_is_named_with_its_extra(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(MissingExtraError, match=re.escape(f"pip install 'cib-jax[{name}]'")) as refused:
+    with pytest.raises(MissingExtraError, match=re.escape(install_command(name))) as refused:
         train.train(small.config(log__writers=f"tensorboard, {name}"), tmp_path / "run")
     assert refused.value.field == "config.log.writers"
     assert not (tmp_path / "run").exists()

@@ -49,6 +49,13 @@ def test_search_by_id_and_by_code(served):
         }  # fmt: skip
 
 
+def test_the_server_lists_its_requests(served):
+    status, headers, text = served.ask("/docs")
+    assert status == 200 and headers["content-type"].startswith("text/plain")
+    for path in ("/search?id=", "/photo?id=", "/thumbnail/", "/image/", "/health"):
+        assert path in text.decode()
+
+
 def test_search_within_a_radius(served):
     code = served.collection.codes[3]
     for radius in (0, 24, 64):

@@ -49,7 +49,6 @@ CLOSED = [
     "/assets//etc/passwd",
     "/static/%00",
     "/svelte/a%2f..%2fb",
-    "/docs",
     "/openapi.json",
     "/redoc",
     "/metrics",
