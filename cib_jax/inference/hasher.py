@@ -62,6 +62,9 @@ class Hasher:
     devices: int = 0
     """Number of this machine's devices that encode one batch each at the same time; 0 uses all."""
 
+    def __repr__(self) -> str:
+        return repr(self.encoder).replace("Encoder", type(self).__name__, 1)
+
     def __post_init__(self) -> None:
         # LoRA factors and retrained blocks are merged into the backbone once, here, whoever constructs the hasher.
         # Encoding, saving and exporting then need not know how the backbone was trained, and give the same bits.
@@ -290,6 +293,10 @@ class PhotoCodes(NamedTuple):
     codes: UInt8[np.ndarray, "photos bytes"]
     unreadable: list[tuple[str, str]]
     """Path of each photo that could not be read, and the reason."""
+
+    def __repr__(self) -> str:
+        count, width = self.codes.shape
+        return f"PhotoCodes({count:,} photos → codes of {width} bytes, {len(self.unreadable):,} unreadable)"
 
 
 def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> PhotoCodes:

@@ -83,6 +83,11 @@ class Encoder:
     checkpointing: bool = False
     """Whether a block is recomputed for its gradient, for less memory."""
 
+    def __repr__(self) -> str:
+        """Returns one line: the graph of a deep network would fill pages."""
+        taken = f"{self.backbone.features} features" if self.backbone.takes == "features" else f"{self.image_size} px"
+        return f"Encoder({self.backbone.name}, {taken} → {self.bits} bits)"
+
     def preprocess(
         self, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"]
     ) -> Float[Array, "batch ..."]:

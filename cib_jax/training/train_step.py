@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ class Method:
 
     encoder: Encoder
     """Network from views to logits."""
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation = dataclasses.field(repr=False)
     objective: str = "cibhash"
     """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, or "diffusion", which learns from a teacher."""
     temperature: float = 0.3
@@ -122,6 +123,10 @@ class TrainState:
     """Steps taken so far."""
     params: Params
     opt_state: optax.OptState
+
+    def __repr__(self) -> str:
+        count = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(self.params))
+        return f"TrainState({count:,} parameters, step={self.step!r})"
 
 
 @dataclasses.dataclass(frozen=True)
