@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import rich.console
 import rich.progress
+import rich.table
 import rich.text
 
 from cib_jax.files import printable
@@ -133,9 +134,12 @@ def progress_bar(
     """
     HINT.clear()
     if console.is_terminal:
+        # Only the bar gets narrower in a narrow terminal.
+        left = rich.progress.TimeRemainingColumn(table_column=rich.table.Column(no_wrap=True))
         bars = rich.progress.BarColumn(), rich.progress.TaskProgressColumn()
-        columns = (title, *bars, "{task.fields[note]}", rich.progress.TimeRemainingColumn())
-        with rich.progress.Progress(*columns, console=console) as progress:
+        columns = (title, *bars, "{task.fields[note]}", left)
+        # What is printed meanwhile goes above the bar, unless it goes elsewhere.
+        with rich.progress.Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
             yield _with_rate(lambda images, note: progress.update(task, advance=images, note=note))
         return
@@ -153,6 +157,19 @@ def progress_bar(
             console.print(f"{line}{left}", highlight=False, soft_wrap=True, markup=False)
 
     yield _with_rate(advance)
+
+
+@contextlib.contextmanager
+def library_bar(title: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
+    """Yields the `advance` of a `progress_bar` on stderr in terminals and notebooks, elsewhere one that does nothing."""
+    console = rich.console.Console(stderr=True)
+    if console.is_jupyter:  # can overwrite a line, but rich's own bars for it need ipywidgets
+        console = rich.console.Console(stderr=True, force_terminal=True, force_jupyter=False, width=80)
+    if show and console.is_terminal:
+        with progress_bar(console, title, total) as advance:
+            yield advance
+    else:
+        yield lambda images, note="": None
 
 
 def _with_rate(advance: Callable[[int, str], None]) -> Callable[..., None]:

@@ -427,9 +427,10 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
         network = build.encoder(theirs, stream="teacher weights")[:3]
         teacher_run = build.training_run(theirs, network, data, mesh, stream="teacher steps")
     # A bar of its own: its images per second are not those of the views.
-    with progress_bar(console, "Training: codes", build.epochs(config) * len(images)) as advance:
+    total = run.images_seen + (teacher_run.images_seen if teacher_run else 0)
+    with progress_bar(console, "Training: codes", total) as advance:
         hasher = fitting.train_hasher(
-            run, images, config.devices, lambda report: advance(len(images), ""), build.teacher(config), teacher_run
+            run, images, config.devices, lambda report: None, advance, build.teacher(config), teacher_run
         )
     return dataclasses.replace(hasher, stored_size=images.shape[1], batch_size=config.encode_batch)
 

@@ -241,7 +241,7 @@ class _Session:
         return self.sigterm_came()
 
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
-        words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "contrast", "kl"))
+        words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "kl"))  # seen at 80 columns
         self.advance(steps * self.run.config.batch_size, words)
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:
