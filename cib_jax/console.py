@@ -124,15 +124,31 @@ HINT = Hint()
 """The hint of this process; the functions above clear it before they print."""
 
 
+class LineSender(io.TextIOBase):
+    """A file for a console that hands each line to a function; lines of progress bars come every second."""
+
+    interval = 1.0
+
+    def __init__(self, send: Callable[[str], None]) -> None:
+        self._send = send
+
+    def write(self, text: str) -> int:
+        """Hands the lines on."""
+        for line in filter(str.strip, text.splitlines()):
+            self._send(line)
+        return len(text)
+
+
 @contextlib.contextmanager
 def progress_bar(
-    console: rich.console.Console, title: str, total: int, done: int = 0, *, interval: float = LINE_INTERVAL
+    console: rich.console.Console, title: str, total: int, done: int = 0, *, interval: float = 0.0
 ) -> Iterator[Callable[..., None]]:
     """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
 
-    Where the output is not a terminal, a line is printed every `interval` seconds instead.
+    Where the output is not a terminal, a line is printed every `interval` seconds instead; 0 takes `LINE_INTERVAL`.
     """
     HINT.clear()
+    interval = interval or getattr(console.file, "interval", LINE_INTERVAL)
     if console.is_terminal:
         # Only the bar gets narrower in a narrow terminal.
         left = rich.progress.TimeRemainingColumn(table_column=rich.table.Column(no_wrap=True))
@@ -161,7 +177,7 @@ def progress_bar(
 
 @contextlib.contextmanager
 def library_bar(title: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
-    """Yields the `advance` of a `progress_bar` on stderr in terminals and notebooks, elsewhere one that does nothing."""
+    """Yields `advance` of a `progress_bar` on stderr in terminals and notebooks; elsewhere, one that does nothing."""
     console = rich.console.Console(stderr=True)
     if console.is_jupyter:  # can overwrite a line, but rich's own bars for it need ipywidgets
         console = rich.console.Console(stderr=True, force_terminal=True, force_jupyter=False, width=80)

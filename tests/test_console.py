@@ -119,16 +119,15 @@ def bar_at_80_columns(monkeypatch, show=True, file=None):
     monkeypatch.setattr("sys.stderr", file)
     with console_lib.library_bar("Training", 40_000_000, show) as advance:
         time.sleep(0.21)  # a rate takes a fifth of a second
-        advance(123_456, "loss 4.1234 kl 12.1234")
+        advance(123_456, "epoch 12 loss 4.1234 kl 12.1234")
     return file.getvalue()
 
 
 def test_a_bar_at_80_columns_shows_percent_rate_and_time_left(monkeypatch):
     last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", bar_at_80_columns(monkeypatch)).splitlines()[-1]
     last = last.rpartition("\r")[2]
-    assert re.fullmatch(
-        r"Training ━.* 0% loss 4\.1234 kl 12\.1234, [\d,]+ images/s (\d+:\d\d:\d\d|-:--:--)", last.strip()
-    )
+    words = r"Training ━.* 0% epoch 12 loss 4\.1234 kl 12\.1234, [\d,]+ images/s (\d+:\d\d:\d\d|-:--:--)"
+    assert re.fullmatch(words, last.strip())
     assert len(last) <= 80
 
 

@@ -221,6 +221,7 @@ class _Session:
     owned: Owned
     extra: dict[str, Any]
     log: MetricLog | None
+    step: int = 0
     until_saved: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     """Context, from the first step until the state after the last one is saved, in which SIGTERM is only noted."""
 
@@ -233,6 +234,7 @@ class _Session:
     def during_steps(self) -> Iterator[None]:
         config = self.run.config
         images = build.epochs(config) * (len(self.run.splits.train) // config.batch_size) * config.batch_size
+        self.step = self.start.step
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
         with progress_bar(self.run.console, "Training", images, self.start.step * config.batch_size) as self.advance:
             yield
@@ -241,8 +243,11 @@ class _Session:
         return self.sigterm_came()
 
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
-        words = " ".join(f"{name} {terms[name]:.4f}" for name in ("loss", "kl"))  # seen at 80 columns
-        self.advance(steps * self.run.config.batch_size, words)
+        self.step += steps
+        size = self.run.config.batch_size
+        epoch = -(-self.step // (len(self.run.splits.train) // size))
+        # No longer, so that the whole line is seen at 80 columns.
+        self.advance(steps * size, f"epoch {epoch} loss {terms['loss']:.4f} kl {terms['kl']:.4f}")
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:
         progress = report.progress
