@@ -95,8 +95,14 @@ class Hint:
         self._visible = False
 
     def show(self, message: str, delay: float = 1.0) -> None:
-        """Shows a message after `delay` seconds, unless `clear` is called before: work that ends sooner needs none."""
+        """Shows a message after `delay` seconds, unless `clear` is called before: work that ends sooner needs none.
+
+        In place of a message that is shown already, it appears at once.
+        """
         self._message = message
+        if self._visible:
+            self._print()
+            return
         timer = threading.Timer(delay, self._print)
         timer.daemon = True
         with contextlib.suppress(RuntimeError):  # no memory for a thread
@@ -113,10 +119,10 @@ class Hint:
 
     def _print(self) -> None:
         with self._lock:
-            if self._message and not self._visible and sys.stderr.isatty():
-                self._visible = True
+            if self._message and sys.stderr.isatty():
+                before, self._visible = "\r\x1b[K" if self._visible else "", True
                 # Cut to one line: only the current line can be removed again.
-                sys.stderr.write(self._message[: shutil.get_terminal_size().columns - 1])
+                sys.stderr.write(before + self._message[: shutil.get_terminal_size().columns - 1])
                 sys.stderr.flush()
 
 
