@@ -22,7 +22,9 @@ import jax
 from cib_jax import console, errors, files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
-from cib_jax.runs.workdir import LAST_WORDS
+
+LAST_WORDS = ".last-words"
+"""File with the exit code and message of a process that ended, so that its peers end in the same way."""
 
 _ENDING = threading.Event()
 
