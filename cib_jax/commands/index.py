@@ -99,14 +99,15 @@ def index(
     place = str(images) if images is not None else table.metadata.images if table is not None else ""
     print_message(console, f"Looking through {place}")
     # Read before the files are listed: what another process indexes meanwhile is not gone.
-    known = table.state().keys if table is not None else np.zeros(0, np.int64)
+    before = table.state().keys if table is not None else np.zeros(0, np.int64)
     found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
     assert isinstance(found, Photos)
     for note in found.notes:
         print_message(console, note)
     own = f"the encoder of {uri}"
+    known: dict[str, Read] = {}  # photos that training has decoded
     if table is None:
-        made = given or train_index_encoder(found, config, console)
+        made = given or train_index_encoder(found, config, console, known)
         metadata = IndexMetadata(found.place, collection.encoder_identity(made), {} if given else flatten(config))
         table = PhotoTable.create(uri, metadata, collection.hasher_bytes(made))
         if table.metadata.encoder != metadata.encoder:  # another process was faster
@@ -116,9 +117,11 @@ def index(
             print_message(console, "Another process made the index meanwhile; its encoder is used")
     elif given is None:
         _validate_overrides(overrides, own, table.metadata.learnt)
-    _validate_images(table, found, known, console)
-    files = _stat_files(dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True))
-    changes = _find_changes(table, files, known)
+    _validate_images(table, found, before, console)
+    side = table.metadata.encoder["side"]
+    known = {name: read for name, read in known.items() if read.content is not None and len(read.content) == side}
+    files = _stat_files(dataclasses.replace(found, size=side, thumbnails=True, known=known))
+    changes = _find_changes(table, files, before)
     for start in range(0, len(changes.gone), AT_ONCE):
         table.remove(changes.gone[start : start + AT_ONCE])
     if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
@@ -394,13 +397,18 @@ FEWEST = 16  # photos to train on
 FEW = 500  # photos below which a message says that they are few
 
 
-def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console) -> Hasher:
-    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` photos."""
+def train_index_encoder(
+    found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console, known: dict[str, Read]
+) -> Hasher:
+    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` photos.
+
+    The photos of the sample are put into `known`, by name.
+    """
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)
     encoder, params, frozen, _ = build.encoder(config)
-    images = _sample(found, config, console)
+    images = _sample(found, config, console, known)
     if len(images) < FEWEST:
         problem = f"must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}"
         remedy = "add some, or give --workdir=RUN, the folder of a trained run"
@@ -450,9 +458,9 @@ def batch_for(count: int, devices: int, config: ml_collections.ConfigDict) -> tu
 
 
 def _sample(
-    found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console
+    found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console, known: dict[str, Read]
 ) -> UInt8[np.ndarray, "images side side 3"]:
-    """Returns random readable photos, as many as `data.train_images` says, in random order."""
+    """Returns random readable photos, as many as `data.train_images` says, in random order; puts them into `known`."""
     side = config.data.stored_size or config.image_size or registry.get(config.backbone).image_size
     wanted = min(config.data.train_images if config.data.train_images > 0 else len(found.names), len(found.names))
     order = stream_rng(config.data.seed, "index sample").permutation(len(found.names)).tolist()
@@ -461,9 +469,15 @@ def _sample(
     with progress_bar(console, "Reading some photos", wanted) as advance:
         # Numbers are drawn lazily, so that reading ends when there are enough readable photos.
         numbers = itertools.takewhile(lambda number: count < wanted, order)
-        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([numbers]):
-            if read.content is not None and count < wanted:
-                images[count] = read.content
+        for number, read in dataclasses.replace(found, size=side, thumbnails=True).read([numbers]):
+            if read.decoded is None:
+                continue
+            known[found.names[number]] = read
+            if count < wanted:
+                square = images[count]  # of which there is no other copy in memory
+                square[:] = read.decoded.square
+                kept = read._replace(content=square, decoded=read.decoded._replace(square=square))
+                known[found.names[number]] = kept
                 count += 1
                 advance(1, "")
     return images[:count]
