@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import rich.console
@@ -18,6 +19,7 @@ from cib_jax import fitting
 from cib_jax.config import build, flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs
+from cib_jax.data.dataset import ImageSet
 from cib_jax.data.inputs import Photos, Read
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
@@ -26,10 +28,11 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models import registry
 from cib_jax.random_streams import stream_rng
-from cib_jax.runs import context
+from cib_jax.runs import context, features
 from cib_jax.storage import collection, photo_table
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
+from cib_jax.training.trainer import TrainingData
 
 BLOCK = 512  # files in a commit, about, and so the most that a killed process loses
 TIDY_EVERY = 256  # commits after which small fragments are merged
@@ -407,7 +410,7 @@ def train_index_encoder(
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)
-    encoder, params, frozen, _ = build.encoder(config)
+    encoder, params, frozen, fingerprint = build.encoder(config)
     images = _sample(found, config, console, known)
     if len(images) < FEWEST:
         problem = f"must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}"
@@ -424,16 +427,19 @@ def train_index_encoder(
     mesh = sharding.make_mesh(config.devices, config.batch_size)
     grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
     views = config.train.views if config.frozen else 0
-    method, key = build.method(config, encoder), build.key(config, "view bank")
-    with progress_bar(console, "Training: views", views * len(images)) as advance:
-        data = fitting.load_data(images, method, frozen, views, key, config.devices, lambda more: advance(more, ""))
+    if views:  # whose features are kept: interrupted, the same call goes on after the last view
+        network = context.Network(config, console, encoder, params, frozen, fingerprint)
+        bank = features.of_views(network, ImageSet(images, None), views, "Training: views")
+        data = TrainingData(images, bank)
+    else:
+        data = TrainingData(jnp.asarray(images))
     run = build.training_run(config, (encoder, params, frozen), data, mesh)
     teacher_run = None
     if OBJECTIVES[config.objective].taught:
         build.teacher(config).check(len(images))
         theirs = build.teacher_config(config)
-        network = build.encoder(theirs, stream="teacher weights")[:3]
-        teacher_run = build.training_run(theirs, network, data, mesh, stream="teacher steps")
+        made = build.encoder(theirs, stream="teacher weights")[:3]
+        teacher_run = build.training_run(theirs, made, data, mesh, stream="teacher steps")
     # A bar of its own: its images per second are not those of the views.
     total = run.images_seen + (teacher_run.images_seen if teacher_run else 0)
     with progress_bar(console, "Training: codes", total) as advance:

@@ -11,6 +11,7 @@ from cib_jax.data import photos
 from cib_jax.data.inputs import Photos
 from cib_jax.errors import ConfigError, DataError
 from cib_jax.storage.collection import Collection
+from tests import pretrained
 from tests.commands import indexing
 
 
@@ -79,6 +80,22 @@ def test_a_first_index_decodes_each_photo_once(tmp_path, monkeypatch):
     assert done.added == len(read) == len(set(read)) == 22
     hasher = Collection.open(tmp_path / "i").hasher
     assert indexing.held(tmp_path / "i") == indexing.expected(tmp_path / "photos", hasher)
+
+
+def test_an_interrupted_first_index_goes_on_after_the_last_view(tmp_path, monkeypatch):
+    indexing.fill(tmp_path / "photos", 20)
+    frozen = pretrained.convnet(monkeypatch, tmp_path, 8) | {"train__views": 2, "cache__dir": str(tmp_path / "cache")}
+    config = indexing.config(**CONVNET | frozen)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index.fitting, "train_hasher", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            indexing.run(tmp_path / "i", tmp_path / "photos", settings=config)
+    done, printed = indexing.run(tmp_path / "i", tmp_path / "photos", settings=config)
+    assert done.photos == 20 and f"read from {tmp_path / 'cache'}" in printed
 
 
 def test_the_seed_decides_the_sample_and_the_codes(tmp_path):
