@@ -57,6 +57,8 @@ def test_a_hint_is_shown_on_a_terminal_and_removed_by_the_next_output(monkeypatc
     shown = stderr.getvalue()
     assert shown.startswith("Loading much ") if terminal else shown == ""
     assert len(shown) < 120  # one line, so that it can be removed
+    hint.show("Drawing")
+    shown += "\r\x1b[KDrawing" if terminal else ""  # at once, in its place
     console_lib.print_error("run.py: done")
     assert stderr.getvalue() == shown + ("\r\x1b[K" if terminal else "") + "run.py: done\n"
 
