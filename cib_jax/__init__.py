@@ -174,4 +174,4 @@ if not TYPE_CHECKING:  # a type checker would accept any name if it saw this fun
 
 
 def __dir__() -> "list[str]":  # a string, since old versions of Python parse this file before they are refused
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import rich.console
 import rich.progress
+import rich.table
 import rich.text
 
 from cib_jax.files import printable
@@ -94,8 +95,14 @@ class Hint:
         self._visible = False
 
     def show(self, message: str, delay: float = 1.0) -> None:
-        """Shows a message after `delay` seconds, unless `clear` is called before: work that ends sooner needs none."""
+        """Shows a message after `delay` seconds, unless `clear` is called before: work that ends sooner needs none.
+
+        In place of a message that is shown already, it appears at once.
+        """
         self._message = message
+        if self._visible:
+            self._print()
+            return
         timer = threading.Timer(delay, self._print)
         timer.daemon = True
         with contextlib.suppress(RuntimeError):  # no memory for a thread
@@ -112,15 +119,30 @@ class Hint:
 
     def _print(self) -> None:
         with self._lock:
-            if self._message and not self._visible and sys.stderr.isatty():
-                self._visible = True
+            if self._message and sys.stderr.isatty():
+                before, self._visible = "\r\x1b[K" if self._visible else "", True
                 # Cut to one line: only the current line can be removed again.
-                sys.stderr.write(self._message[: shutil.get_terminal_size().columns - 1])
+                sys.stderr.write(before + self._message[: shutil.get_terminal_size().columns - 1])
                 sys.stderr.flush()
 
 
 HINT = Hint()
 """The hint of this process; the functions above clear it before they print."""
+
+
+class LineSender(io.TextIOBase):
+    """A file for a console that hands each line to a function; lines of progress bars come every second."""
+
+    interval = 1.0
+
+    def __init__(self, send: Callable[[str], None]) -> None:
+        self._send = send
+
+    def write(self, text: str) -> int:
+        """Hands the lines on."""
+        for line in filter(str.strip, text.splitlines()):
+            self._send(line)
+        return len(text)
 
 
 @contextlib.contextmanager
@@ -130,20 +152,23 @@ def progress_bar(
     total: int,
     done: int = 0,
     *,
-    interval: float = LINE_INTERVAL,
+    interval: float = 0.0,
     unit: str = "images",
 ) -> Iterator[Callable[..., None]]:
     """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
 
-    `unit` is the word in place of images.
-
-    Where the output is not a terminal, a line is printed every `interval` seconds instead.
+    `unit` is the word in place of images. Where the output is not a terminal, a line is printed every `interval`
+    seconds instead; 0 takes `LINE_INTERVAL`.
     """
     HINT.clear()
+    interval = interval or getattr(console.file, "interval", LINE_INTERVAL)
     if console.is_terminal:
+        # Only the bar gets narrower in a narrow terminal.
+        left = rich.progress.TimeRemainingColumn(table_column=rich.table.Column(no_wrap=True))
         bars = rich.progress.BarColumn(), rich.progress.TaskProgressColumn()
-        columns = (title, *bars, "{task.fields[note]}", rich.progress.TimeRemainingColumn())
-        with rich.progress.Progress(*columns, console=console) as progress:
+        columns = (title, *bars, "{task.fields[note]}", left)
+        # What is printed meanwhile goes above the bar, unless it goes elsewhere.
+        with rich.progress.Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
             yield _with_rate(lambda images, note: progress.update(task, advance=images, note=note), unit)
         return
@@ -161,6 +186,19 @@ def progress_bar(
             console.print(f"{line}{left}", highlight=False, soft_wrap=True, markup=False)
 
     yield _with_rate(advance, unit)
+
+
+@contextlib.contextmanager
+def library_bar(title: str, total: int, show: bool = True, unit: str = "images") -> Iterator[Callable[..., None]]:
+    """Yields `advance` of a `progress_bar` on stderr in terminals and notebooks; elsewhere, one that does nothing."""
+    console = rich.console.Console(stderr=True)
+    if console.is_jupyter:  # can overwrite a line, but rich's own bars for it need ipywidgets
+        console = rich.console.Console(stderr=True, force_terminal=True, force_jupyter=False, width=80)
+    if show and console.is_terminal:
+        with progress_bar(console, title, total, unit=unit) as advance:
+            yield advance
+    else:
+        yield lambda images, note="": None
 
 
 def _with_rate(advance: Callable[[int, str], None], unit: str) -> Callable[..., None]:

@@ -13,9 +13,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
-import scipy.sparse.linalg
 from jaxtyping import Float, Float32, Int
 
 from cib_jax.errors import ConfigError, DataError
@@ -86,6 +83,8 @@ def coordinates(
     Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
     included. `on_items` is called with the number of items of which the neighbors have been found since the last call.
     """
+    import scipy.sparse  # takes a quarter of a second, which every command would wait for
+
     items = len(embeddings)
     if not 2 <= dimensions < items:
         raise _error("dimensions", f"must be from 2 to {items - 1} for {items} items", dimensions)
@@ -106,13 +105,16 @@ def coordinates(
 
 
 def _slowest_modes(
-    walk: scipy.sparse.csr_matrix, root: Float[np.ndarray, " items"], count: int
+    walk: Any, root: Float[np.ndarray, " items"], count: int
 ) -> tuple[Float[np.ndarray, " count"], Float[np.ndarray, "items count"]]:
-    """Returns the largest eigenvalues of the symmetric form of a walk, with their eigenvectors.
+    """Returns the largest eigenvalues of the symmetric form of a walk, a sparse matrix, with their eigenvectors.
 
     The eigenvalue 1 occurs once for each group that no walk leaves, with a known eigenvector. These are deflated first:
     Lanczos' method, started from one vector, finds only one direction of those that share an eigenvalue.
     """
+    import scipy.sparse.csgraph
+    import scipy.sparse.linalg
+
     items = len(root)
     groups, group = scipy.sparse.csgraph.connected_components(walk, directed=False)
     by_size = np.argsort(-np.bincount(group), kind="stable")

@@ -99,7 +99,14 @@ class ExportedEncoder:
     "made_with"."""
     weights: list[Array]
     programs: dict[str, bytes]
+    checksums: dict[str, str]
+    """SHA-256 of each part of the file, by name."""
     _compiled: dict[int, list[Callable[..., Array]]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        size, bits = self.signature["input"]["shape"][1], self.signature["bits"]
+        taken = f"{size} features" if self.signature["takes"] == "features" else f"images of {size} px"
+        return f"ExportedEncoder({taken} → {bits} bits)"
 
     def encode(
         self, images: UInt8[np.ndarray, "n size size 3"] | Float[np.ndarray, "n *views features"]
@@ -220,7 +227,9 @@ def load(path: str | os.PathLike[str]) -> ExportedEncoder:
         expected = {program_name(*key) for key in keys}
         if expected != programs.keys():
             raise ValueError("programs are missing")
-        encoder = ExportedEncoder(signature, weights, programs)
+        checksums = {name: part["sha256"] for name, part in signature["parts"].items()}
+        described = {name: value for name, value in signature.items() if name not in ("parts", "weights", "checksum")}
+        encoder = ExportedEncoder(described, weights, programs, checksums)
         for form in signature["platforms"]:
             encoder._deserialize(form, signature["batch_sizes"][0])  # fails early if JAX cannot read it
         return encoder

@@ -13,6 +13,7 @@ from jaxtyping import Float, PRNGKeyArray, UInt8
 from cib_jax import diffusion
 from cib_jax.augment import features as features_lib
 from cib_jax.augment.features import Standard
+from cib_jax.console import library_bar
 from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, whole_number
@@ -56,6 +57,7 @@ def fit(
     seed: int = 0,
     on_views: Callable[[int], None] = lambda views: None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    progress: bool = True,
     **method: Any,
 ) -> Hasher:
     """Returns a hasher trained on `images`, without labels.
@@ -88,6 +90,7 @@ def fit(
       seed: Seed of everything random.
       on_views: Function that is called with the number of views computed since the last call.
       on_epoch: Function that is called after every epoch, those of a teacher included.
+      progress: Whether to show progress bars in terminals and notebooks.
       **method: Settings of the objective and of the steps:
         objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first; or a
           function, as for `cib_loss`.
@@ -149,7 +152,14 @@ def fit(
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
     if is_taught(chosen.objective):
         teacher.check(len(array))
-    data = load_data(array, chosen, unchanging, views, stream_key(seed, "view bank"), devices, on_views)
+    with library_bar("Views", views * len(array), show=progress and views > 0) as advance:
+
+        def after_views(count: int) -> None:
+            advance(count)
+            on_views(count)
+
+        key = stream_key(seed, "view bank")
+        data = load_data(array, chosen, unchanging, views, key, devices, after_views)
     data = dataclasses.replace(data, seed=seed)
     run = TrainingRun(chosen, params, unchanging, data, schedule, stream_key(seed, "steps"), mesh)
     teacher_run = None
@@ -160,7 +170,9 @@ def fit(
         schedule = dataclasses.replace(schedule, epochs=teacher.epochs or epochs)
         key = stream_key(seed, "teacher steps")
         teacher_run = TrainingRun(theirs, params, unchanging, data, schedule, key, mesh)
-    return train_hasher(run, array, devices, on_epoch, teacher, teacher_run)
+    total = run.images_seen + (teacher_run.images_seen if teacher_run else 0)
+    with library_bar("Training", total, progress, "images" if standard is None else "items") as advance:
+        return train_hasher(run, array, devices, on_epoch, advance, teacher, teacher_run)
 
 
 def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Standard | None]:
@@ -228,16 +240,24 @@ def train_hasher(
     images: np.ndarray,
     devices: int,
     on_epoch: Callable[[EpochReport], None],
+    advance: Callable[[int, str], None],
     teacher: Teacher,
     teacher_run: TrainingRun | None = None,
 ) -> Hasher:
-    """Returns the hasher of a run on images in memory; `teacher_run` is trained first if the objective needs it."""
+    """Returns the hasher of a run on images in memory; `teacher_run` is trained first if the objective needs it.
+
+    `advance` is called with the number of images of the steps done since the last call, and with words about them.
+    """
 
     def learn_coordinates() -> Coordinates:
         assert teacher_run is not None, "an objective that needs a teacher comes with its run"
-        embeddings = train_hasher(teacher_run, images, devices, on_epoch, teacher).logits(images)
-        return diffusion.coordinates(embeddings, **teacher.walk)
+        learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
+        embeddings = learned.logits(images, progress=False)
+        return diffusion.coordinates(embeddings, **teacher.walk, on_items=lambda count: advance(0, "neighbors"))
 
-    hooks = Hooks(on_epoch=lambda state, report: on_epoch(report))
+    def on_steps(steps: int, terms: dict[str, float]) -> None:
+        advance(steps * run.schedule.batch_size, f"loss {terms['loss']:.4f}")
+
+    hooks = Hooks(on_steps=on_steps, on_epoch=lambda state, report: on_epoch(report))
     state, _ = trainer.train(run, hooks=hooks, learn_coordinates=learn_coordinates)
     return Hasher(run.method.encoder, sharding.to_local(state.params), run.frozen, ENCODE_BATCH, devices=devices)

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import threading
+import time
 
 import pytest
 import rich.console
@@ -56,6 +57,8 @@ def test_a_hint_is_shown_on_a_terminal_and_removed_by_the_next_output(monkeypatc
     shown = stderr.getvalue()
     assert shown.startswith("Loading much ") if terminal else shown == ""
     assert len(shown) < 120  # one line, so that it can be removed
+    hint.show("Drawing")
+    shown += "\r\x1b[KDrawing" if terminal else ""  # at once, in its place
     console_lib.print_error("run.py: done")
     assert stderr.getvalue() == shown + ("\r\x1b[K" if terminal else "") + "run.py: done\n"
 
@@ -108,6 +111,31 @@ def test_progress_in_a_file_prints_few_lines_and_always_the_last(console):
             advance(1)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Encoding: 1,000 of 1,000")
+
+
+def bar_at_80_columns(monkeypatch, show=True, file=None):
+    """Returns what the bar of a library's function leaves on stderr."""
+    file = file or Terminal()
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr", file)
+    with console_lib.library_bar("Training", 40_000_000, show) as advance:
+        time.sleep(0.21)  # a rate takes a fifth of a second
+        advance(123_456, "epoch 12 loss 4.1234 kl 12.1234")
+    return file.getvalue()
+
+
+def test_a_bar_at_80_columns_shows_percent_rate_and_time_left(monkeypatch):
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", bar_at_80_columns(monkeypatch)).splitlines()[-1]
+    last = last.rpartition("\r")[2]
+    words = r"Training ━.* 0% epoch 12 loss 4\.1234 kl 12\.1234, [\d,]+ images/s (\d+:\d\d:\d\d|-:--:--)"
+    assert re.fullmatch(words, last.strip())
+    assert len(last) <= 80
+
+
+def test_the_librarys_bars_are_for_terminals_alone_and_can_be_silenced(monkeypatch):
+    assert bar_at_80_columns(monkeypatch, file=io.StringIO()) == ""
+    assert bar_at_80_columns(monkeypatch, show=False) == ""
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

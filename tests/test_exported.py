@@ -114,7 +114,8 @@ def test_images_of_the_stored_size_are_taken_and_resized_inside(tmp_path, convne
 
 
 def test_the_signature_says_what_goes_in_and_out(convnet):
-    signature = exported.load(convnet[1]).signature
+    loaded = exported.load(convnet[1])
+    signature = loaded.signature
     assert signature["bits"] == 12
     assert signature["input"] == {"dtype": "uint8", "shape": ["n", 16, 16, 3]}
     assert signature["output"] == {"dtype": "uint8", "shape": ["n", 2]}
@@ -122,6 +123,8 @@ def test_the_signature_says_what_goes_in_and_out(convnet):
     assert signature["made_with"] == {"cib_jax": cib.__version__, "jax": jax.__version__}
     assert set(signature["fingerprints"]) == {"backbone", "head"}
     assert "mean [0.5, 0.5, 0.5]" in signature["preprocessing"]
+    assert len(str(signature)) < 2000 and str(loaded) == "ExportedEncoder(images of 16 px → 12 bits)"
+    assert all(len(bytes.fromhex(checksum)) == 32 for checksum in loaded.checksums.values())
 
 
 def test_each_platform_has_its_own_forms(lite0):

@@ -17,6 +17,10 @@ def test_every_name_can_be_imported(name):
     assert callable(getattr(cib, name)) and name in dir(cib)
 
 
+def test_other_names_are_not_listed():
+    assert dir(cib) == sorted(cib.__all__)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing"):
         cib.nothing  # noqa: B018

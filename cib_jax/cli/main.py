@@ -57,13 +57,14 @@ def _run(arguments: Sequence[str]) -> None:
     # Imported only now, so that mistakes in the flags are reported at once.
     from cib_jax.distributed import initialize, multihost
     from cib_jax.runs import processes
-    from cib_jax.runs.workdir import default_name
 
     module, function = mode.command.split(".")
     command = getattr(importlib.import_module(f"cib_jax.commands.{module}"), function)
     processes.install_background_hooks()
     workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
     if name in STARTING and workdir is None:
+        from cib_jax.runs.workdir import default_name
+
         workdir = default_name(CONFIG.value, name)
     use_compilation_cache()
     if signal.getsignal(signal.SIGINT) is python_check.end_early:
@@ -97,6 +98,8 @@ def validate_flags(name: str, config_given: bool) -> None:
     if name == "evaluate" and bool(WORKDIR.value) == bool(flags.FLAGS["codes"].value):
         exit_with_error("--workdir: --mode=evaluate needs the folder of a run, or the file of --codes instead of it")
     config_given = config_given and not own_fields  # a file of a user's own parts may have the encoder's backbone
+    if name == "search" and not (query := pathlib.Path(flags.FLAGS["query"].value or "").expanduser()).exists():
+        exit_with_error(f"--query: there is no file {query}; give a photo or a folder of photos")
     if name in ("search", "duplicates", "serve") and (config_given or _overrides()):
         exit_with_error(f"--config: an index has its own encoder; omit --config and its fields with --mode={name}")
     if name == "index" and WORKDIR.value and config_given:

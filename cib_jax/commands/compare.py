@@ -178,20 +178,19 @@ def _refusal(cell: CellRun, since: float = 0.0) -> str:
     return str(note["error"]) if note["when"] >= since else ""
 
 
-def _measure_once(cell: CellRun, *, cells: list[CellRun], since: float) -> str | None:
+def _measure_once(cell: CellRun, console: rich.console.Console, *, cells: list[CellRun], since: float) -> str | None:
     """Measures a run that has not been refused since a time; returns a sentence about it.
 
     A run that is refused for a reason of its own gets a note; an error that concerns all rows is raised.
     """
     if _refusal(cell, since):
         return None
-    quiet = rich.console.Console(quiet=True)
     note = cell.workdir / REFUSED
     try:
         if cell.method.name in OBJECTIVES:
-            results = train(cell.config, cell.workdir, console=quiet)
+            results = train(cell.config, cell.workdir, console=console)
         else:
-            results = measure_baseline(cell.config, cell.method.name, cell.workdir, console=quiet)
+            results = measure_baseline(cell.config, cell.method.name, cell.workdir, console=console)
     except errors.BusyError:
         raise
     except UserError as error:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import rich.console
@@ -18,6 +19,7 @@ from cib_jax import fitting
 from cib_jax.config import build, flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs
+from cib_jax.data.dataset import ImageSet
 from cib_jax.data.inputs import Photos, Read
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
@@ -26,10 +28,11 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry
 from cib_jax.random_streams import stream_rng
-from cib_jax.runs import context
+from cib_jax.runs import context, features
 from cib_jax.storage import collection, photo_table
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
+from cib_jax.training.trainer import TrainingData
 
 BLOCK = 512  # files in a commit, about, and so the most that a killed process loses
 TIDY_EVERY = 256  # commits after which small fragments are merged
@@ -99,14 +102,15 @@ def index(
     place = str(images) if images is not None else table.metadata.images if table is not None else ""
     print_message(console, f"Looking through {place}")
     # Read before the files are listed: what another process indexes meanwhile is not gone.
-    known = table.state().keys if table is not None else np.zeros(0, np.int64)
+    before = table.state().keys if table is not None else np.zeros(0, np.int64)
     found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
     assert isinstance(found, Photos)
     for note in found.notes:
         print_message(console, note)
     own = f"the encoder of {uri}"
+    known: dict[str, Read] = {}  # photos that training has decoded
     if table is None:
-        made = given or train_index_encoder(found, config, console)
+        made = given or train_index_encoder(found, config, console, known)
         metadata = IndexMetadata(found.place, collection.encoder_identity(made), {} if given else flatten(config))
         table = PhotoTable.create(uri, metadata, collection.hasher_bytes(made))
         if table.metadata.encoder != metadata.encoder:  # another process was faster
@@ -116,9 +120,11 @@ def index(
             print_message(console, "Another process made the index meanwhile; its encoder is used")
     elif given is None:
         _validate_overrides(overrides, own, table.metadata.learnt)
-    _validate_images(table, found, known, console)
-    files = _stat_files(dataclasses.replace(found, size=table.metadata.encoder["side"], thumbnails=True))
-    changes = _find_changes(table, files, known)
+    _validate_images(table, found, before, console)
+    side = table.metadata.encoder["side"]
+    known = {name: read for name, read in known.items() if read.content is not None and len(read.content) == side}
+    files = _stat_files(dataclasses.replace(found, size=side, thumbnails=True, known=known))
+    changes = _find_changes(table, files, before)
     for start in range(0, len(changes.gone), AT_ONCE):
         table.remove(changes.gone[start : start + AT_ONCE])
     if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
@@ -394,13 +400,18 @@ FEWEST = 16  # photos to train on
 FEW = 500  # photos below which a message says that they are few
 
 
-def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console) -> Hasher:
-    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` photos."""
+def train_index_encoder(
+    found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console, known: dict[str, Read]
+) -> Hasher:
+    """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` photos.
+
+    The photos of the sample are put into `known`, by name.
+    """
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)
-    encoder, params, frozen, _ = build.encoder(config)
-    images = _sample(found, config, console)
+    encoder, params, frozen, fingerprint = build.encoder(config)
+    images = _sample(found, config, console, known)
     if len(images) < FEWEST:
         problem = f"must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}"
         remedy = "add some, or give --workdir=RUN, the folder of a trained run"
@@ -416,20 +427,24 @@ def train_index_encoder(found: Photos, config: ml_collections.ConfigDict, consol
     mesh = sharding.make_mesh(config.devices, config.batch_size)
     grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
     views = config.train.views if config.frozen else 0
-    method, key = build.method(config, encoder), build.key(config, "view bank")
-    with progress_bar(console, "Training: views", views * len(images)) as advance:
-        data = fitting.load_data(images, method, frozen, views, key, config.devices, lambda more: advance(more, ""))
+    if views:  # whose features are kept: interrupted, the same call goes on after the last view
+        network = context.Network(config, console, encoder, params, frozen, fingerprint)
+        bank = features.of_views(network, ImageSet(images, None), views, "Training: views")
+        data = TrainingData(images, bank)
+    else:
+        data = TrainingData(jnp.asarray(images))
     run = build.training_run(config, (encoder, params, frozen), data, mesh)
     teacher_run = None
     if is_taught(config.objective):
         build.teacher(config).check(len(images))
         theirs = build.teacher_config(config)
-        network = build.encoder(theirs, stream="teacher weights")[:3]
-        teacher_run = build.training_run(theirs, network, data, mesh, stream="teacher steps")
+        made = build.encoder(theirs, stream="teacher weights")[:3]
+        teacher_run = build.training_run(theirs, made, data, mesh, stream="teacher steps")
     # A bar of its own: its images per second are not those of the views.
-    with progress_bar(console, "Training: codes", build.epochs(config) * len(images)) as advance:
+    total = run.images_seen + (teacher_run.images_seen if teacher_run else 0)
+    with progress_bar(console, "Training: codes", total) as advance:
         hasher = fitting.train_hasher(
-            run, images, config.devices, lambda report: advance(len(images), ""), build.teacher(config), teacher_run
+            run, images, config.devices, lambda report: None, advance, build.teacher(config), teacher_run
         )
     return dataclasses.replace(hasher, stored_size=images.shape[1], batch_size=config.encode_batch)
 
@@ -449,9 +464,9 @@ def batch_for(count: int, devices: int, config: ml_collections.ConfigDict) -> tu
 
 
 def _sample(
-    found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console
+    found: Photos, config: ml_collections.ConfigDict, console: rich.console.Console, known: dict[str, Read]
 ) -> UInt8[np.ndarray, "images side side 3"]:
-    """Returns random readable photos, as many as `data.train_images` says, in random order."""
+    """Returns random readable photos, as many as `data.train_images` says, in random order; puts them into `known`."""
     side = config.data.stored_size or config.image_size or registry.get(config.backbone).image_size
     wanted = min(config.data.train_images if config.data.train_images > 0 else len(found.names), len(found.names))
     order = stream_rng(config.data.seed, "index sample").permutation(len(found.names)).tolist()
@@ -460,9 +475,15 @@ def _sample(
     with progress_bar(console, "Reading some photos", wanted) as advance:
         # Numbers are drawn lazily, so that reading ends when there are enough readable photos.
         numbers = itertools.takewhile(lambda number: count < wanted, order)
-        for _, read in dataclasses.replace(found, size=side, thumbnails=False).read([numbers]):
-            if read.content is not None and count < wanted:
-                images[count] = read.content
+        for number, read in dataclasses.replace(found, size=side, thumbnails=True).read([numbers]):
+            if read.decoded is None:
+                continue
+            known[found.names[number]] = read
+            if count < wanted:
+                square = images[count]  # of which there is no other copy in memory
+                square[:] = read.decoded.square
+                kept = read._replace(content=square, decoded=read.decoded._replace(square=square))
+                known[found.names[number]] = kept
                 count += 1
                 advance(1, "")
     return images[:count]

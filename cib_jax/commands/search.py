@@ -92,6 +92,8 @@ def search(
         raise SearchError(f"--kind must be one of {', '.join((EXACT, *KINDS))}, got {kind!r}", field="--kind")
     if radius is not None and kind != EXACT:
         raise SearchError(f"--radius works with exact search alone; leave --kind={kind} out", field="--radius")
+    if not pathlib.Path(query).expanduser().exists():
+        raise DataError(f"--query must be a photo or a folder of photos, got {query}, which does not exist", "--query")
     HINT.show(f"Opening {index}")
     collection = Collection.open(index, kind=kind, settings=settings)
     if not len(collection):
@@ -207,8 +209,6 @@ def _validate_radius(radius: int | None) -> None:
 def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[tuple[str, DecodedPhoto]]:
     """Yields the names and contents of the photos that can be read, and reports the others."""
     path = pathlib.Path(query).expanduser()
-    if not path.exists():
-        raise DataError(f"--query must be a photo or a folder of photos, got {path}, which does not exist", "--query")
     readable = 0
     with inputs.blame_field("--query"):
         if path.is_dir():

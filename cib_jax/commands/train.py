@@ -239,6 +239,7 @@ class _Session:
     owned: Owned
     extra: dict[str, Any]
     log: MetricLog | None
+    step: int = 0
     until_saved: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     """Context, from the first step until the state after the last one is saved, in which SIGTERM is only noted."""
 
@@ -251,7 +252,8 @@ class _Session:
     def during_steps(self) -> Iterator[None]:
         config = self.run.config
         planned = build.schedule(config)
-        images = planned.epochs * planned.steps_per_epoch(len(self.run.splits.train)) * config.batch_size
+        self.step, self.epoch_steps = self.start.step, planned.steps_per_epoch(len(self.run.splits.train))
+        images = planned.epochs * self.epoch_steps * config.batch_size
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
         done, unit = self.start.step * config.batch_size, self.run.noun
         with progress_bar(self.run.console, "Training", images, done, unit=unit) as self.advance:
@@ -261,8 +263,12 @@ class _Session:
         return self.sigterm_came()
 
     def on_steps(self, steps: int, terms: dict[str, float]) -> None:
-        names = [name for name in dict.fromkeys(["loss", *terms]) if name != "gradient_norm"]
-        words = " ".join(f"{name} {terms[name]:.4f}" for name in names[:4])
+        self.step += steps
+        # No longer, so that the whole line is seen at 80 columns.
+        names = [name for name in ("loss", "kl") if name in terms]
+        words = " ".join(
+            [f"epoch {-(-self.step // self.epoch_steps)}", *(f"{name} {terms[name]:.4f}" for name in names)]
+        )
         self.advance(steps * self.run.config.batch_size, words)
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:

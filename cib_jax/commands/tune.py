@@ -166,11 +166,13 @@ def suggest(
 # Scores without labels
 
 
-def label_free_scores(workdir: pathlib.Path, images: int) -> dict[str, float]:
+def label_free_scores(
+    workdir: pathlib.Path, images: int, console: rich.console.Console | None = None
+) -> dict[str, float]:
     """Returns every score of `code_quality.SCORES` of a trained run, on `images` random images of its database."""
     config = read_config(workdir)
-    quiet = rich.console.Console(quiet=True)
-    run = context.prepare_run(config, workdir, quiet, trained=True, standard=read_standard(workdir, config))
+    console = console or rich.console.Console(quiet=True)
+    run = context.prepare_run(config, workdir, console, trained=True, standard=read_standard(workdir, config))
     params, _, _ = restore_best(workdir, run.initial, config)
     draws = stream_rng(config.data.seed, "scored images")
     some = run.splits.database.take(np.sort(draws.permutation(len(run.splits.database))[:images]))
@@ -222,12 +224,19 @@ class Trial(NamedTuple):
     workdir: pathlib.Path
 
     @property
+    def title(self) -> str:
+        """Name of the run in messages."""
+        return f"trial {self.number + 1}"
+
+    @property
     def record_path(self) -> pathlib.Path:
         """The file with the outcome, which is written last."""
         return self.workdir / TRIAL
 
 
-def _complete(trial: Trial, *, config: ml_collections.ConfigDict, trials: Sequence[Trial]) -> str | None:
+def _complete(
+    trial: Trial, console: rich.console.Console, *, config: ml_collections.ConfigDict, trials: Sequence[Trial]
+) -> str | None:
     """Completes a trial and returns a sentence about it; returns None if it depends on one that is not complete."""
     tuned, earlier = config.tune, []
     if tuned.sampler == "tpe":
@@ -240,12 +249,14 @@ def _complete(trial: Trial, *, config: ml_collections.ConfigDict, trials: Sequen
     params = suggest(space, tuned.sampler, config.seed, trial.number, earlier)
     # Held while training, scoring and writing; the run in the folder holds its own lock only while it trains.
     with exclusive(trial.workdir.with_suffix(".lock")):
-        record = load_record(trial) or run_trial(config, params, trial)
+        record = load_record(trial) or run_trial(config, params, trial, console)
     outcome = f"{tuned.score} {record['value']:.4f}" if record["value"] is not None else record["error"]
-    return f"trial {trial.number + 1}, {_format_params(params)}: {outcome}"
+    return f"{trial.title}, {_format_params(params)}: {outcome}"
 
 
-def run_trial(base: ml_collections.ConfigDict, params: dict[str, Any], trial: Trial) -> Record:
+def run_trial(
+    base: ml_collections.ConfigDict, params: dict[str, Any], trial: Trial, console: rich.console.Console
+) -> Record:
     """Trains and scores one trial, writes its trial.json and returns it.
 
     An error that concerns a drawn field is recorded; any other, as about the data or the folder, is raised.
@@ -256,8 +267,8 @@ def run_trial(base: ml_collections.ConfigDict, params: dict[str, Any], trial: Tr
     config.train.checkpoint_dir = checkpoint.within(config.train.checkpoint_dir, "trials", trial.workdir.name)
     record: Record = {"number": trial.number, "params": params, "value": None, "scores": {}, "error": ""}
     try:
-        results = train(config, trial.workdir, console=rich.console.Console(quiet=True))
-        scores: dict[str, float | None] = dict(label_free_scores(trial.workdir, base.tune.images))
+        results = train(config, trial.workdir, console=console)
+        scores: dict[str, float | None] = dict(label_free_scores(trial.workdir, base.tune.images, console))
         scores |= {"validation_map": results["best_validation_map"], "map": results["map"]}
         record |= {"scores": scores, "value": scores[base.tune.score], "data": results.get("data", "")}
         if record["value"] is None:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import math
 import os
+import pathlib
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -23,7 +24,7 @@ from cib_jax.models import registry
 from cib_jax.models.encoder import DTYPES
 from cib_jax.models.finetune import FineTune, validate_fine_tune
 from cib_jax.retrieval.code_quality import SCORES
-from cib_jax.training import checkpoint, metric_writers, train_step
+from cib_jax.training import metric_writers, train_step
 
 Rule = tuple[Callable[[Any], bool], str | Collection[str]]
 """Whether a value is allowed, and what is: the second part of "config.bits must be from 1 to 4096, got 0", or names."""
@@ -40,6 +41,17 @@ def _name_in(*tables: Any) -> Rule:
 
 def _at_least(least: float) -> Rule:
     return lambda value: math.isfinite(value) and value >= least, f"must be {least} or more"
+
+
+def _is_checkpoint_dir(value: str) -> bool:
+    """Returns whether `train.checkpoint_dir` may have this value.
+
+    Relative folders are not valid, since a resumed run may start in another current folder. Nor is s3://: Orbax 0.12
+    writes arrays to Google's buckets alone, and takes other URIs for relative folders.
+    """
+    if scheme := re.match(r"(\w[\w+.-]*):/", value):
+        return bool(re.fullmatch(r"file:///.+|gs://[^/]+/+[^/].*", value)) and scheme[1] in ("file", "gs")
+    return not value or pathlib.Path(value).expanduser().is_absolute()
 
 
 def _pixels_or_zero(meaning: str) -> Rule:
@@ -116,7 +128,10 @@ RULES: dict[str, Rule] = {
     "train.validate_every": _at_least(1),
     "train.patience": _at_least(1),
     "train.checkpoint_every": _at_least(1),
-    "train.checkpoint_dir": (checkpoint.is_valid_checkpoint_dir, checkpoint.CHOICES),
+    "train.checkpoint_dir": (
+        _is_checkpoint_dir,
+        "must be an absolute folder, file:///FOLDER or gs://BUCKET/FOLDER, or empty (checkpoints/ in the workdir)",
+    ),
     "encode_batch": _at_least(1),
     "cache.mb": _at_least(0),
     "log.writers": (metric_writers.are_known_writers, metric_writers.CHOICES),

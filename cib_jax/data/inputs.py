@@ -6,7 +6,7 @@ import errno
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +47,8 @@ class Photos:
     """Photos, decoded to squares on all cores, with thumbnails if requested.
 
     `place` is the folder or list that the user named, and `root` the folder of the relative paths in `names`. The
-    folders `closed` under it cannot be read; photos inside them may exist nevertheless.
+    folders `closed` under it cannot be read; photos inside them may exist nevertheless. Photos that are `known`,
+    by name, were read before, and are read again only if their files have changed.
     """
 
     place: str
@@ -58,6 +59,7 @@ class Photos:
     notes: Sequence[str] = ()
     closed: Sequence[str] = ()
     thumbnails: bool = False
+    known: Mapping[str, Read] = dataclasses.field(default_factory=dict)
     words = "photos"
 
     def read(self, ranges: Iterable[Iterable[int]]) -> Iterator[tuple[int, Read]]:
@@ -70,6 +72,9 @@ class Photos:
         try:
             status = os.stat(path)
             size, modified = status.st_size, status.st_mtime_ns
+            known = self.known.get(self.names[number])
+            if known is not None and (known.size, known.modified_ns) == (size, modified):
+                return known
             if not self.thumbnails:
                 return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
             decoded = photos.decode_with_thumbnail(path, self.size, max_megapixels=self.max_megapixels)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
-from orbax.checkpoint import multihost
 
 from cib_jax.errors import DistributedError, SharedRefusal, UserError
 
@@ -104,6 +103,8 @@ def _gather_bytes(content: bytes) -> list[bytes]:
 def barrier() -> None:
     """Returns when every process has called it, however long one of them downloads or decodes."""
     if is_distributed():
+        from orbax.checkpoint import multihost  # takes half a second
+
         # An exchange between devices would give up after half an hour.
         wait = multihost.get_barrier_sync_fn()
         wait(key=f"cib_jax-{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_SECONDS * 1000)

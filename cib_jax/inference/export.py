@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from cib_jax import files
 from cib_jax.codes import byte_count
+from cib_jax.console import HINT
 from cib_jax.errors import ExportedError
 from cib_jax.exported import (
     FORMAT,
@@ -77,6 +78,7 @@ def write(
                 add(name, content.getbuffer())
             weight_shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
             for size in batch_sizes:
+                HINT.show(f"Exporting programs for batches of {size}, of up to {batch_sizes[-1]}")
                 rows = jax.ShapeDtypeStruct((size, *about["input"]["shape"][1:]), about["input"]["dtype"])
                 for stage, program in zip(STAGES, programs(encoder, tree), strict=True):
                     for form, platforms in FORMS.items():
@@ -101,6 +103,8 @@ def write(
             f"path must be a file that can be written, got {path} ({reason}); free some space, or name another file",
             field="path",
         ) from error
+    finally:
+        HINT.clear()
 
 
 def _describe(encoder: Encoder, side: int) -> dict[str, Any]:

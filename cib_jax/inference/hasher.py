@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Shaped, UInt8
 from cib_jax.codes import byte_count
 from cib_jax.config import build
 from cib_jax.config.schema import validate
+from cib_jax.console import library_bar
 from cib_jax.data import inputs
 from cib_jax.data.dataset import resize
 from cib_jax.data.inputs import Photos
@@ -61,6 +62,9 @@ class Hasher:
     """Side in pixels to which images are resized on the host first, as they were for training; 0 does not resize."""
     devices: int = 0
     """Number of this machine's devices that encode one batch each at the same time; 0 uses all."""
+
+    def __repr__(self) -> str:
+        return repr(self.encoder).replace("Encoder", type(self).__name__, 1)
 
     def __post_init__(self) -> None:
         # LoRA factors and retrained blocks are merged into the backbone once, here, whoever constructs the hasher.
@@ -140,7 +144,7 @@ class Hasher:
         """Side in pixels of the squares to which photos are decoded."""
         return self.stored_size or self.encoder.image_size
 
-    def encode(self, images: Items) -> UInt8[np.ndarray, "n bytes"]:
+    def encode(self, images: Items, *, progress: bool = True) -> UInt8[np.ndarray, "n bytes"]:
         """Returns packed codes of ⌈`bits` / 8⌉ bytes each.
 
         Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
@@ -149,27 +153,30 @@ class Hasher:
         Args:
           images: RGB images, or features if the hasher was trained on features. Features may be a memory map larger
             than memory; if several views are stored, the first is encoded.
+          progress: Whether several batches show a progress bar in terminals and notebooks.
 
         Raises:
           ValueError: The images are not uint8 with three channels, or the features not those of training.
         """
-        return self._apply_to_items(packed_of_features, images)
+        return self._apply_to_items(packed_of_features, images, progress)
 
-    def logits(self, images: Items) -> Float32[np.ndarray, "n bits"]:
+    def logits(self, images: Items, *, progress: bool = True) -> Float32[np.ndarray, "n bits"]:
         """Returns the logits whose signs are the bits of `encode`, for `Index.rerank`.
 
-        Takes the same images as `encode`. Codes and logits are computed by two programs: a logit within rounding of 0
+        Takes the arguments of `encode`. Codes and logits are computed by two programs: a logit within rounding of 0
         may have the other sign.
         """
-        return self._apply_to_items(logits_of_features, images)
+        return self._apply_to_items(logits_of_features, images, progress)
 
-    def _apply_to_items(self, stage: Stage, images: Items) -> np.ndarray:
+    def _apply_to_items(self, stage: Stage, images: Items, progress: bool) -> np.ndarray:
         if not len(images):
             return self._empty(stage)
         items = self._validated(images)
         size = _batch_size(len(items), self.batch_size)
         batches = (_finite(items[start : start + size], start) for start in range(0, len(items), size))
-        return self._apply(stage, batches, lambda _: None, size, self._mesh if len(items) > size else None)
+        several = len(items) > size
+        with library_bar("Encoding", len(items), show=progress and several) as advance:
+            return self._apply(stage, batches, advance, size, self._mesh if several else None)
 
     def _validated(self, images: Items) -> Shaped[np.ndarray, "n ..."]:
         """Returns images or features as one array; images of several sizes are resized."""
@@ -309,13 +316,20 @@ class PhotoCodes(NamedTuple):
     unreadable: list[tuple[str, str]]
     """Path of each photo that could not be read, and the reason."""
 
+    def __repr__(self) -> str:
+        count, width = self.codes.shape
+        return f"PhotoCodes({count:,} photos → codes of {width} bytes, {len(self.unreadable):,} unreadable)"
 
-def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> PhotoCodes:
+
+def encode_photos(
+    hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, progress: bool = True
+) -> PhotoCodes:
     """Returns the packed codes of photos on disk, which are decoded on all cores while others are encoded.
 
     Args:
       hasher: Hasher that was trained on images.
       photos: A folder, which is searched with all its subfolders, in the order of paths; a photo; or several photos.
+      progress: Whether to show a progress bar in terminals and notebooks.
 
     Raises:
       ValueError: The hasher was trained on features.
@@ -337,19 +351,21 @@ def encode_photos(hasher: Hasher, photos: str | os.PathLike[str] | Sequence[str 
     paths: list[str] = []
     unreadable: list[tuple[str, str]] = []
 
-    def squares(found: Photos) -> Iterator[UInt8[np.ndarray, "side side 3"]]:
+    def squares() -> Iterator[UInt8[np.ndarray, "side side 3"]]:
         for number, photo in found.read([range(len(found.names))]):
             path = os.path.join(found.root, found.names[number])
             if photo.content is None:
                 unreadable.append((path, photo.reason))
+                advance(1)
             else:
                 paths.append(path)
                 yield photo.content
 
     with inputs.blame_field("photos"):
-        readable = squares(_find_photos(photos, hasher.side))
+        found, readable = _find_photos(photos, hasher.side), squares()
         batches = (np.stack(some) for some in iter(lambda: list(itertools.islice(readable, hasher.batch_size)), []))
-        codes = hasher.encode_batches(batches, size=hasher.batch_size)
+        with library_bar("Encoding photos", len(found.names), show=progress) as advance:
+            codes = hasher.encode_batches(batches, advance, size=hasher.batch_size)
     return PhotoCodes(paths, codes, unreadable)
 
 

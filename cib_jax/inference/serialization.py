@@ -26,8 +26,6 @@ from cib_jax.config import build, flatten
 from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, absent_extensions, differences, validate
 from cib_jax.errors import CheckpointError, ConfigError, SavedHasherError
 from cib_jax.models.encoder import Encoder, Params, create_encoder
-from cib_jax.training import checkpoint
-from cib_jax.training.checkpoint import Checkpoints
 from cib_jax.training.train_step import Progress, create_train_state
 from cib_jax.version import __version__
 
@@ -94,7 +92,8 @@ def _rebuild(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[Enc
     """Returns the encoder, its trained parameters and its other parameters; raises any error for damaged content."""
     trees = traverse_util.unflatten_dict(
         {
-            tuple(int(part) if part.isdigit() else part for part in name.split("/")): jnp.asarray(tensor)
+            # `jnp.asarray` would compile a program for each shape.
+            tuple(int(part) if part.isdigit() else part for part in name.split("/")): jax.device_put(tensor)
             for name, tensor in tensors.items()
         }
     )
@@ -148,7 +147,7 @@ def _checksum(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# Finished runs.
+# Finished runs. Orbax, which reads their checkpoints, is imported only there: a search opens a saved encoder.
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -186,6 +185,8 @@ def restore_best(
     The parameters, of the structure and shapes of `params`, are those of the best checkpoint if the run was validated,
     of the last one otherwise. `CheckpointError` is raised if there is none that can be used under this config.
     """
+    from cib_jax.training.checkpoint import Checkpoints
+
     directory = _checkpoint_dir(workdir, config)
     # Restored to one device of this process: the devices of the training may not exist here.
     device = SingleDeviceSharding(jax.local_devices()[0])
@@ -211,11 +212,15 @@ def read_standard(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> S
     """Returns mean and deviation of the features on which a run was trained, None for a run on images."""
     if config.backbone != "none":
         return None
+    from cib_jax.training.checkpoint import Checkpoints
+
     with Checkpoints(_checkpoint_dir(workdir, config), read_only=True) as checkpoints:
         return checkpoints.entry("standard", Standard.from_lists)
 
 
 def _checkpoint_dir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> epath.Path:
+    from cib_jax.training import checkpoint
+
     directory = checkpoint.checkpoint_dir(config.train.checkpoint_dir, workdir)
     if not checkpoint.exists(directory):
         raise CheckpointError(

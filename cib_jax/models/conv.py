@@ -27,12 +27,20 @@ OF_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)
 OF_DATA = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
 
 
+class ShapesOnly(nnx.Rngs):
+    """Streams of random numbers for a network whose shapes alone are needed: tracing real draws takes a second."""
+
+
 class Convolution(nnx.Module):
     """The parameters of a layer: `kernel` [height, width, inputs, outputs] and `bias` [outputs]."""
 
     def __init__(self, rngs: nnx.Rngs, *shape: int):
         """Draws the kernel as He et al. (arXiv 1502.01852) do for ReLUs; the bias is 0."""
-        self.kernel = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape, jnp.float32))
+        he_normal = jax.nn.initializers.he_normal()
+        drawn = not isinstance(rngs, ShapesOnly)
+        self.kernel = nnx.Param(
+            he_normal(rngs.params(), shape, jnp.float32) if drawn else jnp.zeros(shape, jnp.float32)
+        )
         self.bias = nnx.Param(jnp.zeros(shape[-1:], jnp.float32))
 
     @property

@@ -18,6 +18,7 @@ from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import ConfigError, WeightsError
 from cib_jax.models import finetune, registry
+from cib_jax.models.conv import ShapesOnly
 from cib_jax.models.finetune import FineTune
 from cib_jax.random_streams import fold_by_name
 
@@ -82,6 +83,11 @@ class Encoder:
     """Factor of the low-rank corrections of the backbone's kernels, if there are any."""
     checkpointing: bool = False
     """Whether a block is recomputed for its gradient, for less memory."""
+
+    def __repr__(self) -> str:
+        """Returns one line: the graph of a deep network would fill pages."""
+        taken = f"{self.backbone.features} features" if self.backbone.takes == "features" else f"{self.image_size} px"
+        return f"Encoder({self.backbone.name}, {taken} → {self.bits} bits)"
 
     def preprocess(
         self, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"]
@@ -271,7 +277,7 @@ def _split_backbone(
         graph, state = nnx.split(chosen.build(nnx.Rngs(key), size))
         return graph, nnx.to_pure_dict(state)
     # Shapes only: drawing VGG's 134 million random weights, to discard them, would take seconds.
-    graph, state = nnx.split(nnx.eval_shape(lambda: chosen.build(nnx.Rngs(key), size)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: chosen.build(ShapesOnly(key), size)))
     expected, given = jax.tree.map(jnp.shape, nnx.to_pure_dict(state)), jax.tree.map(jnp.shape, loaded)
     if expected != given:
         raise WeightsError(

@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 import sklearn.manifold
+import threadpoolctl
 from jaxtyping import Float, Float64, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -248,19 +249,29 @@ class ClassLegend(NamedTuple):
 
 
 def points(packed: UInt8[np.ndarray, "n bytes"], seed: int) -> Float[np.ndarray, "n 2"] | None:
-    """Returns t-SNE's points for codes, from their Hamming distances; None for fewer than 5 items or distinct codes.
+    """Returns t-SNE's points for codes, from their Hamming distances; None for fewer than 5 distinct codes.
 
-    Perplexity is 30, or a third of the items.
+    Each distinct code is embedded once, with perplexity 30, or a third of their number; the points of equal codes are
+    scattered a little, so that all are seen.
 
     References:
       van der Maaten & Hinton, Visualizing data using t-SNE, JMLR 2008.
     """
-    if len(np.unique(packed, axis=0)) < 5:
+    distinct, places = np.unique(packed, axis=0, return_inverse=True)
+    if len(distinct) < 5:
         return None
     # The squared Euclidean distance of bits is their Hamming distance.
-    bits = codes.ones(packed).astype(np.float32)
-    perplexity = min(30.0, (len(packed) - 1) / 3)
-    return sklearn.manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(bits)
+    bits = codes.ones(distinct).astype(np.float32)
+    # Half of the usual iterations, of larger steps, end at nearly the same divergence.
+    settings: Any = {"init": "pca", "random_state": seed, "max_iter": 500, "learning_rate": 200.0, "angle": 0.7}
+    # OpenMP's threads wait by spinning: where other programs use the cores, two are slower than one.
+    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
+        embedding = sklearn.manifold.TSNE(2, perplexity=min(30.0, (len(distinct) - 1) / 3), **settings)
+        embedded = embedding.fit_transform(bits)
+    apart = np.random.default_rng(seed).normal(scale=0.005 * np.ptp(embedded), size=(len(packed), 2))
+    first = np.zeros(len(packed), bool)
+    first[np.unique(places, return_index=True)[1]] = True
+    return embedded[places.reshape(-1)] + np.where(first[:, None], 0, apart)
 
 
 def classes(labels: Shaped[np.ndarray, "n ..."], names: Sequence[str]) -> ClassLegend:

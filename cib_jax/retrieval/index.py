@@ -87,6 +87,9 @@ class Index:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def __repr__(self) -> str:
+        return f"Index({len(self):,} codes of {self.bits} bits, {self.kind})"
+
     @property
     def bits(self) -> int:
         """Number of bits of a code."""

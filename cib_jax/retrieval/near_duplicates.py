@@ -5,8 +5,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
-from scipy import sparse
-from scipy.sparse import csgraph
 
 # Bytes of code that are compared at once, and pairs that are collected before their components are joined.
 BLOCK_BYTES = 1 << 24
@@ -106,5 +104,8 @@ def _merge(component: Int64[np.ndarray, " n"], pairs: list[tuple[np.ndarray, np.
     """Returns the components after joining those of each pair."""
     count = int(component.max()) + 1
     one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
+    from scipy import sparse  # takes a quarter of a second, which a search would wait for
+    from scipy.sparse import csgraph
+
     graph = sparse.coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(count, count))
     return csgraph.connected_components(graph, directed=False)[1].astype(np.int64)[component]

@@ -34,21 +34,16 @@ Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunContext:
-    """Everything that is fixed for one run."""
+class Network:
+    """A config's network, and images in the batches that it takes."""
 
     config: ml_collections.ConfigDict
-    workdir: pathlib.Path
     console: rich.console.Console
-    protocol: Protocol
-    source: Source
-    splits: Splits
-    standard: Standard | None  # mean and deviation of the features, if the data are features
     encoder: Encoder
     initial: Params  # parameters to train, before the first step
     frozen: Params
     fingerprint: str  # fingerprint of the backbone weights that were loaded; "" if none were
-    is_teacher: bool = False  # whether this is the teacher of another run, which draws from random streams of its own
+    standard: Standard | None = None  # mean and deviation of the features, if the data are features
 
     def print(self, sentence: str) -> None:
         """Prints a sentence on the run's console."""
@@ -68,11 +63,6 @@ class RunContext:
     def mesh(self) -> Mesh | None:
         """The devices of this process that share work which needs no other process, such as encoding."""
         return sharding.local_mesh(0 if multihost.is_distributed() else self.config.devices)
-
-    @functools.cached_property
-    def training_mesh(self) -> Mesh | None:
-        """The devices, of all processes, that share each batch of training."""
-        return sharding.make_mesh(self.config.devices, self.config.batch_size)
 
     def batches(self, images: ImageSet, start: int = 0, stop: int | None = None) -> Batches:
         """Returns images `start` to `stop` of a set, in order, in batches for encoding."""
@@ -102,6 +92,22 @@ class RunContext:
             return (part[at : at + size] for at in range(0, len(part), size))
 
         return batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunContext(Network):
+    """Everything that is fixed for one run."""
+
+    workdir: pathlib.Path
+    protocol: Protocol
+    source: Source
+    splits: Splits
+    is_teacher: bool = False  # whether this is the teacher of another run, which draws from random streams of its own
+
+    @functools.cached_property
+    def training_mesh(self) -> Mesh | None:
+        """The devices, of all processes, that share each batch of training."""
+        return sharding.make_mesh(self.config.devices, self.config.batch_size)
 
     @functools.cached_property
     def data_digest(self) -> str:
@@ -149,7 +155,8 @@ def prepare_run(
         standard = features.standard(blocks(splits.train))
     print_weights_download(config, console)
     network = build.encoder(config, trained=trained, standard=standard)
-    return RunContext(config, workdir, console, protocol, source, splits, standard, *network)
+    data: dict[str, Any] = {"protocol": protocol, "source": source, "splits": splits}
+    return RunContext(config, console, *network, standard, workdir=workdir, **data)
 
 
 def print_weights_download(config: ml_collections.ConfigDict, console: rich.console.Console) -> None:

@@ -24,7 +24,7 @@ from cib_jax.distributed import multihost, sharding
 from cib_jax.inference.hasher import Hasher
 from cib_jax.models import encoder
 from cib_jax.models.encoder import Params, plain_features
-from cib_jax.runs.context import Batches, RunContext
+from cib_jax.runs.context import Batches, Network, RunContext
 from cib_jax.training import input_pipeline
 from cib_jax.training.input_pipeline import ImageBatches
 
@@ -44,7 +44,7 @@ CODE = (
 
 
 def of_views(
-    run: RunContext, images: ImageSet, views: int, title: str, *, stream: str = "view bank"
+    run: Network, images: ImageSet, views: int, title: str, *, stream: str = "view bank"
 ) -> Float16[Array, "views images features"]:
     """Returns a frozen backbone's features of `views` random views of each image, with a progress bar."""
     config, key, batches = run.config, build.key(run.config, stream), run.repeatable_batches(images)
@@ -186,7 +186,7 @@ def _of_features(
     return np.concatenate([np.asarray(row) for row in rows])
 
 
-def cache_key(run: RunContext, images: ImageSet, batches: Callable[..., Batches]) -> dict[str, Any]:
+def cache_key(run: Network, images: ImageSet, batches: Callable[..., Batches]) -> dict[str, Any]:
     """Returns everything that decides a frozen backbone's features of images, except for their views."""
     return {
         # Data sets that know what their files hold are not decoded to find their features.
@@ -208,7 +208,7 @@ def cache_key(run: RunContext, images: ImageSet, batches: Callable[..., Batches]
 class _CachedFeatures:
     """The cached parts of one set of features. Errors of the cache are reported, and never end the run."""
 
-    def __init__(self, run: RunContext, made_of: dict[str, Any], images: ImageSet, batches: Callable[..., Batches]):
+    def __init__(self, run: Network, made_of: dict[str, Any], images: ImageSet, batches: Callable[..., Batches]):
         self.console, config = run.console, run.config
         self.max_bytes = config.cache.mb * 2**20
         self.parts_found = 0

@@ -1,13 +1,20 @@
 """Many runs in one folder, as in a comparison or a search: each is claimed by one of several processes."""
 
+import contextlib
+import datetime
+import functools
 import pathlib
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol, TypeVar
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import rich.console
+import rich.live
+import rich.progress_bar
 import rich.table
+import rich.text
 
-from cib_jax.console import print_message
+from cib_jax.console import LineSender, print_message
 from cib_jax.errors import BusyError, DistributedError
 from cib_jax.report.html import Grid
 from cib_jax.runs.processes import run, worker_count
@@ -23,6 +30,10 @@ class Item(Protocol):
     """One of the runs; it must be picklable."""
 
     @property
+    def title(self) -> str:
+        """Name of the run in messages."""
+
+    @property
     def record_path(self) -> pathlib.Path:
         """The file that exists if and only if the run is complete."""
 
@@ -34,7 +45,7 @@ def load_record(item: Item) -> Record | None:
 
 def run_all(
     items: Sequence[Item],
-    work: Callable[[Any], str | None],
+    work: Callable[[Any, rich.console.Console], str | None],
     conclude: Callable[[list[Record | None]], Result],
     *,
     workdir: pathlib.Path,
@@ -47,21 +58,23 @@ def run_all(
     Several calls, in several processes or on several machines, may share a folder. Killed anywhere, the same call goes
     on with what is not complete.
 
-    `work` is an importable function that completes an item and returns a sentence about it, None if nothing can be done
-    about it now; it raises `BusyError` if another process is working on the item. The record of an item that is not
-    complete is None. 0 `workers` are as many as cores and memory allow. `noun` names the items, in the plural.
+    `work` is an importable function that completes an item, with messages to a console, and returns a sentence about
+    it, None if nothing can be done about it now; it raises `BusyError` if another process is working on the item. The
+    record of an item that is not complete is None. 0 `workers` are as many as cores and memory allow. `noun` names the
+    items, in the plural. A terminal shows what each worker is doing, and how many items are complete.
     """
     workers = min(worker_count(workers), len(items))
     processes = "1 process" if workers == 1 else f"{workers} processes"
     complete = _count_complete(items)
     print_message(console, f"{len(items)} {noun}, {complete} of them complete; {processes} at work in {workdir}")
     broken = None
-    try:
-        run(_work_on_all, (items, work), workers)
-    except DistributedError as error:
-        broken = error
-    # Once more for what a broken process left undone, and what was skipped while another command was at it.
-    _work_on_all(items, work, True)
+    with _display(items, noun, console) as receive:
+        try:
+            run(_work_on_all, (items, work), workers, receive)
+        except DistributedError as error:
+            broken = error
+        # Once more for what a broken process left undone, and what was skipped while another command was at it.
+        _work_on_all(items, work, functools.partial(receive, 0))
     with exclusive(workdir / ".lock", wait=True):  # of several commands that end together, one concludes at a time
         records = [load_record(item) for item in items]
         result = conclude(records)
@@ -70,17 +83,66 @@ def run_all(
     return result
 
 
-def _work_on_all(items: Sequence[Item], work: Callable[[Item], str | None], verbose: bool) -> None:
-    console = rich.console.Console(quiet=not verbose)
+class _Message(NamedTuple):
+    """What a worker says: the sentence about a run that it has completed, or what it is doing, "" for nothing."""
+
+    text: str
+    complete: bool = False
+
+
+def _work_on_all(
+    items: Sequence[Item],
+    work: Callable[[Item, rich.console.Console], str | None],
+    send: Callable[[_Message], None],
+) -> None:
     for item in items:
         if item.record_path.exists():
             continue
+        begin = f"{item.title}: "
+        lines = LineSender(lambda line, begin=begin: send(_Message(begin + line)))  # type: ignore[misc]
         try:
-            sentence = work(item)
+            sentence = work(item, rich.console.Console(file=lines, width=200))  # type: ignore[arg-type]
         except BusyError:
             continue
-        if sentence:
-            print_message(console, f"{_count_complete(items)} of {len(items)} complete: {sentence}")
+        send(_Message(sentence or "", complete=bool(sentence)))
+    send(_Message(""))
+
+
+@contextlib.contextmanager
+def _display(
+    items: Sequence[Item], noun: str, console: rich.console.Console
+) -> Iterator[Callable[[int, _Message], None]]:
+    """Yields a function of a worker's number and message, which prints each completed run.
+
+    On a terminal, there is a bar over the items, with the time left, and a line for each worker below.
+    """
+    doing: dict[int, str] = {}
+    begun = last = time.monotonic()
+    complete = before = _count_complete(items)
+
+    def receive(worker: int, message: _Message) -> None:
+        nonlocal complete, last
+        doing[worker] = "" if message.complete else message.text
+        if message.complete:
+            complete, last = _count_complete(items), time.monotonic()
+            print_message(console, f"{complete} of {len(items)} complete: {message.text}")
+
+    def render() -> rich.console.Group:
+        left = "-:--:--"
+        if complete > before:
+            seconds = (last - begun) * (len(items) - complete) / (complete - before) - (time.monotonic() - last)
+            left = str(datetime.timedelta(seconds=max(round(seconds), 0)))
+        bar = rich.progress_bar.ProgressBar(total=len(items), completed=complete, width=40)
+        line = rich.table.Table.grid(padding=(0, 1))
+        line.add_row(bar, f"{complete} of {len(items)} {noun}, {left} left")
+        lines = (rich.text.Text(text, no_wrap=True, overflow="ellipsis") for _, text in sorted(doing.items()) if text)
+        return rich.console.Group(line, *lines)
+
+    if console.is_terminal and not console.quiet:
+        with rich.live.Live(get_renderable=render, console=console, transient=True):
+            yield receive
+    else:
+        yield receive
 
 
 def _count_complete(items: Sequence[Item]) -> int:

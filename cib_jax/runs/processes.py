@@ -1,8 +1,10 @@
 """Processes of one command: how they end, with one sentence and an exit code, and worker processes for many runs."""
 
 import contextlib
+import functools
 import inspect
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -20,7 +23,9 @@ from cib_jax import console, errors, files
 from cib_jax.config import extensions, loaded_files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
-from cib_jax.runs.workdir import LAST_WORDS
+
+LAST_WORDS = ".last-words"
+"""File with the exit code and message of a process that ended, so that its peers end in the same way."""
 
 _ENDING = threading.Event()
 
@@ -180,18 +185,24 @@ def _free_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
-    """Calls `work(*arguments, first)` in this process and in `processes` − 1 started ones; returns when all are done.
+def run(
+    work: Callable[..., None], arguments: tuple[Any, ...], processes: int, receive: Callable[[int, Any], None]
+) -> None:
+    """Calls `work(*arguments, send)` in this process and in `processes` − 1 started ones; returns when all are done.
 
-    `first` is True in this process only, which may print. `work` must be importable by name, and must find out by
-    locks what other processes are working on. If a started process breaks down, a DistributedError is raised.
+    `send(message)` has `receive(number of the process, message)` called in this process, whose number is 0. `work` must
+    be importable by name, and must find out by locks what other processes are working on. If a started process breaks
+    down, a DistributedError is raised.
     """
     context = multiprocessing.get_context("spawn")
     cache, loaded = jax.config.values["jax_compilation_cache_dir"], loaded_files()
+    # A pipe for each: a process that is killed while it writes to a shared queue would block the others.
+    pipes = [context.Pipe(duplex=False) for _ in range(processes - 1)]
     others = [
-        context.Process(target=_work_in_child, args=(work, arguments, cache, loaded, os.getpid()), daemon=True)
-        for _ in range(processes - 1)
+        context.Process(target=_work_in_child, args=(work, arguments, sending, cache, loaded, os.getpid()), daemon=True)
+        for _, sending in pipes
     ]
+    listener = threading.Thread(target=_listen, args=([receiving for receiving, _ in pipes], receive), daemon=True)
     # A terminal sends Ctrl-C to all processes. The started ones inherit that it is ignored, and this one ends them.
     # Only the main thread can set this; processes started by another thread receive Ctrl-C.
     is_main = threading.current_thread() is threading.main_thread()
@@ -202,8 +213,11 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
     finally:
         if is_main:
             signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+    for _, sending in pipes:
+        sending.close()  # the started process has it, and the pipe ends with that process
+    listener.start()
     try:
-        work(*arguments, True)
+        work(*arguments, functools.partial(receive, 0))
         for process in others:
             process.join()
     finally:
@@ -212,6 +226,7 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         for process in others:
             process.join(timeout=10)
             process.kill()
+        listener.join(timeout=10)
     if any(process.exitcode for process in others):
         raise DistributedError(
             "a worker process broke down, probably for lack of memory if nothing else is printed above; the same "
@@ -219,8 +234,25 @@ def run(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -
         )
 
 
+def _listen(pipes: list[Connection], receive: Callable[[int, Any], None]) -> None:
+    """Receives the messages of started processes until all have ended."""
+    numbers = {pipe: number for number, pipe in enumerate(pipes, 1)}
+    while numbers:
+        for pipe in multiprocessing.connection.wait(list(numbers)):
+            assert isinstance(pipe, Connection)
+            try:
+                receive(numbers[pipe], pipe.recv())
+            except (EOFError, OSError):
+                del numbers[pipe]
+
+
 def _work_in_child(
-    work: Callable[..., None], arguments: tuple[Any, ...], cache: str | None, loaded: list[str], parent: int
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    sending: Connection,
+    cache: str | None,
+    loaded: list[str],
+    parent: int,
 ) -> None:
     def exit_with_parent() -> None:
         while os.getppid() == parent:  # it may die by SIGKILL
@@ -233,7 +265,7 @@ def _work_in_child(
     threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         extensions.load(loaded)
-        work(*arguments, False)
+        work(*arguments, sending.send)
     except KeyboardInterrupt:
         sys.exit(0)  # reported by the process that the user started
     except UserError as error:

@@ -20,6 +20,7 @@ from cib_jax.config.schema import MAY_CHANGE, differences
 from cib_jax.distributed import multihost
 from cib_jax.errors import BusyError, UserError, WorkdirError
 from cib_jax.files import write_bytes
+from cib_jax.runs.processes import LAST_WORDS
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
 
@@ -31,9 +32,6 @@ def default_name(config: ml_collections.ConfigDict, mode: str = "train") -> path
         return pathlib.Path("runs") / f"{mode}-{config.data.name.replace('/', '-')}-{config.backbone}-{now}"
     return pathlib.Path("runs") / f"{config.data.name}-{config.backbone}-{config.objective}-{config.bits}bit-{now}"
 
-
-LAST_WORDS = ".last-words"
-"""File with the exit code and message of a process that ended, so that its peers end in the same way."""
 
 BASELINE = "baseline.json"
 """File that marks the folder of a baseline and names it."""

@@ -40,6 +40,9 @@ class Photo(NamedTuple):
     thumbnail: bytes = b""
     """A JPEG, its longer side at most `photos.THUMBNAIL` pixels; b"" if not requested."""
 
+    def __repr__(self) -> str:
+        return f"Photo({self.path!r}, {self.width} × {self.height}, {self.size:,} bytes, id={self.id!r})"
+
 
 class Hit(NamedTuple):
     """A photo that was found."""
@@ -107,6 +110,9 @@ class Collection:
 
     def __len__(self) -> int:
         return len(self._snapshot.keys)
+
+    def __repr__(self) -> str:
+        return f"Collection({len(self):,} photos of {self.root}, codes of {self.bits} bits)"
 
     def renewed(self) -> "Collection":
         """Returns the collection as it is now, with exact search; itself if nothing has changed.

@@ -30,19 +30,6 @@ CHECKSUM = "checksum"  # name of the checkpoint's digest in its JSON part, by wh
 
 # The directory of a run's checkpoints: in its workdir, elsewhere on a disk, or in a bucket.
 
-CHOICES = "must be an absolute folder, file:///FOLDER or gs://BUCKET/FOLDER, or empty (checkpoints/ in the workdir)"
-
-
-def is_valid_checkpoint_dir(value: str) -> bool:
-    """Returns whether `train.checkpoint_dir` may have this value.
-
-    Relative folders are not valid, since a resumed run may start in another current folder. Nor is s3://: Orbax 0.12
-    writes arrays to Google's buckets alone, and takes other URIs for relative folders.
-    """
-    if scheme := re.match(r"(\w[\w+.-]*):/", value):
-        return bool(re.fullmatch(r"file:///.+|gs://[^/]+/+[^/].*", value)) and scheme[1] in ("file", "gs")
-    return not value or pathlib.Path(value).expanduser().is_absolute()
-
 
 def checkpoint_dir(value: str, workdir: pathlib.Path) -> epath.Path:
     """Returns the directory of the checkpoints of the run in `workdir`, for its `train.checkpoint_dir`."""

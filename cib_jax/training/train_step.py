@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Method:
 
     encoder: Encoder
     """Network from views to logits."""
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation = dataclasses.field(repr=False)
     objective: str | Callable[..., Any] = "cibhash"
     """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, "diffusion", with a teacher, or a function."""
     temperature: float = 0.3
@@ -123,6 +124,10 @@ class TrainState:
     """Steps taken so far."""
     params: Params
     opt_state: optax.OptState
+
+    def __repr__(self) -> str:
+        count = sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(self.params))
+        return f"TrainState({count:,} parameters, step={self.step!r})"
 
 
 @dataclasses.dataclass(frozen=True)

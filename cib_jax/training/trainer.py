@@ -50,6 +50,12 @@ class TrainingRun:
     key: PRNGKeyArray  # root key of all steps
     mesh: Mesh | None = None  # devices that share each batch; None is one device
 
+    @property
+    def images_seen(self) -> int:
+        """Number of images that all steps take, each counted in every epoch."""
+        planned = self.schedule
+        return planned.epochs * planned.steps_per_epoch(len(self.data.images)) * planned.batch_size
+
 
 def train(
     run: TrainingRun,

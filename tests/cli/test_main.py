@@ -41,6 +41,7 @@ def test_every_flag_belongs_to_a_mode():
     [
         (["--mode=search", "--query=x"], "--index"),
         (["--mode=search", "--index=i"], "--query"),
+        (["--mode=search", "--index=i", "--query=nowhere.jpg"], "--query"),
         (["--mode=encode", "--codes=c"], "--workdir"),
         (["--mode=encode", "--workdir=w"], "--codes"),
         (["--mode=evaluate"], "--workdir"),
@@ -80,7 +81,7 @@ def test_a_lack_of_memory_and_a_damaged_library_are_one_sentence(refusal, monkey
         raise error
 
     monkeypatch.setattr(importlib.import_module("cib_jax.commands.search"), "search", search)
-    assert part in refusal("--mode=search", "--index=i", "--query=q")
+    assert part in refusal("--mode=search", "--index=i", "--query=README.md")
 
 
 def test_other_errors_keep_their_traceback(run_cli, monkeypatch):
@@ -91,7 +92,7 @@ def test_other_errors_keep_their_traceback(run_cli, monkeypatch):
 
         monkeypatch.setattr(importlib.import_module("cib_jax.commands.search"), "search", search)
         with pytest.raises(type(error)) as raised:
-            run_cli("--mode=search", "--index=i", "--query=q")
+            run_cli("--mode=search", "--index=i", "--query=README.md")
         assert raised.value is error
 
 

@@ -98,7 +98,9 @@ def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
 
 def test_several_processes_share_the_cells(done, tmp_path):
     folder, alone = done
-    comparison = compare(compared(folder, "lsh, itq", compare__workers=2), tmp_path / "t", console=QUIET)
+    console = rich.console.Console(record=True, width=200)
+    comparison = compare(compared(folder, "lsh, itq", compare__workers=2), tmp_path / "t", console=console)
+    assert console.export_text().count(" of 8 complete: ") == 8  # whoever measured them
     assert len(comparison["cells"]) == 8 and not comparison["missing"]
     of_baselines = [cell["map"] for cell in alone["cells"] if cell["method"] in ("LSH", "ITQ")]
     assert [cell["map"] for cell in comparison["cells"]] == of_baselines

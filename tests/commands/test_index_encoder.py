@@ -7,8 +7,11 @@ import pytest
 import rich.console
 
 from cib_jax.commands import index
+from cib_jax.data import photos
 from cib_jax.data.inputs import Photos
 from cib_jax.errors import ConfigError, DataError
+from cib_jax.storage.collection import Collection
+from tests import pretrained
 from tests.commands import indexing
 
 
@@ -41,14 +44,58 @@ def quiet():
 def test_features_and_too_few_photos_are_refused(tmp_path):
     found = Photos("/photos", [], "/photos", 1)
     with pytest.raises(ConfigError) as refused:
-        index.train_index_encoder(found, indexing.config(backbone="none"), quiet())
+        index.train_index_encoder(found, indexing.config(backbone="none"), quiet(), {})
     assert refused.value.field == "config.backbone"
     indexing.fill(tmp_path, 3)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
     config = indexing.config(backbone="convnet", image_size=8, frozen=False, train__views=0)
     with pytest.raises(DataError, match="16 readable photos") as refused:
-        index.train_index_encoder(Photos(str(tmp_path), names, str(tmp_path), 1), config, quiet())
+        index.train_index_encoder(Photos(str(tmp_path), names, str(tmp_path), 1), config, quiet(), {})
     assert refused.value.field == "--images"
+
+
+CONVNET = {
+    "backbone": "convnet",
+    "image_size": 8,
+    "hidden": 8,
+    "epochs": 1,
+    "bits": 16,
+    "frozen": False,
+    "train__views": 0,
+    "data__train_images": 20,
+}
+
+
+def test_a_first_index_decodes_each_photo_once(tmp_path, monkeypatch):
+    """Unless it changes meanwhile; the codes are those of photos that are decoded anew."""
+    indexing.fill(tmp_path / "photos", 22)
+    read, decode = [], photos.decode_with_thumbnail
+
+    def decode_and_note(path, *arguments, **options):
+        read.append(path)
+        return decode(path, *arguments, **options)
+
+    monkeypatch.setattr(photos, "decode_with_thumbnail", decode_and_note)
+    done, _ = indexing.run(tmp_path / "i", tmp_path / "photos", settings=indexing.config(**CONVNET))
+    assert done.added == len(read) == len(set(read)) == 22
+    hasher = Collection.open(tmp_path / "i").hasher
+    assert indexing.held(tmp_path / "i") == indexing.expected(tmp_path / "photos", hasher)
+
+
+def test_an_interrupted_first_index_goes_on_after_the_last_view(tmp_path, monkeypatch):
+    indexing.fill(tmp_path / "photos", 20)
+    frozen = pretrained.convnet(monkeypatch, tmp_path, 8) | {"train__views": 2, "cache__dir": str(tmp_path / "cache")}
+    config = indexing.config(**CONVNET | frozen)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index.fitting, "train_hasher", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            indexing.run(tmp_path / "i", tmp_path / "photos", settings=config)
+    done, printed = indexing.run(tmp_path / "i", tmp_path / "photos", settings=config)
+    assert done.photos == 20 and f"read from {tmp_path / 'cache'}" in printed
 
 
 def test_the_seed_decides_the_sample_and_the_codes(tmp_path):
@@ -58,18 +105,8 @@ def test_the_seed_decides_the_sample_and_the_codes(tmp_path):
     found = Photos(str(tmp_path), names, str(tmp_path), 1)
     heads = []
     for seed in (0, 0, 1):
-        config = indexing.config(
-            backbone="convnet",
-            image_size=8,
-            hidden=8,
-            epochs=1,
-            bits=16,
-            frozen=False,
-            train__views=0,
-            data__train_images=20,
-            data__seed=seed,
-        )
-        hasher = index.train_index_encoder(found, config, quiet())
+        config = indexing.config(**CONVNET, data__seed=seed)
+        hasher = index.train_index_encoder(found, config, quiet(), {})
         assert (hasher.encoder.bits, hasher.stored_size, hasher.batch_size) == (16, config.data.stored_size or 8, 7)
         heads.append(np.asarray(hasher.params["head"]["out"]["kernel"]))
     assert np.array_equal(heads[0], heads[1]) and not np.array_equal(heads[0], heads[2])

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -19,6 +21,7 @@ from cib_jax.report.contact_sheet import SIDE
 from cib_jax.retrieval import index
 from cib_jax.storage.collection import Collection
 from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, key_of
+from tests.command_line import ROOT
 from tests.commands import indexing
 from tests.data import pictures
 
@@ -261,6 +264,13 @@ def test_mistakes_are_refused(place, tmp_path, options, error, field):
     if options.keys() & {"radius", "format", "show"} and "kind" not in options:
         with pytest.raises(error, match=rf"^{field}\b"):
             duplicates(place / "i", **options)
+
+
+def test_a_search_imports_what_it_needs_alone():
+    heavy = {"orbax", "tensorflow_datasets", "grain", "matplotlib", "sklearn", "scipy", "optuna", "faiss", "lancedb"}
+    program = f"import sys, cib_jax.commands.search, cib_jax.runs.processes; print({heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
 
 
 def test_an_index_that_is_not_there_is_refused(place, tmp_path):

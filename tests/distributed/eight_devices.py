@@ -228,7 +228,7 @@ def learned_for_an_index(folder):
         devices=4,
     )
     found = inputs.load_inputs(str(folder / "photos"), takes="images", size=1)
-    hasher = train_index_encoder(found, config, rich.console.Console(file=io.StringIO()))
+    hasher = train_index_encoder(found, config, rich.console.Console(file=io.StringIO()), {})
     return list(hasher.encode(np.zeros((3, 20, 20, 3), np.uint8)).shape)
 
 

@@ -27,6 +27,13 @@ def test_the_logits_are_the_head_of_the_features(small):
     np.testing.assert_allclose(encoder.logits(params, frozen, views), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_an_encoder_and_a_hasher_are_printed_in_one_line(small):
+    standard = Standard(np.zeros(384, np.float32), np.ones(384, np.float32))
+    of_features = create_encoder(jax.random.key(0), backbone="none", bits=64, standard=standard, hidden=4)
+    assert str(of_features[0]) == "Encoder(none, 384 features → 64 bits)"
+    assert str(cib.Hasher(*small)) == str(small[0]).replace("Encoder", "Hasher") and "convnet" in str(small[0])
+
+
 def test_the_head_starts_as_torch_linear_does(small):
     """Uniform within ±1/√inputs: bound kept, and the deviation that of a uniform distribution, bound/√3."""
     _, params, _ = small

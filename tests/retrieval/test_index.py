@@ -29,7 +29,10 @@ def test_extremes(width):
 
 @pytest.mark.parametrize("kind", ["exact", *APPROXIMATE])
 def test_one_code(kind):
-    distances, ids = cib.Index.of(np.full((1, 2), 7, np.uint8), kind).search(np.full((2, 2), 7, np.uint8), 1)
+    """And the index is printed in one line."""
+    index = cib.Index.of(np.full((1, 2), 7, np.uint8), kind)
+    assert str(index) == f"Index(1 codes of 16 bits, {kind})"
+    distances, ids = index.search(np.full((2, 2), 7, np.uint8), 1)
     assert (distances.tolist(), ids.tolist()) == ([[0], [0]], [[0], [0]])
 
 

@@ -1,7 +1,10 @@
 """Many runs in one folder: each completed once, whoever claims it."""
 
+import functools
+import io
 import json
 import pathlib
+import time
 from typing import NamedTuple
 
 import pytest
@@ -17,11 +20,16 @@ class Item(NamedTuple):
     name: str
 
     @property
+    def title(self):
+        return self.name
+
+    @property
     def record_path(self):
         return self.folder / f"{self.name}.json"
 
 
-def complete(item):
+def complete(item, console):
+    console.print("epoch 3")
     if item.name == "busy":
         raise BusyError("another process is working on it")
     if item.name == "later":
@@ -47,6 +55,30 @@ def test_what_is_complete_stays_and_what_others_work_on_is_left_to_them(tmp_path
     assert run(tmp_path, ["done", "busy", "new", "later"], console) == ["by another", None, "new", None]
     assert "4 items, 1 of them complete; 1 process at work" in console.export_text(clear=False)
     assert run(tmp_path, ["new", "newer"], console) == ["new", "newer"]
+
+
+def wait_until_shown(item, console, *, shown):
+    console.print("epoch 3 loss 2.5")
+    wait_until(lambda: f"{item.name}: epoch 3 loss 2.5" in shown.getvalue())
+    return complete(item, console)
+
+
+def wait_until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("in vain")
+
+
+def test_a_terminal_shows_what_each_worker_is_doing_and_every_result(tmp_path):
+    shown = io.StringIO()
+    console = rich.console.Console(file=shown, width=80, force_terminal=True)
+    items = [Item(tmp_path, name) for name in ("a", "b")]
+    work = functools.partial(wait_until_shown, shown=shown)
+    options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
+    run_all(items, work, lambda records: None, **options)
+    assert "1 of 2 items" in shown.getvalue() and "2 of 2 complete: b is complete" in shown.getvalue()
 
 
 def test_a_table_is_printed_to_its_last_requested_row(console):

@@ -1,5 +1,6 @@
 """What a process of several leaves where it ends: word in the workdir, and nothing in the folder it was started in."""
 
+import multiprocessing
 import pathlib
 import sys
 import threading
@@ -76,18 +77,21 @@ def test_what_breaks_in_the_background_is_told_in_a_line_but_for_reads_given_up(
     assert capsys.readouterr().err == "run.py: in the background: OSError: disk\n"
 
 
-def _write_and_break(folder, first):
+def _write_and_break(folder, send):
     for number in range(200):
         write_bytes(pathlib.Path(folder) / "table.csv", b"csv" * 1000)
         write_bytes(pathlib.Path(folder) / "table.md", b"md" * 1000)
         assert set((pathlib.Path(folder) / "table.csv").read_bytes()) == set(b"csv"), number
-    if not first:
+    send("written")
+    if multiprocessing.parent_process() is not None:
         raise RuntimeError("out of luck")
 
 
 def test_workers_do_not_mix_the_files_they_write_and_one_that_breaks_down_is_reported(tmp_path):
+    received = []
     with pytest.raises(DistributedError):
-        processes.run(_write_and_break, (str(tmp_path),), 2)
+        processes.run(_write_and_break, (str(tmp_path),), 2, lambda *message: received.append(message))
+    assert sorted(received) == [(0, "written"), (1, "written")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md"]
 
 

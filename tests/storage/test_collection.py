@@ -50,6 +50,7 @@ def test_searches_are_plain_loops(tmp_path, hashers):
     collection = Collection.open(tmp_path / "i")
     queries = RNG.integers(0, 256, (3, 1), np.uint8)
     expected = [by_distance(query.tolist()) for query in queries]
+    assert "30 photos" in str(collection) and "jpeg" not in str(collection.photos([0]))
     for k in (1, 7, COUNT + 5):
         assert [paths(collection, hits) for hits in collection.nearest(queries, k)] == [all_[:k] for all_ in expected]
     found = collection.within(queries, 3)

@@ -34,6 +34,7 @@ def test_a_step_is_adams_first(made):
     encoder, params, frozen, optimizer, step = made
     key = jax.random.key(5)
     after, terms = step(cib.create_train_state(params, optimizer), frozen, IMAGES, key)
+    assert "parameters" in str(after) and len(str(after)) < 100
     views = encoder.two_views(fold_by_name(key, "views"), jnp.asarray(IMAGES), family="digits")
 
     def loss(params):
