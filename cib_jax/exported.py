@@ -190,7 +190,8 @@ class ExportedEncoder:
                 ):
                     raise ValueError("its results are not codes")
             except ImportError as error:
-                raise ExportedError(f"reading {name} needs flatbuffers; pip install flatbuffers", field=name) from error
+                problem = f"reading {name} needs flatbuffers ({error}); pip install flatbuffers"
+                raise ExportedError(problem, field=name) from error
             # Malformed programs make the readers of flatbuffers and MLIR raise errors of many types, even MemoryError.
             except Exception as error:
                 made_by = self.signature["made_with"]["jax"]

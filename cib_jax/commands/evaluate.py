@@ -98,7 +98,7 @@ def evaluate(
         # results.json belongs to the finished run; an evaluation under other conditions gets a file of its own.
         same = progress.finished and config.k == trained.k and not changed
         name = "results.json" if same else f"results-epoch{progress.epoch}-k{run.protocol.k or 'all'}.json"
-        return evaluate_run(run, params, progress, float(extra["bank_seconds"]), name)
+        return evaluate_run(run, params, progress, float(extra.get("bank_seconds", 0.0)), name)
 
 
 def _evaluate_file(path: pathlib.Path, k: int, console: rich.console.Console) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
     with Checkpoints(owned.directory) as checkpoints:
         state, progress, extra = _restore_or_start(run, checkpoints)
         if progress.finished:
-            return float(extra["bank_seconds"])
+            return float(extra.get("bank_seconds", 0.0))
         with _metric_log(run, progress) as log:
             loaded, bank_seconds = (data, 0.0) if data is not None else _load_data(run)
             extra["bank_seconds"] = bank_seconds
@@ -171,7 +171,7 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
                     checkpoints.wait()
                     saved = _format_progress(progress, run.config)
                     raise multihost.Preempted(f"{saved} is saved in {checkpoints.directory}")
-        return float(extra["bank_seconds"])
+        return float(extra.get("bank_seconds", 0.0))
 
 
 def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainState, Progress, dict[str, Any]]:

@@ -96,7 +96,7 @@ def write(
             field="batch_size",
         ) from error
     except ImportError as error:
-        raise ExportedError("jax.export needs flatbuffers, which is not installed; pip install flatbuffers") from error
+        raise ExportedError(f"jax.export needs flatbuffers ({error}); pip install flatbuffers") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ExportedError(

@@ -221,8 +221,8 @@ def _read_notes(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+        return dict(files.read_json(path))
+    except (OSError, ValueError, TypeError):
         raise MissingExtraError(
             f"{path}: the file is damaged, so that the run in the tracking service is unknown; remove it to begin a "
             "new one",
@@ -308,14 +308,15 @@ def _truncate(path: pathlib.Path, last_step: int, last_epoch: int) -> list[dict[
     if not path.exists():
         return []
     kept, lines = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Anything but a file, such as a pipe, which would wait for its writer, is replaced.
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
             # By epoch too: a run that was stopped after the last step of an epoch records that epoch only later.
             if record["step"] <= last_step and record.get("epoch", 0) <= last_epoch:
                 kept.append(record)
                 lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # a line cut short when the run was killed
     files.write_bytes(path, "".join(lines).encode())
     return kept

@@ -17,7 +17,6 @@ from cib_jax.commands.train import train
 from cib_jax.config import build
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, WorkdirError
-from cib_jax.inference.serialization import restore_best
 from cib_jax.runs.workdir import claim_workdir, write_json
 from cib_jax.training import loop
 from tests import pretrained
@@ -38,8 +37,8 @@ def console():
     return rich.console.Console(record=True, width=100)
 
 
-def params_of(workdir, config):
-    return restore_best(workdir, build.encoder(config)[1], config)[0]
+def params_of(workdir):
+    return cib.Hasher.load(workdir).params
 
 
 def assert_same(a, b):
@@ -84,17 +83,17 @@ def test_a_run_whose_best_checkpoint_is_damaged_begins_again_to_the_same(tmp_pat
     """What it would be judged by is gone; the whole way leads there again."""
     scores = iter([0.5, 0.4, 0.3, 0.5, 0.4, 0.3])
     monkeypatch.setattr("cib_jax.retrieval.metrics.mean_average_precision", lambda *_, **__: next(scores))
-    config = small(data__validation="query_half", train__validate_every=1)
+    config = many.config(tmp_path, epochs=3, data__validation="query_half", train__validate_every=1)
     train(config, tmp_path / "run", console=rich.console.Console(quiet=True))
-    judged = params_of(tmp_path / "run", config)
+    judged = params_of(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    for file in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"):
+    for file in (tmp_path / "run" / "checkpoints" / "3" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-9])
     results = train(config, tmp_path / "run", console=console)
     assert "it was the best one, so training begins again" in console.export_text()
     assert results["best_validation_map"] == 0.5
-    assert_same(params_of(tmp_path / "run", config), judged)
+    assert_same(params_of(tmp_path / "run"), judged)
 
 
 @pytest.mark.parametrize("after", [10, 12])
@@ -114,7 +113,7 @@ def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
     results = train(small(), tmp_path / "run", console=console)
     assert f"Going on after step {after}, in epoch {(after - 1) // 4 + 1} of 3" in console.export_text()
     assert results["map"] == trained[1]["map"] and results["epochs"] == 3
-    assert_same(params_of(tmp_path / "run", small()), params_of(trained[0], small()))
+    assert_same(params_of(tmp_path / "run"), params_of(trained[0]))
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "run", trained[0])]
     for mine, whole in zip(*(map(json.loads, part) for part in lines), strict=True):
         assert {k: v for k, v in mine.items() if "second" not in k} == pytest.approx(
@@ -150,7 +149,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before_to_t
     assert train(small(), tmp_path / "r", console=console)["map"] == results["map"]
     said = console.export_text(clear=False).replace("\n", " ")
     assert "damaged-12" in said and "Going on after epoch 2 of 3" in said
-    assert_same(params_of(tmp_path / "r", small()), params_of(workdir, small()))
+    assert_same(params_of(tmp_path / "r"), params_of(workdir))
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
@@ -208,20 +207,21 @@ def test_an_interrupted_run_is_evaluated_unfinished_and_resumes_to_the_same(trai
     assert "training stopped at epoch 1 of 3" in console.export_text(clear=False)
     resumed = train(small(), tmp_path / "cut", console=console)
     assert "Going on after epoch 1 of 3" in console.export_text()
-    assert_same(params_of(workdir, small()), params_of(tmp_path / "cut", small()))
+    assert_same(params_of(workdir), params_of(tmp_path / "cut"))
     assert resumed["map"] == results["map"]
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
 def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_path, console, monkeypatch):
-    config = small(epochs=4, train__validate_every=1, train__patience=3, data__validation="query_half")
+    streamed = {"data__resident_mb": 0, "train__validate_every": 1, "data__validation": "query_half"}
+    config = many.config(tmp_path, epochs=4, train__patience=3, **streamed)
     whole = train(config, tmp_path / "whole", console=console)
-    interrupted(monkeypatch, config, tmp_path / "cut", console, 10)
+    interrupted(monkeypatch, config, tmp_path / "cut", console, 8)
     resumed = train(config, tmp_path / "cut", console=console)
     for name in ("map", "best_validation_map", "epochs"):
         assert resumed[name] == whole[name]
-    assert_same(params_of(tmp_path / "whole", config), params_of(tmp_path / "cut", config))
+    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "cut"))
 
 
 def test_a_run_is_known_by_its_checkpoint_where_its_config_is_lost_or_edited(trained, tmp_path, console):
@@ -253,19 +253,20 @@ def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_pa
     workdir, _ = trained
     config = small(data__resident_mb=0)
     train(config, tmp_path / "streamed", console=console)
-    assert_same(params_of(workdir, config), params_of(tmp_path / "streamed", config))
+    assert_same(params_of(workdir), params_of(tmp_path / "streamed"))
 
 
 def test_validation_keeps_the_best_checkpoint_and_stops_early(tmp_path, console, monkeypatch):
     scores = iter([0.2, 0.6, 0.5, 0.4, 0.0])
     monkeypatch.setattr("cib_jax.retrieval.metrics.mean_average_precision", lambda *_, **__: next(scores))
-    config = small(epochs=9, train__patience=2, data__validation="query_half", train__validate_every=1)
+    held_out = {"data__validation": "query_half"}
+    config = many.config(tmp_path, epochs=9, train__patience=2, train__validate_every=1, **held_out)
     results = train(config, tmp_path / "r", console=console)
     assert (results["epochs"], results["best_validation_map"]) == (4, 0.6)
-    assert results["counts"]["validation"] == 148
-    two_epochs = small(epochs=2, data__validation="query_half", train__validate_every=3)
+    assert results["counts"]["validation"] == 15
+    two_epochs = many.config(tmp_path, epochs=2, train__validate_every=3, **held_out)
     train(two_epochs, tmp_path / "two", console=console)
-    assert_same(params_of(tmp_path / "r", config), params_of(tmp_path / "two", two_epochs))
+    assert_same(params_of(tmp_path / "r"), params_of(tmp_path / "two"))
 
 
 @pytest.mark.parametrize("how", ["query_half", "database"])
@@ -336,7 +337,7 @@ def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, con
     with pytest.raises(TrainingError, match=r"step \d+: .*loss.*/\d+") as refused:
         train(config, tmp_path, console=console)
     assert refused.value.field == "config.learning_rate"
-    params = params_of(tmp_path, config)
+    params = params_of(tmp_path)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
 
 

@@ -140,6 +140,7 @@ def test_two_processes_share_a_teacher_and_come_to_its_losses(tmp_path):
     np.testing.assert_allclose(kept[0] @ kept[0].T, kept[1] @ kept[1].T, atol=0.2)
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_while_training_ends_the_other_alike(tmp_path):
     """The checkpoints are taken over by somebody else, which the first process alone looks at."""
     place = tmp_path / "checkpoints"

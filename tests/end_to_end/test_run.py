@@ -97,6 +97,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path, who
     assert "Traceback" not in resumed
 
 
+@pytest.mark.slow
 def test_a_comparison_killed_in_the_middle_goes_on_to_the_same(tmp_path, run_cli):
     """Killed hard with another process beside it, which must end too and leave its cell to the next."""
     rows = {"compare__methods": "lsh, itq, pca_sign, cibhash", "compare__bits": "8", "compare__seeds": "0"}

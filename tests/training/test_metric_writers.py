@@ -7,6 +7,7 @@ ones, where they are installed, write to this disk and are read back.
 import importlib.machinery
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import struct
@@ -193,6 +194,17 @@ def test_a_resumed_run_removes_the_records_that_it_repeats(tmp_path):
     with MetricLog(tmp_path, resumed_step=10) as log:
         log.write(15, {"loss": 0.5})
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(5, 5.0), (10, 10.0), (15, 0.5)]
+
+
+def test_a_pipe_or_deep_nesting_in_place_of_the_log_does_not_stop_it(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with MetricLog(tmp_path, 3, 1, writers="") as log:
+        log.write(4, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    assert path.read_text() == '{"step": 4, "loss": 1.0}\n'
+    path.write_text(path.read_text() + "[" * 100_000 + "\n")
+    with MetricLog(tmp_path, 4, 1, writers=""):
+        assert path.read_text() == '{"step": 4, "loss": 1.0}\n'
 
 
 def test_a_run_of_wandb_goes_on_without_a_step_twice(wandb, tmp_path):
