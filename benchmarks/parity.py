@@ -215,7 +215,7 @@ def view_rows(published: Published, count: int) -> Iterator[Row]:
 
     torch.manual_seed(0)
     photo = PIL.Image.fromarray(sklearn.datasets.load_sample_image("china.jpg"))
-    photo = photo.crop((100, 0, 527, 427)).resize((32, 32), PIL.Image.Resampling.BICUBIC)
+    photo = photo.crop((100, 0, 527, 427)).resize((256, 256), PIL.Image.Resampling.BICUBIC)
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     theirs = np.stack([statistics(published.transform(photo).numpy().transpose(1, 2, 0)) for _ in range(count)])
 
