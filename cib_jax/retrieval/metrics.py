@@ -48,8 +48,9 @@ def mean_average_precision(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
-      >>> round(cib.mean_average_precision(*data, k=3), 4)  # (1/1 + 2/3) / 2
+      >>> codes = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> labels = np.array([1]), np.array([1, 2, 1])
+      >>> round(cib.mean_average_precision(*codes, *labels, k=3), 4)  # (1/1 + 2/3) / 2
       0.8333
     """
     data = query_codes, database_codes, query_labels, database_labels
@@ -67,8 +68,9 @@ def tie_aware_map(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[1], [2]]), np.array([1]), np.array([1, 2])  # both at distance 1
-      >>> cib.tie_aware_map(*data, k=2)  # (1 + 1/2) / 2
+      >>> codes = np.array([[0]], np.uint8), np.array([[1], [2]], np.uint8)  # both at distance 1
+      >>> labels = np.array([1]), np.array([1, 2])
+      >>> cib.tie_aware_map(*codes, *labels, k=2)  # (1 + 1/2) / 2
       0.75
     """
     data = query_codes, database_codes, query_labels, database_labels
@@ -91,8 +93,9 @@ def precision_at_k(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
-      >>> cib.precision_at_k(*data, ks=[1, 2])
+      >>> codes = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> labels = np.array([1]), np.array([1, 2, 1])
+      >>> cib.precision_at_k(*codes, *labels, ks=[1, 2])
       {1: 1.0, 2: 0.5}
     """
     return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _precision)
@@ -108,8 +111,9 @@ def recall_at_k(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
-      >>> cib.recall_at_k(*data, ks=[1, 3])
+      >>> codes = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> labels = np.array([1]), np.array([1, 2, 1])
+      >>> cib.recall_at_k(*codes, *labels, ks=[1, 3])
       {1: 0.5, 3: 1.0}
     """
     return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _recall)
@@ -132,8 +136,9 @@ def precision_within_radius(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
-      >>> cib.precision_within_radius(*data, radius=1)
+      >>> codes = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> labels = np.array([1]), np.array([1, 2, 1])
+      >>> cib.precision_within_radius(*codes, *labels, radius=1)
       (0.5, 0.0)
     """
     if radius < 0:
@@ -160,8 +165,9 @@ def precision_recall_curve(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
-      >>> precision, recall = cib.precision_recall_curve(*data)
+      >>> codes = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> labels = np.array([1]), np.array([1, 2, 1])
+      >>> precision, recall = cib.precision_recall_curve(*codes, *labels)
       >>> precision[:3].round(3).tolist(), recall[:3].tolist()
       ([1.0, 0.5, 0.667], [0.5, 0.5, 1.0])
     """
@@ -183,8 +189,9 @@ def evaluate(
     Examples:
       >>> import cib_jax as cib
       >>> import numpy as np
-      >>> data = np.uint8([[0]]), np.uint8([[0], [1], [3]]), np.array([1]), np.array([1, 2, 1])
-      >>> figures = cib.evaluate(*data, k=3)
+      >>> codes = np.array([[0]], np.uint8), np.array([[0], [1], [3]], np.uint8)
+      >>> labels = np.array([1]), np.array([1, 2, 1])
+      >>> figures = cib.evaluate(*codes, *labels, k=3)
       >>> round(figures["map"], 4), figures["precision_at_k"]["k"]
       (0.8333, [1, 3])
     """

@@ -1,6 +1,8 @@
 """Every public name has an example in its docstring, which runs and gives the documented output."""
 
 import doctest
+import subprocess
+import sys
 
 import jax
 import PIL.Image
@@ -49,3 +51,19 @@ def test_examples(name, folder, monkeypatch):
     for test in found:
         runner.run(test, out=output.append)
     assert runner.failures == 0, "".join(output)
+
+
+@pytest.mark.slow
+def test_a_type_checker_accepts_the_examples(tmp_path):
+    """Runs pyright, if it is installed."""
+    pytest.importorskip("pyright")
+    for name in cib.__all__:
+        tests = doctest.DocTestFinder().find(getattr(cib, name), name, globs={})
+        source = "".join(example.source for test in tests for example in test.examples)
+        (tmp_path / f"{name}.py").write_text(source)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(tmp_path)]
+    printed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    assert "0 errors" in printed or "error:" in printed, printed
+    # Of an installation for development, pyright does not find cib_jax.configs in configs/.
+    errors = [line for line in printed.splitlines() if "error:" in line and "unknown import symbol" not in line]
+    assert errors == []
