@@ -166,10 +166,10 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, who
         (["--mode=evaluate"], ["--workdir", "--mode=evaluate"]),
         (["--mode=evaluate", "--workdir=nowhere"], ["nowhere"]),
         (["--mode=compare", "--config.compare.methods=itqq"], ["config.compare.methods", "did you mean itq?"]),
-        (["--mode=tune"], ["config.tune.score", "'validation_map'"]),
+        (["--mode=tune", "--config.tune.score=validation_map"], ["config.tune.score", "'validation_map'"]),
         (["--mode=compare", "--config=configs/cifar.py", "--config.data.dir=/nope"], ["config.data.dir", "/nope"]),
         (["--config.bits=0"], ["config.bits", "0"]),
-        (["--bits=32"], ["'bits'"]),
+        (["--bits=32"], ["--config.bits"]),
         (["bits=32"], ["'bits=32'"]),
     ],
 )
