@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cib_jax.codes import binarize, pack_bits, sample_codes, unpack_bits
     from cib_jax.commands.evaluate import evaluate as evaluate_run
     from cib_jax.commands.index import index as index_photos
+    from cib_jax.commands.search import Collection
     from cib_jax.commands.search import duplicates as find_duplicates
     from cib_jax.commands.search import search as search_photos
     from cib_jax.commands.serve import serve_notebook
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
         tie_aware_map,
     )
     from cib_jax.storage.code_store import read_corpus
-    from cib_jax.storage.collection import Collection
     from cib_jax.training.train_step import TrainState, create_train_state, train_step, train_step_on_features
 
 __all__ = [
@@ -103,7 +103,7 @@ __all__ = [
 
 # Imported on first use: `cib_jax.exported` works where the libraries for training are not installed.
 _HOMES = {
-    "Collection": "storage.collection:Collection",
+    "Collection": "commands.search:Collection",
     "Encoder": "models.encoder:Encoder",
     "FineTune": "models.finetune:FineTune",
     "Hasher": "inference.hasher:Hasher",
