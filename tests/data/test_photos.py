@@ -277,7 +277,7 @@ def bare_jpeg(content, longest, width, height):
 @pytest.mark.parametrize("size", [0, 16, 64])
 def test_seen_every_format_has_the_same_square_and_a_thumbnail(form, size):
     file = pictures.content(pictures.smooth(600, 400, seed=2), form)
-    seen, thumbnail, upright = seen_alike(file, size)
+    _, thumbnail, upright = seen_alike(file, size)
     expected = PIL.Image.fromarray(upright).resize((480, 320), PIL.Image.Resampling.BILINEAR)
     # A GIF's dots are harder for a JPEG than waves.
     assert differ(thumbnail, np.asarray(expected)).mean() < (14 if form == "GIF" else 4)
