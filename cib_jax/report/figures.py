@@ -326,7 +326,7 @@ def embedding(
     if agreement is not None:
         title += f": for {agreement:.0%}, the nearest image is of the same class"
     xlabel = "only which points are near is meaningful; the axes have no unit"
-    made, (axis,) = figure(title, width=7.4, height=5.6, xticks=[], yticks=[], xlabel=xlabel)
+    made, (axis,) = figure(title, height=4.6, xticks=[], yticks=[], xlabel=xlabel)
     axis.grid(False)
     axis.spines[:].set_visible(False)
     if labels is None:
