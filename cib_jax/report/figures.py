@@ -325,7 +325,7 @@ def embedding(
     title = f"{len(points):,} images by t-SNE of their codes"
     if agreement is not None:
         title += f": for {agreement:.0%}, the nearest image is of the same class"
-    xlabel = "only which points are near is meaningful; the axes have no unit"
+    xlabel = "only which points are near is meaningful;\nthe axes have no unit"
     made, (axis,) = figure(title, height=4.6, xticks=[], yticks=[], xlabel=xlabel)
     axis.grid(False)
     axis.spines[:].set_visible(False)
