@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cib_jax.codes import binarize, pack_bits, sample_codes, unpack_bits
     from cib_jax.commands.evaluate import evaluate as evaluate_run
     from cib_jax.commands.index import index as index_photos
+    from cib_jax.commands.search import Collection
     from cib_jax.commands.search import duplicates as find_duplicates
     from cib_jax.commands.search import search as search_photos
     from cib_jax.commands.serve import serve_notebook
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
         tie_aware_map,
     )
     from cib_jax.storage.code_store import read_corpus
-    from cib_jax.storage.collection import Collection
     from cib_jax.training.train_step import TrainState, create_train_state, train_step, train_step_on_features
 
 __all__ = [
@@ -102,53 +102,33 @@ __all__ = [
 ]
 
 # Imported on first use: `cib_jax.exported` works where the libraries for training are not installed.
-_HOMES = {
-    "Collection": "storage.collection:Collection",
-    "Encoder": "models.encoder:Encoder",
-    "FineTune": "models.finetune:FineTune",
-    "Hasher": "inference.hasher:Hasher",
-    "Index": "retrieval.index:Index",
-    "Refusal": "errors:Refusal",
-    "Teacher": "diffusion:Teacher",
-    "TrainState": "training.train_step:TrainState",
-    "UserError": "errors:UserError",
-    "bernoulli_kl": "losses:bernoulli_kl",
-    "binarize": "codes:binarize",
-    "cib_loss": "losses:cib_loss",
-    "code_health": "retrieval.code_quality:code_health",
-    "create_encoder": "models.encoder:create_encoder",
-    "create_train_state": "training.train_step:create_train_state",
-    "diffusion_match": "losses:diffusion_match",
-    "encode_photos": "inference.hasher:encode_photos",
-    "evaluate": "retrieval.metrics:evaluate",
-    "evaluate_run": "commands.evaluate:evaluate",
-    "find_duplicates": "commands.search:duplicates",
-    "fit": "fitting:fit",
-    "hamming_distances": "retrieval.hamming:hamming_distances",
-    "index_photos": "commands.index:index",
-    "load_pretrained": "models.weights:load_pretrained",
-    "mean_average_precision": "retrieval.metrics:mean_average_precision",
-    "nt_xent": "losses:nt_xent",
-    "pack_bits": "codes:pack_bits",
-    "precision_at_k": "retrieval.metrics:precision_at_k",
-    "precision_recall_curve": "retrieval.metrics:precision_recall_curve",
-    "precision_within_radius": "retrieval.metrics:precision_within_radius",
-    "rank": "retrieval.hamming:rank",
-    "read_corpus": "storage.code_store:read_corpus",
-    "recall_at_k": "retrieval.metrics:recall_at_k",
-    "register": "config.extensions:register",
-    "resize_and_normalize": "augment.augment:resize_and_normalize",
-    "sample_codes": "codes:sample_codes",
-    "search_photos": "commands.search:search",
-    "serve_notebook": "commands.serve:serve_notebook",
-    "tie_aware_map": "retrieval.metrics:tie_aware_map",
-    "train": "commands.train:train",
-    "train_step": "training.train_step:train_step",
-    "train_step_on_features": "training.train_step:train_step_on_features",
-    "two_views": "augment.augment:two_views",
-    "unpack_bits": "codes:unpack_bits",
-    "unzip_photos": "data.zip_archive:unzip",
+_NAMES = {
+    "augment.augment": "resize_and_normalize two_views",
+    "codes": "binarize pack_bits sample_codes unpack_bits",
+    "commands.evaluate": "evaluate_run=evaluate",
+    "commands.index": "index_photos=index",
+    "commands.search": "Collection find_duplicates=duplicates search_photos=search",
+    "commands.serve": "serve_notebook",
+    "commands.train": "train",
+    "config.extensions": "register",
+    "data.zip_archive": "unzip_photos=unzip",
+    "diffusion": "Teacher",
+    "errors": "Refusal UserError",
+    "fitting": "fit",
+    "inference.hasher": "Hasher encode_photos",
+    "losses": "bernoulli_kl cib_loss diffusion_match nt_xent",
+    "models.encoder": "Encoder create_encoder",
+    "models.finetune": "FineTune",
+    "models.weights": "load_pretrained",
+    "retrieval.code_quality": "code_health",
+    "retrieval.hamming": "hamming_distances rank",
+    "retrieval.index": "Index",
+    "retrieval.metrics": "evaluate mean_average_precision precision_at_k "
+    "precision_recall_curve precision_within_radius recall_at_k tie_aware_map",
+    "storage.code_store": "read_corpus",
+    "training.train_step": "TrainState create_train_state train_step train_step_on_features",
 }
+_HOMES = {entry.split("=")[0]: (module, entry.split("=")[-1]) for module in _NAMES for entry in _NAMES[module].split()}
 
 _RENAMED = {"resize_and_normalise": "resize_and_normalize"}  # old names, which work for one more release
 
@@ -161,7 +141,7 @@ if not TYPE_CHECKING:  # a type checker would accept any name if it saw this fun
             warnings.warn(f"cib_jax.{name} has been renamed to {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
             name = _RENAMED[name]
         if name in _HOMES:
-            module, attribute = _HOMES[name].split(":")
+            module, attribute = _HOMES[name]
             found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
             globals()[name] = found
             return found

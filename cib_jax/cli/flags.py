@@ -64,7 +64,7 @@ MODES = {
         "index.index",
         "indexes photos for search",
         "--images=PHOTOS --index=INDEX",
-        ("workdir", "images", "index"),
+        ("workdir", "images", "index", "relearn"),
         required=("index",),
         after_interrupt="the same command continues with what is not indexed yet",
     ),
@@ -145,7 +145,10 @@ INDEX = flags.DEFINE_string(
     None,
     "index, search, duplicates, serve: the index, a folder or an s3://, gs://, az:// or db:// address of LanceDB.",
 )
-QUERY = flags.DEFINE_string("query", None, "search: photo, or folder of photos.")
+RELEARN = flags.DEFINE_bool(
+    "relearn", False, "index: learn the encoder anew from the photos that are there now, and encode them all again."
+)
+QUERY = flags.DEFINE_string("query", None, "search: photo, or folder of photos; or a path that a search has printed.")
 K = flags.DEFINE_integer("k", None, "search: number of results per query; by default 20, with --radius all.")
 RADIUS = flags.DEFINE_integer(
     "radius", None, "search, duplicates: maximum Hamming distance in bits; by default bits // 16 for duplicates."

@@ -98,7 +98,8 @@ def validate_flags(name: str, config_given: bool) -> None:
     if name == "evaluate" and bool(WORKDIR.value) == bool(flags.FLAGS["codes"].value):
         exit_with_error("--workdir: --mode=evaluate needs the folder of a run, or the file of --codes instead of it")
     config_given = config_given and not own_fields  # a file of a user's own parts may have the encoder's backbone
-    if name == "search" and not (query := pathlib.Path(flags.FLAGS["query"].value or "").expanduser()).exists():
+    query = pathlib.Path((name == "search" and flags.FLAGS["query"].value) or "").expanduser()
+    if query.is_absolute() and not query.exists():  # a relative one may be the path of an indexed photo
         exit_with_error(f"--query: there is no file {query}; give a photo or a folder of photos")
     if name in ("search", "duplicates", "serve") and (config_given or _overrides()):
         exit_with_error(f"--config: an index has its own encoder; omit --config and its fields with --mode={name}")

@@ -2,13 +2,16 @@
 
 import dataclasses
 import errno
+import importlib
 import itertools
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -16,6 +19,7 @@ import rich.console
 from jaxtyping import Bool, Int64, UInt8
 
 from cib_jax import fitting
+from cib_jax.baselines import linear
 from cib_jax.config import build, flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs
@@ -23,10 +27,11 @@ from cib_jax.data.dataset import ImageSet
 from cib_jax.data.inputs import Photos, Read
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
-from cib_jax.files import map_in_order, printable
+from cib_jax.files import map_in_order, printable, short_reason
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry
+from cib_jax.models.encoder import plain_features
 from cib_jax.random_streams import stream_rng
 from cib_jax.runs import context, features
 from cib_jax.storage import collection, photo_table
@@ -37,6 +42,7 @@ from cib_jax.training.trainer import TrainingData
 BLOCK = 512  # files in a commit, about, and so the most that a killed process loses
 TIDY_EVERY = 256  # commits after which small fragments are merged
 LISTED = 5  # unreadable files that are listed in the output
+GROWN = 4  # times as many photos as an encoder was trained on, from which a message proposes another
 CHANGEABLE = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
 """Fields that may be set although the encoder is already trained."""
 
@@ -56,7 +62,8 @@ def index(
     images: pathlib.Path | str | None = None,
     *,
     workdir: pathlib.Path | str | None = None,
-    config: ml_collections.ConfigDict,
+    relearn: bool = False,
+    config: ml_collections.ConfigDict | None = None,
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
 ) -> Indexed:
@@ -70,7 +77,9 @@ def index(
       images: Folder of photos, or a .csv or .parquet list of them; None: the photos of the index.
       workdir: Folder of a trained run, or of a saved hasher; None: the index's own encoder, which for a new index is
         trained on the photos.
-      config: Config of the experiment that trains it.
+      relearn: Whether an existing index gets another encoder, trained on the present photos or that of `workdir`. It is
+        made anew beside the old one, and replaces it when it is complete.
+      config: Config of the experiment that trains the encoder; None: `configs/index.py`.
       overrides: Fields of `config` that were set by the user, by dotted name.
       console: Console for messages.
 
@@ -84,13 +93,15 @@ def index(
     Examples:
       >>> import rich.console
       >>> import cib_jax as cib
-      >>> from cib_jax.configs import index
       >>> quiet = rich.console.Console(quiet=True)
-      >>> cib.index_photos("INDEX_2", "PHOTOS", workdir="RUN", config=index.get_config(), console=quiet)
+      >>> cib.index_photos("INDEX_2", "PHOTOS", workdir="RUN", console=quiet)
       Indexed(photos=3, added=3, changed=0, removed=0, unreadable=0)
     """
     uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
+    config = config or importlib.import_module("cib_jax.configs.index").get_config()
     photo_table.validate_installed()
+    if relearn:
+        return _relearn(uri, images, workdir, config, overrides, console)
     schema.validate(config)
     given = _load_encoder(workdir, config, overrides) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
@@ -111,7 +122,8 @@ def index(
     known: dict[str, Read] = {}  # photos that training has decoded
     if table is None:
         made = given or train_index_encoder(found, config, console, known)
-        metadata = IndexMetadata(found.place, collection.encoder_identity(made), {} if given else flatten(config))
+        learnt, photos = ({}, 0) if given else (flatten(config), len(found.names))
+        metadata = IndexMetadata(found.place, collection.encoder_identity(made), learnt, photos)
         table = PhotoTable.create(uri, metadata, collection.hasher_bytes(made))
         if table.metadata.encoder != metadata.encoder:  # another process was faster
             if given:
@@ -135,6 +147,37 @@ def index(
     return _summarize(table, str(index), files, changes, console)
 
 
+def _relearn(
+    uri: str,
+    images: pathlib.Path | str | None,
+    workdir: pathlib.Path | str | None,
+    config: ml_collections.ConfigDict,
+    overrides: dict[str, Any],
+    console: rich.console.Console,
+) -> Indexed:
+    """Makes an index with another encoder beside the present one, and then puts it in its place."""
+    if not photo_table.is_local(uri):
+        problem = f"must be a folder for --relearn, got {uri}; index the photos into another place instead"
+        raise IndexFolderError(f"--index {problem}", field="--index")
+    new, old = f"{uri}.new", f"{uri}.old"
+    if os.path.isdir(old) and not os.path.exists(uri):
+        os.rename(old, uri)  # an earlier call was interrupted between the two below
+    metadata, config = PhotoTable.open(uri).metadata, config.copy_and_resolve_references()
+    fields = flatten(config).keys() - overrides.keys() - {*CHANGEABLE}
+    config.update_from_flattened_dict({field: metadata.learnt[field] for field in fields & metadata.learnt.keys()})
+    done = index(new, images or metadata.images, workdir=workdir, config=config, overrides=overrides, console=console)
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(uri, old)
+        os.rename(new, uri)
+    except OSError as error:
+        problem = f"{new} cannot take the place of {uri} ({short_reason(error)})"
+        raise IndexFolderError(f"--index: {problem}; give the same command again", field="--index") from error
+    shutil.rmtree(old, ignore_errors=True)
+    print_message(console, f"{new} has replaced {uri}")
+    return done
+
+
 def _summarize(
     table: PhotoTable, name: str, files: "_Files", changes: "_Changes", console: rich.console.Console
 ) -> Indexed:
@@ -156,6 +199,11 @@ def _summarize(
         f"{done.photos:,} photos in {name}: {done.added:,} files new, {done.changed:,} changed, {done.removed:,} gone, "
         f"{done.unreadable:,} unreadable",
     )
+    before, wanted = table.metadata.photos, table.metadata.learnt.get("data.train_images", 0)
+    if before and done.photos >= max(GROWN * before, FEWEST) and (before < wanted or wanted <= 0):
+        print_message(
+            console, f"The encoder was learned when there were {before:,} photos; --relearn would give better codes"
+        )
     return done
 
 
@@ -396,7 +444,7 @@ def _encode_block(
 # Training of an encoder on the photos
 
 
-FEWEST = 16  # photos to train on
+FEWEST = 16  # photos to train on; fewer get an encoder that is not trained
 FEW = 500  # photos below which a message says that they are few
 
 
@@ -405,17 +453,24 @@ def train_index_encoder(
 ) -> Hasher:
     """Returns an encoder that was trained, without labels, on a random sample of `data.train_images` photos.
 
-    The photos of the sample are put into `known`, by name.
+    The photos of the sample are put into `known`, by name. From fewer than `FEWEST`, contrast learns nothing: the
+    encoder is then that of `_project`.
     """
     if config.backbone == "none":
         raise ConfigError("config.backbone must be a network for photos, got 'none'", field="config.backbone")
     context.print_weights_download(config, console)
     encoder, params, frozen, fingerprint = build.encoder(config)
     images = _sample(found, config, console, known)
+    if not len(images):
+        problem = f"must hold a photo that can be read, got none of {len(found.names)} in {found.place}; add some"
+        raise DataError(f"--images {problem}", field="--images")
     if len(images) < FEWEST:
-        problem = f"must have at least {FEWEST} readable photos to train on, got {len(images)} in {found.place}"
-        remedy = "add some, or give --workdir=RUN, the folder of a trained run"
-        raise DataError(f"--images {problem}; {remedy}", field="--images")
+        message = f"{len(images)} photos are too few to train on: {config.bits}-bit codes by random projections of the "
+        message += (
+            f"backbone's features; --relearn, once there are {FEWEST} or more, or --workdir=RUN of a trained run, "
+        )
+        print_message(console, message + "gives better codes")
+        return _project(images, config)
     message = f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
     if len(images) < FEW:
         message += ", which are few: more photos, or --workdir=RUN of a trained run, give better codes"
@@ -447,6 +502,24 @@ def train_index_encoder(
             run, images, config.devices, lambda report: None, advance, build.teacher(config), teacher_run
         )
     return dataclasses.replace(hasher, stored_size=images.shape[1], batch_size=config.encode_batch)
+
+
+def _project(images: UInt8[np.ndarray, "images side side 3"], config: ml_collections.ConfigDict) -> Hasher:
+    """Returns an encoder whose bits are the sides of random hyperplanes (LSH) on which the backbone's features are."""
+    config = config.copy_and_resolve_references()
+    config.hidden = 2 * config.bits
+    encoder, params, frozen, _ = build.encoder(config)
+    features = np.asarray(plain_features(encoder, params, frozen, images))
+    # The row of zeros draws the planes away from the mean of the photos, which is the photo itself if there is one.
+    rows = np.vstack([features, np.zeros_like(features[:1])])
+    planes = linear.lsh(rows, config.bits, build.key(config, "initial weights"))
+    kernel, eye = np.asarray(planes.directions), np.eye(config.bits, dtype=np.float32)
+    bias = -np.asarray(planes.mean) @ kernel
+    # max(x, 0) − max(−x, 0) = x: the two layers of a hash head compute one linear map.
+    hidden = {"kernel": np.hstack([kernel, -kernel]), "bias": np.hstack([bias, -bias])}
+    head = {"hidden": hidden, "out": {"kernel": np.vstack([eye, -eye]), "bias": np.zeros_like(bias)}}
+    head = jax.tree.map(jnp.asarray, head)
+    return Hasher(encoder, params | {"head": head}, frozen, config.encode_batch, images.shape[1], config.devices)
 
 
 def batch_for(count: int, devices: int, config: ml_collections.ConfigDict) -> tuple[int, int]:

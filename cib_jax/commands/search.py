@@ -4,8 +4,8 @@ import dataclasses
 import io
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import rich.console
@@ -23,7 +23,8 @@ from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import near_duplicates
 from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
-from cib_jax.storage.collection import Collection, Hit, Photo
+from cib_jax.storage import collection as storage
+from cib_jax.storage.collection import Hit, Photo
 
 K = 20  # photos that are returned for each query by default
 CANDIDATES = 100  # hits that `rerank` reorders, at least
@@ -32,6 +33,37 @@ FORMATS = ("table", "json")
 ROWS, COLUMNS = 25, 20  # size of a contact sheet, at most
 PAGE = 500  # photos, or groups of photos, that are read at a time
 LOOKS_RADIUS = 6  # bits, of 64, by which the difference hashes of two copies of a picture may differ
+
+
+class Collection(storage.Collection):
+    """The photos of an index and the encoder that made their codes. Any number of threads may search at once.
+
+    Examples:
+      >>> import cib_jax as cib
+      >>> collection = cib.Collection.open("INDEX")
+      >>> [(distance, photo.path) for distance, photo in collection.search("PHOTOS/red.png", k=1)]
+      [(0, 'red.png')]
+      >>> collection.duplicates(radius=0)
+      []
+    """
+
+    @classmethod
+    def create(cls, index: pathlib.Path | str, images: pathlib.Path | str, **options: Any) -> Self:
+        """Indexes photos, or updates their index, and returns it; takes all arguments of `cib_jax.index_photos`."""
+        from cib_jax.commands.index import index as index_photos
+
+        index_photos(index, images, **options)
+        return cls.open(index)
+
+    def search(self, photo: pathlib.Path | str, k: int = K) -> list[tuple[int, Photo]]:
+        """Returns the photos nearest to one on disk with their distances in bits, as `cib_jax.search_photos` does."""
+        if pathlib.Path(photo).expanduser().is_dir():
+            raise DataError(f"photo must be a file, got the folder {photo}; use cib_jax.search_photos", "photo")
+        return search(self, photo, k=k, console=rich.console.Console(quiet=True))[0].hits
+
+    def duplicates(self, radius: int | None = None, confirm: bool = True) -> list[list[tuple[int, Photo]]]:
+        """Returns groups of copies of one picture, as `cib_jax.find_duplicates` does."""
+        return duplicates(self, radius=radius, confirm=confirm, console=rich.console.Console(quiet=True))
 
 
 class Result(NamedTuple):
@@ -44,7 +76,7 @@ class Result(NamedTuple):
 
 
 def search(
-    index: pathlib.Path | str,
+    index: pathlib.Path | str | Collection,
     query: pathlib.Path | str,
     *,
     k: int | None = None,
@@ -58,7 +90,7 @@ def search(
     """Prints and returns the photos of an index that are nearest to the given ones.
 
     Args:
-      index: Folder or other address of the index.
+      index: Folder or other address of the index, or the opened collection.
       query: Photo, or folder of photos.
       k: Number of photos for each query, with a radius their maximum; None: 20, with a radius all.
       radius: Maximum distance in bits.
@@ -92,10 +124,7 @@ def search(
         raise SearchError(f"--kind must be one of {', '.join((EXACT, *KINDS))}, got {kind!r}", field="--kind")
     if radius is not None and kind != EXACT:
         raise SearchError(f"--radius works with exact search alone; leave --kind={kind} out", field="--radius")
-    if not pathlib.Path(query).expanduser().exists():
-        raise DataError(f"--query must be a photo or a folder of photos, got {query}, which does not exist", "--query")
-    HINT.show(f"Opening {index}")
-    collection = Collection.open(index, kind=kind, settings=settings)
+    collection = _open(index, kind, settings)
     if not len(collection):
         raise SearchError(f"--index: {collection.uri} has no photos yet; run --mode=index again", field="--index")
     k = min(k or (len(collection) if radius is not None else K), len(collection))
@@ -130,7 +159,7 @@ def search(
 
 
 def duplicates(
-    index: pathlib.Path | str,
+    index: pathlib.Path | str | Collection,
     *,
     radius: int | None = None,
     confirm: bool = True,
@@ -144,7 +173,7 @@ def duplicates(
     photos are copies of one picture, saved or resized differently, is confirmed by their thumbnails.
 
     Args:
-      index: Folder or other address of the index.
+      index: Folder or other address of the index, or the opened collection.
       radius: Maximum distance of two neighbors in a chain; None: a sixteenth of the code's bits.
       confirm: Whether thumbnails must agree; False also groups photos of similar content.
       format: "table", or "json" for one line per group.
@@ -164,8 +193,7 @@ def duplicates(
     """
     output = _open_output(format, show, console)
     _validate_radius(radius)
-    HINT.show(f"Opening {index}")
-    collection = Collection.open(index)
+    collection = _open(index)
     radius = collection.bits // 16 if radius is None else radius
     groups = collection.groups(radius)
     if confirm:
@@ -180,7 +208,8 @@ def duplicates(
             distances = np.bitwise_count(collection.codes[group] ^ collection.codes[group[0]]).sum(axis=1).tolist()
             results.append([(distance, next(photos)) for distance in distances])
             number = len(results)
-            _print_photos(output, f"Group {number}: {len(group)} photos", {"group": number}, "photos", results[-1])
+            record = {"group": number, "root": printable(collection.root)}
+            _print_photos(output, f"Group {number}: {len(group)} photos", record, "photos", results[-1])
     kind = "copies of one picture" if confirm else "photos of similar content"
     if not output.json:
         print_message(
@@ -201,6 +230,15 @@ def duplicates(
 # Queries and hits
 
 
+def _open(
+    index: pathlib.Path | str | Collection, kind: str = EXACT, settings: Mapping[str, int] | None = None
+) -> Collection:
+    if isinstance(index, Collection):
+        return index
+    HINT.show(f"Opening {index}")
+    return Collection.open(index, kind=kind, settings=settings)
+
+
 def _validate_radius(radius: int | None) -> None:
     if radius is not None and radius < 0:
         raise SearchError(f"--radius must be 0 bits or more, got {radius}", field="--radius")
@@ -209,6 +247,10 @@ def _validate_radius(radius: int | None) -> None:
 def _read_queries(query: str, collection: Collection, output: "_Output") -> Iterator[tuple[str, DecodedPhoto]]:
     """Yields the names and contents of the photos that can be read, and reports the others."""
     path = pathlib.Path(query).expanduser()
+    if not path.exists() and (inside := pathlib.Path(collection.root) / query).is_file():
+        query, path = str(inside), inside  # a path that a search has printed
+    if not path.exists():
+        raise DataError(f"--query must be a photo or a folder of photos, got {path}, which does not exist", "--query")
     readable = 0
     with inputs.blame_field("--query"):
         if path.is_dir():
@@ -332,7 +374,7 @@ def _print_photos(
     table = rich.table.Table()
     table.add_column("", justify="right")
     table.add_column("bits", justify="right")
-    table.add_column("photo", overflow="fold")
+    table.add_column(format_text(f"photo in {record['root']}"), overflow="fold")
     table.add_column("pixels", justify="right", no_wrap=True)
     for rank, (distance, photo) in enumerate(photos, 1):
         table.add_row(str(rank), str(distance), format_text(photo.path), f"{photo.width} × {photo.height}")

@@ -35,8 +35,8 @@ _UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.
 _UPRIGHT |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 _SWAPPED = range(5, 9)  # orientations that swap width and height
 
-THUMBNAIL = 192
-"""Longer side of a thumbnail in pixels."""
+THUMBNAIL = 480
+"""Longer side of a thumbnail in pixels: twice that of a 4:3 photo on the search page, for dense screens."""
 
 HASH_BITS = 64
 """Bits of `difference_hash`."""

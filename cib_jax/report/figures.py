@@ -14,6 +14,7 @@ import sklearn.manifold
 import threadpoolctl
 from jaxtyping import Float, Float64, Int, Shaped, UInt8
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from cib_jax import codes
@@ -32,10 +33,7 @@ CLASSES = 10
 """Largest number of classes in an embedding: more colors and markers cannot be distinguished."""
 
 _RULES: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
+    "font.size": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -46,18 +44,40 @@ _RULES: Any = {
     "hatch.linewidth": 0.6,
 }
 
+# In inches: half of a report's page and all of it, so that 12 points are the 16 pixels of its text.
+HALF, WHOLE = 5.4, 11.0
+
 # Decorates a function that draws: in this file's style, and leaving Matplotlib's settings as they were.
 styled = matplotlib.rc_context(_RULES)
 
 
 def figure(
-    title: str, *, width: float = 6.4, height: float = 3.8, columns: int = 1, **settings: Any
+    title: str, *, width: float = HALF, height: float = 3.8, columns: int = 1, **settings: Any
 ) -> tuple[Figure, Sequence[Axes]]:
     """Returns a figure with a title and its axes side by side, each with `settings`; width and height are in inches."""
     # Without pyplot, which keeps every figure in memory and looks for a display.
     made = Figure(figsize=(width, height), layout="constrained")
-    made.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", wrap=True)
+    made.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", wrap=True)
     return made, list(made.subplots(1, columns, squeeze=False, subplot_kw=settings)[0])
+
+
+def legend_below(made: Figure, columns: int = 1) -> None:
+    """Explains what is drawn below the axes, where nothing is covered."""
+    made.legend(loc="outside lower left", ncols=columns)
+
+
+def whole_ticks(axis: Axis) -> None:
+    """Marks whole numbers only, such as epochs."""
+    axis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+
+
+def log_ticks(axis: Axis, values: Sequence[float] | Float[np.ndarray, " n"]) -> None:
+    """Marks plain numbers on a log scale, a few even if `values` span less than a factor of ten."""
+    span = max(values) / min(values)
+    digits = (1,) if span > 300 else (1, 3) if span > 10 else (1, 2, 5)
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def escape(text: object) -> str:
@@ -81,15 +101,17 @@ def training(records: Sequence[Mapping[str, float]]) -> Figure:
         panels.append(("validation_map", "validation MAP"))
     made, axes = figure(
         title + (f"; KL ended at {last['kl']:.2f} nats" if "kl" in last else ""),
-        width=3.8 + 1.2 * len(panels),
-        height=3.2,
+        width=WHOLE,
+        height=3.4,
         columns=len(panels),
         xlabel="epoch",
+        xlim=(0, 1.05 * last["epoch"]),
     )
     for axis, (name, label), color in zip(axes, panels, COLORS, strict=False):
         values = [(record["epoch"], record[name]) for record in records if name in record]
         axis.plot(*zip(*values, strict=True), color=color, marker="." if len(values) < 20 else "")
         axis.set_ylabel(label)
+        whole_ticks(axis.xaxis)
     return made
 
 
@@ -106,6 +128,7 @@ def map_against_k(curves: Curves) -> Figure:
     )
     axis.plot(curves.k, curves.map, color=BLUE, marker="o")
     axis.set(xlabel="k (log scale)", ylabel="MAP@k", xscale="log", ylim=(0, 1))
+    log_ticks(axis.xaxis, curves.k)
     return made
 
 
@@ -124,10 +147,10 @@ def precision_recall(
     # Labels only where two do not overlap.
     last = -1.0
     for radius, (x, y) in enumerate(zip(recall, precision, strict=True)):
-        if x - last > 0.06:
-            axis.annotate(f"{radius}", (x, y), (3, 5), textcoords="offset points", ha="left", fontsize=8)
+        if x - last > 0.08:
+            axis.annotate(f"{radius}", (x, y), (0, 6), textcoords="offset points", ha="center")
             last = x
-    axis.legend(loc="upper right")
+    legend_below(made)
     return made
 
 
@@ -140,7 +163,8 @@ def precision_against_returned(curves: Curves, chance: float) -> Figure:
     axis.plot(curves.k, curves.recall, color=RUST, marker="s", linestyle="--", label="recall")
     axis.axhline(chance, color=GREY, linestyle=":", label="precision by chance")
     axis.set(xlabel="images returned (log scale)", ylabel="mean over queries", xscale="log", ylim=(0, 1))
-    axis.legend()
+    log_ticks(axis.xaxis, curves.k)
+    legend_below(made, 3)
     return made
 
 
@@ -157,9 +181,9 @@ def precision_within_radius(curves: Curves) -> Figure:
         (curves.radius_empty, "///", ORANGE, "share of queries that find nothing", 0.2),
     ):
         drawn = axis.bar(radii + shift, bars, 0.38, color=color, hatch=hatch, edgecolor="white", label=label)
-        axis.bar_label(drawn, fmt="%.2f", fontsize=8)
+        axis.bar_label(drawn, fmt="%.2f", fontsize=9)
     axis.set(xlabel="Hamming radius (bits)", ylabel="mean over queries", xticks=radii, ylim=(0, 1.12))
-    axis.legend(loc="upper center", ncols=2)
+    legend_below(made)
     return made
 
 
@@ -184,7 +208,7 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
         axis.bar(bits, share, 1.0, facecolor=color, alpha=0.45, hatch=hatch, edgecolor="white", label=label)
         axis.step(bits, share, where="mid", color=color)
         axis.axvline(mean, color=color, linestyle="--", linewidth=1)
-    axis.legend()
+    legend_below(made, 2)
     return made
 
 
@@ -212,7 +236,7 @@ def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
     title = "No two bits change, so none correlate"
     if len(pairs):
         title = f"Two bits correlate by {pairs.mean():.2f} on average and by {pairs.max():.2f} at most"
-    made, (axis,) = figure(title, width=5.2, height=4.4, xlabel="bit", ylabel="bit")
+    made, (axis,) = figure(title, height=4.6, xlabel="bit", ylabel="bit")
     correlation = correlation.copy()
     np.fill_diagonal(correlation, np.nan)
     image = axis.imshow(correlation, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
@@ -233,8 +257,10 @@ def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
     even = math.ldexp(total, -bits)
     if even >= 1:
         axis.axhline(even, color=GREY, linestyle="--", label=f"uniform over 2^{bits} codes")
-        axis.legend()
+        legend_below(made, 2)
     axis.set(xlabel="code, by rank (log scale)", ylabel="images (log scale)", xscale="log", yscale="log")
+    log_ticks(axis.xaxis, [1, len(counts)])
+    log_ticks(axis.yaxis, counts)
     return made
 
 
@@ -310,8 +336,8 @@ def embedding(
     title = f"{len(points):,} images by t-SNE of their codes"
     if agreement is not None:
         title += f": for {agreement:.0%}, the nearest image is of the same class"
-    xlabel = "only which points are near is meaningful; the axes have no unit"
-    made, (axis,) = figure(title, width=7.4, height=5.6, xticks=[], yticks=[], xlabel=xlabel)
+    xlabel = "only which points are near is meaningful;\nthe axes have no unit"
+    made, (axis,) = figure(title, height=4.6, xticks=[], yticks=[], xlabel=xlabel)
     axis.grid(False)
     axis.spines[:].set_visible(False)
     if labels is None:
@@ -355,7 +381,7 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             color = "black" if value > (low + high) / 2 else "white"
-            axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=8)
+            axis.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, fontsize=10)
     axis.set_xticks(range(len(columns)), [f"{value:.3g}" for value in columns])
     axis.set_yticks(range(len(rows)), [f"{value:.3g}" for value in rows])
     made.colorbar(image, label=score)
@@ -381,17 +407,19 @@ def methods(
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(
         f"{best} in {score} at {', '.join(str(bits[int(place)]) for place in measured)} bits",
-        width=7.4,
-        height=1.4 + 0.36 * len(titles),
+        height=2.1 + 0.45 * len(titles),
     )
+    deviation = np.where(deviation > 0, deviation, np.nan)  # of a single seed there is none to draw
     spread = np.linspace(-0.22, 0.22, len(bits)) if len(bits) > 1 else [0.0]
     for place, (length, shift) in enumerate(zip(bits, spread, strict=True)):
         style: Any = {"fmt": MARKS[place % len(MARKS)], "color": COLORS[place % len(COLORS)], "label": f"{length} bits"}
         heights, spans = np.arange(len(titles)) - shift, deviation[order, place]
-        axis.errorbar(mean[order, place], heights, xerr=spans, markersize=5, capsize=2, **style)
-    axis.set_xlabel(f"{score}, mean and standard deviation over seeds")
+        shown = spans if np.isfinite(spans).any() else None
+        axis.errorbar(mean[order, place], heights, xerr=shown, markersize=5, capsize=2, **style)
+    over = "\n(mean ± deviation of the seeds)" if np.isfinite(deviation).any() else ""
+    axis.set_xlabel(f"{score}{over}")
     axis.set_yticks(range(len(titles)), [titles[number] for number in order])
-    axis.legend(loc="lower right")
+    legend_below(made, len(bits))
     return made
 
 
@@ -406,7 +434,8 @@ def search(numbers: Sequence[int], values: Float[np.ndarray, " trials"], *, scor
     axis.plot(numbers, values, "o", color=BLUE, markersize=4, label="a trial")
     axis.step(numbers, np.maximum.accumulate(values), where="post", color=RUST, label="best so far")
     axis.set(xlabel="trial", ylabel=score)
-    axis.legend(loc="lower right")
+    whole_ticks(axis.xaxis)
+    legend_below(made, 2)
     return made
 
 
@@ -420,22 +449,22 @@ def parameters(
         f"{name} {column[best]:.3g}" if isinstance(column[best], float) else escape(f"{name} {column[best]}")
         for name, column in drawn.items()
     ]
-    title, width = f"Best at {', '.join(at_best)} (the star)", 2.6 * max(len(drawn), 2)
-    made, axes = figure(title, width=width, height=3.2, columns=len(drawn))
+    made, axes = figure(f"Best at {', '.join(at_best)} (the star)", width=WHOLE, height=3.6, columns=len(drawn))
     for axis, (name, column) in zip(axes, drawn.items(), strict=True):
         positions: Sequence[float]
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
             positions = [float(value) for value in column]
             # On a log scale if they span more than a factor of ten.
             if min(positions) > 0 and max(positions) > 10 * min(positions):
-                axis.set_xscale("log", subs=[])
-                digits = (1,) if max(positions) > 300 * min(positions) else (1, 3)
-                axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits))
-                axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+                axis.set_xscale("log")
+                log_ticks(axis.xaxis, positions)
+            elif all(isinstance(value, int) for value in column):
+                whole_ticks(axis.xaxis)
         else:
             names = sorted({str(value) for value in column})
             positions = [float(names.index(str(value))) for value in column]
-            axis.set_xticks(range(len(names)), [escape(name) for name in names])
+            axis.set_xticks(range(len(names)), [escape(name) for name in names], rotation=30, ha="right")
+            axis.set_xlim(-0.5, len(names) - 0.5)
         axis.plot(positions, values, "o", color=BLUE, markersize=4)
         axis.plot(positions[best], values[best], "*", color=RUST, markersize=13)
         axis.set(xlabel=name, ylabel=score if axis is axes[0] else "")
@@ -449,10 +478,10 @@ def rank_correlations(ranked: Mapping[str, float], *, of: str, trials: int) -> F
     made, (axis,) = figure(
         f"Of the scores without labels, {names[-1].replace('_', ' ')} ranks {trials} trials most like {of}: "
         f"rank correlation {ranked[names[-1]]:+.2f}",
-        height=1.6 + 0.35 * len(names),
+        height=1.9 + 0.45 * len(names),
     )
     bars = axis.barh([name.replace("_", " ") for name in names], [ranked[name] for name in names], color=BLUE)
     axis.bar_label(bars, fmt="%+.2f", padding=3)
     axis.axvline(0, color=GREY, linewidth=1)
-    axis.set(xlabel=f"Spearman's rank correlation with {of}", xlim=(-1.3, 1.3))
+    axis.set(xlabel=f"rank correlation with {of}", xlim=(-1.5, 1.5))
     return made

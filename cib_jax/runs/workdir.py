@@ -88,7 +88,7 @@ def _contains(mark: pathlib.Path, token: str) -> bool:
 
 @contextlib.contextmanager
 def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
-    new = not workdir.exists()
+    new = _missing(workdir)
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,19 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
         except UserError:
             if new and [path.name for path in workdir.iterdir()] == [".lock"]:  # nothing was begun
                 (workdir / ".lock").unlink()
-                workdir.rmdir()
+                _remove_empty(new)
             raise
+
+
+def _missing(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders that have to be made for a workdir, such as runs/, the innermost first."""
+    return [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+
+
+def _remove_empty(folders: list[pathlib.Path]) -> None:
+    with contextlib.suppress(OSError):  # another run may have begun beside
+        for folder in folders:
+            folder.rmdir()
 
 
 def _validate_content(names: set[str], workdir: pathlib.Path, baseline: bool) -> None:
@@ -149,7 +160,7 @@ def adopt(
     may work in it; each run inside has a lock of its own. Fields that do not change a run may differ from those of the
     first start, except for the `fixed` ones.
     """
-    marker, path = workdir / KINDS[kind], workdir / "config.json"
+    marker, path, new = workdir / KINDS[kind], workdir / "config.json", _missing(workdir) or [workdir]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         names = sorted(file.name for file in workdir.iterdir())
@@ -169,7 +180,7 @@ def adopt(
         if not names and all(file.is_dir() or file == path or file.name.endswith(".lock") for file in made):
             for file in made:
                 file.rmdir() if file.is_dir() else file.unlink()
-            workdir.rmdir()
+            _remove_empty(new)
         raise
 
 

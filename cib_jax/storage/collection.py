@@ -4,7 +4,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -56,17 +56,7 @@ class Hit(NamedTuple):
 class Collection:
     """The photos of an index and the encoder that made their codes. Any number of threads may search at once.
 
-    collection = Collection.open("INDEX")
-    hits = collection.nearest(collection.hasher.encode(squares), k=10)
-    paths = [photo.path for photo in collection.photos([hit.number for hit in hits[0]])]
-
-    Examples:
-      >>> import cib_jax as cib
-      >>> collection = cib.Collection.open("INDEX")  # of --mode=index
-      >>> _, codes, _ = cib.encode_photos(collection.hasher, "PHOTOS/red.png")
-      >>> (nearest,) = collection.nearest(codes, k=1)
-      >>> [(photo.path, hit.distance) for photo, hit in zip(collection.photos([nearest[0].number]), nearest)]
-      [('red.png', 0)]
+    hits = Collection.open("INDEX").nearest(codes, k=10)
     """
 
     hasher: Hasher
@@ -90,9 +80,7 @@ class Collection:
         self._known: dict[int, Photo] = {}  # read before, by number, without thumbnails
 
     @classmethod
-    def open(
-        cls, uri: str | pathlib.Path, *, kind: str = EXACT, settings: Mapping[str, int] | None = None
-    ) -> "Collection":
+    def open(cls, uri: str | pathlib.Path, *, kind: str = EXACT, settings: Mapping[str, int] | None = None) -> Self:
         """Returns the collection of an index as it is now.
 
         Args:
@@ -114,7 +102,7 @@ class Collection:
     def __repr__(self) -> str:
         return f"Collection({len(self):,} photos of {self.root}, codes of {self.bits} bits)"
 
-    def renewed(self) -> "Collection":
+    def renewed(self) -> Self:
         """Returns the collection as it is now, with exact search; itself if nothing has changed.
 
         Raises:
@@ -129,7 +117,7 @@ class Collection:
         before = (self._table.metadata, self._table.created, self._snapshot.table.version)
         if (table.metadata, table.created, table.version) == before:
             return self
-        return Collection(table, self.hasher, EXACT, {})
+        return type(self)(table, self.hasher, EXACT, {})
 
     def encode(self, squares: UInt8[np.ndarray, "n side side 3"]) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the codes of photos that `data.photos` decoded to squares of `side` pixels."""

@@ -60,6 +60,8 @@ class IndexMetadata(NamedTuple):
     """Identity of the encoder: its network, the length of its codes, a fingerprint of its weights."""
     learnt: dict[str, Any] = {}  # noqa: RUF012 - never changed
     """Config fields, by dotted name, with which the encoder was learned from the photos; empty if it was given."""
+    photos: int = 0
+    """Number of photo files when the encoder was learned; 0 if it was given, or by an earlier version."""
 
     @property
     def root(self) -> str:
@@ -276,7 +278,7 @@ class PhotoTable:
 
 def _parse(metadata: Any) -> IndexMetadata:
     """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
-    made = IndexMetadata(metadata["images"], metadata["encoder"], metadata.get("learnt", {}))
+    made = IndexMetadata(metadata["images"], metadata["encoder"], metadata.get("learnt", {}), metadata.get("photos", 0))
     bits = made.encoder["bits"]
     if not isinstance(made.images, str) or not isinstance(made.learnt, dict) or type(bits) is not int or bits < 1:
         raise ValueError("its metadata are damaged")

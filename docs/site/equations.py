@@ -28,5 +28,6 @@ def _written(part: re.Match) -> str:
     shown = convert(latex, display="block" if part["block"] else "inline")
     if "\\" in shown:
         raise ValueError(f"equation: latex2mathml does not know all commands of {latex!r}; use others")
+    # Markdown would make a paragraph of its own from a line that begins with <math>.
     # On a narrow screen, a wide equation scrolls without the rest of the page.
-    return f'<div style="margin: 1em 0; overflow-x: auto">{shown}</div>' if part["block"] else shown
+    return f'<div style="margin: 1em 0; overflow-x: auto">{shown}</div>' if part["block"] else f"<span>{shown}</span>"

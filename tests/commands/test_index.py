@@ -383,12 +383,62 @@ def test_without_an_encoder_one_is_learnt_the_same_each_time(tmp_path, root):
 
 
 def test_what_cannot_be_learnt_from_is_refused(tmp_path, root):
-    indexing.fill(tmp_path / "few", 15)
-    with pytest.raises(DataError, match=r"^--images\b.*15"):
-        run(tmp_path / "i", tmp_path / "few", settings=tiny())
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"^--images\b"):
+        run(tmp_path / "i", tmp_path / "none", settings=tiny())
     with pytest.raises(ConfigError, match=r"^config\.backbone\b"):
         run(tmp_path / "i", root, settings=features_config.get_config())
     assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("count", [1, 15])
+def test_few_photos_get_distinct_codes_without_training(tmp_path, count):
+    indexing.fill(tmp_path / "photos", count)
+    done, told = run(tmp_path / "i", tmp_path / "photos", settings=tiny(bits=64, epochs=10**9))
+    codes = {entry[2] for entry in held(tmp_path / "i").values()}
+    assert done == Indexed(count, count, 0, 0, 0) and len(codes) == count and "--relearn" in told
+    ones = [int.from_bytes(code, "big").bit_count() for code in codes]
+    assert all(8 < one < 56 for one in ones)
+
+
+def test_a_grown_index_learns_anew_without_loss(tmp_path, root):
+    """Interrupted while it encodes, and between its two renames, it keeps the old codes and then goes on."""
+    late = tmp_path / "late"
+    late.mkdir()
+    for path in sorted(root.rglob("*.*"))[5:]:
+        path.rename(late / path.name)
+    _, told = run(tmp_path / "i", root, settings=tiny())
+    for path in late.iterdir():
+        path.rename(root / "a" / path.name)
+    _, told = run(tmp_path / "i", settings=tiny())
+    before = held(tmp_path / "i")
+    assert "when there were 5 photos; --relearn" in told
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    for owner, name in ((PhotoTable, "put"), (os, "rename")):
+        original, calls = getattr(owner, name), []
+
+        def second(*arguments, original=original, calls=calls):
+            calls.append(arguments)
+            return stop() if len(calls) == 2 else original(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, second)
+            run(tmp_path / "i", settings=tiny(bits=24, encode_batch=5), relearn=True)
+        assert held(tmp_path / ("i" if owner is PhotoTable else "i.old")) == before
+    done, told = run(tmp_path / "i", settings=tiny(bits=24), relearn=True)
+    learnt = collection.load_hasher(PhotoTable.open(str(tmp_path / "i")))
+    assert done.photos == 24 and learnt.encoder.bits == 16, "the fields that the index was made with"
+    assert held(tmp_path / "i") == expected(root, learnt) != before
+    assert not list(tmp_path.glob("i.*")) and "would give better" not in run(tmp_path / "i", settings=tiny())[1]
+    run(tmp_path / "i", settings=tiny(bits=24), overrides={"bits": 24}, relearn=True)
+    assert collection.load_hasher(PhotoTable.open(str(tmp_path / "i"))).encoder.bits == 24
+    for uri in (tmp_path / "nowhere", "s3://bucket/photos"):
+        with pytest.raises(IndexFolderError, match=r"^--index\b"):
+            run(uri, root, settings=tiny(), relearn=True)
 
 
 def test_an_encoder_of_features_is_refused(tmp_path, root):
@@ -431,6 +481,6 @@ def test_without_lancedb_nothing_is_learnt_first(tmp_path, root, looked, monkeyp
     """Photos were read and learnt from for minutes before it was told."""
     original = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lancedb" else original(name))
-    with pytest.raises(IndexFolderError, match=r"pip install 'cib-jax\[search\]'"):
+    with pytest.raises(IndexFolderError, match=r"pip install .*\[search\]'"):
         run(tmp_path / "i", root)
     assert not looked and not (tmp_path / "i").exists()

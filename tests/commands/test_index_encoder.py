@@ -41,17 +41,11 @@ def quiet():
     return rich.console.Console(file=io.StringIO())
 
 
-def test_features_and_too_few_photos_are_refused(tmp_path):
+def test_features_are_refused():
     found = Photos("/photos", [], "/photos", 1)
     with pytest.raises(ConfigError) as refused:
         index.train_index_encoder(found, indexing.config(backbone="none"), quiet(), {})
     assert refused.value.field == "config.backbone"
-    indexing.fill(tmp_path, 3)
-    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
-    config = indexing.config(backbone="convnet", image_size=8, frozen=False, train__views=0)
-    with pytest.raises(DataError, match="16 readable photos") as refused:
-        index.train_index_encoder(Photos(str(tmp_path), names, str(tmp_path), 1), config, quiet(), {})
-    assert refused.value.field == "--images"
 
 
 CONVNET = {

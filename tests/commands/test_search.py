@@ -117,6 +117,14 @@ def test_hits_are_ordered_anew_by_the_logits_that_they_contradict(place, hasher,
         assert all(apart(one.code.tobytes(), codes[path]) == distance for distance, path in pairs(one))
 
 
+def test_a_printed_path_can_be_given_back_and_the_table_names_its_folder(place):
+    found, told = ask(place, place / "photos" / "1" / "004.png", k=1, width=200)
+    path = found[0].hits[0][1].path
+    assert path in told and f"photo in {place / 'photos'}" in told
+    again, _ = ask(place, path, k=1)
+    assert again[0].query == str(place / "photos" / path) and again[0].hits[0][0] == 0
+
+
 def test_what_is_told_of_a_photo_is_true(place):
     found, _ = ask(place, place / "photos" / "1" / "004.png", k=1)
     distance, photo = found[0].hits[0]

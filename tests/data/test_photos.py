@@ -276,9 +276,9 @@ def bare_jpeg(content, longest, width, height):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("size", [0, 16, 64])
 def test_seen_every_format_has_the_same_square_and_a_thumbnail(form, size):
-    file = pictures.content(pictures.smooth(300, 200, seed=2), form)
-    seen, thumbnail, upright = seen_alike(file, size)
-    expected = PIL.Image.fromarray(upright).resize((seen.width * 192 // 300, 128), PIL.Image.Resampling.BILINEAR)
+    file = pictures.content(pictures.smooth(600, 400, seed=2), form)
+    _, thumbnail, upright = seen_alike(file, size)
+    expected = PIL.Image.fromarray(upright).resize((480, 320), PIL.Image.Resampling.BILINEAR)
     # A GIF's dots are harder for a JPEG than waves.
     assert differ(thumbnail, np.asarray(expected)).mean() < (14 if form == "GIF" else 4)
 
@@ -339,14 +339,14 @@ def photo_with_metadata():
 
 def test_a_thumbnail_and_a_reduced_photo_tell_nothing_of_place_or_maker():
     file = photo_with_metadata()
-    bare_jpeg(decode_with_thumbnail(file, 64).thumbnail, 192, 800, 600)
-    bare_jpeg(decode_with_thumbnail(file, 16).thumbnail, 192, 800, 600)
+    bare_jpeg(decode_with_thumbnail(file, 64).thumbnail, photos.THUMBNAIL, 800, 600)
+    bare_jpeg(decode_with_thumbnail(file, 16).thumbnail, photos.THUMBNAIL, 800, 600)
     bare_jpeg(photos.reduced(file, 400), 400, 800, 600)
     bare_jpeg(photos.reduced(file, 5000), 5000, 800, 600)
     for form in ("PNG", "TIFF", "WEBP"):
         image = PIL.Image.open(io.BytesIO(file))
         again = pictures.content(image, form, exif=image.getexif(), icc_profile=image.info["icc_profile"])
-        bare_jpeg(decode_with_thumbnail(again, 64).thumbnail, 192, 800, 600)
+        bare_jpeg(decode_with_thumbnail(again, 64).thumbnail, photos.THUMBNAIL, 800, 600)
         bare_jpeg(photos.reduced(again, 300), 300, 800, 600)
 
 

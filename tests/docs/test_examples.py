@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", cib.__all__)
-def test_examples(name, folder, monkeypatch):
+def test_examples(name, folder, monkeypatch, own_parts):
     monkeypatch.chdir(folder)
     found = doctest.DocTestFinder().find(getattr(cib, name), name, globs={})
     assert found[0].examples, f"{name} has no example"

@@ -52,6 +52,13 @@ def test_an_equation_is_mathml():
     assert ["".join(part.itertext()) for part in fraction] == ["a", "b"]
 
 
+def test_an_equation_at_the_start_of_a_line_stays_in_its_paragraph():
+    pytest.importorskip("latex2mathml", reason="it comes with the extra docs")
+    markdown = pytest.importorskip("markdown", reason="it comes with the extra docs")
+    shown = markdown.markdown(hook("equations")("It takes\n$b = a$, as before."))
+    assert shown.count("<p>") == 1 and shown.endswith(", as before.</p>")
+
+
 def test_unknown_latex_command_is_an_error():
     pytest.importorskip("latex2mathml", reason="it comes with the extra docs")
     with pytest.raises(ValueError, match="nonsense"):

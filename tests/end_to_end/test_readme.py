@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 
+import jax
 import PIL.Image
 import pytest
 import sklearn.datasets
@@ -54,6 +55,27 @@ def test_search_example_finds_the_query_itself(tmp_path, monkeypatch, capsys):
     codes = found["codes"]
     same = [str(tmp_path / "PHOTOS" / f"{number:03}.png") for number in range(120) if (codes[number] == codes[7]).all()]
     assert printed[: len(same)] == same[: len(printed)]
+
+
+def test_photos_are_indexed_and_searched_by_the_lines_of_the_readme(tmp_path, monkeypatch, capsys):
+    """The index has an encoder already, so that none is trained with the default experiment."""
+    made = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=64, image_size=16)
+    cib.Hasher(*made).save(tmp_path / "RUN")
+    (tmp_path / "PHOTOS").mkdir()
+    PIL.Image.linear_gradient("L").save(tmp_path / "PHOTOS" / "copy.png")
+    for color in ("red", "green", "blue"):
+        PIL.Image.new("RGB", (40, 30), color).save(tmp_path / "PHOTOS" / f"{color}.png")
+    PIL.Image.linear_gradient("L").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    cib.index_photos("INDEX", "PHOTOS", workdir="RUN")
+    shutil.copy("photo.jpg", "PHOTOS/late.jpg")
+    exec(compile(example(README, "search"), "search", "exec"), found := {})
+    printed = capsys.readouterr().out.splitlines()
+    assert "0 late.jpg" in printed and len(found["photos"]) == 5
+    assert [{photo.path for _, photo in group} for group in found["photos"].duplicates()] == [{"copy.png", "late.jpg"}]
+    with pytest.raises(cib.UserError) as refused:
+        found["photos"].search("PHOTOS")
+    assert refused.value.field == "photo"
 
 
 def test_readme_is_short():

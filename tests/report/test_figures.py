@@ -130,6 +130,28 @@ def test_search_and_parameters():
     assert "entropy" in drawn(figure) and numbers(figure) == ["9", "0.50"]
 
 
+def test_nothing_is_covered_and_ticks_are_whole(ranking):
+    """Legends are outside of the axes; epochs and trials are whole; a single seed has no error bar."""
+    values = np.array([[0.1, 0.2], [0.5, 0.3]])
+    records = [{"epoch": epoch, "contrast": 4.0} for epoch in (1, 2)]
+    made = [
+        figures.precision_against_returned(ranking, 0.5),
+        figures.precision_within_radius(ranking),
+        figures.methods(["a", "b"], [16, 32], values, np.array([[0.1, 0], [0, 0]]), score="MAP"),
+        figures.search([1, 2], values[0], score="MAP"),
+        figures.parameters({"epochs": [1, 2], "objective": ["a_long_name", "another"]}, values[0], score="MAP"),
+        figures.training(records),
+    ]
+    for figure in made:
+        drawn(figure)
+        for legend in figure.legends:
+            assert legend.get_window_extent().y1 <= min(axis.get_tightbbox().y0 for axis in figure.axes)
+    assert [len(figure.legends) for figure in made] == [1, 1, 1, 1, 0, 0]
+    assert [container.has_xerr for container in made[2].axes[0].containers] == [True, False]
+    for figure in made[3:]:
+        assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
 def test_drawing_leaves_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     figures.bit_balance([0.5])

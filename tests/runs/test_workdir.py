@@ -18,7 +18,7 @@ from cib_jax.commands.train import train
 from cib_jax.config import build, schema
 from cib_jax.errors import ConfigError, WorkdirError
 from cib_jax.inference.serialization import restore_best
-from cib_jax.runs.workdir import find_owner, read_json, take_ownership, validate_owner, write_json
+from cib_jax.runs.workdir import adopt, find_owner, read_json, take_ownership, validate_owner, write_json
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
 from tests import small
@@ -209,3 +209,9 @@ def test_a_checkpoint_with_another_config_is_one_error(plain, tmp_path, config):
         cib.Hasher.load(tmp_path / "r")
     with pytest.raises(errors.UserError):
         validate_owner(tmp_path / "r", placed(""))
+
+
+def test_a_refused_search_leaves_not_even_the_folder_around_it(tmp_path):
+    with pytest.raises(errors.UserError), adopt(tmp_path / "runs" / "s", small.config(), "search"):
+        raise errors.UserError("refused", "--config")
+    assert not list(tmp_path.iterdir())
