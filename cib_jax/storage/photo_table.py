@@ -363,29 +363,9 @@ def is_local(uri: str) -> bool:
 
 def _connect(uri: str) -> Any:
     """Returns LanceDB's connection to a place, and makes the folder if there is none."""
-    with _catalogs_not_validated():
-        lancedb = import_optional("lancedb", _error(_MISSING))
+    lancedb = import_optional("lancedb", _error(_MISSING))
     with lance_errors(uri, "reached"):
         return lancedb.connect(uri)
-
-
-@contextlib.contextmanager
-def _catalogs_not_validated() -> Iterator[None]:
-    """Lets LanceDB's client for remote catalogs, which no index uses, be imported in half of its second or two.
-
-    The rest of the time goes into a validator of the arguments of each of its methods.
-    """
-    try:
-        import pydantic
-    except ImportError:  # no part of LanceDB, then, either
-        yield
-        return
-    before = pydantic.validate_call
-    pydantic.validate_call = lambda function=None, **_: function or (lambda later: later)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        pydantic.validate_call = before
 
 
 def _table_names(connection: Any, uri: str) -> list[str]:

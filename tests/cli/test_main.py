@@ -41,7 +41,7 @@ def test_every_flag_belongs_to_a_mode():
     [
         (["--mode=search", "--query=x"], "--index"),
         (["--mode=search", "--index=i"], "--query"),
-        (["--mode=search", "--index=i", "--query=nowhere.jpg"], "--query"),
+        (["--mode=search", "--index=i", "--query=/nowhere.jpg"], "--query"),
         (["--mode=encode", "--codes=c"], "--workdir"),
         (["--mode=encode", "--workdir=w"], "--codes"),
         (["--mode=evaluate"], "--workdir"),

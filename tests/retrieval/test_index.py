@@ -189,7 +189,7 @@ def test_invalid_arguments_are_refused(call, field):
 
 def test_without_faiss_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(SearchError, match=r"cib-jax\[search\]"):
+    with pytest.raises(SearchError, match=r"\[search\]"):
         cib.Index.of(CODES)
 
 
