@@ -30,7 +30,7 @@ TABLES: dict[str, dict[str, Any]] = {
 """The table of each field that can have a part of a user's own as its value."""
 
 _BUILT_IN = {field: {*table, *features.FAMILIES, "adam"} for field, table in TABLES.items()}
-_NOT_FIELDS = {"objective": {"stochastic"}}  # keyword arguments of losses that are no fields of a config
+_NOT_FIELDS = {"objective": {"stochastic"}}  # keyword arguments of losses that are not config fields
 
 
 def register(field: str, part: Part) -> Part:
@@ -88,7 +88,7 @@ def _add_fields(field: str, function: Any) -> None:
         if one.kind is not one.KEYWORD_ONLY or known or one.name in _NOT_FIELDS.get(field, ()):
             continue
         if type(one.default) not in (bool, int, float, str):
-            problem = f"{one.name} is no field of the config; give it a number, a text, True or False as its default"
+            problem = f"{one.name} is not a field of the config; give it a number, a text, True or False as its default"
             raise ConfigError(f"part: {function.__name__}: {problem}", "part")
         own_fields[one.name], schema.FIELDS[one.name] = one.default, type(one.default)
 

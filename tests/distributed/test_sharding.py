@@ -40,7 +40,7 @@ def test_shares_of_the_loss_sum_up_and_gradients_are_those_of_the_whole(found, n
         np.testing.assert_allclose(mine, whole, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["bank", "images", "features"])
+@pytest.mark.parametrize("name", ["bank", "images", "features", "stored views"])
 def test_training_ends_with_the_same_on_any_number_of_devices(found, name):
     one = found[name].pop("1")
     for devices in found[name]:
