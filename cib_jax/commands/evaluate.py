@@ -5,6 +5,8 @@ import importlib.metadata
 import pathlib
 import platform
 import time
+import zipfile
+import zlib
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from cib_jax.console import HINT, print_message
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError, DataError
-from cib_jax.files import first_line
+from cib_jax.files import first_line, open_regular
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
 from cib_jax.report import tables
@@ -104,11 +106,20 @@ def evaluate(
 def _evaluate_file(path: pathlib.Path, k: int, console: rich.console.Console) -> dict[str, Any]:
     """Evaluates the codes and labels in a .npz file, prints the table, and returns the figures."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as file:
             *both, query_labels, database_labels = (
                 file[f"{side}_{kind}"] for kind in ("codes", "labels") for side in ("query", "database")
             )
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         needed = "query_codes, database_codes, query_labels and database_labels"
         raise DataError(f"--codes must be a .npz with {needed}, got {path} ({first_line(error)})", "--codes") from None
     query, database = (one if one.dtype == np.uint8 else np.asarray(pack_bits(one)) for one in both)

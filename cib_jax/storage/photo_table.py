@@ -279,8 +279,8 @@ class PhotoTable:
 def _parse(metadata: Any) -> IndexMetadata:
     """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
     made = IndexMetadata(metadata["images"], metadata["encoder"], metadata.get("learnt", {}), metadata.get("photos", 0))
-    bits = made.encoder["bits"]
-    if not isinstance(made.images, str) or not isinstance(made.learnt, dict) or type(bits) is not int or bits < 1:
+    bits, right = made.encoder["bits"], isinstance(made.images, str) and isinstance(made.learnt, dict)
+    if not right or type(bits) is not int or bits < 1 or type(made.photos) is not int:
         raise ValueError("its metadata are damaged")
     return made
 

@@ -1,6 +1,7 @@
 """Evaluation of a trained run: under other fields, into other files, and what is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -45,6 +46,29 @@ def test_codes_of_any_model_are_evaluated(run, tmp_path, run_cli, packed):
     with pytest.raises(DataError) as error:
         evaluate(None, codes=tmp_path / "half.npz", console=QUIET)
     assert error.value.field == "--codes"
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "empty", "text", "cut", "other bytes"])
+def test_a_file_of_codes_that_cannot_be_read_is_refused(tmp_path, kind):
+    path = tmp_path / "codes.npz"
+    np.savez_compressed(path, query_codes=np.zeros((4, 1), np.uint8), database_codes=np.zeros((999, 1), np.uint8))
+    whole = path.read_bytes()
+    path.unlink()
+    contents = {
+        "empty": b"",
+        "text": b"no codes",
+        "cut": whole[:-40],
+        "other bytes": whole[:60] + b"?" * 20 + whole[80:],
+    }
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind in contents:
+        path.write_bytes(contents[kind])
+    with pytest.raises(DataError) as error:
+        evaluate(None, codes=path, console=QUIET)
+    assert error.value.field == "--codes" and str(path) in str(error.value)
 
 
 def test_results_under_another_k_are_written_beside_those_of_the_run(run):

@@ -249,6 +249,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
         '{"version": 1, "images": "/photos", "encoder": {"bits": 0}}',
         '{"version": 1, "images": 3, "encoder": {"bits": 16}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "learnt": []}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "photos": "9"}',
     ],
 )
 def test_malformed_metadata_are_reported_in_a_sentence(tmp_path, about):
