@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from cib_jax.data import feature_files, photo_folder, photos
+from cib_jax.data import feature_files, photo_folder, photo_formats, photos
 from cib_jax.data.dataset import Item, data_error
 from cib_jax.errors import DataError
 from cib_jax.files import map_in_order, printable, short_reason
@@ -55,7 +55,7 @@ class Photos:
     names: Sequence[str]
     root: str
     size: int
-    max_megapixels: int = photos.MAX_MEGAPIXELS
+    max_megapixels: int = photo_formats.MAX_MEGAPIXELS
     notes: Sequence[str] = ()
     closed: Sequence[str] = ()
     thumbnails: bool = False
@@ -82,11 +82,12 @@ class Photos:
         except OSError as error:
             self._raise_system_error(error, path)
             return Read(None, short_reason(error), size, modified, transient=True)
-        except photos.BadPhotoError as error:
+        except photo_formats.BadPhotoError as error:
             cause = error.__cause__
             self._raise_system_error(cause, path)
             # Errors that Pillow raises about the content of a file have no number.
-            transient = isinstance(error, photos.TooLargeError) or (isinstance(cause, OSError) and bool(cause.errno))
+            transient = isinstance(error, photo_formats.TooLargeError | photo_formats.MissingReaderError)
+            transient = transient or (isinstance(cause, OSError) and bool(cause.errno))
             return Read(None, printable(str(error)), size, modified, transient=transient)
 
     def _raise_system_error(self, error: BaseException | None, path: str) -> None:
@@ -131,7 +132,7 @@ Items = Photos | Rows
 """Named items in a fixed order; `words` is their kind in the plural, and `place` the path that the user gave."""
 
 
-def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS) -> Items:
+def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = photo_formats.MAX_MEGAPIXELS) -> Items:
     """Returns the items of a folder of photos, a .csv or .parquet list of photos, or a feature file.
 
     Photos come in the order of their paths, rows in the order of the file. An encoder takes "images" or "features".
@@ -166,7 +167,7 @@ def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = pho
 
 
 def load_listed_photos(
-    place: str, names: Sequence[str], *, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS
+    place: str, names: Sequence[str], *, size: int, max_megapixels: int = photo_formats.MAX_MEGAPIXELS
 ) -> Photos:
     """Returns photos of which the names are already known from an earlier `load_inputs(place)`."""
     is_list = place.lower().endswith(LISTS) and not os.path.isdir(place)

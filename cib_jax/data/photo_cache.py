@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cib_jax.data import cache, photos
+from cib_jax.data import cache, photo_formats, photos
 from cib_jax.data.dataset import Bar, Unreadable, no_bar
 from cib_jax.errors import DataError
 from cib_jax.files import map_in_order, read_json, replacing, short_reason, write_bytes
@@ -56,7 +56,7 @@ class PhotoCache:
 
     root: pathlib.Path
     size: int
-    max_megapixels: int = photos.MAX_MEGAPIXELS
+    max_megapixels: int = photo_formats.MAX_MEGAPIXELS
     bar: Bar = no_bar
 
     def prepare(self, paths: Sequence[str], *, root: str, owner: str) -> "PreparedPhotos":
@@ -108,7 +108,7 @@ class PhotoCache:
     def _decode(self, root: str, file: _FileStamp) -> UInt8[np.ndarray, "size size 3"] | str:
         try:
             return photos.decode(os.path.join(root, file.path), self.size, max_megapixels=self.max_megapixels)
-        except photos.BadPhotoError as error:
+        except photo_formats.BadPhotoError as error:
             return str(error)
 
 

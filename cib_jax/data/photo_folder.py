@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from cib_jax.data import photos
+from cib_jax.data import photo_formats
 from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, config_error, parse_labels
 from cib_jax.data.photo_cache import PhotoCache, PreparedPhotos
 from cib_jax.data.splits import ROLES
@@ -117,7 +117,7 @@ def walk_folder(directory: str) -> tuple[list[str], collections.Counter[str], li
                 folders.append(path)
             elif entry.is_symlink() and os.path.isdir(entry.path):
                 links.append(path)
-            elif (extension := os.path.splitext(entry.name)[1].lower()) in photos.EXTENSIONS:
+            elif (extension := os.path.splitext(entry.name)[1].lower()) in photo_formats.EXTENSIONS:
                 paths.append(path)
             else:
                 others[extension or "without extension"] += 1
@@ -145,7 +145,7 @@ def _folder_classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
 
 def no_photos(where: str, others: collections.Counter[str], reason: str = "") -> str:
     """Returns the message for a folder or archive without photos, with the reason or the extensions of its files."""
-    held, extensions = reason or format_extensions(others) or "nothing", ", ".join(sorted(photos.EXTENSIONS))
+    held, extensions = reason or format_extensions(others) or "nothing", ", ".join(sorted(photo_formats.EXTENSIONS))
     return f"{where} holds no photos ({held}); give one with files named {extensions}"
 
 

@@ -14,18 +14,11 @@ import PIL.Image
 from jaxtyping import UInt8
 from PIL.Image import Transpose
 
-from cib_jax.files import first_line, short_reason
+from cib_jax.data import photo_colors, photo_formats
+from cib_jax.data.photo_formats import MAX_MEGAPIXELS, BadPhotoError, TooLargeError, heif_version
 
-MAX_MEGAPIXELS = 178
-"""Limit above which Pillow rejects images as decompression bombs."""
-
-VERSION = f"1-pillow-{PIL.__version__}"
+VERSION = f"2-pillow-{PIL.__version__}" + (f"-heif-{heif_version()}" if heif_version() else "")
 """Version of the decoder: changes whenever the same file may be decoded to other pixels."""
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})
-
-# Listed, so that a file never reaches one of Pillow's forty other readers, some of which start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 
 _LARGE_PIXELS = 32_000_000
 _one_large = threading.Lock()
@@ -42,14 +35,6 @@ HASH_BITS = 64
 """Bits of `difference_hash`."""
 
 _THUMBNAIL_QUALITY = 78
-
-
-class BadPhotoError(ValueError):
-    """A photo cannot be used; the message is a short reason."""
-
-
-class TooLargeError(BadPhotoError):
-    """A photo has more pixels than are allowed."""
 
 
 Content = bytes | str | os.PathLike[str]
@@ -71,8 +56,9 @@ class DecodedPhoto(NamedTuple):
 def decode(content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "size size 3"]:
     """Returns a photo in RGB, upright, resized to a square bilinearly with antialiasing, or raises a BadPhotoError.
 
-    Of an animation, the first frame is decoded. Transparent parts become white. 16-bit gray is scaled to 8 bits,
-    floating-point gray by its own range unless that is within [0, 1]. Size 0 keeps the size of the photo.
+    Colors are converted to sRGB by the file's profile. Of an animation, the first frame is decoded. Transparent parts
+    become white, or dark gray if what is drawn could hardly be seen on white. Gray of 12 or 16 bits is scaled to
+    8 bits, floating-point gray by its own range unless that is within [0, 1]. Size 0 keeps the size of the photo.
     """
     with _image(content, max_megapixels) as image:
         return np.asarray(_square(image, size))
@@ -97,8 +83,7 @@ def decode_with_thumbnail(content: Content, size: int, *, max_megapixels: int = 
 def reduced(content: Content, longest: int, *, max_megapixels: int = MAX_MEGAPIXELS, quality: int = 88) -> bytes:
     """Returns a photo as an upright JPEG without metadata, the longer side of which is at most `longest` pixels."""
     with _image(content, max_megapixels) as image:
-        image.draft(None, (longest, longest))
-        image.load()
+        _load(image, longest)
         return _jpeg(image, longest, _orientation(image), quality)
 
 
@@ -120,7 +105,8 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
-        with _opened(content) as file, PIL.Image.open(file, formats=_FORMATS) as image:
+        with _opened(content) as file, photo_formats.open_image(file) as image:
+            photo_colors.correct_transparency(image)
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
                 size = f"{image.width} × {image.height} pixels"
@@ -131,7 +117,7 @@ def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
     except BadPhotoError:
         raise
     except Exception as error:  # a crafted or damaged file can make Pillow raise anything
-        raise BadPhotoError(_reason(error)) from error
+        raise BadPhotoError(photo_formats.reason(error)) from error
 
 
 def _opened(content: Content) -> IO[bytes]:
@@ -143,29 +129,34 @@ def _opened(content: Content) -> IO[bytes]:
     return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
 
 
+def _load(image: Any, least: int) -> None:
+    """Reads the pixels, of a JPEG at 1/2, 1/4 or 1/8 of its size if both sides still have `least` pixels."""
+    if image.format != "HEIF":  # of which a draft is an embedded thumbnail, perhaps of another state of the photo
+        image.draft(None, (least, least))
+    image.load()
+
+
 def _square(image: Any, size: int) -> PIL.Image.Image:
     if size:
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that still leaves twice the side of the square.
-        image.draft(None, (2 * size, 2 * size))
-    image.load()
-    orientation = _orientation(image)
-    if not size:
-        return _upright(_rgb(image), orientation)
-    image = _color_or_gray(image).resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return _upright(image if image.mode == "RGB" else image.convert("RGB"), orientation)
-
-
-def _color_or_gray(image: Any) -> Any:
-    return image if image.mode in ("RGB", "L") and "transparency" not in image.info else _rgb(image)
+        _load(image, 2 * size)
+    else:
+        image.load()
+    orientation, profile = _orientation(image), image.info.get("icc_profile")
+    image = photo_colors.to_rgb_or_gray(image)
+    if size:
+        image = image.resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
+    # After resizing: converting colors takes longer than that.
+    return _upright(photo_colors.to_srgb(image, profile).convert("RGB"), orientation)
 
 
 def _jpeg(image: Any, longest: int, orientation: int, quality: int) -> bytes:
-    image = _color_or_gray(image)
+    profile = image.info.get("icc_profile")
+    image = photo_colors.to_rgb_or_gray(image)
     scale = longest / max(image.size)
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
-    image = _upright(image, orientation).copy()
+    image = _upright(photo_colors.to_srgb(image, profile), orientation).copy()
     image.info = {}  # it may hold comments and color profiles, which would be saved, too
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
@@ -181,35 +172,3 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 def _upright(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    if image.mode.startswith(("I", "F")):
-        image = PIL.Image.fromarray(_eight_bits(np.asarray(image)))
-    return image.convert("RGB")
-
-
-def _eight_bits(gray: np.ndarray) -> UInt8[np.ndarray, "height width"]:
-    """Returns gray levels of 16 or 32 bits or in floating point as 8 bits."""
-    if gray.dtype.kind in "ui" and gray.min() >= 0 and gray.max() < 1 << 16:
-        return ((gray.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    gray = np.nan_to_num(gray.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = (0.0, 1.0) if gray.min() >= 0 and gray.max() <= 1 else (gray.min(), gray.max())
-    return np.round((gray - low) * (255 / max(high - low, 1e-300))).astype(np.uint8)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, PIL.UnidentifiedImageError):
-        return "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"
-    if isinstance(error, PIL.Image.DecompressionBombError):
-        return f"more than {MAX_MEGAPIXELS} million pixels, a decompression bomb"
-    if isinstance(error, OSError) and error.strerror:
-        return short_reason(error)
-    message = first_line(error)
-    truncated = "truncated" in message.lower()
-    return f"truncated ({message})" if truncated else f"damaged ({type(error).__name__}: {message})"

@@ -38,7 +38,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cib_jax.codes import byte_count
-from cib_jax.data.photos import BadPhotoError
+from cib_jax.data.photo_formats import BadPhotoError
 from cib_jax.errors import IndexFolderError
 from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
 from cib_jax.web.decode_pool import DecodePool, DecoderError

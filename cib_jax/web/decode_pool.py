@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from cib_jax.data.photos import BadPhotoError, DecodedPhoto
+from cib_jax.data.photo_formats import BadPhotoError
+from cib_jax.data.photos import DecodedPhoto
 from cib_jax.web.settings import Settings
 
 WORKER = (sys.executable, "-P", "-m", "cib_jax.web.decode_worker")
@@ -106,6 +107,8 @@ class DecodePool:
                 found = re.search(r"\d+ × \d+", reason)
                 pixels = f"{found[0]} pixels, " if found else ""
                 raise BadPhotoError(f"The photo has {pixels}more than {megapixels} megapixels; make it smaller.")
+            if head.get("no_reader"):  # the reason is a command for this machine
+                raise BadPhotoError("The photo is in a format that this server does not read; save it as JPEG or PNG.")
             raise BadPhotoError(f"The photo cannot be used: {reason.rstrip('.')}.")
         return head, result
 

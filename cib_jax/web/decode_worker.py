@@ -1,7 +1,7 @@
 """A process with few privileges that decodes photos sent by clients, one after another.
 
 `decode_pool` starts it as `python -m cib_jax.web.decode_worker DESCRIPTOR MEMORY_MIB`. It holds no secret, cannot start
-a process or write a file, and ends rather than exceed its memory limit.
+a process (unless HEIC is read, which takes a thread) or write a file, and ends rather than exceed its memory limit.
 """
 
 import os
@@ -14,9 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import PIL.Image
-
-from cib_jax.data import photos
+from cib_jax.data import photo_formats, photos
 from cib_jax.web.decode_pool import receive_message, send_message
 
 
@@ -38,7 +36,7 @@ def main(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal signals the whole group, but the server ends this process
     warnings.simplefilter("ignore")
-    PIL.Image.init()  # imports all readers now, while files can still be opened
+    photo_formats.load_readers(threads=0)  # now, while files can still be opened
     _drop_privileges(memory_mib)
     with socket.socket(fileno=descriptor) as connection:
         send_message(connection, {"ready": os.getpid()}, b"")
@@ -49,12 +47,13 @@ def main(
                 return
             try:
                 head, result = decode(request, content)
-            except (photos.BadPhotoError, MemoryError) as error:
+            except (photo_formats.BadPhotoError, MemoryError) as error:
                 if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
                     send_message(connection, {"out_of_memory": True}, b"")
                     return
-                too_large = isinstance(error, photos.TooLargeError)
+                too_large = isinstance(error, photo_formats.TooLargeError)
                 head, result = {"reason": str(error)[:1000], "too_large": too_large}, b""
+                head["no_reader"] = isinstance(error, photo_formats.MissingReaderError)
             send_message(connection, head, result)
 
 
@@ -62,7 +61,8 @@ def _drop_privileges(memory_mib: int) -> None:
     """Limits memory, open files, subprocesses and core dumps of this process."""
     # 32 files: those that are open already, and some for Pillow's readers.
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 32}
-    if hasattr(resource, "RLIMIT_NPROC"):
+    # To the system, threads are processes, and HEIC's decoder always starts one.
+    if hasattr(resource, "RLIMIT_NPROC") and not photo_formats.heif_version():
         limits[resource.RLIMIT_NPROC] = 0
     statm = pathlib.Path("/proc/self/statm")
     if statm.exists():

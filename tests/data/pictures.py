@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
+FORMATS |= {"avif": "AVIF", "heic": "HEIF"}
 
 
 def smooth(width, height, seed=0):
@@ -22,6 +23,10 @@ def smooth(width, height, seed=0):
 
 def content(image, form="PNG", **options):
     """Returns the bytes of an image file."""
+    if form == "HEIF":
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()

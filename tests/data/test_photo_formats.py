@@ -1,0 +1,77 @@
+"""Formats of image files: HEIC with and without its reader, and reasons that name what a file is."""
+
+import io
+import struct
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from cib_jax.data import photo_formats, photos
+from cib_jax.data.photo_formats import BadPhotoError, MissingReaderError
+from cib_jax.data.photos import decode
+from tests.data import pictures
+
+
+def reason_of(content):
+    with pytest.raises(BadPhotoError) as error:
+        decode(content, 16)
+    return str(error.value)
+
+
+def test_a_heic_without_its_reader_names_the_format_and_the_command(monkeypatch):
+    content = pictures.content(pictures.smooth(60, 40), "HEIF")
+    assert decode(content, 16).shape == (16, 16, 3)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(MissingReaderError, match=r"HEIC.*pip install.*\[heic\]"):
+        decode(content, 16)
+
+
+def test_the_version_of_the_decoder_has_that_of_the_heic_reader():
+    assert photos.VERSION.endswith(f"-heif-{photo_formats.heif_version()}")
+
+
+def test_the_whole_heic_is_decoded_not_its_embedded_thumbnail():
+    image = pictures.smooth(800, 600)
+    content = pictures.content(image, "HEIF", quality=95, thumbnails=[200])
+    reduced = np.asarray(image.resize((16, 16), PIL.Image.Resampling.BILINEAR), int)
+    assert np.abs(decode(content, 16) - reduced).mean() < 2
+
+
+def ftyp(*brands):
+    return struct.pack(">I4s4s4s", 16 + 4 * len(brands[1:]), b"ftyp", brands[0], b"\0" * 4) + b"".join(brands[1:])
+
+
+def tiff_of_floats():
+    """Returns an RGB TIFF of 32-bit floating-point values, as for photos of high dynamic range."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(file, "TIFF")
+    # BitsPerSample 8 → 32; the pixels are never reached.
+    return file.getvalue().replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 32, 32, 32))
+
+
+def bmp_with_odd_masks():
+    """Returns a 32-bit BMP, the masks of which give red nine bits: valid, and read by nobody."""
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 32, 3, 64, 0, 0, 0, 0) + struct.pack(
+        "<3I", 0x1FF, 0xFE00, 0xFF0000
+    )
+    return struct.pack("<2sIHHI", b"BM", 14 + len(header) + 64, 0, 0, 14 + len(header)) + header + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (ftyp(b"heic", b"mif1", b"heic") + bytes(99), ["HEIC"]),
+        (ftyp(b"avif", b"mif1", b"avif") + bytes(99), ["AVIF", "of a kind that is not read"]),
+        (ftyp(b"qt  ", b"qt  ") + bytes(99), ["video"]),
+        (b"\xff\x0a" + bytes(99), ["JPEG XL", "convert"]),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), ["JPEG XL", "convert"]),
+        (b"\xff\xd8\xff" + bytes(99), ["JPEG image", "damaged"]),
+        (tiff_of_floats(), ["TIFF image", "of a kind that is not read"]),
+        (bmp_with_odd_masks(), ["of a kind that is not read", "BMP"]),
+    ],
+)
+def test_the_reason_names_what_a_file_is(content, words):
+    assert all(word in reason_of(content) for word in words), reason_of(content)
+    assert not reason_of(content).startswith("damaged")
