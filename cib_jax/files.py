@@ -156,6 +156,14 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterat
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def modified_ns(status: os.stat_result) -> int:
+    """Returns the time of a file's last change in nanoseconds since 1970, at most what 64 bits hold: the year 2262.
+
+    A broken clock or a damaged file system can give any time.
+    """
+    return min(max(status.st_mtime_ns, -(2**63) + 1), 2**63 - 1)
+
+
 def short_reason(error: BaseException) -> str:
     """Returns the operating system's reason in lower case for an OSError, else the first line of the message."""
     return error.strerror.lower() if isinstance(error, OSError) and error.strerror else first_line(error)

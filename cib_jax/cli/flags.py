@@ -56,7 +56,7 @@ MODES = {
         "encode.encode",
         "encodes many files with a trained run",
         "--workdir=runs/photos --images=PHOTOS --codes=CODES",
-        ("workdir", "processes", "process", "images", "codes", "part"),
+        ("workdir", "processes", "process", "images", "exclude", "codes", "part"),
         required=("workdir", "codes"),
         after_interrupt="the same command continues after the parts that are complete",
     ),
@@ -64,7 +64,7 @@ MODES = {
         "index.index",
         "indexes photos for search",
         "--images=PHOTOS --index=INDEX",
-        ("workdir", "images", "index", "relearn"),
+        ("workdir", "images", "exclude", "index", "relearn"),
         required=("index",),
         after_interrupt="the same command continues with what is not indexed yet",
     ),
@@ -131,6 +131,12 @@ IMAGES = flags.DEFINE_string(
     "images",
     None,
     "index, encode: folder of photos, or .csv or .parquet list of them; encode: also a .npy file of features.",
+)
+EXCLUDE = flags.DEFINE_multi_string(
+    "exclude",
+    None,
+    "index, encode: files and folders of the folder of photos that are left out, by a pattern of their names, such as "
+    "'*.png', or of their paths in it, such as '2020/*'; may be given several times. index: kept for later updates.",
 )
 CODES = flags.DEFINE_string(
     "codes",

@@ -6,7 +6,7 @@ import itertools
 import json
 import operator
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from cib_jax.config import flatten, schema
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
+from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.distributed import initialize
 from cib_jax.distributed.multihost import strided_share
 from cib_jax.errors import CodeStoreError, DataError
@@ -55,6 +56,7 @@ def encode(
     codes: pathlib.Path | str,
     *,
     part: int = PART,
+    exclude: Sequence[str] | None = None,
     process: int | None = None,
     processes: int | None = None,
     overrides: dict[str, Any] | None = None,
@@ -72,6 +74,7 @@ def encode(
         the list of photos with which `codes` was begun.
       codes: Folder for the codes.
       part: Files in a part.
+      exclude: Shell patterns of files and folders that are left out, as in `cib_jax.index_photos`.
       process: Number of this process, from 0; None: as SLURM or Open MPI has set it, or 0.
       processes: Number of processes that share the work; None: as SLURM or Open MPI has set it, or 1.
       overrides: Values of config fields by dotted name, for fields that do not change the run.
@@ -86,7 +89,7 @@ def encode(
     schema.validate(config, trained=True)
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
     hasher = dataclasses.replace(hasher, batch_size=config.encode_batch)
-    items = _find_items(images, folder, hasher, config)
+    items = _find_items(images, parse_patterns(exclude or ()), folder, hasher, config)
     for note in items.notes:
         print_message(console, note)
     keep = isinstance(items, inputs.Photos)
@@ -107,11 +110,15 @@ def _is_intact(corpus: Corpus, number: int, console: rich.console.Console) -> bo
 
 
 def _find_items(
-    images: pathlib.Path | str | None, folder: pathlib.Path, hasher: Hasher, config: ml_collections.ConfigDict
+    images: pathlib.Path | str | None,
+    exclude: Sequence[str],
+    folder: pathlib.Path,
+    hasher: Hasher,
+    config: ml_collections.ConfigDict,
 ) -> Items:
     takes, limit = hasher.encoder.backbone.takes, config.data.max_megapixels
     if images is not None:
-        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit)
+        items = inputs.load_inputs(str(images), takes=takes, size=hasher.side, max_megapixels=limit, exclude=exclude)
         expected = hasher.encoder.backbone.features
         if isinstance(items, inputs.Rows) and (given := items.features.shape[-1]) != expected:
             raise DataError(

@@ -8,7 +8,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +25,10 @@ from cib_jax.console import print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.dataset import ImageSet
 from cib_jax.data.inputs import Photos, Read
+from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
-from cib_jax.files import map_in_order, printable, short_reason
+from cib_jax.files import map_in_order, modified_ns, printable, short_reason
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry
@@ -63,6 +64,7 @@ def index(
     *,
     workdir: pathlib.Path | str | None = None,
     relearn: bool = False,
+    exclude: Sequence[str] | None = None,
     config: ml_collections.ConfigDict | None = None,
     overrides: dict[str, Any] | None = None,
     console: rich.console.Console | None = None,
@@ -79,6 +81,8 @@ def index(
         trained on the photos.
       relearn: Whether an existing index gets another encoder, trained on the present photos or that of `workdir`. It is
         made anew beside the old one, and replaces it when it is complete.
+      exclude: Shell patterns of files and folders that are left out: of their names, as "*.png", or with a slash of
+        their paths in the folder, as "2020/*". None: those of the index, with which it was last updated.
       config: Config of the experiment that trains the encoder; None: `configs/index.py`.
       overrides: Fields of `config` that were set by the user, by dotted name.
       console: Console for messages.
@@ -101,7 +105,7 @@ def index(
     config = config or importlib.import_module("cib_jax.configs.index").get_config()
     photo_table.validate_installed()
     if relearn:
-        return _relearn(uri, images, workdir, config, overrides, console)
+        return _relearn(uri, images, workdir, exclude, config, overrides, console)
     schema.validate(config)
     given = _load_encoder(workdir, config, overrides) if workdir is not None else None
     table = PhotoTable.open(uri) if PhotoTable.exists(uri) else None
@@ -110,11 +114,15 @@ def index(
         raise IndexFolderError(problem, field="--images")
     if table is not None and given is not None:
         _validate_same_encoder(table, given, workdir)
+    if exclude is None:
+        exclude = table.metadata.exclude if table is not None else ()
+    exclude = parse_patterns(exclude)
     place = str(images) if images is not None else table.metadata.images if table is not None else ""
     print_message(console, f"Looking through {place}")
     # Read before the files are listed: what another process indexes meanwhile is not gone.
     before = table.state().keys if table is not None else np.zeros(0, np.int64)
-    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=config.data.max_megapixels)
+    limit = config.data.max_megapixels
+    found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=limit, exclude=exclude)
     assert isinstance(found, Photos)
     for note in found.notes:
         print_message(console, note)
@@ -123,7 +131,7 @@ def index(
     if table is None:
         made = given or train_index_encoder(found, config, console, known)
         learnt, photos = ({}, 0) if given else (flatten(config), len(found.names))
-        metadata = IndexMetadata(found.place, collection.encoder_identity(made), learnt, photos)
+        metadata = IndexMetadata(found.place, collection.encoder_identity(made), learnt, photos, tuple(exclude))
         table = PhotoTable.create(uri, metadata, collection.hasher_bytes(made))
         if table.metadata.encoder != metadata.encoder:  # another process was faster
             if given:
@@ -133,6 +141,7 @@ def index(
     elif given is None:
         _validate_overrides(overrides, own, table.metadata.learnt)
     _validate_images(table, found, before, console)
+    table.record(images=found.place, exclude=exclude)
     side = table.metadata.encoder["side"]
     known = {name: read for name, read in known.items() if read.content is not None and len(read.content) == side}
     files = _stat_files(dataclasses.replace(found, size=side, thumbnails=True, known=known))
@@ -151,6 +160,7 @@ def _relearn(
     uri: str,
     images: pathlib.Path | str | None,
     workdir: pathlib.Path | str | None,
+    exclude: Sequence[str] | None,
     config: ml_collections.ConfigDict,
     overrides: dict[str, Any],
     console: rich.console.Console,
@@ -165,7 +175,10 @@ def _relearn(
     metadata, config = PhotoTable.open(uri).metadata, config.copy_and_resolve_references()
     fields = flatten(config).keys() - overrides.keys() - {*CHANGEABLE}
     config.update_from_flattened_dict({field: metadata.learnt[field] for field in fields & metadata.learnt.keys()})
-    done = index(new, images or metadata.images, workdir=workdir, config=config, overrides=overrides, console=console)
+    if exclude is None:
+        exclude = metadata.exclude
+    options: dict[str, Any] = {"workdir": workdir, "exclude": exclude, "config": config, "overrides": overrides}
+    done = index(new, images or metadata.images, console=console, **options)
     try:
         shutil.rmtree(old, ignore_errors=True)
         os.rename(uri, old)
@@ -254,7 +267,7 @@ def _validate_same_encoder(table: PhotoTable, hasher: Hasher, workdir: pathlib.P
 def _validate_images(
     table: PhotoTable, found: Photos, known: Int64[np.ndarray, " known"], console: rich.console.Console
 ) -> None:
-    """Refuses other photos than those of the index, and records the new place of photos that were moved."""
+    """Refuses other photos than those of the index, unless these were moved."""
     before = table.metadata.images
     if before == found.place:
         return
@@ -272,7 +285,6 @@ def _validate_images(
             field="--images",
         )
     print_message(console, f"The photos of {before} are now expected in {found.place}, under the same names")
-    table.move(found.place)
 
 
 # Changes of files
@@ -341,7 +353,7 @@ def _stat(path: str) -> tuple[int, int]:
         return (ABSENT, ABSENT) if error.errno in _NOT_THERE else (UNREACHABLE, UNREACHABLE)
     except ValueError:  # a list may contain a name that is impossible for a file
         return ABSENT, ABSENT
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, modified_ns(status)
 
 
 def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " known"]) -> _Changes:

@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from cib_jax.data import feature_files, photo_folder, photo_formats, photos
 from cib_jax.data.dataset import Item, data_error
 from cib_jax.errors import DataError
-from cib_jax.files import map_in_order, printable, short_reason
+from cib_jax.files import map_in_order, modified_ns, printable, short_reason
 
 LISTS = (".csv", ".parquet")
 """Extensions of lists of photos."""
@@ -71,7 +71,7 @@ class Photos:
         size = modified = None
         try:
             status = os.stat(path)
-            size, modified = status.st_size, status.st_mtime_ns
+            size, modified = status.st_size, modified_ns(status)
             known = self.known.get(self.names[number])
             if known is not None and (known.size, known.modified_ns) == (size, modified):
                 return known
@@ -132,10 +132,18 @@ Items = Photos | Rows
 """Named items in a fixed order; `words` is their kind in the plural, and `place` the path that the user gave."""
 
 
-def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = photo_formats.MAX_MEGAPIXELS) -> Items:
+def load_inputs(
+    images: str,
+    *,
+    takes: str,
+    size: int,
+    max_megapixels: int = photo_formats.MAX_MEGAPIXELS,
+    exclude: Sequence[str] = (),
+) -> Items:
     """Returns the items of a folder of photos, a .csv or .parquet list of photos, or a feature file.
 
     Photos come in the order of their paths, rows in the order of the file. An encoder takes "images" or "features".
+    Files and folders in a folder of photos that a pattern in `exclude` matches are left out.
     """
     if not images:
         raise _error("it must be a folder of photos, a list of them, or a feature file, got ''")
@@ -156,14 +164,12 @@ def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = pho
                 raise _error(f"{images} must be a folder, or a .csv or .parquet list of photos")
             paths = sorted(photo_folder.read_list_paths(images))
             return Photos(images, paths, os.path.dirname(images), size, max_megapixels)
-        paths, others, closed = photo_folder.walk_folder(images)
-        first = str(closed[0]) if closed else ""
-        if not paths:
-            raise _error(photo_folder.no_photos(images, others, first))
-        notes = [photo_folder.skipped_files(others)] if others else []
-        if closed:
-            notes.append(f"{len(closed):,} folders cannot be read and are left out; the first: {first}")
-        return Photos(images, paths, images, size, max_megapixels, notes, [folder.path for folder in closed])
+        found = photo_folder.walk_folder(images, exclude)
+        if not found.paths:
+            first = str(found.closed[0]) if found.closed else ""
+            raise _error(photo_folder.no_photos(images, found.others, first))
+        closed = [folder.path for folder in found.closed]
+        return Photos(images, found.paths, images, size, max_megapixels, found.notes(), closed)
 
 
 def load_listed_photos(

@@ -1,10 +1,11 @@
 """Data sets of photos on disk: any folder, with sub-folders as classes, or a CSV or Parquet list of paths."""
 
 import collections
+import fnmatch
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -37,13 +38,14 @@ def load_folder(directory: str, cache: PhotoCache, *, labeled: bool = True) -> S
     except OSError as error:
         remedy = "give a folder that may be read, or for a list of paths set config.data.name=list"
         raise _error(f"{directory} must be a folder of photos ({short_reason(error)}); {remedy}") from error
-    paths, others, closed = walk_folder(directory)
-    if not paths:
-        raise _error(no_photos(directory, others))
-    prepared = _prepare(paths, directory, directory, cache, closed)
-    names = [paths[index] for index in prepared.kept]
+    found = walk_folder(directory)
+    if not found.paths:
+        raise _error(no_photos(directory, found.others))
+    prepared = _prepare(found.paths, directory, directory, cache, found.closed)
+    names = [found.paths[index] for index in prepared.kept]
     labels, classes, note = _folder_classes(names) if labeled else (None, [], "")
-    notes = [*prepared.notes, note, skipped_files(others)]
+    # Folders that cannot be read are in the list of unreadable files.
+    notes = [*prepared.notes, note, *found._replace(closed=[]).notes()]
     images = ImageSet(prepared.images, labels, names)
     return Source(images, None, classes, None, prepared.unreadable, [note for note in notes if note])
 
@@ -88,15 +90,41 @@ def _prepare(
 # Folders
 
 
-def walk_folder(directory: str) -> tuple[list[str], collections.Counter[str], list[Unreadable]]:
-    """Returns the sorted relative paths of photos, the number of other files by extension, and unreadable folders.
+class FolderContent(NamedTuple):
+    """Files and folders below a folder, by relative path."""
 
-    Links are followed, each folder is entered once, and hidden ones are skipped. Real folders come before links to
-    them, so that a photo is found under its original path.
+    paths: list[str]
+    """Photos, sorted."""
+    others: collections.Counter[str]
+    """Number of other files, by extension."""
+    closed: list[Unreadable]
+    """Folders that cannot be read."""
+    derived: list[str]
+    """Folders that are left out, because they hold copies or deleted files."""
+
+    def notes(self) -> list[str]:
+        """Returns sentences for the user about what is left out."""
+        notes = [skipped_files(self.others)] if self.others else []
+        if self.closed:
+            notes.append(f"Folders that cannot be read, left out: {len(self.closed):,}, the first: {self.closed[0]}")
+        if self.derived:
+            first = printable(self.derived[0])
+            notes.append(f"Folders of copies or deleted files, left out: {len(self.derived):,}, the first: {first}")
+        return notes
+
+
+def walk_folder(directory: str, exclude: Sequence[str] = ()) -> FolderContent:
+    """Returns the photos in a folder and its subfolders, and what is left out.
+
+    Links are followed. A folder is entered once, and a file is one photo, however many links lead to it; real paths
+    come before symbolic links, and those before others in their order. Hidden files and folders are skipped, those that
+    `is_derived`, and those that one of the patterns `exclude` matches, as in `is_excluded`.
     """
-    paths: list[str] = []
+    files: list[tuple[str, int]] = []
+    file_links: list[str] = []
     others: collections.Counter[str] = collections.Counter()
     closed: list[Unreadable] = []
+    derived: list[str] = []
     folders, links, entered = [""], collections.deque[str](), set()
     while folders or links:
         folder = folders.pop() if folders else links.popleft()
@@ -109,24 +137,78 @@ def walk_folder(directory: str) -> tuple[list[str], collections.Counter[str], li
         except OSError as error:
             closed.append(Unreadable(folder or directory, short_reason(error)))
             continue
+        parent = os.path.basename(os.path.join(os.path.abspath(directory), folder).rstrip("/"))
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if is_hidden(entry.name):
+            if is_hidden(entry.name) or is_excluded(path, exclude):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(path)
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                links.append(path)
-            elif (extension := os.path.splitext(entry.name)[1].lower()) in photo_formats.EXTENSIONS:
-                paths.append(path)
-            else:
+            is_link = entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False) or (is_link and os.path.isdir(entry.path)):
+                if is_derived(entry.name, parent):
+                    derived.append(path)
+                else:
+                    (links if is_link else folders).append(path)
+            elif (extension := os.path.splitext(entry.name)[1].lower()) not in photo_formats.EXTENSIONS:
                 others[extension or "without extension"] += 1
-    return sorted(paths), others, closed
+            elif is_link:
+                file_links.append(path)
+            else:
+                files.append((path, entry.inode()))
+    return FolderContent(_without_links(directory, sorted(files), sorted(file_links)), others, closed, derived)
+
+
+def _without_links(directory: str, files: list[tuple[str, int]], links: list[str]) -> list[str]:
+    """Returns the sorted paths of files and of symbolic links to files, each file under its first path."""
+    numbers = collections.Counter(inode for _, inode in files)
+    kept, seen = [], set()
+    for path, inode in [*files, *((link, None) for link in links)]:
+        # Without links, the numbers that come with the names tell files apart, and none has to be looked up.
+        if links or numbers[inode] > 1:
+            try:
+                status = os.stat(os.path.join(directory, path))
+            except OSError:
+                kept.append(path)  # listed with this reason when it is decoded
+                continue
+            # Some network file systems give the same number to different files.
+            if (status.st_dev, status.st_ino) in seen and (inode is None or status.st_nlink > 1):
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        kept.append(path)
+    return sorted(kept)
 
 
 def is_hidden(name: str) -> bool:
     """Returns whether a file or folder of this name is skipped: hidden ones, and metadata that macOS adds to zips."""
     return name.startswith(".") or name == "__MACOSX"
+
+
+_DERIVED = frozenset({"@eadir", "#recycle", "@recycle", "$recycle.bin", "recycler", "lost+found", "#snapshot"})
+_DERIVED |= {"@recently-snapshot", "system volume information"}
+_LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary")
+_ORIGINALS = frozenset({"originals", "masters"})
+
+
+def is_derived(name: str, parent: str) -> bool:
+    """Returns whether a folder holds thumbnails, previews, snapshots or deleted files: copies of other photos.
+
+    These are folders of NAS (Synology, QNAP), of file systems, of Windows, of Lightroom's previews, and everything but
+    the originals in a library of Apple's Photos, iPhoto or Aperture.
+    """
+    name = name.lower()
+    in_library = parent.lower().endswith(_LIBRARIES) and name not in _ORIGINALS
+    return name in _DERIVED or name.endswith(".lrdata") or in_library
+
+
+def is_excluded(path: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a shell pattern matches a relative path or, if the pattern has no slash, the path's last part."""
+    name = os.path.basename(path)
+    return any(fnmatch.fnmatchcase(path if "/" in pattern else name, pattern) for pattern in patterns)
+
+
+def parse_patterns(exclude: str | Sequence[str]) -> list[str]:
+    """Returns the patterns that a user gave: one or several, perhaps empty, perhaps with a slash at either end."""
+    given = [exclude] if isinstance(exclude, str) else exclude
+    return [pattern for pattern in (text.strip("/") for text in given) if pattern]
 
 
 def _folder_classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
@@ -158,7 +240,8 @@ def format_extensions(others: collections.Counter[str]) -> str:
     """Returns the number of files by extension in words, with advice about formats that must be converted."""
     text = ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5))
     text += f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
-    return text + ("; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else "")
+    unread = sorted(photo_formats.CONVERTED & others.keys())
+    return text + (f"; {' and '.join(unread)} must be converted first" if unread else "")
 
 
 # Lists

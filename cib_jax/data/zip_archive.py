@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -145,7 +146,10 @@ def _select_members(
     for member in infos:
         name = member.filename.replace("\\", "/")  # some programs on Windows write backslashes
         parts = name.split("/")
+        folders = itertools.pairwise(["", *parts[:-1]])
         if member.is_dir() or any(photo_folder.is_hidden(part) and part != ".." for part in parts):
+            continue
+        if any(photo_folder.is_derived(folder, parent) for parent, folder in folders):
             continue
         extension = os.path.splitext(name)[1].lower()
         if extension not in EXTENSIONS:

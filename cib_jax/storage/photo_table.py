@@ -62,6 +62,8 @@ class IndexMetadata(NamedTuple):
     """Config fields, by dotted name, with which the encoder was learned from the photos; empty if it was given."""
     photos: int = 0
     """Number of photo files when the encoder was learned; 0 if it was given, or by an earlier version."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files and folders that are left out, as in `photo_folder.is_excluded`."""
 
     @property
     def root(self) -> str:
@@ -173,9 +175,11 @@ class PhotoTable:
         with lance_errors(self.uri, "read"):
             return _fetch(self._connection.open_table(ENCODER).search().select(["hasher"]))["hasher"][0].as_py()
 
-    def move(self, images: str) -> None:
-        """Records that the photos, under the same names, are in another folder now."""
-        metadata = self.metadata._replace(images=images)
+    def record(self, *, images: str, exclude: Sequence[str]) -> None:
+        """Records the folder in which the photos are now, under the same names, and the patterns of others in it."""
+        metadata = self.metadata._replace(images=images, exclude=tuple(exclude))
+        if metadata == self.metadata:
+            return
         with lance_errors(self.uri, "written"):
             self._connection.open_table(ENCODER).update(values={"about": _serialize(metadata)})
         self.metadata = metadata
@@ -278,8 +282,10 @@ class PhotoTable:
 
 def _parse(metadata: Any) -> IndexMetadata:
     """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
-    made = IndexMetadata(metadata["images"], metadata["encoder"], metadata.get("learnt", {}), metadata.get("photos", 0))
+    optional = (metadata.get("learnt", {}), metadata.get("photos", 0), tuple(metadata.get("exclude", ())))
+    made = IndexMetadata(metadata["images"], metadata["encoder"], *optional)
     bits, right = made.encoder["bits"], isinstance(made.images, str) and isinstance(made.learnt, dict)
+    right = right and all(isinstance(pattern, str) for pattern in made.exclude)
     if not right or type(bits) is not int or bits < 1 or type(made.photos) is not int:
         raise ValueError("its metadata are damaged")
     return made

@@ -40,6 +40,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from cib_jax.codes import byte_count
 from cib_jax.data.photo_formats import BadPhotoError
 from cib_jax.errors import IndexFolderError
+from cib_jax.files import modified_ns
 from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
 from cib_jax.web.decode_pool import DecodePool, DecoderError
 from cib_jax.web.middleware import error_response
@@ -393,7 +394,7 @@ def _read_indexed_file(root: str, photo: Photo, most: int) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or not _is_inside(root, path, found):
             raise HTTPException(410, f"{_CHANGED}: it is somewhere else now.")
-        if (found.st_size, found.st_mtime_ns) != (photo.size, photo.modified_ns):
+        if (found.st_size, modified_ns(found)) != (photo.size, photo.modified_ns):
             raise HTTPException(410, f"{_CHANGED}; index the photos again.")
         if found.st_size > most:
             raise HTTPException(410, f"The photo's file is larger than {most // 1_000_000} MB, too large to show.")

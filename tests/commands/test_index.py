@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import os
 import shutil
+import sys
 import threading
 
 import jax
@@ -162,9 +163,10 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
     (root / "b" / "13.png").unlink()
     del before["b/13.png"]
 
-    def walk(directory):
-        paths, others, closed = original(directory)
-        return [path for path in paths if path[0] != "a"], others, [*closed, Unreadable("a", "permission denied")]
+    def walk(directory, exclude):
+        found = original(directory, exclude)
+        paths = [path for path in found.paths if path[0] != "a"]
+        return found._replace(paths=paths, closed=[Unreadable("a", "permission denied")])
 
     monkeypatch.setattr(photo_folder, "walk_folder", walk)
     done, told = run(tmp_path / "i")
@@ -198,8 +200,8 @@ def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
     run(tmp_path / "i", root, workdir=encoder)
     original = photo_folder.walk_folder
 
-    def walk(directory):
-        found = original(directory)
+    def walk(directory, exclude):
+        found = original(directory, exclude)
         monkeypatch.setattr(photo_folder, "walk_folder", original)
         pictures.write(root / "a" / "late.jpg", pictures.smooth(40, 50, seed=96))
         run(tmp_path / "i")
@@ -484,3 +486,37 @@ def test_without_lancedb_nothing_is_learnt_first(tmp_path, root, looked, monkeyp
     with pytest.raises(IndexFolderError, match=r"pip install .*\[search\]'"):
         run(tmp_path / "i", root)
     assert not looked and not (tmp_path / "i").exists()
+
+
+def test_excluded_photos_are_not_indexed_and_the_patterns_are_kept(tmp_path, root, encoder, hasher):
+    names = {str(path.relative_to(root)) for path in root.rglob("*.*")}
+    kept = {name for name in names if not name.endswith(".png") and not name.startswith("c/")}
+    run(tmp_path / "i", root, workdir=encoder, exclude=["*.png", "c"])
+    assert held(tmp_path / "i") == expected(root, hasher, kept)
+    done, _ = run(tmp_path / "i")
+    assert done == Indexed(len(kept), 0, 0, 0, 0)
+    run(tmp_path / "i", exclude=["*.png"])
+    assert held(tmp_path / "i") == expected(root, hasher, {name for name in names if not name.endswith(".png")})
+    run(tmp_path / "i", exclude=[""])
+    assert held(tmp_path / "i") == expected(root, hasher)
+
+
+@pytest.mark.parametrize("year", [1600, 2300])
+def test_times_that_64_bits_do_not_hold_are_cut(tmp_path, root, encoder, year):
+    seconds = (year - 1970) * 31_556_952
+    os.utime(root / "a" / "00.jpg", (seconds, seconds))
+    if (root / "a" / "00.jpg").stat().st_mtime != seconds:
+        pytest.skip("this file system does not keep such a time")
+    run(tmp_path / "i", root, workdir=encoder)
+    assert abs(held(tmp_path / "i")["a/00.jpg"][1]) == 2**63 - 1
+    assert run(tmp_path / "i")[0] == Indexed(24, 0, 0, 0, 0)
+
+
+def test_a_photo_without_its_reader_is_read_once_that_is_installed(tmp_path, root, encoder, hasher, monkeypatch):
+    pictures.write(root / "a" / "phone.heic", pictures.smooth(60, 40))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    done, told = run(tmp_path / "i", root, workdir=encoder)
+    assert done.unreadable == 1 and "HEIC" in told and "pip install" in told
+    monkeypatch.undo()
+    assert run(tmp_path / "i")[0].unreadable == 0
+    assert held(tmp_path / "i") == expected(root, hasher)

@@ -36,6 +36,13 @@ def test_photos_of_a_folder_are_read_in_the_order_of_the_ranges(root):
     assert (results[2].content, results[2].reason, results[2].transient) == (None, "0 bytes", False)
 
 
+def test_excluded_photos_are_left_out(root):
+    found = inputs.load_inputs(str(root), takes="images", size=8, exclude=["[13].png"])
+    assert found.names == ["0.png", "2.png"]
+    with errors.raises("--images", root):
+        inputs.load_inputs(str(root), takes="images", size=8, exclude=["*.png"])
+
+
 def test_photos_of_a_list_are_sorted_and_may_have_thumbnails(root):
     (root / "list.csv").write_text("path\n3.png\n0.png\n")
     found = load(root / "list.csv")

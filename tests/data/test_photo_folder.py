@@ -1,6 +1,7 @@
 """Folders and lists of photos: what is found, its classes and splits, what is left out, and what is refused."""
 
 import os
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -83,8 +84,69 @@ def test_links_are_followed_once_and_never_in_a_circle(root, cache, tmp_path):
     (root / "loop").symlink_to(root / "loop")
     (root / "gone.jpg").symlink_to(root / "nowhere.jpg")
     source = load(root, cache)
-    assert source.train.names == ["a/1.jpg", "b/2.jpg", "c/3.jpg", "d.jpg"]
+    assert source.train.names == ["a/1.jpg", "b/2.jpg", "c/3.jpg"]
     assert [(bad.path, bad.reason) for bad in source.unreadable] == [("gone.jpg", "no such file or directory")]
+
+
+def test_each_file_is_one_photo_however_many_links_lead_to_it(tmp_path):
+    root, outside = tmp_path / "photos", tmp_path / "outside"
+    fill(root, "b.jpg", "sub/c.jpg", "x.jpg")
+    fill(outside, "o.jpg")
+    os.link(root / "b.jpg", root / "a.jpg")
+    os.link(root / "b.jpg", root / "sub" / "b.jpg")
+    (root / "0.jpg").symlink_to(root / "sub" / "c.jpg")
+    (root / "1.jpg").symlink_to(outside / "o.jpg")
+    (root / "2.jpg").symlink_to(root / "1.jpg")
+    (root / "3.jpg").symlink_to(root / "gone.jpg")
+    os.link(outside / "o.jpg", outside / "twin.jpg")
+    (root / "4.jpg").symlink_to(outside / "twin.jpg")
+    assert photo_folder.walk_folder(str(root)).paths == ["1.jpg", "3.jpg", "a.jpg", "sub/c.jpg", "x.jpg"]
+    # Copies are files of their own.
+    shutil.copy(root / "x.jpg", root / "y.jpg")
+    assert "y.jpg" in photo_folder.walk_folder(str(root)).paths
+
+
+DERIVED = [
+    "2020/@eaDir/x.jpg/SYNOPHOTO_THUMB_XL.jpg",
+    "#recycle/gone.jpg",
+    "@Recycle/gone.jpg",
+    "$RECYCLE.BIN/S-1-5/$R1.jpg",
+    "System Volume Information/x.jpg",
+    "lost+found/x.jpg",
+    "#snapshot/2020/x.jpg",
+    "Catalog Previews.lrdata/0/x.jpg",
+    "Photos Library.photoslibrary/resources/derivatives/x.jpg",
+    "Photos Library.photoslibrary/database/x.jpg",
+    "2020/._x.jpg",
+]
+ORIGINALS = ["2020/x.jpg", "Photos Library.photoslibrary/originals/0/x.jpg", "iPhoto.photolibrary/Masters/x.jpg"]
+
+
+def test_thumbnails_previews_and_deleted_files_are_left_out_and_said(tmp_path):
+    fill(tmp_path, *DERIVED, *ORIGINALS)
+    found = photo_folder.walk_folder(str(tmp_path))
+    assert found.paths == sorted(ORIGINALS)
+    assert len(found.derived) == len(DERIVED) - 1 and any(f": {len(found.derived)}," in note for note in found.notes())
+    # Given by name, such a folder is a folder of photos, and in a library only the originals are.
+    assert photo_folder.walk_folder(str(tmp_path / "#recycle")).paths == ["gone.jpg"]
+    assert photo_folder.walk_folder(str(tmp_path / "Photos Library.photoslibrary")).paths == ["originals/0/x.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ("*.png", ["a/1.jpg", "a/b/2.jpg", "c/4.JPG"]),
+        (["b"], ["a/1.jpg", "c/3.png", "c/4.JPG"]),
+        (["a/", ""], ["c/3.png", "c/4.JPG"]),
+        (["a/*.jpg", "3*"], ["c/4.JPG"]),
+        (["c/*"], ["a/1.jpg", "a/b/2.jpg"]),
+        (["*.jpg"], ["c/3.png", "c/4.JPG"]),
+        ([""], ["a/1.jpg", "a/b/2.jpg", "c/3.png", "c/4.JPG"]),
+    ],
+)
+def test_excluded_files_and_folders_are_left_out(tmp_path, exclude, left):
+    fill(tmp_path, "a/1.jpg", "a/b/2.jpg", "c/3.png", "c/4.JPG")
+    assert photo_folder.walk_folder(str(tmp_path), photo_folder.parse_patterns(exclude)).paths == left
 
 
 def test_what_cannot_be_read_is_listed_with_its_reason(root, cache):
@@ -94,13 +156,15 @@ def test_what_cannot_be_read_is_listed_with_its_reason(root, cache):
     whole = pictures.content(pictures.smooth(200, 200), "JPEG")
     (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "notes.txt").write_text("x")
-    (root / "phone.HEIC").write_bytes(b"x")
+    (root / "phone.JXL").write_bytes(b"x")
+    (root / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     source = load(root, cache)
     assert len(source.train) == 5
     reasons = {bad.path: bad.reason for bad in source.unreadable}
-    assert reasons.keys() == {"empty.jpg", "text.jpg", "cut.jpg"}
+    assert reasons.keys() == {"empty.jpg", "text.jpg", "cut.jpg", "phone.HEIC"}
     assert reasons["empty.jpg"] == "0 bytes" and reasons["cut.jpg"].startswith("truncated")
-    assert any("1 .txt, 1 .heic" in note and "converted" in note for note in source.notes)
+    assert "HEIC" in reasons["phone.HEIC"]
+    assert any("1 .txt" in note and "1 .jxl" in note and "converted" in note for note in source.notes)
 
 
 def test_a_folder_that_may_not_be_entered_is_listed(root, cache, monkeypatch):

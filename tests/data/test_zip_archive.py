@@ -37,9 +37,15 @@ def test_photos_come_out_as_they_went_in(tmp_path):
     found = unzip(path)
     assert (found.directory, found.photos, found.refused) == (tmp_path / "my", 3, [])
     assert (found.directory / "a" / "b.JPG").read_bytes() == content
-    assert photo_folder.walk_folder(str(found.directory))[0] == ["a/b.JPG", "c.png", "d/ünï.webp"]
+    assert photo_folder.walk_folder(str(found.directory)).paths == ["a/b.JPG", "c.png", "d/ünï.webp"]
     assert time.localtime((found.directory / "a" / "b.JPG").stat().st_mtime)[:6] == (2021, 7, 1, 12, 30, 2)
     assert len(found.notes()) == 2 and str(tmp_path / "my") in found.notes()[0] and "1 .txt" in found.notes()[1]
+
+
+def test_thumbnails_and_deleted_files_are_not_unpacked(tmp_path):
+    names = ["a/x.jpg", "a/@eaDir/x.jpg/THUMB.jpg", "#recycle/x.jpg", "L.photoslibrary/resources/derivatives/x.jpg"]
+    found = unzip(zipped(tmp_path / "my.zip", [(name, b"x") for name in names]))
+    assert [str(path.relative_to(found.directory)) for path in found.directory.rglob("*.jpg")] == ["a/x.jpg"]
 
 
 def test_again_nothing_is_unpacked_and_another_zip_takes_the_place(tmp_path):
@@ -166,8 +172,8 @@ def test_what_is_no_zip_of_photos_is_refused_in_a_sentence(tmp_path):
         (tmp_path / "bad.zip").write_bytes(content)
         with errors.raises(str(tmp_path / "bad.zip")):
             unzip(tmp_path / "bad.zip")
-    with errors.raises(str(tmp_path / "none.zip"), "1 .heic, 1 .txt"):
-        unzip(zipped(tmp_path / "none.zip", [("a.heic", b""), ("b.txt", b"")]))
+    with errors.raises(str(tmp_path / "none.zip"), "1 .jxl, 1 .txt", "converted"):
+        unzip(zipped(tmp_path / "none.zip", [("a.jxl", b""), ("b.txt", b"")]))
     with errors.raises(str(tmp_path / "empty.zip"), "nothing"):
         unzip(zipped(tmp_path / "empty.zip", []))
     assert not [name for name in os.listdir(tmp_path) if not name.endswith(".zip")]

@@ -78,7 +78,7 @@ def test_photos_are_found_by_id_and_changes_by_renewing(tmp_path, hashers):
     renewed = collection.renewed()
     assert len(renewed) == COUNT - 1 and renewed.number_of(photos["04.jpg"].id) is None
     assert collection.photos([collection.number_of(photos["04.jpg"].id)]) == [photos["04.jpg"]]
-    table.move("/elsewhere")
+    table.record(images="/elsewhere", exclude=[])
     moved = renewed.renewed()
     assert moved.root == "/elsewhere" and len(moved) == COUNT - 1 and moved.renewed() is moved
 

@@ -250,6 +250,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
         '{"version": 1, "images": 3, "encoder": {"bits": 16}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "learnt": []}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "photos": "9"}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "exclude": [1]}',
     ],
 )
 def test_malformed_metadata_are_reported_in_a_sentence(tmp_path, about):
@@ -259,9 +260,10 @@ def test_malformed_metadata_are_reported_in_a_sentence(tmp_path, about):
 
 
 def test_photos_that_moved_are_noted(tmp_path):
-    made(tmp_path / "i").move("/elsewhere/list.CSV")
+    made(tmp_path / "i").record(images="/elsewhere/list.CSV", exclude=["*.png"])
     moved = PhotoTable.open(str(tmp_path / "i"))
-    assert moved.metadata == metadata(images="/elsewhere/list.CSV") and moved.metadata.root == "/elsewhere"
+    assert moved.metadata == metadata(images="/elsewhere/list.CSV")._replace(exclude=("*.png",))
+    assert moved.metadata.root == "/elsewhere"
     assert metadata().root == "/photos" and moved.encoder() == b"the encoder"
 
 
