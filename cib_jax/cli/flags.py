@@ -72,7 +72,7 @@ MODES = {
         "search.search",
         "searches an index",
         "--index=INDEX --query=PHOTO.jpg --k=10 --show",
-        ("index", "query", "k", "radius", "kind", "rerank", "format", "show"),
+        ("index", "query", "k", "radius", "kind", "rerank", "folder", "after", "before", "format", "show"),
         required=("index", "query"),
     ),
     "duplicates": Mode(
@@ -163,6 +163,11 @@ KIND = flags.DEFINE_string(
     "kind", "exact", "search: exact, or the approximate hnsw, ivf or mih, with settings: --kind='ivf nprobe=64'."
 )
 RERANK = flags.DEFINE_bool("rerank", False, "search: order the first 100 results, or k, again by the query's logits.")
+FOLDER = flags.DEFINE_string("folder", "", "search: only photos in this folder of the index, and in its subfolders.")
+AFTER = flags.DEFINE_string(
+    "after", "", "search: only photos whose files were last changed on this day or later: 2024-12-31, 2024-12 or 2024."
+)
+BEFORE = flags.DEFINE_string("before", "", "search: only photos whose files were last changed before this day.")
 CONFIRM = flags.DEFINE_bool(
     "confirm", True, "duplicates: False also groups similar photos that are not copies of one picture."
 )

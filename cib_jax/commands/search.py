@@ -83,6 +83,9 @@ def search(
     radius: int | None = None,
     kind: str = EXACT,
     rerank: bool = False,
+    folder: str = "",
+    after: str = "",
+    before: str = "",
     format: str = "table",
     show: pathlib.Path | str | None = None,
     console: rich.console.Console | None = None,
@@ -97,6 +100,7 @@ def search(
       kind: "exact", or an approximate kind of `Index.of` with its settings, such as "ivf nprobe=64"; its recall is
         measured and printed.
       rerank: Whether to reorder the first hits by the query's logits (`Index.rerank`).
+      folder, after, before: Folder and dates of the photos that are searched, as in `Collection.filtered`.
       format: "table", or "json" for one line per query.
       show: PNG file for a contact sheet.
       console: Console for the results.
@@ -127,6 +131,7 @@ def search(
     collection = _open(index, kind, settings)
     if not len(collection):
         raise SearchError(f"--index: {collection.uri} has no photos yet; run --mode=index again", field="--index")
+    collection = collection.filtered(folder=folder, after=after, before=before)
     k = min(k or (len(collection) if radius is not None else K), len(collection))
     if kind != EXACT and not output.json:
         _print_recall(collection, k, output.console)

@@ -1,5 +1,7 @@
 """Index of photos, opened for searching: its encoder, its codes, and the metadata of each photo."""
 
+import datetime
+import os
 import pathlib
 import re
 import tempfile
@@ -72,8 +74,16 @@ class Collection:
     codes: UInt8[np.ndarray, "photos bytes"]
     """Packed codes of all photos."""
 
-    def __init__(self, table: PhotoTable, hasher: Hasher, kind: str, settings: Mapping[str, int]):
-        self._table, self._snapshot, self.hasher = table, table.snapshot(), hasher
+    def __init__(
+        self,
+        table: PhotoTable,
+        hasher: Hasher,
+        kind: str,
+        settings: Mapping[str, int],
+        snapshot: photo_table.Snapshot | None = None,
+    ):
+        self._table, self.hasher, self._kind, self._settings = table, hasher, kind, settings
+        self._snapshot = table.snapshot() if snapshot is None else snapshot
         self.uri, self.root, self.codes = table.uri, table.metadata.root, self._snapshot.codes
         self.bits, self.side = hasher.encoder.bits, hasher.side
         self._index = Index.of(self.codes, kind, **settings) if len(self.codes) else None
@@ -101,6 +111,35 @@ class Collection:
 
     def __repr__(self) -> str:
         return f"Collection({len(self):,} photos of {self.root}, codes of {self.bits} bits)"
+
+    def filtered(self, *, folder: str = "", after: str = "", before: str = "") -> Self:
+        """Returns the collection of the photos in one folder and from one time.
+
+        Args:
+          folder: Folder, relative to the root or absolute, with its subfolders; "" for all.
+          after: Day from which on the files were last changed, in local time, as "2024-12-31", "2024-12" or "2024"; ""
+            for any.
+          before: Day before which they were last changed; "" for any.
+
+        Raises:
+          SearchError: A date is invalid, or there are no such photos.
+        """
+        if not (folder or after or before):
+            return self
+        paths, times = self._table.paths_and_times(self._snapshot)
+        kept = (times >= _nanoseconds("after", after)) & (times < _nanoseconds("before", before))
+        if folder:
+            prefix = os.path.join(os.path.normpath(os.path.join(self.root, os.path.expanduser(folder))), "")
+            inside = (os.path.normpath(os.path.join(self.root, path)).startswith(prefix) for path in paths)
+            kept &= np.fromiter(inside, bool, len(paths))
+        if not kept.any():
+            given = {"--folder": folder, "--after": after, "--before": before}
+            flags = [f"{flag}={value}" for flag, value in given.items() if value]
+            problem = f"{' '.join(flags)} must leave some of the {len(self):,} photos of {self.root}, got none"
+            raise errors.SearchError(f"{problem}; give another folder or date", field=flags[0].partition("=")[0])
+        return type(self)(
+            self._table, self.hasher, self._kind, self._settings, self._snapshot.take(np.flatnonzero(kept))
+        )
 
     def renewed(self) -> Self:
         """Returns the collection as it is now, with exact search; itself if nothing has changed.
@@ -199,6 +238,18 @@ class Collection:
         key = int.from_bytes(bytes.fromhex(id), "big", signed=True)
         place = int(np.searchsorted(self._snapshot.keys, key))
         return place if place < len(self) and self._snapshot.keys[place] == key else None
+
+
+def _nanoseconds(name: str, date: str) -> int:
+    """Returns the start of a day, month or year in local time, in nanoseconds since 1970; "" is the end of time."""
+    if not date:
+        return -(2**63) if name == "after" else 2**63 - 1
+    try:
+        day = datetime.datetime.strptime(date + "0000-01-01"[len(date) :], "%Y-%m-%d")
+        return int(day.timestamp()) * 1_000_000_000
+    except (ValueError, OverflowError, OSError):
+        problem = f"--{name} must be a day, a month or a year, got {date!r}; try 2024-12-31, 2024-12 or 2024"
+        raise errors.SearchError(problem, field=f"--{name}") from None
 
 
 def load_hasher(table: PhotoTable) -> Hasher:

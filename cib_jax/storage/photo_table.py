@@ -90,6 +90,10 @@ class Snapshot(NamedTuple):
     table: Any
     """LanceDB's table at that version."""
 
+    def take(self, numbers: Int64[np.ndarray, " taken"]) -> "Snapshot":
+        """Returns some of the photos, by increasing position."""
+        return self._replace(keys=self.keys[numbers], codes=self.codes[numbers], rows=self.rows[numbers])
+
 
 class PhotoTable:
     """An index on disk, in a bucket, or hosted. Any number of processes may read and write it at once.
@@ -253,6 +257,16 @@ class PhotoTable:
             codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
         order = np.argsort(keys)
         return Snapshot(keys[order], codes[order], rows[order], table)
+
+    def paths_and_times(self, snapshot: Snapshot) -> tuple[list[str], Int64[np.ndarray, " photos"]]:
+        """Returns the paths of all photos of a snapshot, in its order, and their times in nanoseconds since 1970."""
+        with lance_errors(self.uri, "read"):
+            query = snapshot.table.search().select(["key", "path", "raw_path", "modified"])
+            found = _fetch(query.where("code IS NOT NULL"))
+        found = found.take(np.argsort(_as_numpy(found["key"])))
+        found = found.filter(np.isin(_as_numpy(found["key"]), snapshot.keys))
+        rows = found.select(["path", "raw_path"]).to_pylist()
+        return [path_of(row) for row in rows], _as_numpy(found["modified"].cast("int64"))
 
     def read(self, snapshot: Snapshot, numbers: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
         """Returns columns of some photos, by their position in the snapshot; times in nanoseconds since 1970."""

@@ -80,6 +80,15 @@ def code_of(hasher, path):
     return hasher.encode(photos.decode(path, hasher.side)[None])[0].tobytes()
 
 
+def test_only_photos_of_one_folder_are_searched(place, known):
+    found, _ = ask(place, place / "queries" / "1.jpg", k=20, folder="1")
+    inside = [(path, code) for path, code in known if path.startswith("1/")]
+    assert pairs(found[0]) == plainly(inside, found[0].code)[:20]
+    with pytest.raises(SearchError) as error:
+        ask(place, place / "queries" / "1.jpg", before="1999")
+    assert error.value.field == "--before"
+
+
 @pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": 7}, {"k": 10_000}])
 def test_the_nearest_are_those_of_a_plain_loop(place, hasher, known, options):
     found, _ = ask(place, place / "queries", **options)
@@ -142,7 +151,7 @@ def test_lines_of_json_say_what_is_returned(place):
     lines = [json.loads(line) for line in told.splitlines()]
     assert lines[0] == {
         "query": str(place / "mixed" / "0.jpg"),
-        "error": "not a JPEG, PNG, WebP, GIF, BMP or TIFF image",
+        "error": "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image",
     }
     assert len(lines) == 5 and len(found) == 4
     for line, one in zip(lines[1:], found, strict=True):

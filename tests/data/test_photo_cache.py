@@ -60,7 +60,7 @@ def test_each_photo_has_the_pixels_of_decoding_it_alone(root):
     made = prepare(root)
     assert_right(made, root)
     assert [(bad.path, bad.reason) for bad in made.unreadable] == [
-        ("5.jpg", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
+        ("5.jpg", "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image")
     ]
 
 

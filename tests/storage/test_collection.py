@@ -1,6 +1,7 @@
 """Collections of photos against plain loops over their codes."""
 
 import dataclasses
+import datetime
 import shutil
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import cib_jax as cib
-from cib_jax.errors import IndexFolderError
+from cib_jax.errors import IndexFolderError, SearchError
 from cib_jax.storage import collection as collection_lib
 from cib_jax.storage.collection import Collection
 from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, Row, key_of
@@ -81,6 +82,51 @@ def test_photos_are_found_by_id_and_changes_by_renewing(tmp_path, hashers):
     table.record(images="/elsewhere", exclude=[])
     moved = renewed.renewed()
     assert moved.root == "/elsewhere" and len(moved) == COUNT - 1 and moved.renewed() is moved
+
+
+def day(*date):
+    return int(datetime.datetime(*date).timestamp()) * 10**9
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        ({"folder": "a"}, ["a/1.jpg", "a/b/2.jpg", "a/\udcff.jpg"]),
+        ({"folder": "/photos/a/b/"}, ["a/b/2.jpg"]),
+        ({"folder": "."}, ["a/1.jpg", "a/b/2.jpg", "a/\udcff.jpg", "ab/3.jpg"]),
+        ({"after": "2024"}, ["a/\udcff.jpg", "ab/3.jpg"]),
+        ({"after": "2023-12-31"}, ["a/b/2.jpg", "a/\udcff.jpg", "ab/3.jpg"]),
+        ({"before": "2024-01"}, ["a/1.jpg", "a/b/2.jpg"]),
+        ({"after": "2023-12-31", "before": "2024-07-01", "folder": "a"}, ["a/b/2.jpg", "a/\udcff.jpg"]),
+    ],
+)
+def test_a_collection_of_one_folder_and_time(tmp_path, hashers, chosen, left):
+    times = {"a/1.jpg": (2020, 5, 1), "a/b/2.jpg": (2023, 12, 31, 23, 59), "a/\udcff.jpg": (2024, 1, 1)}
+    times["ab/3.jpg"] = (2024, 7, 1)
+    rows = [Row(path, 9, day(*time), bytes([n])) for n, (path, time) in enumerate(times.items())]
+    make(tmp_path / "i", hashers[0], rows)
+    some = Collection.open(tmp_path / "i").filtered(**chosen)
+    assert sorted(photo.path for photo in some.photos(range(len(some)))) == sorted(left)
+    hits = some.nearest(np.array([[2]], np.uint8), 9)[0]
+    code = {row.path: row.code[0] for row in rows}
+    expected = sorted((int(code[path] ^ 2).bit_count(), path) for path in left)
+    assert sorted(paths(some, hits)) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "chosen"),
+    [
+        ("--folder", {"folder": "nowhere"}),
+        ("--after", {"after": "2999"}),
+        ("--after", {"after": "May"}),
+        ("--before", {"before": "2024-13-01"}),
+    ],
+)
+def test_a_folder_or_a_time_without_photos_is_refused(tmp_path, hashers, field, chosen):
+    make(tmp_path / "i", hashers[0])
+    with pytest.raises(SearchError) as error:
+        Collection.open(tmp_path / "i").filtered(**chosen)
+    assert error.value.field == field and next(iter(chosen.values())) in str(error.value)
 
 
 def test_temporary_files_that_cannot_be_written_are_one_sentence(tmp_path, hashers, monkeypatch):
