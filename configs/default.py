@@ -97,6 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.resident_mb = 2048  # training images up to this many MiB are kept on the device; more are streamed
     c.data.max_bad_fraction = 0.05  # a run does not start if a larger fraction of the photos is unreadable
     c.data.max_megapixels = 178  # larger photos count as unreadable
+    c.data.truncated = False  # decode JPEGs that lack their last bytes, with gray in their place, and list them
 
     c.train = ml_collections.ConfigDict()
     c.train.views = 0  # number of views per image with features computed once; 0 = fresh views at every step

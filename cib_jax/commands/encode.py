@@ -90,12 +90,16 @@ def encode(
     hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
     hasher = dataclasses.replace(hasher, batch_size=config.encode_batch)
     items = _find_items(images, parse_patterns(exclude or ()), folder, hasher, config)
+    if isinstance(items, inputs.Photos):
+        items = dataclasses.replace(items, truncated=[] if config.data.truncated else None)
     for note in items.notes:
         print_message(console, note)
     keep = isinstance(items, inputs.Photos)
     corpus = code_store.begin(folder, _identity(hasher, config), part, items.names, items.place, keep_list=keep)
     missing = [number for number in strided_share(corpus.parts, place) if not _is_intact(corpus, number, console)]
     made = _write_parts(corpus, missing, items, hasher, console) if missing else 0
+    if isinstance(items, inputs.Photos) and items.truncated:
+        print_message(console, photos.truncated_note(items.truncated))
     return _summarize(corpus, made, items.words, console)
 
 

@@ -26,6 +26,7 @@ from cib_jax.data import inputs
 from cib_jax.data.dataset import ImageSet
 from cib_jax.data.inputs import Photos, Read
 from cib_jax.data.photo_folder import parse_patterns
+from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError
 from cib_jax.files import map_in_order, modified_ns, printable, short_reason
@@ -44,7 +45,7 @@ BLOCK = 512  # files in a commit, about, and so the most that a killed process l
 TIDY_EVERY = 256  # commits after which small fragments are merged
 LISTED = 5  # unreadable files that are listed in the output
 GROWN = 4  # times as many photos as an encoder was trained on, from which a message proposes another
-CHANGEABLE = ("encode_batch", "data.max_megapixels", "devices", "backbone_weights")
+CHANGEABLE = ("encode_batch", "data.max_megapixels", "data.truncated", "devices", "backbone_weights")
 """Fields that may be set although the encoder is already trained."""
 
 
@@ -124,6 +125,7 @@ def index(
     limit = config.data.max_megapixels
     found = inputs.load_inputs(place, takes="images", size=1, max_megapixels=limit, exclude=exclude)
     assert isinstance(found, Photos)
+    found = dataclasses.replace(found, truncated=[] if config.data.truncated else None)
     for note in found.notes:
         print_message(console, note)
     own = f"the encoder of {uri}"
@@ -153,6 +155,8 @@ def index(
         hasher = dataclasses.replace(hasher, batch_size=config.encode_batch, devices=config.devices)
         _encode_files(table, files, pending, hasher, console)
         table.compact()
+    if found.truncated:
+        print_message(console, truncated_note(found.truncated))
     return _summarize(table, str(index), files, changes, console)
 
 

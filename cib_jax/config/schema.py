@@ -188,6 +188,7 @@ ADDED: dict[str, Any] = {
     "weight_decay": 0.0,
     "clip_norm": 0.0,
     "partial_batch": False,
+    "data.truncated": False,
     **{f"teacher.{name}": value for name, value in dataclasses.asdict(Teacher()).items()},
     **{f"fine_tune.{name}": value for name, value in dataclasses.asdict(FineTune()).items()},
 }

@@ -101,6 +101,7 @@ class DataConfig:
       labeled: Whether the labels of a folder, a list or features are used.
       stored_size: Side in pixels to which the photos of a folder or a list are resized.
       max_megapixels: Limit above which an image is left out.
+      truncated: Whether JPEGs that lack their last bytes are decoded as far as they go; of a folder or a list.
       raw_directory: Folder of the published files, for a TFDS data set with files that TFDS cannot download.
       image_feature, label_feature: TFDS features, with slashes into nested ones; "" selects the only one.
       database_split: TFDS split to train on and search, such as "train[:1000]"; "" is "train".
@@ -112,6 +113,7 @@ class DataConfig:
     labeled: bool = True
     stored_size: int = 0
     max_megapixels: int = MAX_MEGAPIXELS
+    truncated: bool = False
     raw_directory: str = ""
     image_feature: str = ""
     label_feature: str = ""

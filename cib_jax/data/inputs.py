@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -23,6 +23,9 @@ LISTS = (".csv", ".parquet")
 # Errors of the system rather than of a file: skipping the file would drop a good photo from the codes for good.
 _SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
 _SYSTEM_ERRORS |= {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH}
+
+# Reasons that settings or installed packages decide.
+_TRANSIENT = (photo_formats.TooLargeError, photo_formats.TruncatedPhotoError, photo_formats.MissingReaderError)
 
 _error = functools.partial(data_error, "--images")
 
@@ -48,7 +51,8 @@ class Photos:
 
     `place` is the folder or list that the user named, and `root` the folder of the relative paths in `names`. The
     folders `closed` under it cannot be read; photos inside them may exist nevertheless. Photos that are `known`,
-    by name, were read before, and are read again only if their files have changed.
+    by name, were read before, and are read again only if their files have changed. With a list `truncated`, JPEGs that
+    lack their last bytes are decoded as far as they go, and their names are appended to it, perhaps twice.
     """
 
     place: str
@@ -60,6 +64,7 @@ class Photos:
     closed: Sequence[str] = ()
     thumbnails: bool = False
     known: Mapping[str, Read] = dataclasses.field(default_factory=dict)
+    truncated: list[str] | None = None
     words = "photos"
 
     def read(self, ranges: Iterable[Iterable[int]]) -> Iterator[tuple[int, Read]]:
@@ -75,9 +80,12 @@ class Photos:
             known = self.known.get(self.names[number])
             if known is not None and (known.size, known.modified_ns) == (size, modified):
                 return known
+            options: dict[str, Any] = {"max_megapixels": self.max_megapixels}
+            if self.truncated is not None:
+                options["on_truncated"] = functools.partial(self.truncated.append, self.names[number])
             if not self.thumbnails:
-                return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
-            decoded = photos.decode_with_thumbnail(path, self.size, max_megapixels=self.max_megapixels)
+                return Read(photos.decode(path, self.size, **options), "", size, modified)
+            decoded = photos.decode_with_thumbnail(path, self.size, **options)
             return Read(decoded.square, "", size, modified, decoded)
         except OSError as error:
             self._raise_system_error(error, path)
@@ -86,8 +94,7 @@ class Photos:
             cause = error.__cause__
             self._raise_system_error(cause, path)
             # Errors that Pillow raises about the content of a file have no number.
-            transient = isinstance(error, photo_formats.TooLargeError | photo_formats.MissingReaderError)
-            transient = transient or (isinstance(cause, OSError) and bool(cause.errno))
+            transient = isinstance(error, _TRANSIENT) or (isinstance(cause, OSError) and bool(cause.errno))
             return Read(None, printable(str(error)), size, modified, transient=transient)
 
     def _raise_system_error(self, error: BaseException | None, path: str) -> None:

@@ -41,8 +41,15 @@ class _FileStamp(NamedTuple):
     mtime_ns: int
 
 
+class _Decoded(NamedTuple):
+    """Pixels of a photo, or the reason why it has none; "truncated" if it has not all."""
+
+    pixels: UInt8[np.ndarray, "size size 3"] | None
+    reason: str
+
+
 class _Location(NamedTuple):
-    """Location of a photo's pixels, or the reason why it has none."""
+    """Location of a photo's pixels, or −1 and the reason why it has none; "truncated" if it has not all."""
 
     shard: int
     row: int
@@ -58,6 +65,8 @@ class PhotoCache:
     size: int
     max_megapixels: int = photo_formats.MAX_MEGAPIXELS
     bar: Bar = no_bar
+    truncated: bool = False
+    """Whether truncated JPEGs are decoded as far as they go."""
 
     def prepare(self, paths: Sequence[str], *, root: str, owner: str) -> "PreparedPhotos":
         """Decodes and resizes the photos that were not prepared before, and returns all readable ones.
@@ -68,7 +77,7 @@ class PhotoCache:
         or list that the files belong to; each owner has a cache folder of its own.
         """
         key = {"owner": os.path.abspath(owner), "size": self.size, "max_megapixels": self.max_megapixels}
-        key |= {"decoder": photos.VERSION, "format": _FORMAT}
+        key |= {"decoder": photos.VERSION, "format": _FORMAT} | ({"truncated": True} if self.truncated else {})
         folder = cache.key_folder(self.root, key)
         with cache.write_errors(folder, "prepared photos"):
             cache.create_folder(self.root, key)
@@ -91,25 +100,31 @@ class PhotoCache:
         used = {file: known[file] for file in files if isinstance(file, _FileStamp)}
         if not cache.in_use(folder):
             used = _compact(folder, self.size, known, used)
-        kept, unreadable, locations = [], [], []
+        kept, unreadable, locations, truncated = [], [], [], []
         digest = hashlib.blake2b(f"{self.size} {photos.VERSION}".encode(), digest_size=16)
         for index, file in enumerate(files):
             if isinstance(file, Unreadable):
                 unreadable.append(file)
-            elif (location := used[file]).reason:
+            elif (location := used[file]).row < 0:
                 unreadable.append(Unreadable(file.path, location.reason))
             else:
+                truncated += [file.path] if location.reason else []
                 kept.append(index)
                 locations.append(location)
                 digest.update(json.dumps(file).encode())
+        if truncated:
+            notes.append(photos.truncated_note(truncated))
         images = CachedImages(folder, self.size, locations, f"photos-{digest.hexdigest()}")
         return PreparedPhotos(images, np.array(kept, np.int64), unreadable, notes)
 
-    def _decode(self, root: str, file: _FileStamp) -> UInt8[np.ndarray, "size size 3"] | str:
+    def _decode(self, root: str, file: _FileStamp) -> "_Decoded":
+        path, reasons = os.path.join(root, file.path), set[str]()
+        on_truncated = functools.partial(reasons.add, "truncated") if self.truncated else None
         try:
-            return photos.decode(os.path.join(root, file.path), self.size, max_megapixels=self.max_megapixels)
+            pixels = photos.decode(path, self.size, max_megapixels=self.max_megapixels, on_truncated=on_truncated)
+            return _Decoded(pixels, "".join(reasons))
         except photo_formats.BadPhotoError as error:
-            return str(error)
+            return _Decoded(None, str(error))
 
 
 class PreparedPhotos(NamedTuple):
@@ -165,7 +180,7 @@ def _open_shard(folder: pathlib.Path, number: int) -> tuple[IO[bytes], int]:
     return path.open("rb"), np.load(path, mmap_mode="r").offset
 
 
-def _batched(results: Iterable[tuple[_FileStamp, Any]]) -> Iterator[list[tuple[_FileStamp, Any]]]:
+def _batched(results: Iterable[tuple[_FileStamp, _Decoded]]) -> Iterator[list[tuple[_FileStamp, _Decoded]]]:
     results = iter(results)
     while shard := list(itertools.islice(results, SHARD)):
         yield shard
@@ -187,16 +202,16 @@ def _shard_numbers(folder: pathlib.Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
 
 
-def _append_shard(folder: pathlib.Path, shard: list[tuple[_FileStamp, Any]]) -> dict[_FileStamp, _Location]:
+def _append_shard(folder: pathlib.Path, shard: list[tuple[_FileStamp, _Decoded]]) -> dict[_FileStamp, _Location]:
     """Writes a shard: first the pixels, which are valid only once their entries exist."""
     number = 1 + max(_shard_numbers(folder), default=-1)
     path = _pixels_path(folder, number)
-    good = [pixels for _, pixels in shard if not isinstance(pixels, str)]
-    locations, row = {}, 0
-    for stamp, pixels in shard:
-        bad = isinstance(pixels, str)
-        locations[stamp] = _Location(number, -1, pixels, 0) if bad else _Location(number, row, "", zlib.crc32(pixels))
-        row += not bad
+    good: list[np.ndarray] = []
+    locations = {}
+    for stamp, (pixels, reason) in shard:
+        row, checksum = (-1, 0) if pixels is None else (len(good), zlib.crc32(pixels.data))
+        locations[stamp] = _Location(number, row, reason, checksum)
+        good += [] if pixels is None else [pixels]
     with replacing(path) as part, part.open("wb") as file:
         np.save(file, np.stack(good) if good else np.zeros((0, 1, 1, 3), np.uint8))
     entries = [[*stamp, *location[1:]] for stamp, location in locations.items()]
@@ -219,7 +234,7 @@ def _read_shards(folder: pathlib.Path, size: int) -> tuple[dict[_FileStamp, _Loc
             if digest != _digest(entries):
                 raise ValueError("its entries have no checksum, or a wrong one")
             locations = {_FileStamp(*entry[:3]): _Location(number, *entry[3:]) for entry in entries}
-            rows = sum(not location.reason for location in locations.values())
+            rows = sum(location.row >= 0 for location in locations.values())
             pixels = np.load(path, mmap_mode="r")  # checks the length of the file
             if pixels.dtype != np.uint8 or len(pixels) != rows or (rows and pixels.shape[1:] != (size, size, 3)):
                 raise ValueError(f"its shape is {pixels.shape}, not that of {rows} photos of {size} pixels")
@@ -249,12 +264,12 @@ def _compact(
         return used
     load = functools.lru_cache(4)(lambda number: np.load(_pixels_path(folder, number), mmap_mode="r"))
 
-    def read(place: _Location) -> np.ndarray | str:
-        if place.reason:
-            return place.reason
+    def read(place: _Location) -> _Decoded:
+        if place.row < 0:
+            return _Decoded(None, place.reason)
         pixels = np.array(load(place.shard)[place.row])
         _validate(pixels, place.checksum, folder, place.shard)
-        return pixels
+        return _Decoded(pixels, place.reason)
 
     moved: dict[_FileStamp, _Location] = {}
     for shard in _batched((stamp, read(place)) for stamp, place in used.items()):

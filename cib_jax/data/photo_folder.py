@@ -161,7 +161,7 @@ def _without_links(directory: str, files: list[tuple[str, int]], links: list[str
     """Returns the sorted paths of files and of symbolic links to files, each file under its first path."""
     numbers = collections.Counter(inode for _, inode in files)
     kept, seen = [], set()
-    for path, inode in [*files, *((link, None) for link in links)]:
+    for path, inode in [*files, *((link, -1) for link in links)]:
         # Without links, the numbers that come with the names tell files apart, and none has to be looked up.
         if links or numbers[inode] > 1:
             try:
@@ -170,7 +170,7 @@ def _without_links(directory: str, files: list[tuple[str, int]], links: list[str
                 kept.append(path)  # listed with this reason when it is decoded
                 continue
             # Some network file systems give the same number to different files.
-            if (status.st_dev, status.st_ino) in seen and (inode is None or status.st_nlink > 1):
+            if (status.st_dev, status.st_ino) in seen and (inode < 0 or status.st_nlink > 1):
                 continue
             seen.add((status.st_dev, status.st_ino))
         kept.append(path)

@@ -45,6 +45,10 @@ class TooLargeError(BadPhotoError):
     """A photo has more pixels than are allowed."""
 
 
+class TruncatedPhotoError(BadPhotoError):
+    """A JPEG lacks its last bytes; what there is could be decoded."""
+
+
 class MissingReaderError(BadPhotoError):
     """A photo is in a format for which an extra is not installed; the message has the command that installs it."""
 

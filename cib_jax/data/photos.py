@@ -5,17 +5,19 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.JpegImagePlugin
 from jaxtyping import UInt8
 from PIL.Image import Transpose
 
 from cib_jax.data import photo_colors, photo_formats
-from cib_jax.data.photo_formats import MAX_MEGAPIXELS, BadPhotoError, TooLargeError, heif_version
+from cib_jax.data.photo_formats import MAX_MEGAPIXELS, BadPhotoError, TooLargeError, TruncatedPhotoError, heif_version
+from cib_jax.files import printable
 
 VERSION = f"2-pillow-{PIL.__version__}" + (f"-heif-{heif_version()}" if heif_version() else "")
 """Version of the decoder: changes whenever the same file may be decoded to other pixels."""
@@ -53,20 +55,29 @@ class DecodedPhoto(NamedTuple):
     height: int
 
 
-def decode(content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> UInt8[np.ndarray, "size size 3"]:
+OnTruncated = Callable[[], object]
+"""Function that is called, perhaps twice, if a JPEG lacks its last bytes: its missing part becomes gray."""
+
+
+def decode(
+    content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS, on_truncated: OnTruncated | None = None
+) -> UInt8[np.ndarray, "size size 3"]:
     """Returns a photo in RGB, upright, resized to a square bilinearly with antialiasing, or raises a BadPhotoError.
 
     Colors are converted to sRGB by the file's profile. Of an animation, the first frame is decoded. Transparent parts
     become white, or dark gray if what is drawn could hardly be seen on white. Gray of 12 or 16 bits is scaled to
     8 bits, floating-point gray by its own range unless that is within [0, 1]. Size 0 keeps the size of the photo.
+    Truncated files are refused; truncated JPEGs are decoded as far as they go if there is a function `on_truncated`.
     """
-    with _image(content, max_megapixels) as image:
+    with _image(content, max_megapixels, on_truncated) as image:
         return np.asarray(_square(image, size))
 
 
-def decode_with_thumbnail(content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS) -> DecodedPhoto:
+def decode_with_thumbnail(
+    content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS, on_truncated: OnTruncated | None = None
+) -> DecodedPhoto:
     """Returns the square that `decode` returns, a thumbnail and the photo's size, mostly from one decoding."""
-    with _image(content, max_megapixels) as image:
+    with _image(content, max_megapixels, on_truncated) as image:
         width, height = image.size
         square = _square(image, size)
         orientation = _orientation(image)
@@ -74,7 +85,8 @@ def decode_with_thumbnail(content: Content, size: int, *, max_megapixels: int = 
         again = max(image.size) < min(THUMBNAIL, max(width, height))
         thumbnail = b"" if again else _jpeg(image, THUMBNAIL, orientation, _THUMBNAIL_QUALITY)
     if again:
-        thumbnail = reduced(content, THUMBNAIL, max_megapixels=max_megapixels, quality=_THUMBNAIL_QUALITY)
+        with _image(content, max_megapixels, on_truncated) as image:
+            thumbnail = _reduced(image, THUMBNAIL, _THUMBNAIL_QUALITY)
     if orientation in _SWAPPED:
         width, height = height, width
     return DecodedPhoto(np.asarray(square), thumbnail, width, height)
@@ -83,8 +95,13 @@ def decode_with_thumbnail(content: Content, size: int, *, max_megapixels: int = 
 def reduced(content: Content, longest: int, *, max_megapixels: int = MAX_MEGAPIXELS, quality: int = 88) -> bytes:
     """Returns a photo as an upright JPEG without metadata, the longer side of which is at most `longest` pixels."""
     with _image(content, max_megapixels) as image:
-        _load(image, longest)
-        return _jpeg(image, longest, _orientation(image), quality)
+        return _reduced(image, longest, quality)
+
+
+def truncated_note(paths: Sequence[str]) -> str:
+    """Returns a sentence for the user about truncated photos that were decoded."""
+    names = sorted(set(paths))
+    return f"Truncated photos, gray where bytes are missing: {len(names):,}, the first: {printable(names[0])}"
 
 
 def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "8"]:
@@ -102,11 +119,13 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 
 
 @contextlib.contextmanager
-def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
+def _image(content: Content, max_megapixels: int, on_truncated: OnTruncated | None = None) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
     try:
         with _opened(content) as file, photo_formats.open_image(file) as image:
             photo_colors.correct_transparency(image)
+            if isinstance(image, PIL.JpegImagePlugin.JpegImageFile):
+                _watch_end(image, on_truncated)
             pixels = image.width * image.height
             if pixels > max_megapixels * 1_000_000:
                 size = f"{image.width} × {image.height} pixels"
@@ -118,6 +137,22 @@ def _image(content: Content, max_megapixels: int) -> Iterator[Any]:
         raise
     except Exception as error:  # a crafted or damaged file can make Pillow raise anything
         raise BadPhotoError(photo_formats.reason(error)) from error
+
+
+def _watch_end(image: Any, on_truncated: OnTruncated | None) -> None:
+    """Lets a JPEG end where its file does, or refuses it if it ends too early."""
+    # Not the image's own method: the image would refer to itself, and stay in memory.
+    read, ends = image.fp.read, iter([b"\xff\xd9"])  # the marker after which libjpeg decodes what it has
+
+    def load_read(count: int) -> bytes:
+        content = read(count)
+        if not content and on_truncated is None:
+            raise TruncatedPhotoError("truncated; with config.data.truncated=True, what there is of it is decoded")
+        if not content and on_truncated:
+            on_truncated()
+        return content or next(ends, b"")
+
+    image.load_read = load_read
 
 
 def _opened(content: Content) -> IO[bytes]:
@@ -147,6 +182,11 @@ def _square(image: Any, size: int) -> PIL.Image.Image:
         image = image.resize((size, size), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0)
     # After resizing: converting colors takes longer than that.
     return _upright(photo_colors.to_srgb(image, profile).convert("RGB"), orientation)
+
+
+def _reduced(image: Any, longest: int, quality: int) -> bytes:
+    _load(image, longest)
+    return _jpeg(image, longest, _orientation(image), quality)
 
 
 def _jpeg(image: Any, longest: int, orientation: int, quality: int) -> bytes:

@@ -21,7 +21,7 @@ def load(data: DataConfig, cache_root: pathlib.Path | None = None, bar: Bar = no
             problem = f"it must be positive for a folder or a list of photos, got {data.stored_size}"
             remedy = "set it to the side in pixels to which all are resized, such as 160"
             raise config_error("stored_size", f"{problem}; {remedy}")
-        cache = PhotoCache(cache_root, data.stored_size, data.max_megapixels, bar)
+        cache = PhotoCache(cache_root, data.stored_size, data.max_megapixels, bar, data.truncated)
         load_photos = photo_folder.load_folder if data.name == "folder" else photo_folder.load_list
         return load_photos(data.directory, cache, labeled=data.labeled)
     from cib_jax.data import tfds  # imports tensorflow-datasets, which the other data sets do not need

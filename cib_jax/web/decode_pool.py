@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cib_jax.data.photo_formats import BadPhotoError
+from cib_jax.data.photo_formats import BadPhotoError, MissingReaderError, TooLargeError, TruncatedPhotoError
 from cib_jax.data.photos import DecodedPhoto
 from cib_jax.web.settings import Settings
 
@@ -103,11 +103,14 @@ class DecodePool:
         finally:
             self._idle.put(process)
         if reason := str(head.get("reason") or "")[:300]:
-            if head.get("too_large"):  # the reason names a field of the configuration, which the client does not know
+            # The reasons of these three name fields and commands for whoever runs the server.
+            if head.get("error") == TooLargeError.__name__:
                 found = re.search(r"\d+ × \d+", reason)
                 pixels = f"{found[0]} pixels, " if found else ""
                 raise BadPhotoError(f"The photo has {pixels}more than {megapixels} megapixels; make it smaller.")
-            if head.get("no_reader"):  # the reason is a command for this machine
+            if head.get("error") == TruncatedPhotoError.__name__:
+                raise BadPhotoError("The photo is truncated; send it whole.")
+            if head.get("error") == MissingReaderError.__name__:
                 raise BadPhotoError("The photo is in a format that this server does not read; save it as JPEG or PNG.")
             raise BadPhotoError(f"The photo cannot be used: {reason.rstrip('.')}.")
         return head, result

@@ -51,9 +51,7 @@ def main(
                 if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
                     send_message(connection, {"out_of_memory": True}, b"")
                     return
-                too_large = isinstance(error, photo_formats.TooLargeError)
-                head, result = {"reason": str(error)[:1000], "too_large": too_large}, b""
-                head["no_reader"] = isinstance(error, photo_formats.MissingReaderError)
+                head, result = {"reason": str(error)[:1000], "error": type(error).__name__}, b""
             send_message(connection, head, result)
 
 

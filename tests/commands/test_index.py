@@ -520,3 +520,11 @@ def test_a_photo_without_its_reader_is_read_once_that_is_installed(tmp_path, roo
     monkeypatch.undo()
     assert run(tmp_path / "i")[0].unreadable == 0
     assert held(tmp_path / "i") == expected(root, hasher)
+
+
+def test_truncated_photos_are_indexed_if_that_is_asked_for_and_told(tmp_path, root, encoder):
+    whole = pictures.content(pictures.smooth(300, 200), "JPEG")
+    (root / "a" / "cut.jpg").write_bytes(whole[:-500])
+    assert run(tmp_path / "i", root, workdir=encoder)[0].unreadable == 1
+    done, told = run(tmp_path / "i", settings=indexing.config(data__truncated=True))
+    assert done.unreadable == 0 and "missing: 1, the first: a/cut.jpg" in told

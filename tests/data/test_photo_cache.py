@@ -290,3 +290,16 @@ def test_two_at_once_do_not_harm_each_other(root):
     entries = [entry for path in sorted(cache.glob("0*.json")) for entry in json.loads(path.read_text())[1]]
     assert [entry[0] for entry in entries] == NAMES
     assert_right(prepare(root), root)
+
+
+def test_truncated_photos_are_prepared_if_that_is_asked_for_and_told_at_each_start(root, opened):
+    whole = pictures.content(pictures.smooth(200, 150), "JPEG")
+    (root / "7.jpg").write_bytes(whole[:-300])
+    assert [bad.path for bad in prepare(root).unreadable] == ["5.jpg", "7.jpg"]
+    for starts in range(2):
+        made = prepare(root, truncated=True)
+        assert [bad.path for bad in made.unreadable] == ["5.jpg"]
+        assert len(made.notes) == 1 and "1, the first: 7.jpg" in made.notes[0], starts
+        expected = photos.decode(root / "7.jpg", SIZE, on_truncated=list)
+        assert np.array_equal(made.images[made.kept.tolist().index(7)], expected)
+    assert opened.count("5.jpg") == 2

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from cib_jax.data import photos
-from cib_jax.data.photo_formats import BadPhotoError
+from cib_jax.data.photo_formats import BadPhotoError, TruncatedPhotoError
 from cib_jax.data.photos import HASH_BITS, decode, decode_with_thumbnail, difference_hash
 from tests.data import pictures
 
@@ -147,6 +147,28 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(form):
             decode(file[:length], 16)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("missing", [1, 8, 2000])
+def test_a_truncated_jpeg_is_decoded_if_that_is_asked_for(progressive, missing):
+    image = pictures.smooth(640, 480, seed=1)
+    file = pictures.content(image, "JPEG", quality=95, progressive=progressive)[:-missing]
+    told = []
+    for pixels in (
+        decode(file, 0, on_truncated=lambda: told.append(1)),
+        decode_with_thumbnail(file, 0, on_truncated=lambda: told.append(2)).square,
+    ):
+        assert differ(pixels[:300], np.asarray(image)[:300]).mean() < 6
+    assert missing < 8 or ({*told} == {1, 2} and refused(file))
+
+
+def refused(file):
+    with pytest.raises(TruncatedPhotoError):
+        decode(file, 0)
+    with pytest.raises(TruncatedPhotoError):
+        decode_with_thumbnail(file, 0)
+    return True
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
 def test_a_damaged_file_never_raises_anything_else(form):
@@ -157,7 +179,7 @@ def test_a_damaged_file_never_raises_anything_else(form):
         for place in generator.integers(0, len(file), 4):
             damaged[place] = generator.integers(0, 256)
         try:
-            assert decode(bytes(damaged), 16).shape == (16, 16, 3)
+            assert decode(bytes(damaged), 16, on_truncated=list).shape == (16, 16, 3)
         except BadPhotoError as error:
             assert str(error) and "\n" not in str(error)
 
