@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from typing import IO, Any
 
 import PIL.AvifImagePlugin
@@ -120,11 +121,11 @@ def _describe(head: bytes, brands: set[bytes]) -> str:
 
 
 def _unreadable(name: str) -> str:
-    return f"a {name} image that is damaged or of a kind that is not read; {_REMEDY}"
+    return f"{'an' if name == 'AVIF' else 'a'} {name} image that is damaged or of a kind that is not read; {_REMEDY}"
 
 
-def reason(error: Exception) -> str:
-    """Returns in a few words why an image could not be read, given what a reader raised."""
+def reason(error: Exception, messages: Sequence[str] = ()) -> str:
+    """Returns in a few words why an image could not be read, given what a reader raised and what libtiff said."""
     if isinstance(error, PIL.Image.DecompressionBombError):
         return f"more than {MAX_MEGAPIXELS} million pixels, a decompression bomb"
     if isinstance(error, OSError) and error.strerror:
@@ -134,4 +135,4 @@ def reason(error: Exception) -> str:
         return f"truncated ({message})"
     if _UNSUPPORTED.search(message):
         return f"of a kind that is not read ({message}); {_REMEDY}"
-    return f"damaged ({type(error).__name__}: {message})"
+    return f"damaged ({messages[0] if messages else f'{type(error).__name__}: {message}'})"

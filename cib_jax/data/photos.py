@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
@@ -15,7 +16,7 @@ import PIL.JpegImagePlugin
 from jaxtyping import UInt8
 from PIL.Image import Transpose
 
-from cib_jax.data import photo_colors, photo_formats
+from cib_jax.data import libtiff_messages, photo_colors, photo_formats
 from cib_jax.data.photo_formats import MAX_MEGAPIXELS, BadPhotoError, TooLargeError, TruncatedPhotoError, heif_version
 from cib_jax.files import printable
 
@@ -121,8 +122,13 @@ def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndar
 @contextlib.contextmanager
 def _image(content: Content, max_megapixels: int, on_truncated: OnTruncated | None = None) -> Iterator[Any]:
     """Yields an image, the pixels of which are not read yet; turns any error in the block into a BadPhotoError."""
+    messages: list[str] = []
     try:
-        with _opened(content) as file, photo_formats.open_image(file) as image:
+        with (
+            libtiff_messages.collected() as messages,
+            _opened(content) as file,
+            photo_formats.open_image(file) as image,
+        ):
             photo_colors.correct_transparency(image)
             if isinstance(image, PIL.JpegImagePlugin.JpegImageFile):
                 _watch_end(image, on_truncated)
@@ -136,7 +142,10 @@ def _image(content: Content, max_megapixels: int, on_truncated: OnTruncated | No
     except BadPhotoError:
         raise
     except Exception as error:  # a crafted or damaged file can make Pillow raise anything
-        raise BadPhotoError(photo_formats.reason(error)) from error
+        raise BadPhotoError(photo_formats.reason(error, messages)) from error
+    if messages:
+        name = "an image" if isinstance(content, bytes) else printable(os.fsdecode(content))
+        print(f"{name}: {messages[0]}", file=sys.stderr)
 
 
 def _watch_end(image: Any, on_truncated: OnTruncated | None) -> None:
