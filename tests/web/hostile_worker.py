@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from cib_jax.data.photo_formats import MissingReaderError
 from cib_jax.web import decode_worker
 
 
@@ -43,6 +44,8 @@ def by_content(request: dict, content: bytes) -> tuple[dict, bytes]:
     if word == b"nested":  # deeper than Python's JSON parser can read
         os.write(int(sys.argv[-2]), b"\0\0\xff\xf0\0\0\0\0" + b"[" * 0xFFF0)
         time.sleep(60)
+    if word == b"reader":
+        raise MissingReaderError("a HEIC photo; pip install -e '/srv/app[heic]'")
     if word == b"environment":
         return {"reason": " ".join(sorted(os.environ))}, b""
     return decode_worker.decode(request, content)

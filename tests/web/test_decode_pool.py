@@ -1,5 +1,6 @@
 """The pool of decode processes: what it returns, and what a crafted photo can do."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -15,16 +16,18 @@ from cib_jax.data import photos
 from cib_jax.data.photos import BadPhotoError
 from cib_jax.web.decode_pool import DecodePool, DecoderError, receive_message, send_message
 from cib_jax.web.settings import Settings
+from tests.data import pictures
 from tests.web import hostile
 from tests.web.conftest import HOSTILE, until
 from tests.web.fake import encoded, picture
 
 PHOTO = encoded(picture(1))
+PHOTO_JPEG = encoded(picture(1), "JPEG")
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
 def test_a_photo_is_decoded_as_in_this_process(decoders, form):
-    content = encoded(picture(3, 500, 300), form)
+    content = pictures.content(PIL.Image.fromarray(picture(3, 500, 300)), form)
     seen, expected = decoders.decode(content, 24), photos.decode_with_thumbnail(content, 24)
     assert np.array_equal(seen.square, expected.square)
     assert seen[1:] == expected[1:]
@@ -36,6 +39,14 @@ def test_a_file_that_is_not_a_photo_or_is_a_bomb_is_refused_in_a_sentence(decode
         decoders.decode(hostile.REFUSED[name], 24)
     assert "data." not in str(error.value)  # a client does not know the configuration
     assert decoders.decode(PHOTO, 24).square.shape == (24, 24, 3)
+
+
+def test_reasons_that_are_for_the_host_are_not_for_clients(decoders, hostile_decoders):
+    with pytest.raises(BadPhotoError, match=r"^The photo is truncated; send it whole\.$"):
+        decoders.decode(PHOTO_JPEG[:-100], 24)
+    with pytest.raises(BadPhotoError, match="format that this server does not read") as error:
+        hostile_decoders.decode(b"reader ", 24)
+    assert "/srv" not in str(error.value)
 
 
 def test_of_a_file_with_two_meanings_only_the_picture_is_used(decoders):
@@ -95,8 +106,11 @@ def test_threads_share_the_processes(decoders):
 
 def children() -> set[int]:
     """Returns the processes that this one has started and that still run."""
-    tasks = pathlib.Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    found = set()
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
 
 
 def test_closing_ends_processes_also_those_at_work(tmp_path):
