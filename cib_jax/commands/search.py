@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
+from cib_jax.console import HINT, format_text, print_error, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
 from cib_jax.data.photos import DecodedPhoto, decode, difference_hash
@@ -263,8 +263,14 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
             assert isinstance(found, Photos)
         else:
             found = Photos(str(path), [path.name], str(path.parent), collection.side)
-        for number, read in dataclasses.replace(found, thumbnails=True).read([range(len(found.names))]):
+        truncated: list[str] = []
+        found = dataclasses.replace(found, thumbnails=True, truncated=truncated)
+        for number, read in found.read([range(len(found.names))]):
             name = str(pathlib.Path(query) / found.names[number]) if path.is_dir() else query
+            if found.names[number] in truncated:
+                print_error(
+                    f"{printable(name)} is truncated: it is searched as far as it goes, gray where bytes are missing"
+                )
             if read.decoded is not None:
                 readable += 1
                 yield name, read.decoded

@@ -163,7 +163,14 @@ WHERE = frozenset({"data.dir", "data.raw_dir", "backbone_weights", "cache.dir", 
 
 MAY_CHANGE = AROUND.union(
     WHERE,
-    ("data.resident_mb", "data.max_bad_fraction", "train.bank_mb", "train.checkpoint_dir", "fine_tune.checkpointing"),
+    (
+        "data.resident_mb",
+        "data.max_bad_fraction",
+        "data.truncated",
+        "train.bank_mb",
+        "train.checkpoint_dir",
+        "fine_tune.checkpointing",
+    ),
     ("micro_batch", "devices", "log.writers", "report.write", "report.embedded", "cache.mb"),
 )
 """Fields that do not affect what is learned, so that they may differ when a run is resumed.

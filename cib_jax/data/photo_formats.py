@@ -1,6 +1,7 @@
 """Formats of image files: which are read, by extension and by content, and the reasons why a file is not read."""
 
 import importlib.metadata
+import os
 import re
 from collections.abc import Sequence
 from typing import IO, Any
@@ -13,6 +14,9 @@ from cib_jax.files import first_line, import_optional, install_command, short_re
 
 MAX_MEGAPIXELS = 178
 """Limit above which Pillow rejects images as decompression bombs."""
+
+MAX_MB = 500
+"""Largest WebP, AVIF or HEIC file, in millions of bytes."""
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"})
 EXTENSIONS |= {".avif", ".heic", ".heif", ".hif"}
@@ -57,8 +61,11 @@ class MissingReaderError(BadPhotoError):
 def open_image(file: IO[bytes]) -> Any:
     """Returns a Pillow image, the pixels of which are not read yet; raises a BadPhotoError for other formats."""
     head = file.read(64)
-    file.seek(0)
     brands = _brands(head)
+    # The readers of these formats read the whole file before they know its size in pixels.
+    if (brands or head.startswith(b"RIFF")) and file.seek(0, os.SEEK_END) > MAX_MB * 1_000_000:
+        raise BadPhotoError(f"larger than {MAX_MB} MB, too much for its format")
+    file.seek(0)
     if brands & _HEIC_BRANDS or (b"mif1" in brands and not brands & _AVIF_BRANDS):
         # Without registering it: Pillow is not changed for the rest of the program.
         reader = _heif()

@@ -121,6 +121,19 @@ def test_however_the_work_is_cut_and_shared_the_codes_are_the_same(run, root, wa
     check(tmp_path, wanted)
 
 
+def test_photos_are_left_out_by_patterns_and_truncated_ones_are_encoded_on_request(
+    run, root, wanted, tmp_path, console
+):
+    done = encode(run, root, tmp_path / "a", exclude=["*.jpg", "b"], console=console)
+    paths, _ = read_corpus(tmp_path / "a")
+    assert paths == [name for name in wanted[0] if not name.endswith(".jpg") and not name.startswith("b/")]
+    assert done.unreadable == 1  # a/text.png
+    overrides = {"data.truncated": True}
+    assert encode(run, root, tmp_path / "b", overrides=overrides, console=console).unreadable == 2
+    paths, _ = read_corpus(tmp_path / "b")
+    assert set(paths) - set(wanted[0]) == {"z/cut.jpg"} and "the first: z/cut.jpg" in console.file.getvalue()
+
+
 def test_parts_that_are_there_are_not_made_again_and_damaged_ones_are(run, root, wanted, tmp_path, console):
     encode(run, root, tmp_path, part=10, console=console)
     before = stamps(tmp_path)

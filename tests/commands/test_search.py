@@ -80,6 +80,15 @@ def code_of(hasher, path):
     return hasher.encode(photos.decode(path, hasher.side)[None])[0].tobytes()
 
 
+def test_a_truncated_query_is_searched_and_told(place, tmp_path, capsys):
+    (tmp_path / "cut.jpg").write_bytes((place / "queries" / "1.jpg").read_bytes()[:-20])
+    found, _ = ask(place, tmp_path / "cut.jpg", k=3)
+    whole, _ = ask(place, place / "queries" / "1.jpg", k=3)
+    assert len(found[0].hits) == 3 and apart(found[0].code.tobytes(), whole[0].code.tobytes()) <= 4
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and str(tmp_path / "cut.jpg") in printed[0]
+
+
 def test_only_photos_of_one_folder_are_searched(place, known):
     found, _ = ask(place, place / "queries" / "1.jpg", k=20, folder="1")
     inside = [(path, code) for path, code in known if path.startswith("1/")]

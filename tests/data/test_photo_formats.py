@@ -39,6 +39,16 @@ def test_the_whole_heic_is_decoded_not_its_embedded_thumbnail():
     assert np.abs(decode(content, 16) - reduced).mean() < 2
 
 
+@pytest.mark.parametrize("form", ["WEBP", "AVIF", "HEIF"])
+def test_a_huge_file_is_not_read_whole(tmp_path, form):
+    path = tmp_path / "sparse.jpg"
+    path.write_bytes(pictures.content(pictures.smooth(60, 40), form))
+    assert decode(path, 16).shape == (16, 16, 3)
+    with path.open("r+b") as file:
+        file.truncate(10 << 30)
+    assert "500 MB" in reason_of(path)
+
+
 def ftyp(*brands):
     return struct.pack(">I4s4s4s", 16 + 4 * len(brands[1:]), b"ftyp", brands[0], b"\0" * 4) + b"".join(brands[1:])
 
