@@ -135,8 +135,8 @@ IMAGES = flags.DEFINE_string(
 EXCLUDE = flags.DEFINE_multi_string(
     "exclude",
     None,
-    "index, encode: files and folders of the folder of photos that are left out, by a pattern of their names, such as "
-    "'*.png', or of their paths in it, such as '2020/*'; may be given several times. index: kept for later updates.",
+    "index, encode: leave out files and folders that match a pattern: by name, such as '*.png', or by path in the "
+    "folder of photos, such as '2020/*'. May be given several times. index: kept for later updates.",
 )
 CODES = flags.DEFINE_string(
     "codes",
