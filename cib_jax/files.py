@@ -1,5 +1,6 @@
-"""Atomic writes, reads of foreign files, locks, printable names, optional packages, misspelled names, and threads."""
+"""Atomic writes, foreign files, locks, texts and names, optional packages, misspelled names, and threads."""
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -87,6 +88,16 @@ def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> It
 def printable(name: str) -> str:
     """Returns a file name as valid Unicode: a byte that is not part of valid UTF-8 is written as `\\udcff`."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Returns the text of a file in UTF-8, or in UTF-16 if it begins with a byte order mark, without that mark.
+
+    Raises:
+      UnicodeDecodeError: The text is in another encoding; `errors` may name another treatment of its bytes.
+    """
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig", errors)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -236,33 +238,33 @@ def multi_hot(rows: Sequence[Any], classes: int) -> Bool[np.ndarray, "images cla
     return labels
 
 
+def is_missing(value: Any) -> bool:
+    """Returns whether a cell has no value: None, an empty text, or NaN, which pandas writes for it, also as text."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", "nan", "NaN", "NULL")
+
+
 def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Labels | None, list[str]]:
     """Returns the labels in the columns of a table, or None, and the names of the classes; `path` is for messages.
 
     The column `label` holds one class per row, by number or name. `labels` holds lists of them, or text with
-    `CLASS_SEPARATOR` between them, and may be empty.
+    `CLASS_SEPARATOR` between them, and may be empty. Spaces around a name do not belong to it.
     """
     if "label" in columns and "labels" in columns:
         raise config_error("dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
-    if "labels" in columns:
-        values: list[Any] = [
-            [name for name in value.split(CLASS_SEPARATOR) if name] if isinstance(value, str) else value
-            for value in columns["labels"]
-        ]
-    elif "label" in columns:
-        values = list(columns["label"])
-    else:
+    column = "labels" if "labels" in columns else "label"
+    if column not in columns:
         return None, []
-    several = any(isinstance(value, list) for value in values)
-    several |= "labels" in columns and all(value is None for value in values)
-    empty = [row for row, value in enumerate(values) if not several and (value is None or value == "")]
+    values = columns[column]
+    numbers_only = all(isinstance(value, int | float) and not is_missing(value) for value in values)
+    several = column == "labels" and not numbers_only
+    rows = [_class_names(path, row, column, value) for row, value in enumerate(values)]
+    empty = [row for row, names in enumerate(rows) if not names and not several]
     if empty:
         remedy = "give each row one, or name the column 'labels' if rows may have none"
         raise config_error("dir", f"{path}, row {empty[0] + 1}: label is empty; {remedy}")
-    rows = [list(value or ()) for value in values] if several else [[value] for value in values]
     found = {name for row in rows for name in row}
     if not found:
-        raise config_error("dir", f"{path} has a column 'labels' without any label; remove the column")
+        raise config_error("dir", f"{path} has a column {column!r} without any label; remove the column")
     try:
         classes = sorted(found, key=lambda name: (float(name), str(name)))  # numbers by value, even if written as text
     except (TypeError, ValueError):
@@ -272,6 +274,20 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
     if several:
         return multi_hot([[numbers[name] for name in row] for row in rows], len(classes)), names
     return np.array([numbers[name] for (name,) in rows], np.int64), names
+
+
+def _class_names(path: str, row: int, column: str, value: Any) -> list[Any]:
+    """Returns the classes, by number or name, in the cell of a row."""
+    several = column == "labels"
+    cells = value.split(CLASS_SEPARATOR) if several and isinstance(value, str) else value
+    cells = cells if several and isinstance(cells, list) else [cells]
+    if bad := [cell for cell in cells if isinstance(cell, list | dict | bytes)]:
+        listed = isinstance(bad[0], list) and not several
+        remedy = "name the column 'labels' if rows may have several classes" if listed else "give the name of a class"
+        problem = f"{path}, row {row + 1}: {column} must be a number or a text, got {reprlib.repr(bad[0])}"
+        raise config_error("dir", f"{problem}; {remedy}")
+    names = [cell.strip() if isinstance(cell, str) else cell for cell in cells]
+    return [name for name in names if not is_missing(name)]
 
 
 # Batches

@@ -79,15 +79,15 @@ class Photos:
                 return Read(photos.decode(path, self.size, max_megapixels=self.max_megapixels), "", size, modified)
             decoded = photos.decode_with_thumbnail(path, self.size, max_megapixels=self.max_megapixels)
             return Read(decoded.square, "", size, modified, decoded)
-        except OSError as error:
-            self._raise_system_error(error, path)
-            return Read(None, short_reason(error), size, modified, transient=True)
         except photos.BadPhotoError as error:
             cause = error.__cause__
             self._raise_system_error(cause, path)
             # Errors that Pillow raises about the content of a file have no number.
             transient = isinstance(error, photos.TooLargeError) or (isinstance(cause, OSError) and bool(cause.errno))
             return Read(None, printable(str(error)), size, modified, transient=transient)
+        except (OSError, ValueError) as error:  # ValueError: a list may name what no file can be called
+            self._raise_system_error(error, path)
+            return Read(None, short_reason(error), size, modified, transient=True)
 
     def _raise_system_error(self, error: BaseException | None, path: str) -> None:
         # A single file may disappear; if its whole folder did, a disk was unmounted.

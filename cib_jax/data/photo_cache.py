@@ -174,7 +174,7 @@ def _batched(results: Iterable[tuple[_FileStamp, Any]]) -> Iterator[list[tuple[_
 def _stamp(root: str, path: str) -> _FileStamp | Unreadable:
     try:
         status = os.stat(os.path.join(root, path))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a list may name what no file can be called
         return Unreadable(path, short_reason(error))
     return _FileStamp(path, status.st_size, status.st_mtime_ns)
 

@@ -107,6 +107,11 @@ def test_identity_follows_the_images_that_are_taken():
         ({"labels": ["x|y", "", None, "y"]}, [[1, 1], [0, 0], [0, 0], [0, 1]], ["x", "y"]),
         ({"labels": [["x", "y"], [], ["z"], None]}, [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]], ["x", "y", "z"]),
         ({"labels": [[10, 9], [9]]}, [[1, 1], [1, 0]], ["9", "10"]),
+        ({"labels": [10, 9, 10]}, [1, 0, 1], ["9", "10"]),
+        ({"labels": [10.0, float("nan"), 9.0]}, [[0, 1], [0, 0], [1, 0]], ["9.0", "10.0"]),
+        ({"labels": [["x", None], [float("nan")]]}, [[1], [0]], ["x"]),
+        ({"label": [" x", "x ", "y"]}, [0, 0, 1], ["x", "y"]),
+        ({"labels": ["| x ", "y |x"]}, [[1, 0], [1, 1]], ["x", "y"]),
         ({"path": ["a"]}, None, []),
     ],
 )
@@ -121,6 +126,11 @@ def test_labels_of_a_table(columns, labels, classes):
     [
         ({"label": ["x", ""]}, ["row 2"]),
         ({"label": ["x", None]}, ["row 2"]),
+        ({"label": ["x", "nan"]}, ["row 2"]),
+        ({"label": [1.0, float("nan")]}, ["row 2"]),
+        ({"label": ["x", ["y"]]}, ["row 2", "'labels'"]),
+        ({"labels": ["x", {"y": 1}]}, ["row 2"]),
+        ({"labels": [["x"], [["y"]]]}, ["row 2"]),
         ({"label": ["x"], "labels": ["y"]}, ["'label'", "'labels'"]),
         ({"labels": ["", None]}, ["'labels'"]),
         ({"labels": [None, None]}, ["'labels'"]),

@@ -48,6 +48,12 @@ def test_photos_of_a_list_are_sorted_and_may_have_thumbnails(root):
     assert np.array_equal(read.content, expected.square) and read.decoded.thumbnail == expected.thumbnail
 
 
+def test_a_name_that_no_file_can_have_has_a_reason(root):
+    (root / "list.csv").write_bytes(b"path\n0.png\nx\0.png\n")
+    results = dict(load(root / "list.csv").read([range(2)]))
+    assert results[0].content is not None and (results[1].content, results[1].reason) == (None, "embedded null byte")
+
+
 def test_rows_that_are_not_finite_have_a_reason(tmp_path):
     rows = np.arange(12.0).reshape(4, 3)
     rows[2, 1] = np.inf
