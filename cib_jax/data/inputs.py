@@ -122,7 +122,7 @@ class Rows:
         for numbers in ranges:
             for start in range(numbers.start, numbers.stop, feature_files.BLOCK):
                 block = np.asarray(self.features[start : min(start + feature_files.BLOCK, numbers.stop)])
-                finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+                finite = np.isfinite(feature_files.as_float32(block)).reshape(len(block), -1).all(axis=1)
                 for row, good in enumerate(finite):
                     yield start + row, Read(block[row]) if good else Read(None, "values that are not finite")
 

@@ -54,9 +54,10 @@ def test_a_name_that_no_file_can_have_has_a_reason(root):
     assert results[0].content is not None and (results[1].content, results[1].reason) == (None, "embedded null byte")
 
 
-def test_rows_that_are_not_finite_have_a_reason(tmp_path):
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e39])
+def test_rows_that_are_not_finite_have_a_reason(tmp_path, value):
     rows = np.arange(12.0).reshape(4, 3)
-    rows[2, 1] = np.inf
+    rows[2, 1] = value
     np.save(tmp_path / "a.npy", rows)
     found = load(tmp_path / "a.npy", "features")
     assert (list(found.names), found.words) == (["0", "1", "2", "3"], "vectors")
