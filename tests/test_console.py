@@ -143,7 +143,7 @@ def test_printing_never_fails(monkeypatch, encoding):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
     monkeypatch.setattr("sys.stdout", stdout)
     console_lib.replace_unprintable()
-    console, content = rich.console.Console(width=80), {"path": "é×日.jpg"}
+    console, content = rich.console.Console(width=80), {"path": "é×日\udcff\\udcff.jpg"}
     console_lib.print_message(console, "é×日.jpg, \\udcff")
     console.print("é×日\udcff")
     console_lib.print_json(console, content)

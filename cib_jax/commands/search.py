@@ -17,7 +17,7 @@ from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
 from cib_jax.data.photos import DecodedPhoto, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
-from cib_jax.files import map_in_order, printable, short_reason, write_bytes
+from cib_jax.files import map_in_order, path_as_utf8, printable, short_reason, write_bytes
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
@@ -146,7 +146,8 @@ def search(
             hits = candidates[:k]
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)
             result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
-            record = {"query": printable(path), "code": code.tobytes().hex(), "root": printable(collection.root)}
+            record = {"query": path_as_utf8(path), "code": code.tobytes().hex()}
+            record["root"] = path_as_utf8(collection.root)
             title = path + (", ordered by the query's logits" if rerank else "")
             _print_photos(output, title, record, "hits", result.hits)
             if output.sheet is not None and len(rows) < ROWS:
@@ -266,7 +267,7 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
             elif not path.is_dir():
                 raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
             elif output.json:
-                print_json(output.console, {"query": printable(name), "error": read.reason})
+                print_json(output.console, {"query": path_as_utf8(name), "error": read.reason})
             else:
                 print_message(output.console, f"{printable(name)} cannot be read: {read.reason}")
     if not readable:
@@ -361,7 +362,7 @@ def _print_photos(
     """Prints photos with their distances: a title and a table, or a record with the photos under `name`."""
     if output.json:
         listed = [
-            {"path": printable(photo.path), "distance": distance}
+            {"path": path_as_utf8(photo.path), "distance": distance}
             | {"id": photo.id, "width": photo.width, "height": photo.height}
             for distance, photo in photos
         ]

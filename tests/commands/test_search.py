@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,20 @@ def test_the_table_shows_strange_names_as_they_are_and_commands_no_terminal(plac
     assert max(map(len, told.splitlines()[1:])) <= 40
     _, told = ask(place, place / "photos" / name, k=1, radius=0, kind="exact")
     assert "nothing was found" not in told
+
+
+def test_names_that_are_not_utf_8_come_back_to_the_byte(place, tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    for name, content in ((b"\xe9.png", pictures.content(pictures.smooth(9, 9), "PNG")), (b"\xe8.png", b"no picture")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    indexing.run(tmp_path / "i", os.fsdecode(folder), workdir=place / "encoder")
+    _, told = ask(tmp_path, os.fsdecode(folder), format="json")
+    failed, found = (json.loads(line) for line in told.splitlines())
+    assert os.fsencode(failed["query"]) == os.path.join(folder, b"\xe8.png") and failed["error"]
+    assert os.fsencode(found["query"]) == os.path.join(folder, b"\xe9.png")
+    assert os.fsencode(found["root"]) == folder and os.fsencode(found["hits"][0]["path"]) == b"\xe9.png"
 
 
 def test_an_unreadable_photo_of_a_folder_is_told_and_left_out(place):
