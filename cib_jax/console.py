@@ -63,6 +63,13 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def on_stdout(console: rich.console.Console | None) -> rich.console.Console:
+    """Returns the console, or if it is None one on stdout, on which no character is an error."""
+    if console is None:
+        replace_unprintable()
+    return console or rich.console.Console()
+
+
 def print_json(console: rich.console.Console, content: dict[str, Any]) -> None:
     """Prints one line of JSON."""
     HINT.clear()

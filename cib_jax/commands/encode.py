@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 
 from cib_jax.commands.evaluate import override_fields
 from cib_jax.config import flatten, schema
-from cib_jax.console import print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
 from cib_jax.distributed import initialize
@@ -78,7 +78,7 @@ def encode(
       console: Console for messages.
     """
     workdir, folder = pathlib.Path(workdir).expanduser(), pathlib.Path(codes).expanduser()
-    console = console or rich.console.Console()
+    console = on_stdout(console)
     if part < 1:
         raise CodeStoreError(f"--part must be 1 file or more, got {part}; try {PART}", field="--part")
     place = initialize.process_index(process, processes)

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 import cib_jax
 from cib_jax.codes import pack_bits
 from cib_jax.config import build, flatten, schema
-from cib_jax.console import HINT, print_message
+from cib_jax.console import HINT, on_stdout, print_message
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError, DataError
@@ -72,9 +72,9 @@ def evaluate(
       True
     """
     if codes is not None:
-        return _evaluate_file(pathlib.Path(codes), (overrides or {}).get("k", 0), console or rich.console.Console())
+        return _evaluate_file(pathlib.Path(codes), (overrides or {}).get("k", 0), on_stdout(console))
     workdir = pathlib.Path(workdir or "")
-    console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
+    console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)
     with multihost.shared_errors():
         trained = read_config(workdir)
         config = override_fields(trained.copy_and_resolve_references(), overrides or {})

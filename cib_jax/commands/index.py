@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int64, UInt8
 from cib_jax import fitting
 from cib_jax.baselines import linear
 from cib_jax.config import build, flatten, schema
-from cib_jax.console import print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.dataset import ImageSet
 from cib_jax.data.inputs import Photos, Read
@@ -97,7 +97,7 @@ def index(
       >>> cib.index_photos("INDEX_2", "PHOTOS", workdir="RUN", console=quiet)
       Indexed(photos=3, added=3, changed=0, removed=0, unreadable=0)
     """
-    uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
+    uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, on_stdout(console)
     config = config or importlib.import_module("cib_jax.configs.index").get_config()
     photo_table.validate_installed()
     if relearn:

@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax.console import HINT, format_text, print_json, print_message, progress_bar
+from cib_jax.console import HINT, format_text, on_stdout, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
 from cib_jax.data.photos import DecodedPhoto, decode, difference_hash
@@ -353,7 +353,7 @@ def _open_output(format: str, show: pathlib.Path | str | None, console: rich.con
                 f"--show must be in an existing folder, got {sheet}; make {sheet.parent}, or give another",
                 field="--show",
             )
-    return _Output(console or rich.console.Console(), format == "json", sheet)
+    return _Output(on_stdout(console), format == "json", sheet)
 
 
 def _print_photos(

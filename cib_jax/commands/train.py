@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from cib_jax import diffusion
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
-from cib_jax.console import print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
@@ -89,7 +89,7 @@ def train(
         if config.micro_batch:
             grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
         metric_writers.validate_writers(config.log.writers)
-    console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
+    console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))
     with claim_workdir(workdir):
         with multihost.shared_errors():

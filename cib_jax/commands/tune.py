@@ -19,7 +19,7 @@ from jaxtyping import Array, UInt8
 from cib_jax import codes, errors
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
-from cib_jax.console import print_message
+from cib_jax.console import on_stdout, print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError
@@ -51,7 +51,7 @@ def tune(
     Trial n is a run in trials/n; its parameters follow from the seed, n and the trials before it. Stopped anywhere, the
     same command goes on, within a trial from its last checkpoint, to the same result. More trials may be added later.
     """
-    workdir, console = pathlib.Path(workdir), console or rich.console.Console()
+    workdir, console = pathlib.Path(workdir), on_stdout(console)
     schema.validate(config, around=True)
     metric_writers.validate_writers(config.log.writers)
     tuned = config.tune
