@@ -1,8 +1,11 @@
 """Sets of images or feature vectors: random access, labels, subsets, and batches of uint8 images or of features."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 import math
+import pathlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from cib_jax.data.photos import MAX_MEGAPIXELS
 from cib_jax.errors import DataError
-from cib_jax.files import printable
+from cib_jax.files import path_as_utf8, printable, write_bytes
 from cib_jax.random_streams import stream_rng
 
 Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
@@ -28,8 +31,13 @@ Batch = UInt8[np.ndarray, "batch height width 3"]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Progress-bar factory: (description, total) → context manager that yields `advance(count)`."""
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+
 CLASS_SEPARATOR = "|"
 """Separator between the classes of one image where they are written as one text, as in a CSV file."""
+
+UNREADABLE = "unreadable.csv"
+"""Name of the file that lists the files that cannot be read, in the folder of a run or an index."""
 
 
 def data_error(field: str, problem: str) -> DataError:
@@ -90,6 +98,25 @@ class Unreadable(NamedTuple):
 
     def __str__(self) -> str:
         return f"{printable(self.path)}: {self.reason}"
+
+
+def write_unreadable(path: pathlib.Path, files: Sequence[Unreadable]) -> None:
+    """Writes files and reasons as a CSV file, or removes an earlier one if there are none.
+
+    A cell that a spreadsheet would take for a formula, or that begins with an apostrophe, has an apostrophe in front.
+    Paths that are not valid UTF-8 keep their bytes.
+    """
+    if not files:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    # In quotes, a cell stays one where spreadsheets expect semicolons between cells.
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerow(("path", "reason"))
+    for file in files:
+        cells = path_as_utf8(file.path), file.reason
+        writer.writerow([f"'{cell}" if cell.startswith(_FORMULAS) else cell for cell in cells])
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from cib_jax.data import feature_files, photo_folder, photos
-from cib_jax.data.dataset import Item, data_error
+from cib_jax.data.dataset import Item, Unreadable, data_error
 from cib_jax.errors import DataError
 from cib_jax.files import map_in_order, printable, short_reason
 
@@ -57,10 +57,10 @@ class Photos:
     size: int
     max_megapixels: int = photos.MAX_MEGAPIXELS
     notes: Sequence[str] = ()
-    closed: Sequence[str] = ()
+    closed: Sequence[Unreadable] = ()
     thumbnails: bool = False
     known: Mapping[str, Read] = dataclasses.field(default_factory=dict)
-    words = "photos"
+    noun = "photo"
 
     def read(self, ranges: Iterable[Iterable[int]]) -> Iterator[tuple[int, Read]]:
         """Yields (number, photo or reason), in order; raises if the reason is outside the files."""
@@ -115,7 +115,7 @@ class Rows:
     names: Sequence[str]
     features: Shaped[np.ndarray, "items ..."]
     notes: Sequence[str] = ()
-    words = "vectors"
+    noun = "vector"
 
     def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
         """Yields (number, row or reason), in order."""
@@ -128,7 +128,7 @@ class Rows:
 
 
 Items = Photos | Rows
-"""Named items in a fixed order; `words` is their kind in the plural, and `place` the path that the user gave."""
+"""Named items in a fixed order; `noun` is their kind, and `place` the path that the user gave."""
 
 
 def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS) -> Items:
@@ -161,8 +161,8 @@ def load_inputs(images: str, *, takes: str, size: int, max_megapixels: int = pho
             raise _error(photo_folder.no_photos(images, others, first))
         notes = [photo_folder.skipped_files(others)] if others else []
         if closed:
-            notes.append(f"{len(closed):,} folders cannot be read and are left out; the first: {first}")
-        return Photos(images, paths, images, size, max_megapixels, notes, [folder.path for folder in closed])
+            notes.append(f"Folders that cannot be read, left out: {len(closed):,}, the first: {first}")
+        return Photos(images, paths, images, size, max_megapixels, notes, closed)
 
 
 def load_listed_photos(
