@@ -480,11 +480,9 @@ def train_index_encoder(
         problem = f"must hold a photo that can be read, got none of {len(found.names)} in {found.place}; add some"
         raise DataError(f"--images {problem}", field="--images")
     if len(images) < FEWEST:
-        message = f"{len(images)} photos are too few to train on: {config.bits}-bit codes by random projections of the "
-        message += (
-            f"backbone's features; --relearn, once there are {FEWEST} or more, or --workdir=RUN of a trained run, "
-        )
-        print_message(console, message + "gives better codes")
+        codes = f"{config.bits}-bit codes by random projections of the backbone's features"
+        remedy = f"--relearn, once there are {FEWEST} or more, or --workdir=RUN of a trained run, gives better codes"
+        print_message(console, f"{count(len(images), 'photo')} cannot train an encoder: {codes}; {remedy}")
         return _project(images, config)
     message = f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
     if len(images) < FEW:

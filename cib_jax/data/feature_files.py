@@ -307,8 +307,9 @@ def _labels(path: str, content: _Content) -> tuple[Labels | None, Sequence[str]]
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
         problem = f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes]"
         raise _error(f"{problem}, got {labels.dtype} {list(labels.shape)}; correct them, {ignore}")
-    empty = np.flatnonzero([is_missing(label) for label in labels.tolist()]) if labels.dtype.kind == "U" else ()
-    if len(empty):
+    texts = labels.tolist() if labels.dtype.kind == "U" else []
+    empty = [row for row, label in enumerate(texts) if is_missing(label)]
+    if empty:
         raise _error(f"{path}, row {empty[0]}: label is empty; correct it, {ignore}")
     names, numbers = np.unique(labels, return_inverse=True)
     return numbers.astype(np.int64), [str(name) for name in names.tolist()]

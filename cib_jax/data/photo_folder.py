@@ -16,7 +16,7 @@ from cib_jax.data import photos
 from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, config_error, parse_labels
 from cib_jax.data.photo_cache import PhotoCache, PreparedPhotos
 from cib_jax.data.splits import ROLES
-from cib_jax.errors import DataError
+from cib_jax.errors import DataError, count
 from cib_jax.files import decode_text, first_line, printable, short_reason
 
 FEWEST = 3
@@ -86,7 +86,7 @@ def _prepare(
     unreadable = [*closed, *prepared.unreadable]
     if len(prepared.kept) < FEWEST:
         first = f" (the first: {unreadable[0]})" if unreadable else ""
-        counts = f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
+        counts = f"{len(prepared.kept):,} and {count(len(unreadable), 'unreadable one')}{first}"
         raise _error(f"{source} must have {FEWEST} readable photos or more, hundreds to learn from, got {counts}")
     return prepared._replace(unreadable=unreadable)
 
@@ -163,7 +163,7 @@ def skipped_files(others: collections.Counter[str]) -> str:
 def format_extensions(others: collections.Counter[str]) -> str:
     """Returns the number of files by extension in words, with advice about formats that must be converted."""
     text = ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5))
-    text += f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
+    text += f" and {count(len(others) - 5, 'more kind')}" if len(others) > 5 else ""
     return text + ("; .heic and .avif must be converted first" if {".heic", ".heif", ".avif"} & others.keys() else "")
 
 

@@ -22,7 +22,7 @@ from cib_jax.data import feature_files, inputs
 from cib_jax.data.dataset import resize
 from cib_jax.data.inputs import Photos
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, SavedHasherError, UserError
+from cib_jax.errors import ConfigError, SavedHasherError, UserError, count
 from cib_jax.inference import export, serialization
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models import finetune
@@ -319,8 +319,9 @@ class PhotoCodes(NamedTuple):
     """Path of each photo that could not be read, and the reason."""
 
     def __repr__(self) -> str:
-        count, width = self.codes.shape
-        return f"PhotoCodes({count:,} photos → codes of {width} bytes, {len(self.unreadable):,} unreadable)"
+        photos, width = self.codes.shape
+        codes = f"{count(photos, 'photo')} → codes of {count(width, 'byte')}"
+        return f"PhotoCodes({codes}, {len(self.unreadable):,} unreadable)"
 
 
 def encode_photos(

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 
 from cib_jax.codes import byte_count
 from cib_jax.data.dataset import Unreadable, write_unreadable
-from cib_jax.errors import CodeStoreError
+from cib_jax.errors import CodeStoreError, count
 from cib_jax.files import first_line, open_regular, printable, read_json, short_reason, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
 
@@ -270,7 +270,7 @@ def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray
     remedy = "run the same --mode=encode command again, which makes what is missing"
     if missing:
         raise _error(
-            f"{folder} is unfinished: {len(missing):,} of {corpus.parts:,} parts are missing (the first: "
+            f"{folder} is unfinished: {len(missing):,} of {count(corpus.parts, 'part')} missing (the first: "
             f"{corpus.path(missing[0]).name}); {remedy}"
         )
     paths: list[str] = []

@@ -100,7 +100,7 @@ class Collection:
         return len(self._snapshot.keys)
 
     def __repr__(self) -> str:
-        return f"Collection({len(self):,} photos of {self.root}, codes of {self.bits} bits)"
+        return f"Collection({errors.count(len(self), 'photo')} of {self.root}, codes of {self.bits} bits)"
 
     def renewed(self) -> Self:
         """Returns the collection as it is now, with exact search; itself if nothing has changed.
