@@ -257,6 +257,8 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
         if path.is_dir():
             found = inputs.load_inputs(query, takes="images", size=collection.side)
             assert isinstance(found, Photos)
+            for folder in found.closed:
+                _print_unreadable(output, str(pathlib.Path(query) / folder.path), folder.reason)
         else:
             found = Photos(str(path), [path.name], str(path.parent), collection.side)
         for number, read in dataclasses.replace(found, thumbnails=True).read([range(len(found.names))]):
@@ -266,12 +268,17 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
                 yield name, read.decoded
             elif not path.is_dir():
                 raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
-            elif output.json:
-                print_json(output.console, {"query": path_as_utf8(name), "error": read.reason})
             else:
-                print_message(output.console, f"{printable(name)} cannot be read: {read.reason}")
+                _print_unreadable(output, name, read.reason)
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder", "--query")
+
+
+def _print_unreadable(output: "_Output", name: str, reason: str) -> None:
+    if output.json:
+        print_json(output.console, {"query": path_as_utf8(name), "error": reason})
+    else:
+        print_message(output.console, f"{name} cannot be read: {reason}")
 
 
 def _print_recall(collection: Collection, k: int, console: rich.console.Console) -> None:

@@ -178,6 +178,7 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
     done, told = run(tmp_path / "i")
     assert done.removed == 1 and held(tmp_path / "i") == before
     assert "the first: a: permission denied" in told
+    assert '"a","permission denied"' in (tmp_path / "i" / "unreadable.csv").read_text()
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
