@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import io
-import json
 import pathlib
 import shutil
 import sys
@@ -18,7 +17,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from cib_jax.files import printable
+from cib_jax.files import dump_json, printable
 
 INSTALLED = "cib_jax"
 """Value of sys.argv[0] set by `python -m cib_jax`, which started processes inherit."""
@@ -64,11 +63,18 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def on_stdout(console: rich.console.Console | None) -> rich.console.Console:
+    """Returns the console, or if it is None one on stdout, on which no character is an error."""
+    if console is None:
+        replace_unprintable()
+    return console or rich.console.Console()
+
+
 def print_json(console: rich.console.Console, content: dict[str, Any]) -> None:
     """Prints one line of JSON."""
     HINT.clear()
     # Directly to the file: the console would break and color the line.
-    console.file.write(json.dumps(content, ensure_ascii=not console.encoding.startswith("utf")) + "\n")
+    console.file.write(dump_json(content, ensure_ascii=not console.encoding.startswith("utf")) + "\n")
     console.file.flush()
 
 

@@ -1,4 +1,4 @@
-"""Errors for mistakes that a user can correct."""
+"""Errors for mistakes that a user can correct, and counts in words for messages."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def whole_number(name: str, value: object, least: int, error: type[UserError] = 
         return operator.index(value)
     problem = f"{name} must be a whole number, {least} or more, got {value!r}"
     raise error(f"{problem}; {remedy}" if remedy else problem, field=name)
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun, such as "1 photo" or "2,000 photos"; `plural` is the noun with an s if empty."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 class ConfigError(UserError):

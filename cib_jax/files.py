@@ -1,5 +1,6 @@
-"""Atomic writes, reads of foreign files, locks, printable names, optional packages, misspelled names, and threads."""
+"""Atomic writes, foreign files, locks, texts and names, optional packages, misspelled names, and threads."""
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -87,6 +88,30 @@ def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> It
 def printable(name: str) -> str:
     """Returns a file name as valid Unicode: a byte that is not part of valid UTF-8 is written as `\\udcff`."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def path_as_utf8(path: str) -> str:
+    """Returns a path of this process as UTF-8 text, whatever the locale; U+DC80 to U+DCFF are bytes that are not UTF-8.
+
+    `path_as_utf8(path).encode("utf-8", "surrogateescape")` are the bytes of the path.
+    """
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def dump_json(content: Any, *, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """Returns JSON that is valid Unicode: in a path by `path_as_utf8`, the byte E9 is the escape `\\udce9`."""
+    # Of a character that is not valid Unicode, `printable` makes the escape that JSON has for it.
+    return printable(json.dumps(content, ensure_ascii=ensure_ascii, indent=indent))
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Returns the text of a file in UTF-8, or in UTF-16 if it begins with a byte order mark, without that mark.
+
+    Raises:
+      UnicodeDecodeError: The text is in another encoding; `errors` may name another treatment of its bytes.
+    """
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig", errors)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from cib_jax import diffusion
 from cib_jax.augment import features as features_lib
 from cib_jax.augment.features import Standard
 from cib_jax.console import library_bar
+from cib_jax.data import feature_files
 from cib_jax.diffusion import Teacher
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, whole_number
@@ -193,8 +194,9 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
         allowed = "floating point [items, features] or [items, views, features] for the backbone 'none'"
         raise DataError(f"images must be {allowed}, {got}", field="images")
     blocks = [images[start : start + 8192] for start in range(0, len(images), 8192)]
-    if not all(np.isfinite(np.asarray(block, np.float32)).all() for block in blocks):
-        raise DataError("images: some features are not finite; remove those rows", field="images")
+    if not all(np.isfinite(feature_files.as_float32(block)).all() for block in blocks):
+        problem = "images must be finite, but some are NaN, infinite or beyond the range of float32"
+        raise DataError(f"{problem}; remove those rows", field="images")
     return images, features_lib.standard(blocks)
 
 

@@ -270,7 +270,7 @@ def test_an_old_index_goes_on_with_photos_that_were_moved(index, copy, arrays, r
     then = {photo.path: photo for photo in collection.photos(range(len(collection)))}
     shutil.copy(copy("query.png"), photos / "new.png")
     printed = run_program("--mode=index", f"--index={index}", f"--images={photos}")
-    assert "1 files new, 0 changed, 0 gone, 1 unreadable" in printed.replace("\n", " ")
+    assert "1 file new, 0 changed, 0 gone, 1 unreadable" in printed.replace("\n", " ")
     collection = collection.renewed()
     now = {photo.path: photo for photo in collection.photos(range(len(collection)))}
     assert collection.root == str(photos) and now.keys() - then.keys() == {"new.png"}

@@ -142,11 +142,11 @@ def test_the_librarys_bars_are_for_terminals_alone_and_can_be_silenced(monkeypat
 def test_printing_never_fails(monkeypatch, encoding):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
     monkeypatch.setattr("sys.stdout", stdout)
-    console_lib.replace_unprintable()
-    console, content = rich.console.Console(width=80), {"path": "é×日.jpg"}
+    console, content = console_lib.on_stdout(None), {"path": "é×日\udcff\\udcff.jpg"}
     console_lib.print_message(console, "é×日.jpg, \\udcff")
     console.print("é×日\udcff")
     console_lib.print_json(console, content)
     stdout.flush()
     lines = stdout.buffer.getvalue().decode(encoding).splitlines()
+    assert console_lib.on_stdout(console) is console
     assert len(lines) == 3 and lines[0].endswith(".jpg, \\udcff") and json.loads(lines[2]) == content

@@ -33,6 +33,27 @@ def test_a_lock_keeps_others_out_and_shared_ones_admit_each_other(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_text(encoding):
+    assert files.decode_text("aé日\u2028".encode(encoding)) == "aé日\u2028"
+    assert files.decode_text(b"\xfe\xff\0a") == "a"
+
+
+def test_other_encodings_are_refused_or_keep_their_bytes():
+    with pytest.raises(UnicodeDecodeError):
+        files.decode_text(b"caf\xe9")
+    assert os.fsencode(files.decode_text(b"caf\xe9", "surrogateescape")) == b"caf\xe9"
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_names_in_json_come_back_to_the_byte(ensure_ascii):
+    names = [b"caf\xe9.jpg", "café 日.jpg".encode(), b"caf\\udce9.jpg", b'\xff\xfe\n"\x01', b"\xed\xa0\x80.jpg"]
+    content = {"paths": [files.path_as_utf8(os.fsdecode(name)) for name in names]}
+    text = files.dump_json(content, ensure_ascii=ensure_ascii)
+    assert [os.fsencode(path) for path in json.loads(text.encode("utf-8"))["paths"]] == names
+    assert ensure_ascii or "café 日" in text
+
+
 def test_names_that_are_not_unicode_are_printable():
     assert files.printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")) == "caf\\udce9.jpg"
     assert files.printable("café.jpg") == "café.jpg"

@@ -1,5 +1,7 @@
 """Training in one call: it learns, repeats itself, equals run.py bit by bit, and refuses what cannot work."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -170,11 +172,21 @@ def test_half_precision_features_are_standardized_in_single_precision():
     assert np.array_equal(*codes)
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble])
+@pytest.mark.usefixtures("without_shape_checks")
+def test_features_in_other_byte_orders_or_longer_ones_are_converted(dtype):
+    features = grouped()[0].astype(np.float32)
+    fit = functools.partial(cib.fit, backbone="none", augment="noise", bits=8, epochs=1, hidden=16)
+    expected = fit(features)
+    assert np.array_equal(fit(features.astype(dtype)).encode(features.astype(dtype)), expected.encode(features))
+
+
 @pytest.mark.parametrize(
     ("features", "options", "field"),
     [
         (np.zeros((80, 4), np.int64), {}, "images"),
         (np.full((80, 4), np.nan), {}, "images"),
+        (np.full((80, 4), 1e39), {}, "images"),
         (np.ones((80, 4)), {"views": 2}, "views"),
         (np.ones((80, 4)), {"micro_batch": 2}, "micro_batch"),
     ],

@@ -32,8 +32,15 @@ def validate_features(
         raise UserError(
             f"features must be [n, features] with at least 2 rows, got shape {list(np.shape(features))}", "features"
         )
-    if not np.isfinite(features).all():
-        raise UserError("features must be finite, got NaN or infinite values; remove those rows", "features")
+    dtype = np.dtype(getattr(features, "dtype", np.float64))
+    if dtype.kind == "f" and (not dtype.isnative or dtype.itemsize > 8):
+        problem = f"features must be in the byte order of this machine and at most float64, got {dtype}"
+        raise UserError(f"{problem}; apply .astype('float32')", "features")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.asarray(features, np.float32)).all()
+    if not finite:
+        problem = "features must be finite, got values that are NaN, infinite or beyond the range of float32"
+        raise UserError(f"{problem}; remove those rows", "features")
     if bits < 1:
         raise UserError(f"bits must be 1 or more, got {bits}", "bits")
     if most is not None and bits > most:

@@ -19,7 +19,7 @@ from cib_jax.baselines import BASELINES, Encoder
 from cib_jax.commands import evaluate
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
-from cib_jax.console import print_message
+from cib_jax.console import on_stdout, print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, TrainingError, UserError
@@ -52,7 +52,7 @@ def compare(
     Stopped anywhere, the same command goes on, within a run from its last checkpoint; more methods, lengths or seeds
     add runs. Several processes may work on one comparison, each started with the same command, also on other machines.
     """
-    workdir, console = pathlib.Path(workdir), console or rich.console.Console()
+    workdir, console = pathlib.Path(workdir), on_stdout(console)
     schema.validate(config, around=True)
     metric_writers.validate_writers(config.log.writers)
     compared = config.compare

@@ -18,13 +18,13 @@ from jaxtyping import Shaped
 
 from cib_jax.commands.evaluate import override_fields
 from cib_jax.config import flatten, schema
-from cib_jax.console import print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data import inputs, photos
 from cib_jax.data.inputs import Items, Read
 from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.distributed import initialize
 from cib_jax.distributed.multihost import strided_share
-from cib_jax.errors import CodeStoreError, DataError
+from cib_jax.errors import CodeStoreError, DataError, count
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights
@@ -81,7 +81,7 @@ def encode(
       console: Console for messages.
     """
     workdir, folder = pathlib.Path(workdir).expanduser(), pathlib.Path(codes).expanduser()
-    console = console or rich.console.Console()
+    console = on_stdout(console)
     if part < 1:
         raise CodeStoreError(f"--part must be 1 file or more, got {part}; try {PART}", field="--part")
     place = initialize.process_index(process, processes)
@@ -100,7 +100,7 @@ def encode(
     made = _write_parts(corpus, missing, items, hasher, console) if missing else 0
     if isinstance(items, inputs.Photos) and items.truncated:
         print_message(console, photos.truncated_note(items.truncated))
-    return _summarize(corpus, made, items.words, console)
+    return _summarize(corpus, made, items, console)
 
 
 def _is_intact(corpus: Corpus, number: int, console: rich.console.Console) -> bool:
@@ -168,7 +168,7 @@ def _write_parts(
     made_with = {"cib-jax": __version__, "jax": jax.__version__, "pillow": PIL.__version__}
     made_with["device"] = jax.devices()[0].device_kind
     total = sum(len(corpus.of_part(number)) for number in missing)
-    with progress_bar(console, f"Encoding {items.words}", total) as advance:
+    with progress_bar(console, f"Encoding {items.noun}s", total) as advance:
 
         def pending() -> Iterator[range]:
             for number in missing:
@@ -209,20 +209,18 @@ def _batches(
     return map(np.stack, iter(lambda: list(itertools.islice(contents, size)), []))
 
 
-def _summarize(corpus: Corpus, written: int, words: str, console: rich.console.Console) -> Encoded:
-    counted, parts = code_store.tally(corpus), _format_parts(corpus.parts)
+def _summarize(corpus: Corpus, written: int, items: Items, console: rich.console.Console) -> Encoded:
+    counted, parts = code_store.tally(corpus), count(corpus.parts, "part")
     if counted.missing:
         sentence = (
-            f"{_format_parts(written)} written; {len(counted.missing):,} of {parts} missing in {corpus.folder}, left "
+            f"{count(written, 'part')} written; {len(counted.missing):,} of {parts} missing in {corpus.folder}, left "
             "to other processes; if one of them was killed, start the same command again"
         )
     else:
         code_store.remove_temporary(corpus)
-        found = f"{counted.files:,} {words} in {parts}, {counted.unreadable:,} unreadable"
+        found = f"{count(counted.files, items.noun)} in {parts}, {counted.unreadable:,} unreadable"
         sentence = f"{found}; the corpus in {corpus.folder} is complete"
+        path = code_store.list_unreadable(corpus, items.closed if isinstance(items, inputs.Photos) else ())
+        sentence += f"; {path} lists what cannot be read, with the reasons" if path else ""
     print_message(console, sentence)
     return Encoded(corpus.parts, written, len(counted.missing), counted.files, counted.unreadable)
-
-
-def _format_parts(number: int) -> str:
-    return f"{number:,} part" if number == 1 else f"{number:,} parts"

@@ -19,10 +19,10 @@ from jaxtyping import UInt8
 import cib_jax
 from cib_jax.codes import pack_bits
 from cib_jax.config import build, flatten, schema
-from cib_jax.console import HINT, print_message
+from cib_jax.console import HINT, on_stdout, print_message
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
-from cib_jax.errors import ConfigError, DataError
+from cib_jax.errors import ConfigError, DataError, count
 from cib_jax.files import first_line, open_regular
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
@@ -72,9 +72,9 @@ def evaluate(
       True
     """
     if codes is not None:
-        return _evaluate_file(pathlib.Path(codes), (overrides or {}).get("k", 0), console or rich.console.Console())
+        return _evaluate_file(pathlib.Path(codes), (overrides or {}).get("k", 0), on_stdout(console))
     workdir = pathlib.Path(workdir or "")
-    console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
+    console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)
     with multihost.shared_errors():
         trained = read_config(workdir)
         config = override_fields(trained.copy_and_resolve_references(), overrides or {})
@@ -127,7 +127,9 @@ def _evaluate_file(path: pathlib.Path, k: int, console: rich.console.Console) ->
     figures["code_health"] = code_quality.code_health(database, None if both[1].dtype == np.uint8 else both[1].shape[1])
     means = {name: figures.pop(name) for name in ("map", "map_tie_aware")}
     results = {**means, "k": figures["k"], "counts": {"database": len(database)}, "metrics": figures}
-    table = rich.table.Table("figure", "value", title=f"{path.name} · {len(query):,} queries on {len(database):,}")
+    table = rich.table.Table(
+        "figure", "value", title=f"{path.name} · {count(len(query), 'query', 'queries')} on {len(database):,}"
+    )
     for row in tables.metric_rows(results):
         table.add_row(*row)
     console.print(table)

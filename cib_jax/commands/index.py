@@ -21,15 +21,15 @@ from jaxtyping import Bool, Int64, UInt8
 from cib_jax import fitting
 from cib_jax.baselines import linear
 from cib_jax.config import build, flatten, schema
-from cib_jax.console import print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data import inputs
-from cib_jax.data.dataset import ImageSet
+from cib_jax.data.dataset import UNREADABLE, ImageSet, Unreadable, write_unreadable
 from cib_jax.data.inputs import Photos, Read
 from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, DataError, IndexFolderError
-from cib_jax.files import map_in_order, modified_ns, printable, short_reason
+from cib_jax.errors import ConfigError, DataError, IndexFolderError, count
+from cib_jax.files import map_in_order, modified_ns, short_reason
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry
@@ -102,7 +102,7 @@ def index(
       >>> cib.index_photos("INDEX_2", "PHOTOS", workdir="RUN", console=quiet)
       Indexed(photos=3, added=3, changed=0, removed=0, unreadable=0)
     """
-    uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, console or rich.console.Console()
+    uri, overrides, console = photo_table.normalize_uri(index), overrides or {}, on_stdout(console)
     config = config or importlib.import_module("cib_jax.configs.index").get_config()
     photo_table.validate_installed()
     if relearn:
@@ -195,31 +195,46 @@ def _relearn(
     return done
 
 
+def _print_unreadable(table: PhotoTable, files: list[Unreadable], console: rich.console.Console) -> None:
+    """Prints the first files that cannot be read, with the reasons, and lists all in the folder of the index.
+
+    Without such a folder, all are printed.
+    """
+    shown, path = len(files), pathlib.Path(table.uri) / UNREADABLE
+    if photo_table.is_local(table.uri):
+        try:
+            write_unreadable(path, files)
+            shown = LISTED
+        except OSError as error:
+            print_message(console, f"{path} cannot be written: {short_reason(error)}")
+    for file in files[:shown]:
+        print_message(console, f"Cannot be read: {file}")
+    if len(files) > shown:
+        print_message(console, f"… and {len(files) - shown:,} more, all listed in {path}")
+
+
 def _summarize(
     table: PhotoTable, name: str, files: "_Files", changes: "_Changes", console: rich.console.Console
 ) -> Indexed:
-    kept = "cannot be reached now, and their entries are kept"
-    for some, state in ((changes.absent, "are not there"), (changes.unreachable, kept)):
-        if some:
-            first = printable(files.found.names[some[0]])
-            print_message(console, f"{len(some):,} listed files {state}, the first: {first}")
     unreadable = table.unreadable()
-    for path, reason in unreadable[:LISTED]:
-        print_message(console, f"Cannot be read: {path}: {reason}")
-    if len(unreadable) > LISTED:
-        print_message(console, f"… and {len(unreadable) - LISTED:,} more")
+    others = list(files.found.closed)
+    kept = "cannot be reached now; its entry is kept"
+    for some, state in ((changes.absent, "not there"), (changes.unreachable, kept)):
+        others += [Unreadable(files.found.names[place], state) for place in some]
+    _print_unreadable(table, sorted([*unreadable, *others]), console)
     done = Indexed(
         len(table) - len(unreadable), len(changes.missing), len(changes.changed), len(changes.gone), len(unreadable)
     )
     print_message(
         console,
-        f"{done.photos:,} photos in {name}: {done.added:,} files new, {done.changed:,} changed, {done.removed:,} gone, "
-        f"{done.unreadable:,} unreadable",
+        f"{count(done.photos, 'photo')} in {name}: {count(done.added, 'file')} new, {done.changed:,} changed, "
+        f"{done.removed:,} gone, {done.unreadable:,} unreadable",
     )
     before, wanted = table.metadata.photos, table.metadata.learnt.get("data.train_images", 0)
     if before and done.photos >= max(GROWN * before, FEWEST) and (before < wanted or wanted <= 0):
         print_message(
-            console, f"The encoder was learned when there were {before:,} photos; --relearn would give better codes"
+            console,
+            f"The encoder was learned from an index of {count(before, 'photo')}; --relearn would give better codes",
         )
     return done
 
@@ -373,7 +388,7 @@ def _find_changes(table: PhotoTable, files: _Files, before: Int64[np.ndarray, " 
     gone = before[~listed & np.isin(before, state.keys)].tolist()
     if files.found.closed:
         # The content of a folder that cannot be entered now may be accessible tomorrow.
-        closed = tuple(f"{folder}/" for folder in files.found.closed)
+        closed = tuple(f"{folder.path}/" for folder in files.found.closed)
         gone = [key_of(path) for path in table.paths(gone) if not path.startswith(closed)]
     retried = np.isin(files.keys, state.keys[state.sizes < 0])
     masks = {
@@ -481,11 +496,9 @@ def train_index_encoder(
         problem = f"must hold a photo that can be read, got none of {len(found.names)} in {found.place}; add some"
         raise DataError(f"--images {problem}", field="--images")
     if len(images) < FEWEST:
-        message = f"{len(images)} photos are too few to train on: {config.bits}-bit codes by random projections of the "
-        message += (
-            f"backbone's features; --relearn, once there are {FEWEST} or more, or --workdir=RUN of a trained run, "
-        )
-        print_message(console, message + "gives better codes")
+        codes = f"{config.bits}-bit codes by random projections of the backbone's features"
+        remedy = f"--relearn, once there are {FEWEST} or more, or --workdir=RUN of a trained run, gives better codes"
+        print_message(console, f"{count(len(images), 'photo')} cannot train an encoder: {codes}; {remedy}")
         return _project(images, config)
     message = f"No --workdir of a trained run: training {config.bits}-bit codes on {len(images):,} of the photos"
     if len(images) < FEW:

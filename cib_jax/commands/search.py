@@ -12,12 +12,12 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax.console import HINT, format_text, print_error, print_json, print_message, progress_bar
+from cib_jax.console import HINT, format_text, on_stdout, print_error, print_json, print_message, progress_bar
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
 from cib_jax.data.photos import DecodedPhoto, decode, difference_hash
 from cib_jax.errors import ConfigError, DataError, SearchError
-from cib_jax.files import map_in_order, printable, short_reason, write_bytes
+from cib_jax.files import map_in_order, path_as_utf8, printable, short_reason, write_bytes
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile
@@ -151,7 +151,8 @@ def search(
             hits = candidates[:k]
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)
             result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
-            record = {"query": printable(path), "code": code.tobytes().hex(), "root": printable(collection.root)}
+            record = {"query": path_as_utf8(path), "code": code.tobytes().hex()}
+            record["root"] = path_as_utf8(collection.root)
             title = path + (", ordered by the query's logits" if rerank else "")
             _print_photos(output, title, record, "hits", result.hits)
             if output.sheet is not None and len(rows) < ROWS:
@@ -261,6 +262,8 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
         if path.is_dir():
             found = inputs.load_inputs(query, takes="images", size=collection.side)
             assert isinstance(found, Photos)
+            for folder in found.closed:
+                _print_unreadable(output, str(pathlib.Path(query) / folder.path), folder.reason)
         else:
             found = Photos(str(path), [path.name], str(path.parent), collection.side)
         truncated: list[str] = []
@@ -276,12 +279,17 @@ def _read_queries(query: str, collection: Collection, output: "_Output") -> Iter
                 yield name, read.decoded
             elif not path.is_dir():
                 raise DataError(f"--query: {name} cannot be read: {read.reason}; give another photo", "--query")
-            elif output.json:
-                print_json(output.console, {"query": printable(name), "error": read.reason})
             else:
-                print_message(output.console, f"{printable(name)} cannot be read: {read.reason}")
+                _print_unreadable(output, name, read.reason)
     if not readable:
         raise DataError(f"--query: no photo in {query} can be read; give another folder", "--query")
+
+
+def _print_unreadable(output: "_Output", name: str, reason: str) -> None:
+    if output.json:
+        print_json(output.console, {"query": path_as_utf8(name), "error": reason})
+    else:
+        print_message(output.console, f"{name} cannot be read: {reason}")
 
 
 def _print_recall(collection: Collection, k: int, console: rich.console.Console) -> None:
@@ -363,7 +371,7 @@ def _open_output(format: str, show: pathlib.Path | str | None, console: rich.con
                 f"--show must be in an existing folder, got {sheet}; make {sheet.parent}, or give another",
                 field="--show",
             )
-    return _Output(console or rich.console.Console(), format == "json", sheet)
+    return _Output(on_stdout(console), format == "json", sheet)
 
 
 def _print_photos(
@@ -372,7 +380,7 @@ def _print_photos(
     """Prints photos with their distances: a title and a table, or a record with the photos under `name`."""
     if output.json:
         listed = [
-            {"path": printable(photo.path), "distance": distance}
+            {"path": path_as_utf8(photo.path), "distance": distance}
             | {"id": photo.id, "width": photo.width, "height": photo.height}
             for distance, photo in photos
         ]

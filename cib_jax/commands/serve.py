@@ -23,8 +23,8 @@ import rich.console
 
 import cib_jax
 from cib_jax import web
-from cib_jax.console import INSTALLED, print_message
-from cib_jax.errors import WebError
+from cib_jax.console import INSTALLED, on_stdout, print_message
+from cib_jax.errors import WebError, count
 from cib_jax.storage import photo_table
 from cib_jax.storage.collection import Collection
 from cib_jax.storage.photo_table import PhotoTable
@@ -58,7 +58,7 @@ def serve(
     from cib_jax.web import page, server
     from cib_jax.web.settings import Settings
 
-    console = console or rich.console.Console()
+    console = on_stdout(console)
     stop_with_parent()
     if below and not below.startswith("/"):
         raise WebError(f"--below must be a path that begins with a slash, got {below!r}; try /photos", field="--below")
@@ -75,7 +75,7 @@ def serve(
         collection = collection.renewed()
         return collection
 
-    print_message(console, f"Preparing to search {len(collection):,} photos of {collection.root}")
+    print_message(console, f"Preparing to search {count(len(collection), 'photo')} of {collection.root}")
     server.serve(
         collection,
         host=host,

@@ -17,10 +17,10 @@ from jaxtyping import Float, UInt8
 from cib_jax import diffusion
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
-from cib_jax.console import print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
-from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
+from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, count
 from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
@@ -89,7 +89,7 @@ def train(
         if config.micro_batch:
             grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
         metric_writers.validate_writers(config.log.writers)
-    console = (console or rich.console.Console()) if multihost.is_first_process() else rich.console.Console(quiet=True)
+    console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))
     with claim_workdir(workdir):
         with multihost.shared_errors():
@@ -126,12 +126,13 @@ def _print_summary(run: RunContext) -> None:
     config, splits = run.config, run.splits
     network = f"{config.backbone} at {run.encoder.image_size} px" if run.encoder.image_size else "no network"
     run.print(
-        f"{config.data.name}: {len(splits.train):,} training {run.noun}, {len(splits.query):,} queries, "
-        f"{len(splits.database):,} in the database; {network}, {config.bits} bits, {config.objective}; in {run.workdir}"
+        f"{config.data.name}: {len(splits.train):,} training {run.noun}, "
+        f"{count(len(splits.query), 'query', 'queries')}, {len(splits.database):,} in the database; "
+        f"{network}, {config.bits} bits, {config.objective}; in {run.workdir}"
     )
     run.print(context.format_protocol(run))
     if mesh := run.training_mesh:
-        processes = f"{jax.process_count()} processes with " if multihost.is_distributed() else ""
+        processes = f"{count(jax.process_count(), 'process', 'processes')} with " if multihost.is_distributed() else ""
         run.print(f"{processes}{mesh.size} devices share each batch")
 
 

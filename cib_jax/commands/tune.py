@@ -19,10 +19,10 @@ from jaxtyping import Array, UInt8
 from cib_jax import codes, errors
 from cib_jax.commands.train import train
 from cib_jax.config import build, schema
-from cib_jax.console import print_message
+from cib_jax.console import on_stdout, print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError
+from cib_jax.errors import ConfigError, count
 from cib_jax.files import import_optional, install_command, write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
@@ -51,7 +51,7 @@ def tune(
     Trial n is a run in trials/n; its parameters follow from the seed, n and the trials before it. Stopped anywhere, the
     same command goes on, within a trial from its last checkpoint, to the same result. More trials may be added later.
     """
-    workdir, console = pathlib.Path(workdir), console or rich.console.Console()
+    workdir, console = pathlib.Path(workdir), on_stdout(console)
     schema.validate(config, around=True)
     metric_writers.validate_writers(config.log.writers)
     tuned = config.tune
@@ -334,13 +334,13 @@ def _conclude(
         (f"{one['number'] + 1}", *map(_format_value, one["params"].values()), f"{one['value']:.4f}")
         for one in ranked[:10]
     ]
-    title = f"The best of {len(good)} trials by {config.tune.score}"
+    title = f"The best of {count(len(good), 'trial')} by {config.tune.score}"
     grid = Grid(title, ("trial", *best["params"], config.tune.score), rows)
     page = _write_report(config, workdir, search, good, grid)
     many_runs.print_grid(console, grid, rows=5)
     for against, scores in search["rank_correlation"].items():
         text = ", ".join(f"{name} {value:+.2f}" for name, value in scores.items())
-        print_message(console, f"Rank correlation with {against} over {len(good)} trials: {text}")
+        print_message(console, f"Rank correlation with {against} over {count(len(good), 'trial')}: {text}")
     flags = " ".join(f"--config.{name}={value}" for name, value in best["params"].items())
     print_message(console, f"Best by {config.tune.score}: {flags}")
     print_message(console, f"Written to {workdir}: search.csv and search.json; report in {page}")
@@ -387,7 +387,7 @@ def _write_report(
     return report.write_page(
         workdir / "report",
         f"{config.data.name} · search over {', '.join(columns)}",
-        f"{len(good)} trials, best by {score}: {best['value']:.4f} with {_format_params(best['params'])}.",
+        f"{count(len(good), 'trial')}, best by {score}: {best['value']:.4f} with {_format_params(best['params'])}.",
         [grid],
         [Section("The search", pictures), Section("Scores that need no labels", correlations)],
         notes=[f"{name}: {words}." for name, words in SCORES.items()],

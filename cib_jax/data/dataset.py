@@ -1,7 +1,12 @@
 """Sets of images or feature vectors: random access, labels, subsets, and batches of uint8 images or of features."""
 
+import csv
 import dataclasses
 import hashlib
+import io
+import math
+import pathlib
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from cib_jax.data.photo_formats import MAX_MEGAPIXELS
 from cib_jax.errors import DataError
-from cib_jax.files import printable
+from cib_jax.files import path_as_utf8, printable, write_bytes
 from cib_jax.random_streams import stream_rng
 
 Item = UInt8[np.ndarray, "height width 3"] | Float[np.ndarray, "..."]
@@ -26,8 +31,13 @@ Batch = UInt8[np.ndarray, "batch height width 3"]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Progress-bar factory: (description, total) → context manager that yields `advance(count)`."""
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+
 CLASS_SEPARATOR = "|"
 """Separator between the classes of one image where they are written as one text, as in a CSV file."""
+
+UNREADABLE = "unreadable.csv"
+"""Name of the file that lists the files that cannot be read, in the folder of a run or an index."""
 
 
 def data_error(field: str, problem: str) -> DataError:
@@ -88,6 +98,25 @@ class Unreadable(NamedTuple):
 
     def __str__(self) -> str:
         return f"{printable(self.path)}: {self.reason}"
+
+
+def write_unreadable(path: pathlib.Path, files: Sequence[Unreadable]) -> None:
+    """Writes files and reasons as a CSV file, or removes an earlier one if there are none.
+
+    A cell that a spreadsheet would take for a formula, or that begins with an apostrophe, has an apostrophe in front.
+    Paths that are not valid UTF-8 keep their bytes.
+    """
+    if not files:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    # In quotes, a cell stays one where spreadsheets expect semicolons between cells.
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerow(("path", "reason"))
+    for file in files:
+        cells = path_as_utf8(file.path), file.reason
+        writer.writerow([f"'{cell}" if cell.startswith(_FORMULAS) else cell for cell in cells])
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,33 +267,33 @@ def multi_hot(rows: Sequence[Any], classes: int) -> Bool[np.ndarray, "images cla
     return labels
 
 
+def is_missing(value: Any) -> bool:
+    """Returns whether a cell has no value: None, an empty text, or NaN, which pandas writes for it, also as text."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value in ("", "nan", "NaN", "NULL")
+
+
 def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Labels | None, list[str]]:
     """Returns the labels in the columns of a table, or None, and the names of the classes; `path` is for messages.
 
     The column `label` holds one class per row, by number or name. `labels` holds lists of them, or text with
-    `CLASS_SEPARATOR` between them, and may be empty.
+    `CLASS_SEPARATOR` between them, and may be empty. Spaces around a name do not belong to it.
     """
     if "label" in columns and "labels" in columns:
         raise config_error("dir", f"{path} has both columns 'label' and 'labels'; remove one of them")
-    if "labels" in columns:
-        values: list[Any] = [
-            [name for name in value.split(CLASS_SEPARATOR) if name] if isinstance(value, str) else value
-            for value in columns["labels"]
-        ]
-    elif "label" in columns:
-        values = list(columns["label"])
-    else:
+    column = "labels" if "labels" in columns else "label"
+    if column not in columns:
         return None, []
-    several = any(isinstance(value, list) for value in values)
-    several |= "labels" in columns and all(value is None for value in values)
-    empty = [row for row, value in enumerate(values) if not several and (value is None or value == "")]
+    values = columns[column]
+    numbers_only = all(isinstance(value, int | float) and not is_missing(value) for value in values)
+    several = column == "labels" and not numbers_only
+    rows = [_class_names(path, row, column, value) for row, value in enumerate(values)]
+    empty = [row for row, names in enumerate(rows) if not names and not several]
     if empty:
         remedy = "give each row one, or name the column 'labels' if rows may have none"
         raise config_error("dir", f"{path}, row {empty[0] + 1}: label is empty; {remedy}")
-    rows = [list(value or ()) for value in values] if several else [[value] for value in values]
     found = {name for row in rows for name in row}
     if not found:
-        raise config_error("dir", f"{path} has a column 'labels' without any label; remove the column")
+        raise config_error("dir", f"{path} has a column {column!r} without any label; remove the column")
     try:
         classes = sorted(found, key=lambda name: (float(name), str(name)))  # numbers by value, even if written as text
     except (TypeError, ValueError):
@@ -274,6 +303,20 @@ def parse_labels(path: str, columns: Mapping[str, Sequence[Any]]) -> tuple[Label
     if several:
         return multi_hot([[numbers[name] for name in row] for row in rows], len(classes)), names
     return np.array([numbers[name] for (name,) in rows], np.int64), names
+
+
+def _class_names(path: str, row: int, column: str, value: Any) -> list[Any]:
+    """Returns the classes, by number or name, in the cell of a row."""
+    several = column == "labels"
+    cells = value.split(CLASS_SEPARATOR) if several and isinstance(value, str) else value
+    cells = cells if several and isinstance(cells, list) else [cells]
+    if bad := [cell for cell in cells if isinstance(cell, list | dict | bytes)]:
+        listed = isinstance(bad[0], list) and not several
+        remedy = "name the column 'labels' if rows may have several classes" if listed else "give the name of a class"
+        problem = f"{path}, row {row + 1}: {column} must be a number or a text, got {reprlib.repr(bad[0])}"
+        raise config_error("dir", f"{problem}; {remedy}")
+    names = [cell.strip() if isinstance(cell, str) else cell for cell in cells]
+    return [name for name in names if not is_missing(name)]
 
 
 # Batches

@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +16,13 @@ import ml_dtypes
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float32, Int, Shaped
 
+from cib_jax import errors
 from cib_jax.data import cache
-from cib_jax.data.dataset import Bar, ImageSet, Labels, Source, config_error, no_bar, parse_labels
+from cib_jax.data.dataset import Bar, ImageSet, Labels, Source, config_error, is_missing, no_bar, parse_labels
 from cib_jax.errors import DataError
-from cib_jax.files import first_line, replacing
+from cib_jax.files import decode_text, first_line, replacing
 
 FEWEST = 3
 BLOCK = 8192
@@ -46,6 +49,12 @@ class Vectors:
     def gather(self, indices: Int[np.ndarray, " items"]) -> Shaped[np.ndarray, "items ..."]:
         """Returns the rows at `indices` as one array."""
         return np.asarray(self.array[indices])
+
+
+def as_float32(rows: Any) -> Float32[np.ndarray, "..."]:
+    """Returns numbers as networks compute with them; those beyond the range of float32, 3.4e38, become infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(rows, np.float32)
 
 
 class _Content(NamedTuple):
@@ -134,7 +143,8 @@ def _read_safetensors(path: str, cache_root: pathlib.Path | None) -> _Content:
             raise ValueError(f"{name} has the unsupported type {entry['dtype']}")
         start, stop = entry["data_offsets"]
         dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
-        if stop - start != dtype.itemsize * int(np.prod(entry["shape"])) or 8 + length + stop > os.path.getsize(path):
+        fits = 0 <= start <= stop <= os.path.getsize(path) - 8 - length
+        if not fits or stop - start != dtype.itemsize * math.prod(entry["shape"]):
             raise ValueError(f"{name} does not fit into the file")
         return np.memmap(path, dtype, "r", 8 + length + start, tuple(entry["shape"]))
 
@@ -145,9 +155,8 @@ def _read_parquet(path: str, cache_root: pathlib.Path | None) -> _Content:
     file = pyarrow.parquet.ParquetFile(path)
     names = file.schema_arrow.names
     _validate_names(path, names)
-    label = [name for name in ("label", "labels") if name in names][:1]
-    columns = file.read([*label, *(name for name in names if name == "id")]).to_pydict()
-    labels = {name: columns[name] for name in label}
+    columns = file.read([name for name in ("label", "labels", "id") if name in names]).to_pydict()
+    labels = {name: columns[name] for name in ("label", "labels") if name in names}
     if not file.metadata.num_rows:
         raise _error(f"{path} holds no row; give one for each item")
     if cache_root is None:
@@ -167,17 +176,21 @@ _READERS: dict[str, Callable[[str, pathlib.Path | None], _Content]] = {
 
 def _row_groups(path: str, file: pyarrow.parquet.ParquetFile) -> Iterator[Float[np.ndarray, "rows features"]]:
     """Yields the features of each row group."""
-    width = 0
+    width = before = 0
     for group in range(file.num_row_groups):
         column = file.read_row_group(group, columns=["features"]).column("features").combine_chunks()
-        is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_fixed_size_list(column.type)
-        if not is_list or column.null_count:
-            raise _error(f"{path}: the column 'features' must hold a list in each row, got {column.type}")
+        types = pyarrow.types
+        if not any(kind(column.type) for kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+            raise _error(f"{path}: the column 'features' must hold lists, got {column.type}; save a list in each row")
+        if column.null_count:
+            empty = before + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+            raise _error(f"{path}, row {empty}: features must be a list, got null; correct or remove the row")
         values = column.flatten().to_numpy(zero_copy_only=False)
         width = width or len(values) // max(len(column), 1)
         lengths = np.unique(column.value_lengths().to_numpy(zero_copy_only=False))
         if not np.array_equal(lengths, [width]):
             raise _error(f"{path}: all rows must have equally many features, got {lengths.min()} to {lengths.max()}")
+        before += len(column)
         yield values.reshape(len(column), width)
 
 
@@ -209,15 +222,20 @@ def _copy_parquet(path: str, file: pyarrow.parquet.ParquetFile, cache_root: path
 
 def _validate_names(path: str, names: Sequence[str]) -> None:
     if "features" not in names:
-        raise _error(f"{path} must hold 'features', got {', '.join(names) or 'nothing'}; rename the features")
+        held = reprlib.repr(list(names))
+        raise _error(f"{path} must hold 'features', got {held}; rename the features")
+    for name in ("features", "label", "labels", "id"):
+        if names.count(name) > 1:
+            raise _error(f"{path} must have one column {name!r}, got several; rename or remove the others")
 
 
 def _validate_type(path: str, features: Any) -> None:
     if features.ndim not in (2, 3) or 0 in features.shape[1:]:
         shape = list(features.shape)
         raise _error(f"{path} must hold an array [items, features] or [items, views, features], got {shape}")
-    if features.dtype != ml_dtypes.bfloat16 and features.dtype.kind != "f":
-        raise _error(f"{path} must hold floating-point numbers, got {features.dtype}; apply .astype('float32')")
+    if features.dtype not in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16):  # not in another byte order
+        problem = f"{path} must hold little-endian numbers in float16, 32 or 64, got {features.dtype}"
+        raise _error(f"{problem}; apply .astype('float32')")
 
 
 def _validate_values(path: str, features: Any, bar: Bar) -> None:
@@ -229,14 +247,15 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
     with bar("Checking features", len(features)) as advance:
         for start in range(0, len(features), BLOCK):
             block = np.asarray(features[start : start + BLOCK])
-            if len(bad := np.argwhere(~np.isfinite(block))):
+            if len(bad := np.argwhere(~np.isfinite(as_float32(block)))):
                 first = first or (start + int(bad[0][0]), int(bad[0][-1]))
                 count += len(bad)
             varies = varies or bool((block != reference).any())
             advance(len(block))
     if first is not None:
-        problem = f"got {count:,} others, the first in row {first[0]}, column {first[1]}"
-        raise _error(f"{path} must hold finite values, {problem}; correct or remove those rows")
+        others = errors.count(count, "other value")
+        problem = f"got {others}, the first in row {first[0]}, column {first[1]}"
+        raise _error(f"{path} must hold finite values within the range of float32, {problem}; correct or remove them")
     if not varies:
         raise _error(f"{path} holds the same vector in every row, from which nothing can be learned")
 
@@ -246,15 +265,23 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
 
 def _ids(path: str, content: _Content) -> Sequence[str] | None:
     text_file = f"{os.path.splitext(path)[0]}.ids.txt"
-    ids = None if content.ids is None else [str(name) for name in content.ids]
+    ids = None if content.ids is None else ["" if is_missing(name) else str(name) for name in content.ids]
     if ids is None and os.path.isfile(text_file):
-        with open(text_file, encoding="utf-8", errors="surrogateescape") as file:
-            ids = file.read().splitlines()
+        try:
+            # Not splitlines, which also splits at characters that are part of an id, such as U+2028.
+            lines = decode_text(pathlib.Path(text_file).read_bytes(), "surrogateescape").replace("\r\n", "\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _error(f"{text_file} cannot be read ({first_line(error)}); save it again in UTF-8") from error
+        ids = lines.removesuffix("\n").split("\n")
     if ids is not None and len(ids) != len(content.features):
-        raise _error(f"{path} must have one id per row, got {len(ids):,} for {len(content.features):,} rows")
+        raise _error(
+            f"{path} must have one id per row, got {len(ids):,} for {len(content.features):,} rows; correct them"
+        )
+    if ids is not None and "" in ids:
+        raise _error(f"{path}, row {ids.index('')}: the id is empty; give each row one")
     if ids is not None and len(set(ids)) < len(ids):
         repeated = collections.Counter(ids).most_common(1)[0][0]
-        raise _error(f"{path} must have distinct ids, got {repeated!r} more than once")
+        raise _error(f"{path} must have distinct ids, got {repeated!r} more than once; rename one of them")
     return ids
 
 
@@ -279,6 +306,10 @@ def _labels(path: str, content: _Content) -> tuple[Labels | None, Sequence[str]]
         return labels.astype(bool), []
     if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
         problem = f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes]"
-        raise _error(f"{problem}, got {labels.dtype} {list(labels.shape)}")
+        raise _error(f"{problem}, got {labels.dtype} {list(labels.shape)}; correct them, {ignore}")
+    texts = labels.tolist() if labels.dtype.kind == "U" else []
+    empty = [row for row, label in enumerate(texts) if is_missing(label)]
+    if empty:
+        raise _error(f"{path}, row {empty[0]}: label is empty; correct it, {ignore}")
     names, numbers = np.unique(labels, return_inverse=True)
     return numbers.astype(np.int64), [str(name) for name in names.tolist()]

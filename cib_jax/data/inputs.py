@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from cib_jax.data import feature_files, photo_folder, photo_formats, photos
-from cib_jax.data.dataset import Item, data_error
+from cib_jax.data.dataset import Item, Unreadable, data_error
 from cib_jax.errors import DataError
 from cib_jax.files import map_in_order, modified_ns, printable, short_reason
 
@@ -61,11 +61,11 @@ class Photos:
     size: int
     max_megapixels: int = photo_formats.MAX_MEGAPIXELS
     notes: Sequence[str] = ()
-    closed: Sequence[str] = ()
+    closed: Sequence[Unreadable] = ()
     thumbnails: bool = False
     known: Mapping[str, Read] = dataclasses.field(default_factory=dict)
     truncated: list[str] | None = None
-    words = "photos"
+    noun = "photo"
 
     def read(self, ranges: Iterable[Iterable[int]]) -> Iterator[tuple[int, Read]]:
         """Yields (number, photo or reason), in order; raises if the reason is outside the files."""
@@ -87,15 +87,15 @@ class Photos:
                 return Read(photos.decode(path, self.size, **options), "", size, modified)
             decoded = photos.decode_with_thumbnail(path, self.size, **options)
             return Read(decoded.square, "", size, modified, decoded)
-        except OSError as error:
-            self._raise_system_error(error, path)
-            return Read(None, short_reason(error), size, modified, transient=True)
         except photo_formats.BadPhotoError as error:
             cause = error.__cause__
             self._raise_system_error(cause, path)
             # Errors that Pillow raises about the content of a file have no number.
             transient = isinstance(error, _TRANSIENT) or (isinstance(cause, OSError) and bool(cause.errno))
             return Read(None, printable(str(error)), size, modified, transient=transient)
+        except (OSError, ValueError) as error:  # ValueError: a list may name what no file can be called
+            self._raise_system_error(error, path)
+            return Read(None, short_reason(error), size, modified, transient=True)
 
     def _raise_system_error(self, error: BaseException | None, path: str) -> None:
         # A single file may disappear; if its whole folder did, a disk was unmounted.
@@ -123,20 +123,20 @@ class Rows:
     names: Sequence[str]
     features: Shaped[np.ndarray, "items ..."]
     notes: Sequence[str] = ()
-    words = "vectors"
+    noun = "vector"
 
     def read(self, ranges: Iterable[range]) -> Iterator[tuple[int, Read]]:
         """Yields (number, row or reason), in order."""
         for numbers in ranges:
             for start in range(numbers.start, numbers.stop, feature_files.BLOCK):
                 block = np.asarray(self.features[start : min(start + feature_files.BLOCK, numbers.stop)])
-                finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+                finite = np.isfinite(feature_files.as_float32(block)).reshape(len(block), -1).all(axis=1)
                 for row, good in enumerate(finite):
                     yield start + row, Read(block[row]) if good else Read(None, "values that are not finite")
 
 
 Items = Photos | Rows
-"""Named items in a fixed order; `words` is their kind in the plural, and `place` the path that the user gave."""
+"""Named items in a fixed order; `noun` is their kind, and `place` the path that the user gave."""
 
 
 def load_inputs(
@@ -175,8 +175,7 @@ def load_inputs(
         if not found.paths:
             first = str(found.closed[0]) if found.closed else ""
             raise _error(photo_folder.no_photos(images, found.others, first))
-        closed = [folder.path for folder in found.closed]
-        return Photos(images, found.paths, images, size, max_megapixels, found.notes(), closed)
+        return Photos(images, found.paths, images, size, max_megapixels, found.notes(), found.closed)
 
 
 def load_listed_photos(

@@ -23,7 +23,7 @@ from jaxtyping import Int, UInt8
 
 from cib_jax.data import cache, photo_formats, photos
 from cib_jax.data.dataset import Bar, Unreadable, no_bar
-from cib_jax.errors import DataError
+from cib_jax.errors import DataError, count
 from cib_jax.files import map_in_order, read_json, replacing, short_reason, write_bytes
 
 SHARD = 512
@@ -92,7 +92,7 @@ class PhotoCache:
             size = len(new) * self.size * self.size * 3
             cache.validate_free_space(folder, size, "prepared photos", "lower --config.data.stored_size")
             if known:
-                notes.append(f"{len(files) - len(new):,} of {len(files):,} photos were prepared before")
+                notes.append(f"Prepared before: {len(files) - len(new):,} of {count(len(files), 'photo')}")
             with self.bar("Preparing photos", len(new)) as advance:
                 for shard in _batched(map_in_order(functools.partial(self._decode, root), new)):
                     known |= _append_shard(folder, shard)
@@ -189,7 +189,7 @@ def _batched(results: Iterable[tuple[_FileStamp, _Decoded]]) -> Iterator[list[tu
 def _stamp(root: str, path: str) -> _FileStamp | Unreadable:
     try:
         status = os.stat(os.path.join(root, path))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a list may name what no file can be called
         return Unreadable(path, short_reason(error))
     return _FileStamp(path, status.st_size, status.st_mtime_ns)
 

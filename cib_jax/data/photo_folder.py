@@ -4,7 +4,8 @@ import collections
 import fnmatch
 import functools
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,13 @@ from cib_jax.data import photo_formats
 from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, config_error, parse_labels
 from cib_jax.data.photo_cache import PhotoCache, PreparedPhotos
 from cib_jax.data.splits import ROLES
-from cib_jax.files import first_line, printable, short_reason
+from cib_jax.errors import DataError, count
+from cib_jax.files import decode_text, first_line, printable, short_reason
 
 FEWEST = 3
+
+COLUMNS = ("path", "label", "labels", "split")
+"""Columns of a list that have a meaning; others are ignored."""
 
 _error = functools.partial(config_error, "dir")
 
@@ -63,7 +68,8 @@ def load_list(path: str, cache: PhotoCache, *, labeled: bool = True) -> Source:
     splits = columns.get("split", [])
     for row, role in enumerate(splits):
         if role not in ROLES:
-            raise _error(f"{path}, row {row + 1}: split must be one of {', '.join(ROLES)}, got {role!r}")
+            problem = f"{path}, row {row + 1}: split must be one of {', '.join(ROLES)}, got {reprlib.repr(role)}"
+            raise _error(f"{problem}; give one of them, or remove the column")
     prepared = _prepare(paths, os.path.dirname(os.path.abspath(path)), path, cache)
     kept = prepared.kept
     images = ImageSet(prepared.images, None if labels is None else labels[kept], [paths[index] for index in kept])
@@ -82,7 +88,7 @@ def _prepare(
     unreadable = [*closed, *prepared.unreadable]
     if len(prepared.kept) < FEWEST:
         first = f" (the first: {unreadable[0]})" if unreadable else ""
-        counts = f"{len(prepared.kept)} and {len(unreadable)} unreadable ones{first}"
+        counts = f"{len(prepared.kept):,} and {count(len(unreadable), 'unreadable one')}{first}"
         raise _error(f"{source} must have {FEWEST} readable photos or more, hundreds to learn from, got {counts}")
     return prepared._replace(unreadable=unreadable)
 
@@ -239,7 +245,7 @@ def skipped_files(others: collections.Counter[str]) -> str:
 def format_extensions(others: collections.Counter[str]) -> str:
     """Returns the number of files by extension in words, with advice about formats that must be converted."""
     text = ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5))
-    text += f" and {len(others) - 5} more kinds" if len(others) > 5 else ""
+    text += f" and {count(len(others) - 5, 'more kind')}" if len(others) > 5 else ""
     unread = sorted(photo_formats.CONVERTED & others.keys())
     return text + (f"; {' and '.join(unread)} must be converted first" if unread else "")
 
@@ -253,35 +259,79 @@ def read_list_paths(path: str) -> list[str]:
 
 
 def _read_columns(path: str) -> dict[str, list[Any]]:
-    readers = {".csv": _read_csv, ".parquet": pyarrow.parquet.read_table}
+    """Returns the columns of a list that have a meaning, by name."""
     if not os.path.isfile(path):
         raise _error(f"the file {path!r} does not exist; give a .csv or .parquet list of photos")
     extension = os.path.splitext(path)[1].lower()
-    if extension not in readers:
+    if extension not in _READERS:
         raise _error(f"{path} must be a .csv or .parquet file; save the list as one of them")
     try:
-        table = readers[extension](path)
-    except (OSError, pyarrow.ArrowException) as error:
+        table = _READERS[extension](path)
+        names = [name.strip() for name in table.column_names]
+        found = [(place, name) for place, name in enumerate(names) if name in COLUMNS]
+        cells = [table.column(place).to_pylist() for place, _ in found]
+    except DataError:
+        raise
+    except Exception as error:  # Parquet's reader raises any class for damaged bytes
         raise _error(f"{path} cannot be read as {extension[1:]} ({first_line(error)}); correct it") from error
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    columns: dict[str, list[Any]] = {}
+    for (place, name), values in zip(found, cells, strict=True):
+        if name in columns:
+            raise _error(f"{path} must have one column {name!r}, got several; rename or remove the others")
+        # Where a space follows the comma in the header, it does so in the rows. Otherwise it is part of a path.
+        padded = name != "path" or table.column_names[place] != name
+        columns[name] = [cell.strip() if padded and isinstance(cell, str) else cell for cell in values]
     if "path" not in columns:
-        names = ", ".join(map(repr, columns)) or "none"
-        raise _error(f"{path} must have a column 'path', got {names}; name the columns in the first row")
-    paths = columns["path"]
-    if not paths:
-        raise _error(f"{path} names no photo; add a row for each")
-    for row, name in enumerate(paths):
-        if not isinstance(name, str) or not name:
-            raise _error(f"{path}, row {row + 1}: path must be text, got {name!r}")
-    if len(set(paths)) < len(paths):
-        repeated = collections.Counter(paths).most_common(1)[0][0]
-        raise _error(f"{path} must name each photo once, got {repeated!r} twice; remove one of the rows")
+        held = reprlib.repr(names)
+        raise _error(f"{path} must have a column 'path', got {held}; name the columns in a first row, with commas")
+    _validate_paths(path, columns["path"])
     return columns
 
 
-def _read_csv(path: str) -> Any:
+def _validate_paths(path: str, names: list[Any]) -> None:
+    """Checks that each row of a list names another photo."""
+    if not names:
+        raise _error(f"{path} names no photo; add a row for each")
+    folder = os.path.dirname(os.path.abspath(path))
+    rows: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            problem = f"{path}, row {row + 1}: path must be text, got {reprlib.repr(name)}"
+            raise _error(f"{problem}; give the path of a photo, or remove the row")
+        if (first := rows.setdefault(os.path.normpath(os.path.join(folder, name)), row)) != row:
+            problem = f"{path} must name each photo once, got {name!r} in rows {first + 1} and {row + 1}"
+            raise _error(f"{problem}; remove one of them")
+
+
+def _read_csv(path: str) -> pyarrow.Table:
     """Returns a CSV file as a table of texts: labels such as 007 are names, not numbers."""
-    with pyarrow.csv.open_csv(path) as reader:
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        content = decode_text(content).encode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _error(f"{path}, line {line}: the text must be in UTF-8; save the list as CSV UTF-8") from error
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+
+    def options(length: int) -> pyarrow.csv.ReadOptions:
+        # In one block, because a row must not be longer than a block. With threads, errors would not name the row.
+        return pyarrow.csv.ReadOptions(use_threads=False, block_size=min(length + 1, 2**31 - 1))
+
+    with pyarrow.csv.open_csv(pyarrow.BufferReader(content), options(len(content)), parsing) as reader:
         names = reader.schema.names
+    # A quote that is never closed would make one cell of all rows after it, and of the empty row added here.
+    content += b'\n""' + b"," * (len(names) - 1)
     texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
-    return pyarrow.csv.read_csv(path, convert_options=texts)
+    table = pyarrow.csv.read_csv(pyarrow.BufferReader(content), options(len(content)), parsing, texts)
+    if any(column[-1].as_py() for column in table.columns):
+        raise _error(f"{path}, row {len(table)}: a quoted cell has no closing quote; close it")
+    return table[:-1]
+
+
+def _read_parquet(path: str) -> pyarrow.Table:
+    file = pyarrow.parquet.ParquetFile(path)
+    return file.read([name for name in file.schema_arrow.names if name.strip() in COLUMNS])
+
+
+_READERS: dict[str, Callable[[str], pyarrow.Table]] = {".csv": _read_csv, ".parquet": _read_parquet}

@@ -18,6 +18,7 @@ from cib_jax.data import photo_folder
 from cib_jax.data.dataset import Unreadable, data_error
 from cib_jax.data.inputs import blame_field
 from cib_jax.data.photo_formats import EXTENSIONS
+from cib_jax.errors import count
 from cib_jax.files import first_line, short_reason
 
 MAX_FILES = 1_000_000
@@ -44,11 +45,11 @@ class Unzipped(NamedTuple):
 
     def notes(self) -> list[str]:
         """Returns sentences for the user about the photos and what was left out."""
-        notes = [f"{self.photos:,} photos unpacked in {self.directory}"]
+        notes = [f"{count(self.photos, 'photo')} unpacked in {self.directory}"]
         if self.others:
             notes.append(photo_folder.skipped_files(self.others))
         if self.refused:
-            notes.append(f"{len(self.refused):,} photos left out, the first: {self.refused[0]}")
+            notes.append(f"{count(len(self.refused), 'photo')} left out, the first: {self.refused[0]}")
         return notes
 
     def told(self) -> list[str]:

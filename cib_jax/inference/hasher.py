@@ -18,11 +18,11 @@ from cib_jax.codes import byte_count
 from cib_jax.config import build
 from cib_jax.config.schema import validate
 from cib_jax.console import library_bar
-from cib_jax.data import inputs
+from cib_jax.data import feature_files, inputs
 from cib_jax.data.dataset import resize
 from cib_jax.data.inputs import Photos
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, SavedHasherError, UserError
+from cib_jax.errors import ConfigError, SavedHasherError, UserError, count
 from cib_jax.inference import export, serialization
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models import finetune
@@ -275,26 +275,28 @@ def _batch_size(count: int, largest: int) -> int:
 
 def as_array(images: Any) -> Any:
     """Returns images or features of any library as an array of NumPy or JAX; raises `UserError` if none can be made."""
-    if isinstance(images, np.ndarray | jax.Array):
+    if isinstance(images, jax.Array):
         return images
     try:
-        return np.asarray(images)
+        array = np.asarray(images)
     except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU, or of PyTorch's bfloat16
         raise UserError(
             f"images must be an array that NumPy can read ({error}); convert them first, for example with "
             "tensor.detach().cpu().float().numpy()",
             field="images",
         ) from error
+    # JAX takes neither big-endian nor extended numbers.
+    odd = array.dtype.kind == "f" and (not array.dtype.isnative or array.dtype.itemsize > 8)
+    return feature_files.as_float32(array) if odd else array
 
 
 def _finite(rows: Shaped[np.ndarray, "n ..."], first: int) -> Shaped[np.ndarray, "n ..."]:
     """Returns rows of images or features; raises `UserError` if one, numbered from `first`, is NaN or infinite."""
     if rows.dtype != np.uint8:
-        # In single precision: NumPy cannot tell for bfloat16.
-        bad = ~np.isfinite(np.asarray(rows, np.float32)).all(axis=tuple(range(1, rows.ndim)))
+        bad = ~np.isfinite(feature_files.as_float32(rows)).all(axis=tuple(range(1, rows.ndim)))
         if bad.any():
-            row = first + int(np.argmax(bad))
-            raise UserError(f"images must be finite, but row {row} has a NaN or an infinity; remove it", field="images")
+            row, what = first + int(np.argmax(bad)), "a NaN, an infinity, or a number beyond the range of float32"
+            raise UserError(f"images must be finite, but row {row} has {what}; remove it", field="images")
     return rows
 
 
@@ -317,8 +319,9 @@ class PhotoCodes(NamedTuple):
     """Path of each photo that could not be read, and the reason."""
 
     def __repr__(self) -> str:
-        count, width = self.codes.shape
-        return f"PhotoCodes({count:,} photos → codes of {width} bytes, {len(self.unreadable):,} unreadable)"
+        photos, width = self.codes.shape
+        codes = f"{count(photos, 'photo')} → codes of {count(width, 'byte')}"
+        return f"PhotoCodes({codes}, {len(self.unreadable):,} unreadable)"
 
 
 def encode_photos(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from cib_jax.codes import byte_count, ones
-from cib_jax.errors import SearchError, whole_number
+from cib_jax.errors import SearchError, count, whole_number
 from cib_jax.files import core_count
 from cib_jax.retrieval import exact_search, near_duplicates
 from cib_jax.retrieval.exact_search import Hits
@@ -88,7 +88,7 @@ class Index:
         return len(self.codes)
 
     def __repr__(self) -> str:
-        return f"Index({len(self):,} codes of {self.bits} bits, {self.kind})"
+        return f"Index({count(len(self), 'code')} of {self.bits} bits, {self.kind})"
 
     @property
     def bits(self) -> int:

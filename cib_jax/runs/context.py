@@ -1,11 +1,9 @@
 """The context of a run: its config, folder, data and network, checked before anything expensive starts."""
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,11 +20,10 @@ from cib_jax.augment.features import Standard
 from cib_jax.config import build
 from cib_jax.console import print_message, progress_bar
 from cib_jax.data import cache, dataset, feature_files
-from cib_jax.data.dataset import ImageSet, Source, gather
+from cib_jax.data.dataset import UNREADABLE, ImageSet, Source, gather, write_unreadable
 from cib_jax.data.splits import Protocol, Splits
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
-from cib_jax.files import printable, write_bytes
 from cib_jax.models import weights
 from cib_jax.models.encoder import Encoder, Params
 
@@ -178,21 +175,17 @@ def _report_source(
     """Prints notes on the data, and lists files that cannot be read, up to `data.max_bad_fraction` of all."""
     for note in source.notes:
         print_message(console, note)
-    path = workdir / "unreadable.csv"
+    path = workdir / UNREADABLE
     bad = source.unreadable
+    write_unreadable(path, bad)
     if not bad:
-        path.unlink(missing_ok=True)
         return
-    rows = io.StringIO()
-    csv.writer(rows).writerows([("path", "reason"), *((file.path, file.reason) for file in bad)])
-    # Paths that are not valid UTF-8 keep their bytes.
-    write_bytes(path, rows.getvalue().encode("utf-8", "surrogateescape"))
     everything = sum(map(len, source.roles.values())) if source.roles else len(source.train)
     everything += len(bad) + (len(source.test) if source.test else 0)
     summary = f"{len(bad):,} of {everything:,} images cannot be read; {path} lists them with the reasons"
     if len(bad) > config.data.max_bad_fraction * everything:
         raise DataError(
-            f"config.data.dir: {summary} (the first: {printable(bad[0].path)}: {bad[0].reason}), more than "
+            f"config.data.dir: {summary} (the first: {bad[0]}), more than "
             f"config.data.max_bad_fraction={config.data.max_bad_fraction}; repair or remove them, or raise that limit",
             field="config.data.dir",
         )

@@ -15,7 +15,7 @@ import rich.table
 import rich.text
 
 from cib_jax.console import LineSender, print_message
-from cib_jax.errors import BusyError, DistributedError
+from cib_jax.errors import BusyError, DistributedError, count
 from cib_jax.report.html import Grid
 from cib_jax.runs.processes import run, worker_count
 from cib_jax.runs.workdir import exclusive, read_json
@@ -64,7 +64,7 @@ def run_all(
     items, in the plural. A terminal shows what each worker is doing, and how many items are complete.
     """
     workers = min(worker_count(workers), len(items))
-    processes = "1 process" if workers == 1 else f"{workers} processes"
+    processes = count(workers, "process", "processes")
     complete = _count_complete(items)
     print_message(console, f"{len(items)} {noun}, {complete} of them complete; {processes} at work in {workdir}")
     broken = None

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from cib_jax.console import HINT
 from cib_jax.data.dataset import ImageSet, resized
+from cib_jax.errors import count
 from cib_jax.files import write_bytes
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet, figures, tables
@@ -183,13 +184,14 @@ def _draw_retrieved(
         return Picture(name, _draw_neighbors(run, query, database, some, title, captions), title, note)
 
     some = stream_rng(run.config.data.seed, "retrieval examples").permutation(len(query))[:QUERIES].tolist()
-    title = f"{len(some)} random queries and their nearest by Hamming distance, of {8 * query.shape[1]} bits"
+    title = f"{count(len(some), 'random query', 'random queries')}, with the nearest by Hamming distance"
+    title += f", of {8 * query.shape[1]} bits"
     drawn = [draw("random_queries", some, title, "Drawn from data.seed")]
     if curves is None or not curves.answerable.any():
         return drawn
     answerable = np.flatnonzero(curves.answerable)
     worst = answerable[np.argsort(curves.average_precision[answerable], kind="stable")][:QUERIES].tolist()
-    title = f"The {len(worst)} queries that find least, and their nearest"
+    title = f"The {count(len(worst), 'query', 'queries')} with the lowest average precision, and the nearest"
     note = f"Least average precision at {curves.k[-1]:,}, among queries with a relevant image in the database"
     return [*drawn, draw("worst_queries", worst, title, note)]
 
@@ -210,7 +212,7 @@ def _draw_neighbors(
         tiles = [
             Tile(
                 _thumbnail(splits.database, place),
-                "1 bit" if distance == 1 else f"{distance} bits",
+                count(distance, "bit"),
                 _is_relevant(splits.query, index, splits.database, place),
             )
             for place, distance in zip(nearest.tolist(), distances.tolist(), strict=True)
@@ -248,7 +250,7 @@ def _class_name(run: RunContext, index: int) -> str:
 
 def _format_lead(results: dict[str, Any], noun: str) -> str:
     counts = results["counts"]
-    searched = f"{counts['query']:,} queries on {counts['database']:,} {noun}"
+    searched = f"{count(counts['query'], 'query', 'queries')} on {counts['database']:,} {noun}"
     if results["map"] is None and "neighbor_recall" in results["metrics"]:
         return f"{searched}; there are no labels, so codes are judged by the nearest neighbors that they find."
     if results["map"] is None:

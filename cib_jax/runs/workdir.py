@@ -19,7 +19,7 @@ from cib_jax.config import flatten
 from cib_jax.config.schema import MAY_CHANGE, differences
 from cib_jax.distributed import multihost
 from cib_jax.errors import BusyError, UserError, WorkdirError
-from cib_jax.files import write_bytes
+from cib_jax.files import dump_json, write_bytes
 from cib_jax.runs.processes import LAST_WORDS
 from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
@@ -229,11 +229,7 @@ def _directory_error(problem: str) -> WorkdirError:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file atomically; text that is not valid Unicode, such as some file names, is escaped."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    try:
-        write_bytes(path, text.encode())
-    except UnicodeEncodeError:
-        write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(path, f"{dump_json(content, indent=2)}\n".encode())
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cib_jax.codes import byte_count
-from cib_jax.errors import CodeStoreError
+from cib_jax.data.dataset import Unreadable, write_unreadable
+from cib_jax.errors import CodeStoreError, count
 from cib_jax.files import first_line, open_regular, printable, read_json, short_reason, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
 
@@ -28,6 +29,7 @@ FORMAT = 1
 # Programs that read a folder of Parquet files as one table ignore names that begin with an underscore.
 DESCRIPTION = "_corpus.json"
 MANIFEST = "_files.parquet"
+UNREADABLE = "_unreadable.csv"
 # Key of the JSON in the metadata of a part.
 _KEY = b"cib_jax"
 
@@ -159,7 +161,9 @@ def begin(
     except OSError as error:
         raise _error(f"{folder} cannot be used ({short_reason(error)}); choose another folder") from error
     if DESCRIPTION not in inside:
-        foreign = [name for name in inside if not name.startswith((".", "part-")) and name != MANIFEST]
+        foreign = [
+            name for name in inside if not name.startswith((".", "part-")) and name not in (MANIFEST, UNREADABLE)
+        ]
         if foreign:
             raise _error(f"{folder} holds files, but no codes of a corpus ({foreign[0]}, …); choose another folder")
         if keep_list:
@@ -220,6 +224,22 @@ def tally(corpus: Corpus) -> Tally:
     return Tally(sum(part.total for part in existing), sum(part.unreadable for part in existing), missing)
 
 
+def list_unreadable(corpus: Corpus, closed: Sequence[Unreadable] = ()) -> pathlib.Path | None:
+    """Writes the list of the files of a finished corpus that cannot be read, and of folders that are `closed`.
+
+    Returns the path of the list, or None if there is nothing to list.
+    """
+    files = list(closed)
+    for number in range(corpus.parts):
+        with contextlib.suppress(DamagedPartError):
+            if (header := corpus.load_part(number, rows=False)) and header.unreadable:
+                part = corpus.load_part(number)
+                files += [Unreadable(file.path, file.reason) for file in (part.files if part else ()) if file.reason]
+    path = corpus.folder / UNREADABLE
+    write_unreadable(path, files)
+    return path if files else None
+
+
 def remove_temporary(corpus: Corpus) -> None:
     """Deletes temporary files that killed processes left; a process that writes one now finds its part complete."""
     for left in corpus.folder.glob(".part-*"):
@@ -250,7 +270,7 @@ def read_corpus(folder: pathlib.Path | str) -> tuple[list[str], UInt8[np.ndarray
     remedy = "run the same --mode=encode command again, which makes what is missing"
     if missing:
         raise _error(
-            f"{folder} is unfinished: {len(missing):,} of {corpus.parts:,} parts are missing (the first: "
+            f"{folder} is unfinished: {len(missing):,} of {count(corpus.parts, 'part')} missing (the first: "
             f"{corpus.path(missing[0]).name}); {remedy}"
         )
     paths: list[str] = []

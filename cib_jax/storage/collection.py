@@ -110,7 +110,7 @@ class Collection:
         return len(self._snapshot.keys)
 
     def __repr__(self) -> str:
-        return f"Collection({len(self):,} photos of {self.root}, codes of {self.bits} bits)"
+        return f"Collection({errors.count(len(self), 'photo')} of {self.root}, codes of {self.bits} bits)"
 
     def filtered(self, *, folder: str = "", after: str = "", before: str = "") -> Self:
         """Returns the collection of the photos in one folder and from one time.

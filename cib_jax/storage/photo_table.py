@@ -21,6 +21,7 @@ from jaxtyping import Int64, UInt8
 
 from cib_jax.codes import byte_count
 from cib_jax.data import inputs
+from cib_jax.data.dataset import Unreadable
 from cib_jax.errors import IndexFolderError, UserError
 from cib_jax.files import first_line, import_optional, install_command
 from cib_jax.storage.rows import file_columns, path_of, timestamp
@@ -209,11 +210,11 @@ class PhotoTable:
         order = np.argsort(keys)
         return State(keys[order], sizes[order], modified[order])
 
-    def unreadable(self) -> list[tuple[str, str]]:
-        """Returns path and reason of the files without a code, by path."""
+    def unreadable(self) -> list[Unreadable]:
+        """Returns the files without a code, by path, with the reasons."""
         with lance_errors(self.uri, "read"):
-            found = _fetch(self._photos.search().select(["path", "reason"]).where("reason IS NOT NULL"))
-        return sorted(zip(found["path"].to_pylist(), found["reason"].to_pylist(), strict=True))
+            found = _fetch(self._photos.search().select(["path", "raw_path", "reason"]).where("reason IS NOT NULL"))
+        return sorted(Unreadable(path_of(row), row["reason"]) for row in found.to_pylist())
 
     def put(self, rows: Sequence[Row]) -> None:
         """Adds photos, or replaces those with the same paths, in one commit."""

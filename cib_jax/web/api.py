@@ -10,7 +10,8 @@
 | `GET /docs` | this text |
 
 A search returns {"query": {"id", "code"}, "bits", "results": [{"id", "path", "distance", "code", "width", "height",
-"thumbnail", "image"}]}, an error {"error": "one sentence"}.
+"thumbnail", "image"}]}, an error {"error": "one sentence"}. Paths are relative to the indexed folder;
+\\udc80 to \\udcff in them are bytes that are not UTF-8, as in Python's os.fsdecode.
 """
 
 import asyncio
@@ -35,12 +36,12 @@ from starlette.datastructures import Headers, QueryParams, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from cib_jax.codes import byte_count
 from cib_jax.data.photo_formats import BadPhotoError
-from cib_jax.errors import IndexFolderError
-from cib_jax.files import modified_ns
+from cib_jax.errors import IndexFolderError, count
+from cib_jax.files import dump_json, modified_ns, path_as_utf8
 from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
 from cib_jax.web.decode_pool import DecodePool, DecoderError
 from cib_jax.web.middleware import error_response
@@ -88,7 +89,7 @@ class Collection(Protocol):
 
 def format_count(collection: Collection) -> str:
     """Returns the number of photos in words, such as "1 photo"."""
-    return "1 photo" if len(collection) == 1 else f"{len(collection):,} photos"
+    return count(len(collection), "photo")
 
 
 def create_app(collection: Collection, settings: Settings, decoders: DecodePool) -> fastapi.FastAPI:
@@ -310,8 +311,7 @@ def _search(
 
 
 def _metadata(photo: Photo) -> dict[str, Any]:
-    path = os.fsencode(photo.path).decode("utf-8", "replace")  # with a replacement character where it is not UTF-8
-    return {"id": photo.id, "path": path, "width": photo.width, "height": photo.height}
+    return {"id": photo.id, "path": path_as_utf8(photo.path), "width": photo.width, "height": photo.height}
 
 
 def _client(request: Request) -> str:
@@ -329,7 +329,7 @@ def _integer(query: QueryParams, name: str, default: int, least: int, most: int 
 
 
 def _json(content: dict[str, Any]) -> Response:
-    return JSONResponse(content, headers={"cache-control": "no-store"})
+    return Response(dump_json(content), headers={"cache-control": "no-store"}, media_type="application/json")
 
 
 def _jpeg(request: Request, tag: str, content: bytes) -> Response:

@@ -89,3 +89,6 @@ def test_malformed_features_are_refused(name):
         fit(name, np.zeros((3, 2, 2), np.float32))
     with pytest.raises(Refusal, match=r"^features"):
         fit(name, np.full((40, 30), np.nan, np.float32))
+    for features in (np.eye(40, 30) * 1e39, np.eye(40, 30).astype(">f8"), np.eye(40, 30).astype(np.longdouble)):
+        with pytest.raises(Refusal, match=r"^features"):
+            fit(name, features)

@@ -69,7 +69,7 @@ def expected(folder, hasher, names=None):
         try:
             square, upright = photos.decode(path, hasher.side), photos.decode(path, 0)
         except photos.BadPhotoError as error:
-            known[name.encode("utf-8", "backslashreplace").decode()] = str(error)
+            known[name] = str(error)
             continue
         stat = path.stat()
         code = hasher.encode(square[None])[0].tobytes()

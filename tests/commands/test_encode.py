@@ -1,5 +1,6 @@
 """Encoding: the hasher's codes of every readable file, however the work is cut, shared and interrupted."""
 
+import csv
 import errno
 import io
 import os
@@ -95,11 +96,15 @@ def test_codes_are_the_hashers(run, root, wanted, tmp_path, console):
     assert "46 photos in 5 parts, 3 unreadable" in told(console) and "is complete" in told(console)
     assert "left out: 1 .txt" in told(console)
     check(tmp_path / "codes", wanted)
+    assert "_unreadable.csv lists" in told(console)
+    with (tmp_path / "codes" / "_unreadable.csv").open(newline="") as file:
+        listed = [tuple(row) for row in csv.reader(file)]
     whole = pyarrow.parquet.read_table(tmp_path / "codes")  # as any other program reads the folder's parts
     times = whole.column("modified").cast("int64").to_pylist()
     table = whole.drop_columns("modified").to_pylist()
     reasons = {row["path"]: row["reason"] for row in table if row["code"] is None}
     assert reasons.keys() == BAD.keys()
+    assert listed == [("path", "reason"), *reasons.items()]
     assert (reasons["a/empty.jpg"], reasons["z/cut.jpg"][:9]) == ("0 bytes", "truncated")
     for row, modified in zip(table, times, strict=True):
         found = os.stat(os.path.join(root, row["path"] if row["raw_path"] is None else os.fsdecode(row["raw_path"])))

@@ -1,6 +1,7 @@
 """Indexing: in step with the folder whatever happened to it, however often and wherever it was interrupted."""
 
 import collections
+import csv
 import errno
 import importlib.util
 import os
@@ -76,6 +77,9 @@ def test_the_index_holds_the_codes_of_every_photo_and_a_second_run_does_nothing(
     assert set(looked.values()) == {1} and len(looked) == 27
     assert "left out: 1 .txt" in told and "Cannot be read: a/empty.jpg: 0 bytes" in told
     assert f"25 photos in {tmp_path / 'i'}: 27 files new, 0 changed, 0 gone, 2 unreadable" in told
+    with (tmp_path / "i" / "unreadable.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[:2] == [["path", "reason"], ["a/empty.jpg", "0 bytes"]] and rows[2][0] == "a/text.png"
     version = PhotoTable.open(str(tmp_path / "i")).version
     for options in ({}, {"images": root}, {"images": root, "workdir": encoder}):
         done, _ = run(tmp_path / "i", **options)
@@ -99,6 +103,10 @@ def test_what_came_changed_or_went_is_redone_alone(tmp_path, root, encoder, hash
     assert set(looked) == {"new.jpg", "00.jpg", "01.png", "renamed.jpg", "04.png", "broken.jpg"}
     assert set(looked.values()) == {1} and done == Indexed(24, 2, 4, 2, 1)
     assert "2 files new, 4 changed, 2 gone, 1 unreadable" in told
+    assert "b/04.png" in (tmp_path / "i" / "unreadable.csv").read_text()
+    pictures.write(root / "b" / "04.png", pictures.smooth(44, 33, seed=96))
+    run(tmp_path / "i")
+    assert not (tmp_path / "i" / "unreadable.csv").exists()
 
 
 def test_a_file_that_may_not_be_read_is_tried_again_though_it_stays_as_it_is(tmp_path, root, encoder, hasher, looked):
@@ -152,7 +160,7 @@ def test_a_photo_that_vanishes_while_it_is_indexed_is_none_the_next_time(tmp_pat
 def test_links_that_lead_nowhere_are_told_and_not_kept(tmp_path, root, encoder, hasher):
     (root / "dangling.jpg").symlink_to(root / "nothing.jpg")
     done, told = run(tmp_path / "i", root, workdir=encoder)
-    assert "1 listed files are not there, the first: dangling.jpg" in told
+    assert "Cannot be read: dangling.jpg: not there" in told
     assert held(tmp_path / "i") == expected(root, hasher) and done.unreadable == 0
 
 
@@ -172,6 +180,7 @@ def test_photos_of_a_folder_that_cannot_be_entered_are_kept(tmp_path, root, enco
     done, told = run(tmp_path / "i")
     assert done.removed == 1 and held(tmp_path / "i") == before
     assert "the first: a: permission denied" in told
+    assert '"a","permission denied"' in (tmp_path / "i" / "unreadable.csv").read_text()
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -191,7 +200,8 @@ def test_listed_photos_that_cannot_be_reached_are_kept(tmp_path, root, encoder, 
     done, told = run(tmp_path / "i")
     monkeypatch.undo()
     assert done == Indexed(24, 0, 0, 0, 0) and held(tmp_path / "i") == expected(root, hasher)
-    assert "8 listed files cannot be reached now" in told and "the first: a/00.jpg" in told
+    assert "Cannot be read: a/00.jpg: cannot be reached now" in told and "and 3 more" in told
+    assert len((tmp_path / "i" / "unreadable.csv").read_text().splitlines()) == 1 + 8
 
 
 def test_a_photo_that_came_and_was_indexed_by_another_process_meanwhile_is_kept(
@@ -227,7 +237,7 @@ def test_a_list_of_photos(tmp_path, root, encoder, hasher, extension):
     write([*names, "c/nowhere.jpg"])
     done, told = run(tmp_path / "i", place, workdir=encoder)
     assert held(tmp_path / "i") == expected(root, hasher, names) and done == Indexed(12, 12, 0, 0, 0)
-    assert "1 listed files are not there, the first: c/nowhere.jpg" in told
+    assert "Cannot be read: c/nowhere.jpg: not there" in told
     write(names[3:])
     assert run(tmp_path / "i")[0] == Indexed(9, 0, 0, 3, 0)
     assert held(tmp_path / "i") == expected(root, hasher, names[3:])
@@ -415,7 +425,7 @@ def test_a_grown_index_learns_anew_without_loss(tmp_path, root):
         path.rename(root / "a" / path.name)
     _, told = run(tmp_path / "i", settings=tiny())
     before = held(tmp_path / "i")
-    assert "when there were 5 photos; --relearn" in told
+    assert "from an index of 5 photos; --relearn" in told
 
     def stop(*arguments):
         raise KeyboardInterrupt

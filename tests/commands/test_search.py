@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import rich.console
 
 from cib_jax.commands import search as search_lib
 from cib_jax.commands.search import duplicates, search, split_by_looks
-from cib_jax.data import photos
+from cib_jax.data import photo_folder, photos
+from cib_jax.data.dataset import Unreadable
 from cib_jax.errors import ConfigError, DataError, IndexFolderError, SearchError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.report.contact_sheet import SIDE
@@ -178,6 +180,35 @@ def test_the_table_shows_strange_names_as_they_are_and_commands_no_terminal(plac
     assert max(map(len, told.splitlines()[1:])) <= 40
     _, told = ask(place, place / "photos" / name, k=1, radius=0, kind="exact")
     assert "nothing was found" not in told
+
+
+def test_names_that_are_not_utf_8_come_back_to_the_byte(place, tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    for name, content in ((b"\xe9.png", pictures.content(pictures.smooth(9, 9), "PNG")), (b"\xe8.png", b"no picture")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    indexing.run(tmp_path / "i", os.fsdecode(folder), workdir=place / "encoder")
+    _, told = ask(tmp_path, os.fsdecode(folder), format="json")
+    failed, found = (json.loads(line) for line in told.splitlines())
+    assert os.fsencode(failed["query"]) == os.path.join(folder, b"\xe8.png") and failed["error"]
+    assert os.fsencode(found["query"]) == os.path.join(folder, b"\xe9.png")
+    assert os.fsencode(found["root"]) == folder and os.fsencode(found["hits"][0]["path"]) == b"\xe9.png"
+
+
+def test_a_folder_in_the_query_that_cannot_be_entered_is_told(place, monkeypatch):
+    walk = photo_folder.walk_folder
+
+    def closed(directory):
+        paths, others, _ = walk(directory)
+        return paths, others, [Unreadable("secret", "permission denied")]
+
+    monkeypatch.setattr(photo_folder, "walk_folder", closed)
+    _, told = ask(place, place / "queries", k=1, format="json")
+    name = str(place / "queries" / "secret")
+    assert json.loads(told.splitlines()[0]) == {"query": name, "error": "permission denied"}
+    _, told = ask(place, place / "queries", k=1)
+    assert f"{name} cannot be read: permission denied" in told
 
 
 def test_an_unreadable_photo_of_a_folder_is_told_and_left_out(place):

@@ -1,5 +1,8 @@
 """Sets of images: batches in the requested order, resizing, subsets, concatenation, and labels of tables."""
 
+import csv
+import os
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -7,7 +10,7 @@ import PIL.Image
 import pytest
 
 from cib_jax.data import dataset
-from cib_jax.data.dataset import ImageSet
+from cib_jax.data.dataset import ImageSet, Unreadable
 from tests.data import errors
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 5, 3), dtype=np.uint8)
@@ -107,6 +110,11 @@ def test_identity_follows_the_images_that_are_taken():
         ({"labels": ["x|y", "", None, "y"]}, [[1, 1], [0, 0], [0, 0], [0, 1]], ["x", "y"]),
         ({"labels": [["x", "y"], [], ["z"], None]}, [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]], ["x", "y", "z"]),
         ({"labels": [[10, 9], [9]]}, [[1, 1], [1, 0]], ["9", "10"]),
+        ({"labels": [10, 9, 10]}, [1, 0, 1], ["9", "10"]),
+        ({"labels": [10.0, float("nan"), 9.0]}, [[0, 1], [0, 0], [1, 0]], ["9.0", "10.0"]),
+        ({"labels": [["x", None], [float("nan")]]}, [[1], [0]], ["x"]),
+        ({"label": [" x", "x ", "y"]}, [0, 0, 1], ["x", "y"]),
+        ({"labels": ["| x ", "y |x"]}, [[1, 0], [1, 1]], ["x", "y"]),
         ({"path": ["a"]}, None, []),
     ],
 )
@@ -121,6 +129,11 @@ def test_labels_of_a_table(columns, labels, classes):
     [
         ({"label": ["x", ""]}, ["row 2"]),
         ({"label": ["x", None]}, ["row 2"]),
+        ({"label": ["x", "nan"]}, ["row 2"]),
+        ({"label": [1.0, float("nan")]}, ["row 2"]),
+        ({"label": ["x", ["y"]]}, ["row 2", "'labels'"]),
+        ({"labels": ["x", {"y": 1}]}, ["row 2"]),
+        ({"labels": [["x"], [["y"]]]}, ["row 2"]),
         ({"label": ["x"], "labels": ["y"]}, ["'label'", "'labels'"]),
         ({"labels": ["", None]}, ["'labels'"]),
         ({"labels": [None, None]}, ["'labels'"]),
@@ -129,3 +142,20 @@ def test_labels_of_a_table(columns, labels, classes):
 def test_bad_labels_of_a_table_are_refused(columns, values):
     with errors.raises("config.data.dir", "a.csv", *values):
         dataset.parse_labels("a.csv", columns)
+
+
+def test_the_list_of_unreadable_files_is_safe_in_spreadsheets_and_comes_back(tmp_path):
+    """An apostrophe in front is removed again from every cell that begins with one."""
+    names = [b"a.jpg", b"=1+2.jpg", b"+1", b"-1", b"@x", b"\t=1", b"\r=1", b"\n=1", b"'=1", b'caf\xe9",;\n.jpg']
+    names.append("é日".encode())
+    path = tmp_path / "unreadable.csv"
+    dataset.write_unreadable(path, [Unreadable(os.fsdecode(name), "=bad, 0 bytes") for name in names])
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    cells = [cell for row in rows[1:] for cell in row]
+    assert rows[0] == ["path", "reason"] and not any(cell[0] in "=+-@\t\r\n" for cell in cells)
+    found = [cell.removeprefix("'").encode("utf-8", "surrogateescape") for cell in cells]
+    assert found == [cell for name in names for cell in (name, b"=bad, 0 bytes")]
+    dataset.write_unreadable(path, [])
+    assert not path.exists()
+    dataset.write_unreadable(path, [])

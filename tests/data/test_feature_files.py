@@ -17,6 +17,7 @@ from tests.data import errors
 
 ROWS = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
 LABELS = np.arange(20) % 3
+FEATURES = pyarrow.list_(pyarrow.float32())
 
 
 def write(folder, kind, features=ROWS, labels=None, ids=None):
@@ -75,6 +76,36 @@ def test_files_larger_than_memory_are_mapped(tmp_path, kind):
     assert isinstance(source.train.images.array, np.memmap)
 
 
+@pytest.mark.parametrize("lists", [pyarrow.list_, pyarrow.large_list, lambda kind: pyarrow.list_(kind, 6)])
+def test_every_kind_of_list_in_a_parquet_is_read(tmp_path, lists):
+    column = pyarrow.array(ROWS.tolist(), lists(pyarrow.float32()))
+    pyarrow.parquet.write_table(pyarrow.table({"features": column}), tmp_path / "a.parquet", row_group_size=7)
+    source = feature_files.load(str(tmp_path / "a.parquet"))
+    assert np.array_equal(gather(source.train.images, np.arange(20)), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ([("features", []), ("label", [])], ["no row"]),
+        ([("features", ROWS), ("features", ROWS)], ["'features'"]),
+        ([("features", ROWS), ("id", list("ab" * 10)), ("id", list("cd" * 10))], ["'id'"]),
+        ([("features", [*ROWS[:9], None, *ROWS[10:]])], ["row 9"]),
+        ([("features", ROWS), ("label", ["a"] * 20), ("labels", [["a"]] * 20)], ["'label'", "'labels'"]),
+        ([("features", ROWS), ("label", [["a"]] * 20)], ["row 1", "'labels'"]),
+        ([("features", ROWS), ("label", [1.0, float("nan")] * 10)], ["row 2"]),
+        ([("features", ROWS), ("id", ["a", None, *map(str, range(18))])], ["row 1"]),
+    ],
+)
+def test_columns_of_a_parquet_that_do_not_fit_are_refused(tmp_path, columns, values):
+    arrays = [pyarrow.array(list(rows), FEATURES if name == "features" else None) for name, rows in columns]
+    table = pyarrow.table(arrays, names=[name for name, _ in columns])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    for cache in (None, tmp_path / "cache"):
+        with errors.raises("config.data.dir", "a.parquet", *values):
+            feature_files.load(str(tmp_path / "a.parquet"), cache_root=cache)
+
+
 def test_a_parquet_is_copied_once(tmp_path):
     path = write(tmp_path, "parquet")
     feature_files.load(str(path), cache_root=tmp_path / "cache")
@@ -117,6 +148,21 @@ def test_labels_and_ids(tmp_path, kind):
     assert feature_files.load(str(path), labeled=False).train.labels is None
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_ids_of_a_text_file_are_its_lines(tmp_path, encoding, line_end):
+    ids = [f"item\u2028\x0b\x85 {number}" for number in range(20)]
+    for end in ("", line_end):
+        (tmp_path / "features.ids.txt").write_bytes((line_end.join(ids) + end).encode(encoding))
+        assert feature_files.load(str(write(tmp_path, "npy"))).train.names == ids
+
+
+def test_ids_that_are_not_utf_8_keep_their_bytes(tmp_path):
+    (tmp_path / "features.ids.txt").write_bytes(b"".join(b"caf\xe9 %d\n" % number for number in range(20)))
+    names = feature_files.load(str(write(tmp_path, "npy"))).train.names
+    assert os.fsencode(names[7]) == b"caf\xe9 7"
+
+
 def test_labels_may_be_names_or_several(tmp_path):
     names = np.array(["b", "a"])[LABELS % 2]
     assert (
@@ -142,6 +188,10 @@ def broken(value, row, column):
         (broken(np.nan, 13, 4), "row 13, column 4"),
         (broken(np.inf, 0, 0), "row 0, column 0"),
         (broken(np.nan, 13, 4).reshape(10, 2, 6), "row 6, column 4"),
+        (ROWS.astype(np.float64) * 1e40, "row 0, column 0"),
+        (ROWS.astype(">f4"), ">f4"),
+        (ROWS.astype(">f8"), ">f8"),
+        (ROWS.astype(np.longdouble), "float128"),
         (ROWS[0], "got [6]"),
         (ROWS.reshape(1, 5, 4, 6), "got [1, 5, 4, 6]"),
         (ROWS[:, :0], "got [20, 0]"),
@@ -174,6 +224,8 @@ def test_labels_beside_that_are_no_array_are_refused(tmp_path):
         ({"labels": LABELS[:19]}, ["19", "20"]),
         ({"labels": LABELS * 0.5}, ["float64 [20]"]),
         ({"labels": LABELS[:, None] * np.ones((1, 2), int)}, ["int64 [20, 2]"]),
+        ({"labels": np.array(["a", "nan"] * 10)}, ["row 1", "labelled=False"]),
+        ({"ids": np.array(["a", "", *map(str, range(18))])}, ["row 1"]),
         ({"ids": np.arange(19)}, ["19", "20"]),
         ({"ids": np.arange(20) // 2}, ["'0'"]),
     ],
@@ -213,6 +265,27 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
     header = json.dumps({"features": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 324]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
     with errors.raises("config.data.dir", "short.safetensors", "does not fit"):
+        feature_files.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"data_offsets": [-4, 476]}, "does not fit"),
+        ({"data_offsets": [480, 0]}, "does not fit"),
+        ({"data_offsets": [4, 484]}, "does not fit"),
+        ({"shape": [20, 7]}, "does not fit"),
+        ({"shape": [-20, -6]}, "negative"),
+        ({"shape": [20.0, 6.0]}, "float"),
+        ({"dtype": "F8_E4M3"}, "F8_E4M3"),
+    ],
+)
+def test_a_safetensors_header_that_does_not_fit_the_file_is_refused(tmp_path, entry, reason):
+    path = tmp_path / "a.safetensors"
+    features = {"dtype": "F32", "shape": [20, 6], "data_offsets": [0, 480]} | entry
+    header = json.dumps({"features": features}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + ROWS.tobytes())
+    with errors.raises("config.data.dir", "a.safetensors", reason):
         feature_files.load(str(path))
 
 

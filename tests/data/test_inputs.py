@@ -27,7 +27,7 @@ def load(place, takes="images", size=8):
 
 def test_photos_of_a_folder_are_read_in_the_order_of_the_ranges(root):
     found = load(root)
-    assert (found.place, found.names, found.words) == (str(root), [f"{n}.png" for n in range(4)], "photos")
+    assert (found.place, found.names, found.noun) == (str(root), [f"{n}.png" for n in range(4)], "photo")
     assert len(found.notes) == 1 and "1 .txt" in found.notes[0]
     results = dict(found.read([range(1, 3), range(0, 1)]))
     assert list(results) == [1, 2, 0]
@@ -55,12 +55,19 @@ def test_photos_of_a_list_are_sorted_and_may_have_thumbnails(root):
     assert np.array_equal(read.content, expected.square) and read.decoded.thumbnail == expected.thumbnail
 
 
-def test_rows_that_are_not_finite_have_a_reason(tmp_path):
+def test_a_name_that_no_file_can_have_has_a_reason(root):
+    (root / "list.csv").write_bytes(b"path\n0.png\nx\0.png\n")
+    results = dict(load(root / "list.csv").read([range(2)]))
+    assert results[0].content is not None and (results[1].content, results[1].reason) == (None, "embedded null byte")
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e39])
+def test_rows_that_are_not_finite_have_a_reason(tmp_path, value):
     rows = np.arange(12.0).reshape(4, 3)
-    rows[2, 1] = np.inf
+    rows[2, 1] = value
     np.save(tmp_path / "a.npy", rows)
     found = load(tmp_path / "a.npy", "features")
-    assert (list(found.names), found.words) == (["0", "1", "2", "3"], "vectors")
+    assert (list(found.names), found.noun) == (["0", "1", "2", "3"], "vector")
     results = dict(found.read([range(1, 4)]))
     assert np.array_equal(results[3].content, rows[3]) and results[2].content is None and results[2].reason
 

@@ -1,5 +1,6 @@
 """Folders and lists of photos: what is found, its classes and splits, what is left out, and what is refused."""
 
+import csv
 import os
 import shutil
 
@@ -303,12 +304,99 @@ def test_a_csv_as_spreadsheets_write_it(listed):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b"path,label,,\n{0},a,,\n{1},b,,\n{2},a,,\n",
+        b"path,tag,label,tag\n{0},1,a,x\n{1},2,b,y\n{2},3,a,z\n",
+        b"path, label, size\n{0}, a, 1\n{1}, b, 2\n{2},a ,3\n",
+        b"size, path, label\n1, {0}, a\n2, {1}, b\n3, {2}, a\n",
+        "path,label\r\n{0},a\r\n{1},b\r\n{2},a\r\n".encode("utf-16"),
+        "\ufeffpath,label\n{0},a\n{1},b\n{2},a\n".encode("utf-16-be"),
+        "\ufeffpath,label\n{0},a\n{1},b\n{2},a".encode(),
+        b'path,label,caption\n{0},a,"1\n2"\n{1},b,"' + b"3\n" * 600_000 + b'"\n{2},a,4\n',
+    ],
+    ids=["trailing commas", "a name twice", "spaces", "padded path", "UTF-16", "big-endian", "BOM", "a long cell"],
+)
+def test_a_csv_as_programs_write_it(listed, content):
+    path = listed / "list.csv"
+    for number, name in enumerate(PATHS[:3]):
+        for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
+            content = content.replace(f"{{{number}}}".encode(encoding), name.encode(encoding))
+    path.write_bytes(content)
+    source = load_list(path)
+    assert source.train.names == PATHS[:3]
+    assert (list(source.classes), source.train.labels.tolist()) == (["a", "b"], [0, 1, 0])
+
+
+def test_spaces_belong_to_paths_and_line_breaks_to_quoted_ones(listed):
+    names = [" a.png", "b .png", "c\nd.png"]
+    for number, name in enumerate(names):
+        pictures.write(listed / name, pictures.colored(number, 6))
+    (listed / "list.csv").write_text("path\n" + "".join(f'"{name}"\n' for name in names))
+    assert load_list(listed / "list.csv").train.names == names
+
+
+def test_csv_rows_are_those_of_the_standard_library(tmp_path):
+    rows = [[f"{number}.png", f'A "long" caption,\nnumber {number}', ""] for number in range(40_000)]
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "caption", "label"], *rows])
+    assert (tmp_path / "list.csv").stat().st_size > 2**20
+    assert photo_folder.read_list_paths(str(tmp_path / "list.csv")) == [row[0] for row in rows]
+
+
+def test_an_impossible_name_is_unreadable(listed):
+    (listed / "list.csv").write_bytes("\n".join(["path", "a\0.png", *PATHS, ""]).encode())
+    source = load_list(listed / "list.csv")
+    assert source.train.names == PATHS
+    assert [(bad.path, bad.reason) for bad in source.unreadable] == [("a\0.png", "embedded null byte")]
+
+
+@pytest.mark.parametrize("kind", ["large", "view", "dictionary"])
+def test_texts_of_a_parquet_may_have_any_type(listed, kind):
+    types = {"large": pyarrow.large_string(), "view": pyarrow.string_view()}
+    paths = pyarrow.array(PATHS).dictionary_encode() if kind == "dictionary" else pyarrow.array(PATHS, types[kind])
+    source = load_list(write_list(listed, {"path": paths, "other": [{"path": "x"}] * 4}, "parquet"))
+    assert source.train.names == PATHS
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ({"label": [["x"], ["y"], ["x"], []]}, ["row 1", "'labels'"]),
+        ({"label": [{"a": 1}] * 4}, ["row 1"]),
+        ({"label": [1.0, float("nan"), 2.0, 1.0]}, ["row 2", "empty"]),
+        ({"label": [b"x"] * 4}, ["row 1"]),
+        ({"split": ["train", None, "train", "query"]}, ["row 2", "None"]),
+    ],
+)
+def test_cells_of_a_parquet_that_are_no_class_or_split_are_refused(listed, columns, values):
+    path = write_list(listed, {"path": PATHS, **columns}, "parquet")
+    with errors.raises("config.data.dir", path, *values):
+        load_list(path)
+
+
+def test_a_parquet_with_a_column_twice_is_refused(listed):
+    table = pyarrow.table([PATHS, PATHS], names=["path", "path"])
+    pyarrow.parquet.write_table(table, listed / "list.parquet")
+    with errors.raises("config.data.dir", "list.parquet", "'path'"):
+        load_list(listed / "list.parquet")
+
+
+@pytest.mark.parametrize(
     ("text", "values"),
     [
         ("file,label\na,b\n", ["'path'", "'file', 'label'"]),
         ("path\n", []),
         ("", ["Empty CSV file"]),
-        ("path,label\na\n", ["CSV parse error"]),
+        ("path,label\na\n", ["CSV parse error", "Row #2"]),
+        ("path;label\na;b\n", ["path;label"]),
+        ("path,path\na,b\n", ["'path'"]),
+        ("path,label\na.png,x\n./a.png,x\n", ["'./a.png'", "rows 1 and 2"]),
+        ("path,label\na.png,x\n.//b/../a.png,x\n", ["rows 1 and 2"]),
+        ('path,label\na.png,x\nb.png,"y\nc.png,z\n', ["row 2"]),
+        ('path\na.png\n"b.png\nc.png', ["row 2"]),
+        ("path,label\na.png,x\nb.png,NaN\n", ["row 2", "label"]),
+        ("path,label\na.png,x\n,\n", ["row 2"]),
         ("path,label\na.png,x\na.png,x\n", ["'a.png'"]),
         ("path,label\na.png,x\nb.png,\n", ["row 2", "label"]),
         ("path,labels\na.png,\n", ["'labels'"]),
@@ -328,7 +416,9 @@ def test_what_is_no_list_is_refused(listed):
     for name, content in (
         ("list.txt", b"path\n"),
         ("list.parquet", b"no"),
-        ("latin.csv", "path\nä.png\n".encode("latin1")),
+        ("latin.csv", "path\na.png\nä.png\n".encode("latin1")),
+        ("latin_header.csv", "path,größe\na.png,1\n".encode("latin1")),
+        ("half.csv", "path\na.png\n".encode("utf-16")[:-1]),
     ):
         (listed / name).write_bytes(content)
         with errors.raises("config.data.dir", name):

@@ -84,7 +84,7 @@ def test_a_folder_with_classes_is_measured_by_them(labeled):
     labels = codes_of(workdir)["database_labels"]
     assert [f"class {label}" for label in labels] == [name.split("/")[0] for name in names]
     rows = (workdir / "unreadable.csv").read_text().splitlines()
-    assert rows[0] == "path,reason" and rows[1].startswith("class 1/cut.png,")
+    assert rows[0] == '"path","reason"' and rows[1].startswith('"class 1/cut.png",')
     assert "1 of 73 images" in labeled.printed
     # The codes are those of the photos as they are prepared.
     found = [np.asarray(PIL.Image.open(labeled.photos / name).convert("RGB")) for name in names[:9]]

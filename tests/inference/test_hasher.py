@@ -105,7 +105,7 @@ def test_a_folder_a_photo_and_several_photos_are_encoded(folder, photo_hasher):
         assert encoded.paths == good[chosen] and [path for path, _ in encoded.unreadable] == unreadable
         assert all(reason for _, reason in encoded.unreadable)
         np.testing.assert_array_equal(encoded.codes, codes[chosen])
-        assert f"{len(encoded.paths)} photos" in str(encoded)
+        assert f"({errors.count(len(encoded.paths), 'photo')} →" in str(encoded)
 
 
 def test_errors_of_photos_name_the_argument(folder, photo_hasher, monkeypatch):

@@ -31,7 +31,7 @@ def test_extremes(width):
 def test_one_code(kind):
     """And the index is printed in one line."""
     index = cib.Index.of(np.full((1, 2), 7, np.uint8), kind)
-    assert str(index) == f"Index(1 codes of 16 bits, {kind})"
+    assert str(index) == f"Index(1 code of 16 bits, {kind})"
     distances, ids = index.search(np.full((2, 2), 7, np.uint8), 1)
     assert (distances.tolist(), ids.tolist()) == ([[0], [0]], [[0], [0]])
 

@@ -49,6 +49,19 @@ def test_search_by_id_and_by_code(served):
         }  # fmt: skip
 
 
+def test_paths_that_are_not_utf_8_come_back_to_the_byte(tmp_path, running):
+    names = [b"caf\xe9.png", "café.png".encode(), b"caf\\udce9.png"]
+    for number, name in enumerate(names):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(fake.encoded(fake.picture(number)))
+    with running(fake.FakeCollection(tmp_path)) as served:
+        results = served.json("/search?k=3")[1]["results"]
+        assert {os.fsencode(result["path"]) for result in results} == set(names)
+        for result in results:
+            assert served.json(f"/photo?id={result['id']}")[1]["path"] == result["path"]
+            assert served.ask(result["image"])[0] == 200
+
+
 def test_the_server_lists_its_requests(served):
     status, headers, text = served.ask("/docs")
     assert status == 200 and headers["content-type"].startswith("text/plain")
@@ -281,16 +294,6 @@ def test_a_file_outside_that_a_list_named_is_shown_unless_it_is_a_link(running, 
         (elsewhere / "f0" / "0.jpg").rename(tmp_path / "0.jpg")
         (elsewhere / "f0" / "0.jpg").symlink_to(tmp_path / "0.jpg")
         assert [served.ask(path)[0] for path in paths] == [410, 200]
-
-
-def test_a_name_that_is_not_unicode_is_shown(running, tmp_path):
-    name = os.fsencode(tmp_path) + b"/\xff\xfe.jpg"
-    with open(name, "wb") as file:
-        file.write(fake.encoded(fake.picture(1), "JPEG"))
-    with running(fake.FakeCollection(tmp_path)) as served:
-        (result,) = served.json("/search?k=3")[1]["results"]
-        assert result["path"] == "��.jpg"
-        assert served.ask(result["image"])[0] == 200
 
 
 def test_a_photo_that_breaks_its_decoder_is_refused_and_the_next_is_served(collection, hostile_decoders):
