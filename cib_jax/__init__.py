@@ -21,10 +21,10 @@ if sys.platform == "win32":
 if TYPE_CHECKING:
     from cib_jax.augment.augment import resize_and_normalize, two_views
     from cib_jax.codes import binarize, pack_bits, sample_codes, unpack_bits
+    from cib_jax.commands.collection import Collection
+    from cib_jax.commands.duplicates import duplicates as find_duplicates
     from cib_jax.commands.evaluate import evaluate as evaluate_run
     from cib_jax.commands.index import index as index_photos
-    from cib_jax.commands.search import Collection
-    from cib_jax.commands.search import duplicates as find_duplicates
     from cib_jax.commands.search import search as search_photos
     from cib_jax.commands.serve import serve_notebook
     from cib_jax.commands.train import train
@@ -107,7 +107,9 @@ _NAMES = {
     "codes": "binarize pack_bits sample_codes unpack_bits",
     "commands.evaluate": "evaluate_run=evaluate",
     "commands.index": "index_photos=index",
-    "commands.search": "Collection find_duplicates=duplicates search_photos=search",
+    "commands.duplicates": "find_duplicates=duplicates",
+    "commands.collection": "Collection",
+    "commands.search": "search_photos=search",
     "commands.serve": "serve_notebook",
     "commands.train": "train",
     "config.extensions": "register",

@@ -9,8 +9,10 @@ from typing import Any
 __path__: list[str] = []  # makes this file a package, whose modules are entered in sys.modules below
 
 _MOVED = {
-    **{mode: mode for mode in ("train", "evaluate", "compare", "tune", "encode", "index", "search", "serve")},
-    "duplicates": "search",
+    **{
+        mode: mode
+        for mode in ("train", "evaluate", "compare", "tune", "encode", "index", "search", "duplicates", "serve")
+    },
     "beside_notebook": "serve",
 }
 

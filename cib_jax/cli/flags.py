@@ -76,10 +76,10 @@ MODES = {
         required=("index", "query"),
     ),
     "duplicates": Mode(
-        "search.duplicates",
-        "finds near duplicates in an index",
+        "duplicates.duplicates",
+        "finds copies of pictures in an index",
         "--index=INDEX --show",
-        ("index", "radius", "confirm", "format", "show"),
+        ("index", "radius", "confirm", "reference", "format", "show"),
         required=("index",),
     ),
     "serve": Mode(
@@ -156,9 +156,7 @@ RELEARN = flags.DEFINE_bool(
 )
 QUERY = flags.DEFINE_string("query", None, "search: photo, or folder of photos; or a path that a search has printed.")
 K = flags.DEFINE_integer("k", None, "search: number of results per query; by default 20, with --radius all.")
-RADIUS = flags.DEFINE_integer(
-    "radius", None, "search, duplicates: maximum Hamming distance in bits; by default bits // 16 for duplicates."
-)
+RADIUS = flags.DEFINE_integer("radius", None, "search, duplicates: maximum Hamming distance in bits.")
 KIND = flags.DEFINE_string(
     "kind", "exact", "search: exact, or the approximate hnsw, ivf or mih, with settings: --kind='ivf nprobe=64'."
 )
@@ -171,8 +169,14 @@ BEFORE = flags.DEFINE_string("before", "", "search: only photos whose files were
 CONFIRM = flags.DEFINE_bool(
     "confirm", True, "duplicates: False also groups similar photos that are not copies of one picture."
 )
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "duplicates: folder of photos of which the index may hold copies; finds these alone."
+)
 FORMAT = flags.DEFINE_enum(
-    "format", "table", ["table", "json"], "search, duplicates: json prints one line per query or group."
+    "format",
+    "table",
+    ["table", "json", "csv"],
+    "search: json prints a line per query; duplicates: json, csv per photo.",
 )
 SHOW = flags.DEFINE_string(
     "show",

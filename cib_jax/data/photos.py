@@ -34,9 +34,6 @@ _SWAPPED = range(5, 9)  # orientations that swap width and height
 THUMBNAIL = 480
 """Longer side of a thumbnail in pixels: twice that of a 4:3 photo on the search page, for dense screens."""
 
-HASH_BITS = 64
-"""Bits of `difference_hash`."""
-
 _THUMBNAIL_QUALITY = 78
 
 
@@ -103,20 +100,6 @@ def truncated_note(paths: Sequence[str]) -> str:
     """Returns a sentence for the user about truncated photos that were decoded."""
     names = sorted(set(paths))
     return f"Truncated photos, gray where bytes are missing: {len(names):,}, the first: {printable(names[0])}"
-
-
-def difference_hash(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "8"]:
-    """Returns a perceptual hash: for 8 × 8 areas, packed, whether each is brighter than its left neighbor.
-
-    Resized or recompressed copies of a picture differ in a few of the 64 bits, different pictures in about half.
-
-    References:
-      Krawetz, Kind of Like That, 2013,
-      https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html
-    """
-    gray = PIL.Image.fromarray(image).convert("L").resize((9, 8), PIL.Image.Resampling.BOX)
-    levels = np.asarray(gray, np.int16)
-    return np.packbits(levels[:, 1:] > levels[:, :-1])
 
 
 @contextlib.contextmanager

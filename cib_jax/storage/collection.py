@@ -41,6 +41,8 @@ class Photo(NamedTuple):
     """Width and height in pixels, upright."""
     thumbnail: bytes = b""
     """A JPEG, its longer side at most `photos.THUMBNAIL` pixels; b"" if not requested."""
+    digest: str = ""
+    """SHA-256 of the file in hexadecimal digits; "" but for duplicates of equal size."""
 
     def __repr__(self) -> str:
         return f"Photo({self.path!r}, {self.width} × {self.height}, {self.size:,} bytes, id={self.id!r})"

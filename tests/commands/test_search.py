@@ -1,4 +1,4 @@
-"""Search and duplicates, against plain loops over all codes; planted copies are found and nothing else."""
+"""Search, against plain loops over all codes."""
 
 import errno
 import io
@@ -13,8 +13,8 @@ import PIL.Image
 import pytest
 import rich.console
 
-from cib_jax.commands import search as search_lib
-from cib_jax.commands.search import duplicates, search, split_by_looks
+from cib_jax.commands.duplicates import duplicates
+from cib_jax.commands.search import search
 from cib_jax.data import photo_folder, photos
 from cib_jax.data.dataset import Unreadable
 from cib_jax.errors import ConfigError, DataError, IndexFolderError, SearchError
@@ -199,9 +199,8 @@ def test_names_that_are_not_utf_8_come_back_to_the_byte(place, tmp_path):
 def test_a_folder_in_the_query_that_cannot_be_entered_is_told(place, monkeypatch):
     walk = photo_folder.walk_folder
 
-    def closed(directory):
-        paths, others, _ = walk(directory)
-        return paths, others, [Unreadable("secret", "permission denied")]
+    def closed(directory, exclude):
+        return walk(directory, exclude)._replace(closed=[Unreadable("secret", "permission denied")])
 
     monkeypatch.setattr(photo_folder, "walk_folder", closed)
     _, told = ask(place, place / "queries", k=1, format="json")
@@ -350,112 +349,3 @@ def test_words_name_a_kind_and_its_settings():
     for word in ("x", "m", "m=", "m=-1", "m=1.5", "=m"):
         with pytest.raises(SearchError, match=r"^--kind\b"):
             index.parse_kind(f"ivf {word}")
-
-
-# Duplicates
-
-COPIES = {
-    "a.jpg": ["a at 60.jpg", "half.jpg", "as/a.png"],
-    "b.png": ["b.webp"],
-    "c.jpg": ["ü/c [1].jpg"],
-}
-
-
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("duplicates")
-    indexing.save_hasher(folder / "encoder", bits=64)
-    for number in range(40):
-        pictures.write(folder / "photos" / f"other {number}.jpg", pictures.smooth(200, 150, seed=100 + number))
-    for seed, (name, copies) in enumerate(COPIES.items()):
-        image = pictures.smooth(400, 300, seed=seed)
-        for at, copy in enumerate([name, *copies]):
-            size = (200, 150) if copy == "half.jpg" else image.size
-            options = {"quality": 95 - 15 * at} if copy.endswith("jpg") else {}
-            pictures.write(folder / "photos" / copy, image.resize(size, PIL.Image.Resampling.BICUBIC), **options)
-    indexing.run(folder / "i", folder / "photos", workdir=folder / "encoder")
-    return folder
-
-
-def find(place, **options):
-    console = rich.console.Console(file=io.StringIO(), width=100)
-    found = duplicates(place / "i", console=console, **options)
-    return found, console.file.getvalue()
-
-
-def grouped(found):
-    return sorted(sorted(photo.path for _, photo in group) for group in found)
-
-
-@pytest.fixture(scope="module")
-def codes(copies):
-    held = indexing.expected(copies / "photos", Hasher.load(copies / "encoder"))
-    return {name: int.from_bytes(values[2], "big") for name, values in held.items()}
-
-
-def chained(codes, radius):
-    """Groups by a plain loop: whoever is near to one of a group belongs to it."""
-    left, groups = sorted(codes), []
-    while left:
-        group, waiting = [], [left.pop(0)]
-        while waiting:
-            group.append(one := waiting.pop())
-            near = [other for other in left if (codes[one] ^ codes[other]).bit_count() <= radius]
-            left = [other for other in left if other not in near]
-            waiting += near
-        groups.append(sorted(group))
-    return sorted(group for group in groups if len(group) > 1)
-
-
-@pytest.mark.parametrize("radius", [6, 16, 64])
-def test_planted_copies_are_found_and_only_they(copies, radius):
-    found, told = find(copies, radius=radius)
-    assert grouped(found) == sorted(sorted([name, *copies]) for name, copies in COPIES.items())
-    assert len(found[0]) == 4, "the largest first"
-    assert "3 groups of copies of one picture, 8 photos of 48" in told and "ü/c [1].jpg" in told
-
-
-@pytest.mark.parametrize("radius", [0, 1, 4, 10])
-def test_unconfirmed_groups_are_those_of_a_plain_loop(copies, codes, radius):
-    found, told = find(copies, radius=radius, confirm=False)
-    assert grouped(found) == chained(codes, radius)
-    assert f"in at most {radius} bit" in told and "photos of similar content" in told
-    for group in found:
-        first = codes[group[0][1].path]
-        assert [distance for distance, _ in group] == [(codes[one.path] ^ first).bit_count() for _, one in group]
-    assert [len(group) for group in found] == sorted(map(len, found), reverse=True)
-
-
-def test_photos_are_joined_only_where_codes_and_looks_both_do():
-    """Of a chain of codes, the ends look alike, but what is between them does not."""
-    codes = np.array([0b000, 0b001, 0b011, 0b111], np.uint8)[:, None]
-    looks = np.zeros((4, 8), np.uint8)
-    looks[1:3] = 255
-    assert split_by_looks(codes, looks, 1) == [[1, 2]]
-    assert split_by_looks(codes, looks, 3) == [[0, 3], [1, 2]]
-    assert split_by_looks(codes, np.zeros((4, 8), np.uint8), 1) == [[0, 1, 2, 3]]
-
-
-def test_a_sixteenth_of_the_bits_is_the_default_and_json_says_the_same(copies, monkeypatch):
-    monkeypatch.setattr(search_lib, "PAGE", 2)
-    found, told = find(copies, format="json")
-    again, _ = find(copies, radius=4)
-    assert grouped(found) == grouped(again)
-    lines = [json.loads(line) for line in told.splitlines()]
-    assert [line["group"] for line in lines] == list(range(1, len(found) + 1))
-    assert [[(one["distance"], one["path"], one["id"]) for one in line["photos"]] for line in lines] == [
-        [(distance, photo.path, photo.id) for distance, photo in group] for group in found
-    ]
-
-
-def test_a_contact_sheet_has_a_row_for_each_group(copies, tmp_path):
-    _, told = find(copies, radius=6, show=tmp_path / "sheet.png")
-    assert PIL.Image.open(tmp_path / "sheet.png").size == (8 + 4 * 120, 30 + 3 * 156)
-    assert f"Drawn in {tmp_path / 'sheet.png'}" in told
-
-
-def test_where_there_are_none_it_says_so(copies, tmp_path):
-    indexing.fill(tmp_path / "photos", 3)
-    indexing.run(tmp_path / "i", tmp_path / "photos", workdir=copies / "encoder")
-    found, told = find(tmp_path, radius=0, show=tmp_path / "sheet.png")
-    assert found == [] and "0 groups of copies" in told and not (tmp_path / "sheet.png").exists()

@@ -1,0 +1,159 @@
+"""Copies of generated scenes, notes and icons against other pictures; hashes against a transform written out."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageEnhance
+import PIL.ImageFilter
+import PIL.ImageOps
+import pytest
+
+from cib_jax.retrieval import picture_match
+from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy, orient, perceptual_hashes
+
+
+def scene(seed, width=400, height=300):
+    """Returns a picture with many shapes, as a photo has."""
+    rng = np.random.default_rng(seed)
+    image = PIL.Image.new("RGB", (width, height), tuple(rng.integers(60, 200, 3).tolist()))
+    pen = PIL.ImageDraw.Draw(image)
+    for _ in range(120):
+        x, y, w, h = rng.integers(0, [width, height, 90, 90])
+        fill = tuple(rng.integers(0, 256, 3).tolist())
+        (pen.ellipse if rng.integers(2) else pen.rectangle)((x, y, x + w + 4, y + h + 4), fill=fill)
+    return image.filter(PIL.ImageFilter.GaussianBlur(1))
+
+
+def note(text):
+    """Returns a white page with a few words."""
+    image = PIL.Image.new("RGB", (310, 440), "white")
+    pen = PIL.ImageDraw.Draw(image)
+    for line, words in enumerate(["Invoice", text, f"Total {text[::-1]}"]):
+        pen.text((30, 60 + 90 * line), words, fill="black", font_size=18)
+    return image
+
+
+def numbered(seed):
+    return note(f"{4711 + 37 * seed} pieces")
+
+
+def icon(seed):
+    rng = np.random.default_rng(seed)
+    image = PIL.Image.new("RGB", (256, 256), "white")
+    PIL.ImageDraw.Draw(image).polygon([tuple(point) for point in rng.integers(8, 248, (5, 2)).tolist()], fill="black")
+    return image
+
+
+def horizon(seed):
+    rng = np.random.default_rng(seed)
+    image = PIL.Image.new("RGB", (300, 200), tuple(rng.integers(90, 256, 3).tolist()))
+    image.paste(tuple(rng.integers(0, 120, 3).tolist()), (0, 100, 300, 200))
+    return image
+
+
+def jpeg(image, quality=80):
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=quality)
+    return PIL.Image.open(file).convert("RGB")
+
+
+def stamped(image):
+    image = image.copy()
+    PIL.ImageDraw.Draw(image).text((260, 270), "2024 08 17", fill="orange", font_size=18)
+    return image
+
+
+def captioned(image):
+    framed = PIL.ImageOps.expand(image, (0, 0, 0, 40), "white")
+    PIL.ImageDraw.Draw(framed).text((10, 305), "On a Monday", fill="black", font_size=26)
+    return framed
+
+
+def picture(image):
+    return Picture(np.asarray(image))
+
+
+CHANGES = {
+    "compressed": lambda image: jpeg(image, 10),
+    "half": lambda image: image.resize((200, 150)),
+    "quarter": lambda image: image.resize((100, 75)),
+    "brighter": lambda image: PIL.ImageEnhance.Brightness(image).enhance(1.3),
+    "contrast": lambda image: PIL.ImageEnhance.Contrast(image).enhance(1.3),
+    "blurred": lambda image: image.filter(PIL.ImageFilter.GaussianBlur(2)),
+    "gray": lambda image: image.convert("L").convert("RGB"),
+    "stamped": stamped,
+    "captioned": captioned,
+    "cropped": lambda image: image.crop((40, 30, 360, 270)),
+    "corner": lambda image: image.crop((0, 0, 300, 240)),
+    "framed": lambda image: PIL.ImageOps.expand(image, 20, "white"),
+    "tilted": lambda image: image.rotate(2, PIL.Image.Resampling.BICUBIC),
+    "mirrored": PIL.ImageOps.mirror,
+    "turned": lambda image: image.transpose(PIL.Image.Transpose.ROTATE_90),
+    "upside down": lambda image: image.transpose(PIL.Image.Transpose.ROTATE_180),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_one_and_another_picture_is_not(change):
+    for seed in range(4):
+        original, copy = picture(scene(seed)), picture(jpeg(CHANGES[change](scene(seed)), 90))
+        assert is_copy(original, copy) and is_copy(copy, original), seed
+        assert not is_copy(picture(scene(seed + 100)), copy)
+
+
+@pytest.mark.parametrize("make", [numbered, icon, horizon])
+def test_pictures_with_little_to_see_are_copies_only_if_all_of_it_agrees(make):
+    seen = [picture(make(seed)) for seed in range(8)]
+    for number, one in enumerate(seen):
+        saved = jpeg(make(number))
+        assert is_copy(one, picture(saved)) and is_copy(
+            one, picture(saved.resize((saved.width // 2, saved.height // 2)))
+        )
+        assert not any(is_copy(one, other) for other in seen[:number])
+
+
+def test_flat_pictures_are_copies_if_their_colors_are_equal():
+    flat = [picture(PIL.Image.new("RGB", (60, 40), color)) for color in ("#808080", "#818180", "#a09080", "black")]
+    assert is_copy(flat[0], flat[1]) and not any(is_copy(flat[0], other) for other in flat[2:])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (3, 2), (480, 8)])
+def test_any_shape_can_be_compared(size):
+    thin = picture(scene(0, *size)) if min(size) > 1 else picture(PIL.Image.new("RGB", size, "red"))
+    assert is_copy(thin, thin) in (True, False) and not is_copy(thin, picture(scene(1)))
+
+
+def test_an_alignment_is_the_map_by_which_a_copy_was_made():
+    """A crop that starts at (60, 40) and is then halved: (x, y) goes to ((x - 60) / 2, (y - 40) / 2), centers kept."""
+    image = scene(5)
+    cropped = image.crop((60, 40, 360, 280)).resize((150, 120), PIL.Image.Resampling.BOX)
+    found = picture_match.align(picture(image), picture(cropped))
+    expected = [[0.5, 0, -30.25], [0, 0.5, -20.25]]
+    corners = np.array([[60, 360, 60], [40, 40, 280], [1, 1, 1]])
+    assert np.abs(found @ corners - expected @ corners).max() < 1
+    assert picture_match.align(picture(image), picture(scene(6))) is None
+
+
+def test_hashes_are_signs_of_a_cosine_transform_in_every_orientation():
+    image = scene(3, 32, 32)
+    hashes = perceptual_hashes(np.asarray(image))
+    frequencies = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
+    gray = np.asarray(image.convert("L"), np.float64)
+    turned = [gray, gray[::-1], gray[:, ::-1], gray[::-1, ::-1]]
+    for number, levels in enumerate(
+        [*turned, *(each.T for each in (gray, gray[:, ::-1], gray[::-1], gray[::-1, ::-1]))]
+    ):
+        low = frequencies @ levels @ frequencies.T
+        clear = np.abs(low - np.median(low)) > 1e-6
+        bits = np.unpackbits(hashes[number]).reshape(8, 8).astype(bool)
+        assert np.array_equal(bits[clear], (low > np.median(low))[clear]), number
+
+
+def test_an_orientation_is_that_of_its_hash():
+    image = np.asarray(scene(4, 32, 32))
+    hashes = perceptual_hashes(image)
+    for number in range(ORIENTATIONS):
+        own = perceptual_hashes(np.ascontiguousarray(orient(image, number)))[0]
+        assert np.bitwise_count(own ^ hashes[number]).sum() <= 2, "the median's own bits may go either way"
