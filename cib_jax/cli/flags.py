@@ -160,7 +160,7 @@ RADIUS = flags.DEFINE_integer("radius", None, "search, duplicates: maximum Hammi
 KIND = flags.DEFINE_string(
     "kind", "exact", "search: exact, or the approximate hnsw, ivf or mih, with settings: --kind='ivf nprobe=64'."
 )
-RERANK = flags.DEFINE_bool("rerank", False, "search: order the first 100 results, or k, again by the query's logits.")
+RERANK = flags.DEFINE_bool("rerank", False, "search: order the first 500 results, or k, by the network's features.")
 FOLDER = flags.DEFINE_string("folder", "", "search: only photos in this folder of the index, and in its subfolders.")
 AFTER = flags.DEFINE_string(
     "after", "", "search: only photos whose files were last changed on this day or later: 2024-12-31, 2024-12 or 2024."

@@ -457,8 +457,8 @@ def _encode_block(
     readable = squares()
     batches = iter(lambda: list(itertools.islice(readable, hasher.batch_size)), [])
     # All batches have one size, so that a code does not depend on how the files are cut into blocks.
-    encoded = hasher.encode_batches(map(np.stack, batches), advance, size=hasher.batch_size)
-    codes, rows = iter(encoded), []
+    encoded, features = hasher.encode_with_features(map(np.stack, batches), advance, size=hasher.batch_size)
+    codes, rows = zip(encoded, features, strict=True), []
     for number, read in kept:
         name = found.names[number]
         if read.size is None or read.modified_ns is None:
@@ -468,7 +468,8 @@ def _encode_block(
             rows.append(Row(name, *state, reason=read.reason))
         else:
             photo = (read.decoded.width, read.decoded.height, read.decoded.thumbnail)
-            rows.append(Row(name, read.size, read.modified_ns, next(codes).tobytes(), *photo))
+            code, feature = next(codes)
+            rows.append(Row(name, read.size, read.modified_ns, code.tobytes(), *photo, feature=feature.tobytes()))
     return rows, len(kept) - len(encoded)
 
 

@@ -26,7 +26,7 @@ from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
 K = 20  # photos that are returned for each query by default
-CANDIDATES = 100  # hits that `rerank` reorders, at least
+CANDIDATES = 500  # hits that `rerank` reorders, at least
 SAMPLE = 200  # codes of the index on which the recall of an approximate search is measured
 FORMATS = ("table", "json")
 ROWS, COLUMNS = 25, 20  # size of a contact sheet, at most
@@ -65,7 +65,8 @@ def search(
       radius: Maximum distance in bits.
       kind: "exact", or an approximate kind of `Index.of` with its settings, such as "ivf nprobe=64"; its recall is
         measured and printed.
-      rerank: Whether to reorder the first hits by the query's logits (`Index.rerank`).
+      rerank: Whether to reorder the first hits by the cosine of the network's features, which the index keeps as bytes;
+        in an index of an earlier version, by the query's logits (`Index.rerank`).
       folder, after, before: Folder and dates of the photos that are searched, as in `Collection.filtered`.
       format: "table", or "json" for one line per query.
       show: PNG file for a contact sheet.
@@ -112,14 +113,18 @@ def search(
         else:
             all_hits = collection.nearest(codes, max(k, CANDIDATES) if rerank else k)
         if rerank:
-            all_hits = collection.reranked(collection.hasher.logits(squares), all_hits)
+            if collection.has_features:
+                all_hits = collection.reranked_by_features(collection.hasher.features(squares), all_hits)
+            else:
+                all_hits = collection.reranked(collection.hasher.logits(squares), all_hits)
         for (path, decoded), code, candidates in zip(batch, codes, all_hits, strict=True):
             hits = candidates[:k]
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)
             result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
             record = {"query": path_as_utf8(path), "code": code.tobytes().hex()}
             record["root"] = path_as_utf8(collection.root)
-            title = path + (", ordered by the query's logits" if rerank else "")
+            by = "the network's features" if collection.has_features else "the query's logits"
+            title = path + (f", ordered by {by}" if rerank else "")
             _print_photos(output, title, record, "hits", result.hits)
             if output.sheet is not None and len(rows) < ROWS:
                 # A large radius may find thousands.

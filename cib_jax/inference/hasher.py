@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8
 
 from cib_jax.codes import byte_count
 from cib_jax.config import build
@@ -26,7 +26,7 @@ from cib_jax.errors import ConfigError, SavedHasherError, UserError, count
 from cib_jax.inference import export, serialization
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models import finetune
-from cib_jax.models.encoder import Encoder, Params, logits_of_features, packed_of_features, plain_features
+from cib_jax.models.encoder import Encoder, Params, logits_of_features, packed_of_features, plain_features, quantize
 
 Items = (
     UInt8[np.ndarray, "n height width 3"]
@@ -168,6 +168,13 @@ class Hasher:
         """
         return self._apply_to_items(logits_of_features, images, progress)
 
+    def features(self, images: Items, *, progress: bool = True) -> Int8[np.ndarray, "n features"]:
+        """Returns the backbone's features as whole numbers from −127 to 127, for ranking by their cosine.
+
+        Takes the arguments of `encode`.
+        """
+        return self._apply_to_items(_quantized, images, progress)
+
     def _apply_to_items(self, stage: Stage, images: Items, progress: bool) -> np.ndarray:
         if not len(images):
             return self._empty(stage)
@@ -216,6 +223,17 @@ class Hasher:
         """
         return self._apply(packed_of_features, batches, on_images, size, self._mesh)
 
+    def encode_with_features(
+        self, batches: Batches, on_images: Callable[[int], None] = lambda images: None, *, size: int = 0
+    ) -> tuple[UInt8[np.ndarray, "n bytes"], Int8[np.ndarray, "n features"]]:
+        """Returns what `encode` and `features` return of all images of `batches`.
+
+        Takes the arguments of `encode_batches`, and gives the same codes.
+        """
+        both = self._apply(_packed_and_features, batches, on_images, size, self._mesh)
+        width = byte_count(self.encoder.bits)
+        return np.ascontiguousarray(both[:, :width]), np.ascontiguousarray(both[:, width:]).view(np.int8)
+
     def logits_of_batches(
         self, batches: Batches, on_images: Callable[[int], None] = lambda images: None, *, size: int
     ) -> Float32[np.ndarray, "n bits"]:
@@ -236,9 +254,12 @@ class Hasher:
 
     def _empty(self, stage: Stage) -> np.ndarray:
         bits = self.encoder.bits
-        if stage is packed_of_features:
-            return np.zeros((0, byte_count(bits)), np.uint8)
-        return np.zeros((0, bits), np.float32)
+        if stage is logits_of_features:
+            return np.zeros((0, bits), np.float32)
+        if stage is _quantized:
+            return np.zeros((0, self.encoder.backbone.features), np.int8)
+        features = self.encoder.backbone.features if stage is _packed_and_features else 0
+        return np.zeros((0, byte_count(bits) + features), np.uint8)
 
     @functools.cached_property
     def _mesh(self) -> Mesh | None:
@@ -248,6 +269,20 @@ class Hasher:
     def _replicated(self) -> tuple[Params, Params]:
         # Copied once, not at every call: the weights of a deep network take half a gigabyte.
         return sharding.replicate((self.params, self.frozen), self._mesh)
+
+
+def _quantized(
+    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None
+) -> Int8[Array, "batch features"]:
+    return quantize(features)
+
+
+def _packed_and_features(
+    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None
+) -> UInt8[Array, "batch bytes_and_features"]:
+    # The program of the codes is that of `encode`, so that they are the same to the last bit.
+    codes = packed_of_features(encoder, params, features, over)
+    return jnp.concatenate([codes, jax.lax.bitcast_convert_type(quantize(features), jnp.uint8)], axis=1)
 
 
 def initial_params(hasher: Hasher, params: Params, frozen: Params) -> Params:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Array, Float, Int8, PRNGKeyArray, Shaped, UInt8
 
 from cib_jax import codes
 from cib_jax.augment import augment
@@ -318,3 +318,13 @@ def logits_of_features(
 ) -> Float[Array, "batch bits"]:
     """Returns the logits of features, computed in parallel on the devices of the mesh `over`."""
     return sharding.shard_rows(encoder.head, over)(params, features)
+
+
+@jax.jit
+def quantize(features: Float[Array, "batch features"]) -> Int8[Array, "batch features"]:
+    """Returns features as whole numbers from −127 to 127, scaled by the largest of each row.
+
+    The cosine of two rows stays within about 0.01: the rounding errors of many numbers cancel.
+    """
+    largest = jnp.abs(features).max(axis=1, keepdims=True)
+    return jnp.round(features * (127 / jnp.where(largest > 0, largest, 1))).astype(jnp.int8)

@@ -138,6 +138,8 @@ class Agreement(NamedTuple):
     """Correlation of details in places where both pictures have some."""
     colors: float
     """Difference of colors, in levels of 255, after the best change of brightness, contrast and saturation."""
+    residue: float
+    """That difference as a share of the colors' standard deviation."""
     shift: float
     """The same without any such change, or after changing all colors to gray."""
     corners: float
@@ -154,8 +156,12 @@ def agree(one: Image, other: Image, mapped: Map) -> bool:
     if found.corners < _FEW_CORNERS:
         # There is little to see, most of which other pictures may share: not even a few letters may differ.
         return found.shift <= (8 if found.fine > 0 else 3) and found.changed <= 0.015
-    marked = found.disagreement > 0.07  # by a frame, letters or a stamp, beside which all details must agree
-    return found.coarse >= 0.88 and found.fine >= (0.92 if marked else 0.8) and found.colors <= 20
+    if found.coarse < 0.8 or found.colors > 20:
+        return False
+    if found.coarse >= 0.88 and found.disagreement <= 0.07:
+        return found.fine >= 0.8
+    # Letters, a stamp or clipped highlights: beside them, all details agree, or nearly all colors to the level.
+    return found.fine >= (0.92 if found.coarse >= 0.88 else 0.95) or (found.fine >= 0.85 and found.residue <= 0.03)
 
 
 def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
@@ -175,7 +181,7 @@ def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
     coarse = float((weight * np.maximum(correlation, 0)).sum()) / total
     disagreement = float((weight * (correlation < 0.5)).sum()) / total
     corners = float((_least_contrast(grays[1]) > 1)[seen].mean())
-    colors, shift = _color_differences(left, right, inside)
+    colors, residue, shift = _color_differences(left, right, inside)
 
     # No finer than the pixels that both have.
     finest = int(np.clip(max(other.shape) / max(zoom, 1), _COARSE, _FINEST))
@@ -194,7 +200,7 @@ def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
         if detailed.any():
             same = correlation * np.sqrt(np.minimum(first, second) / np.maximum(larger, 1e-6))
             changed = float((same < 0.5)[detailed].mean())
-    return Agreement(overlap, coarse, disagreement, fine, colors, shift, corners, changed)
+    return Agreement(overlap, coarse, disagreement, fine, colors, residue, shift, corners, changed)
 
 
 def _stretch(one: Image, other: Image) -> Map:
@@ -268,24 +274,25 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 Cells = Float64[np.ndarray, "cells 3"]
 
 
-def _color_differences(left: Image, right: Image, inside: Mask) -> tuple[float, float]:
-    """Returns the root mean square difference of the colors of 12 × 12 cells, in two ways.
+def _color_differences(left: Image, right: Image, inside: Mask) -> tuple[float, float, float]:
+    """Returns `colors`, `residue` and `shift` of an `Agreement`: root mean square differences of 12 × 12 cells.
 
     The first is what remains after the colors of either picture were changed as editors do: brightness, contrast, and
-    saturation, down to gray; the worst fifth of the cells is left out. The second is that without a change, or after
-    the change of one picture to gray.
+    saturation, down to gray; the worst fifth of the cells is left out. The last is that without a change, or after the
+    change of one picture to gray.
     """
     cv2 = _cv2()
     whole = cv2.resize(inside.astype(np.float32), (12, 12), interpolation=cv2.INTER_AREA).ravel() > 0.99
     if whole.sum() < 9:
-        return 255.0, 255.0
+        return 255.0, 1.0, 255.0
     one, other = (
         cv2.resize(each, (12, 12), interpolation=cv2.INTER_AREA).reshape(-1, 3)[whole].astype(np.float64)
         for each in (left, right)
     )
     shifts = [one - other, (one @ _LUMA)[:, None] - other, one - (other @ _LUMA)[:, None]]
     edited = min(_edited_difference(one, other), _edited_difference(other, one))
-    return edited, min(float(np.sqrt((shift**2).mean())) for shift in shifts)
+    spread = max(1.0, float(np.sqrt(((other - other.mean(axis=0)) ** 2).mean())))
+    return edited, edited / spread, min(float(np.sqrt((shift**2).mean())) for shift in shifts)
 
 
 def _edited_difference(cells: Cells, wanted: Cells) -> float:

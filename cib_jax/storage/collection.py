@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int8, UInt8
 
 from cib_jax import errors
 from cib_jax.files import short_reason
@@ -208,6 +208,32 @@ class Collection:
             [Hit(distance[number], number) for number in row if number >= 0]
             for distance, row in zip(distances, ordered.tolist(), strict=True)
         ]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the index holds features for `reranked_by_features`; one of an earlier version does not."""
+        return self._table.has_features
+
+    def reranked_by_features(
+        self, features: Int8[np.ndarray, "queries features"], hits: Sequence[Sequence[Hit]]
+    ) -> list[list[Hit]]:
+        """Returns the hits of each query by the cosine of its features and theirs, the largest first.
+
+        Args:
+          features: Quantized features of the queries, as from `Hasher.features`.
+          hits: Hits of each query.
+        """
+        held = self._table.read(self._snapshot, list({hit.number for some in hits for hit in some}), ["feature"])
+        ordered: list[list[Hit]] = []
+        for query, some in zip(features.astype(np.float32), hits, strict=True):
+            if not some:
+                ordered.append([])
+                continue
+            rows = np.stack([np.frombuffer(held[hit.number]["feature"], np.int8) for hit in some]).astype(np.float32)
+            # Rows of zeros, which have no direction, come last but for negative cosines.
+            cosines = rows @ query / np.maximum(np.linalg.norm(rows, axis=1), 1)
+            ordered.append([some[place] for place in np.argsort(-cosines, kind="stable")])
+        return ordered
 
     def groups(self, radius: int) -> list[list[int]]:
         """Returns the groups of two or more photos that are joined by chains of codes within `radius` bits.

@@ -50,6 +50,8 @@ class Row(NamedTuple):
     height: int = 0
     thumbnail: bytes = b""
     reason: str = ""
+    feature: bytes | None = None
+    """Features of the backbone, quantized to a byte each."""
 
 
 class IndexMetadata(NamedTuple):
@@ -155,7 +157,10 @@ class PhotoTable:
             )
         with lance_errors(uri, "read"):
             # The process that made the index may have been killed between the two tables.
-            photos = connection.create_table(PHOTOS, schema=_schema(made.encoder["bits"]), exist_ok=True)
+            try:
+                photos = connection.create_table(PHOTOS, schema=_schema(made.encoder["bits"]), exist_ok=True)
+            except Exception:  # of another schema: made by a version without features
+                photos = connection.open_table(PHOTOS)
         return cls(uri, made, connection, photos, created)
 
     @classmethod
@@ -190,6 +195,11 @@ class PhotoTable:
         self.metadata = metadata
 
     @property
+    def has_features(self) -> bool:
+        """Whether photos have features; those indexed by earlier versions have none."""
+        return "feature" in self._photos.schema.names
+
+    @property
     def version(self) -> int:
         """A number that grows with every change by any process."""
         with lance_errors(self.uri, "read"):
@@ -221,6 +231,8 @@ class PhotoTable:
         if not rows:
             return
         content = _as_table(rows, self.metadata.encoder["bits"])
+        if not self.has_features:
+            content = content.drop_columns("feature")
 
         def merge() -> None:
             matched = self._photos.merge_insert("key").when_matched_update_all()
@@ -322,10 +334,11 @@ def _as_table(rows: Sequence[Row], bits: int) -> Any:
     """Returns photos as an Arrow table."""
     import pyarrow
 
-    paths, sizes, times, codes, *looks, reasons = zip(*rows, strict=True)
+    paths, sizes, times, codes, *looks, reasons, features = zip(*rows, strict=True)
     columns = file_columns(paths, sizes, times, reasons)
     columns["width"], columns["height"], columns["thumbnail"] = looks
     columns["key"] = [key_of(path) for path in paths]
+    columns["feature"] = features
     columns["code"] = [None if code is None else list(code) for code in codes]
     return pyarrow.table(columns, schema=_schema(bits))
 
@@ -348,6 +361,7 @@ def _schema(bits: int) -> Any:
         "height": pyarrow.int32(),
         "thumbnail": pyarrow.binary(),
         "reason": pyarrow.string(),
+        "feature": pyarrow.binary(),
     }
     return pyarrow.schema([key, *types.items()])
 

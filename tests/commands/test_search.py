@@ -19,6 +19,7 @@ from cib_jax.data import photo_folder, photos
 from cib_jax.data.dataset import Unreadable
 from cib_jax.errors import ConfigError, DataError, IndexFolderError, SearchError
 from cib_jax.inference.hasher import Hasher
+from cib_jax.models.encoder import plain_features
 from cib_jax.report.contact_sheet import SIDE
 from cib_jax.retrieval import index
 from cib_jax.storage.collection import Collection
@@ -118,23 +119,30 @@ def test_within_a_radius_all_are_found(place, known, radius, k):
 
 @pytest.mark.parametrize("k", [5, 100, 125])
 @pytest.mark.parametrize("radius", [None, 3])
-def test_hits_are_ordered_anew_by_the_logits_that_they_contradict(place, hasher, known, k, radius):
+def test_hits_are_ordered_anew_by_the_cosine_of_features(place, hasher, known, k, radius):
     found, told = ask(place, place / "queries", k=k, radius=radius, rerank=True)
     codes = dict(known)
-    assert "ordered by the query's logits" in told
+    assert "ordered by the network's features" in told
+    squares = np.stack([photos.decode(place / "photos" / path, hasher.side) for path in codes])
+    rows = np.asarray(plain_features(hasher.encoder, hasher.params, hasher.frozen, squares), np.float64)
+    directions = dict(zip(codes, rows / np.linalg.norm(rows, axis=1, keepdims=True), strict=True))
     for one in found:
-        logits = hasher.logits(photos.decode(one.query, hasher.side)[None])[0].astype(np.float64)
-        bits = np.unpackbits(one.code)
+        query = photos.decode(one.query, hasher.side)[None]
+        feature = np.asarray(plain_features(hasher.encoder, hasher.params, hasher.frozen, query), np.float64)[0]
+        cosines = {path: direction @ feature / np.linalg.norm(feature) for path, direction in directions.items()}
         first = plainly(known, one.code.tobytes())
-        first = first[: max(k, 100)] if radius is None else [pair for pair in first if pair[0] <= radius]
-
-        def weight(path, bits=bits, logits=logits):
-            differ = bits != np.unpackbits(np.frombuffer(codes[path], np.uint8))
-            return float(np.abs(logits)[differ].sum())
-
-        weights = [weight(path) for _, path in pairs(one)]
-        assert weights == pytest.approx(sorted(weight(path) for _, path in first)[:k], rel=1e-5)
+        first = first if radius is None else [pair for pair in first if pair[0] <= radius]
+        expected = sorted((cosines[path] for _, path in first), reverse=True)[:k]
+        assert [cosines[path] for _, path in pairs(one)] == pytest.approx(expected, abs=0.01)
         assert all(apart(one.code.tobytes(), codes[path]) == distance for distance, path in pairs(one))
+
+
+def test_a_photo_itself_comes_first_among_equal_codes(place):
+    """Codes of 8 bits are shared by many of the photos."""
+    for number in range(0, COUNT, 10):
+        name = f"{number % 3}/{number:03}.png"
+        found, _ = ask(place, place / "photos" / name, k=1, rerank=True)
+        assert pairs(found[0]) == [(0, name)]
 
 
 def test_a_printed_path_can_be_given_back_and_the_table_names_its_folder(place):

@@ -10,6 +10,7 @@ import pytest
 import cib_jax as cib
 from cib_jax import errors
 from cib_jax.data import photos
+from cib_jax.models.encoder import plain_features, quantize
 from tests.commands import indexing
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)
@@ -118,3 +119,19 @@ def test_errors_of_photos_name_the_argument(folder, photo_hasher, monkeypatch):
     monkeypatch.setattr(photos, "decode", decode)
     with pytest.raises(errors.DataError, match=r"^photos: .*input/output error"):
         cib.encode_photos(photo_hasher, folder / "photos")
+
+
+def test_features_are_those_of_the_backbone_in_127_steps():
+    made = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=12, image_size=16, hidden=16)
+    hasher = cib.Hasher(*made, batch_size=4)
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    exact = np.asarray(plain_features(*made, images), np.float64)
+    expected = 127 * exact / np.abs(exact).max(axis=1, keepdims=True)
+    found = hasher.features(images)
+    assert found.dtype == np.int8 and np.abs(found - expected).max() <= 0.51
+    codes, features = hasher.encode_with_features([images[:4], images[4:]], size=4)
+    assert np.array_equal(codes, hasher.encode(images)) and np.abs(features - expected).max() <= 0.51
+    assert hasher.features(images[:0]).shape == (0, exact.shape[1])
+    none = hasher.encode_with_features([], size=4)
+    assert [part.shape for part in none] == [(0, 2), (0, exact.shape[1])]
+    assert not quantize(np.zeros((1, 3), np.float32)).any()

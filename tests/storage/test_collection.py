@@ -69,7 +69,7 @@ def test_photos_are_found_by_id_and_changes_by_renewing(tmp_path, hashers):
     photos = {photo.path: photo for photo in collection.photos(range(COUNT))}
     for row in ROWS:
         photo = photos[row.path]
-        assert photo[2:] == (row.size, row.modified_ns, row.width, row.height, row.thumbnail)
+        assert photo[2:] == (row.size, row.modified_ns, row.width, row.height, row.thumbnail, "")
         assert collection.photos([collection.number_of(photo.id)], thumbnails=False) == [photo._replace(thumbnail=b"")]
         assert collection.codes[collection.number_of(photo.id)].tobytes() == row.code
     for nothing in ("", "xyz", "0" * 16, "0" * 15, "é" * 16, "00.jpg"):
