@@ -1,11 +1,11 @@
 """Changed copies of photos that `cib.find_duplicates` finds, beside a DCT hash of 64 bits at 10 (imagehash).
 
-`python -m benchmarks.copies PHOTOS --photos=1000` draws photos of a folder without near-equal ones, writes each with one
-changed copy, indexes both, and prints for each change the share of copies that share a group with their original, and
-the false pairs: photos of one group with different originals. `--encoder=FOLDER` takes a saved Hasher instead of one
-learned from the photos. `--false=FOLDER` also counts the groups among pictures that are all different, a kind in each
-subfolder, and the pictures that are found again as JPEG and at half the size. `--search` measures instead how often a
-changed copy finds its original first, and among the first ten: by codes, re-ranked by features, and by the features alone.
+`python -m benchmarks.copies PHOTOS --photos=1000` draws photos of a folder without near-equal ones, writes each with
+one changed copy, indexes both, and prints for each change the share of copies that share a group with their original,
+and the false joins: photos of one group with different originals. `--encoder=FOLDER` takes a saved Hasher instead of
+one learned from the photos. `--false=FOLDER` also counts the groups among pictures that are all different, a kind in
+each subfolder, and the pictures that are found again as JPEG and at half the size. `--search` measures instead how
+often a changed copy finds its original first, and among the first ten: by codes, re-ranked, and by exact features.
 """
 
 import argparse
