@@ -21,6 +21,7 @@ ORIENTATIONS = 8
 # Longer sides in pixels at which pictures are compared: layout and colors at the first, details, and letters of a page.
 _COARSE, _FINE, _FINEST = 96, 384, 480
 _FEATURES, _FEATURE_SIDE = 300, 240  # local features of a picture, and its longer side when they are computed
+_LEAST_FEATURES = 8
 _FEW_CORNERS = 0.2
 _LEAST_OVERLAP = 0.35  # share of either picture that the other must show
 
@@ -90,9 +91,11 @@ class Picture:
 def is_copy(one: Picture, other: Picture) -> bool:
     """Returns whether two pictures are copies of one, changed in size, compression, light, margins or orientation."""
     distances = np.bitwise_count(one.hashes ^ other.hashes[0]).sum(axis=1)
-    for number in np.argsort(distances, kind="stable")[:2]:
-        if distances[number] <= 16:
-            turned = orient(one.image, int(number))
+    # Hashes of pictures without features, such as a clear sky, are those of their noise.
+    bare = min(len(one.features[0]), len(other.features[0])) < _LEAST_FEATURES
+    for number in {0, *np.argsort(distances, kind="stable")[:2].tolist()}:
+        if distances[number] <= 16 or (bare and number == 0):
+            turned = orient(one.image, number)
             if agree(turned, other.image, _stretch(turned, other.image)):
                 return True
     aligned = align(one, other)
@@ -105,7 +108,7 @@ def align(one: Picture, other: Picture) -> Map | None:
     It scales, turns and moves. Features match if each is nearest to the other and clearly nearer than the second.
     """
     (points, features), (targets, others) = one.features, other.features
-    if min(len(points), len(targets)) < 8:
+    if min(len(points), len(targets)) < _LEAST_FEATURES:
         return None
     similarity = features @ others.T
     nearest = similarity.argmax(axis=1)
@@ -115,14 +118,14 @@ def align(one: Picture, other: Picture) -> Map | None:
     similarity[rows, nearest] = -1
     # Squared distances of unit vectors are 2 − 2 × similarity.
     matched = mutual & (1 - best < 0.64 * (1 - similarity.max(axis=1)))
-    if matched.sum() < 8:
+    if matched.sum() < _LEAST_FEATURES:
         return None
     cv2 = _cv2()
     cv2.setRNGSeed(0)
     found, inliers = cv2.estimateAffinePartial2D(
         points[matched], targets[nearest[matched]], method=cv2.RANSAC, ransacReprojThreshold=4, maxIters=500
     )
-    return found if found is not None and inliers.sum() >= 8 else None
+    return found if found is not None and inliers.sum() >= _LEAST_FEATURES else None
 
 
 class Agreement(NamedTuple):
