@@ -32,11 +32,9 @@ from cib_jax.storage.collection import Collection, Photo
 
 FORMATS = ("table", "json", "csv")
 PAGE = 500  # photos that are read at a time
-BY_CODE, BY_BOTH, TURNED = (
-    8,
-    4,
-    2,
-)
+BY_CODE = 8  # candidates of each photo by code
+BY_BOTH = 8  # by code and hash together
+TURNED = 2  # by the hash in each other orientation
 TURNED_BITS = 12  # bits, of 64, in which the hash of a turned copy may differ
 KEPT_BYTES = 1 << 30  # thumbnails that are kept in memory
 KEPT_PICTURES = 4_000  # decoded thumbnails and their features, half a megabyte each
