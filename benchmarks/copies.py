@@ -5,7 +5,8 @@ one changed copy, indexes both, and prints for each change the share of copies t
 and the false joins: photos of one group with different originals. `--encoder=FOLDER` takes a saved Hasher instead of
 one learned from the photos. `--false=FOLDER` also counts the groups among pictures that are all different, a kind in
 each subfolder, and the pictures that are found again as JPEG and at half the size. `--search` measures instead how
-often a changed copy finds its original first, and among the first ten: by codes, re-ranked, and by exact features.
+often a changed copy finds its original first, and among the first ten: by codes, re-ranked, and by exact features;
+`--seconds=10000` the time for so many photos.
 """
 
 import argparse
@@ -164,6 +165,26 @@ def measure_changes(names: list[str], photos: list[pathlib.Path], encoder: pathl
     measuring.print_table(["change", "found, %", "DCT hash, %", "false joins", "index, s", "copies, s"], rows)
 
 
+def measure_seconds(count: int, folder: pathlib.Path, encoder: pathlib.Path) -> None:
+    """Prints the seconds for photos of which no two are copies but by chance: small parts of those of a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(count):
+            image = PIL.Image.open(paths[number % len(paths)]).convert("RGB")
+            width, height = image.width * 6 // 10, image.height * 6 // 10
+            x, y = generator.integers(0, [image.width - width + 1, image.height - height + 1]).tolist()
+            part = image.crop((x, y, x + width, y + height)).resize((640, 480))
+            pathlib.Path(place, f"{number:05}.jpg").write_bytes(jpeg(part))
+        begun = time.perf_counter()
+        for path in pathlib.Path(place).iterdir():
+            dct_hash(PIL.Image.open(path))
+        hashed = time.perf_counter() - begun
+        found, index_seconds, seconds = groups(pathlib.Path(place), encoder)
+    rows = [[f"{count:,}", f"{hashed:.0f}", f"{index_seconds:.0f}", f"{seconds:.0f}", str(len(found))]]
+    measuring.print_table(["photos", "DCT hash, one core, s", "index, s", "copies, s", "groups"], rows)
+
+
 def measure_search(names: list[str], photos: list[pathlib.Path], encoder: pathlib.Path) -> None:
     """Prints how often a changed copy finds its original first, and among the first ten."""
     hasher = cib.Hasher.load(encoder)
@@ -241,6 +262,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=pathlib.Path, help="folder of a saved Hasher")
     parser.add_argument("--false", type=pathlib.Path, help="folder of pictures that are all different")
     parser.add_argument("--search", action="store_true", help="measure the search for the original instead")
+    parser.add_argument("--seconds", type=int, default=0, help="measure the time for so many photos instead")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of photos")
     flags = parser.parse_args()
     photos = draw(flags.folder, flags.photos, flags.seed)
@@ -252,7 +274,9 @@ def main() -> None:
             cib.index_photos(f"{place}/index", place, console=QUIET)
             encoder = pathlib.Path(place, "encoder")
             cib.Collection.open(f"{place}/index").hasher.save(encoder)
-        if flags.search:
+        if flags.seconds:
+            measure_seconds(flags.seconds, flags.folder, encoder)
+        elif flags.search:
             measure_search(flags.changes, photos, encoder)
         elif flags.changes:
             measure_changes(flags.changes, photos, encoder)
