@@ -363,7 +363,7 @@ def _uploaded_photo(body: bytes, content_type: str) -> bytes:
         boundary = options.get(b"boundary", b"").decode("latin-1")
         headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
         try:
-            form = asyncio.run(_InMemoryParser(headers, _chunks(body), max_files=1, max_fields=100).parse())
+            form = asyncio.run(_InMemoryParser(headers, _chunks(body), max_files=1, max_fields=15).parse())
         except (MultiPartException, ValueError):
             raise HTTPException(400, "The form is damaged; send the photo's bytes, or a form with one file.") from None
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]

@@ -232,7 +232,7 @@ def test_what_is_added_while_a_newer_zip_is_unpacked_stays(tmp_path, monkeypatch
     assert (folder / "a" / "own.jpg").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("record", ["[]", "{}", '{"zip": 3}', '{"zip": [1, 2], "photos": 1, "refused": []}', "[" * 9999])
+@pytest.mark.parametrize("record", ["[]", '{"zip": 3}', '{"zip": [1, 2], "photos": 1, "refused": []}', "[" * 9999])
 def test_a_crafted_record_is_none(tmp_path, record):
     path = zipped(tmp_path / "my.zip", [("a.jpg", b"1")])
     folder = unzip(path).directory
