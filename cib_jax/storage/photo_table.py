@@ -311,9 +311,9 @@ def _parse(metadata: Any) -> IndexMetadata:
     """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
     optional = (metadata.get("learnt", {}), metadata.get("photos", 0), tuple(metadata.get("exclude", ())))
     made = IndexMetadata(metadata["images"], metadata["encoder"], *optional)
-    bits, right = made.encoder["bits"], isinstance(made.images, str) and isinstance(made.learnt, dict)
-    right = right and all(isinstance(pattern, str) for pattern in made.exclude)
-    if not right or type(bits) is not int or bits < 1 or type(made.photos) is not int:
+    numbers = made.encoder["bits"], made.encoder["side"], made.photos, made.learnt.get("data.train_images", 0)
+    right = all(type(number) is int for number in numbers) and 0 < numbers[0] < 1 << 20 and 0 < numbers[1] < 1 << 15
+    if not right or not all(isinstance(text, str) for text in (made.images, *made.exclude)):
         raise ValueError("its metadata are damaged")
     return made
 

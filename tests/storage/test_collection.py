@@ -181,7 +181,7 @@ def test_an_encoder_of_longer_codes_than_those_of_the_index_is_rejected(tmp_path
 def test_a_damaged_encoder_is_that_of_the_index(tmp_path, hashers):
     content = bytearray(collection_lib.hasher_bytes(hashers[0]))
     content[-1] ^= 1
-    PhotoTable.create(str(tmp_path / "i"), IndexMetadata("/", {"bits": 8}), bytes(content))
+    PhotoTable.create(str(tmp_path / "i"), IndexMetadata("/", {"bits": 8, "side": 16}), bytes(content))
     with pytest.raises(SavedHasherError, match="damaged") as error:
         Collection.open(tmp_path / "i")
     assert error.value.field == "--index"

@@ -23,7 +23,7 @@ COLUMNS = ["path", "raw_path", "size", "modified", "width", "height", "thumbnail
 
 
 def metadata(bits=16, images="/photos"):
-    return IndexMetadata(images, {"bits": bits, "weights": "none"}, {"epochs": 3})
+    return IndexMetadata(images, {"bits": bits, "side": 16, "weights": "none"}, {"epochs": 3})
 
 
 def made(uri, bits=16):
@@ -247,10 +247,13 @@ def test_an_index_of_another_version_is_refused(tmp_path):
         '{"version": 1, "images": "/photos", "encoder": {}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": "16"}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": 0}}',
-        '{"version": 1, "images": 3, "encoder": {"bits": 16}}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "learnt": []}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "photos": "9"}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "exclude": [1]}',
+        '{"version": 1, "images": 3, "encoder": {"bits": 16, "side": 9}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "learnt": []}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "photos": "9"}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "exclude": [1]}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": "9"}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "learnt": {"data.train_images": ""}}',
     ],
 )
 def test_malformed_metadata_are_reported_in_a_sentence(tmp_path, about):
