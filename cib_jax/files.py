@@ -9,6 +9,7 @@ import errno
 import fcntl
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -46,7 +47,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
-def open_regular(path: pathlib.Path, *, links: bool = True) -> IO[bytes]:
+def open_regular(path: pathlib.Path, *, links: bool = True) -> io.BufferedReader:
     """Opens a regular file of somebody else for reading; without `links`, not even by a symbolic link.
 
     An OSError is raised for anything else: a pipe, for example, would wait for its writer.

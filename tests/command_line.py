@@ -67,7 +67,7 @@ def run_cli(monkeypatch, capsys):
         monkeypatch.setattr(place, name, getattr(place, name))  # restored after the test
     monkeypatch.setattr(os, "_exit", exit_now)
     monkeypatch.chdir(ROOT)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may be started where it is ignored
     yield run
     for number, handler in handlers.items():

@@ -297,6 +297,17 @@ def exported_program(function, made, rows=(1, 16)):
     return bytes(program.serialize())
 
 
+def test_compressed_weights_are_refused_before_they_are_unpacked(of_features, tmp_path):
+    """As such a file of 4.9 MB, an encoder took 5.9 GB."""
+    target = tmp_path / "encoder.zip"
+    with zipfile.ZipFile(of_features[1]) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(errors.ExportedError, match="weights") as error:
+        exported.load(target)
+    assert error.value.field == str(target)
+
+
 def doubled(times):
     """Returns a function of 2^times additions in a few bytes."""
     return functools.reduce(lambda f, _: jax.jit(lambda x: f(x) + f(x)), range(times), lambda x: x + 1)

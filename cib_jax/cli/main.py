@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from cib_jax.console import exit_with_error
 from cib_jax.files import REINSTALL, first_line, short_reason
 
 LOADING = "Loading JAX and other libraries; the first start takes longest"
+MAX_COMPILED_BYTES = 2 << 30
+"""Bound at each start for the compiled programs that are kept."""
 
 
 def start() -> None:
@@ -162,17 +165,20 @@ def use_compilation_cache() -> None:
     import jax
 
     from cib_jax.data import cache
+    from cib_jax.runs import processes
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = cache.home() / "jax"
+        folder = cache.home() / "compiled"
+        shutil.rmtree(cache.home() / "jax", ignore_errors=True)  # of earlier versions, without bound and checksums
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
+            cache.remove_oldest_files(folder, MAX_COMPILED_BYTES)
         except OSError as error:
             _print_error(f"{folder} cannot be written ({short_reason(error)}), so programs are compiled at each start")
             return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        processes.set_compilation_cache(str(folder))
         # By default, programs that compile in less than a second are not kept, which together take longest.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     # JAX would warn for each program, such as when the disk gets full. Without the cache, results are the same.

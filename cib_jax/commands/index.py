@@ -29,7 +29,7 @@ from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, IndexFolderError, count
-from cib_jax.files import map_in_order, modified_ns, short_reason
+from cib_jax.files import first_line, map_in_order, modified_ns, short_reason
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry
@@ -178,7 +178,11 @@ def _relearn(
         os.rename(old, uri)  # an earlier call was interrupted between the two below
     metadata, config = PhotoTable.open(uri).metadata, config.copy_and_resolve_references()
     fields = flatten(config).keys() - overrides.keys() - {*CHANGEABLE}
-    config.update_from_flattened_dict({field: metadata.learnt[field] for field in fields & metadata.learnt.keys()})
+    try:
+        config.update_from_flattened_dict({field: metadata.learnt[field] for field in fields & metadata.learnt.keys()})
+    except (TypeError, ValueError, AttributeError) as error:
+        problem = f"the fields by which {uri} was learned are damaged ({first_line(error)}); index into another folder"
+        raise IndexFolderError(f"--index: {problem}", field="--index") from error
     if exclude is None:
         exclude = metadata.exclude
     options: dict[str, Any] = {"workdir": workdir, "exclude": exclude, "config": config, "overrides": overrides}

@@ -318,7 +318,7 @@ def _conclude(
         return search
     if not good:
         raise ConfigError(f"{SPACE}: no trial could be scored; the reasons are above, so try another space", SPACE)
-    if len({record["data"] for record in good}) > 1:
+    if len({record.get("data") for record in good}) > 1:
         raise errors.WorkdirError(
             f"config.data.dir must be the same for all trials of {workdir}, but some were run on other data; restore "
             "these, or choose another --workdir",

@@ -55,6 +55,21 @@ def _key_text(key: Mapping[str, Any]) -> bytes:
     return json.dumps(key, sort_keys=True, indent=2).encode()
 
 
+def remove_oldest_files(folder: pathlib.Path, max_bytes: int) -> None:
+    """Deletes the files of a folder that were written first until all take `max_bytes`."""
+    files = []
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process has deleted it
+            files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= max_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
+
+
 def prune(root: pathlib.Path, max_bytes: int, keep: Callable[[pathlib.Path], bool]) -> None:
     """Deletes the least recently used cache folders in `root`, except those to keep, until all take `max_bytes`."""
     folders = []

@@ -58,9 +58,36 @@ class MissingReaderError(BadPhotoError):
     """A photo is in a format for which an extra is not installed; the message has the command that installs it."""
 
 
-def open_image(file: IO[bytes]) -> Any:
-    """Returns a Pillow image, the pixels of which are not read yet; raises a BadPhotoError for other formats."""
+def open_image(file: IO[bytes], max_megapixels: int) -> Any:
+    """Returns a Pillow image, the pixels of which are not read yet; raises a BadPhotoError if it cannot be used."""
     head = file.read(64)
+    if size := _webp_size(head):  # its reader takes memory for all pixels when it opens a file
+        _validate_size(*size, max_megapixels)
+    image = _open(file, head)
+    _validate_size(image.width, image.height, max_megapixels)
+    return image
+
+
+def _validate_size(width: int, height: int, max_megapixels: int) -> None:
+    if width * height > max_megapixels * 1_000_000:
+        raise TooLargeError(f"{width} × {height} pixels, more than data.max_megapixels={max_megapixels}")
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Returns width and height by the first chunk of a WebP (RFC 9649, sections 2.5 to 2.7 and 3.4)."""
+
+    def number(start: int, end: int) -> int:
+        return int.from_bytes(head[start:end], "little")
+
+    kind = head[12:16] if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else b""
+    if kind == b"VP8X":
+        return number(24, 27) + 1, number(27, 30) + 1
+    if kind == b"VP8L":
+        return number(21, 25) % (1 << 14) + 1, (number(21, 25) >> 14) % (1 << 14) + 1
+    return (number(26, 28) % (1 << 14), number(28, 30) % (1 << 14)) if kind == b"VP8 " else None
+
+
+def _open(file: IO[bytes], head: bytes) -> Any:
     brands = _brands(head)
     # The readers of these formats read the whole file before they know its size in pixels.
     if (brands or head.startswith(b"RIFF")) and file.seek(0, os.SEEK_END) > MAX_MB * 1_000_000:

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL.Image import Transpose
 
 from cib_jax.data import libtiff_messages, photo_colors, photo_formats
-from cib_jax.data.photo_formats import MAX_MEGAPIXELS, BadPhotoError, TooLargeError, TruncatedPhotoError, heif_version
+from cib_jax.data.photo_formats import MAX_MEGAPIXELS, BadPhotoError, TruncatedPhotoError, heif_version
 from cib_jax.files import printable
 
 VERSION = f"2-pillow-{PIL.__version__}" + (f"-heif-{heif_version()}" if heif_version() else "")
@@ -110,17 +110,13 @@ def _image(content: Content, max_megapixels: int, on_truncated: OnTruncated | No
         with (
             libtiff_messages.collected() as messages,
             _opened(content) as file,
-            photo_formats.open_image(file) as image,
+            photo_formats.open_image(file, max_megapixels) as image,
         ):
             photo_colors.correct_transparency(image)
             if isinstance(image, PIL.JpegImagePlugin.JpegImageFile):
                 _watch_end(image, on_truncated)
-            pixels = image.width * image.height
-            if pixels > max_megapixels * 1_000_000:
-                size = f"{image.width} × {image.height} pixels"
-                raise TooLargeError(f"{size}, more than data.max_megapixels={max_megapixels}")
             # Large images are decoded one at a time, since a few at once could exhaust memory.
-            with _one_large if pixels > _LARGE_PIXELS else contextlib.nullcontext():
+            with _one_large if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
                 yield image
     except BadPhotoError:
         raise

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Shaped
 
 from cib_jax.data import photo_formats, photos
 from cib_jax.data.dataset import Unreadable, config_error
-from cib_jax.files import first_line, map_in_order, short_reason
+from cib_jax.files import first_line, map_in_order, open_regular, short_reason
 
 _error = functools.partial(config_error, "raw_dir")
 
@@ -194,7 +194,8 @@ class Mscoco(PublishedBuilder):
 def read_mscoco(path: pathlib.Path) -> tuple[list[str], Bool[np.ndarray, "images categories"], list[str]]:
     """Returns the file names of an instances file by image id, their categories, and the names of the categories."""
     try:
-        content = json.loads(path.read_bytes())
+        with open_regular(path) as file:  # a pipe would wait for its writer
+            content = json.load(file)
         images = sorted((image["id"], image["file_name"]) for image in content["images"])
         categories = sorted((category["id"], category["name"]) for category in content["categories"])
         marks = [(mark["image_id"], mark["category_id"]) for mark in content["annotations"]]

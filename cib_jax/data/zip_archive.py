@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from cib_jax.data.dataset import Unreadable, data_error
 from cib_jax.data.inputs import blame_field
 from cib_jax.data.photo_formats import EXTENSIONS
 from cib_jax.errors import count
-from cib_jax.files import first_line, short_reason
+from cib_jax.files import first_line, read_json, short_reason
 
 MAX_FILES = 1_000_000
 MAX_GB = 100
@@ -28,7 +29,7 @@ MAX_PHOTO_MB = 500
 """Limit for one photo, in millions of bytes."""
 
 _RECORD = ".unzipped.json"
-"""File in an unpacked folder that identifies the zip, so that the next call can reuse the folder."""
+"""File in an unpacked folder that identifies the zip and what was unpacked from it: to reuse or replace the folder."""
 _BOMB_GB, _BOMB_RATIO = 1, 100
 """Limits of the unpacked size, absolute and relative to the zip, above both of which it is a decompression bomb."""
 
@@ -66,8 +67,8 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
 
     Args:
       archive: Path of the zip.
-      directory: Folder to create. What an earlier call unpacked there from another zip is replaced. None: the path of
-        the zip without its extension.
+      directory: Folder to create. What an earlier call unpacked there from another zip is replaced, unless files were
+        added or changed since. None: the path of the zip without its extension.
 
     Raises:
       DataError: The zip does not exist, is damaged, or holds no photo or too much, or `directory` holds other files.
@@ -90,8 +91,7 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
         if not record or record["zip"] != stamp:
             if directory == archive or (directory.exists() and not directory.is_dir()):
                 raise _error(f"its photos cannot be unpacked in {directory}, which is a file; give another folder")
-            if directory.is_dir() and record is None and any(directory.iterdir()):
-                raise _error(f"its photos cannot be unpacked in {directory}, which holds other files; give another one")
+            _validate_replaceable(directory, record)  # before minutes of unpacking, and again after them
             record = _unpack(archive, directory, stamp)
     others, refused = collections.Counter(record["others"]), [Unreadable(*file) for file in record["refused"]]
     return Unzipped(directory, record["photos"], others, refused)
@@ -117,9 +117,11 @@ def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int]) ->
                     raise _error(f"no photo can be unpacked (the first: {refused[0]}); zip them again")
                 count = list(reasons.values()).count("")
                 record = {"zip": stamp, "photos": count, "others": others, "refused": refused}
+                record["digest"] = _digest(fresh)
                 (fresh / _RECORD).write_text(json.dumps(record), encoding="ascii")
+                _validate_replaceable(directory, _read_record(directory))
                 if directory.exists():
-                    shutil.rmtree(directory)
+                    os.replace(directory, pathlib.Path(temporary) / "replaced")
                 os.replace(fresh, directory)
     except OSError as error:
         raise _error(f"it cannot be unpacked in {directory} ({short_reason(error)}); give another folder") from error
@@ -127,11 +129,38 @@ def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int]) ->
 
 
 def _read_record(directory: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the record of an earlier call, or None if the folder has none."""
+    """Returns the record of an earlier call, or None if the folder has none that is valid."""
     try:
-        return dict(json.loads((directory / _RECORD).read_text(encoding="ascii")))
-    except (OSError, ValueError, TypeError):
+        record = read_json(directory / _RECORD)
+        size, modified = record["zip"]
+        right = all(isinstance(number, int) for number in (size, modified, record["photos"]))
+        right = right and all(isinstance(number, int) for number in record["others"].values())
+        texts = [text for path, reason in record["refused"] for text in (path, reason)]
+        return record if right and all(isinstance(text, str) for text in texts) else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
+
+
+def _validate_replaceable(directory: pathlib.Path, record: dict[str, Any] | None) -> None:
+    """Checks that a folder holds nothing but what an earlier call unpacked there, unchanged."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    # A record of an earlier version has no digest, so that nobody knows what was added.
+    if record is None or record.get("digest") != _digest(directory):
+        problem = f"{directory}, which holds other or changed files"
+        raise _error(f"its photos cannot be unpacked in {problem}; give another folder, or move that one away")
+
+
+def _digest(directory: pathlib.Path) -> str:
+    """Returns a digest of the names, sizes and times of all files and links in a folder, but for the record."""
+    found = []
+    for folder, folders, names in os.walk(directory):
+        for name in names + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            found.append((os.path.relpath(path, directory), status.st_size, status.st_mtime_ns))
+    listed = json.dumps(sorted(one for one in found if one[0] != _RECORD))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _select_members(

@@ -6,9 +6,11 @@ A single process counts as the first of one, and all functions here then cost no
 import contextlib
 import itertools
 import json
+import os
 import signal
+import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
@@ -212,6 +214,28 @@ def install_sigterm_handler() -> None:
 
     if not is_distributed():
         signal.signal(signal.SIGTERM, stop)
+    treat_hangup_as_sigterm()
+
+
+def treat_hangup_as_sigterm() -> None:
+    """Lets SIGHUP, by which a closed terminal or a lost ssh connection ends programs, act as SIGTERM does."""
+
+    def hang_up(*_: object) -> None:
+        replace_closed_terminal((1, 2))
+        signal.raise_signal(signal.SIGTERM)
+
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # otherwise nohup lets the program go on
+        signal.signal(signal.SIGHUP, hang_up)
+
+
+def replace_closed_terminal(descriptors: Sequence[int]) -> None:
+    """Lets descriptors of a closed terminal, writing to which is an error, write to nowhere."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 @contextlib.contextmanager

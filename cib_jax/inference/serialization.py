@@ -7,6 +7,7 @@ a file, so that a fingerprint could name something that cannot be found again.
 
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -32,6 +33,9 @@ from cib_jax.version import __version__
 FILE = "hasher.safetensors"
 VERSION = 1
 KEY = "cib_jax.hasher"  # the only metadata entry: safetensors writes several in random order
+SETTINGS = {"batch_size": range(1, 2**31), "stored_size": range(2**15), "devices": range(2**31)}
+"""Fields of a hasher beside its encoder, with their values."""
+NOISES = ("feature_noise", "feature_dropout")
 RUN = "config.json"  # by which the folder of a run is recognized
 
 
@@ -103,9 +107,13 @@ def _rebuild(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[Enc
         raise ValueError("it holds other tensors")
     if {layer: params["head"][layer]["kernel"].shape[1] for layer in head} != head:  # before memory for them is taken
         raise ValueError("its head has another shape")
-    settings = about["settings"]  # fields of a hasher
-    if settings.keys() != {"batch_size", "stored_size", "devices"} or {type(n) for n in settings.values()} != {int}:
+    settings = about["settings"]
+    if settings.keys() != SETTINGS.keys() or not all(
+        type(settings[name]) is int and settings[name] in allowed for name, allowed in SETTINGS.items()
+    ):
         raise ValueError("its settings are not those of a hasher")
+    if not all(type(arguments[name]) in (int, float) and 0 <= arguments[name] < math.inf for name in NOISES):
+        raise ValueError("its noise or dropout of features is not a number of 0 or more")
     encoder, *expected = create_encoder(
         jax.random.key(0),  # for parameters that are not used
         **arguments | {"standard": arguments["standard"] and Standard.from_lists(arguments["standard"])},

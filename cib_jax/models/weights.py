@@ -17,7 +17,7 @@ import safetensors
 from flax import traverse_util
 
 from cib_jax.errors import ConfigError, WeightsError
-from cib_jax.files import install_command
+from cib_jax.files import install_command, open_regular
 from cib_jax.models import registry, torch_checkpoint
 from cib_jax.models.state_dict import MismatchError, Tree
 from cib_jax.models.torch_checkpoint import FormatError
@@ -141,7 +141,7 @@ def read_tensors(
     """
     path = pathlib.Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:  # a pipe would wait for its writer
             start = file.read(16)
             for beginning, read in torch_checkpoint.READERS.items():
                 if start.startswith(beginning):
@@ -246,7 +246,7 @@ def _verify_hash(source: Source) -> None:
     if not source.sha256:
         return
     try:
-        with source.path.open("rb") as file:
+        with open_regular(source.path) as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(source.path, error, source.remedy) from error

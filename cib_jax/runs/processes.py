@@ -185,6 +185,20 @@ def _free_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def set_compilation_cache(folder: str) -> None:
+    """Lets JAX keep compiled programs in a folder, with checksums: a damaged one is compiled again.
+
+    JAX compresses them by zstandard where that is installed, as it does so without checksums: with flipped bits in its
+    files, 7 of 12 starts crashed. zlib, which it falls back on, has checksums.
+    """
+    from jax._src import compilation_cache
+
+    for library in ("zstd", "zstandard"):
+        if hasattr(compilation_cache, library):
+            setattr(compilation_cache, library, None)
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def run(
     work: Callable[..., None], arguments: tuple[Any, ...], processes: int, receive: Callable[[int, Any], None]
 ) -> None:
@@ -260,8 +274,9 @@ def _work_in_child(
         os._exit(1)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
+    multihost.treat_hangup_as_sigterm()
+    if cache and jax.config.values["jax_compilation_cache_dir"] is None:
+        set_compilation_cache(cache)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         extensions.load(loaded)

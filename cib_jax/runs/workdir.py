@@ -232,6 +232,22 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     write_bytes(path, f"{dump_json(content, indent=2)}\n".encode())
 
 
+_NUMBER, _SCORE = (int, float), (int, float, type(None))
+_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "results.json": {
+        "map": _SCORE,
+        "map_tie_aware": _SCORE,
+        "k": int,
+        "metrics": dict,
+        "metrics.code_health": dict,
+        "seconds": dict,
+    },
+    "trial.json": {"number": int, "params": dict, "value": _SCORE, "scores": dict, "error": str},
+    "refused.json": {"error": str, "when": _NUMBER},
+}
+"""Fields that files of these names must have, a dot for a dict inside, with their types."""
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the content of a file that `write_json` wrote.
 
@@ -240,9 +256,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       WorkdirError: It is damaged.
     """
     try:
-        if isinstance(content := files.read_json(path), dict):
-            return content
-        raise ValueError("it does not hold a dict")
+        content = files.read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a dict")
+        for name, types in _FIELDS.get(path.name, {}).items():
+            outer, _, inner = name.rpartition(".")
+            place = content[outer] if outer else content
+            if inner not in place or not isinstance(place[inner], types):
+                raise ValueError(f"its {name} is missing or of another type")
+        return content
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

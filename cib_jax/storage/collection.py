@@ -287,6 +287,9 @@ def load_hasher(table: PhotoTable) -> Hasher:
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / serialization.FILE).write_bytes(content)
             hasher = Hasher.load(folder)
+    except errors.SavedHasherError as error:
+        fault = str(error).partition(f"{serialization.FILE} ")[2] or str(error)
+        raise errors.SavedHasherError(f"--index: the encoder of {table.uri} {fault}", field="--index") from error
     except OSError as error:
         message = (
             f"the folder of temporary files cannot be used ({short_reason(error)}); free some space, or set TMPDIR"

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jaxtyping import Int64, UInt8
 from cib_jax.codes import byte_count
 from cib_jax.data import inputs
 from cib_jax.data.dataset import Unreadable
-from cib_jax.errors import IndexFolderError, UserError
+from cib_jax.errors import IndexFolderError, UserError, count
 from cib_jax.files import first_line, import_optional, install_command
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
@@ -32,6 +33,7 @@ KEPT = datetime.timedelta(days=1)
 """Time for which a snapshot can still be read after a change."""
 AT_ONCE = 10_000
 """Largest number of keys in one command to LanceDB."""
+_HALF = (1 << 32) - 1
 _MAX_ATTEMPTS = 20
 """Attempts to commit a change that conflicts with those of other writers."""
 _MISSING = f"LanceDB is not installed; {install_command('search')}"
@@ -211,12 +213,14 @@ class PhotoTable:
             return self._photos.count_rows()
 
     def state(self) -> State:
-        """Returns the current size and time of all files."""
+        """Returns the current size and time of all files; the time of those with a damaged code is −1."""
         with lance_errors(self.uri, "read"):
             self._photos.checkout_latest()
-            found = _fetch(self._photos.search().select(["key", "size", "modified"]))
+            names = ["key", "size", "modified", *self._columns_of_codes(self._photos)]
+            found = _fetch(self._photos.search().select(names))
             keys, sizes = _as_numpy(found["key"]), _as_numpy(found["size"])
             modified = _as_numpy(found["modified"].cast("int64"))
+            modified[np.isin(keys, _damaged_keys(found))] = -1  # so that they are encoded again
         order = np.argsort(keys)
         return State(keys[order], sizes[order], modified[order])
 
@@ -231,8 +235,7 @@ class PhotoTable:
         if not rows:
             return
         content = _as_table(rows, self.metadata.encoder["bits"])
-        if not self.has_features:
-            content = content.drop_columns("feature")
+        content = content.select([name for name in content.column_names if name in self._photos.schema.names])
 
         def merge() -> None:
             matched = self._photos.merge_insert("key").when_matched_update_all()
@@ -264,7 +267,11 @@ class PhotoTable:
         with lance_errors(self.uri, "read"):
             table = self._connection.open_table(PHOTOS)
             table.checkout(table.version)
-            found = _fetch(table.search().select(["key", "code"]).where("code IS NOT NULL").with_row_id(True))
+            query = table.search().select(["key", *self._columns_of_codes(table)])
+            found = _fetch(query.where("code IS NOT NULL").with_row_id(True))
+            if damaged := _damaged_keys(found):
+                problem = f"the codes of {count(len(damaged), 'photo')} in {self.uri} are damaged on the disk"
+                raise _error(f"{problem}; index the photos again, and these are encoded again")
             keys, rows = _as_numpy(found["key"]), _as_numpy(found["_rowid"])
             width = byte_count(self.metadata.encoder["bits"])
             codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
@@ -286,14 +293,25 @@ class PhotoTable:
         if not len(numbers):
             return {}
         wanted = sorted(set(numbers))
+        check = ["check"] if "thumbnail" in columns and "check" in snapshot.table.schema.names else []
         with lance_errors(self.uri, "read"):
-            taken = snapshot.table.take_row_ids(snapshot.rows[wanted].tolist()).select(["key", *columns]).to_arrow()
+            query = snapshot.table.take_row_ids(snapshot.rows[wanted].tolist())
+            taken = query.select(["key", *columns, *check]).to_arrow()
+            for thumbnail, written in zip(taken["thumbnail"], taken["check"], strict=True) if check else ():
+                if zlib.crc32(thumbnail.as_py() or b"") != written.as_py() >> 32:
+                    problem = f"a thumbnail in {self.uri} is damaged on the disk"
+                    raise _error(f"{problem}; restore the index from a copy, or make it anew with --relearn")
         # LanceDB returns rows in the table's order.
         positions = np.searchsorted(snapshot.keys, _as_numpy(taken["key"])).tolist()
         if "modified" in columns:
             at = taken.schema.get_field_index("modified")
             taken = taken.set_column(at, "modified", taken["modified"].cast("int64"))
         return dict(zip(positions, taken.to_pylist(), strict=True))
+
+    @staticmethod
+    def _columns_of_codes(table: Any) -> list[str]:
+        """Returns the columns for codes and their checksums, which indexes of earlier versions lack."""
+        return [name for name in ("code", "check") if name in table.schema.names]
 
     def _commit(self, change: Callable[[], Any]) -> None:
         for attempt in range(_MAX_ATTEMPTS):
@@ -311,9 +329,9 @@ def _parse(metadata: Any) -> IndexMetadata:
     """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
     optional = (metadata.get("learnt", {}), metadata.get("photos", 0), tuple(metadata.get("exclude", ())))
     made = IndexMetadata(metadata["images"], metadata["encoder"], *optional)
-    bits, right = made.encoder["bits"], isinstance(made.images, str) and isinstance(made.learnt, dict)
-    right = right and all(isinstance(pattern, str) for pattern in made.exclude)
-    if not right or type(bits) is not int or bits < 1 or type(made.photos) is not int:
+    numbers = made.encoder["bits"], made.encoder["side"], made.photos, made.learnt.get("data.train_images", 0)
+    right = all(type(number) is int for number in numbers) and 0 < numbers[0] < 1 << 20 and 0 < numbers[1] < 1 << 15
+    if not right or not all(isinstance(text, str) for text in (made.images, *made.exclude)):
         raise ValueError("its metadata are damaged")
     return made
 
@@ -338,6 +356,10 @@ def _as_table(rows: Sequence[Row], bits: int) -> Any:
     columns = file_columns(paths, sizes, times, reasons)
     columns["width"], columns["height"], columns["thumbnail"] = looks
     columns["key"] = [key_of(path) for path in paths]
+    columns["check"] = [
+        zlib.crc32(thumbnail) << 32 | zlib.crc32(code or b"", key & _HALF)
+        for key, code, thumbnail in zip(columns["key"], codes, looks[2], strict=True)
+    ]
     columns["feature"] = features
     columns["code"] = [None if code is None else list(code) for code in codes]
     return pyarrow.table(columns, schema=_schema(bits))
@@ -362,8 +384,26 @@ def _schema(bits: int) -> Any:
         "thumbnail": pyarrow.binary(),
         "reason": pyarrow.string(),
         "feature": pyarrow.binary(),
+        # Lance's files have no checksums. Above, the CRC-32 of the thumbnail; below, that of the key and the code.
+        "check": pyarrow.uint64(),
     }
     return pyarrow.schema([key, *types.items()])
+
+
+def _damaged_keys(found: Any) -> list[int]:
+    """Returns the keys of photos whose codes are not those that were written."""
+    if "check" not in found.column_names:
+        return []
+    found = found.filter(found["code"].is_valid())
+    width, keys = found.schema.field("code").type.list_size, _as_numpy(found["key"])
+    codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
+    written = found["check"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.uint64)
+    # CRC-32 by its table, for all photos at once: byte for byte as `zlib.crc32(code, key)`.
+    table = np.array([~zlib.crc32(bytes([byte]), _HALF) & _HALF for byte in range(256)], np.uint32)
+    crc = ~keys.astype(np.uint32)
+    for column in codes.T:
+        crc = table[(crc ^ column) & 255] ^ (crc >> 8)
+    return keys[~crc != written.astype(np.uint32)].tolist()
 
 
 def _fetch(query: Any) -> Any:

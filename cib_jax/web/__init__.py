@@ -12,7 +12,7 @@ def check_installed() -> None:
     Raises:
       WebError: A package is missing.
     """
-    for package in ("fastapi", "gradio", "limits", "python_multipart", "starlette", "uvicorn"):
+    for package in ("fastapi", "gradio", "python_multipart", "starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise WebError(
                 f"--mode=serve needs the package {package}, which is not installed; {install_command('web')}",

@@ -6,7 +6,7 @@
 | `POST /search?k=`, with a photo as the body, or as the only file of a form | the nearest to it; it is not kept |
 | `GET /photo?id=ID` | path and size of a photo, as in the results of a search |
 | `GET /thumbnail/ID`, `GET /image/ID` | a JPEG; the second encoded anew, at most 2,048 pixels long, without metadata |
-| `GET /health` | the number of photos |
+| `GET /health` | the number of photos; 503 if the index cannot be read |
 | `GET /docs` | this text |
 
 A search returns {"query": {"id", "code"}, "bits", "results": [{"id", "path", "distance", "code", "width", "height",
@@ -141,8 +141,10 @@ class Api:
             executor.close()
         self._batcher.close()
 
-    async def health(self, _: Request) -> Response:
-        """Returns the number of photos, which also shows that the server is alive."""
+    async def health(self, request: Request) -> Response:
+        """Returns the number of photos, which also shows that the server is alive and the index readable."""
+        # With its thumbnail, which no memory of earlier reads has.
+        await self._read(request, lambda: self.collection.photos(range(min(1, len(self.collection))), thumbnails=True))
         return _json({"status": "ok", "photos": len(self.collection), "bits": self.collection.bits})
 
     async def search(self, request: Request) -> Response:
@@ -363,7 +365,7 @@ def _uploaded_photo(body: bytes, content_type: str) -> bytes:
         boundary = options.get(b"boundary", b"").decode("latin-1")
         headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
         try:
-            form = asyncio.run(_InMemoryParser(headers, _chunks(body), max_files=1, max_fields=100).parse())
+            form = asyncio.run(_InMemoryParser(headers, _chunks(body), max_files=1, max_fields=15).parse())
         except (MultiPartException, ValueError):
             raise HTTPException(400, "The form is damaged; send the photo's bytes, or a form with one file.") from None
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]

@@ -33,7 +33,7 @@ def main(
     decode: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]] = decode,
 ) -> None:
     """Answers requests at a socket until the server closes it or decoding takes more than `memory_mib`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a terminal signals the whole group, but the server ends this process
     warnings.simplefilter("ignore")
     photo_formats.load_readers(threads=0)  # now, while files can still be opened

@@ -15,13 +15,10 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-import limits
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -247,14 +244,15 @@ class ClientNames:
 
 
 class RateLimits:
-    """Bounds the requests of each client, per minute and at the same time."""
+    """Bounds the requests of each client, in any 60 seconds and at the same time."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, storage: MemoryStorage | None = None) -> None:
-        self._app, self._at_once = app, settings.at_once
-        amounts = {SEARCH: settings.searches, IMAGE: settings.images, OTHER: settings.others}
-        self._limits = {kind: limits.RateLimitItemPerMinute(amount) for kind, amount in amounts.items()}
-        self._storage = storage or MemoryStorage()
-        self._window = MovingWindowRateLimiter(self._storage)
+    # The package `limits` counts by the time of day: with a clock set back an hour, clients would wait for an hour.
+
+    def __init__(self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._at_once, self._clock = app, settings.at_once, clock
+        self._amounts = {SEARCH: settings.searches, IMAGE: settings.images, OTHER: settings.others}
+        self.times: dict[tuple[str, str], collections.deque[float]] = {}
+        """Times of the last requests, up to the number allowed, by kind and client."""
         self._open: collections.Counter[str] = collections.Counter()
         self._count = 0
 
@@ -276,15 +274,15 @@ class RateLimits:
 
     def _seconds_to_wait(self, kind: str, client: str) -> int:
         """Counts a request and returns 0, or returns the seconds after which the client may try again."""
+        now = self._clock()
         self._count += 1
         if self._count % 1000 == 0:
-            # The storage drops old requests of a client, but never the client: its list stays, empty.
-            for key in [key for key, events in self._storage.events.copy().items() if not events]:
-                self._storage.clear(key)
-        if self._window.hit(self._limits[kind], kind, client):
-            return 0
-        reset = self._window.get_window_stats(self._limits[kind], kind, client).reset_time
-        return max(1, math.ceil(reset - time.time()))
+            self.times = {key: times for key, times in self.times.items() if times[-1] > now - 60}
+        times = self.times.setdefault((kind, client), collections.deque(maxlen=self._amounts[kind]))
+        if len(times) == times.maxlen and times[0] > now - 60:
+            return math.ceil(times[0] + 60 - now)
+        times.append(now)
+        return 0
 
 
 class KnownHosts:
@@ -298,12 +296,21 @@ class KnownHosts:
             self._hosts |= {own, f"{own}.local", socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        hosts = Headers(scope=scope).getlist("host")
-        host = (_split_url(f"//{hosts[0]}").hostname or "").lower() if len(hosts) == 1 else ""
-        # An address as the host cannot be the result of rebinding: no name server was asked.
-        if not ("*" in self._hosts or host in self._hosts or (self._any_address and _is_address(host))):
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        # From a trusted proxy, which may pass on what a client sent; Gradio's page would load its scripts from there.
+        forwarded = ",".join(headers.getlist("x-forwarded-host") + headers.getlist("x-gradio-server"))
+        named = hosts + (forwarded.split(",") if forwarded else [])
+        if len(hosts) != 1 or not all(map(self._is_known, named)):
             raise refusal(421, "This host name is not the server's; use its address, or start it with --names.")
         await self._app(scope, receive, send)
+
+    def _is_known(self, url: str) -> bool:
+        # Nothing beside the host, of which browsers would make another one than Python.
+        netloc = re.fullmatch(r"(?:https?://)?([\w.:\[\]%-]+)/?", url.strip(), re.ASCII)
+        host = (_split_url(f"//{netloc[1]}").hostname or "").lower() if netloc else ""
+        # An address as the host cannot be the result of rebinding: no name server was asked.
+        return "*" in self._hosts or host in self._hosts or (self._any_address and _is_address(host))
 
 
 def _split_url(url: str) -> SplitResult:
@@ -359,13 +366,17 @@ class SameOrigin:
 
 
 class BodyLimits:
-    """Reads the body of a request before the app is called, within bounds of size, time, number and total memory."""
+    """Reads the body of a request before the app is called, within bounds of size, time, number and total memory.
+
+    The bodies of a client take at most as much memory as they leave free, so that no client takes all of it.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
         self._most = settings.photo_mb * 1_000_000 + _MULTIPART
+        self._memory = max(settings.bodies_mb * 1_000_000, 2 * self._most)
         self._bodies: collections.Counter[str] = collections.Counter()  # by client
-        self._bytes = 0
+        self._bytes: collections.Counter[str] = collections.Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -387,7 +398,7 @@ class BodyLimits:
         self._bodies[client] += 1
         chunks: list[bytes] = []
         try:
-            await self._read(scope, receive, chunks)
+            await self._read(scope, receive, client, chunks)
             chunks[:] = [b"".join(chunks)]
             messages: list[Message] = [{"type": "http.request", "body": chunks[0], "more_body": False}]
 
@@ -398,10 +409,11 @@ class BodyLimits:
         finally:
             self._bodies[client] -= 1
             if not self._bodies[client]:
-                del self._bodies[client]
-            self._bytes -= sum(map(len, chunks))
+                del self._bodies[client], self._bytes[client]
+            else:
+                self._bytes[client] -= sum(map(len, chunks))
 
-    async def _read(self, scope: Scope, receive: Receive, chunks: list[bytes]) -> None:
+    async def _read(self, scope: Scope, receive: Receive, client: str, chunks: list[bytes]) -> None:
         """Appends a body to `chunks`; all that is appended is counted."""
         started, size, more = time.monotonic(), 0, True
         while more:
@@ -418,10 +430,10 @@ class BodyLimits:
             size += len(chunk)
             if size > self._most:
                 raise self._too_large()
-            if self._bytes + len(chunk) > self._settings.bodies_mb * 1_000_000:
+            if self._bytes[client] + len(chunk) > self._memory - self._bytes.total() - len(chunk):
                 raise _too_many()
             chunks.append(chunk)
-            self._bytes += len(chunk)
+            self._bytes[client] += len(chunk)
             more = message.get("more_body", False)
 
     def _too_large(self) -> HTTPException:

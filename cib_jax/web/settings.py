@@ -44,7 +44,7 @@ class Settings:
     bodies_each: int = 16
     """Number of them that may be of one client."""
     bodies_mb: int = 256
-    """Memory for all of them, in millions of bytes."""
+    """Memory for all of them, in millions of bytes; those of one client take at most half of what others leave."""
     body_seconds: float = 10.0
     """Time limit for a request body, extended by one second for each `body_rate` bytes received."""
     body_rate: int = 65_536

@@ -106,7 +106,7 @@ def test_without_a_folder_for_compiled_programs_one_sentence_is_printed(tmp_path
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         main.use_compilation_cache()
-        folder = str(home / "cib_jax" / "jax")
+        folder = str(home / "cib_jax" / "compiled")
         assert jax.config.values["jax_compilation_cache_dir"] == (folder if usable else None)
         error = capsys.readouterr().err
         assert (error.count("\n"), folder in error) == ((0, False) if usable else (1, True))

@@ -163,3 +163,14 @@ def test_pruning_passes_over_what_another_process_deletes(tmp_path, monkeypatch)
     monkeypatch.setattr(type(tmp_path), "stat", gone)
     caches[1].prune(0)
     assert caches[1].folder.exists()
+
+
+def test_the_oldest_files_are_removed_until_the_rest_fits(tmp_path):
+    for number in (3, 1, 4, 2):
+        (tmp_path / str(number)).write_bytes(bytes(10))
+        os.utime(tmp_path / str(number), (number, number))
+    (tmp_path / "gone").symlink_to("nowhere")
+    cache.remove_oldest_files(tmp_path, 40)
+    assert len(list(tmp_path.iterdir())) == 5
+    cache.remove_oldest_files(tmp_path, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "gone"]

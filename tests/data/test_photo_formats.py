@@ -49,6 +49,36 @@ def test_a_huge_file_is_not_read_whole(tmp_path, form):
     assert "500 MB" in reason_of(path)
 
 
+def webp(kind, body):
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        webp(b"VP8L", b"\x2f" + (8999 | 5999 << 14).to_bytes(4, "little") + bytes(9)),
+        webp(b"VP8X", bytes(4) + (8999).to_bytes(3, "little") + (5999).to_bytes(3, "little")),
+        webp(b"VP8 ", b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", 9000, 6000) + bytes(9)),
+    ],
+    ids=["lossless", "extended", "lossy"],
+)
+def test_a_webp_is_refused_by_the_size_that_it_declares(content, monkeypatch):
+    """The reader of WebP takes eight bytes for each declared pixel: 34 bytes took 1.05 GB."""
+    monkeypatch.setattr(PIL.Image, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(photo_formats.TooLargeError, match="9000 × 6000"):
+        decode(content, 16, max_megapixels=50)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lossless": True}, {"exif": PIL.Image.Exif()}, {"save_all": True}])
+def test_the_declared_size_of_a_webp_is_its_size(settings):
+    file = io.BytesIO()
+    pictures.smooth(250, 200).convert("RGB").save(file, "WEBP", **settings)
+    with pytest.raises(photo_formats.TooLargeError, match="250 × 200"):
+        decode(file.getvalue(), 16, max_megapixels=0)
+    assert decode(file.getvalue(), 16, max_megapixels=1).shape == (16, 16, 3)
+
+
 def ftyp(*brands):
     return struct.pack(">I4s4s4s", 16 + 4 * len(brands[1:]), b"ftyp", brands[0], b"\0" * 4) + b"".join(brands[1:])
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from cib_jax.data import photos
-from cib_jax.data.photo_formats import BadPhotoError, TruncatedPhotoError
+from cib_jax.data.photo_formats import BadPhotoError, TooLargeError, TruncatedPhotoError
 from cib_jax.data.photos import decode, decode_with_thumbnail
 from tests.data import pictures
 
@@ -396,7 +396,7 @@ def test_a_damaged_file_is_refused_alike_however_it_is_looked_at(form):
         for look in (decode_with_thumbnail, photos.reduced):
             with pytest.raises(BadPhotoError):
                 look(file[:length], 16)
-    with pytest.raises(photos.TooLargeError, match=r"more than data\.max_megapixels=50"):
+    with pytest.raises(TooLargeError, match=r"more than data\.max_megapixels=50"):
         decode_with_thumbnail(bomb(9_000, 9_000), 16, max_megapixels=50)
-    with pytest.raises(photos.TooLargeError, match=r"more than data\.max_megapixels=50"):
+    with pytest.raises(TooLargeError, match=r"more than data\.max_megapixels=50"):
         photos.reduced(bomb(9_000, 9_000), 16, max_megapixels=50)

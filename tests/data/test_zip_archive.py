@@ -192,6 +192,55 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert unzip(path, tmp_path / "new" / "place").directory == tmp_path / "new" / "place"
 
 
+def add(folder):
+    (folder / "a" / "own.jpg").write_bytes(b"mine")
+
+
+def change(folder):
+    (folder / "a" / "1.jpg").write_bytes(b"rotated")
+
+
+def link(folder):
+    (folder / "album").symlink_to(folder.parent)
+
+
+def forget(folder):
+    (folder / ".unzipped.json").write_text('{"zip": [1, 2], "photos": 1, "others": {}, "refused": []}')
+
+
+@pytest.mark.parametrize("edit", [add, change, link, forget])
+def test_a_newer_zip_never_deletes_what_was_added_or_changed(tmp_path, edit):
+    path = zipped(tmp_path / "my.zip", [("a/1.jpg", b"1")])
+    folder = unzip(path).directory
+    edit(folder)
+    before = {one: one.is_file() and one.read_bytes() for one in folder.rglob("*")}
+    zipped(path, [("a/1.jpg", b"new"), ("a/2.jpg", b"2")])
+    with errors.raises(str(path), folder, "another folder"):
+        unzip(path)
+    assert {one: one.is_file() and one.read_bytes() for one in folder.rglob("*")} == before
+    assert sorted(os.listdir(tmp_path)) == ["my", "my.zip"]
+
+
+def test_what_is_added_while_a_newer_zip_is_unpacked_stays(tmp_path, monkeypatch):
+    path = zipped(tmp_path / "my.zip", [("a/1.jpg", b"1")])
+    folder = unzip(path).directory
+    zipped(path, [("a/1.jpg", b"new")])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: add(folder) or usage)  # asked for after the first check
+    with errors.raises(str(path), folder):
+        unzip(path)
+    assert (folder / "a" / "own.jpg").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("record", ["[]", '{"zip": 3}', '{"zip": [1, 2], "photos": 1, "refused": []}', "[" * 9999])
+def test_a_crafted_record_is_none(tmp_path, record):
+    path = zipped(tmp_path / "my.zip", [("a.jpg", b"1")])
+    folder = unzip(path).directory
+    (folder / ".unzipped.json").write_text(record)
+    with errors.raises(str(path), folder):
+        unzip(path)
+
+
 def test_a_zip_of_another_program_is_read(tmp_path):
     """Streamed through a pipe, Info-ZIP cannot go back to write sizes before what they are of."""
     if not os.path.exists("/usr/bin/zip"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -168,3 +169,44 @@ def test_alone_a_process_is_the_first_of_one():
     initialize.initialize()
     assert multihost.is_first_process() and not multihost.is_distributed() and multihost.share(5) == slice(0, 5)
     assert multihost.gather_texts("mine") == ["mine"] and multihost.broadcast_text("mine") == "mine"
+
+
+@pytest.fixture
+def handlers():
+    """Restores the handlers of signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(handlers):
+    multihost.install_sigterm_handler()
+    with pytest.raises(multihost.Preempted):
+        signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(multihost.Preempted), multihost.sigterm_flag() as came:
+        assert not came()
+        signal.raise_signal(signal.SIGHUP)
+        assert came()
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    multihost.install_sigterm_handler()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_output_to_a_closed_terminal_is_no_error(tmp_path):
+    terminal, descriptor = os.openpty()
+    multihost.replace_closed_terminal([descriptor])
+    assert os.isatty(descriptor)
+    os.close(terminal)
+    with pytest.raises(OSError, match=r".*"):
+        os.write(descriptor, b"lost")
+    with (tmp_path / "log").open("w") as file:
+        multihost.replace_closed_terminal([descriptor, file.fileno()])
+        assert os.write(file.fileno(), b"kept") == 4
+    assert os.write(descriptor, b"nowhere") == 7
+    assert (tmp_path / "log").read_bytes() == b"kept"
+    os.close(descriptor)

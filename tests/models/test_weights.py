@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import pickle
 import struct
@@ -253,3 +254,11 @@ def test_weights_in_a_package_load_neither_hub_nor_torch():
     root = pathlib.Path(__file__).parent.parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="regular file"):
+        weights.read_tensors(tmp_path / "weights.pth")
+    with pytest.raises(WeightsError):
+        weights.read_tensors("/dev/zero")

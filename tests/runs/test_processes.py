@@ -5,8 +5,11 @@ import pathlib
 import sys
 import threading
 import types
+import zlib
 
+import jax
 import pytest
+from jax._src import compilation_cache
 
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, UserError
@@ -100,3 +103,26 @@ def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch):
     for free, workers in ((64, 8), (9, 2), (1, 1)):
         monkeypatch.setattr(processes, "_free_bytes", lambda free=free: free << 30)
         assert processes.worker_count(0) == workers and processes.worker_count(3) == 3
+
+
+class Unchecked:
+    """A library for compression without checksums, as JAX uses zstandard."""
+
+    ZstdCompressor = ZstdDecompressor = compress = decompress = classmethod(lambda cls, content=None: content or cls)
+
+
+@pytest.mark.parametrize("library", ["zstd", "zstandard"])
+def test_compiled_programs_that_are_kept_have_checksums(tmp_path, monkeypatch, library):
+    monkeypatch.setattr(compilation_cache, library, Unchecked)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        processes.set_compilation_cache(str(tmp_path))
+        kept = bytearray(compilation_cache.compress_executable(bytes(range(256))))
+        assert compilation_cache.decompress_executable(bytes(kept)) == bytes(range(256))
+        for place in range(2, len(kept)):  # after the header
+            kept[place] ^= 1
+            with pytest.raises(zlib.error):
+                compilation_cache.decompress_executable(bytes(kept))
+            kept[place] ^= 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -191,6 +191,29 @@ def test_damaged_json_is_one_error(tmp_path, content):
         read_json(tmp_path / "file.json")
 
 
+RECORDS = {
+    "results.json": {"map": None, "map_tie_aware": 0.5, "k": 9, "metrics": {"code_health": {}}, "seconds": {}},
+    "trial.json": {"number": 0, "params": {}, "value": None, "scores": {}, "error": ""},
+    "refused.json": {"error": "", "when": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_without_its_fields_is_one_error(tmp_path, name):
+    path = tmp_path / name
+    write_json(path, RECORDS[name])
+    assert read_json(path) == RECORDS[name]
+    for field in RECORDS[name]:
+        for crafted in (
+            {},
+            RECORDS[name] | {field: []},
+            {one: RECORDS[name][one] for one in RECORDS[name].keys() - {field}},
+        ):
+            write_json(path, crafted)
+            with pytest.raises(WorkdirError, match=f"{name}.*damaged"):
+                read_json(path)
+
+
 @pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000])
 def test_a_damaged_owner_is_one_error(tmp_path, content):
     (tmp_path / "place").mkdir()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cib_jax as cib
-from cib_jax.errors import IndexFolderError, SearchError
+from cib_jax.errors import IndexFolderError, SavedHasherError, SearchError
 from cib_jax.storage import collection as collection_lib
 from cib_jax.storage.collection import Collection
 from cib_jax.storage.photo_table import IndexMetadata, PhotoTable, Row, key_of
@@ -176,6 +176,16 @@ def test_an_encoder_of_longer_codes_than_those_of_the_index_is_rejected(tmp_path
     with pytest.raises(IndexFolderError) as error:
         Collection.open(tmp_path / "i")
     assert error.value.field == "--index"
+
+
+def test_a_damaged_encoder_is_that_of_the_index(tmp_path, hashers):
+    content = bytearray(collection_lib.hasher_bytes(hashers[0]))
+    content[-1] ^= 1
+    PhotoTable.create(str(tmp_path / "i"), IndexMetadata("/", {"bits": 8, "side": 16}), bytes(content))
+    with pytest.raises(SavedHasherError, match="damaged") as error:
+        Collection.open(tmp_path / "i")
+    assert error.value.field == "--index"
+    assert str(tmp_path / "i") in str(error.value) and "hasher.safetensors" not in str(error.value)
 
 
 def test_the_encoder_comes_back_as_it_was(tmp_path, hashers):

@@ -23,7 +23,7 @@ COLUMNS = ["path", "raw_path", "size", "modified", "width", "height", "thumbnail
 
 
 def metadata(bits=16, images="/photos"):
-    return IndexMetadata(images, {"bits": bits, "weights": "none"}, {"epochs": 3})
+    return IndexMetadata(images, {"bits": bits, "side": 16, "weights": "none"}, {"epochs": 3})
 
 
 def made(uri, bits=16):
@@ -247,10 +247,13 @@ def test_an_index_of_another_version_is_refused(tmp_path):
         '{"version": 1, "images": "/photos", "encoder": {}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": "16"}}',
         '{"version": 1, "images": "/photos", "encoder": {"bits": 0}}',
-        '{"version": 1, "images": 3, "encoder": {"bits": 16}}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "learnt": []}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "photos": "9"}',
-        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}, "exclude": [1]}',
+        '{"version": 1, "images": 3, "encoder": {"bits": 16, "side": 9}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "learnt": []}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "photos": "9"}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "exclude": [1]}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": "9"}}',
+        '{"version": 1, "images": "/photos", "encoder": {"bits": 16, "side": 9}, "learnt": {"data.train_images": ""}}',
     ],
 )
 def test_malformed_metadata_are_reported_in_a_sentence(tmp_path, about):
@@ -290,6 +293,53 @@ def test_a_damaged_index_is_reported_in_a_sentence(tmp_path, which):
     for path in (tmp_path / "i" / which).iterdir():
         path.write_bytes(b"\0" * 37)
     refuse(f"{tmp_path / 'i'} cannot be read", lambda: PhotoTable.open(str(tmp_path / "i")).snapshot())
+
+
+def flip(folder, content):
+    """Flips a bit in the middle of some bytes, wherever in the files of a table these are; returns how often."""
+    found = 0
+    for path in (folder / "photos.lance" / "data").iterdir():
+        data = bytearray(path.read_bytes())
+        place = -1
+        while (place := data.find(content, place + 1)) >= 0:
+            data[place + len(content) // 2] ^= 4
+            found += 1
+        path.write_bytes(data)
+    return found
+
+
+def test_a_flipped_bit_in_a_code_is_noticed_and_the_photo_encoded_again(tmp_path):
+    rows = [row(number, 96) for number in range(5)]
+    made(tmp_path / "i", 96).put(rows)
+    assert flip(tmp_path / "i", rows[3].code) == 1
+    table = PhotoTable.open(str(tmp_path / "i"))
+    refuse("1 photo", table.snapshot)
+    state = table.state()
+    assert state.keys[state.modified_ns == -1].tolist() == [key_of("003.jpg")]
+    table.put([rows[3]])
+    assert content(table)[0]["003.jpg"] == rows[3]
+
+
+def test_a_flipped_bit_in_a_thumbnail_is_noticed(tmp_path):
+    thumbnails = [np.random.default_rng(number).bytes(3000) for number in range(5)]
+    made(tmp_path / "i").put([row(number)._replace(thumbnail=thumbnails[number]) for number in range(5)])
+    assert flip(tmp_path / "i", thumbnails[3]) == 1
+    table = PhotoTable.open(str(tmp_path / "i"))
+    snapshot = table.snapshot()
+    at = snapshot.keys.tolist().index(key_of("003.jpg"))
+    assert table.read(snapshot, [at], ["path"])[at]["path"] == "003.jpg"
+    refuse("thumbnail", table.read, snapshot, [at], ["path", "thumbnail"])
+    assert len(table.read(snapshot, [at - 1], ["thumbnail"])) == 1
+
+
+def test_an_index_without_checksums_is_read_and_written(tmp_path):
+    table = made(tmp_path / "i")
+    table.put([row(1), Row("broken.jpg", 3, 4, reason="truncated")])
+    lancedb.connect(tmp_path / "i").open_table("photos").drop_columns(["check", "feature"])
+    table = PhotoTable.open(str(tmp_path / "i"))
+    table.put([row(2)])
+    assert content(table)[0] == {f"00{number}.jpg": row(number) for number in (1, 2)}
+    assert sorted(table.state().sizes.tolist()) == [1, 2, 3]
 
 
 def test_without_lancedb_the_extra_is_named(tmp_path, monkeypatch):

@@ -160,6 +160,7 @@ FILE = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\nb\
         FILE.replace(b'; filename="a"', b"") * 200 + FILE + b"--x--\r\n",
         b"--x\r\n" + b"A: b\r\n" * 10_000,
         b"--x\r\n" + b"A" * 100_000,
+        FILE.replace(b'; filename="a"', b"") * 16 + FILE.replace(b"b\r\n", PHOTO + b"\r\n") + b"--x--\r\n",
     ],
 )
 @pytest.mark.parametrize("parameters", ["boundary=x", 'boundary="x"; charset=punycode'])

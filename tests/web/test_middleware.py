@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import select
@@ -11,7 +12,6 @@ import time
 
 import gradio
 import pytest
-from limits.storage import MemoryStorage
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse
 
@@ -306,9 +306,28 @@ def test_the_name_of_a_client(peer, forwarded, name):
 
 
 def test_forwarding_headers_are_kept_from_a_trusted_proxy_only(with_page, named):
-    headers = {"X-Forwarded-Host": "a.example"}
+    headers = {"X-Forwarded-Host": "photos.example"}
     assert with_page.ask("/favicon.ico", headers=headers)[2] == b"none"
-    assert named.ask("/favicon.ico", headers=headers)[2] == b"a.example"
+    assert named.ask("/favicon.ico", headers=headers)[2] == b"photos.example"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("X-Forwarded-Host", "Photos.example:8443", 200),
+        ("X-Forwarded-Host", "localhost, photos.example", 200),
+        ("X-Forwarded-Host", "evil.example", 421),
+        ("X-Forwarded-Host", "evil.example, photos.example", 421),
+        ("X-Forwarded-Host", "photos.example@evil.example", 421),
+        ("X-Gradio-Server", "https://photos.example/", 200),
+        ("X-Gradio-Server", "https://evil.example/", 421),
+        ("X-Gradio-Server", "https://photos.example@evil.example", 421),
+        ("X-Forwarded-Host", "evil.example//photos.example", 421),
+        ("X-Forwarded-Host", "evil.example\\@photos.example", 421),
+    ],
+)
+def test_names_that_a_proxy_forwards_are_the_servers(named, name, value, status):
+    assert named.ask("/favicon.ico", headers={name: value})[0] == status
 
 
 def test_the_rates_of_a_client_are_bounded(running, collection):
@@ -346,10 +365,9 @@ def test_behind_a_proxy_each_client_has_its_own_rate(running, collection):
 class Clock:
     """A request counter, at a time that a test sets."""
 
-    def __init__(self, monkeypatch, storage=None, app=None, **limits):
+    def __init__(self, **limits):
         self.now = 1000.0
-        monkeypatch.setattr(time, "time", lambda: self.now)  # the clock of `limits`
-        self.limits = RateLimits(app or self.nothing, Settings(**limits), storage)
+        self.limits = RateLimits(self.nothing, Settings(**limits), lambda: self.now)
 
     async def nothing(self, scope, receive, send):
         pass
@@ -363,8 +381,8 @@ class Clock:
         return 0
 
 
-def test_the_window_of_a_rate_moves(monkeypatch):
-    clock = Clock(monkeypatch, searches=3, images=1)
+def test_the_window_of_a_rate_moves():
+    clock = Clock(searches=3, images=1)
     image = f"/image/{'0' * 16}"
     assert [clock.seconds_to_wait("/search", "x") for _ in range(4)] == [0, 0, 0, 60]
     assert clock.seconds_to_wait(image, "x") == clock.seconds_to_wait("/search", "y") == 0
@@ -375,26 +393,30 @@ def test_the_window_of_a_rate_moves(monkeypatch):
     assert clock.seconds_to_wait("/search", "x") == 0
 
 
-def test_clients_that_make_no_more_requests_are_forgotten(monkeypatch):
-    storage = MemoryStorage()
-    clock = Clock(monkeypatch, storage, searches=10**9)
+def test_clients_that_make_no_more_requests_are_forgotten():
+    clock = Clock()
 
     async def ask(clients):
         for client in clients:
-            await clock.limits({"path": "/search", "state": {"client": client}}, None, None)
+            await clock.limits({"path": "/thumbnail/0", "state": {"client": client}}, None, None)
 
     asyncio.run(ask(f"10.0.{number // 256}.{number % 256}" for number in range(2000)))
-    assert len(storage.events) == 2000
+    assert len(clock.limits.times) == 2000
     clock.now += 61
-
-    def forgotten():
-        asyncio.run(ask(["x"] * 1000))
-        return len(storage.events) == 1
-
-    until(forgotten)
+    asyncio.run(ask(["x"] * 1000))
+    assert len(clock.limits.times) == 1
 
 
-def test_the_requests_of_a_client_at_the_same_time_are_bounded(monkeypatch):
+def test_a_clock_set_back_blocks_nobody(monkeypatch):
+    hours = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 3600 * next(hours))
+    clock = Clock(searches=1)
+    assert [clock.seconds_to_wait("/search", "x") for _ in range(2)] == [0, 60]
+    clock.now += 61
+    assert clock.seconds_to_wait("/search", "x") == 0
+
+
+def test_the_requests_of_a_client_at_the_same_time_are_bounded():
     async def scenario():
         go, passed = asyncio.Event(), []
 
@@ -526,6 +548,17 @@ def test_the_bodies_of_a_client_are_bounded(running, collection, few):
         assert statuses_of_refused(slow) == [429]
         other = {"X-Forwarded-For": "192.0.2.2"}
         assert served.ask("/search", method="POST", body=b"x", headers=other)[0] == 422
+
+
+def test_a_client_cannot_take_the_memory_for_all_bodies(running, collection, few):
+    settings = dataclasses.replace(few, bodies=9, bodies_mb=4, body_seconds=60, proxies=("127.0.0.1",))
+    with running(collection, settings) as served, contextlib.ExitStack() as clients:
+        slow = [clients.enter_context(served.socket()) for _ in range(3)]
+        for connection in slow:
+            connection.sendall(post("1000000", "X-Forwarded-For: 192.0.2.1") + bytes(999_990))
+        assert statuses_of_refused(slow) == [503]
+        other = {"X-Forwarded-For": "192.0.2.2"}
+        assert served.ask("/search", method="POST", body=b"x" * 900_000, headers=other)[0] == 422
 
 
 @pytest.mark.parametrize(("size", "status"), [(1, 413), (4096, 200)])

@@ -86,7 +86,7 @@ def test_an_index_that_is_deleted_or_replaced_answers_503_until_it_is_back(runni
         id = served.api.collection.photos([0])[0].id
 
         def statuses():
-            paths = (f"/search?id={id}&k=7", f"/photo?id={id}", f"/thumbnail/{id}", "/search")
+            paths = (f"/search?id={id}&k=7", f"/photo?id={id}", f"/thumbnail/{id}", "/search", "/health")
             return {served.ask(path)[0] for path in paths}
 
         with server.renewing(served.api, lambda collection: collection.renewed(), lines.append, seconds=3600):
