@@ -44,11 +44,6 @@ def whole_number(name: str, value: object, least: int, error: type[UserError] = 
     raise error(f"{problem}; {remedy}" if remedy else problem, field=name)
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
-    """Returns a number with its noun, such as "1 photo" or "2,000 photos"; `plural` is the noun with an s if empty."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
-
-
 class ConfigError(UserError):
     """A config field, flag or argument has an invalid value, or does not go together with another one."""
 

@@ -86,6 +86,11 @@ def locked(path: pathlib.Path, *, shared: bool = False, wait: bool = True) -> It
         yield lock
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun, such as "1 photo" or "2,000 photos"; `plural` is the noun with an s if empty."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def printable(name: str) -> str:
     """Returns a file name as valid Unicode: a byte that is not part of valid UTF-8 is written as `\\udcff`."""
     return name.encode("utf-8", "backslashreplace").decode()

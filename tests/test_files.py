@@ -145,3 +145,11 @@ def test_the_command_for_an_extra_suits_the_installation(tmp_path, monkeypatch):
         found = types.SimpleNamespace(read_text=lambda name, origin=origin: origin and json.dumps(origin))
         monkeypatch.setattr(importlib.metadata, "distribution", lambda name, found=found: found)
         assert files.install_command("search") == f"pip install '{expected}'"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 photos"), (1, "1 photo"), (2, "2 photos"), (1_000_000, "1,000,000 photos")]
+)
+def test_a_count_agrees_with_its_noun(number, words):
+    assert files.count(number, "photo") == words
+    assert files.count(number, "class", "classes") == words.replace("photos", "classes").replace("photo", "class")

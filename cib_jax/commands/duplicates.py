@@ -23,8 +23,7 @@ from cib_jax.commands import search
 from cib_jax.commands.search import Output
 from cib_jax.console import format_text, print_json, print_message, progress_bar
 from cib_jax.data.photos import decode
-from cib_jax.errors import count
-from cib_jax.files import map_in_order, modified_ns, open_regular, path_as_utf8, printable
+from cib_jax.files import count, map_in_order, modified_ns, open_regular, path_as_utf8, printable
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval.index import Index
 from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy

@@ -24,7 +24,8 @@ from cib_jax.data.inputs import Items, Read
 from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.distributed import initialize
 from cib_jax.distributed.multihost import strided_share
-from cib_jax.errors import CodeStoreError, DataError, count
+from cib_jax.errors import CodeStoreError, DataError
+from cib_jax.files import count
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config
 from cib_jax.models import weights

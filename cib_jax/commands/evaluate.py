@@ -22,8 +22,8 @@ from cib_jax.config import build, flatten, schema
 from cib_jax.console import HINT, on_stdout, print_message
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
-from cib_jax.errors import ConfigError, DataError, count
-from cib_jax.files import first_line, open_regular
+from cib_jax.errors import ConfigError, DataError
+from cib_jax.files import count, first_line, open_regular
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
 from cib_jax.report import tables

@@ -28,8 +28,8 @@ from cib_jax.data.inputs import Photos, Read
 from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, DataError, IndexFolderError, count
-from cib_jax.files import first_line, map_in_order, modified_ns, short_reason
+from cib_jax.errors import ConfigError, DataError, IndexFolderError
+from cib_jax.files import count, first_line, map_in_order, modified_ns, short_reason
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry

@@ -24,7 +24,8 @@ import rich.console
 import cib_jax
 from cib_jax import web
 from cib_jax.console import INSTALLED, on_stdout, print_message
-from cib_jax.errors import WebError, count
+from cib_jax.errors import WebError
+from cib_jax.files import count
 from cib_jax.storage import photo_table
 from cib_jax.storage.collection import Collection
 from cib_jax.storage.photo_table import PhotoTable

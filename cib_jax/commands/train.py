@@ -20,7 +20,8 @@ from cib_jax.config import build, schema
 from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
-from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, count
+from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
+from cib_jax.files import count
 from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params

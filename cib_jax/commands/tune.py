@@ -22,8 +22,8 @@ from cib_jax.config import build, schema
 from cib_jax.console import on_stdout, print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, count
-from cib_jax.files import import_optional, install_command, write_bytes
+from cib_jax.errors import ConfigError
+from cib_jax.files import count, import_optional, install_command, write_bytes
 from cib_jax.inference.serialization import read_config, read_standard, restore_best
 from cib_jax.models.encoder import Params
 from cib_jax.random_streams import stream_rng

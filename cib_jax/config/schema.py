@@ -14,7 +14,7 @@ import ml_collections
 
 from cib_jax.augment import augment, features
 from cib_jax.config import flatten, loaded_files, own_fields
-from cib_jax.data import photo_formats
+from cib_jax.data import photos
 from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import Teacher
 from cib_jax.errors import ConfigError
@@ -117,8 +117,8 @@ RULES: dict[str, Rule] = {
     "data.resident_mb": _at_least(0),
     "data.max_bad_fraction": (lambda part: 0 <= part <= 1, "must be from 0 to 1"),
     "data.max_megapixels": (
-        lambda limit: 1 <= limit <= photo_formats.MAX_MEGAPIXELS,
-        f"must be from 1 to {photo_formats.MAX_MEGAPIXELS}, Pillow's own limit against decompression bombs",
+        lambda limit: 1 <= limit <= photos.MAX_MEGAPIXELS,
+        f"must be from 1 to {photos.MAX_MEGAPIXELS}, Pillow's own limit against decompression bombs",
     ),
     "train.views": (
         lambda views: views == 0 or views >= 2,

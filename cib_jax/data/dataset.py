@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
-from cib_jax.data.photo_formats import MAX_MEGAPIXELS
+from cib_jax.data.photos import MAX_MEGAPIXELS
 from cib_jax.errors import DataError
 from cib_jax.files import path_as_utf8, printable, write_bytes
 from cib_jax.random_streams import stream_rng

@@ -18,11 +18,10 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Float, Float32, Int, Shaped
 
-from cib_jax import errors
 from cib_jax.data import cache
 from cib_jax.data.dataset import Bar, ImageSet, Labels, Source, config_error, is_missing, no_bar, parse_labels
 from cib_jax.errors import DataError
-from cib_jax.files import decode_text, first_line, replacing
+from cib_jax.files import count, decode_text, first_line, replacing
 
 FEWEST = 3
 BLOCK = 8192
@@ -242,18 +241,18 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
     """Checks that there are enough vectors, all finite and not all the same."""
     if len(features) < FEWEST:
         raise _error(f"{path} must hold at least {FEWEST} items, and some hundred to be useful, got {len(features)}")
-    count, first, varies = 0, None, False
+    bad_values, first, varies = 0, None, False
     reference = np.asarray(features[0]).reshape(-1, features.shape[-1])[0]
     with bar("Checking features", len(features)) as advance:
         for start in range(0, len(features), BLOCK):
             block = np.asarray(features[start : start + BLOCK])
             if len(bad := np.argwhere(~np.isfinite(as_float32(block)))):
                 first = first or (start + int(bad[0][0]), int(bad[0][-1]))
-                count += len(bad)
+                bad_values += len(bad)
             varies = varies or bool((block != reference).any())
             advance(len(block))
     if first is not None:
-        others = errors.count(count, "other value")
+        others = count(bad_values, "other value")
         problem = f"got {others}, the first in row {first[0]}, column {first[1]}"
         raise _error(f"{path} must hold finite values within the range of float32, {problem}; correct or remove them")
     if not varies:

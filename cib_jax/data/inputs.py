@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from cib_jax.data import feature_files, photo_folder, photo_formats, photos
+from cib_jax.data import feature_files, photo_folder, photos
 from cib_jax.data.dataset import Item, Unreadable, data_error
 from cib_jax.errors import DataError
 from cib_jax.files import map_in_order, modified_ns, printable, short_reason
@@ -25,7 +25,7 @@ _SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EST
 _SYSTEM_ERRORS |= {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH}
 
 # Reasons that settings or installed packages decide.
-_TRANSIENT = (photo_formats.TooLargeError, photo_formats.TruncatedPhotoError, photo_formats.MissingReaderError)
+_TRANSIENT = (photos.TooLargeError, photos.TruncatedPhotoError, photos.MissingReaderError)
 
 _error = functools.partial(data_error, "--images")
 
@@ -59,7 +59,7 @@ class Photos:
     names: Sequence[str]
     root: str
     size: int
-    max_megapixels: int = photo_formats.MAX_MEGAPIXELS
+    max_megapixels: int = photos.MAX_MEGAPIXELS
     notes: Sequence[str] = ()
     closed: Sequence[Unreadable] = ()
     thumbnails: bool = False
@@ -87,7 +87,7 @@ class Photos:
                 return Read(photos.decode(path, self.size, **options), "", size, modified)
             decoded = photos.decode_with_thumbnail(path, self.size, **options)
             return Read(decoded.square, "", size, modified, decoded)
-        except photo_formats.BadPhotoError as error:
+        except photos.BadPhotoError as error:
             cause = error.__cause__
             self._raise_system_error(cause, path)
             # Errors that Pillow raises about the content of a file have no number.
@@ -144,7 +144,7 @@ def load_inputs(
     *,
     takes: str,
     size: int,
-    max_megapixels: int = photo_formats.MAX_MEGAPIXELS,
+    max_megapixels: int = photos.MAX_MEGAPIXELS,
     exclude: Sequence[str] = (),
 ) -> Items:
     """Returns the items of a folder of photos, a .csv or .parquet list of photos, or a feature file.
@@ -179,7 +179,7 @@ def load_inputs(
 
 
 def load_listed_photos(
-    place: str, names: Sequence[str], *, size: int, max_megapixels: int = photo_formats.MAX_MEGAPIXELS
+    place: str, names: Sequence[str], *, size: int, max_megapixels: int = photos.MAX_MEGAPIXELS
 ) -> Photos:
     """Returns photos of which the names are already known from an earlier `load_inputs(place)`."""
     is_list = place.lower().endswith(LISTS) and not os.path.isdir(place)

@@ -21,10 +21,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cib_jax.data import cache, photo_formats, photos
+from cib_jax.data import cache, photos
 from cib_jax.data.dataset import Bar, Unreadable, no_bar
-from cib_jax.errors import DataError, count
-from cib_jax.files import map_in_order, read_json, replacing, short_reason, write_bytes
+from cib_jax.errors import DataError
+from cib_jax.files import count, map_in_order, read_json, replacing, short_reason, write_bytes
 
 SHARD = 512
 """Photos per shard: an interrupted preparation loses at most these, and memory holds at most these."""
@@ -63,7 +63,7 @@ class PhotoCache:
 
     root: pathlib.Path
     size: int
-    max_megapixels: int = photo_formats.MAX_MEGAPIXELS
+    max_megapixels: int = photos.MAX_MEGAPIXELS
     bar: Bar = no_bar
     truncated: bool = False
     """Whether truncated JPEGs are decoded as far as they go."""
@@ -123,7 +123,7 @@ class PhotoCache:
         try:
             pixels = photos.decode(path, self.size, max_megapixels=self.max_megapixels, on_truncated=on_truncated)
             return _Decoded(pixels, "".join(reasons))
-        except photo_formats.BadPhotoError as error:
+        except photos.BadPhotoError as error:
             return _Decoded(None, str(error))
 
 

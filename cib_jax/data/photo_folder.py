@@ -13,12 +13,12 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from cib_jax.data import photo_formats
+from cib_jax.data import photos
 from cib_jax.data.dataset import ImageSet, Labels, Source, Unreadable, config_error, parse_labels
 from cib_jax.data.photo_cache import PhotoCache, PreparedPhotos
 from cib_jax.data.splits import ROLES
-from cib_jax.errors import DataError, count
-from cib_jax.files import decode_text, first_line, printable, short_reason
+from cib_jax.errors import DataError
+from cib_jax.files import count, decode_text, first_line, printable, short_reason
 
 FEWEST = 3
 
@@ -154,7 +154,7 @@ def walk_folder(directory: str, exclude: Sequence[str] = ()) -> FolderContent:
                     derived.append(path)
                 else:
                     (links if is_link else folders).append(path)
-            elif (extension := os.path.splitext(entry.name)[1].lower()) not in photo_formats.EXTENSIONS:
+            elif (extension := os.path.splitext(entry.name)[1].lower()) not in photos.EXTENSIONS:
                 others[extension or "without extension"] += 1
             elif is_link:
                 file_links.append(path)
@@ -233,7 +233,7 @@ def _folder_classes(names: list[str]) -> tuple[Labels | None, list[str], str]:
 
 def no_photos(where: str, others: collections.Counter[str], reason: str = "") -> str:
     """Returns the message for a folder or archive without photos, with the reason or the extensions of its files."""
-    held, extensions = reason or format_extensions(others) or "nothing", ", ".join(sorted(photo_formats.EXTENSIONS))
+    held, extensions = reason or format_extensions(others) or "nothing", ", ".join(sorted(photos.EXTENSIONS))
     return f"{where} holds no photos ({held}); give one with files named {extensions}"
 
 
@@ -246,7 +246,7 @@ def format_extensions(others: collections.Counter[str]) -> str:
     """Returns the number of files by extension in words, with advice about formats that must be converted."""
     text = ", ".join(f"{count:,} {printable(extension)}" for extension, count in others.most_common(5))
     text += f" and {count(len(others) - 5, 'more kind')}" if len(others) > 5 else ""
-    unread = sorted(photo_formats.CONVERTED & others.keys())
+    unread = sorted(photos.CONVERTED & others.keys())
     return text + (f"; {' and '.join(unread)} must be converted first" if unread else "")
 
 

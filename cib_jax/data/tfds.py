@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from cib_jax.data import photo_formats, photos, tfds_builders
+from cib_jax.data import photos, tfds_builders
 from cib_jax.data.dataset import DataConfig, ImageSet, Labels, Source, Unreadable, config_error, multi_hot
 from cib_jax.errors import DataError
 from cib_jax.files import did_you_mean, first_line
@@ -204,7 +204,7 @@ class TfdsImages:
         try:
             encoded = _lookup(self.source[int(index)], self.feature)
             return photos.decode(encoded, size, max_megapixels=self.max_megapixels)
-        except photo_formats.BadPhotoError as error:
+        except photos.BadPhotoError as error:
             problem = f"image {index} of {self.identity.rpartition('-')[0]} cannot be decoded ({error})"
             remedy = "remove the prepared data set to have it prepared again"
             raise config_error("dir", f"{problem}; {remedy}") from None

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Bool, Int, Shaped
 
-from cib_jax.data import photo_formats, photos
+from cib_jax.data import photos
 from cib_jax.data.dataset import Unreadable, config_error
 from cib_jax.files import first_line, map_in_order, open_regular, short_reason
 
@@ -93,7 +93,7 @@ def _read_image(file: tuple[str, pathlib.Path, dict[str, Any]]) -> bytes | str:
         photos.decode(content, 32)  # at an eighth of their size, JPEGs are decoded fast, but still read to the end
     except OSError as error:
         return short_reason(error)
-    except photo_formats.BadPhotoError as error:
+    except photos.BadPhotoError as error:
         return str(error)
     return content
 

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 from cib_jax.data import photo_folder
 from cib_jax.data.dataset import Unreadable, data_error
 from cib_jax.data.inputs import blame_field
-from cib_jax.data.photo_formats import EXTENSIONS
-from cib_jax.errors import count
-from cib_jax.files import first_line, read_json, short_reason
+from cib_jax.data.photos import EXTENSIONS
+from cib_jax.files import count, first_line, read_json, short_reason
 
 MAX_FILES = 1_000_000
 MAX_GB = 100

@@ -22,7 +22,8 @@ from cib_jax.data import feature_files, inputs
 from cib_jax.data.dataset import resize
 from cib_jax.data.inputs import Photos
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, SavedHasherError, UserError, count
+from cib_jax.errors import ConfigError, SavedHasherError, UserError
+from cib_jax.files import count
 from cib_jax.inference import export, serialization
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models import finetune

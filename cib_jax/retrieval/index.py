@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from cib_jax.codes import byte_count, ones
-from cib_jax.errors import SearchError, count, whole_number
-from cib_jax.files import core_count
+from cib_jax.errors import SearchError, whole_number
+from cib_jax.files import core_count, count
 from cib_jax.retrieval import exact_search, near_duplicates
 from cib_jax.retrieval.exact_search import Hits
 from cib_jax.retrieval.hamming import validate_codes, validate_k, validate_packed

@@ -38,8 +38,6 @@ CODE = (
     "augment/color.py",
     "distributed/sharding.py",
     "data/dataset.py",
-    "data/photo_colors.py",
-    "data/photo_formats.py",
     "data/photos.py",
     "training/input_pipeline.py",
 )

@@ -15,7 +15,8 @@ import rich.table
 import rich.text
 
 from cib_jax.console import LineSender, print_message
-from cib_jax.errors import BusyError, DistributedError, count
+from cib_jax.errors import BusyError, DistributedError
+from cib_jax.files import count
 from cib_jax.report.html import Grid
 from cib_jax.runs.processes import run, worker_count
 from cib_jax.runs.workdir import exclusive, read_json

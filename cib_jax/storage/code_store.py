@@ -21,8 +21,8 @@ from jaxtyping import UInt8
 
 from cib_jax.codes import byte_count
 from cib_jax.data.dataset import Unreadable, write_unreadable
-from cib_jax.errors import CodeStoreError, count
-from cib_jax.files import first_line, open_regular, printable, read_json, short_reason, write_bytes
+from cib_jax.errors import CodeStoreError
+from cib_jax.files import count, first_line, open_regular, printable, read_json, short_reason, write_bytes
 from cib_jax.storage.rows import file_columns, path_of
 
 FORMAT = 1

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int8, UInt8
 
 from cib_jax import errors
-from cib_jax.files import short_reason
+from cib_jax.files import count, short_reason
 from cib_jax.inference import serialization
 from cib_jax.inference.hasher import Hasher
 from cib_jax.models import weights
@@ -112,7 +112,7 @@ class Collection:
         return len(self._snapshot.keys)
 
     def __repr__(self) -> str:
-        return f"Collection({errors.count(len(self), 'photo')} of {self.root}, codes of {self.bits} bits)"
+        return f"Collection({count(len(self), 'photo')} of {self.root}, codes of {self.bits} bits)"
 
     def filtered(self, *, folder: str = "", after: str = "", before: str = "") -> Self:
         """Returns the collection of the photos in one folder and from one time.

@@ -23,8 +23,8 @@ from jaxtyping import Int64, UInt8
 from cib_jax.codes import byte_count
 from cib_jax.data import inputs
 from cib_jax.data.dataset import Unreadable
-from cib_jax.errors import IndexFolderError, UserError, count
-from cib_jax.files import first_line, import_optional, install_command
+from cib_jax.errors import IndexFolderError, UserError
+from cib_jax.files import count, first_line, import_optional, install_command
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
 VERSION = 1

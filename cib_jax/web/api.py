@@ -39,9 +39,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from cib_jax.codes import byte_count
-from cib_jax.data.photo_formats import BadPhotoError
-from cib_jax.errors import IndexFolderError, count
-from cib_jax.files import dump_json, modified_ns, path_as_utf8
+from cib_jax.data.photos import BadPhotoError
+from cib_jax.errors import IndexFolderError
+from cib_jax.files import count, dump_json, modified_ns, path_as_utf8
 from cib_jax.web.concurrency import EncodeBatcher, FairExecutor, unavailable
 from cib_jax.web.decode_pool import DecodePool, DecoderError
 from cib_jax.web.middleware import error_response

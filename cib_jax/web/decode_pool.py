@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cib_jax.data.photo_formats import BadPhotoError, MissingReaderError, TooLargeError, TruncatedPhotoError
-from cib_jax.data.photos import DecodedPhoto
+from cib_jax.data.photos import BadPhotoError, DecodedPhoto, MissingReaderError, TooLargeError, TruncatedPhotoError
 from cib_jax.web.settings import Settings
 
 WORKER = (sys.executable, "-P", "-m", "cib_jax.web.decode_worker")

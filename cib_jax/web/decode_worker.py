@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from cib_jax.data import photo_formats, photos
+from cib_jax.data import photos
 from cib_jax.web.decode_pool import receive_message, send_message
 
 
@@ -36,7 +36,7 @@ def main(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a terminal signals the whole group, but the server ends this process
     warnings.simplefilter("ignore")
-    photo_formats.load_readers(threads=0)  # now, while files can still be opened
+    photos.load_readers(threads=0)  # now, while files can still be opened
     _drop_privileges(memory_mib)
     with socket.socket(fileno=descriptor) as connection:
         send_message(connection, {"ready": os.getpid()}, b"")
@@ -47,7 +47,7 @@ def main(
                 return
             try:
                 head, result = decode(request, content)
-            except (photo_formats.BadPhotoError, MemoryError) as error:
+            except (photos.BadPhotoError, MemoryError) as error:
                 if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
                     send_message(connection, {"out_of_memory": True}, b"")
                     return
@@ -60,7 +60,7 @@ def _drop_privileges(memory_mib: int) -> None:
     # 32 files: those that are open already, and some for Pillow's readers.
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 32}
     # To the system, threads are processes, and HEIC's decoder always starts one.
-    if hasattr(resource, "RLIMIT_NPROC") and not photo_formats.heif_version():
+    if hasattr(resource, "RLIMIT_NPROC") and not photos.heif_version():
         limits[resource.RLIMIT_NPROC] = 0
     statm = pathlib.Path("/proc/self/statm")
     if statm.exists():

@@ -9,7 +9,7 @@ import rich.console
 
 import cib_jax
 from cib_jax.commands.index import index
-from cib_jax.data import photo_formats, photos
+from cib_jax.data import photos
 from cib_jax.storage import photo_table
 from cib_jax.storage.photo_table import key_of
 from configs import index as index_config
@@ -63,7 +63,7 @@ def expected(folder, hasher, names=None):
     """The same, of what a folder holds, one photo after the other."""
     known = {}
     for path in sorted(pathlib.Path(folder).rglob("*")):
-        name, is_photo = str(path.relative_to(folder)), path.is_file() and path.suffix in photo_formats.EXTENSIONS
+        name, is_photo = str(path.relative_to(folder)), path.is_file() and path.suffix in photos.EXTENSIONS
         if not is_photo or (names is not None and name not in names):
             continue
         try:

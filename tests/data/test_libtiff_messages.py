@@ -7,8 +7,7 @@ import sys
 import PIL.Image
 import pytest
 
-from cib_jax.data.photo_formats import BadPhotoError
-from cib_jax.data.photos import decode
+from cib_jax.data.photos import BadPhotoError, decode
 from tests.data import pictures
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="libtiff is found on Linux only")

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from cib_jax.data import photos
-from cib_jax.data.photo_formats import BadPhotoError, TooLargeError, TruncatedPhotoError
-from cib_jax.data.photos import decode, decode_with_thumbnail
+from cib_jax.data.photos import BadPhotoError, TooLargeError, TruncatedPhotoError, decode, decode_with_thumbnail
 from tests.data import pictures
 
 

@@ -10,6 +10,7 @@ import pytest
 import cib_jax as cib
 from cib_jax import errors
 from cib_jax.data import photos
+from cib_jax.files import count
 from cib_jax.models.encoder import plain_features, quantize
 from tests.commands import indexing
 
@@ -53,8 +54,8 @@ def test_images_are_resized_on_the_host_first_if_they_were_for_training(hasher):
 
 def test_any_number_of_images(hasher):
     whole = hasher.encode(IMAGES)
-    for count in (0, 1, 9, 10, 11, 20):
-        assert np.array_equal(hasher.encode(IMAGES[:count]), whole[:count])
+    for some in (0, 1, 9, 10, 11, 20):
+        assert np.array_equal(hasher.encode(IMAGES[:some]), whole[:some])
 
 
 def test_a_sequence_of_uneven_images_is_resized_by_pillow(hasher):
@@ -106,7 +107,7 @@ def test_a_folder_a_photo_and_several_photos_are_encoded(folder, photo_hasher):
         assert encoded.paths == good[chosen] and [path for path, _ in encoded.unreadable] == unreadable
         assert all(reason for _, reason in encoded.unreadable)
         np.testing.assert_array_equal(encoded.codes, codes[chosen])
-        assert f"({errors.count(len(encoded.paths), 'photo')} →" in str(encoded)
+        assert f"({count(len(encoded.paths), 'photo')} →" in str(encoded)
 
 
 def test_errors_of_photos_name_the_argument(folder, photo_hasher, monkeypatch):

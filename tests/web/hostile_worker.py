@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from cib_jax.data.photo_formats import MissingReaderError
+from cib_jax.data.photos import MissingReaderError
 from cib_jax.web import decode_worker
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cib_jax.data import photo_formats, photos
-from cib_jax.data.photo_formats import BadPhotoError, MissingReaderError
-from cib_jax.data.photos import decode
+from cib_jax.data import photos
+from cib_jax.data.photos import BadPhotoError, MissingReaderError, decode
 from tests.data import pictures
 
 
@@ -29,7 +28,7 @@ def test_a_heic_without_its_reader_names_the_format_and_the_command(monkeypatch)
 
 
 def test_the_version_of_the_decoder_has_that_of_the_heic_reader():
-    assert photos.VERSION.endswith(f"-heif-{photo_formats.heif_version()}")
+    assert photos.VERSION.endswith(f"-heif-{photos.heif_version()}")
 
 
 def test_the_whole_heic_is_decoded_not_its_embedded_thumbnail():
@@ -66,7 +65,7 @@ def webp(kind, body):
 def test_a_webp_is_refused_by_the_size_that_it_declares(content, monkeypatch):
     """The reader of WebP takes eight bytes for each declared pixel: 34 bytes took 1.05 GB."""
     monkeypatch.setattr(PIL.Image, "open", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(photo_formats.TooLargeError, match="9000 × 6000"):
+    with pytest.raises(photos.TooLargeError, match="9000 × 6000"):
         decode(content, 16, max_megapixels=50)
 
 
@@ -74,7 +73,7 @@ def test_a_webp_is_refused_by_the_size_that_it_declares(content, monkeypatch):
 def test_the_declared_size_of_a_webp_is_its_size(settings):
     file = io.BytesIO()
     pictures.smooth(250, 200).convert("RGB").save(file, "WEBP", **settings)
-    with pytest.raises(photo_formats.TooLargeError, match="250 × 200"):
+    with pytest.raises(photos.TooLargeError, match="250 × 200"):
         decode(file.getvalue(), 16, max_megapixels=0)
     assert decode(file.getvalue(), 16, max_megapixels=1).shape == (16, 16, 3)
 
