@@ -118,7 +118,7 @@ def dct_hash(image: Image) -> int:
 
 
 def draw(folder: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
-    """Returns photos in random order without those that the DCT hash or a group of copies calls equal to another."""
+    """Returns photos in random order without those that the DCT hash calls equal to another."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     order = np.random.default_rng(seed).permutation(len(paths))
     kept: dict[int, pathlib.Path] = {}
