@@ -63,7 +63,7 @@ class TooLargeError(BadPhotoError):
 
 
 class TruncatedPhotoError(BadPhotoError):
-    """A JPEG lacks its last bytes; what there is could be decoded."""
+    """A JPEG lacks its last bytes; its first part could be decoded."""
 
 
 class MissingReaderError(BadPhotoError):
@@ -204,7 +204,7 @@ def _watch_end(image: Any, on_truncated: OnTruncated | None) -> None:
     def load_read(count: int) -> bytes:
         content = read(count)
         if not content and on_truncated is None:
-            raise TruncatedPhotoError("truncated; with config.data.truncated=True, what there is of it is decoded")
+            raise TruncatedPhotoError("truncated; with config.data.truncated=True, its first part is decoded")
         if not content and on_truncated:
             on_truncated()
         return content or next(ends, b"")
@@ -327,6 +327,8 @@ def load_readers(*, threads: int) -> None:
 
     For a process that may later not open files or start threads.
     """
+    from cib_jax.data import libtiff_messages  # noqa: F401 - takes effect when it is imported
+
     PIL.Image.init()
     PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = threads + 1
     try:
