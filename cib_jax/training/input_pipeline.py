@@ -301,7 +301,8 @@ def _compile(
     # A user's own loss gets Python numbers, and may read what has changed since it was compiled.
     own = callable(method.objective) or OBJECTIVES[method.objective].loss is not None
     numbers = {} if own else {name: jnp.asarray(getattr(method, name), jnp.float32) for name in NUMBERS}
-    method = dataclasses.replace(method, **dict.fromkeys(numbers, 1.0))
+    same: dict[str, Any] = dict.fromkeys(numbers, 1.0)
+    method = dataclasses.replace(method, **same)
     compiled = (_program.__wrapped__ if own else _program)(step, loop, method, mesh)
     # `held` is an argument of the compiled program, not a constant inside it: a constant bank of gigabytes would be
     # copied into the executable.
@@ -317,7 +318,7 @@ def _program(
     mesh: Mesh | None,
 ) -> Program:
     def one_step(
-        state: TrainState, whole: tuple[Any, dict[str, Array]], batch: Any, key: PRNGKeyArray
+        state: TrainState, whole: tuple[Any, dict[str, Any]], batch: Any, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         held, numbers = whole
         return step(state, held, batch, key, dataclasses.replace(method, **numbers), sharding.axis_of(mesh))
