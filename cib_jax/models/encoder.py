@@ -152,6 +152,7 @@ class Encoder:
         network = nnx.merge(self.backbone_graph, _cast(state, dtype))
         if self.checkpointing:
             finetune.checkpoint_blocks(network)
+        # The head, the loss and the optimizer compute in float32, whatever the backbone's type.
         return network(views.astype(dtype)).astype(jnp.float32)
 
     def head(self, params: Params, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:

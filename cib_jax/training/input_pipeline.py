@@ -198,6 +198,7 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
                 # Arrays of NumPy here, which become rows of arrays on all devices.
                 yield sharding.global_batch(Batch(part, known), rows, order.mesh, size)  # type: ignore[arg-type]
 
+    # No scan over steps, which would need all their images on the device at once.
     return Feed(_compile(update, _single_step, frozen, method, order.mesh), chunks)
 
 
@@ -262,6 +263,7 @@ def _scan_steps(step: Step) -> Program:
     def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
         def one_step(state: TrainState, batch_and_number: tuple[Any, Array]) -> tuple[TrainState, dict[str, Array]]:
             batch, number = batch_and_number
+            # The number of the step in the whole run, so that a resumed run draws what an undisturbed one would.
             return step(state, held, batch, jax.random.fold_in(key, number))
 
         state, terms = jax.lax.scan(one_step, state, (chunk, first + jnp.arange(len(chunk))))

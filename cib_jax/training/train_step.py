@@ -211,6 +211,7 @@ def update(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`; every device gets the same result.
     """
     encoder = method.encoder
+    # Under shard_map's own checks, JAX would sum the gradient of replicated parameters, which `sum_over_devices` does.
     params, frozen = sharding.vary_like((state.params, frozen), jax.tree.leaves(batch.inputs)[0])
     view_key, bit_key = fold_by_name(key, "views"), fold_by_name(key, "code bits")
     dropout_key = fold_by_name(key, "head dropout")
