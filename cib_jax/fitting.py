@@ -142,7 +142,7 @@ def fit(
     encoder, params, unchanging = create(stream_key(seed, "initial weights"), bits=bits)
     if init_from is not None:
         params = initial_params(init_from, params, unchanging)
-    chosen = Method(encoder, optimizer or adam(learning_rate, fine_tune.learning_rate), **method)
+    chosen = Method(encoder, optimizer or adam(float(learning_rate), float(fine_tune.learning_rate)), **method)
     grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
     if chosen.micro_batch and (views or standard is not None):
         problem = f"must be 0 where features are computed before training, got {chosen.micro_batch}"

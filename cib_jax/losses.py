@@ -230,6 +230,7 @@ def diffusion_match(
     target = jax.nn.log_softmax(sharpness * odds, axis=-1)
     # ±1 codes have norm √bits, so that their cosine is the inner product divided by the number of bits.
     scale = codes1.shape[1] * temperature
+    # Both directions of the same target: an image's code is compared with the codes of the other views alone.
 
     def divergence(codes: Array, others: Array) -> Float[Array, ""]:
         log_q = jax.nn.log_softmax(_exact_matmul(codes, others.T) / scale, axis=-1)
@@ -266,6 +267,7 @@ def bernoulli_kl(logits: Float[Array, "batch bits"], target_logits: Float[Array,
         raise UserError(f"logits and target_logits must both be [batch, bits]; got {got}", field="logits")
     target = jax.lax.stop_gradient(target_logits)
     p = jax.nn.sigmoid(logits)
+    # log p − log q as a difference of log-sigmoids: p and q themselves round to 0 or 1 at logits of 20 and more.
     on = jax.nn.log_sigmoid(logits) - jax.nn.log_sigmoid(target)
     off = jax.nn.log_sigmoid(-logits) - jax.nn.log_sigmoid(-target)
     return jnp.mean(jnp.sum(p * on + (1 - p) * off, axis=-1))

@@ -17,6 +17,7 @@ FLAGS = {
     "encode_batch": 64,
     "cache.dir": "none",
     "report.write": False,
+    "log.writers": "",
 }
 
 

@@ -115,7 +115,7 @@ def test_an_installed_one_runs_without_a_clone(installed):
     code, _, error = installed("-m", "cib_jax", "--config=configs/cifar.py")
     assert code == 2 and error.startswith("cib_jax: --config: ") and "configs/cifar.py" in error
     code, _, error = installed("-m", "cib_jax", "--config.data.queries=-5")  # the digits are the default data set
-    assert code == 2 and error.startswith("cib_jax: config.data.queries: "), error
+    assert code == 2 and error.startswith("cib_jax: config.data.queries must "), error
 
 
 @pytest.mark.parametrize("program", [["-m", "cib_jax"], ["run.py"]])

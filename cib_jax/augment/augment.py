@@ -109,6 +109,7 @@ def view_each(
     def whole(draws: Any, images: Array) -> Array:
         return _normalize(apply(draws, _scale(images), image_size=image_size), mean, deviation)
 
+    # Chosen when the program is lowered, not when it is traced: one export holds the forms of all platforms.
     chunked = functools.partial(by_chunks, whole, chunk=chunk_of(image_size))
     return jax.lax.platform_dependent(draws, jnp.asarray(images), cpu=chunked, default=whole)
 
@@ -190,6 +191,7 @@ class PhotoDraws(NamedTuple):
 def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> PhotoDraws:
     """Draws a view of the family "photo" for a `height` × `width` image."""
     crop_key, jitter_key, key = jax.random.split(key, 3)
+    # Everything is drawn for every image, and what is not applied is made neutral: a branch would not batch.
     jitter = color.sample_color_jitter(jitter_key, **JITTER)
     chance = jax.random.uniform(key, (5,), jnp.float32)
     jittered = chance[0] < JITTER_PROBABILITY

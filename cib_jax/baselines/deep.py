@@ -129,7 +129,7 @@ class Network:
     deviation: Float[Array, " features"]
     layers: dict[str, Array]
 
-    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+    def __call__(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns the logits of features."""
         return _two_layers(self.layers, "encode", (features - self.mean) / self.deviation)
 
@@ -185,7 +185,7 @@ def reconstruction_loss(
 
 
 def _two_layers(
-    params: dict[str, Array], name: str, inputs: Float[Array, "batch inputs"]
+    params: dict[str, Array], name: str, inputs: Float[Array | np.ndarray, "batch inputs"]
 ) -> Float[Array, "batch outputs"]:
     middle = jax.nn.relu(inputs @ params[f"{name} 1"] + params[f"{name} 1 bias"])
     return middle @ params[f"{name} 2"] + params[f"{name} 2 bias"]

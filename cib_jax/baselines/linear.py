@@ -61,9 +61,9 @@ class Hyperplanes:
 
     mean: Float[Array, " features"]
     directions: Float[Array, "features bits"]
-    offset: Float[Array, " bits"] | float = 0.0
+    offset: Float[Array, " bits"] | Float[Array, ""] | float = 0.0
 
-    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+    def __call__(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns the signed distances to the planes, up to a factor for each plane."""
         # Accelerators multiply float32 with fewer digits by default, which would flip bits near a plane.
         return jnp.matmul(features - self.mean, self.directions, precision="highest") + self.offset
@@ -117,7 +117,7 @@ def itq(
 
 
 def itq_rotation(
-    projected: Float64[np.ndarray, "n bits"], start: Float64[np.ndarray, "bits bits"], iterations: int
+    projected: Float[np.ndarray, "n bits"], start: Float64[np.ndarray, "bits bits"], iterations: int
 ) -> Float64[np.ndarray, "bits bits"]:
     """Returns a rotation R that brings V R and sign(V R) closer together at every iteration, starting at `start`.
 

@@ -18,7 +18,7 @@ SPHERICAL_SAMPLE = 10_000
 """Largest number of points that spheres are fitted to."""
 
 
-def _squared_distances(points: Float[Array, "n d"], others: Float[Array, "m d"]) -> Float[Array, "n m"]:
+def _squared_distances(points: Float[Array | np.ndarray, "n d"], others: Float[Array, "m d"]) -> Float[Array, "n m"]:
     product = jnp.matmul(points, others.T, precision="highest")
     return jnp.sum(jnp.square(points), 1, keepdims=True) - 2 * product + jnp.sum(jnp.square(others), 1)
 
@@ -39,7 +39,7 @@ class Waves:
     frequency: Float[Array, " bits"]
     """Radians per unit of the coordinate."""
 
-    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+    def __call__(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns the values of the waves."""
         along = jnp.matmul(features - self.mean, self.axes, precision="highest")
         return jnp.cos(self.frequency * (along - self.low))
@@ -103,18 +103,18 @@ class AnchorGraph:
     nearest: int = dataclasses.field(metadata={"static": True})
     layers: int = dataclasses.field(metadata={"static": True})
 
-    def weights(self, features: Float[Array, "batch features"]) -> Float[Array, "batch anchors"]:
+    def weights(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch anchors"]:
         """Returns the weights that tie points to their nearest anchors: 0 for all others, 1 in sum (equation 2)."""
         squared = _squared_distances(features - self.mean, self.anchors)
         negative, which = jax.lax.top_k(-squared, self.nearest)
         kernel = jax.nn.softmax(negative / self.bandwidth, axis=1)
         return jnp.zeros_like(squared).at[jnp.arange(len(squared))[:, None], which].set(kernel)
 
-    def functions(self, features: Float[Array, "batch features"]) -> Float[Array, "batch functions"]:
+    def functions(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch functions"]:
         """Returns the eigenfunctions at any points (the Nyström extension, theorem 2)."""
         return jnp.matmul(self.weights(features), self.projection, precision="highest")
 
-    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+    def __call__(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns the functions; with two layers, followed by a second bit for each that cuts both of its sides."""
         heights = self.functions(features) - MARGIN
         if self.layers == 1:
@@ -243,7 +243,7 @@ class Spheres:
     pivots: Float[Array, "bits features"]
     squared_radii: Float[Array, " bits"]
 
-    def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
+    def __call__(self, features: Float[Array | np.ndarray, "batch features"]) -> Float[Array, "batch bits"]:
         """Returns squared radius minus squared distance: positive inside a sphere."""
         return self.squared_radii - _squared_distances(features - self.mean, self.pivots)
 

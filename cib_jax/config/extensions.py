@@ -77,6 +77,7 @@ def register(field: str, part: Part) -> Part:
     if field == "augment" and "image_size" in inspect.signature(entry).parameters:
         entry = (_keep_key, _of_each(entry))
     (features.FAMILIES if field == "augment" and callable(entry) else TABLES[field])[name] = entry
+    jax.clear_caches()  # programs compiled with an earlier part of this name
     if file := sys._getframe(1).f_globals.get("__file__"):
         own_fields["extensions"] = os.pathsep.join(dict.fromkeys([*loaded_files(), os.path.abspath(file)]))
     return part

@@ -212,7 +212,7 @@ def parsed(name: str, text: str, where: str) -> Any:
         value = {"True": True, "False": False}[text] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise ConfigError(f"{where}: {name} must be of type {kind.__name__}, got {text!r}", where) from None
-    _validate_value(name, value, where)
+    _validate_value(name, value, f"{where}: {name}", where)
     return value
 
 
@@ -251,12 +251,12 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False, trained
             continue
         if absent and name in ("objective", "optimizer", "augment", "backbone") and not RULES[name][0](value):
             raise _error(name, f"{value!r} is a part of {absent}, which is not loaded; {load_remedy(absent)}")
-        _validate_value(name, value, f"config.{name}")
+        _validate_value(name, value, f"config.{name}", f"config.{name}")
     if (config.data.name == "features") != (config.backbone == "none"):
         raise _error(
             "backbone",
-            f"{config.backbone!r} cannot be used with config.data.name={config.data.name}; 'none' is for 'features', "
-            "which need no network, and for nothing else",
+            "must be 'none' for features, which need no network, and for nothing else, got "
+            f"{config.backbone!r} with config.data.name={config.data.name}",
         )
     families = features.FAMILIES if config.backbone == "none" else augment.FAMILIES
     if config.augment not in families and "augment" not in unknown:
@@ -268,15 +268,16 @@ def validate(config: ml_collections.ConfigDict, *, around: bool = False, trained
         _validate_network(config)
 
 
-def _validate_value(name: str, value: Any, where: str) -> None:
+def _validate_value(name: str, value: Any, subject: str, field: str) -> None:
     allowed, requirement = RULES.get(name, (lambda value: True, ""))
     if not allowed(value):
         requirement = requirement if isinstance(requirement, str) else f"must be one of {', '.join(requirement)}"
-        raise ConfigError(f"{where}: {requirement}, got {value!r}", where)
+        raise ConfigError(f"{subject} {requirement}, got {value!r}", field)
 
 
 def _error(name: str, problem: str) -> ConfigError:
-    return ConfigError(f"config.{name}: {problem}", f"config.{name}")
+    separator = " " if problem.startswith("must ") else ": "
+    return ConfigError(f"config.{name}{separator}{problem}", f"config.{name}")
 
 
 def load_remedy(file: str) -> str:
@@ -291,7 +292,7 @@ def _validate_without_network(config: ml_collections.ConfigDict) -> None:
     for_images = ["train.views", "data.stored_size", "micro_batch"]
     for name in for_images + [f"fine_tune.{name}" for name in fine_tune(config).asked]:
         if value := flatten(config)[name]:
-            raise _error(name, f"is for images only; set it to {type(value)(0)} for features, got {value!r}")
+            raise _error(name, f"must be {type(value)(0)} for features, since it is for images only, got {value!r}")
 
 
 def _validate_network(config: ml_collections.ConfigDict) -> None:
@@ -307,9 +308,12 @@ def _validate_network(config: ml_collections.ConfigDict) -> None:
             f"{nearest}",
         )
     if from_scratch and config.backbone_weights:
-        raise _error("backbone_weights", f"must be empty, since {backbone.name} is trained from scratch")
+        problem = f"must be empty, since {backbone.name} is trained from scratch, got {config.backbone_weights!r}"
+        raise _error("backbone_weights", problem)
     if from_scratch and frozen:
-        raise _error("frozen", f"must be False for {backbone.name}, which would keep its random initial weights")
+        raise _error(
+            "frozen", f"must be False for {backbone.name}, which would keep its random initial weights, got True"
+        )
     if fine_tune(config) != FineTune():
         try:
             validate_fine_tune(fine_tune(config), backbone, size, frozen=frozen, from_scratch=from_scratch)
@@ -318,12 +322,13 @@ def _validate_network(config: ml_collections.ConfigDict) -> None:
     if config.train.views and not frozen:
         raise _error(
             "train.views",
-            "features can be computed once only while the backbone is frozen; set it to 0, or config.frozen to True",
+            f"must be 0 unless the backbone is frozen, got {config.train.views}; set it to 0, or config.frozen to True",
         )
     if config.train.views and config.micro_batch:
         raise _error(
             "micro_batch",
-            "must be 0 with config.train.views, since cached features do not pass through the backbone in training",
+            "must be 0 with config.train.views, since cached features do not pass through the backbone in training, "
+            f"got {config.micro_batch}",
         )
 
 

@@ -9,7 +9,7 @@ import pathlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -56,6 +56,7 @@ def no_bar(description: str, total: int) -> AbstractContextManager[Callable[[int
     return nullcontext(lambda count: None)
 
 
+@runtime_checkable
 class Images(Protocol):
     """Random access to decoded images, in a fixed order; an array of images satisfies it.
 
@@ -230,7 +231,7 @@ def concatenate(*sets: ImageSet) -> ImageSet:
     )
 
 
-def resized(images: Images, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def resized(images: Images, index: int, size: int) -> UInt8[np.ndarray, "height width 3"]:
     """Returns image `index` as a square, decoded straight to that size if the images support it."""
     if hasattr(images, "resized"):
         return images.resized(index, size)
@@ -342,7 +343,7 @@ def stream(
         return
     import grain  # takes a second to import, which `--help` and the search commands do not need
 
-    def fetch(index: int) -> UInt8[np.ndarray, "height width 3"]:
+    def fetch(index: SupportsIndex) -> Shaped[np.ndarray, "*shape"]:
         if stored_size:
             return resized(images, int(index), stored_size)
         image = images[int(index)]
@@ -357,8 +358,10 @@ def stream(
     yield from pipeline.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
 
 
-def materialize(images: Images, *, stored_size: int = 0) -> UInt8[np.ndarray, "images height width 3"]:
-    """Returns all images as one array, resized to squares of `stored_size` pixels unless that is 0."""
+def materialize(
+    images: Images, *, stored_size: int = 0
+) -> UInt8[np.ndarray, "images height width 3"] | Float[np.ndarray, "items *views features"]:
+    """Returns all images, or features, as one array, resized to squares of `stored_size` pixels unless that is 0."""
     if isinstance(images, np.ndarray) and not stored_size:
         return images
     first = images[0]

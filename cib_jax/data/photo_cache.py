@@ -16,7 +16,7 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -150,16 +150,16 @@ class CachedImages:
         self._size = size
         self._folder = folder
         self._places = np.array([(place.shard, place.row, place.checksum) for place in locations], np.int64)
-        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_open_shard, folder))
+        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(_Shard, folder))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         shard, row, checksum = self._places[index].tolist()
-        file, offset = self._open(shard)
+        file = self._open(shard)
         length = self._size * self._size * 3
-        pixels = os.pread(file.fileno(), length, offset + row * length)
+        pixels = os.pread(file.descriptor, length, file.offset + row * length)
         _validate(pixels, checksum, self._folder, shard)
         return np.frombuffer(pixels, np.uint8).reshape(self._size, self._size, 3)
 
@@ -174,10 +174,17 @@ def _validate(pixels: Any, checksum: int, folder: pathlib.Path, number: int) -> 
         )
 
 
-def _open_shard(folder: pathlib.Path, number: int) -> tuple[IO[bytes], int]:
-    """Returns the open file of a shard and the offset of its pixels."""
-    path = _pixels_path(folder, number)
-    return path.open("rb"), np.load(path, mmap_mode="r").offset
+class _Shard:
+    """The file of a shard, open for as long as this object is in use, and the offset of its pixels."""
+
+    def __init__(self, folder: pathlib.Path, number: int):
+        path = _pixels_path(folder, number)
+        self.offset = np.load(path, mmap_mode="r").offset
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def _batched(results: Iterable[tuple[_FileStamp, _Decoded]]) -> Iterator[list[tuple[_FileStamp, _Decoded]]]:

@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.AvifImagePlugin
@@ -98,6 +98,9 @@ _THUMBNAIL_QUALITY = 78
 Content = bytes | str | os.PathLike[str]
 """Content of an image file, or its path."""
 
+File = io.BufferedReader | io.BytesIO
+"""An open file, on disk or in memory."""
+
 
 class DecodedPhoto(NamedTuple):
     """A photo as an RGB square and as a JPEG without metadata, with the size of the upright photo in pixels.
@@ -117,7 +120,7 @@ OnTruncated = Callable[[], object]
 
 def decode(
     content: Content, size: int, *, max_megapixels: int = MAX_MEGAPIXELS, on_truncated: OnTruncated | None = None
-) -> UInt8[np.ndarray, "size size 3"]:
+) -> UInt8[np.ndarray, "height width 3"]:
     """Returns a photo in RGB, upright, resized to a square bilinearly with antialiasing, or raises a BadPhotoError.
 
     Colors are converted to sRGB by the file's profile. Of an animation, the first frame is decoded. Transparent parts
@@ -185,7 +188,7 @@ def _image(content: Content, max_megapixels: int, on_truncated: OnTruncated | No
         print(f"{name}: {messages[0]}", file=sys.stderr)
 
 
-def _collected_messages(file: IO[bytes]) -> contextlib.AbstractContextManager[list[str]]:
+def _collected_messages(file: File) -> contextlib.AbstractContextManager[list[str]]:
     """Returns the context in which messages about a TIFF are collected; other formats have none."""
     head = file.read(4)
     file.seek(0)
@@ -212,7 +215,7 @@ def _watch_end(image: Any, on_truncated: OnTruncated | None) -> None:
     image.load_read = load_read
 
 
-def _opened(content: Content) -> IO[bytes]:
+def _opened(content: Content) -> File:
     status = None if isinstance(content, bytes) else os.stat(content)
     if status and not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise BadPhotoError("not a file")
@@ -274,7 +277,7 @@ def _upright(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
 # Formats
 
 
-def _open_image(file: IO[bytes], max_megapixels: int) -> Any:
+def _open_image(file: File, max_megapixels: int) -> Any:
     """Returns a Pillow image, the pixels of which are not read yet; raises a BadPhotoError if it cannot be used."""
     head = file.read(64)
     if size := _webp_size(head):  # its reader takes memory for all pixels when it opens a file
@@ -303,7 +306,7 @@ def _webp_size(head: bytes) -> tuple[int, int] | None:
     return (number(26, 28) % (1 << 14), number(28, 30) % (1 << 14)) if kind == b"VP8 " else None
 
 
-def _open(file: IO[bytes], head: bytes) -> Any:
+def _open(file: File, head: bytes) -> Any:
     brands = _brands(head)
     # The readers of these formats read the whole file before they know its size in pixels.
     if (brands or head.startswith(b"RIFF")) and file.seek(0, os.SEEK_END) > MAX_MB * 1_000_000:

@@ -199,7 +199,7 @@ class TfdsImages:
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
         return self.resized(index, 0)
 
-    def resized(self, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    def resized(self, index: int, size: int) -> UInt8[np.ndarray, "height width 3"]:
         """Returns image `index` as a square; size 0 leaves it as it is."""
         try:
             encoded = _lookup(self.source[int(index)], self.feature)

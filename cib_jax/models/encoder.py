@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ class Encoder:
     """Pure functions of a network. It holds no parameters, so that it can be closed over or be a static argument.
 
     Encoders are compared by identity: hashing the graph of a deep network at every call would take milliseconds.
+    `create_encoder` returns the same object for the same network, so that both share their compiled programs.
 
     Examples:
       >>> import cib_jax as cib
@@ -150,6 +152,7 @@ class Encoder:
         network = nnx.merge(self.backbone_graph, _cast(state, dtype))
         if self.checkpointing:
             finetune.checkpoint_blocks(network)
+        # The head, the loss and the optimizer compute in float32, whatever the backbone's type.
         return network(views.astype(dtype)).astype(jnp.float32)
 
     def head(self, params: Params, features: Float[Array, "batch features"]) -> Float[Array, "batch bits"]:
@@ -159,6 +162,10 @@ class Encoder:
     def logits(self, params: Params, frozen: Params, views: Float[Array, "batch ..."]) -> Float[Array, "batch bits"]:
         """Returns one logit per bit of normalized views."""
         return self.head(params, self.features(params, frozen, views))
+
+
+_ENCODERS: "weakref.WeakValueDictionary[tuple[Any, ...], Encoder]" = weakref.WeakValueDictionary()
+"""The encoders in use by what they are made of: the registered backbone, the statistics of features, the numbers."""
 
 
 def _cast(state: Params, dtype: jax.typing.DTypeLike) -> Params:
@@ -210,7 +217,7 @@ def create_encoder(
       >>> encoder.bits, sorted(params), frozen  # a network from scratch learns whole
       (16, ['backbone', 'head'], {})
     """
-    chosen = registry.get(backbone)
+    chosen = registered = registry.get(backbone)
     on_features = chosen.takes == "features"
     if on_features != (standard is not None):
         problem = f"must be given for the backbone 'none', and for no other, got the backbone {backbone!r}"
@@ -243,18 +250,19 @@ def create_encoder(
     backbone_key, head_key, lora_key = (fold_by_name(key, part) for part in ("backbone", "head", "lora"))
     graph, state = _split_backbone(chosen, size, backbone_key, backbone_params)
     head_graph, head = nnx.split(HashHead(chosen.features, hidden, bits, rngs=nnx.Rngs(head_key)))
-    encoder = Encoder(
-        backbone=chosen,
-        bits=bits,
-        image_size=size,
-        backbone_graph=graph,
-        head_graph=head_graph,
-        backbone_dtype=backbone_dtype,
-        feature_noise=feature_noise,
-        feature_dropout=feature_dropout,
-        lora_scale=fine_tune.lora_alpha / fine_tune.lora_rank if fine_tune.lora_rank else 0.0,
-        checkpointing=fine_tune.checkpointing,
-    )
+    numbers: dict[str, Any] = {
+        "bits": bits,
+        "image_size": size,
+        "backbone_dtype": backbone_dtype,
+        "feature_noise": feature_noise,
+        "feature_dropout": feature_dropout,
+        "lora_scale": fine_tune.lora_alpha / fine_tune.lora_rank if fine_tune.lora_rank else 0.0,
+        "checkpointing": fine_tune.checkpointing,
+    }
+    # The registered backbone is known by its id: an entry lives no longer than its encoder, which holds the backbone.
+    made_of = (id(registered), standard and (chosen.mean, chosen.deviation), hidden, *numbers.values())
+    if (encoder := _ENCODERS.get(made_of)) is None:
+        encoder = _ENCODERS[made_of] = Encoder(chosen, backbone_graph=graph, head_graph=head_graph, **numbers)
     head_params = {"head": nnx.to_pure_dict(head)}
     if on_features:
         return encoder, head_params, {}

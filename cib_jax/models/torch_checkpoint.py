@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -164,7 +164,7 @@ def _unpickle(data: bytes) -> tuple[Any, int]:
         raise FormatError(f"is cut short or corrupt ({printable(error) or type(error).__name__})") from error
 
 
-def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
+def read_zip(file: io.BufferedIOBase, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
     """Returns the tensors of a file of PyTorch 1.6 or later with names that begin with one of `prefixes`."""
     length = file.seek(0, io.SEEK_END)
     try:
@@ -198,7 +198,7 @@ def read_zip(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.nd
         raise FormatError(f"is cut short or corrupt ({printable(error)})") from error
 
 
-def read_legacy(file: BinaryIO, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
+def read_legacy(file: io.BufferedIOBase, prefixes: Sequence[str] = ("",)) -> dict[str, np.ndarray]:
     """Returns such tensors of a file in the format before PyTorch 1.6: five pickles, then all numbers."""
     length, position, parts = file.seek(0, io.SEEK_END), 0, []
     for _ in range(5):

@@ -190,7 +190,7 @@ def neighbor_recall(
 
 def _nearest_in(
     blocks: Iterable[Float[np.ndarray, "rows features"]], query: Float[np.ndarray, "queries features"], k: int
-) -> Int[np.ndarray, "queries k"]:
+) -> Int[np.ndarray, "queries nearest"]:
     """Returns the numbers of each query's k nearest rows by cosine, nearest first."""
     unit, first = _unit(query), 0
     best, places = np.zeros((len(unit), 0), np.float32), np.zeros((len(unit), 0), np.int64)

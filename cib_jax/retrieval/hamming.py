@@ -274,7 +274,7 @@ def _within(
     return found, np.searchsorted(found, np.arange(len(distances) + 1) * distances.shape[1])
 
 
-def true_positions(mask: Bool[np.ndarray, "queries n"]) -> Int64[np.ndarray, " found"]:
+def true_positions(mask: Bool[np.ndarray, "*shape"]) -> Int64[np.ndarray, " found"]:
     """Returns `np.flatnonzero(mask)` of a mask with few true values and a size that is a multiple of 8.
 
     In two steps, words of eight values and then single values: `np.flatnonzero` branches on every value, and

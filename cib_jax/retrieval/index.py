@@ -114,6 +114,7 @@ class Index:
         queries = _contiguous(queries)
         if self._approximate is None:
             return exact_search.nearest(self.codes, queries, k)
+        # A few blocks for each core, so that none waits long for the last one.
         rows = max(1, -(-len(queries) // (4 * core_count())))
         found = exact_search.run_in_order(
             functools.partial(self._approximate.search, queries[start : start + rows], k)
@@ -121,6 +122,7 @@ class Index:
         )
         distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
         distances[ids < 0] = np.iinfo(np.int32).max
+        # FAISS leaves hits at the same distance in any order.
         order = np.lexsort((ids, distances), axis=-1)
         return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float32, Float64, UInt8
 from cib_jax.errors import SearchError
 from cib_jax.files import import_optional, install_command
 
-Image = UInt8[np.ndarray, "height width 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]
 Map = Float64[np.ndarray, "2 3"]
 """Affine map of pixel coordinates (x, y, 1)."""
-Mask = Bool[np.ndarray, "height width"]
+Mask = Bool[np.ndarray, "_ _"]
 
 ORIENTATIONS = 8
 """Ways to turn a picture by quarters and to mirror it; number 0 leaves it as it is."""

@@ -17,6 +17,7 @@ from cib_jax.data.dataset import Images
 from cib_jax.distributed import multihost, sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import DataError
+from cib_jax.losses import OBJECTIVES
 from cib_jax.models.encoder import Encoder, Params
 from cib_jax.random_streams import fold_by_name
 from cib_jax.training.loop import Feed, StepTerms
@@ -70,10 +71,8 @@ def build_view_bank(
     View k of image i depends on the key, k and i alone, not on the batch size. Of several processes, each computes its
     share of the batches, calls `on_images` with the number of views of each, and gets all features.
     """
-    axis, mine = sharding.axis_of(images.mesh), multihost.share_of_batches(images.count, images.batch_size)
-    compute = jax.jit(
-        sharding.shard_rows(functools.partial(_view_features, encoder=encoder, family=family, axis=axis), images.mesh)
-    )
+    mine = multihost.share_of_batches(images.count, images.batch_size)
+    compute = functools.partial(_view_features, encoder, family, images.mesh)
     frozen = sharding.replicate(frozen, images.mesh)
 
     bank = np.empty((views, images.count, encoder.backbone.features), STORED)
@@ -109,21 +108,24 @@ def build_view_bank(
     return jnp.asarray(bank)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _view_features(
+    encoder: Encoder,
+    family: str,
+    over: Mesh | None,
     frozen: Params,
     images: UInt8[Array, "batch height width 3"],
     first: Int[Array, ""],
     key: PRNGKeyArray,
-    *,
-    encoder: Encoder,
-    family: str,
-    axis: Axis,
 ) -> Float16[Array, "batch features"]:
-    rows = images.shape[0]
-    # One key per image, by its index in the whole set.
-    indices = first + sharding.first_row(rows, axis) + jnp.arange(rows)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
-    return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
+    def features(frozen: Params, images: Array, first: Array, key: PRNGKeyArray) -> Array:
+        rows = images.shape[0]
+        # One key per image, by its index in the whole set.
+        indices = first + sharding.first_row(rows, sharding.axis_of(over)) + jnp.arange(rows)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+        return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
+
+    return sharding.shard_rows(features, over)(frozen, images, first, key)
 
 
 def draw_pairs(
@@ -157,17 +159,8 @@ class BatchOrder:
 
 def from_bank(bank: Float[Array, "views images features"], method: Method, order: BatchOrder) -> Feed:
     """Returns a feed of features of two different views of each image; an epoch is one program, or a few."""
-    axis = sharding.axis_of(order.mesh)
-
-    def step(
-        state: TrainState, held: tuple[Array, Array | None], indices: Array, key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, Array]]:
-        bank, coordinates = held
-        pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
-        return update(state, {}, Batch(pairs, _rows(coordinates, indices)), key, method, axis)
-
     chunks = _chunks_of_indices(order, bank.shape[1], SCAN_STEPS)
-    return Feed(_compile(_scan_steps(step), (bank, order.coordinates), order.mesh), chunks)
+    return Feed(_compile(_step_from_bank, _scan_steps, (bank, order.coordinates), method, order.mesh), chunks)
 
 
 def from_device(
@@ -180,18 +173,11 @@ def from_device(
 
     A step on images is one program. Steps on features take so little time that many of them are one program.
     """
-    axis = sharding.axis_of(order.mesh)
-
-    def step(
-        state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, Array]]:
-        frozen, images, coordinates = held
-        return update(state, frozen, Batch(images[indices], _rows(coordinates, indices)), key, method, axis)
-
     on_features = method.encoder.backbone.takes == "features"
     program, longest = (_scan_steps, SCAN_STEPS) if on_features else (_single_step, 1)
     chunks = _chunks_of_indices(order, len(images), longest)
-    return Feed(_compile(program(step), (frozen, images, order.coordinates), order.mesh), chunks)
+    held = (frozen, images, order.coordinates)
+    return Feed(_compile(_step_from_device, program, held, method, order.mesh), chunks)
 
 
 def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrder, *, stored_size: int = 0) -> Feed:
@@ -199,10 +185,6 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
 
     With a `stored_size`, the host resizes them to that side in pixels.
     """
-    axis = sharding.axis_of(order.mesh)
-
-    def step(state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
-        return update(state, frozen, batch, key, method, axis)
 
     def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
         for batches in _batches(order, epoch, len(images), first):
@@ -216,7 +198,33 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
                 # Arrays of NumPy here, which become rows of arrays on all devices.
                 yield sharding.global_batch(Batch(part, known), rows, order.mesh, size)  # type: ignore[arg-type]
 
-    return Feed(_compile(_single_step(step), frozen, order.mesh), chunks)
+    # No scan over steps, which would need all their images on the device at once.
+    return Feed(_compile(update, _single_step, frozen, method, order.mesh), chunks)
+
+
+def _step_from_bank(
+    state: TrainState,
+    held: tuple[Array, Array | None],
+    indices: Array,
+    key: PRNGKeyArray,
+    method: Method,
+    axis: Axis,
+) -> tuple[TrainState, dict[str, Array]]:
+    bank, coordinates = held
+    pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
+    return update(state, {}, Batch(pairs, _rows(coordinates, indices)), key, method, axis)
+
+
+def _step_from_device(
+    state: TrainState,
+    held: tuple[Params, Array, Array | None],
+    indices: Array,
+    key: PRNGKeyArray,
+    method: Method,
+    axis: Axis,
+) -> tuple[TrainState, dict[str, Array]]:
+    frozen, images, coordinates = held
+    return update(state, frozen, Batch(images[indices], _rows(coordinates, indices)), key, method, axis)
 
 
 def _rows(coordinates: Any, indices: Array | np.ndarray) -> Any:
@@ -255,6 +263,7 @@ def _scan_steps(step: Step) -> Program:
     def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
         def one_step(state: TrainState, batch_and_number: tuple[Any, Array]) -> tuple[TrainState, dict[str, Array]]:
             batch, number = batch_and_number
+            # The number of the step in the whole run, so that a resumed run draws what an undisturbed one would.
             return step(state, held, batch, jax.random.fold_in(key, number))
 
         state, terms = jax.lax.scan(one_step, state, (chunk, first + jnp.arange(len(chunk))))
@@ -279,10 +288,42 @@ def _with_parameter_norm(terms: StepTerms, state: TrainState) -> StepTerms:
     return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 
-def _compile(program: Program, held: Any, mesh: Mesh | None) -> Callable[..., tuple[TrainState, StepTerms]]:
+NUMBERS = ("temperature", "beta", "sharpness")
+"""Fields of `Method` that are arguments of the compiled step, so that the trials of a search share one program."""
+
+
+def _compile(
+    step: Callable[..., tuple[TrainState, dict[str, Array]]],
+    loop: Callable[[Step], Program],
+    held: Any,
+    method: Method,
+    mesh: Mesh | None,
+) -> Callable[..., tuple[TrainState, StepTerms]]:
+    """Returns the steps of a feed as a compiled program, that of an earlier feed if only numbers differ."""
+    # A user's own loss gets Python numbers, and may read what has changed since it was compiled.
+    own = callable(method.objective) or OBJECTIVES[method.objective].loss is not None
+    numbers = {} if own else {name: jnp.asarray(getattr(method, name), jnp.float32) for name in NUMBERS}
+    same: dict[str, Any] = dict.fromkeys(numbers, 1.0)
+    method = dataclasses.replace(method, **same)
+    compiled = (_program.__wrapped__ if own else _program)(step, loop, method, mesh)
     # `held` is an argument of the compiled program, not a constant inside it: a constant bank of gigabytes would be
     # copied into the executable.
-    if mesh is not None:
-        program, held = sharding.shard_steps(program, mesh), sharding.replicate(held, mesh)
-    compiled = jax.jit(program, donate_argnums=0)
-    return lambda state, chunk, first, key: compiled(state, held, chunk, first, key)
+    whole = sharding.replicate((held, numbers), mesh)
+    return lambda state, chunk, first, key: compiled(state, whole, chunk, first, key)
+
+
+@functools.lru_cache(maxsize=32)
+def _program(
+    step: Callable[..., tuple[TrainState, dict[str, Array]]],
+    loop: Callable[[Step], Program],
+    method: Method,
+    mesh: Mesh | None,
+) -> Program:
+    def one_step(
+        state: TrainState, whole: tuple[Any, dict[str, Any]], batch: Any, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        held, numbers = whole
+        return step(state, held, batch, key, dataclasses.replace(method, **numbers), sharding.axis_of(mesh))
+
+    program = loop(one_step)
+    return jax.jit(program if mesh is None else sharding.shard_steps(program, mesh), donate_argnums=0)

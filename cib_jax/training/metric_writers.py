@@ -8,7 +8,7 @@ import pathlib
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from cib_jax import files
 from cib_jax.errors import MissingExtraError
@@ -28,6 +28,7 @@ class RunInfo(NamedTuple):
     last_step: int  # in metrics.jsonl; 0 if there is none
 
 
+@runtime_checkable
 class MetricWriter(Protocol):
     """A writer of metrics by step."""
 

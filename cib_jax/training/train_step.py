@@ -171,13 +171,17 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, mesh:
     return sharding.replicate(jax.tree.map(jnp.array, state), mesh)
 
 
+@functools.lru_cache(maxsize=64)
 def adam(
     learning_rate: optax.ScalarOrSchedule,
     backbone_learning_rate: optax.ScalarOrSchedule = 0.0,
     *,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Returns Adam, or AdamW, with another learning rate for the backbone unless that is 0 or the same."""
+    """Returns Adam, or AdamW, with another learning rate for the backbone unless that is 0 or the same.
+
+    The same arguments give the same object, so that runs with it can share their compiled step.
+    """
     rule = functools.partial(optax.adamw, weight_decay=weight_decay) if weight_decay else optax.adam
     if backbone_learning_rate in (0, learning_rate):
         return rule(learning_rate)
@@ -207,6 +211,7 @@ def update(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`; every device gets the same result.
     """
     encoder = method.encoder
+    # Under shard_map's own checks, JAX would sum the gradient of replicated parameters, which `sum_over_devices` does.
     params, frozen = sharding.vary_like((state.params, frozen), jax.tree.leaves(batch.inputs)[0])
     view_key, bit_key = fold_by_name(key, "views"), fold_by_name(key, "code bits")
     dropout_key = fold_by_name(key, "head dropout")

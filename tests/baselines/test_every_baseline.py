@@ -84,6 +84,7 @@ def test_the_order_of_rows_and_features_does_not_change_codes(name):
 
 
 @pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.usefixtures("without_shape_checks")
 def test_malformed_features_are_refused(name):
     with pytest.raises(Refusal, match=r"^features"):
         fit(name, np.zeros((3, 2, 2), np.float32))

@@ -80,10 +80,12 @@ def test_canonical_eigenvectors_do_not_depend_on_the_solvers_basis(seed, with_cr
     rotation = scipy.linalg.block_diag(
         *(scipy.stats.ortho_group.rvs(size, random_state=seed + size) if size > 1 else [[-1]] for size in (3, 1, 2, 2))
     )
-    found = linear.canonical_eigenvectors(values, vectors, scale=5, criterion=criterion)
+    found = linear.canonical_eigenvectors(values, vectors, scale=5.0, criterion=criterion)
     rotated = values + 1e-13 * np.random.default_rng(seed).normal(size=8)
     order = np.argsort(-rotated)
-    other = linear.canonical_eigenvectors(rotated[order], (vectors @ rotation)[:, order], scale=5, criterion=criterion)
+    other = linear.canonical_eigenvectors(
+        rotated[order], (vectors @ rotation)[:, order], scale=5.0, criterion=criterion
+    )
     np.testing.assert_allclose(other, found, atol=1e-9)
     np.testing.assert_allclose(found.T @ found, np.eye(8), atol=1e-12)
     np.testing.assert_allclose((vectors * values) @ vectors.T @ found, found * values, atol=1e-11)
@@ -95,7 +97,7 @@ def test_canonical_eigenvectors_do_not_depend_on_the_solvers_basis(seed, with_cr
 def test_signs_of_vectors_with_several_largest_components():
     pairs = np.array([[1.0, 1], [-1, 1]]) / 2**0.5
     for noise in (1e-15, -1e-15):
-        found = linear.canonical_eigenvectors(np.array([2.0, 1]), -pairs + noise * np.eye(2), scale=2)
+        found = linear.canonical_eigenvectors(np.array([2.0, 1]), -pairs + noise * np.eye(2), scale=2.0)
         np.testing.assert_allclose(found, pairs, atol=1e-12)
 
 

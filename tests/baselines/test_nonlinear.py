@@ -32,7 +32,9 @@ def published_waves(extent, bits):
 
 
 def chosen_waves(extent, bits):
-    return list(zip(*(part.tolist() for part in nonlinear.lowest_waves(np.asarray(extent), bits)), strict=True))
+    return list(
+        zip(*(part.tolist() for part in nonlinear.lowest_waves(np.asarray(extent, np.float64), bits)), strict=True)
+    )
 
 
 def test_on_a_box_of_3_by_1_waves_go_along_the_longer_side_first():
@@ -180,7 +182,7 @@ def test_of_a_graph_in_pieces_the_first_functions_are_kernel_components_of_the_p
 def test_anchor_graph_codes_keep_separate_clusters_together(seed, anchors):
     """With as many anchors as points, the graph has some 40 pieces, and the eigenvalue 1 as many functions."""
     features, labels = clusters(seed)
-    codes = cib.pack_bits(anchor_graph.fit(features, 16, jax.random.key(seed), anchors=anchors)(features))
+    codes = np.asarray(cib.pack_bits(anchor_graph.fit(features, 16, jax.random.key(seed), anchors=anchors)(features)))
     assert cib.mean_average_precision(codes, codes, labels, labels, k=60) > 0.9
 
 

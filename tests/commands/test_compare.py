@@ -5,6 +5,7 @@ import json
 import pathlib
 import statistics
 
+import jax
 import numpy as np
 import pytest
 import rich.console
@@ -217,7 +218,7 @@ def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
         np.stack([part.images[i] for i in range(len(part))]).reshape(len(part), -1) / 127.5 - 1
         for part in (splits.train, splits.query)
     )
-    found = BASELINES["pca_sign"].fit(train_pixels.astype(np.float32), 16, None)
+    found = BASELINES["pca_sign"].fit(train_pixels.astype(np.float32), 16, jax.random.key(0))
     expected = np.asarray(cib.pack_bits(found(query.astype(np.float32))))
     same = np.unpackbits(expected ^ np.load(tmp_path / "b" / "codes" / "query_codes.npy")).mean()
     assert same < 1e-3  # a bit on the edge may fall to either side

@@ -110,7 +110,7 @@ def test_what_came_changed_or_went_is_redone_alone(tmp_path, root, encoder, hash
 
 
 def test_a_file_that_may_not_be_read_is_tried_again_though_it_stays_as_it_is(tmp_path, root, encoder, hasher, looked):
-    original = photos.decode.__globals__["_opened"]
+    original = photos._opened
 
     def forbidden(content):
         if str(content).endswith("05.webp"):

@@ -265,7 +265,7 @@ def test_readers_in_several_threads_see_the_same(root, monkeypatch):
     wrong = []
 
     def read(seed):
-        for index in np.random.default_rng(seed).integers(0, 9, 200):
+        for index in np.random.default_rng(seed).integers(0, 9, 200).tolist():
             if not np.array_equal(made.images[index], expected[index]):
                 wrong.append(index)
 

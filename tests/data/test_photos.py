@@ -33,7 +33,8 @@ def differ(a, b):
 def test_every_format_is_read_as_pillow_reads_it(form, size, tmp_path):
     path = tmp_path / "photo"
     path.write_bytes(pictures.content(pictures.smooth(70, 50), form))
-    expected = plainly(PIL.Image.open(path), size)
+    with PIL.Image.open(path) as opened:
+        expected = plainly(opened, size)
     for given in (path, str(path), path.read_bytes()):
         assert differ(decode(given, size), expected).max() <= 1
 

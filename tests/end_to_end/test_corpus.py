@@ -17,6 +17,8 @@ from tests.data import pictures
 from tests.end_to_end.processes import wait_until
 from tests.end_to_end.test_run import finish, start
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 PHOTOS = 240
 
 

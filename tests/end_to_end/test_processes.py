@@ -106,13 +106,19 @@ def test_killed_hard_one_process_ends_the_other_and_two_of_slurm_come_to_the_bit
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_two_processes_evaluate_a_run_and_refuse_one_in_use(ended):
+def test_two_processes_evaluate_a_run(ended):
     """The head takes the mean and deviation of its checkpoint, which all processes must open together."""
     workdir = ended[0] / "run"
     out = run(2, "--mode=evaluate", f"--workdir={workdir}", "--config.k=20")
     assert "MAP@20 " in out
     alone = evaluate(workdir, overrides={"k": 20}, console=QUIET)
     assert f"{alone['map']:.3f}" in out  # bits on the edge may fall to either side
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_a_run_in_use(ended):
+    """In one process: tests/commands/test_train.py; that an error of one ends all: tests/distributed."""
+    workdir = ended[0] / "run"
     with claim_workdir(workdir):  # as another process does
         ends = finish(start(2, "--mode=evaluate", f"--workdir={workdir}"))
     assert [code for code, _, _ in ends] == [2, 2], ends

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -20,6 +21,7 @@ from cib_jax.cli.flags import MODES
 from cib_jax.commands.compare import compare
 from cib_jax.commands.train import train
 from cib_jax.inference.hasher import Hasher
+from tests.command_line import signal_once
 from tests.commands import many
 from tests.end_to_end.processes import children, gone, wait_until
 
@@ -238,10 +240,8 @@ def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_
     # No checkpoint but the first and the last, so that only what SIGTERM saved can be gone on with; 30 steps an epoch.
     fields = {"epochs": 300, "train__checkpoint_every": 1000, "batch_size": 4}
     arguments = many.flags(tmp_path, **fields)
-    process = start(*arguments, f"--workdir={tmp_path / 'ended'}")
-    wait_until([process], lambda: epochs_logged(tmp_path / "ended") >= 2)
-    process.send_signal(signal.SIGTERM)
-    code, _, error = finish(process)
+    with signal_once(signal.SIGTERM, lambda: epochs_logged(tmp_path / "ended") >= 2):
+        code, _, error = run_cli(*arguments, f"--workdir={tmp_path / 'ended'}")
     assert code == 75
     stopped = re.search(
         r"Stopped by SIGTERM: ((?:step \d+, in )?epoch \d+ of 300(?:, step \d+)?),? is saved in ", error
@@ -268,12 +268,17 @@ def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path, whole, 
         pytest.skip("this machine mounts nothing")
     try:
         arguments = many.flags(whole.parent, epochs=MANY)
-        process = start(*arguments, f"--workdir={disk / 'run'}")
-        wait_until([process], lambda: epochs_logged(disk / "run") >= 2)
-        with contextlib.suppress(OSError), (disk / "filling").open("wb", buffering=0) as filling:
-            while True:
-                filling.write(b"\1" * (1 << 16))  # at last a part of it
-        code, out, error = finish(process)
+
+        def fill():
+            wait_until([], lambda: epochs_logged(disk / "run") >= 2)
+            with contextlib.suppress(OSError), (disk / "filling").open("wb", buffering=0) as filling:
+                while True:
+                    filling.write(b"\1" * (1 << 16))  # at last a part of it
+
+        filler = threading.Thread(target=fill)
+        filler.start()
+        code, out, error = run_cli(*arguments, f"--workdir={disk / 'run'}")
+        filler.join()
         assert code == 2 and "Traceback" not in error, error
         assert re.search(r"the disk (is full|has no room)|No space left", error.strip().splitlines()[-1]), error
         (disk / "filling").unlink()
@@ -282,4 +287,4 @@ def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path, whole, 
         assert "Going on after epoch" in out
         assert same_parameters(disk / "run", whole)
     finally:
-        subprocess.run(["umount", disk], check=False)
+        subprocess.run(["umount", "-l", disk], check=False)

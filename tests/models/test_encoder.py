@@ -45,6 +45,20 @@ def test_the_head_starts_as_torch_linear_does(small):
         assert np.abs(params["head"][layer]["bias"]).max() <= bound
 
 
+def test_the_same_network_is_one_encoder_and_shares_its_programs(small):
+    def features(mean):
+        standard = Standard(np.float32([mean, 0]), np.float32([1, 1]))
+        return create_encoder(jax.random.key(0), backbone="none", bits=16, hidden=4, standard=standard)[0]
+
+    encoder = create_encoder(jax.random.key(1), backbone="convnet", bits=16, image_size=16)[0]
+    assert encoder is small[0] and hash(encoder) == hash(small[0])
+    one = features(0)
+    assert features(0) is one and features(1) is not one
+    for other in ({"bits": 8}, {"image_size": 8}, {"hidden": 8}, {"backbone_dtype": "bfloat16"}):
+        made = create_encoder(jax.random.key(0), **{"backbone": "convnet", "bits": 16, "image_size": 16} | other)
+        assert made[0] is not encoder
+
+
 def test_the_same_key_gives_the_same_parameters():
     first, second, other = (
         jax.tree.leaves(create_encoder(jax.random.key(k), backbone="convnet", bits=8, image_size=8)[1])

@@ -112,6 +112,7 @@ def test_identical_codes():
 
 
 @pytest.mark.parametrize("packed", [np.zeros((3, 2), bool), np.zeros(3, np.uint8), np.zeros((0, 2), np.uint8)])
+@pytest.mark.usefixtures("without_shape_checks")
 def test_malformed_codes_are_refused(packed):
     for measure in (code_health, code_quality.bit_correlation, code_quality.occupancy):
         with pytest.raises(UserError) as refused:
@@ -203,6 +204,7 @@ def test_perfect_and_useless_codes():
     assert code_quality.view_agreement(same, same) == pytest.approx(np.mean(1 / np.arange(1, 65)))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="21"):
         code_quality.neighbour_agreement(np.zeros((20, 1), np.uint8), np.zeros((20, 4)))

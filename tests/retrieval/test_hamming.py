@@ -248,6 +248,7 @@ CODES = np.zeros((3, 2), np.uint8)
         (np.zeros((1, 8192), np.uint8), CODES, "queries"),
     ],
 )
+@pytest.mark.usefixtures("without_shape_checks")
 def test_malformed_codes_are_refused(queries, database, field):
     for function in (hamming.hamming_distances, lambda queries, database: hamming.rank(queries, database, 1)):
         with pytest.raises(UserError) as refused:

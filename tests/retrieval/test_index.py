@@ -181,6 +181,7 @@ CODES = np.zeros((5, 4), np.uint8)
         (lambda: index.parse_kind("ivf nlist=-1"), "--kind"),
     ],
 )
+@pytest.mark.usefixtures("without_shape_checks")
 def test_invalid_arguments_are_refused(call, field):
     with pytest.raises(UserError) as refused:
         call()

@@ -238,6 +238,7 @@ def refused_field(metric, *arguments):
 
 
 @pytest.mark.parametrize(("data", "field"), REFUSED)
+@pytest.mark.usefixtures("without_shape_checks")
 def test_malformed_arguments_are_refused(data, field):
     for metric in METRICS:
         assert refused_field(metric, *data) == field
@@ -256,6 +257,7 @@ def test_no_ks_and_a_negative_radius_are_refused():
     assert refused_field(metrics.precision_within_radius, Q, D, QL, DL, -1) == "radius"
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_labels_and_codes_may_be_lists_or_jax_arrays():
     data = random_data()
     expected = metrics.mean_average_precision(*data, 3)

@@ -14,6 +14,8 @@ from cib_jax.distributed import sharding
 from cib_jax.runs import context, features
 from tests import pretrained, small
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 NETWORK = {}
 
 

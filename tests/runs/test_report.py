@@ -16,6 +16,8 @@ from cib_jax.report.html import Picture, Section
 from cib_jax.runs import report
 from tests import small
 
+pytestmark = pytest.mark.usefixtures("compiled_to_run")
+
 QUIET = rich.console.Console(quiet=True)
 FIGURES = {
     "training",

@@ -9,6 +9,7 @@ import pytest
 import cib_jax as cib
 from cib_jax import errors
 from cib_jax.augment.features import standard
+from cib_jax.random_streams import fold_by_name
 from cib_jax.training import input_pipeline
 from cib_jax.training.input_pipeline import BatchOrder, ImageBatches
 from cib_jax.training.train_step import Method
@@ -166,3 +167,55 @@ def test_an_epoch_is_every_image_once_but_for_what_fills_no_batch():
     assert not np.array_equal(*orders)
     rest = np.concatenate(list(feed.epoch_chunks(0, 1)))
     assert np.array_equal(rest, orders[0][1:])  # resumed after the first step
+
+
+@pytest.fixture
+def traced():
+    """SGD that notes each time its update is traced, and an encoder of features."""
+    standardized = standard([np.ones((2, 3), np.float32)])
+    encoder, params, _ = cib.create_encoder(jax.random.key(0), backbone="none", bits=8, hidden=4, standard=standardized)
+    plain, traces = optax.sgd(0.1), []
+
+    def update(updates, state, params=None):
+        traces.append(1)
+        return plain.update(updates, state, params)
+
+    return encoder, params, optax.GradientTransformation(plain.init, update), traces
+
+
+def first_step(traced, **fields):
+    """Returns the terms of the first step on a bank, and those of `train_step_on_features` on the same pairs."""
+    encoder, params, optimizer, _ = traced
+    bank = jax.random.normal(jax.random.key(2), (3, 8, 3))
+    feed = input_pipeline.from_bank(bank, Method(encoder, optimizer, **fields), BatchOrder(1, 4))
+    (chunk,) = feed.epoch_chunks(0, 0)
+    _, terms = feed.steps(cib.create_train_state(params, optimizer), chunk, 0, jax.random.key(5))
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    pairs = input_pipeline.draw_pairs(fold_by_name(key, "view pairs"), bank, chunk[0])
+    options = {"encoder": encoder, "optimizer": optax.sgd(0.1)} | fields
+    _, alone = cib.train_step_on_features(cib.create_train_state(params, optax.sgd(0.1)), *pairs, key, **options)
+    return {name: float(terms[name][0]) for name in alone}, {name: float(value) for name, value in alone.items()}
+
+
+def test_methods_that_differ_in_numbers_share_one_program(traced):
+    fields = [{}, {"temperature": 0.7}, {"beta": 0.5}, {"temperature": 0.9, "sharpness": 2.0}]
+    found = [first_step(traced, **each) for each in fields]
+    assert len({terms["loss"] for terms, _ in found}) == len(fields)
+    for terms, alone in found:
+        assert terms == pytest.approx(alone, rel=1e-5)
+    traces = len(traced[3])
+    assert first_step(traced, stochastic=False)[0] != found[0][0]
+    assert len(traced[3]) == 2 * traces, "one program for the numbers, and another one for another choice"
+
+
+def test_a_loss_of_ones_own_is_compiled_anew_for_each_feed(traced):
+    """It takes Python numbers, and may read what has changed."""
+    weight = 1.0
+
+    def loss(key, logits1, logits2, *, temperature):
+        assert isinstance(temperature, float)
+        return weight * jnp.mean((logits1 - logits2) ** 2), {}
+
+    once, _ = first_step(traced, objective=loss)
+    weight = 3.0
+    assert first_step(traced, objective=loss)[0]["loss"] == pytest.approx(3 * once["loss"])

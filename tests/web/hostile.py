@@ -4,6 +4,7 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
@@ -38,26 +39,27 @@ def tiff_bomb() -> bytes:
 
 TRUNCATED = encoded(picture(1, 400, 300), "JPEG")[:3000]
 
-REFUSED = {
-    "nothing": b"",
-    "HTML": b"<!doctype html><script>alert(1)</script>",
-    "SVG with a script": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-    "a zip": archive(),
-    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n",
-    "a program": b"\x7fELF" + bytes(400),
-    "truncated": TRUNCATED,
-    "a header of 100,000 × 100,000 pixels": png(100_000, 100_000, zlib.compress(bytes(1000))),
-    "a bomb, larger than its header says": png(9000, 6000, zlib.compress(bytes(9001 * 6000), 9)),
-    "text that unpacks to 200 MB": png(
+REFUSED: dict[str, Callable[[], bytes]] = {
+    "nothing": lambda: b"",
+    "HTML": lambda: b"<!doctype html><script>alert(1)</script>",
+    "SVG with a script": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+    "a zip": archive,
+    "PostScript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n",
+    "a program": lambda: b"\x7fELF" + bytes(400),
+    "truncated": lambda: TRUNCATED,
+    "a header of 100,000 × 100,000 pixels": lambda: png(100_000, 100_000, zlib.compress(bytes(1000))),
+    "a bomb, larger than its header says": lambda: png(9000, 6000, zlib.compress(bytes(9001 * 6000), 9)),
+    "text that unpacks to 200 MB": lambda: png(
         9, 9, zlib.compress(bytes(90)), *[(b"zTXt", b"a\0\0" + zlib.compress(bytes(20_000_000), 9))] * 10
     ),
-    "a TIFF with false sizes": tiff_bomb(),
-    "a color profile of 100 MB": png(
+    "a TIFF with false sizes": tiff_bomb,
+    "a color profile of 100 MB": lambda: png(
         9, 9, b"", (b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000), 9))
     ),
-    "a WebP with false sizes": b"RIFF\xff\xff\xff\x7fWEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff",
-    "noise": np.random.default_rng(0).bytes(5000),
+    "a WebP with false sizes": lambda: b"RIFF\xff\xff\xff\x7fWEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff",
+    "noise": lambda: np.random.default_rng(0).bytes(5000),
 }  # fmt: skip
+"""Functions of a file's content: some take long to make, and each worker collects the tests."""
 
 
 def gif(frames: int = 10) -> bytes:

@@ -36,7 +36,7 @@ def test_a_photo_is_decoded_as_in_this_process(decoders, form):
 @pytest.mark.parametrize("name", hostile.REFUSED)
 def test_a_file_that_is_not_a_photo_or_is_a_bomb_is_refused_in_a_sentence(decoders, name):
     with pytest.raises(BadPhotoError, match=r"^[A-Z][^\n]*\.$") as error:
-        decoders.decode(hostile.REFUSED[name], 24)
+        decoders.decode(hostile.REFUSED[name](), 24)
     assert "data." not in str(error.value)  # a client does not know the configuration
     assert decoders.decode(PHOTO, 24).square.shape == (24, 24, 3)
 

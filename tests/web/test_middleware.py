@@ -10,7 +10,6 @@ import select
 import socket
 import time
 
-import gradio
 import pytest
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse
@@ -101,6 +100,8 @@ def test_an_address_that_is_not_listed_does_not_exist(served, path):
 
 def test_of_gradios_routes_only_files_of_the_page_are_open():
     """Goes through the list of routes of an app that Gradio makes."""
+    import gradio  # takes seconds, which the worker that does not run this file is spared
+
     with gradio.Blocks(analytics_enabled=False) as blocks:
         gradio.HTML("x")
     offered, opened = set(), set()
