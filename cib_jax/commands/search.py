@@ -26,7 +26,7 @@ from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
 K = 20  # photos that are returned for each query by default
-CANDIDATES = 500  # hits that `rerank` reorders, at least; and among which ties are ordered without it
+CANDIDATES = 500  # hits that are ordered by features: all, at least, by `rerank`; those of one distance without it
 SAMPLE = 200  # codes of the index on which the recall of an approximate search is measured
 FORMATS = ("table", "json")
 ROWS, COLUMNS = 25, 20  # size of a contact sheet, at most
@@ -58,6 +58,8 @@ def search(
 ) -> list[Result]:
     """Prints and returns the photos of an index that are nearest to the given ones.
 
+    Photos at one distance are ordered by the cosine of the network's features, so that a copy of the query comes first.
+
     Args:
       index: Folder or other address of the index, or the opened collection.
       query: Photo, or folder of photos.
@@ -65,8 +67,8 @@ def search(
       radius: Maximum distance in bits.
       kind: "exact", or an approximate kind of `Index.of` with its settings, such as "ivf nprobe=64"; its recall is
         measured and printed.
-      rerank: Whether to reorder the first hits by the cosine of the network's features, which the index keeps as bytes;
-        in an index of an earlier version, by the query's logits (`Index.rerank`).
+      rerank: Whether to order the first hits by that cosine alone; in an index of an earlier version, which has no
+        features, by the query's logits (`Index.rerank`).
       folder, after, before: Folder and dates of the photos that are searched, as in `Collection.filtered`.
       format: "table", or "json" for one line per query.
       show: PNG file for a contact sheet.
