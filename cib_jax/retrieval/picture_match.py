@@ -23,7 +23,7 @@ _COARSE, _FINE, _FINEST = 96, 384, 480
 _FEATURES, _FEATURE_SIDE = 300, 240  # local features of a picture, and its longer side when they are computed
 _LEAST_FEATURES = 8
 _FEW_CORNERS, _PAGE = 0.1, 0.92  # corners of pictures with little to see, share of the color of a page
-_LEAST_OVERLAP = 0.35  # share of either picture that the other must show
+_LEAST_OVERLAP = 0.5  # share of either picture that the other must show
 
 
 def _cv2() -> Any:
