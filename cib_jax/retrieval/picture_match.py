@@ -165,12 +165,12 @@ def agree(one: Image, other: Image, mapped: Map) -> bool:
         return False
     if found.little_to_see:  # not even a few letters may differ
         return found.shift <= (8 if found.fine > 0 else 3) and found.changed <= 0.015
-    if found.coarse < 0.8 or found.colors > 20:
+    if found.coarse < 0.78 or found.colors > 20:
         return False
     if found.coarse >= 0.88 and found.disagreement <= 0.07:
         return found.fine >= 0.8
     # Letters, a stamp or clipped highlights: beside them, all details agree, or nearly all colors to the level.
-    return found.fine >= 0.92 or (found.fine >= 0.8 and found.residue <= 0.03)
+    return found.fine >= 0.92 or (found.fine >= 0.8 and found.residue <= 0.05)
 
 
 def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
