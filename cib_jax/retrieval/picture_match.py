@@ -138,7 +138,7 @@ class Agreement(NamedTuple):
     disagreement: float
     """Share of contrast in places that do not correlate."""
     fine: float
-    """Correlation of details in places where both pictures have some."""
+    """Correlation of details in places where both pictures have some; 0 if there are none."""
     colors: float
     """Difference of colors, in levels of 255, after the best change of brightness, contrast and saturation."""
     residue: float
@@ -167,6 +167,8 @@ def agree(one: Image, other: Image, mapped: Map) -> bool:
         return found.shift <= (8 if found.fine > 0 else 3) and found.changed <= 0.015
     if found.coarse < 0.78 or found.colors > 20:
         return False
+    if found.fine == 0:  # blurred shapes alone
+        return found.coarse >= 0.95 and found.residue <= 0.05
     if found.coarse >= 0.88 and found.disagreement <= 0.07:
         return found.fine >= 0.8
     # Letters, a stamp or clipped highlights: beside them, all details agree, or nearly all colors to the level.
