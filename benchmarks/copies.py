@@ -1,12 +1,12 @@
-"""Changed copies of photos that `cib.find_duplicates` finds, beside a DCT hash of 64 bits at 10 (imagehash).
+"""Changed copies of photos that `cib.find_duplicates` finds, beside the DCT hashes of imagehash and imagededup.
 
 `python -m benchmarks.copies PHOTOS --photos=1000` draws photos of a folder without near-equal ones, writes each with
 one changed copy, indexes both, and prints for each change the share of copies that share a group with their original,
-and the false joins: photos of one group with different originals. `--encoder=FOLDER` takes a saved Hasher instead of
-one learned from the photos. `--false=FOLDER` also counts the groups among pictures that are all different, a kind in
-each subfolder, and the pictures that are found again as JPEG and at half the size. `--search` measures instead how
-often a changed copy finds its original first, and among the first ten: by codes, re-ranked, and by exact features;
-`--seconds=10000` the time for so many photos.
+that of copies within 10 of 64 bits of a DCT hash, and the joins: groups with different originals, which are listed to
+be looked at. `--encoder=FOLDER` takes a saved Hasher instead of one learned from the photos. `--false=FOLDER` also
+counts the groups among pictures that are all different, a kind in each subfolder, and the pictures that are found again
+as JPEG and at half the size. `--search` measures instead how often a changed copy finds its original first, and among
+the first ten: by codes, re-ranked, and by exact features; `--seconds=10000` the time for so many photos.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from benchmarks import measuring
 from cib_jax.data.photos import decode
 from cib_jax.models.encoder import plain_features
 
+TIMED = 20  # queries
 QUIET = rich.console.Console(quiet=True)
 
 
@@ -117,6 +118,13 @@ def dct_hash(image: Image) -> int:
     return int(str(imagehash.phash(image)), 16)
 
 
+def dedup_hash(image: Image) -> int:
+    """Returns imagededup's DCT hash as a number."""
+    from imagededup.methods import PHash  # needs torch, for networks that are not used here
+
+    return int(PHash(verbose=False).encode_image(image_array=np.asarray(image)), 16)
+
+
 def draw(folder: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
     """Returns photos in random order without those that the DCT hash calls equal to another."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
@@ -131,38 +139,48 @@ def draw(folder: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
     return list(kept.values())
 
 
-def groups(folder: pathlib.Path, encoder: pathlib.Path) -> tuple[list[list[str]], float, float]:
-    """Returns groups of paths, seconds for indexing, and seconds for the search for copies."""
-    with tempfile.TemporaryDirectory() as index:
-        begun = time.perf_counter()
-        cib.index_photos(index, folder, workdir=encoder, console=QUIET)
-        indexed = time.perf_counter()
-        found = cib.find_duplicates(index, console=QUIET)
-        done = time.perf_counter()
-    return [[photo.path for _, photo in group] for group in found], indexed - begun, done - indexed
+def groups(
+    index: pathlib.Path | str, folder: pathlib.Path | str, encoder: pathlib.Path
+) -> tuple[list[list[str]], float, float]:
+    """Returns groups of paths, seconds for making or updating the index, and seconds for the search for copies."""
+    begun = time.perf_counter()
+    cib.index_photos(index, folder, workdir=encoder, console=QUIET)
+    indexed = time.perf_counter()
+    found = cib.find_duplicates(index, console=QUIET)
+    return [[photo.path for _, photo in group] for group in found], indexed - begun, time.perf_counter() - indexed
 
 
-def measure_changes(names: list[str], photos: list[pathlib.Path], encoder: pathlib.Path) -> None:
+def measure_changes(names: list[str], photos: list[pathlib.Path], encoder: pathlib.Path, place: str) -> None:
     """Prints a row for each change."""
-    hashes = [dct_hash(PIL.Image.open(path).convert("RGB")) for path in photos]
+    folder = pathlib.Path(place, "changed")
+    folder.mkdir()
+    originals = []
+    for number, path in enumerate(photos):
+        shutil.copy(path, folder / f"{number:05}.jpg")
+        image = PIL.Image.open(path).convert("RGB")
+        originals.append((dct_hash(image), dedup_hash(image)))
     rows = []
     for name in names:
-        near = 0
-        with tempfile.TemporaryDirectory() as place:
-            for number, path in enumerate(photos):
-                shutil.copy(path, f"{place}/{number:05}.jpg")
-                changed = CHANGES[name](PIL.Image.open(path).convert("RGB"))
-                content = changed if isinstance(changed, bytes) else jpeg(changed)
-                pathlib.Path(place, f"{number:05}_copy.jpg").write_bytes(content)
-                near += (dct_hash(PIL.Image.open(io.BytesIO(content))) ^ hashes[number]).bit_count() <= 10
-            found, index_seconds, seconds = groups(pathlib.Path(place), encoder)
-        owners = [[path[:5] for path in group] for group in found]
-        right = sum(len(group) - len(set(group)) for group in owners)
-        false = sum(len(set(group)) - 1 for group in owners)
-        share, other = 100 * right / len(photos), 100 * near / len(photos)
-        rows.append([name, f"{share:.1f}", f"{other:.1f}", f"{false}", f"{index_seconds:.0f}", f"{seconds:.0f}"])
+        near = np.zeros(2)
+        for number, path in enumerate(photos):
+            changed = CHANGES[name](PIL.Image.open(path).convert("RGB"))
+            content = changed if isinstance(changed, bytes) else jpeg(changed)
+            (folder / f"{number:05}_copy.jpg").write_bytes(content)
+            image = PIL.Image.open(io.BytesIO(content)).convert("RGB")
+            hashes = dct_hash(image), dedup_hash(image)
+            near += [(a ^ b).bit_count() <= 10 for a, b in zip(hashes, originals[number], strict=True)]
+        found, index_seconds, seconds = groups(f"{place}/index of changed", folder, encoder)
+        owners = [{path[:5] for path in group} for group in found]
+        right = sum(map(len, found)) - sum(map(len, owners))
+        joined = [group for group, some in zip(found, owners, strict=True) if len(some) > 1]
+        shares = [f"{100 * count / len(photos):.1f}" for count in (right, *near)]
+        joins = sum(len(some) - 1 for some in owners)
+        rows.append([name, *shares, f"{joins}", f"{index_seconds:.0f}", f"{seconds:.0f}"])
         print(" | ".join(rows[-1]), flush=True)
-    measuring.print_table(["change", "found, %", "DCT hash, %", "false joins", "index, s", "copies, s"], rows)
+        for group in joined:
+            print("  ", *group, *sorted({str(photos[int(path[:5])]) for path in group}))
+    columns = ["change", "found, %", "imagehash, %", "imagededup, %", "joins", "index, s", "copies, s"]
+    measuring.print_table(columns, rows)
 
 
 def measure_seconds(count: int, folder: pathlib.Path, encoder: pathlib.Path) -> None:
@@ -180,7 +198,7 @@ def measure_seconds(count: int, folder: pathlib.Path, encoder: pathlib.Path) -> 
         for path in pathlib.Path(place).iterdir():
             dct_hash(PIL.Image.open(path))
         hashed = time.perf_counter() - begun
-        found, index_seconds, seconds = groups(pathlib.Path(place), encoder)
+        found, index_seconds, seconds = groups(f"{place}/index", place, encoder)
     rows = [[f"{count:,}", f"{hashed:.0f}", f"{index_seconds:.0f}", f"{seconds:.0f}", str(len(found))]]
     measuring.print_table(["photos", "DCT hash, one core, s", "index, s", "copies, s", "groups"], rows)
 
@@ -202,24 +220,30 @@ def measure_search(names: list[str], photos: list[pathlib.Path], encoder: pathli
             changed = [CHANGES[name](PIL.Image.open(f"{place}/{each}").convert("RGB")) for each in names_of]
             contents = [image if isinstance(image, bytes) else jpeg(image) for image in changed]
             queries = np.stack([decode(content, hasher.side) for content in contents])
-            hits = collection.nearest(hasher.encode(queries, progress=False), 500)
+            blocks = np.split(queries, range(100, len(queries), 100))
+            codes, quantized = hasher.encode_with_features(blocks, size=100)
+            hits = collection.nearest(codes, 500)
             begun = time.perf_counter()
-            ranked = collection.reranked_by_features(hasher.features(queries[:1]), hits[:1])
-            milliseconds = 1000 * (time.perf_counter() - begun)
-            ranked = collection.reranked_by_features(hasher.features(queries, progress=False), hits)
+            for number in range(TIMED):
+                collection.reranked_by_features(quantized[number : number + 1], hits[number : number + 1])
+            milliseconds = 1000 * (time.perf_counter() - begun) / TIMED
+            ranked = collection.reranked_by_features(quantized, hits)
             cosine = np.argsort(-exact_features(hasher, queries) @ features.T, axis=1, kind="stable")
-            orders = [[[hit.number for hit in some] for some in each] for each in (hits, ranked)] + [cosine.tolist()]
+            # As the search orders them: those of one distance by features, too.
+            plain = [sorted(some, key=lambda hit: hit.distance) for some in ranked]
+            orders = [[[hit.number for hit in some] for some in each] for each in (plain, ranked)] + [cosine.tolist()]
             shares = [
                 f"{100 * np.mean([number in order[:k] for number, order in enumerate(each)]):.1f}"
                 for each in orders
                 for k in (1, 10)
             ]
-            rows.append([name, *shares, f"{milliseconds:.0f}"])
+            rows.append([name, *shares, f"{milliseconds:.1f}"])
             print(" | ".join(rows[-1]), flush=True)
     finally:
         shutil.rmtree(place)
-    ways = [f"{way} @{k}" for way in ("codes", "re-ranked", "cosine") for k in (1, 10)]
-    measuring.print_table(["change", *ways, "ms a query"], rows)
+    ways = [f"{way} @{k}" for way in ("by distance", "re-ranked", "cosine") for k in (1, 10)]
+    measuring.print_table(["change", *ways, "ms to rank"], rows)
+    print(f"bytes a photo: {codes.shape[1]} of its code, {quantized.shape[1]} of its features")
 
 
 def exact_features(hasher: cib.Hasher, squares: np.ndarray) -> np.ndarray:
@@ -234,8 +258,8 @@ def measure_false(folder: pathlib.Path, encoder: pathlib.Path) -> None:
     """Prints, for each kind of different pictures, the groups among them, and how many are found again."""
     rows = []
     for kind in sorted(path for path in folder.iterdir() if path.is_dir()):
-        alone, *_ = groups(kind, encoder)
         with tempfile.TemporaryDirectory() as place:
+            alone, *_ = groups(f"{place}/index of originals", kind, encoder)
             pictures = sorted(kind.iterdir())
             for number, path in enumerate(pictures):
                 image = PIL.Image.open(path)
@@ -244,7 +268,7 @@ def measure_false(folder: pathlib.Path, encoder: pathlib.Path) -> None:
                 flat.save(f"{place}/{number:05}.png")
                 pathlib.Path(place, f"{number:05}_jpeg.jpg").write_bytes(jpeg(flat))
                 pathlib.Path(place, f"{number:05}_half.jpg").write_bytes(jpeg(resize(0.5)(flat), 85))
-            found, *_ = groups(pathlib.Path(place), encoder)
+            found, *_ = groups(f"{place}/index", place, encoder)
         owners = [{path[:5] for path in group} for group in found]
         whole = sum(len(set(group)) == 3 and len(owner) == 1 for group, owner in zip(found, owners, strict=True))
         false = sum(len(owner) - 1 for owner in owners)
@@ -279,7 +303,7 @@ def main() -> None:
         elif flags.search:
             measure_search(flags.changes, photos, encoder)
         elif flags.changes:
-            measure_changes(flags.changes, photos, encoder)
+            measure_changes(flags.changes, photos, encoder, place)
         if flags.false:
             measure_false(flags.false, encoder)
 

@@ -33,8 +33,8 @@ FORMATS = ("table", "json", "csv")
 PAGE = 500  # photos that are read at a time
 BY_CODE = 8  # candidates of each photo by code
 BY_BOTH = 8  # by code and hash together
-TURNED = 2  # by the hash in each other orientation
-TURNED_BITS = 12  # bits, of 64, in which the hash of a turned copy may differ
+BY_HASH = 2  # by the hash in each orientation
+HASH_BITS = 12  # bits, of 64, in which the hash of a copy may differ
 KEPT_BYTES = 1 << 30  # thumbnails that are kept in memory
 KEPT_PICTURES = 4_000  # decoded thumbnails and their features, half a megabyte each
 
@@ -302,8 +302,9 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
 def _candidates(items: _Items, hashes: UInt8[np.ndarray, "photos orientations 8"]) -> Int64[np.ndarray, "pairs 2"]:
     """Returns pairs of photos that may be copies, each once, by the first photo's number.
 
-    A crop has a near code, but a far hash; among hundreds of scanned pages with one code, the hash finds the copy; a
-    copy turned by quarters or mirrored has the hash of another orientation.
+    A crop has a near code, but a far hash; among hundreds of scanned pages with one code, the hash finds the copy, and
+    so it does for a picture with writing across it; a copy turned by quarters or mirrored has the hash of another
+    orientation.
     """
     plain = np.ascontiguousarray(hashes[:, 0])
     both = np.concatenate([items.codes, plain], axis=1)
@@ -311,7 +312,7 @@ def _candidates(items: _Items, hashes: UInt8[np.ndarray, "photos orientations 8"
         (items.codes, items.codes, BY_CODE, items.collection.bits // 4),
         (both, both, BY_BOTH, 8 * both.shape[1]),
     ]
-    searches += [(plain, np.ascontiguousarray(hashes[:, turn]), TURNED, TURNED_BITS) for turn in range(1, ORIENTATIONS)]
+    searches += [(plain, np.ascontiguousarray(hashes[:, turn]), BY_HASH, HASH_BITS) for turn in range(ORIENTATIONS)]
     database = slice(0, items.indexed)
     # With a reference, its photos alone are queries, so that no two photos of the index are compared.
     queries = np.arange(items.indexed if items.reference else 0, len(items))

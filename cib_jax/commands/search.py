@@ -26,7 +26,7 @@ from cib_jax.retrieval.index import EXACT, KINDS, Index, parse_kind
 from cib_jax.storage.collection import Collection, Hit, Photo
 
 K = 20  # photos that are returned for each query by default
-CANDIDATES = 500  # hits that `rerank` reorders, at least
+CANDIDATES = 500  # hits that are ordered by features: all, at least, by `rerank`; those of one distance without it
 SAMPLE = 200  # codes of the index on which the recall of an approximate search is measured
 FORMATS = ("table", "json")
 ROWS, COLUMNS = 25, 20  # size of a contact sheet, at most
@@ -58,6 +58,8 @@ def search(
 ) -> list[Result]:
     """Prints and returns the photos of an index that are nearest to the given ones.
 
+    Photos at one distance are ordered by the cosine of the network's features, so that a copy of the query comes first.
+
     Args:
       index: Folder or other address of the index, or the opened collection.
       query: Photo, or folder of photos.
@@ -65,8 +67,8 @@ def search(
       radius: Maximum distance in bits.
       kind: "exact", or an approximate kind of `Index.of` with its settings, such as "ivf nprobe=64"; its recall is
         measured and printed.
-      rerank: Whether to reorder the first hits by the cosine of the network's features, which the index keeps as bytes;
-        in an index of an earlier version, by the query's logits (`Index.rerank`).
+      rerank: Whether to order the first hits by that cosine alone; in an index of an earlier version, which has no
+        features, by the query's logits (`Index.rerank`).
       folder, after, before: Folder and dates of the photos that are searched, as in `Collection.filtered`.
       format: "table", or "json" for one line per query.
       show: PNG file for a contact sheet.
@@ -107,16 +109,26 @@ def search(
     queries = read_photos(find_photos(str(query), collection, "--query"), output, "--query")
     while batch := list(itertools.islice(queries, collection.hasher.batch_size)):
         squares = np.stack([decoded.square for _, decoded in batch])
-        codes = collection.encode(squares)
+        if collection.has_features:
+            # Of the first batch's size: a smaller one is the only one.
+            size = collection.hasher.batch_size if results else 0
+            codes, features = collection.hasher.encode_with_features([squares], size=size)
+        else:
+            codes, features = collection.encode(squares), None
         if radius is not None:
             all_hits = collection.within(codes, radius)
         else:
-            all_hits = collection.nearest(codes, max(k, CANDIDATES) if rerank else k)
-        if rerank:
-            if collection.has_features:
-                all_hits = collection.reranked_by_features(collection.hasher.features(squares), all_hits)
-            else:
-                all_hits = collection.reranked(collection.hasher.logits(squares), all_hits)
+            all_hits = collection.nearest(codes, max(k, CANDIDATES))
+        if features is None and rerank:
+            all_hits = collection.reranked(collection.hasher.logits(squares), all_hits)
+        elif features is not None and rerank:
+            all_hits = collection.reranked_by_features(features, all_hits)
+        elif features is not None:
+            firsts = collection.reranked_by_features(features, [hits[:CANDIDATES] for hits in all_hits])
+            all_hits = [
+                sorted(first, key=lambda hit: hit.distance) + hits[CANDIDATES:]
+                for first, hits in zip(firsts, all_hits, strict=True)
+            ]
         for (path, decoded), code, candidates in zip(batch, codes, all_hits, strict=True):
             hits = candidates[:k]
             photos = collection.photos([hit.number for hit in hits], thumbnails=False)

@@ -22,8 +22,8 @@ ORIENTATIONS = 8
 _COARSE, _FINE, _FINEST = 96, 384, 480
 _FEATURES, _FEATURE_SIDE = 300, 240  # local features of a picture, and its longer side when they are computed
 _LEAST_FEATURES = 8
-_FEW_CORNERS = 0.2
-_LEAST_OVERLAP = 0.35  # share of either picture that the other must show
+_FEW_CORNERS, _PAGE = 0.1, 0.92  # corners of pictures with little to see, share of the color of a page
+_LEAST_OVERLAP = 0.5  # share of either picture that the other must show
 
 
 def _cv2() -> Any:
@@ -138,7 +138,7 @@ class Agreement(NamedTuple):
     disagreement: float
     """Share of contrast in places that do not correlate."""
     fine: float
-    """Correlation of details in places where both pictures have some."""
+    """Correlation of details in places where both pictures have some; 0 if there are none."""
     colors: float
     """Difference of colors, in levels of 255, after the best change of brightness, contrast and saturation."""
     residue: float
@@ -146,9 +146,16 @@ class Agreement(NamedTuple):
     shift: float
     """The same without any such change, or after changing all colors to gray."""
     corners: float
-    """Share of the area with contrast in two directions: small for skies, horizons and short notes on white."""
+    """Share of the area with contrast in two directions: small for skies and horizons."""
+    flat: float
+    """Share of the area that has one color, in the picture where it is smaller: large for short notes on white."""
     changed: float
-    """Share of places with the finest details in either picture where the two differ; 0 if there are many corners."""
+    """Share of places with the finest details in either picture where the two differ; 0 if there is much to see."""
+
+    @property
+    def little_to_see(self) -> bool:
+        """Whether other pictures may share most of what is seen."""
+        return self.corners < _FEW_CORNERS or self.flat > _PAGE
 
 
 def agree(one: Image, other: Image, mapped: Map) -> bool:
@@ -156,15 +163,16 @@ def agree(one: Image, other: Image, mapped: Map) -> bool:
     found = measure(one, other, mapped)
     if found is None or found.overlap < _LEAST_OVERLAP:
         return False
-    if found.corners < _FEW_CORNERS:
-        # There is little to see, most of which other pictures may share: not even a few letters may differ.
+    if found.little_to_see:  # not even a few letters may differ
         return found.shift <= (8 if found.fine > 0 else 3) and found.changed <= 0.015
-    if found.coarse < 0.8 or found.colors > 20:
+    if found.coarse < 0.78 or found.colors > 20:
         return False
+    if found.fine == 0:  # blurred shapes alone
+        return found.coarse >= 0.95 and found.residue <= 0.05
     if found.coarse >= 0.88 and found.disagreement <= 0.07:
         return found.fine >= 0.8
     # Letters, a stamp or clipped highlights: beside them, all details agree, or nearly all colors to the level.
-    return found.fine >= (0.92 if found.coarse >= 0.88 else 0.95) or (found.fine >= 0.85 and found.residue <= 0.03)
+    return found.fine >= 0.92 or (found.fine >= 0.8 and found.residue <= 0.05)
 
 
 def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
@@ -174,6 +182,7 @@ def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
     areas = one.shape[0] * one.shape[1] * zoom**2, other.shape[0] * other.shape[1]
     left, right, inside = _resample(one, other, mapped, _COARSE)
     overlap = float(inside.mean()) * areas[1] / min(areas)
+    inside = _without_margin(inside)
     seen = _shrink(inside, 9)
     if seen.sum() < 100:
         return None
@@ -185,25 +194,31 @@ def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
     disagreement = float((weight * (correlation < 0.5)).sum()) / total
     corners = float((_least_contrast(grays[1]) > 1)[seen].mean())
     colors, residue, shift = _color_differences(left, right, inside)
+    flat = min(_flat(each[inside]) for each in (left, right))
 
     # No finer than the pixels that both have.
     finest = int(np.clip(max(other.shape) / max(zoom, 1), _COARSE, _FINEST))
     left, right, inside = _resample(one, other, mapped, min(finest, _FINE))
-    seen = _shrink(inside, 15)
+    seen = _shrink(_without_margin(inside), 15)
     first, second, correlation = _local(_details(left, 1.0, 4.0), _details(right, 1.0, 4.0), 15, 1.0)
     weight = np.clip(np.sqrt(np.minimum(first, second)) - 2, 0, 15) * seen
     fine = float((weight * np.maximum(correlation, 0)).sum()) / max(float(weight.sum()), 1e-6)
 
-    changed = 0.0
-    if corners < _FEW_CORNERS:
+    found = Agreement(overlap, coarse, disagreement, fine, colors, residue, shift, corners, flat, changed=0.0)
+    if found.little_to_see:
         left, right, inside = _resample(one, other, mapped, finest)
         first, second, correlation = _local(_details(left, 0.5, 1.5), _details(right, 0.5, 1.5), 9, 1.0)
         larger = np.maximum(first, second)
-        detailed = (larger > 16) & _shrink(inside, 9)
+        detailed = (larger > 16) & _shrink(_without_margin(inside), 9)
         if detailed.any():
             same = correlation * np.sqrt(np.minimum(first, second) / np.maximum(larger, 1e-6))
-            changed = float((same < 0.5)[detailed].mean())
-    return Agreement(overlap, coarse, disagreement, fine, colors, residue, shift, corners, changed)
+            return found._replace(changed=float((same < 0.5)[detailed].mean()))
+    return found
+
+
+def _flat(pixels: UInt8[np.ndarray, "pixels 3"]) -> float:
+    """Returns the share of pixels near to the median color, which is the most frequent one if it is that of half."""
+    return float((np.abs(pixels - np.median(pixels, axis=0)).max(axis=1) <= 6).mean())
 
 
 def _stretch(one: Image, other: Image) -> Map:
@@ -233,6 +248,13 @@ def _resample(one: Image, other: Image, mapped: Map, side: int) -> tuple[Image, 
 
 def _scaling(across: float, down: float) -> Float64[np.ndarray, "3 3"]:
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1.0]])
+
+
+def _without_margin(mask: Mask) -> Mask:
+    """Returns the mask less 2% on each side, where a border is compared if an alignment is a little off."""
+    window = np.ones([2 * round(0.02 * side) + 1 for side in mask.shape], np.uint8)
+    cv2 = _cv2()
+    return cv2.erode(mask.astype(np.uint8), window, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(bool)
 
 
 def _shrink(mask: Mask, window: int) -> Mask:

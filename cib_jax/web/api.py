@@ -294,20 +294,23 @@ def _search(
 ) -> dict[str, Any]:
     # A search by radius is one for the k nearest, cut off: on its own, it could return the whole collection.
     hits = collection.nearest(code[None], min(k, len(collection)))[0] if len(collection) else []
-    hits = [hit for hit in hits if radius is None or hit.distance <= radius]
-    photos = collection.photos([hit.number for hit in hits], thumbnails=False) if hits else []
+    near = {hit.number: int(hit.distance) for hit in hits if radius is None or hit.distance <= radius}
+    if id is not None:  # the photo itself comes before others with its code
+        near = {_number(collection, id): 0} | near
+    numbers = list(near)[:k]
+    photos = collection.photos(numbers, thumbnails=False) if numbers else []
     return {
         "query": {"id": id, "code": code.tobytes().hex()},
         "bits": collection.bits,
         "results": [
             {
                 **_metadata(photo),
-                "distance": int(hit.distance),
-                "code": collection.codes[hit.number].tobytes().hex(),
+                "distance": near[number],
+                "code": collection.codes[number].tobytes().hex(),
                 "thumbnail": f"/thumbnail/{photo.id}",
                 "image": f"/image/{photo.id}",
             }
-            for hit, photo in zip(hits, photos, strict=True)
+            for number, photo in zip(numbers, photos, strict=True)
         ],
     }
 

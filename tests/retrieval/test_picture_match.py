@@ -65,6 +65,12 @@ def stamped(image):
     return image
 
 
+def marked(image):
+    layer = PIL.Image.new("RGBA", image.size)
+    PIL.ImageDraw.Draw(layer).text((40, 120), "SAMPLE PHOTO", fill=(255, 255, 255, 110), font_size=45)
+    return PIL.Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
 def captioned(image):
     framed = PIL.ImageOps.expand(image, (0, 0, 0, 40), "white")
     PIL.ImageDraw.Draw(framed).text((10, 305), "On a Monday", fill="black", font_size=26)
@@ -84,6 +90,7 @@ CHANGES = {
     "blurred": lambda image: image.filter(PIL.ImageFilter.GaussianBlur(2)),
     "gray": lambda image: image.convert("L").convert("RGB"),
     "stamped": stamped,
+    "marked": marked,
     "captioned": captioned,
     "cropped": lambda image: image.crop((40, 30, 360, 270)),
     "corner": lambda image: image.crop((0, 0, 300, 240)),
@@ -101,6 +108,25 @@ def test_a_changed_copy_is_one_and_another_picture_is_not(change):
         original, copy = picture(scene(seed)), picture(jpeg(CHANGES[change](scene(seed)), 90))
         assert is_copy(original, copy) and is_copy(copy, original), seed
         assert not is_copy(picture(scene(seed + 100)), copy)
+
+
+def test_a_brighter_copy_of_a_small_thing_against_the_sky_is_one():
+    def against_the_sky(seed):
+        sky = PIL.Image.linear_gradient("L").resize((400, 300)).point(lambda level: 60 + level // 3).convert("RGB")
+        sky.paste(scene(seed, 90, 70), (150, 170))
+        return sky
+
+    brighter = picture(jpeg(PIL.ImageEnhance.Brightness(against_the_sky(0)).enhance(1.3)))
+    assert is_copy(picture(against_the_sky(0)), brighter)
+    assert not is_copy(picture(against_the_sky(1)), brighter)
+
+
+def test_two_photos_that_share_a_corner_are_not_copies():
+    """The quarter of each that the other shows agrees to the level."""
+    whole = scene(0, 600, 450)
+    one, other = whole.crop((0, 0, 400, 300)), whole.crop((200, 150, 600, 450))
+    assert picture_match.align(picture(one), picture(other)) is not None
+    assert not is_copy(picture(one), picture(other))
 
 
 @pytest.mark.parametrize("make", [numbered, icon, horizon])

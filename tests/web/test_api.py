@@ -49,6 +49,15 @@ def test_search_by_id_and_by_code(served):
         }  # fmt: skip
 
 
+def test_a_photo_comes_before_others_with_its_code(tmp_path, running):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(PHOTO)
+    with running(fake.FakeCollection(tmp_path)) as served:
+        for photo in served.collection.indexed:
+            results = served.json(f"/search?id={photo.id}&k=2")[1]["results"]
+            assert len(results) == 2 and results[0]["id"] == photo.id
+
+
 def test_paths_that_are_not_utf_8_come_back_to_the_byte(tmp_path, running):
     names = [b"caf\xe9.png", "café.png".encode(), b"caf\\udce9.png"]
     for number, name in enumerate(names):
