@@ -1,7 +1,6 @@
 """The input pipeline: feeds of images or features to training steps, and the view bank of a frozen backbone."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,10 +69,8 @@ def build_view_bank(
     View k of image i depends on the key, k and i alone, not on the batch size. Of several processes, each computes its
     share of the batches, calls `on_images` with the number of views of each, and gets all features.
     """
-    axis, mine = sharding.axis_of(images.mesh), multihost.share_of_batches(images.count, images.batch_size)
-    compute = jax.jit(
-        sharding.shard_rows(functools.partial(_view_features, encoder=encoder, family=family, axis=axis), images.mesh)
-    )
+    mine = multihost.share_of_batches(images.count, images.batch_size)
+    compute = view_features(encoder, family, images.mesh)
     frozen = sharding.replicate(frozen, images.mesh)
 
     bank = np.empty((views, images.count, encoder.backbone.features), STORED)
@@ -109,21 +106,20 @@ def build_view_bank(
     return jnp.asarray(bank)
 
 
-def _view_features(
-    frozen: Params,
-    images: UInt8[Array, "batch height width 3"],
-    first: Int[Array, ""],
-    key: PRNGKeyArray,
-    *,
-    encoder: Encoder,
-    family: str,
-    axis: Axis,
-) -> Float16[Array, "batch features"]:
-    rows = images.shape[0]
-    # One key per image, by its index in the whole set.
-    indices = first + sharding.first_row(rows, axis) + jnp.arange(rows)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
-    return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
+def view_features(encoder: Encoder, family: str, mesh: Mesh | None) -> Callable[..., Array]:
+    """Returns the compiled program (frozen, images, index of the first, key of a view) → features of that view."""
+    axis = sharding.axis_of(mesh)
+
+    def features(
+        frozen: Params, images: UInt8[Array, "batch height width 3"], first: Int[Array, ""], key: PRNGKeyArray
+    ) -> Float16[Array, "batch features"]:
+        rows = images.shape[0]
+        # One key per image, by its index in the whole set.
+        indices = first + sharding.first_row(rows, axis) + jnp.arange(rows)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+        return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
+
+    return jax.jit(sharding.shard_rows(features, mesh))
 
 
 def draw_pairs(
@@ -142,6 +138,12 @@ def draw_pairs(
 # shape, so the step is compiled a second time for it.
 
 
+Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]
+"""Function (state, arrays that stay on the device, batch, key of the step) → (state, terms)."""
+Program = Callable[[TrainState, Any, Any, Array, PRNGKeyArray], tuple[TrainState, StepTerms]]
+"""Function (state, arrays that stay on the device, chunk, number of its first step, root key) → (state, terms)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchOrder:
     """Which images make each batch, what else is known of them, and which devices share it (None: one)."""
@@ -157,7 +159,13 @@ class BatchOrder:
 
 def from_bank(bank: Float[Array, "views images features"], method: Method, order: BatchOrder) -> Feed:
     """Returns a feed of features of two different views of each image; an epoch is one program, or a few."""
-    axis = sharding.axis_of(order.mesh)
+    chunks = _chunks_of_indices(order, bank.shape[1], SCAN_STEPS)
+    return _feed(bank_steps(method, order.mesh), (bank, order.coordinates), chunks, order.mesh)
+
+
+def bank_steps(method: Method, mesh: Mesh | None) -> Program:
+    """Returns the compiled steps on a view bank: they keep (bank, coordinates or None), and take indices of images."""
+    axis = sharding.axis_of(mesh)
 
     def step(
         state: TrainState, held: tuple[Array, Array | None], indices: Array, key: PRNGKeyArray
@@ -166,8 +174,7 @@ def from_bank(bank: Float[Array, "views images features"], method: Method, order
         pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
         return update(state, {}, Batch(pairs, _rows(coordinates, indices)), key, method, axis)
 
-    chunks = _chunks_of_indices(order, bank.shape[1], SCAN_STEPS)
-    return Feed(_compile(_scan_steps(step), (bank, order.coordinates), order.mesh), chunks)
+    return _compile(_scan_steps(step), mesh)
 
 
 def from_device(
@@ -180,7 +187,14 @@ def from_device(
 
     A step on images is one program. Steps on features take so little time that many of them are one program.
     """
-    axis = sharding.axis_of(order.mesh)
+    longest = SCAN_STEPS if method.encoder.backbone.takes == "features" else 1
+    chunks = _chunks_of_indices(order, len(images), longest)
+    return _feed(device_steps(method, order.mesh), (frozen, images, order.coordinates), chunks, order.mesh)
+
+
+def device_steps(method: Method, mesh: Mesh | None) -> Program:
+    """Returns the compiled steps on the device's images: they keep (frozen, images, coordinates), and take indices."""
+    axis = sharding.axis_of(mesh)
 
     def step(
         state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray
@@ -188,10 +202,7 @@ def from_device(
         frozen, images, coordinates = held
         return update(state, frozen, Batch(images[indices], _rows(coordinates, indices)), key, method, axis)
 
-    on_features = method.encoder.backbone.takes == "features"
-    program, longest = (_scan_steps, SCAN_STEPS) if on_features else (_single_step, 1)
-    chunks = _chunks_of_indices(order, len(images), longest)
-    return Feed(_compile(program(step), (frozen, images, order.coordinates), order.mesh), chunks)
+    return _compile((_scan_steps if method.encoder.backbone.takes == "features" else _single_step)(step), mesh)
 
 
 def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrder, *, stored_size: int = 0) -> Feed:
@@ -199,10 +210,6 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
 
     With a `stored_size`, the host resizes them to that side in pixels.
     """
-    axis = sharding.axis_of(order.mesh)
-
-    def step(state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
-        return update(state, frozen, batch, key, method, axis)
 
     def chunks(epoch: int, first: int = 0) -> Iterable[Any]:
         for batches in _batches(order, epoch, len(images), first):
@@ -216,7 +223,17 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
                 # Arrays of NumPy here, which become rows of arrays on all devices.
                 yield sharding.global_batch(Batch(part, known), rows, order.mesh, size)  # type: ignore[arg-type]
 
-    return Feed(_compile(_single_step(step), frozen, order.mesh), chunks)
+    return _feed(stream_steps(method, order.mesh), frozen, chunks, order.mesh)
+
+
+def stream_steps(method: Method, mesh: Mesh | None) -> Program:
+    """Returns the compiled step on images from the host: it keeps the frozen parameters, and takes a `Batch`."""
+    axis = sharding.axis_of(mesh)
+
+    def step(state: TrainState, frozen: Params, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
+        return update(state, frozen, batch, key, method, axis)
+
+    return _compile(_single_step(step), mesh)
 
 
 def _rows(coordinates: Any, indices: Array | np.ndarray) -> Any:
@@ -241,12 +258,6 @@ def _batches(order: BatchOrder, epoch: int, count: int, first: int) -> list[Int[
     if order.partial_batch and len(rest):
         parts.append(rest[None][max(0, first - steps) :])
     return parts
-
-
-Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]
-"""Function (state, arrays that stay on the device, batch, key of the step) → (state, terms)."""
-Program = Callable[[TrainState, Any, Any, Array, PRNGKeyArray], tuple[TrainState, StepTerms]]
-"""Function (state, arrays that stay on the device, chunk, number of its first step, root key) → (state, terms)."""
 
 
 def _scan_steps(step: Step) -> Program:
@@ -279,10 +290,12 @@ def _with_parameter_norm(terms: StepTerms, state: TrainState) -> StepTerms:
     return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 
-def _compile(program: Program, held: Any, mesh: Mesh | None) -> Callable[..., tuple[TrainState, StepTerms]]:
+def _compile(program: Program, mesh: Mesh | None) -> Program:
+    return jax.jit(program if mesh is None else sharding.shard_steps(program, mesh), donate_argnums=0)
+
+
+def _feed(program: Program, held: Any, chunks: Callable[[int, int], Iterable[Any]], mesh: Mesh | None) -> Feed:
     # `held` is an argument of the compiled program, not a constant inside it: a constant bank of gigabytes would be
     # copied into the executable.
-    if mesh is not None:
-        program, held = sharding.shard_steps(program, mesh), sharding.replicate(held, mesh)
-    compiled = jax.jit(program, donate_argnums=0)
-    return lambda state, chunk, first, key: compiled(state, held, chunk, first, key)
+    held = sharding.replicate(held, mesh)
+    return Feed(lambda state, chunk, first, key: program(state, held, chunk, first, key), chunks)
