@@ -189,18 +189,26 @@ def from_device(
     """
     longest = SCAN_STEPS if method.encoder.backbone.takes == "features" else 1
     chunks = _chunks_of_indices(order, len(images), longest)
-    return _feed(device_steps(method, order.mesh), (frozen, images, order.coordinates), chunks, order.mesh)
+    program = device_steps(method, order.mesh, images.shape[1:])
+    if jax.default_backend() == "tpu":
+        # A TPU pads the width of images to 128 pixels, and would rearrange all of them at every step to look some up.
+        images = images.reshape(len(images), -1)
+    return _feed(program, (frozen, images, order.coordinates), chunks, order.mesh)
 
 
-def device_steps(method: Method, mesh: Mesh | None) -> Program:
-    """Returns the compiled steps on the device's images: they keep (frozen, images, coordinates), and take indices."""
+def device_steps(method: Method, mesh: Mesh | None, shape: tuple[int, ...]) -> Program:
+    """Returns the compiled steps on images of one `shape`, or features, that stay on the device.
+
+    They keep (frozen, images, each of them flat or not, coordinates or None), and take indices of images.
+    """
     axis = sharding.axis_of(mesh)
 
     def step(
         state: TrainState, held: tuple[Params, Array, Array | None], indices: Array, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         frozen, images, coordinates = held
-        return update(state, frozen, Batch(images[indices], _rows(coordinates, indices)), key, method, axis)
+        batch = Batch(images[indices].reshape(-1, *shape), _rows(coordinates, indices))
+        return update(state, frozen, batch, key, method, axis)
 
     return _compile((_scan_steps if method.encoder.backbone.takes == "features" else _single_step)(step), mesh)
 
