@@ -9,6 +9,7 @@ Nothing is run: `benchmarks.accelerator` does that, on a machine with an acceler
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -41,9 +42,6 @@ IMAGES = 5_000
 FEATURES = 1280
 """Numbers of a feature vector, those of EfficientNet-Lite0."""
 
-STEPS = 8
-"""Steps of a program that takes features."""
-
 CODES = 1_000_000
 """Codes that are searched."""
 
@@ -64,7 +62,12 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 200e9),  # https://docs.cloud.google.com/tpu/docs/v5e
     "v6e": Chip(918e12, 32e9, 1638e9, 400e9),  # https://docs.cloud.google.com/tpu/docs/v6e
+    "h100": Chip(989.4e12, 80e9, 3350e9, 450e9),  # SXM: https://glennklockwood.com/garden/processors/h100
+    "h200": Chip(
+        989.4e12, 141e9, 4800e9, 450e9
+    ),  # the same with more memory: https://www.nvidia.com/en-us/data-center/h200
 }
+TPUS = ("v5e", "v6e")
 SLICES = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
 """Chips of a slice, and its shape; one chip is taken from the smallest."""
 
@@ -141,27 +144,34 @@ def training(
     px: int = 0,
     side: int = 32,
     feed: str = "device",
+    steps: int = 1,
     dtype: str = "bfloat16",
     fine_tune: cib.FineTune | None = None,
     **fields: Any,
 ) -> Program:
-    """Returns training steps as a run takes them: on images of `side` pixels, on features, or on a view bank."""
+    """Returns training steps as a run takes them: on images of `side` pixels, on features, or on a view bank.
+
+    XLA counts a loop's body once: a program of several `steps`, which features allow, is for running it.
+    """
     encoder, params, frozen = network(place, backbone, px, dtype, fine_tune)
     method = Method(encoder, train_step.adam(1e-3), **fields)
     state = place.shaped(jax.eval_shape(lambda params: train_step.initial_state(params, method.optimizer), params))
-    steps = getattr(input_pipeline, f"{feed}_steps")(method, place.mesh)
-    many = STEPS if feed == "bank" or backbone == "none" else 1
-    chunk: Any = place.array(many, batch, dtype=jnp.int32, spec=sharding.ROWS_OF_STEPS)
+    shape = (4, FEATURES) if backbone == "none" else (side, side, 3)
+    kind = {"shape": shape} if feed == "device" else {}
+    function = getattr(input_pipeline, f"{feed}_steps")(method, place.mesh, **kind)
+    chunk: Any = place.array(steps, batch, dtype=jnp.int32, spec=sharding.ROWS_OF_STEPS)
     held: Any = frozen
     if feed == "bank":
         held = place.array(10, IMAGES, encoder.backbone.features, dtype=jnp.float16), None
     elif feed == "stream":
         chunk = Batch(place.array(1, batch, side, side, 3, dtype=jnp.uint8, spec=sharding.ROWS_OF_STEPS))
-    elif backbone == "none":
-        held = frozen, place.array(IMAGES, 4, FEATURES), None
     else:
-        held = frozen, place.array(IMAGES, side, side, 3, dtype=jnp.uint8), None
-    return Program(steps, (state, held, chunk, place.array(dtype=jnp.int32), place.key), many * batch)
+        held = (
+            frozen,
+            place.array(IMAGES, math.prod(shape), dtype=jnp.float32 if backbone == "none" else jnp.uint8),
+            None,
+        )
+    return Program(function, (state, held, chunk, place.array(dtype=jnp.int32), place.key), steps * batch)
 
 
 def views(place: Place, batch: int, *, px: int, side: int = 32) -> Program:
@@ -218,12 +228,13 @@ def contrast(place: Place, batch: int) -> Program:
 
 PAPER = functools.partial(training, backbone="vgg16", px=224, head_dropout=0.5)
 LAST_BLOCKS, LORA = cib.FineTune(blocks=3, learning_rate=1e-4), cib.FineTune(lora_rank=8, learning_rate=1e-4)
-PROGRAMS: dict[str, Callable[[Place, int], Program]] = {
+PROGRAMS: dict[str, Callable[..., Program]] = {
     "paper": PAPER,  # configs/cifar_vgg16.py
     "paper-float32": functools.partial(PAPER, dtype="float32"),
     "paper-stream": functools.partial(PAPER, feed="stream", side=256),
     "paper-views": functools.partial(views, px=224),
     "efficientnet": functools.partial(training, backbone="efficientnet_lite0", px=128),
+    "efficientnet-stream": functools.partial(training, backbone="efficientnet_lite0", px=128, feed="stream", side=160),
     "efficientnet-blocks": functools.partial(training, backbone="efficientnet_lite0", px=128, fine_tune=LAST_BLOCKS),
     "convnet": functools.partial(training, backbone="convnet", dtype="float32"),
     "vit": functools.partial(training, backbone="clip_vit_b16"),
@@ -334,8 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, found = [], json.loads(flags.json.read_text()) if flags.json and flags.json.exists() else {}
     for where in flags.chips:
         chip, _, count = where.partition("-")
-        if chip not in CHIPS or not count.isdigit() or int(count) not in SLICES:
-            parser.error(f"--chips must be {' or '.join(CHIPS)}, a hyphen and one of {[*SLICES]}, got {where}")
+        if chip not in TPUS or not count.isdigit() or int(count) not in SLICES:
+            parser.error(f"--chips must be {' or '.join(TPUS)}, a hyphen and one of {[*SLICES]}, got {where}")
         place = slice_of(chip, int(count))
         for name in flags.programs:
             program = PROGRAMS[name](place, flags.batch or batch_of(int(count)))
