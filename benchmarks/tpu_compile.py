@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,11 +58,13 @@ class Chip(NamedTuple):
     """Bytes per second from and to the memory."""
     links: float
     """Bytes per second that it sends to other chips, one way: half of the published sum of both ways."""
+    clock: float = math.nan
+    """Cycles per second; of TPUs, the peak over the products of their matrix units in a cycle."""
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),  # https://docs.cloud.google.com/tpu/docs/v5e
-    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),  # https://docs.cloud.google.com/tpu/docs/v6e
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9, 197e12 / (4 * 2 * 128**2)),  # https://docs.cloud.google.com/tpu/docs/v5e
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9, 918e12 / (2 * 2 * 256**2)),  # https://docs.cloud.google.com/tpu/docs/v6e
     "h100": Chip(989.4e12, 80e9, 3350e9, 450e9),  # SXM: https://glennklockwood.com/garden/processors/h100
     "h200": Chip(
         989.4e12, 141e9, 4800e9, 450e9
@@ -275,6 +278,8 @@ class Figures(NamedTuple):
     """Bytes read from memory and written."""
     sent: dict[str, int]
     """Bytes sent to other chips, by kind of collective, with ring algorithms."""
+    cycles: int = 0
+    """Sum of the cycles that a TPU's compiler estimates for each operation; it knows none for sorts and collectives."""
 
     def times(self, chip: Chip) -> dict[str, float]:
         """Returns the seconds that matrix units, memory and links need at least, each by itself."""
@@ -294,12 +299,13 @@ def compiled(program: Program, chips: int, platform: str = "tpu") -> tuple[Any, 
     begun = time.perf_counter()
     made = program.function.trace(*program.arguments).lower(lowering_platforms=(platform,)).compile()
     seconds = time.perf_counter() - begun
-    cost, memory, sent = made.cost_analysis(), made.memory_analysis(), {}
-    for one in collectives.read(made.as_text()):
+    cost, memory, text, sent = made.cost_analysis(), made.memory_analysis(), made.as_text(), {}
+    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+    for one in collectives.read(text):
         sent[one.kind] = sent.get(one.kind, 0) + one.sent * one.times
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = held + memory.temp_size_in_bytes
-    return made, Figures(program.images, chips, seconds, total, cost["flops"], cost["bytes accessed"], sent)
+    return made, Figures(program.images, chips, seconds, total, cost["flops"], cost["bytes accessed"], sent, cycles)
 
 
 def row(name: str, where: str, figures: Figures) -> list[str]:
@@ -320,11 +326,12 @@ def row(name: str, where: str, figures: Figures) -> list[str]:
         f"{times[bound] * 1e3:,.2f} ms ({bound})",
         f"{times['matrix'] / times[bound]:.0%}",
         f"{figures.rate(chip):,.0f}",
+        f"{figures.cycles / chip.clock * 1e3:,.2f} ms",
     ]
 
 
 HEADER = ["program", "chips", "images", "compiled in", "memory", "FLOPs", "bytes", "MB sent"]
-HEADER += ["shortest time", "matrix units busy", "images/s a chip"]
+HEADER += ["shortest time", "matrix units busy", "images/s a chip", "compiler's estimate"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -256,16 +255,6 @@ def max_pool_by_slices(x: Array, window: int = 2, pads: Pads = NO_PADS) -> Array
 def max_pool_plain(x: Array, window: int = 2, pads: Pads = NO_PADS) -> Array:
     """Returns the maximum under a window at stride 2, in XLA's own form."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), ((0, 0), *pads, (0, 0)))
-
-
-def paired_kernel(kernel: Float[Array, "3 3 inputs outputs"]) -> Float[Array, "3 3 2*inputs 2*outputs"]:
-    """Returns the kernel that convolves pairs of columns, [batch, h, w/2, 2 × inputs], as `kernel` does the columns."""
-    rows, columns, inputs, outputs = kernel.shape
-    # Column 2 (j + p) + a of the input is under tap 2 p + a − b + 1 of column 2 j + b of the output.
-    pair, a, b, tap = np.ogrid[-1:2, 0:2, 0:2, 0:columns]
-    place = jnp.asarray(2 * pair + a - b + 1 == tap, kernel.dtype)
-    taps = jnp.einsum("pabt,ytio->ypaibo", place, kernel, precision="highest")
-    return taps.reshape(rows, columns, 2 * inputs, 2 * outputs)
 
 
 # Winograd's convolution.

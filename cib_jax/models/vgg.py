@@ -18,6 +18,7 @@ FEATURES = 4096
 GRID = 7  # side of the map that fc6 takes
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; a pool after each
 PADDING = ((1, 1), (1, 1))
+LANES = 128  # channels of a TPU
 
 
 class Layer(Convolution):
@@ -45,40 +46,39 @@ class VGG16(nnx.Module):
         """Returns fc7 of normalized images, after its ReLU, in their dtype (the parameters must have the same)."""
         # The last stage's weights are larger than its maps. Chunks would read them from memory again and again, so this
         # stage takes the whole batch.
-        first, last = len(STAGES[0]), len(self.convolutions) - len(STAGES[-1])
-        layers = self.convolutions
-        x = conv.in_chunks(lambda x: conv.in_turn(layers[first:last], first_stage(layers[:first], x)), images)
-        x = adaptive_average_pool(conv.in_turn(layers[last:], x), GRID)
+        last = len(self.convolutions) - len(STAGES[-1])
+        x = conv.in_chunks(self._first_stages, images)
+        x = adaptive_average_pool(conv.in_turn(self.convolutions[last:], x), GRID)
         for layer in (self.fc6, self.fc7):
             kernel, bias = layer.arrays
             x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias[None])
         return x
 
+    def _first_stages(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch h2 w2 512"]:
+        last = len(self.convolutions) - len(STAGES[-1])
+        narrow = sum(layer.arrays[0].shape[2] < LANES for layer in self.convolutions[:last])
+        plain = functools.partial(conv.in_turn, self.convolutions[:narrow])
+        if len(x) % 2:
+            x = plain(x)
+        else:
+            by_pairs = functools.partial(in_pairs, self.convolutions[:narrow])
+            x = jax.lax.platform_dependent(x, tpu=by_pairs, default=plain)
+        return conv.in_turn(self.convolutions[narrow:last], x)
 
-def first_stage(layers: Sequence[Layer], x: Float[Array, "batch h w 3"]) -> Float[Array, "batch h//2 w//2 channels"]:
-    """Applies the layers of the first stage, in the form that is fastest on the platform of the program."""
-    plain = functools.partial(conv.in_turn, layers)
-    if x.shape[1] % 2 or x.shape[2] % 2:
-        return plain(x)
-    return jax.lax.platform_dependent(x, tpu=functools.partial(first_stage_by_pairs, layers), default=plain)
 
+def in_pairs(layers: Sequence[Layer], x: Float[Array, "batch h w inputs"]) -> Float[Array, "batch h2 w2 outputs"]:
+    """Applies layers to an even number of images, two of which are channels of one.
 
-def first_stage_by_pairs(
-    layers: Sequence[Layer], x: Float[Array, "batch h w 3"]
-) -> Float[Array, "batch h//2 w//2 channels"]:
-    """Applies the layers to images of even sides, with two neighboring columns of pixels as channels of one.
-
-    TPUs pad maps and products from 64 to 128 channels. Products with pairs of columns fill these, and take less time
-    although half of their factors are 0; the maps take half the memory.
+    TPUs pad channels to 128, in their memory and in products. Twice as many channels fill these, and take less time
+    although half of the factors of the products are 0.
     """
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width // 2, 2 * channels)
+    x = jnp.concatenate(jnp.split(x, 2), axis=-1)
     for layer in layers:
         kernel, bias = layer.arrays
-        x = conv.conv_plain(x, conv.paired_kernel(kernel), 1, PADDING)
+        x = conv.conv_plain(x, jnp.kron(jnp.eye(2, dtype=kernel.dtype), kernel), 1, PADDING)
         x = jax.nn.relu(x + jnp.concatenate((bias, bias)).reshape(1, 1, 1, -1))
-    x = jnp.maximum(*jnp.split(x, 2, axis=-1))
-    return jnp.max(x.reshape(batch, height // 2, 2, width // 2, -1), axis=2)
+        x = conv.max_pool_plain(x) if layer.pools else x
+    return jnp.concatenate(jnp.split(x, 2, axis=-1))
 
 
 def adaptive_average_pool(x: Float[Array, "batch h w channels"], size: int) -> Float[Array, "batch size size channels"]:

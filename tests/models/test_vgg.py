@@ -19,15 +19,13 @@ def test_fc7_matches_torchvision(golden):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_first_stage_by_pairs_of_columns_is_that_of_the_columns():
-    """Compares with the layers one after the other, of few channels; images have different sides."""
-    layers = [vgg.Layer(nnx.Rngs(0), 3, 4, False), vgg.Layer(nnx.Rngs(1), 4, 4, True)]
+def test_layers_on_pairs_of_images_are_those_on_single_ones():
+    """Compares with the layers one after the other, of few channels."""
+    layers = [vgg.Layer(nnx.Rngs(0), 3, 4, False), vgg.Layer(nnx.Rngs(1), 4, 5, True)]
     for layer in layers:
-        layer.bias[...] = jax.random.normal(jax.random.key(2), (4,))
-    images = jax.random.normal(jax.random.key(3), (2, 6, 10, 3))
-    np.testing.assert_allclose(
-        vgg.first_stage_by_pairs(layers, images), conv.in_turn(layers, images), rtol=1e-5, atol=1e-5
-    )
+        layer.bias[...] = jax.random.normal(jax.random.key(2), layer.bias.shape)
+    images = jax.random.normal(jax.random.key(3), (4, 6, 10, 3))
+    np.testing.assert_allclose(vgg.in_pairs(layers, images), conv.in_turn(layers, images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", backbone_inputs.POOL_SIZES)
