@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before JAX starts
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,6 @@ CHIPS = {
         989.4e12, 141e9, 4800e9, 450e9
     ),  # the same with more memory: https://www.nvidia.com/en-us/data-center/h200
 }
-TPUS = ("v5e", "v6e")
 SLICES = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
 """Chips of a slice, and its shape; one chip is taken from the smallest."""
 
@@ -101,11 +100,31 @@ class Place:
         return self.shaped(jax.eval_shape(lambda: jax.random.key(0)))
 
 
+H100 = """
+platform_name: "CUDA" device_description_str: "H100" dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072 l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_core: 233472
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+"""
+"""What XLA is to know of a GPU that is not there, in the form of its GpuTargetConfigProto."""
+
+
 def slice_of(chip: str, count: int) -> Place:
-    """Returns chips for which libtpu compiles, wherever they are."""
+    """Returns chips for which libtpu or JAX's plug-in for CUDA compiles, wherever they are."""
     from jax.experimental import topologies
 
-    return Place(tuple(topologies.get_topology_desc(f"{chip}:{SLICES[count]}", "tpu").devices[:count]))
+    if chip == "h100":
+        jax.devices()  # loads the plug-ins
+        shape = f"1x1x{count}"
+        found = topologies.get_topology_desc(shape, "cuda", topology=shape, target_config=H100).devices
+    else:
+        found = topologies.get_topology_desc(f"{chip}:{SLICES[count]}", "tpu").devices
+    return Place(tuple(found[:count]))
 
 
 class Program(NamedTuple):
@@ -299,7 +318,8 @@ def compiled(program: Program, chips: int, platform: str = "tpu") -> tuple[Any, 
     begun = time.perf_counter()
     made = program.function.trace(*program.arguments).lower(lowering_platforms=(platform,)).compile()
     seconds = time.perf_counter() - begun
-    cost, memory, text, sent = made.cost_analysis(), made.memory_analysis(), made.as_text(), {}
+    cost = made.cost_analysis() or {"flops": math.nan, "bytes accessed": math.nan}  # none for a GPU that is not there
+    memory, text, sent = made.memory_analysis(), made.as_text(), {}
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
     for one in collectives.read(text):
         sent[one.kind] = sent.get(one.kind, 0) + one.sent * one.times
@@ -352,12 +372,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, found = [], json.loads(flags.json.read_text()) if flags.json and flags.json.exists() else {}
     for where in flags.chips:
         chip, _, count = where.partition("-")
-        if chip not in TPUS or not count.isdigit() or int(count) not in SLICES:
-            parser.error(f"--chips must be {' or '.join(TPUS)}, a hyphen and one of {[*SLICES]}, got {where}")
+        if chip not in ("v5e", "v6e", "h100") or not count.isdigit() or int(count) not in SLICES:
+            parser.error(f"--chips must be v5e, v6e or h100, a hyphen and one of {[*SLICES]}, got {where}")
         place = slice_of(chip, int(count))
         for name in flags.programs:
             program = PROGRAMS[name](place, flags.batch or batch_of(int(count)))
-            made, figures = compiled(program, int(count))
+            made, figures = compiled(program, int(count), "cuda" if chip == "h100" else "tpu")
             rows.append(row(name, where, figures))
             found[f"{name} {where} {figures.images}"] = figures._asdict()
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
