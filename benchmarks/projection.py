@@ -1,10 +1,10 @@
 """Estimates for large machines and a billion images, from compiled programs and published figures.
 
-`python -m benchmarks.projection FILE` takes the figures of programs that were compiled for a TPU v5e-256:
-`python -m benchmarks.tpu_compile efficientnet-stream paper-stream encode-efficientnet encode-vgg16 --chips v5e-256
---batch 65536 --json FILE`. Nothing was run on such a machine. Of GPUs, FLOPs and bytes are those of the programs for
-TPUs. The decoding rate is the one measured in docs/performance.md. Not counted: that storage, decoding and
-communication may not overlap with computation.
+`python -m benchmarks.projection FILE` takes the figures of four programs that were compiled for TPUs by
+`python -m benchmarks.tpu_compile`: efficientnet-stream and paper-stream with `--chips v5e-256 --batch 65536 --json
+FILE`, encode-efficientnet and encode-vgg16, which chips run by themselves, with `--chips v5e-8 --json FILE`. Nothing
+was run on such a machine. Of GPUs, FLOPs and bytes are those of the programs for TPUs. The decoding rate is the one
+measured in docs/performance.md. Not counted: that storage, decoding and communication may not overlap with computation.
 """
 
 import json
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Estimates for {IMAGES:,} images, {BITS} bits, {BATCH:,} images per step\n")
     for machine in MACHINES:
         for network, (training, encoding, decoded) in NETWORKS.items():
-            names = f"{training} v5e-{COMPILED} {BATCH}", f"{encoding} v5e-{COMPILED} {100 * COMPILED}"
+            names = f"{training} v5e-{COMPILED} {BATCH}", f"{encoding} v5e-8 800"
             figures = [Figures(**found[name]) for name in names]
             print(f"{machine.name}, {network}\n")
             measuring.print_table(["estimate", "value", ""], epoch(machine, *figures, decoded))

@@ -219,7 +219,7 @@ def encoding(place: Place, batch: int, *, backbone: str, px: int, dtype: str = "
 
 
 def ranking(place: Place, batch: int, *, metrics: bool = False) -> Program:
-    """Returns the ranking of a block of queries, or the counts of which metrics are made, on one device."""
+    """Returns the ranking of a block of queries, or the counts of which metrics are made; each device has its own."""
     one, words = Place(place.devices[:1]), -(-BITS // 32)
     padded = hamming.padded_size(CODES)
 
@@ -231,7 +231,7 @@ def ranking(place: Place, batch: int, *, metrics: bool = False) -> Program:
 
     codes = (one.array(words, count, dtype=jnp.uint32) for count in (hamming.MAX_QUERIES, padded))
     relevance = one.array(hamming.MAX_QUERIES, padded, dtype=jnp.bool_)
-    return Program(jax.jit(block), (*codes, relevance), hamming.MAX_QUERIES)
+    return Program(jax.jit(block), (*codes, relevance), hamming.MAX_QUERIES * len(place.devices))
 
 
 def contrast(place: Place, batch: int) -> Program:
