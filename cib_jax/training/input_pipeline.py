@@ -140,7 +140,7 @@ def draw_pairs(
 
 Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]
 """Function (state, arrays that stay on the device, batch, key of the step) → (state, terms)."""
-Program = Callable[[TrainState, Any, Any, Array, PRNGKeyArray], tuple[TrainState, StepTerms]]
+Program = Callable[[TrainState, Any, Any, Array | int, PRNGKeyArray], tuple[TrainState, StepTerms]]
 """Function (state, arrays that stay on the device, chunk, number of its first step, root key) → (state, terms)."""
 
 
@@ -271,7 +271,7 @@ def _batches(order: BatchOrder, epoch: int, count: int, first: int) -> list[Int[
 def _scan_steps(step: Step) -> Program:
     """Returns a program of all steps of a chunk."""
 
-    def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
+    def program(state: TrainState, held: Any, chunk: Any, first: Array | int, key: PRNGKeyArray) -> Any:
         def one_step(state: TrainState, batch_and_number: tuple[Any, Array]) -> tuple[TrainState, dict[str, Array]]:
             batch, number = batch_and_number
             return step(state, held, batch, jax.random.fold_in(key, number))
@@ -285,7 +285,7 @@ def _scan_steps(step: Step) -> Program:
 def _single_step(step: Step) -> Program:
     """Returns a program of chunks of one step, without a loop."""
 
-    def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
+    def program(state: TrainState, held: Any, chunk: Any, first: Array | int, key: PRNGKeyArray) -> Any:
         batch = jax.tree.map(lambda array: array[0], chunk)
         state, terms = step(state, held, batch, jax.random.fold_in(key, first))
         return state, _with_parameter_norm({name: value[None] for name, value in terms.items()}, state)
