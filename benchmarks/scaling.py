@@ -2,8 +2,7 @@
 
 `python -m benchmarks.scaling` measures every point in a new process, since the number of devices is fixed when JAX
 starts. Simulated devices share this machine's cores, so that times show the overhead of parallelism, not its gain; the
-bytes hold for any machine. `--project` prints print estimates for large machines instead
-(`benchmarks.projection`).
+bytes hold for any machine.
 """
 
 import argparse
@@ -166,18 +165,12 @@ def communication(points: list[Point]) -> None:
 def main() -> None:
     """Reads the flags and prints the tables."""
     parser = argparse.ArgumentParser(description="Scaling with devices.", formatter_class=measuring.Formatter)
-    parser.add_argument("--project", action="store_true", help="print estimates for large machines instead")
     parser.add_argument("--only", choices=["times", "bytes"], help="measure one of the two")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="simulated devices")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.one:
         print(json.dumps(measure(Point(*json.loads(flags.one)))))
-        return
-    if flags.project:
-        from benchmarks import projection
-
-        projection.main([])
         return
     print(f"{measuring.machine('jax')}\n")
     many = flags.devices

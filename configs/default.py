@@ -16,7 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Network.
     c.backbone = "efficientnet_lite0"  # a network of docs/backbones.md; --config.backbone= lists them
     c.backbone_weights = ""  # a weight file (.safetensors, .pth); "" = the published ones of the backbone
-    c.backbone_dtype = "float32"  # float32 | bfloat16: number format of the backbone; the head is always float32
+    # float32 | bfloat16 | auto: number format of the backbone; the head is always float32. auto = bfloat16 for a frozen
+    # backbone on a device with units for it, else float32; a run keeps the one with which it began.
+    c.backbone_dtype = "auto"
     c.frozen = True  # True: only the hash head learns; False: the backbone learns, too
     c.image_size = 0  # side of the network's square input in pixels; 0 = the backbone's usual one
     c.hidden = 1024  # width of the hash head's hidden layer

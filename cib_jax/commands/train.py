@@ -20,11 +20,11 @@ from cib_jax.config import build, schema
 from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
-from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
+from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, WorkdirError
 from cib_jax.files import count
 from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
-from cib_jax.models.encoder import Params
+from cib_jax.models.encoder import AUTO, Params, default_dtype
 from cib_jax.retrieval import metrics
 from cib_jax.runs import context, features
 from cib_jax.runs.context import RunContext
@@ -92,6 +92,7 @@ def train(
         metric_writers.validate_writers(config.log.writers)
     console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))
+    config = _with_dtype(config, workdir)
     with claim_workdir(workdir):
         with multihost.shared_errors():
             find_owner(workdir, config)
@@ -121,6 +122,18 @@ def train(
         bank_seconds = _train(run)
         params, progress, _ = restore_best(workdir, run.initial, config)
         return evaluate.evaluate_run(run, params, progress, bank_seconds)
+
+
+def _with_dtype(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Returns the config with the dtype with which the run in `workdir` began, or begins now, in place of "auto"."""
+    if config.backbone_dtype != AUTO:
+        return config
+    dtype = default_dtype(config.frozen and config.backbone != "none")
+    with contextlib.suppress(OSError, WorkdirError, KeyError):
+        dtype = str(read_json(workdir / "config.json")["backbone_dtype"])
+    config = config.copy_and_resolve_references()
+    config.backbone_dtype = multihost.broadcast_text(dtype)
+    return config
 
 
 def _print_summary(run: RunContext) -> None:

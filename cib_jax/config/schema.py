@@ -21,7 +21,7 @@ from cib_jax.errors import ConfigError
 from cib_jax.files import did_you_mean
 from cib_jax.losses import OBJECTIVES
 from cib_jax.models import registry
-from cib_jax.models.encoder import DTYPES
+from cib_jax.models.encoder import AUTO, DTYPES
 from cib_jax.models.finetune import FineTune, validate_fine_tune
 from cib_jax.retrieval.code_quality import SCORES
 from cib_jax.training import metric_writers, train_step
@@ -72,7 +72,7 @@ RULES: dict[str, Rule] = {
     "bits": (lambda bits: 1 <= bits <= 4096, "must be from 1 to 4096; try 16, 32 or 64"),
     "k": _COUNT,
     "backbone": _name_in(registry.BACKBONES),
-    "backbone_dtype": _one_of(*DTYPES),
+    "backbone_dtype": _one_of(AUTO, *DTYPES),
     "image_size": _pixels_or_zero("the backbone's usual size"),
     "hidden": _at_least(1),
     "objective": _name_in(OBJECTIVES),

@@ -28,6 +28,8 @@ Params = dict[str, Any]
 blocks) or "lora" (their low-rank corrections). Frozen ones have the part "backbone": the rest of it."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+AUTO = "auto"
+"""In place of a dtype: bfloat16 for a frozen backbone on a device with units for it, float32 otherwise."""
 
 
 class HashHead(nnx.Module):
@@ -182,7 +184,7 @@ def create_encoder(
     hidden: int = 1024,
     backbone_params: Params | None = None,
     pretrained: bool = True,
-    backbone_dtype: str = "float32",
+    backbone_dtype: str = AUTO,
     standard: Standard | None = None,
     feature_noise: float = 0.0,
     feature_dropout: float = 0.0,
@@ -200,7 +202,8 @@ def create_encoder(
       hidden: Width of the hash head's hidden layer.
       backbone_params: Weights of the backbone: `cib_jax.load_pretrained(backbone)`.
       pretrained: Whether a backbone that has pretrained weights starts from these; False starts from random ones.
-      backbone_dtype: "float32", or "bfloat16" for less memory and, on accelerators, less time.
+      backbone_dtype: "float32", or "bfloat16" for less memory and, on accelerators, less time; "auto" takes bfloat16
+        for a frozen backbone on a device with units for it (TPUs, and NVIDIA's GPUs from Ampere on).
       standard: Mean and deviation of the features (`cib_jax.augment.features.standard`), for the backbone "none".
       feature_noise: Standard deviation of the noise in views of features.
       feature_dropout: Probability that a view of features lacks a feature.
@@ -233,8 +236,8 @@ def create_encoder(
     if size < chosen.smallest or size % chosen.multiple:
         allowed = f"at least {chosen.smallest} and a multiple of {chosen.multiple} for {backbone}"
         raise _error("image_size", f"must be {allowed}, got {size}")
-    if backbone_dtype not in DTYPES:
-        raise _error("backbone_dtype", f"must be one of {', '.join(DTYPES)}, got {backbone_dtype!r}")
+    if backbone_dtype not in (AUTO, *DTYPES):
+        raise _error("backbone_dtype", f"must be one of {', '.join((AUTO, *DTYPES))}, got {backbone_dtype!r}")
     if frozen and backbone_params is None and not has_pretrained and not on_features:
         raise _error("frozen", f"must be False for {backbone}, which starts from random weights, got True")
     if has_pretrained and pretrained and backbone_params is None:
@@ -245,6 +248,8 @@ def create_encoder(
         )
     if frozen is None:
         frozen = on_features or (has_pretrained and not fine_tune.asked)
+    if backbone_dtype == AUTO:
+        backbone_dtype = default_dtype(frozen and not on_features)
     if fine_tune != FineTune():
         finetune.validate_fine_tune(fine_tune, chosen, size, frozen=frozen, from_scratch=backbone_params is None)
     backbone_key, head_key, lora_key = (fold_by_name(key, part) for part in ("backbone", "head", "lora"))
@@ -272,6 +277,17 @@ def create_encoder(
         trained, unchanging = finetune.create_parts(lora_key, fine_tune, chosen, size, state)
     # Frozen parameters are cast here, once, so that no float32 copy of them is kept.
     return encoder, head_params | trained, _cast(unchanging, DTYPES[backbone_dtype])
+
+
+def default_dtype(frozen: bool, device: Any = None) -> str:
+    """Returns the dtype for which "auto" stands, by default on the first device.
+
+    Devices without units for bfloat16 convert it to float32 and back at every operation.
+    """
+    device = device or jax.devices()[0]
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "8" for 8.6; NVIDIA's GPUs only
+    has_units = device.platform == "tpu" or (generation.isdigit() and int(generation) >= 8)
+    return "bfloat16" if frozen and has_units else "float32"
 
 
 def _error(field: str, problem: str) -> ConfigError:

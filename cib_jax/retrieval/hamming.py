@@ -212,6 +212,11 @@ def histograms(
 def nearest_jax(distances: UInt[Array, "queries n"], k: int) -> Int32[Array, "queries k"]:
     """Returns the positions of each row's k smallest distances, ascending, ties in order of position."""
     positions = jnp.broadcast_to(jnp.arange(distances.shape[1], dtype=jnp.int32), distances.shape)
+    shift = (distances.shape[1] - 1).bit_length()
+    if 8 * distances.dtype.itemsize + shift <= 32:
+        # Distance and position in one number, no two of which are equal: a stable sort moves three arrays instead.
+        keys = distances.astype(jnp.uint32) << shift | positions.astype(jnp.uint32)
+        return (jax.lax.sort(keys, is_stable=False)[:, :k] & ((1 << shift) - 1)).astype(jnp.int32)
     return jax.lax.sort((distances, positions), num_keys=1, is_stable=True)[1][:, :k]
 
 
@@ -220,11 +225,11 @@ def histograms_jax(
     distances: UInt[Array, "queries n"], relevance: Bool[Array, "queries n"], radii: int
 ) -> Int32[Array, "queries 2 radii"]:
     """Returns the numbers of irrelevant and of relevant images at each distance 0..radii−1 from each query."""
-    # Padding, which is farther away than any code, gets a bin of its own, and that is cut off.
-    bins = jnp.where(distances < radii, distances.astype(jnp.int32) + radii * relevance, 2 * radii)
-    # `bincount` takes one dimension and needs a static length under jit.
-    counts = jax.vmap(lambda row: jnp.bincount(row, length=2 * radii + 1))(bins)
-    return counts[:, :-1].reshape(len(distances), 2, radii).astype(jnp.int32)
+    # A comparison for each distance and radius, fused with the sums: `bincount` scatters, which TPUs do one by one.
+    found = distances[:, None] == jnp.arange(radii, dtype=distances.dtype)[None, :, None]
+    every = jnp.sum(found, axis=2, dtype=jnp.int32)
+    relevant = jnp.sum(found & relevance[:, None], axis=2, dtype=jnp.int32)
+    return jnp.stack((every - relevant, relevant), axis=1)
 
 
 # The NumPy functions take a whole block per call: threads then compete for the interpreter's lock a few times a block,

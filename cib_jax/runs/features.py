@@ -195,7 +195,7 @@ def cache_key(run: Network, images: ImageSet, batches: Callable[..., Batches]) -
         "backbone": run.encoder.backbone.name,
         "weights": run.fingerprint,
         "image_size": run.encoder.image_size,
-        "dtype": run.config.backbone_dtype,
+        "dtype": run.encoder.backbone_dtype,
         "batch": run.config.encode_batch,
         "device": jax.devices()[0].device_kind,
         "devices": sharding.mesh_size(run.mesh),

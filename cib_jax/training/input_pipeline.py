@@ -26,6 +26,12 @@ from cib_jax.training.train_step import Batch, Method, TrainState, update
 STORED = np.float16  # of a view bank; its rounding is far smaller than the difference between two draws of a view
 BYTES = np.dtype(STORED).itemsize
 
+NUMBERS = ("temperature", "beta", "sharpness")
+"""Fields of `Method` that are arguments of the compiled step, so that the trials of a search share one program."""
+Numbers = dict[str, Float[Array, ""]]
+
+PROGRAMS = 32  # compiled steps that are kept for later runs of this process
+
 SCAN_STEPS = 256
 """The most steps that run as one program: about a second of work on a CPU, after which progress can be reported."""
 
@@ -72,7 +78,7 @@ def build_view_bank(
     share of the batches, calls `on_images` with the number of views of each, and gets all features.
     """
     mine = multihost.share_of_batches(images.count, images.batch_size)
-    compute = functools.partial(_view_features, encoder, family, images.mesh)
+    compute = view_features(encoder, family, images.mesh)
     frozen = sharding.replicate(frozen, images.mesh)
 
     bank = np.empty((views, images.count, encoder.backbone.features), STORED)
@@ -108,24 +114,21 @@ def build_view_bank(
     return jnp.asarray(bank)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _view_features(
-    encoder: Encoder,
-    family: str,
-    over: Mesh | None,
-    frozen: Params,
-    images: UInt8[Array, "batch height width 3"],
-    first: Int[Array, ""],
-    key: PRNGKeyArray,
-) -> Float16[Array, "batch features"]:
-    def features(frozen: Params, images: Array, first: Array, key: PRNGKeyArray) -> Array:
+@functools.lru_cache(maxsize=8)
+def view_features(encoder: Encoder, family: str, mesh: Mesh | None) -> Callable[..., Array]:
+    """Returns the compiled program (frozen, images, index of the first, key of a view) → features of that view."""
+    axis = sharding.axis_of(mesh)
+
+    def features(
+        frozen: Params, images: UInt8[Array, "batch height width 3"], first: Int[Array, ""], key: PRNGKeyArray
+    ) -> Float16[Array, "batch features"]:
         rows = images.shape[0]
         # One key per image, by its index in the whole set.
-        indices = first + sharding.first_row(rows, sharding.axis_of(over)) + jnp.arange(rows)
+        indices = first + sharding.first_row(rows, axis) + jnp.arange(rows)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
         return encoder.features({}, frozen, encoder.view_each(keys, images, family=family)).astype(STORED)
 
-    return sharding.shard_rows(features, over)(frozen, images, first, key)
+    return jax.jit(sharding.shard_rows(features, mesh))
 
 
 def draw_pairs(
@@ -144,6 +147,12 @@ def draw_pairs(
 # shape, so the step is compiled a second time for it.
 
 
+Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]
+"""Function (state, arrays that stay on the device, batch, key of the step) → (state, terms)."""
+Program = Callable[[TrainState, Any, Any, Array | int, PRNGKeyArray], tuple[TrainState, StepTerms]]
+"""Function (state, arrays that stay on the device, chunk, number of its first step, root key) → (state, terms)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchOrder:
     """Which images make each batch, what else is known of them, and which devices share it (None: one)."""
@@ -160,7 +169,26 @@ class BatchOrder:
 def from_bank(bank: Float[Array, "views images features"], method: Method, order: BatchOrder) -> Feed:
     """Returns a feed of features of two different views of each image; an epoch is one program, or a few."""
     chunks = _chunks_of_indices(order, bank.shape[1], SCAN_STEPS)
-    return Feed(_compile(_step_from_bank, _scan_steps, (bank, order.coordinates), method, order.mesh), chunks)
+    return _feed(bank_steps, (bank, order.coordinates), chunks, method, order.mesh)
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def bank_steps(method: Method, mesh: Mesh | None) -> Program:
+    """Returns the compiled steps on a view bank, which take indices of images.
+
+    They keep ((bank, coordinates or None), numbers that replace those of the method).
+    """
+    axis = sharding.axis_of(mesh)
+
+    def step(
+        state: TrainState, held: tuple[tuple[Array, Array | None], Numbers], indices: Array, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        (bank, coordinates), numbers = held
+        pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
+        batch = Batch(pairs, _rows(coordinates, indices))
+        return update(state, {}, batch, key, dataclasses.replace(method, **numbers), axis)
+
+    return _compile(_scan_steps(step), mesh)
 
 
 def from_device(
@@ -173,11 +201,32 @@ def from_device(
 
     A step on images is one program. Steps on features take so little time that many of them are one program.
     """
-    on_features = method.encoder.backbone.takes == "features"
-    program, longest = (_scan_steps, SCAN_STEPS) if on_features else (_single_step, 1)
+    longest = SCAN_STEPS if method.encoder.backbone.takes == "features" else 1
     chunks = _chunks_of_indices(order, len(images), longest)
-    held = (frozen, images, order.coordinates)
-    return Feed(_compile(_step_from_device, program, held, method, order.mesh), chunks)
+    shape = images.shape[1:]
+    if jax.default_backend() == "tpu":
+        # A TPU pads the width of images to 128 pixels, and would rearrange all of them at every step to look some up.
+        images = images.reshape(len(images), -1)
+    return _feed(device_steps, (frozen, images, order.coordinates), chunks, method, order.mesh, shape)
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def device_steps(method: Method, mesh: Mesh | None, shape: tuple[int, ...]) -> Program:
+    """Returns the compiled steps on images of one `shape`, or features, that stay on the device.
+
+    They take indices of images, and keep ((frozen, images, each of them flat or not, coordinates or None), numbers that
+    replace those of the method).
+    """
+    axis = sharding.axis_of(mesh)
+
+    def step(
+        state: TrainState, held: tuple[tuple[Params, Array, Array | None], Numbers], indices: Array, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        (frozen, images, coordinates), numbers = held
+        batch = Batch(images[indices].reshape(-1, *shape), _rows(coordinates, indices))
+        return update(state, frozen, batch, key, dataclasses.replace(method, **numbers), axis)
+
+    return _compile((_scan_steps if method.encoder.backbone.takes == "features" else _single_step)(step), mesh)
 
 
 def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrder, *, stored_size: int = 0) -> Feed:
@@ -199,32 +248,24 @@ def from_stream(images: Images, frozen: Params, method: Method, order: BatchOrde
                 yield sharding.global_batch(Batch(part, known), rows, order.mesh, size)  # type: ignore[arg-type]
 
     # No scan over steps, which would need all their images on the device at once.
-    return Feed(_compile(update, _single_step, frozen, method, order.mesh), chunks)
+    return _feed(stream_steps, frozen, chunks, method, order.mesh)
 
 
-def _step_from_bank(
-    state: TrainState,
-    held: tuple[Array, Array | None],
-    indices: Array,
-    key: PRNGKeyArray,
-    method: Method,
-    axis: Axis,
-) -> tuple[TrainState, dict[str, Array]]:
-    bank, coordinates = held
-    pairs = draw_pairs(fold_by_name(key, "view pairs"), bank, indices, axis)
-    return update(state, {}, Batch(pairs, _rows(coordinates, indices)), key, method, axis)
+@functools.lru_cache(maxsize=PROGRAMS)
+def stream_steps(method: Method, mesh: Mesh | None) -> Program:
+    """Returns the compiled step on images from the host, which takes a `Batch`.
 
+    It keeps (frozen parameters, numbers that replace those of the method).
+    """
+    axis = sharding.axis_of(mesh)
 
-def _step_from_device(
-    state: TrainState,
-    held: tuple[Params, Array, Array | None],
-    indices: Array,
-    key: PRNGKeyArray,
-    method: Method,
-    axis: Axis,
-) -> tuple[TrainState, dict[str, Array]]:
-    frozen, images, coordinates = held
-    return update(state, frozen, Batch(images[indices], _rows(coordinates, indices)), key, method, axis)
+    def step(
+        state: TrainState, held: tuple[Params, Numbers], batch: Batch, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        frozen, numbers = held
+        return update(state, frozen, batch, key, dataclasses.replace(method, **numbers), axis)
+
+    return _compile(_single_step(step), mesh)
 
 
 def _rows(coordinates: Any, indices: Array | np.ndarray) -> Any:
@@ -251,16 +292,10 @@ def _batches(order: BatchOrder, epoch: int, count: int, first: int) -> list[Int[
     return parts
 
 
-Step = Callable[[TrainState, Any, Any, PRNGKeyArray], tuple[TrainState, dict[str, Array]]]
-"""Function (state, arrays that stay on the device, batch, key of the step) → (state, terms)."""
-Program = Callable[[TrainState, Any, Any, Array, PRNGKeyArray], tuple[TrainState, StepTerms]]
-"""Function (state, arrays that stay on the device, chunk, number of its first step, root key) → (state, terms)."""
-
-
 def _scan_steps(step: Step) -> Program:
     """Returns a program of all steps of a chunk."""
 
-    def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
+    def program(state: TrainState, held: Any, chunk: Any, first: Array | int, key: PRNGKeyArray) -> Any:
         def one_step(state: TrainState, batch_and_number: tuple[Any, Array]) -> tuple[TrainState, dict[str, Array]]:
             batch, number = batch_and_number
             # The number of the step in the whole run, so that a resumed run draws what an undisturbed one would.
@@ -275,7 +310,7 @@ def _scan_steps(step: Step) -> Program:
 def _single_step(step: Step) -> Program:
     """Returns a program of chunks of one step, without a loop."""
 
-    def program(state: TrainState, held: Any, chunk: Any, first: Array, key: PRNGKeyArray) -> Any:
+    def program(state: TrainState, held: Any, chunk: Any, first: Array | int, key: PRNGKeyArray) -> Any:
         batch = jax.tree.map(lambda array: array[0], chunk)
         state, terms = step(state, held, batch, jax.random.fold_in(key, first))
         return state, _with_parameter_norm({name: value[None] for name, value in terms.items()}, state)
@@ -288,42 +323,26 @@ def _with_parameter_norm(terms: StepTerms, state: TrainState) -> StepTerms:
     return terms | {"parameter_norm": jnp.full_like(terms["loss"], optax.tree.norm(state.params))}
 
 
-NUMBERS = ("temperature", "beta", "sharpness")
-"""Fields of `Method` that are arguments of the compiled step, so that the trials of a search share one program."""
+def _compile(program: Program, mesh: Mesh | None) -> Program:
+    return jax.jit(program if mesh is None else sharding.shard_steps(program, mesh), donate_argnums=0)
 
 
-def _compile(
-    step: Callable[..., tuple[TrainState, dict[str, Array]]],
-    loop: Callable[[Step], Program],
+def _feed(
+    steps: Callable[..., Program],
     held: Any,
+    chunks: Callable[[int, int], Iterable[Any]],
     method: Method,
     mesh: Mesh | None,
-) -> Callable[..., tuple[TrainState, StepTerms]]:
-    """Returns the steps of a feed as a compiled program, that of an earlier feed if only numbers differ."""
+    *shape: tuple[int, ...],
+) -> Feed:
+    """Returns a feed of compiled steps, those of an earlier feed if only `NUMBERS` or the data differ."""
     # A user's own loss gets Python numbers, and may read what has changed since it was compiled.
     own = callable(method.objective) or OBJECTIVES[method.objective].loss is not None
     numbers = {} if own else {name: jnp.asarray(getattr(method, name), jnp.float32) for name in NUMBERS}
     same: dict[str, Any] = dict.fromkeys(numbers, 1.0)
-    method = dataclasses.replace(method, **same)
-    compiled = (_program.__wrapped__ if own else _program)(step, loop, method, mesh)
+    compiled: Any = steps
+    program = (compiled.__wrapped__ if own else compiled)(dataclasses.replace(method, **same), mesh, *shape)
     # `held` is an argument of the compiled program, not a constant inside it: a constant bank of gigabytes would be
     # copied into the executable.
-    whole = sharding.replicate((held, numbers), mesh)
-    return lambda state, chunk, first, key: compiled(state, whole, chunk, first, key)
-
-
-@functools.lru_cache(maxsize=32)
-def _program(
-    step: Callable[..., tuple[TrainState, dict[str, Array]]],
-    loop: Callable[[Step], Program],
-    method: Method,
-    mesh: Mesh | None,
-) -> Program:
-    def one_step(
-        state: TrainState, whole: tuple[Any, dict[str, Any]], batch: Any, key: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, Array]]:
-        held, numbers = whole
-        return step(state, held, batch, key, dataclasses.replace(method, **numbers), sharding.axis_of(mesh))
-
-    program = loop(one_step)
-    return jax.jit(program if mesh is None else sharding.shard_steps(program, mesh), donate_argnums=0)
+    held = sharding.replicate((held, numbers), mesh)
+    return Feed(lambda state, chunk, first, key: program(state, held, chunk, first, key), chunks)

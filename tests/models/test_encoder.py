@@ -1,5 +1,7 @@
 """The encoder: its split into pure functions, its start, its errors."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import cib_jax as cib
 from cib_jax.augment.features import Standard
 from cib_jax.errors import UserError
+from cib_jax.models import encoder
 from cib_jax.models.encoder import create_encoder
 
 
@@ -123,6 +126,23 @@ def test_a_backbone_in_bfloat16_gives_float32_features_near_those_of_float32():
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     error = np.linalg.norm(features["bfloat16"] - features["float32"]) / np.linalg.norm(features["float32"])
     assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize(
+    "platform, capability, dtype",
+    [
+        ("tpu", None, "bfloat16"),
+        ("gpu", "9.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("gpu", "gfx90a", "float32"),
+        ("cpu", None, "float32"),
+    ],
+)
+def test_a_frozen_backbone_is_in_bfloat16_where_there_are_units_for_it(platform, capability, dtype):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert encoder.default_dtype(True, device) == dtype
+    assert encoder.default_dtype(False, device) == "float32"
 
 
 def test_a_frozen_backbone_in_bfloat16_is_held_in_bfloat16():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cib_jax.models import registry, state_dict, vgg
+from cib_jax.models import conv, registry, state_dict, vgg
 from tests.golden import backbone_inputs
 from tests.models.conftest import compiled, same_shapes
 
@@ -17,6 +17,15 @@ def test_fc7_matches_torchvision(golden):
     expected = golden["vgg_fc7_96"]
     ours = compiled(registry.get("vgg16"))(state, backbone_inputs.noise(96, 2))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_layers_on_pairs_of_images_are_those_on_single_ones():
+    """Compares with the layers one after the other, of few channels."""
+    layers = [vgg.Layer(nnx.Rngs(0), 3, 4, False), vgg.Layer(nnx.Rngs(1), 4, 5, True)]
+    for layer in layers:
+        layer.bias[...] = jax.random.normal(jax.random.key(2), layer.bias.shape)
+    images = jax.random.normal(jax.random.key(3), (4, 6, 10, 3))
+    np.testing.assert_allclose(vgg.in_pairs(layers, images), conv.in_turn(layers, images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", backbone_inputs.POOL_SIZES)

@@ -182,7 +182,9 @@ def install(monkeypatch, tmp_path):
 
 def test_it_installs_from_github_where_there_is_no_clone(install, capsys):
     assert install() == ["jax", f"cib-jax @ git+{REPOSITORY}"]
-    assert capsys.readouterr().out.startswith(f"CPU, {os.cpu_count()} cores: on two, this notebook takes about ")
+    asked, device = capsys.readouterr().out.splitlines()
+    assert asked == f"pip install 'jax' 'cib-jax @ git+{REPOSITORY}'"
+    assert device.startswith(f"CPU, {os.cpu_count()} cores: on two, this notebook takes about ")
 
 
 def test_it_installs_from_the_clone_that_contains_it(install, monkeypatch):
@@ -209,6 +211,10 @@ def test_a_tpu_gets_jax_for_tpus(install, monkeypatch):
 def test_an_nvidia_gpu_gets_jax_for_cuda(install, monkeypatch):
     monkeypatch.setattr("glob.glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
     assert install()[0] == "jax[cuda12]"
+    # A second version beside the one that the runtime has would not load.
+    here = types.SimpleNamespace(origin="there")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: here if name == "jax_cuda13_plugin" else None)
+    assert install()[0] == "jax[cuda13]"
 
 
 def test_a_failed_installation_is_one_sentence(install):

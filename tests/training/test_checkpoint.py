@@ -44,6 +44,33 @@ def test_a_state_comes_back_bit_by_bit(tmp_path):
     assert extra == {"config": {"bits": 32}}
 
 
+EIGHT = {"shape": [8], "axis_names": ["data"], "axis_types": ["AxisType.Auto"], "partition_spec": []}
+EIGHT |= {"sharding_type": "NamedSharding", "device_mesh": {"mesh": [{"id": number} for number in range(8)]}}
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        {"sharding_type": "SingleDeviceSharding", "device_str": "TPU_0(process=0,(0,0,0,0))"},
+        {"sharding_type": "SingleDeviceSharding", "device_str": "cuda:0"},
+        EIGHT,
+    ],
+    ids=["a TPU", "a GPU", "eight devices"],
+)
+def test_a_checkpoint_of_devices_that_are_not_here_is_restored(tmp_path, sharding):
+    """Orbax notes beside the arrays where they were; the names here are those of TPUs and GPUs."""
+    saved(tmp_path, [1])
+    file = tmp_path / "1" / "state" / "_sharding"
+    arrays = json.loads(file.read_text())
+    assert arrays
+    file.write_text(json.dumps(dict.fromkeys(arrays, json.dumps(sharding))))
+    with Checkpoints(tmp_path) as checkpoints:
+        state, _, _ = checkpoints.restore(state_of(0.0))
+    for there, here in zip(*map(jax.tree.leaves, (state_of(1.0), state)), strict=True):
+        np.testing.assert_array_equal(there, here)
+        assert here.devices() == {jax.devices()[0]}
+
+
 def test_a_save_holds_the_state_of_its_moment(tmp_path):
     """The next step donates the buffers at once, while they are still being written."""
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
