@@ -8,6 +8,7 @@ from tests.retrieval import reference
 
 FLAGS = {
     "bits": 16,
+    "backbone_dtype": "float32",  # the "auto" of a run is settled only when it begins
     "k": 100,
     "image_size": 8,
     "hidden": 32,
