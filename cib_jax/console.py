@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import io
-import pathlib
 import shutil
 import sys
 import textwrap
@@ -19,17 +18,16 @@ import rich.text
 
 from cib_jax.files import dump_json, printable
 
-INSTALLED = "cib_jax"
-"""Value of sys.argv[0] set by `python -m cib_jax`, which started processes inherit."""
+COMMAND, MODULE = "cib-jax", "python -m cib_jax"
+"""Names of the installed program; `cib_jax.__main__` sets sys.argv[0] to one, which started processes inherit."""
 
 LINE_INTERVAL = 10.0
 """Seconds between progress lines where the output is not a terminal; the first comes after a third of them."""
 
 
 def with_program_name(message: str) -> str:
-    """Returns the message preceded by the program's name, cib_jax or run.py, as Unix tools print errors."""
-    name = INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
-    return f"{name}: {message}"
+    """Returns the message preceded by the program's name as the user called it, as Unix tools print errors."""
+    return f"{sys.argv[0] if sys.argv[0] in (COMMAND, MODULE) else 'run.py'}: {message}"
 
 
 def wrap_words(text: str, width: int) -> str:
