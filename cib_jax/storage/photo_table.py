@@ -151,7 +151,7 @@ class PhotoTable:
             row, created = _fetch(table.search().select(["about"])), table.list_versions()[0]["timestamp"]
             metadata = json.loads(row["about"][0].as_py())
             version = metadata["version"]
-            made = _parse(metadata) if version == VERSION else None
+            made = parse(metadata) if version == VERSION else None
         if made is None:
             raise _error(
                 f"{uri} is of version {version}, this package reads version {VERSION}; index the photos "
@@ -174,7 +174,7 @@ class PhotoTable:
         import pyarrow
 
         connection = _connect(uri)
-        row = {"about": [_serialize(metadata)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())}
+        row = {"about": [serialize(metadata)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())}
         try:
             connection.create_table(ENCODER, pyarrow.table(row))
         except Exception as error:  # LanceDB's errors have no class of their own
@@ -193,7 +193,7 @@ class PhotoTable:
         if metadata == self.metadata:
             return
         with lance_errors(self.uri, "written"):
-            self._connection.open_table(ENCODER).update(values={"about": _serialize(metadata)})
+            self._connection.open_table(ENCODER).update(values={"about": serialize(metadata)})
         self.metadata = metadata
 
     @property
@@ -220,7 +220,7 @@ class PhotoTable:
             found = _fetch(self._photos.search().select(names))
             keys, sizes = _as_numpy(found["key"]), _as_numpy(found["size"])
             modified = _as_numpy(found["modified"].cast("int64"))
-            modified[np.isin(keys, _damaged_keys(found))] = -1  # so that they are encoded again
+            modified[np.isin(keys, damaged_keys(found))] = -1  # so that they are encoded again
         order = np.argsort(keys)
         return State(keys[order], sizes[order], modified[order])
 
@@ -269,7 +269,7 @@ class PhotoTable:
             table.checkout(table.version)
             query = table.search().select(["key", *self._columns_of_codes(table)])
             found = _fetch(query.where("code IS NOT NULL").with_row_id(True))
-            if damaged := _damaged_keys(found):
+            if damaged := damaged_keys(found):
                 problem = f"the codes of {count(len(damaged), 'photo')} in {self.uri} are damaged on the disk"
                 raise _error(f"{problem}; index the photos again, and these are encoded again")
             keys, rows = _as_numpy(found["key"]), _as_numpy(found["_rowid"])
@@ -277,6 +277,13 @@ class PhotoTable:
             codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
         order = np.argsort(keys)
         return Snapshot(keys[order], codes[order], rows[order], table)
+
+    def rows(self, columns: Sequence[str]) -> Any:
+        """Returns columns of the photos that have codes now, as an Arrow table."""
+        with lance_errors(self.uri, "read"):
+            table = self._connection.open_table(PHOTOS)
+            names = [name for name in columns if name in table.schema.names]
+            return _fetch(table.search().select(names).where("code IS NOT NULL"))
 
     def paths_and_times(self, snapshot: Snapshot) -> tuple[list[str], Int64[np.ndarray, " photos"]]:
         """Returns the paths of all photos of a snapshot, in its order, and their times in nanoseconds since 1970."""
@@ -325,8 +332,8 @@ class PhotoTable:
                 time.sleep(0.05 * (attempt + 1))  # another writer was faster
 
 
-def _parse(metadata: Any) -> IndexMetadata:
-    """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
+def parse(metadata: Any) -> IndexMetadata:
+    """Returns the metadata that `serialize` wrote; raises an error of any type for others."""
     optional = (metadata.get("learnt", {}), metadata.get("photos", 0), tuple(metadata.get("exclude", ())))
     made = IndexMetadata(metadata["images"], metadata["encoder"], *optional)
     numbers = made.encoder["bits"], made.encoder["side"], made.photos, made.learnt.get("data.train_images", 0)
@@ -336,7 +343,8 @@ def _parse(metadata: Any) -> IndexMetadata:
     return made
 
 
-def _serialize(metadata: IndexMetadata) -> str:
+def serialize(metadata: IndexMetadata) -> str:
+    """Returns the metadata as JSON."""
     return json.dumps({"version": VERSION} | metadata._asdict())
 
 
@@ -390,7 +398,7 @@ def _schema(bits: int) -> Any:
     return pyarrow.schema([key, *types.items()])
 
 
-def _damaged_keys(found: Any) -> list[int]:
+def damaged_keys(found: Any) -> list[int]:
     """Returns the keys of photos whose codes are not those that were written."""
     if "check" not in found.column_names:
         return []
