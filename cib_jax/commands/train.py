@@ -332,7 +332,8 @@ class Validation:
         k = self.run.protocol.k or len(database)
 
         def mean_of(mine: slice) -> float:
-            return metrics.mean_average_precision(query[mine], database, query_labels[mine], database_labels, k)
+            data = query[mine], database, query_labels[mine], database_labels
+            return metrics.mean_average_precision(*data, k, progress=False)  # the bar is that of the training
 
         return multihost.mean_over_processes(mean_of, len(query))
 

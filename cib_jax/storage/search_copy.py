@@ -65,20 +65,19 @@ class SearchCopy:
 
     def snapshot(self) -> Snapshot:
         """Returns all photos."""
-        keys = self._rows["key"].to_numpy()
-        codes = np.asarray(self._rows["code"].combine_chunks().flatten(), np.uint8).reshape(len(keys), -1)
-        return Snapshot(keys, codes, np.arange(len(keys)), self)
+        keys = photo_table.as_numpy(self._rows["key"])
+        return Snapshot(keys, photo_table.codes_of(self._rows), np.arange(len(keys)), self)
 
     def paths_and_times(self, snapshot: Snapshot) -> tuple[list[str], Int64[np.ndarray, " photos"]]:
         """Returns the paths of all photos of a snapshot, in its order, and their times in nanoseconds since 1970."""
         rows = self._rows.take(snapshot.rows)
-        return [path_of(row) for row in rows.select(["path", "raw_path"]).to_pylist()], rows["modified"].to_numpy()
+        paths = [path_of(row) for row in rows.select(["path", "raw_path"]).to_pylist()]
+        return paths, photo_table.as_numpy(rows["modified"])
 
     def read(self, snapshot: Snapshot, numbers: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
         """Returns columns of some photos, by their position in the snapshot; times in nanoseconds since 1970."""
-        wanted = sorted(set(numbers))
-        rows = self._rows.select(columns).take(snapshot.rows[wanted])
-        return dict(zip(wanted, rows.to_pylist(), strict=True))
+        rows = self._rows.select(columns)  # one by one: its method `take` imports Pandas
+        return {number: rows.slice(snapshot.rows[number], 1).to_pylist()[0] for number in set(numbers)}
 
 
 def is_current(table: PhotoTable) -> bool:
@@ -100,7 +99,7 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
     if not path.exists():
         dataclasses.replace(hasher, batch_size=1).export(path)
     found = table.rows(COLUMNS)
-    found = found.take(np.argsort(found["key"].to_numpy()))
+    found = found.take(np.argsort(photo_table.as_numpy(found["key"])))
     place = found.schema.get_field_index("modified")
     found = found.set_column(place, "modified", found["modified"].cast("int64"))
     about = json.dumps({"files": files, "index": json.loads(photo_table.serialize(table.metadata))})
