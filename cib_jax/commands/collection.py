@@ -50,5 +50,5 @@ class Collection(storage.Collection):
 
         `progress` shows bars in terminals and notebooks.
         """
-        consoles = {"console": rich.console.Console(quiet=True), "bars": bar_console(progress)}
-        return duplicates(self, radius=radius, confirm=confirm, reference=reference, **consoles)
+        quiet, bars = rich.console.Console(quiet=True), bar_console(progress)
+        return duplicates(self, radius=radius, confirm=confirm, reference=reference, console=quiet, bars=bars)

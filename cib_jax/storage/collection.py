@@ -88,7 +88,7 @@ class Collection:
         self._snapshot = table.snapshot() if snapshot is None else snapshot
         self.uri, self.root, self.codes = table.uri, table.metadata.root, self._snapshot.codes
         self.bits, self.side = table.metadata.encoder["bits"], table.metadata.encoder["side"]
-        self._index = Index.of(self.codes, kind, **settings) if len(self.codes) else None
+        self._index = Index.of(self.codes, kind, progress=True, **settings) if len(self.codes) else None
         self._known: dict[int, Photo] = {}  # read before, by number, without thumbnails
 
     @classmethod
@@ -175,8 +175,12 @@ class Collection:
                 f"--index: {self.uri} was made anew by another encoder, so codes cannot be compared; open it again"
             )
             raise errors.IndexFolderError(message, field="--index")
-        before = (self._table.metadata, self._table.created, self._snapshot.table.version)
-        if (table.metadata, table.created, table.version) == before:
+        before = self._table
+        if isinstance(before, PhotoTable) and (table.metadata, table.created, table.version) == (
+            before.metadata,
+            before.created,
+            self._snapshot.table.version,
+        ):
             return self
         return type(self)(table, self.hasher, EXACT, {})
 

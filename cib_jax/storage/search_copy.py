@@ -40,6 +40,7 @@ class SearchCopy:
         self.uri, self.metadata, self._rows = uri, metadata, rows
         self.one_by_one = encoder
         """The encoder, compiled for one photo."""
+        self.has_features = False
 
     @classmethod
     def open(cls, uri: str) -> "SearchCopy | None":
@@ -98,6 +99,8 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
     path = _encoder_path(table.uri, table.metadata)
     if not path.exists():
         dataclasses.replace(hasher, batch_size=1).export(path)
+        # Compiled now, into the cache of programs if there is one, and not at the first search.
+        exported.load(path).encode(np.zeros((1, hasher.side, hasher.side, 3), np.uint8))
     found = table.rows(COLUMNS)
     found = found.take(np.argsort(photo_table.as_numpy(found["key"])))
     place = found.schema.get_field_index("modified")
