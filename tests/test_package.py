@@ -127,6 +127,16 @@ def test_help_lists_the_flags(program):
     assert "--logtostderr" not in done.stdout  # one of absl's flags, which --helpfull lists
 
 
+def test_help_may_be_read_in_part():
+    """As by `head`, which closes the pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "run.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_command_starts_the_program_and_is_named_in_its_help(tmp_path):
     module, function = PROJECT["scripts"]["cib-jax"].split(":")
     script = tmp_path / "cib-jax"  # as pip writes it
