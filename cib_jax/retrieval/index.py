@@ -1,5 +1,6 @@
 """Index of packed codes: k nearest, exact or approximate, all within a radius, near-duplicates, reranking."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,6 +25,8 @@ ADDED = 4096
 """Codes that are added to an approximate index at a time, between two steps of its progress bar."""
 MANY = 100_000
 """Codes from which the bar is shown at once."""
+MANY_QUERIES = 1000
+"""Queries from which on a search may show a bar."""
 # Logits that are compared at once in `rerank`.
 _BLOCK = 1 << 22
 
@@ -113,7 +116,7 @@ class Index:
         return 8 * self.codes.shape[1]
 
     def search(
-        self, queries: UInt8[np.ndarray, "queries bytes"], k: int
+        self, queries: UInt8[np.ndarray, "queries bytes"], k: int, *, progress: bool = True
     ) -> tuple[Int32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
         """Returns Hamming distances and ids of each query's k nearest codes, nearest first, ties in database order.
 
@@ -122,6 +125,7 @@ class Index:
         Args:
           queries: Packed codes of the queries.
           k: Number of hits for each query.
+          progress: Whether a search for thousands of queries shows a progress bar in terminals and notebooks.
 
         Raises:
           UserError: The queries are not packed uint8, are empty or of another length, or k is not in 1..n.
@@ -129,28 +133,32 @@ class Index:
         validate_codes(queries, self.codes, ("queries", "the index"))
         validate_k(k, len(self))
         queries = _contiguous(queries)
-        if self._approximate is None:
-            return exact_search.nearest(self.codes, queries, k)
-        rows = max(1, -(-len(queries) // (4 * core_count())))
-        found = exact_search.run_in_order(
-            functools.partial(self._approximate.search, queries[start : start + rows], k)
-            for start in range(0, len(queries), rows)
-        )
+        with _search_bar(len(queries), progress) as advance:
+            if self._approximate is None:
+                return exact_search.nearest(self.codes, queries, k, advance)
+            rows = max(1, min(MANY_QUERIES, -(-len(queries) // (4 * core_count()))))
+            calls = (
+                functools.partial(self._approximate.search, queries[start : start + rows], k)
+                for start in range(0, len(queries), rows)
+            )
+            found = exact_search.run_in_order(calls, lambda hits: advance(len(hits[0])))
         distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
         distances[ids < 0] = np.iinfo(np.int32).max
         order = np.lexsort((ids, distances), axis=-1)
         return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
-    def within(self, queries: UInt8[np.ndarray, "queries bytes"], radius: int) -> list[Hits]:
+    def within(self, queries: UInt8[np.ndarray, "queries bytes"], radius: int, *, progress: bool = True) -> list[Hits]:
         """Returns, for each query, all codes that differ from it in at most `radius` bits, nearest first, ties by id.
 
-        Exact for every kind.
+        Exact for every kind. `progress` is that of `search`.
 
         Raises:
           UserError: The queries are not packed uint8, are empty or of another length, or the radius is negative.
         """
         validate_codes(queries, self.codes, ("queries", "the index"))
-        return exact_search.within(self.codes, _contiguous(queries), self._radius(radius))
+        radius = self._radius(radius)
+        with _search_bar(len(queries), progress) as advance:
+            return exact_search.within(self.codes, _contiguous(queries), radius, advance)
 
     def groups(self, radius: int, *, progress: bool = True) -> list[Int64[np.ndarray, " members"]]:
         """Returns the groups of two or more codes that are joined by chains of codes within `radius` bits.
@@ -220,6 +228,12 @@ class Index:
 
     def _radius(self, radius: int) -> int:
         return min(whole_number("radius", radius, 0, SearchError, "give it in bits"), self.bits)
+
+
+def _search_bar(queries: int, progress: bool) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    if progress and queries > MANY_QUERIES:
+        return library_bar("Searching", queries, unit="queries", delay=1)
+    return contextlib.nullcontext(lambda queries: None)  # even a bar that is not shown takes a tenth of a millisecond
 
 
 def parse_kind(text: str) -> tuple[str, dict[str, int]]:
