@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from cib_jax import diffusion
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
-from cib_jax.console import on_stdout, print_message, progress_bar
+from cib_jax.console import HINT, on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import ConfigError, DataError, TrainingError, UserError
@@ -135,6 +135,8 @@ def _print_summary(run: RunContext) -> None:
     if mesh := run.training_mesh:
         processes = f"{count(jax.process_count(), 'process', 'processes')} with " if multihost.is_distributed() else ""
         run.print(f"{processes}{mesh.size} devices share each batch")
+    if run.console.is_terminal:  # not of one of several workers
+        HINT.show("Preparing the training")
 
 
 # One training run in its folder: resume, train, save.
