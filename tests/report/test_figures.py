@@ -155,7 +155,7 @@ def test_nothing_is_covered_and_ticks_are_whole(ranking):
 
 def test_ticks_of_hyperparameters_do_not_collide():
     fields = {"learning_rate": [1e-4, 5e-4, 3e-3], "batch_size": [64, 128, 256], "temperature": [0.1, 0.3, 0.6]}
-    figure = figures.parameters(fields | {"beta": [1.2e-5, 3e-3, 0.1]}, np.array([0.1, 0.5, 0.3]), score="MAP")
+    figure = figures.parameters(fields | {"beta": [2.34e-5, 2.1e-4, 3.83e-3]}, np.array([0.1, 0.5, 0.3]), score="MAP")
     drawn(figure)
     for axis in figure.axes:
         low, high = axis.get_xlim()
