@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import io
-import pathlib
 import shutil
 import sys
 import textwrap
@@ -19,17 +18,16 @@ import rich.text
 
 from cib_jax.files import dump_json, printable
 
-INSTALLED = "cib_jax"
-"""Value of sys.argv[0] set by `python -m cib_jax`, which started processes inherit."""
+COMMAND, MODULE = "cib-jax", "python -m cib_jax"
+"""Names of the installed program; `cib_jax.__main__` sets sys.argv[0] to one, which started processes inherit."""
 
 LINE_INTERVAL = 10.0
 """Seconds between progress lines where the output is not a terminal; the first comes after a third of them."""
 
 
 def with_program_name(message: str) -> str:
-    """Returns the message preceded by the program's name, cib_jax or run.py, as Unix tools print errors."""
-    name = INSTALLED if pathlib.Path(sys.argv[0]).name == INSTALLED else "run.py"
-    return f"{name}: {message}"
+    """Returns the message preceded by the program's name as the user called it, as Unix tools print errors."""
+    return f"{sys.argv[0] if sys.argv[0] in (COMMAND, MODULE) else 'run.py'}: {message}"
 
 
 def wrap_words(text: str, width: int) -> str:
@@ -160,12 +158,27 @@ def progress_bar(
     *,
     interval: float = 0.0,
     unit: str = "images",
+    delay: float = 0.0,
 ) -> Iterator[Callable[..., None]]:
     """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
 
     `unit` is the word in place of images. Where the output is not a terminal, a line is printed every `interval`
-    seconds instead; 0 takes `LINE_INTERVAL`.
+    seconds instead; 0 takes `LINE_INTERVAL`. Work that takes less than `delay` seconds shows nothing.
     """
+    if delay:
+        begun, bar = time.monotonic(), None
+        with contextlib.ExitStack() as stack:
+
+            def advance_late(images: int, note: str = "") -> None:
+                nonlocal bar, done
+                if bar is None and time.monotonic() - begun > delay:
+                    bar = stack.enter_context(progress_bar(console, title, total, done, interval=interval, unit=unit))
+                done += images
+                if bar is not None:
+                    bar(images, note)
+
+            yield advance_late
+        return
     HINT.clear()
     interval = interval or getattr(console.file, "interval", LINE_INTERVAL)
     if console.is_terminal:
@@ -194,17 +207,19 @@ def progress_bar(
     yield _with_rate(advance, unit)
 
 
-@contextlib.contextmanager
-def library_bar(title: str, total: int, show: bool = True, unit: str = "images") -> Iterator[Callable[..., None]]:
-    """Yields `advance` of a `progress_bar` on stderr in terminals and notebooks; elsewhere, one that does nothing."""
+def bar_console(show: bool = True) -> rich.console.Console:
+    """Returns the console of a library's bars: stderr in terminals and notebooks, elsewhere one that prints nothing."""
     console = rich.console.Console(stderr=True)
     if console.is_jupyter:  # can overwrite a line, but rich's own bars for it need ipywidgets
         console = rich.console.Console(stderr=True, force_terminal=True, force_jupyter=False, width=80)
-    if show and console.is_terminal:
-        with progress_bar(console, title, total, unit=unit) as advance:
-            yield advance
-    else:
-        yield lambda images, note="": None
+    return console if show and console.is_terminal else rich.console.Console(file=io.StringIO(), quiet=True)
+
+
+def library_bar(
+    title: str, total: int, show: bool = True, unit: str = "images", delay: float = 0.0
+) -> contextlib.AbstractContextManager[Callable[..., None]]:
+    """Returns a `progress_bar` on the console of a library's bars."""
+    return progress_bar(bar_console(show), title, total, unit=unit, delay=delay)
 
 
 def _with_rate(advance: Callable[[int, str], None], unit: str) -> Callable[..., None]:

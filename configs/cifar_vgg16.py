@@ -5,15 +5,16 @@ Dropout of fc7 is that of the published code, whose VGG-16 also drops half of fc
 
 import ml_collections
 
-from cib_jax.configs import default
+from cib_jax.configs import _photos
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = default.get_config()
+    c = _photos.get_config()
     c.data.name = "cifar10"
     c.data.protocol = "cifar10-10k-50k"
     c.backbone = "vgg16"
     c.image_size = 224
+    c.train.views = 0
     c.head_dropout = 0.5
     c.epochs = 0
     c.partial_batch = True

@@ -12,6 +12,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.queries = 100
     c.data.train_images = 10_000
     c.backbone = "none"
+    c.frozen = True
+    c.image_size = 0
+    c.temperature = 0.3
     c.augment = "noise"
     c.encode_batch = 4096
     return c

@@ -2,16 +2,13 @@
 
 import ml_collections
 
-from cib_jax.configs import default
+from cib_jax.configs import _photos
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = default.get_config()
+    c = _photos.get_config()
     c.data.name = "nuswide"
     c.data.protocol = "nuswide-2100"
     c.data.stored_size = 160
     c.data.max_bad_fraction = 0.5  # many of its photos are on Flickr no more
-    c.backbone = "efficientnet_lite0"
-    c.image_size = 128
-    c.train.views = 10
     return c

@@ -14,4 +14,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.hidden = 512
     c.batch_size = 128
     c.epochs = 20
+    c.tune.score = "validation_map"
     return c

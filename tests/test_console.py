@@ -113,6 +113,14 @@ def test_progress_in_a_file_prints_few_lines_and_always_the_last(console):
     assert len(lines) == 1 and lines[0].startswith("Encoding: 1,000 of 1,000")
 
 
+@pytest.mark.parametrize(("delay", "shown"), [(3600, []), (1e-9, ["Encoding: 1,000 of 1,000"])])
+def test_work_that_ends_before_the_delay_shows_nothing(console, delay, shown):
+    with console_lib.progress_bar(console, "Encoding", 1000, interval=3600, delay=delay) as advance:
+        for _ in range(10):
+            advance(100)
+    assert [line.partition(", ")[0] for line in console.file.getvalue().splitlines()] == shown
+
+
 def bar_at_80_columns(monkeypatch, show=True, file=None):
     """Returns what the bar of a library's function leaves on stderr."""
     file = file or Terminal()

@@ -111,25 +111,39 @@ def test_an_installed_one_runs_without_a_clone(installed):
     code, out, error = installed("-c", "import cib_jax.configs.text as t; print(t.get_config().data.name, t.__file__)")
     assert code == 0 and out.startswith("features ") and str(ROOT) not in out, error
     code, _, error = installed("-m", "cib_jax", "--config=cifar", "--config.data.dir=/nope")
-    assert code == 2 and error.startswith("cib_jax: config.data.dir: ") and "/nope" in error
+    assert code == 2 and error.startswith("python -m cib_jax: config.data.dir: ") and "/nope" in error
     code, _, error = installed("-m", "cib_jax", "--config=configs/cifar.py")
-    assert code == 2 and error.startswith("cib_jax: --config: ") and "configs/cifar.py" in error
+    assert code == 2 and error.startswith("python -m cib_jax: --config: ") and "configs/cifar.py" in error
     code, _, error = installed("-m", "cib_jax", "--config.data.queries=-5")  # the digits are the default data set
-    assert code == 2 and error.startswith("cib_jax: config.data.queries must "), error
+    assert code == 2 and error.startswith("python -m cib_jax: config.data.queries must "), error
 
 
 @pytest.mark.parametrize("program", [["-m", "cib_jax"], ["run.py"]])
 def test_help_lists_the_flags(program):
     done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert program[-1] in done.stdout.splitlines()[0]
+    assert done.stdout.startswith(f"{'python -m cib_jax' if '-m' in program else 'run.py'} MODE ")
     for flag in ("--config:", "--mode:", "--workdir:", "--index:", "--port:"):
         assert f"  {flag} " in done.stdout
     assert "--logtostderr" not in done.stdout  # one of absl's flags, which --helpfull lists
 
 
-def test_the_command_starts_the_program():
+def test_help_may_be_read_in_part():
+    """As by `head`, which closes the pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "run.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_starts_the_program_and_is_named_in_its_help(tmp_path):
     module, function = PROJECT["scripts"]["cib-jax"].split(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    script = tmp_path / "cib-jax"  # as pip writes it
+    script.write_text(f"from {module} import {function}\n{function}()\n")
+    command, environment = [sys.executable, script, "search", "--help"], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("cib-jax search ") and "\n  cib-jax search --index=" in done.stdout, done.stderr
 
 
 def test_whatever_is_imported_is_declared():
@@ -175,6 +189,12 @@ def test_every_extra_that_is_spoken_of_is_there():
     assert set(metric_writers.EXTRAS) <= {*PROJECT["optional-dependencies"]}
     table = (ROOT / "docs" / "installation.md").read_text().split("\n## Extras\n")[1]
     assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*PROJECT["optional-dependencies"]}
+
+
+def test_jax_for_nvidia_gpus_is_the_same_wherever_it_is_named():
+    places = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "cib_jax").rglob("*.py")]
+    places += (ROOT / "notebooks").glob("*.ipynb")
+    assert len({one for file in places for one in re.findall(r"jax\[cuda\w*\]", file.read_text())}) == 1
 
 
 def test_the_citation_is_of_this_version_and_the_paper():

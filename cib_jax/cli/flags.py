@@ -48,7 +48,7 @@ MODES = {
     "tune": Mode(
         "tune.tune",
         "tunes hyperparameters",
-        '--config=cifar --config.tune.score=separation --config.tune.space="temperature=0.2..0.5"',
+        '--config=cifar --config.tune.space="temperature=0.2..0.5"',
         ("workdir",),
         after_interrupt=_CONTINUES,
     ),

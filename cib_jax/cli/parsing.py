@@ -56,7 +56,10 @@ def parse(arguments: Sequence[str]) -> list[str]:
     arguments = _with_mode(arguments)
     if {"-h", "-help", "--help"} & {*arguments}:
         console.HINT.clear()
-        print(help_text(_mode_of(arguments, "")))
+        try:
+            print(help_text(_mode_of(arguments, "")), flush=True)
+        except BrokenPipeError:  # of a reader, such as head, that has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
         sys.exit(0)
     if "--version" in arguments:
         print(f"cib-jax {__version__}")

@@ -30,7 +30,7 @@ def check_python(oldest: Tuple[int, int] = OLDEST) -> None:  # noqa: UP006
 
 
 def _name() -> str:
-    return "cib_jax" if os.path.basename(sys.argv[0]) == "cib_jax" else "run.py"
+    return sys.argv[0] if sys.argv[0] in ("cib-jax", "python -m cib_jax") else "run.py"
 
 
 def _exit(message: str) -> NoReturn:

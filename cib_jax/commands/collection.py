@@ -8,6 +8,7 @@ import rich.console
 from cib_jax.commands import search
 from cib_jax.commands.duplicates import duplicates
 from cib_jax.commands.index import index as index_photos
+from cib_jax.console import bar_console
 from cib_jax.errors import DataError
 from cib_jax.storage import collection as storage
 from cib_jax.storage.collection import Photo
@@ -38,8 +39,16 @@ class Collection(storage.Collection):
         return search.search(self, photo, k=k, console=rich.console.Console(quiet=True))[0].hits
 
     def duplicates(
-        self, radius: int | None = None, confirm: bool = True, reference: pathlib.Path | str | None = None
+        self,
+        radius: int | None = None,
+        confirm: bool = True,
+        reference: pathlib.Path | str | None = None,
+        *,
+        progress: bool = True,
     ) -> list[list[tuple[int, Photo]]]:
-        """Returns groups of copies of one picture, as `cib_jax.find_duplicates` does."""
-        quiet = rich.console.Console(quiet=True)
-        return duplicates(self, radius=radius, confirm=confirm, reference=reference, console=quiet)
+        """Returns groups of copies of one picture, as `cib_jax.find_duplicates` does.
+
+        `progress` shows bars in terminals and notebooks.
+        """
+        quiet, bars = rich.console.Console(quiet=True), bar_console(progress)
+        return duplicates(self, radius=radius, confirm=confirm, reference=reference, console=quiet, bars=bars)

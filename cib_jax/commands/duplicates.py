@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +21,11 @@ from jaxtyping import Int64, UInt8
 
 from cib_jax.commands import search
 from cib_jax.commands.search import Output
-from cib_jax.console import format_text, print_json, print_message, progress_bar
+from cib_jax.console import bar_console, format_text, print_json, print_message, progress_bar
 from cib_jax.data.photos import decode
 from cib_jax.files import count, map_in_order, modified_ns, open_regular, path_as_utf8, printable
 from cib_jax.report.contact_sheet import Tile
+from cib_jax.retrieval import near_duplicates
 from cib_jax.retrieval.index import Index
 from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy
 from cib_jax.storage.collection import Collection, Photo
@@ -48,6 +49,7 @@ def duplicates(
     format: str = "table",
     show: pathlib.Path | str | None = None,
     console: rich.console.Console | None = None,
+    bars: rich.console.Console | None = None,
 ) -> list[list[tuple[int, Photo]]]:
     """Prints and returns groups of photos that are copies of one picture, the largest group first. Deletes nothing.
 
@@ -66,6 +68,7 @@ def duplicates(
       format: "table", or one line for each photo in "json" or "csv".
       show: PNG file for a contact sheet.
       console: Console for the results.
+      bars: Console for progress bars; None: `console`, or with "json" and "csv" stderr if it is a terminal.
 
     Raises:
       IndexFolderError, SavedHasherError: There is no index, or it cannot be read.
@@ -82,14 +85,15 @@ def duplicates(
     output = search.open_output(format, show, console, FORMATS)
     search.validate_radius(radius)
     collection = search.open_collection(index)
-    quiet = rich.console.Console(quiet=True) if output.for_scripts else output.console
-    others = _read_reference(reference, collection, output, quiet) if reference is not None else None
+    bars = bars or (bar_console() if output.for_scripts else output.console)
+    others = _read_reference(reference, collection, output, bars) if reference is not None else None
     items = _Items(collection, others)
     if not confirm:
         radius = collection.bits // 16 if radius is None else radius
-        groups = _near_codes(items, radius)
+        with progress_bar(bars, "Comparing codes", len(items), unit="codes", delay=1) as advance:
+            groups = _near_codes(items, radius, advance)
     else:
-        groups = _confirmed(items, radius, quiet)
+        groups = _confirmed(items, radius, bars)
     ordered = sorted((items.by_worth(group) for group in groups), key=len, reverse=True)
     results = [[(items.distance(group[0].number, one.number), one.photo) for one in group] for group in ordered]
     _print_groups(output, items, ordered, results)
@@ -250,11 +254,11 @@ def _digest(path: str) -> str:
 # Groups
 
 
-def _near_codes(items: _Items, radius: int) -> list[list[int]]:
+def _near_codes(items: _Items, radius: int, advance: Callable[[int], None]) -> list[list[int]]:
     """Returns the groups that are connected by chains of codes within the radius."""
     if not len(items):
         return []
-    groups = [group.tolist() for group in Index.of(items.codes).groups(radius)]
+    groups = [group.tolist() for group in near_duplicates.groups(items.codes, radius, advance)]
     return [group for group in groups if items.reference is None or _crosses(group, items.indexed)]
 
 
@@ -279,7 +283,8 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
         for number in numbers[1:]:
             if radius is None or items.distance(number, numbers[0]) <= radius:
                 parent[root(number)] = root(numbers[0])
-    pairs = [pair for pair in _candidates(items, hashes).tolist() if radius is None or items.distance(*pair) <= radius]
+    candidates = _candidates(items, hashes, console).tolist()
+    pairs = [pair for pair in candidates if radius is None or items.distance(*pair) <= radius]
 
     def compare(pair: list[int]) -> bool:
         # Pairs that others have connected meanwhile need no comparison.
@@ -299,7 +304,9 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
     return [group for group in found if items.reference is None or _crosses(group, items.indexed)]
 
 
-def _candidates(items: _Items, hashes: UInt8[np.ndarray, "photos orientations 8"]) -> Int64[np.ndarray, "pairs 2"]:
+def _candidates(
+    items: _Items, hashes: UInt8[np.ndarray, "photos orientations 8"], console: rich.console.Console
+) -> Int64[np.ndarray, "pairs 2"]:
     """Returns pairs of photos that may be copies, each once, by the first photo's number.
 
     A crop has a near code, but a far hash; among hundreds of scanned pages with one code, the hash finds the copy, and
@@ -316,15 +323,17 @@ def _candidates(items: _Items, hashes: UInt8[np.ndarray, "photos orientations 8"
     database = slice(0, items.indexed)
     # With a reference, its photos alone are queries, so that no two photos of the index are compared.
     queries = np.arange(items.indexed if items.reference else 0, len(items))
-    found = []
-    for codes, wanted, k, most in searches:
-        index = Index.of(codes[database])
-        for start in range(0, len(queries), PAGE):
-            some = queries[start : start + PAGE]
-            distances, ids = index.search(wanted[some], min(k + 1, len(index)))
-            one = np.broadcast_to(some[:, None], ids.shape)
-            near = (distances <= most) & (ids != one)
-            found.append(np.sort(np.stack([one[near], ids[near]], axis=1), axis=1))
+    found, total = [], len(searches) * len(queries)
+    with progress_bar(console, "Finding candidates", total, unit="searches", delay=1) as advance:
+        for codes, wanted, k, most in searches:
+            index = Index.of(codes[database])
+            for start in range(0, len(queries), PAGE):
+                some = queries[start : start + PAGE]
+                distances, ids = index.search(wanted[some], min(k + 1, len(index)))
+                one = np.broadcast_to(some[:, None], ids.shape)
+                near = (distances <= most) & (ids != one)
+                found.append(np.sort(np.stack([one[near], ids[near]], axis=1), axis=1))
+                advance(len(some))
     return np.unique(np.concatenate(found), axis=0)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 import cib_jax
 from cib_jax.codes import pack_bits
 from cib_jax.config import build, flatten, schema
-from cib_jax.console import HINT, on_stdout, print_message
+from cib_jax.console import HINT, on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError, DataError
@@ -192,7 +192,10 @@ def evaluate_codes(
         query_labels, database_labels = splits.query.labels, splits.database.labels
 
         def evaluate_queries(mine: slice) -> dict[str, Any]:
-            found = metrics.evaluate(query[mine], database, query_labels[mine], database_labels, k)
+            size = len(query_labels[mine])
+            with progress_bar(run.console, "Ranking", size, unit="queries", delay=1) as advance:
+                data = query[mine], database, query_labels[mine], database_labels
+                found = metrics.evaluate(*data, k, progress=advance)
             return found | {"queries": len(query)}
 
         figures = multihost.mean_over_processes(evaluate_queries, len(query))

@@ -28,7 +28,7 @@ from cib_jax.data.inputs import Photos, Read
 from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, DataError, IndexFolderError
+from cib_jax.errors import ConfigError, DataError, ExportedError, IndexFolderError
 from cib_jax.files import count, first_line, map_in_order, modified_ns, short_reason
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
@@ -36,7 +36,7 @@ from cib_jax.models import registry
 from cib_jax.models.encoder import plain_features
 from cib_jax.random_streams import stream_rng
 from cib_jax.runs import context, features
-from cib_jax.storage import collection, photo_table
+from cib_jax.storage import collection, photo_table, search_copy
 from cib_jax.storage.photo_table import AT_ONCE, IndexMetadata, PhotoTable, Row, State, key_of
 from cib_jax.training import grad_cache
 from cib_jax.training.trainer import TrainingData
@@ -150,11 +150,14 @@ def index(
     changes = _find_changes(table, files, before)
     for start in range(0, len(changes.gone), AT_ONCE):
         table.remove(changes.gone[start : start + AT_ONCE])
+    hasher = None
     if pending := sorted([*changes.missing, *changes.changed, *changes.retried]):
         hasher = collection.load_hasher(table)  # because another process may have made the index
         hasher = dataclasses.replace(hasher, batch_size=config.encode_batch, devices=config.devices)
         _encode_files(table, files, pending, hasher, console)
         table.compact()
+    if photo_table.is_local(uri):
+        _copy_for_search(table, hasher, console)
     if found.truncated:
         print_message(console, truncated_note(found.truncated))
     return _summarize(table, str(index), files, changes, console)
@@ -215,6 +218,15 @@ def _print_unreadable(table: PhotoTable, files: list[Unreadable], console: rich.
         print_message(console, f"Cannot be read: {file}")
     if len(files) > shown:
         print_message(console, f"… and {len(files) - shown:,} more, all listed in {path}")
+
+
+def _copy_for_search(table: PhotoTable, hasher: Hasher | None, console: rich.console.Console) -> None:
+    """Writes the copy that makes a search for one photo start sooner, unless it is there already."""
+    if not search_copy.is_current(table):
+        try:
+            search_copy.write(table, hasher or collection.load_hasher(table))
+        except (OSError, ExportedError) as error:
+            print_message(console, f"A search will take seconds longer to start: {first_line(error)}")
 
 
 def _summarize(

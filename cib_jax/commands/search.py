@@ -97,7 +97,8 @@ def search(
         raise SearchError(f"--kind must be one of {', '.join((EXACT, *KINDS))}, got {kind!r}", field="--kind")
     if radius is not None and kind != EXACT:
         raise SearchError(f"--radius works with exact search alone; leave --kind={kind} out", field="--radius")
-    collection = open_collection(index, kind, settings)
+    one = not rerank and output.sheet is None and not pathlib.Path(query).expanduser().is_dir()
+    collection = open_collection(index, kind, settings, for_one=one)
     if not len(collection):
         raise SearchError(f"--index: {collection.uri} has no photos yet; run --mode=index again", field="--index")
     collection = collection.filtered(folder=folder, after=after, before=before)
@@ -107,7 +108,7 @@ def search(
     results: list[Result] = []
     rows: list[tuple[Tile | None, list[Tile]]] = []
     queries = read_photos(find_photos(str(query), collection, "--query"), output, "--query")
-    while batch := list(itertools.islice(queries, collection.hasher.batch_size)):
+    while batch := list(itertools.islice(queries, 1 if one else collection.hasher.batch_size)):
         squares = np.stack([decoded.square for _, decoded in batch])
         if collection.has_features:
             # Of the first batch's size: a smaller one is the only one.
@@ -135,8 +136,10 @@ def search(
             result = Result(path, code, [(hit.distance, photo) for hit, photo in zip(hits, photos, strict=True)])
             record = {"query": path_as_utf8(path), "code": code.tobytes().hex()}
             record["root"] = path_as_utf8(collection.root)
-            by = "the network's features" if collection.has_features else "the query's logits"
-            title = path + (f", ordered by {by}" if rerank else "")
+            title = path
+            if rerank:
+                by = "the network's features" if collection.has_features else "the query's logits"
+                title = f"{path}, ordered by {by}"
             _print_photos(output, title, record, "hits", result.hits)
             if output.sheet is not None and len(rows) < ROWS:
                 # A large radius may find thousands.
@@ -151,13 +154,17 @@ def search(
 
 
 def open_collection(
-    index: pathlib.Path | str | Collection, kind: str = EXACT, settings: Mapping[str, int] | None = None
+    index: pathlib.Path | str | Collection,
+    kind: str = EXACT,
+    settings: Mapping[str, int] | None = None,
+    *,
+    for_one: bool = False,
 ) -> Collection:
-    """Returns the collection that a user gave, or opens it."""
+    """Returns the collection that a user gave, or opens it, perhaps for one photo alone."""
     if isinstance(index, Collection):
         return index
     HINT.show(f"Opening {index}")
-    return Collection.open(index, kind=kind, settings=settings)
+    return Collection.open(index, kind=kind, settings=settings, for_one=for_one)
 
 
 def validate_radius(radius: int | None) -> None:

@@ -23,7 +23,7 @@ import rich.console
 
 import cib_jax
 from cib_jax import web
-from cib_jax.console import INSTALLED, on_stdout, print_message
+from cib_jax.console import MODULE, on_stdout, print_message
 from cib_jax.errors import WebError
 from cib_jax.files import count
 from cib_jax.storage import photo_table
@@ -157,7 +157,7 @@ class Page:
             if not self.running:
                 self._log.seek(0)
                 lines = self._log.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
-                raise WebError(f"the search page could not be started: {lines[-1].removeprefix(f'{INSTALLED}: ')}")
+                raise WebError(f"the search page could not be started: {lines[-1].removeprefix(f'{MODULE}: ')}")
             if time.monotonic() > deadline:
                 raise WebError(f"the search page did not answer in {patience:g} seconds; serve it again")
             time.sleep(0.2)

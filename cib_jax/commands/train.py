@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from cib_jax import diffusion
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
-from cib_jax.console import on_stdout, print_message, progress_bar
+from cib_jax.console import HINT, on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, WorkdirError
@@ -148,6 +148,8 @@ def _print_summary(run: RunContext) -> None:
     if mesh := run.training_mesh:
         processes = f"{count(jax.process_count(), 'process', 'processes')} with " if multihost.is_distributed() else ""
         run.print(f"{processes}{mesh.size} devices share each batch")
+    if run.console.is_terminal:  # not of one of several workers
+        HINT.show("Preparing the training")
 
 
 # One training run in its folder: resume, train, save.
@@ -345,7 +347,8 @@ class Validation:
         k = self.run.protocol.k or len(database)
 
         def mean_of(mine: slice) -> float:
-            return metrics.mean_average_precision(query[mine], database, query_labels[mine], database_labels, k)
+            data = query[mine], database, query_labels[mine], database_labels
+            return metrics.mean_average_precision(*data, k, progress=False)  # the bar is that of the training
 
         return multihost.mean_over_processes(mean_of, len(query))
 

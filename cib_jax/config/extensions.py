@@ -29,7 +29,8 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 """The table of each field that can have a part of a user's own as its value."""
 
-_BUILT_IN = {field: {*table, *features.FAMILIES, "adam"} for field, table in TABLES.items()}
+BUILT_IN = {field: {*table, *features.FAMILIES, "adam"} for field, table in TABLES.items()}
+"""Names of the package's own parts, by field."""
 _NOT_FIELDS = {"objective": {"stochastic"}}  # keyword arguments of losses that are not config fields
 
 
@@ -68,7 +69,7 @@ def register(field: str, part: Part) -> Part:
     if field == "backbone":
         fits, needed = isinstance(part, registry.Backbone), "a Backbone"
     name = getattr(part, "name" if field == "backbone" else "__name__", "")
-    if not fits or not name.isidentifier() or name in _BUILT_IN[field]:
+    if not fits or not name.isidentifier() or name in BUILT_IN[field]:
         raise ConfigError(f"part must be {needed} with a name of its own for the field {field}, got {part!r}", "part")
     if field in ("objective", "optimizer"):
         _add_fields(field, part)

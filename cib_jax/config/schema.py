@@ -230,10 +230,11 @@ def absent_extensions(config: ml_collections.ConfigDict) -> str:
 def validate(config: ml_collections.ConfigDict, *, around: bool = False, trained: bool = False) -> None:
     """Checks every field, and the fields that depend on each other; with `around`, those of `AROUND` are required.
 
-    A run that is `trained` may have an objective, an augmentation and fields of a file that has not been run.
+    A run that is `trained` may have an objective, an optimizer, an augmentation and fields of a file that has not been
+    run.
     """
     flat, absent = flatten(config), absent_extensions(config)
-    unknown = set() if not (absent and trained) else {"objective", "augment"} | flat.keys() - FIELDS.keys()
+    unknown = set() if not (absent and trained) else {"objective", "optimizer", "augment"} | flat.keys() - FIELDS.keys()
     for name in flat.keys() - FIELDS.keys() - unknown:
         if absent:
             raise _error(name, f"this is a field of {absent}, which is not loaded; {load_remedy(absent)}")

@@ -15,6 +15,7 @@ import time
 import zipfile
 from typing import Any, NamedTuple
 
+from cib_jax.console import library_bar
 from cib_jax.data import photo_folder
 from cib_jax.data.dataset import Unreadable, data_error
 from cib_jax.data.inputs import blame_field
@@ -57,7 +58,9 @@ class Unzipped(NamedTuple):
         return self.notes()
 
 
-def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = None) -> Unzipped:
+def unzip(
+    archive: pathlib.Path | str, directory: pathlib.Path | str | None = None, *, progress: bool = True
+) -> Unzipped:
     """Unpacks the photos of a zip into a folder, completely or not at all, and only once for each zip.
 
     Files keep their names, folders and times, so that an index recognizes the photos of a later zip. Only regular files
@@ -68,6 +71,7 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
       archive: Path of the zip.
       directory: Folder to create. What an earlier call unpacked there from another zip is replaced, unless files were
         added or changed since. None: the path of the zip without its extension.
+      progress: Whether work of more than a second shows a progress bar in terminals and notebooks.
 
     Raises:
       DataError: The zip does not exist, is damaged, or holds no photo or too much, or `directory` holds other files.
@@ -91,12 +95,12 @@ def unzip(archive: pathlib.Path | str, directory: pathlib.Path | str | None = No
             if directory == archive or (directory.exists() and not directory.is_dir()):
                 raise _error(f"its photos cannot be unpacked in {directory}, which is a file; give another folder")
             _validate_replaceable(directory, record)  # before minutes of unpacking, and again after them
-            record = _unpack(archive, directory, stamp)
+            record = _unpack(archive, directory, stamp, progress)
     others, refused = collections.Counter(record["others"]), [Unreadable(*file) for file in record["refused"]]
     return Unzipped(directory, record["photos"], others, refused)
 
 
-def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int]) -> dict[str, Any]:
+def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int], progress: bool) -> dict[str, Any]:
     """Unpacks a zip in a temporary folder, which then replaces `directory`; returns the record."""
     try:
         opened = zipfile.ZipFile(archive)
@@ -110,7 +114,11 @@ def _unpack(archive: pathlib.Path, directory: pathlib.Path, stamp: list[int]) ->
             with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
                 fresh = pathlib.Path(temporary) / "photos"
                 fresh.mkdir()
-                reasons = {name: _extract(opened, member, fresh / name) for name, member in members.items()}
+                reasons = {}
+                with library_bar("Unpacking photos", len(members), progress, "photos", delay=1) as advance:
+                    for name, member in members.items():
+                        reasons[name] = _extract(opened, member, fresh / name)
+                        advance(1)
                 refused += [Unreadable(name, reason) for name, reason in reasons.items() if reason]
                 if all(reasons.values()):
                     raise _error(f"no photo can be unpacked (the first: {refused[0]}); zip them again")

@@ -201,13 +201,13 @@ def set_up_devices(report: Callable[[str], None]) -> None:
             reason = str(error).partition(" (set JAX_PLATFORMS")[0].splitlines() or ["no plugin is installed"]
             raise DevicesError(
                 f"JAX_PLATFORMS must name devices that JAX finds, got {platforms!r} ({reason[0]}); pip install "
-                "'jax[cuda13]' for NVIDIA GPUs, or unset the variable to use the devices that are found",
+                "'jax[cuda12]' for NVIDIA GPUs, or unset the variable to use the devices that are found",
                 field="JAX_PLATFORMS",
             ) from error
     for warning in warnings:
         report(
             f"JAX leaves an accelerator unused ({warning.rstrip('.')}) and runs on {jax.devices()[0].platform}: pip "
-            "install 'jax[cuda13]' to use NVIDIA GPUs, set JAX_PLATFORMS=cuda to fail without one, or "
+            "install 'jax[cuda12]' to use NVIDIA GPUs, set JAX_PLATFORMS=cuda to fail without one, or "
             "JAX_PLATFORMS=cpu to use the CPU without this message"
         )
 

@@ -78,7 +78,8 @@ def write(
                 add(name, content.getbuffer())
             weight_shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
             for size in batch_sizes:
-                HINT.show(f"Exporting programs for batches of {size}, of up to {batch_sizes[-1]}")
+                most = f", of up to {batch_sizes[-1]}" if len(batch_sizes) > 1 else ""
+                HINT.show(f"Exporting programs for batches of {size}{most}")
                 rows = jax.ShapeDtypeStruct((size, *about["input"]["shape"][1:]), about["input"]["dtype"])
                 for stage, program in zip(STAGES, programs(encoder, tree), strict=True):
                     for form, platforms in FORMS.items():

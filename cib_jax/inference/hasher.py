@@ -183,7 +183,8 @@ class Hasher:
         size = _batch_size(len(items), self.batch_size)
         batches = (_finite(items[start : start + size], start) for start in range(0, len(items), size))
         several = len(items) > size
-        with library_bar("Encoding", len(items), show=progress and several) as advance:
+        unit = "items" if self.encoder.backbone.takes == "features" else "images"
+        with library_bar("Encoding", len(items), progress and several, unit) as advance:
             return self._apply(stage, batches, advance, size, self._mesh if several else None)
 
     def _validated(self, images: Items) -> Shaped[np.ndarray, "n ..."]:

@@ -5,6 +5,7 @@ config cannot come from different writings. The weights of a frozen backbone are
 a file, so that a fingerprint could name something that cannot be found again.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import safetensors
 import safetensors.numpy
 from etils import epath
@@ -23,8 +25,19 @@ from jax.sharding import SingleDeviceSharding
 
 from cib_jax import files
 from cib_jax.augment.features import Standard
-from cib_jax.config import build, flatten
-from cib_jax.config.schema import ADDED, FIELDS, MAY_CHANGE, MEASURING, absent_extensions, differences, validate
+from cib_jax.config import build, flatten, own_fields
+from cib_jax.config.extensions import BUILT_IN
+from cib_jax.config.schema import (
+    ADDED,
+    FIELDS,
+    MAY_CHANGE,
+    MEASURING,
+    RULES,
+    absent_extensions,
+    differences,
+    load_remedy,
+    validate,
+)
 from cib_jax.errors import CheckpointError, ConfigError, SavedHasherError
 from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.training.train_step import Progress, create_train_state
@@ -53,6 +66,8 @@ def write(folder: pathlib.Path, encoder: Encoder, params: Params, frozen: Params
     flat = traverse_util.flatten_dict({"params": params, "frozen": frozen})
     tensors = {"/".join(map(str, names)): np.ascontiguousarray(leaf) for names, leaf in flat.items()}
     about = {"version": VERSION, "encoder": _encoder_arguments(encoder, params), "settings": settings}
+    if encoder.backbone.name not in BUILT_IN["backbone"]:
+        about["extensions"] = own_fields.get("extensions", "")
     metadata = {KEY: json.dumps(about | {"checksum": _checksum(about, tensors)}, sort_keys=True)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +95,8 @@ def read(folder: pathlib.Path) -> tuple[Encoder, Params, Params, dict[str, int]]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if _checksum(about, tensors) != checksum:
             raise ValueError("its checksum is not that of its content")
+        if not RULES["backbone"][0](name := about["encoder"]["backbone"]) and (file := about.get("extensions")):
+            raise _error(path, f"needs the backbone {name!r} of {file}, which is not loaded; {load_remedy(file)}")
         return *_rebuild(about, tensors), about["settings"]
     except (SavedHasherError, MemoryError):
         raise
@@ -198,10 +215,14 @@ def restore_best(
     directory = _checkpoint_dir(workdir, config)
     # Restored to one device of this process: the devices of the training may not exist here.
     device = SingleDeviceSharding(jax.local_devices()[0])
+    known = RULES["optimizer"][0](config.optimizer)  # or one of a file that has not been run
+    optimizer = build.optimizer(config) if known else optax.identity()
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: create_train_state(params, build.optimizer(config))),
+        jax.eval_shape(lambda: create_train_state(params, optimizer)),
     )
+    if not known:
+        template = dataclasses.replace(template, opt_state=None)
     with Checkpoints(directory, read_only=True) as checkpoints:
         saved = checkpoints.entry("config", lambda config: flatten(ml_collections.ConfigDict(config)))
         if changes := differences(flatten(config), saved, MAY_CHANGE | MEASURING):

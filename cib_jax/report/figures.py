@@ -456,8 +456,9 @@ def parameters(
             positions = [float(value) for value in column]
             # On a log scale if they span more than a factor of ten.
             if min(positions) > 0 and max(positions) > 10 * min(positions):
-                axis.set_xscale("log")
-                log_ticks(axis.xaxis, positions)
+                ticks = [float(f"{tick:.1g}") for tick in np.geomspace(min(positions), max(positions), 3)]
+                axis.set(xscale="log", xticks=ticks, xticklabels=[f"{tick:g}" for tick in ticks])
+                axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             elif all(isinstance(value, int) for value in column):
                 whole_ticks(axis.xaxis)
         else:

@@ -36,6 +36,7 @@ T = TypeVar("T")
 Codes = UInt8[np.ndarray, "n bytes"]
 Queries = UInt8[np.ndarray, "queries bytes"]
 Query = UInt8[np.ndarray, "1 bytes"]
+Advance = Callable[[int], None]
 
 
 class Hits(NamedTuple):
@@ -46,7 +47,7 @@ class Hits(NamedTuple):
 
 
 def nearest(
-    codes: Codes, queries: Queries, k: int
+    codes: Codes, queries: Queries, k: int, advance: Advance = lambda queries: None
 ) -> tuple[Int32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
     """Returns distances and positions of each query's k nearest codes, with k in 1..n; both arrays are contiguous.
 
@@ -54,19 +55,24 @@ def nearest(
     returns all that are nearer than the k-th nearest so far, which is the same set in any order. A block is at most
     three times as large as all before it together, so that it brings about 3 k hits.
     """
-    found = _search_all(queries, codes, functools.partial(_nearest, k=k))
+    found = _search_all(queries, codes, functools.partial(_nearest, k=k), advance)
     hits = [_first(parts, k) for parts in found]
     return np.stack([hit.distances for hit in hits]), np.stack([hit.ids for hit in hits])
 
 
-def within(codes: Codes, queries: Queries, radius: int) -> list[Hits]:
+def within(codes: Codes, queries: Queries, radius: int, advance: Advance = lambda queries: None) -> list[Hits]:
     """Returns, for each query, all codes that differ from it in at most `radius` bits; both arrays are contiguous."""
-    found = _search_all(queries, codes, functools.partial(_within, radius=radius))
+    found = _search_all(queries, codes, functools.partial(_within, radius=radius), advance)
     return [_first(parts, len(codes)) for parts in found]
 
 
-def _search_all(queries: Queries, codes: Codes, search: Callable[[Queries, Codes], list[Hits]]) -> list[list[Hits]]:
-    """Returns, for each query, its hits in the whole database or, if queries are few, in each part of it."""
+def _search_all(
+    queries: Queries, codes: Codes, search: Callable[[Queries, Codes], list[Hits]], advance: Advance
+) -> list[list[Hits]]:
+    """Returns, for each query, its hits in the whole database or, if queries are few, in each part of it.
+
+    `advance` is called with the number of queries of each call, unless the queries are few.
+    """
     rows = max(1, min(max(ROWS, TASK // len(codes)), -(-len(queries) // core_count())))
     parts = max(1, min(core_count() // len(queries), len(codes) // TASK))
 
@@ -78,7 +84,8 @@ def _search_all(queries: Queries, codes: Codes, search: Callable[[Queries, Codes
     pieces = itertools.product(bounds, range(0, len(queries), rows))
     # All queries in the first part, then all in the second, …
     calls = (functools.partial(search_piece, *part, start) for part, start in pieces)
-    by_part = list(itertools.chain.from_iterable(run_in_order(calls)))
+    found = run_in_order(calls, lambda hits: advance(len(hits) if parts == 1 else 0))
+    by_part = list(itertools.chain.from_iterable(found))
     return [by_part[row :: len(queries)] for row in range(len(queries))]
 
 
@@ -156,8 +163,11 @@ def load_faiss() -> ModuleType:
     return import_optional("faiss", missing)
 
 
-def run_in_order(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """Returns the results of the calls, in order. Any number of threads may use it at once, but not a call itself."""
+def run_in_order(calls: Iterable[Callable[[], T]], done: Callable[[T], None] = lambda result: None) -> list[T]:
+    """Returns the results of the calls, in order, and calls `done` with each of them.
+
+    Any number of threads may use it at once, but not a call itself.
+    """
     several = list(calls)
     if len(several) == 1:  # handing it to a thread would take a tenth of a millisecond
         faiss = load_faiss()
@@ -171,7 +181,11 @@ def run_in_order(calls: Iterable[Callable[[], T]]) -> list[T]:
     pool = _pool(os.getpid())
     waiting = [pool.submit(call) for call in several]
     try:
-        return [future.result() for future in waiting]
+        results = []
+        for future in waiting:
+            results.append(future.result())
+            done(results[-1])
+        return results
     finally:
         for future in waiting:
             future.cancel()

@@ -1,5 +1,6 @@
 """Index of packed codes: k nearest, exact or approximate, all within a radius, near-duplicates, reranking."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, UInt8
 
 from cib_jax.codes import byte_count, ones
+from cib_jax.console import library_bar
 from cib_jax.errors import SearchError, whole_number
 from cib_jax.files import core_count, count
 from cib_jax.retrieval import exact_search, near_duplicates
@@ -19,6 +21,12 @@ from cib_jax.retrieval.hamming import validate_codes, validate_k, validate_packe
 EXACT = "exact"
 # Codes per list from which the centers of lists are learned.
 _TRAINING = 64
+ADDED = 4096
+"""Codes that are added to an approximate index at a time, between two steps of its progress bar."""
+MANY = 100_000
+"""Codes from which the bar is shown at once."""
+MANY_QUERIES = 1000
+"""Queries from which on a search may show a bar."""
 # Logits that are compared at once in `rerank`.
 _BLOCK = 1 << 22
 
@@ -45,7 +53,9 @@ class Index:
     _approximate: Any = None
 
     @classmethod
-    def of(cls, codes: UInt8[np.ndarray, "n bytes"], kind: str = EXACT, **settings: int) -> "Index":
+    def of(
+        cls, codes: UInt8[np.ndarray, "n bytes"], kind: str = EXACT, *, progress: bool = True, **settings: int
+    ) -> "Index":
         """Returns the index of codes [n, bytes].
 
         "exact" compares every code and copies none; a memory map larger than memory works. The other kinds compare few
@@ -56,6 +66,7 @@ class Index:
         Args:
           codes: Packed codes, as from `Hasher.encode`.
           kind: Kind of the index: exact, hnsw, ivf or mih.
+          progress: Whether building another kind than "exact" shows a progress bar in terminals and notebooks.
           **settings: FAISS's settings of the kind; defaults depend on the number of codes. hnsw: m links per code,
             ef_construction and ef_search candidates followed; ivf: nlist lists, nprobe of them searched; mih: nhash
             tables of b bits each, looked up with up to nflip bits flipped.
@@ -69,7 +80,7 @@ class Index:
         validate_packed(codes, "codes")
         exact_search.load_faiss()
         codes = _contiguous(codes)
-        defaults, build = KINDS.get(kind, (lambda *_: {}, lambda codes: (codes, None)))
+        defaults, build = KINDS.get(kind, (lambda *_: {}, lambda codes, add: (codes, None)))
         known = defaults(*codes.shape)
         for name, value in settings.items():
             if name not in known:
@@ -81,7 +92,16 @@ class Index:
             known[name] = whole_number(
                 name, value, {"nflip": 0, "m": 2}.get(name, 1), SearchError, "leave it out for its default"
             )
-        codes, approximate = build(codes, **known)
+        # Learning the lists of "ivf" takes seconds for many codes, before any of them is added.
+        shown, delay = progress and kind != EXACT, 0 if len(codes) > MANY else 1
+        with library_bar("Building the index", len(codes), shown, "codes", delay=delay) as advance:
+
+            def add(index: Any) -> None:
+                for start in range(0, len(codes), ADDED):
+                    index.add(codes[start : start + ADDED])
+                    advance(len(codes[start : start + ADDED]))
+
+            codes, approximate = build(codes, add, **known)
         return cls(codes, kind, approximate)
 
     def __len__(self) -> int:
@@ -96,7 +116,7 @@ class Index:
         return 8 * self.codes.shape[1]
 
     def search(
-        self, queries: UInt8[np.ndarray, "queries bytes"], k: int
+        self, queries: UInt8[np.ndarray, "queries bytes"], k: int, *, progress: bool = True
     ) -> tuple[Int32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
         """Returns Hamming distances and ids of each query's k nearest codes, nearest first, ties in database order.
 
@@ -105,6 +125,7 @@ class Index:
         Args:
           queries: Packed codes of the queries.
           k: Number of hits for each query.
+          progress: Whether a search for thousands of queries shows a progress bar in terminals and notebooks.
 
         Raises:
           UserError: The queries are not packed uint8, are empty or of another length, or k is not in 1..n.
@@ -112,41 +133,46 @@ class Index:
         validate_codes(queries, self.codes, ("queries", "the index"))
         validate_k(k, len(self))
         queries = _contiguous(queries)
-        if self._approximate is None:
-            return exact_search.nearest(self.codes, queries, k)
-        # A few blocks for each core, so that none waits long for the last one.
-        rows = max(1, -(-len(queries) // (4 * core_count())))
-        found = exact_search.run_in_order(
-            functools.partial(self._approximate.search, queries[start : start + rows], k)
-            for start in range(0, len(queries), rows)
-        )
+        with _search_bar(len(queries), progress) as advance:
+            if self._approximate is None:
+                return exact_search.nearest(self.codes, queries, k, advance)
+            # A few blocks for each core, so that none waits long for the last one.
+            rows = max(1, min(MANY_QUERIES, -(-len(queries) // (4 * core_count()))))
+            calls = (
+                functools.partial(self._approximate.search, queries[start : start + rows], k)
+                for start in range(0, len(queries), rows)
+            )
+            found = exact_search.run_in_order(calls, lambda hits: advance(len(hits[0])))
         distances, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
         distances[ids < 0] = np.iinfo(np.int32).max
         # FAISS leaves hits at the same distance in any order.
         order = np.lexsort((ids, distances), axis=-1)
         return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
-    def within(self, queries: UInt8[np.ndarray, "queries bytes"], radius: int) -> list[Hits]:
+    def within(self, queries: UInt8[np.ndarray, "queries bytes"], radius: int, *, progress: bool = True) -> list[Hits]:
         """Returns, for each query, all codes that differ from it in at most `radius` bits, nearest first, ties by id.
 
-        Exact for every kind.
+        Exact for every kind. `progress` is that of `search`.
 
         Raises:
           UserError: The queries are not packed uint8, are empty or of another length, or the radius is negative.
         """
         validate_codes(queries, self.codes, ("queries", "the index"))
-        return exact_search.within(self.codes, _contiguous(queries), self._radius(radius))
+        radius = self._radius(radius)
+        with _search_bar(len(queries), progress) as advance:
+            return exact_search.within(self.codes, _contiguous(queries), radius, advance)
 
-    def groups(self, radius: int) -> list[Int64[np.ndarray, " members"]]:
+    def groups(self, radius: int, *, progress: bool = True) -> list[Int64[np.ndarray, " members"]]:
         """Returns the groups of two or more codes that are joined by chains of codes within `radius` bits.
 
         Ids ascend in each group, and so do the groups' first ids. Exact for every kind. Fast for small radii, up to
-        about bits / 16; beyond, nearly every pair is compared.
+        about bits / 16; beyond, nearly every pair is compared. Work of more than a second shows a bar if `progress`.
 
         Raises:
           UserError: The radius is negative.
         """
-        return near_duplicates.groups(self.codes, self._radius(radius))
+        with library_bar("Comparing codes", len(self), progress, "codes", delay=1) as advance:
+            return near_duplicates.groups(self.codes, self._radius(radius), advance)
 
     def rerank(
         self, logits: Float[np.ndarray, "queries bits"], ids: Int64[np.ndarray, "queries k"]
@@ -206,6 +232,12 @@ class Index:
         return min(whole_number("radius", radius, 0, SearchError, "give it in bits"), self.bits)
 
 
+def _search_bar(queries: int, progress: bool) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    if progress and queries > MANY_QUERIES:
+        return library_bar("Searching", queries, unit="queries", delay=1)
+    return contextlib.nullcontext(lambda queries: None)  # even a bar that is not shown takes a tenth of a millisecond
+
+
 def parse_kind(text: str) -> tuple[str, dict[str, int]]:
     """Returns the kind of an index and its settings, as `Index.of` takes them, from words such as "ivf nprobe=64"."""
     kind, *words = text.split() or [""]
@@ -231,13 +263,14 @@ def _contiguous(codes: UInt8[np.ndarray, "n bytes"]) -> UInt8[np.ndarray, "n byt
 # own copy if FAISS keeps them in order, else those given) and FAISS's index.
 
 Built = tuple[UInt8[np.ndarray, "n bytes"], Any]
+Add = Callable[[Any], None]  # adds the codes to FAISS's index
 
 
-def _hnsw(codes: UInt8[np.ndarray, "n bytes"], *, m: int, ef_construction: int, ef_search: int) -> Built:
+def _hnsw(codes: UInt8[np.ndarray, "n bytes"], add: Add, *, m: int, ef_construction: int, ef_search: int) -> Built:
     index = exact_search.load_faiss().IndexBinaryHNSW(8 * codes.shape[1], m)
     index.hnsw.efConstruction, index.hnsw.efSearch = ef_construction, ef_search
     # In one thread: several link codes in an order that no two builds share.
-    exact_search.run_in_order([lambda: index.add(codes)])
+    exact_search.run_in_order([lambda: add(index)])
     return _stored_codes(index, codes.shape), index
 
 
@@ -246,7 +279,7 @@ def _ivf_settings(n: int, width: int) -> dict[str, int]:
     return {"nlist": nlist, "nprobe": min(nlist, max(8, nlist // 64))}
 
 
-def _ivf(codes: UInt8[np.ndarray, "n bytes"], *, nlist: int, nprobe: int) -> Built:
+def _ivf(codes: UInt8[np.ndarray, "n bytes"], add: Add, *, nlist: int, nprobe: int) -> Built:
     if nlist > len(codes):
         raise SearchError(f"nlist must be at most {len(codes)}, the number of codes, got {nlist}", field="nlist")
     if nprobe > nlist:
@@ -260,7 +293,7 @@ def _ivf(codes: UInt8[np.ndarray, "n bytes"], *, nlist: int, nprobe: int) -> Bui
     sample = np.ascontiguousarray(codes[:: max(1, len(codes) // (_TRAINING * nlist))])
     # In one thread: sums of floats depend on the number of threads that share them.
     exact_search.run_in_order([lambda: index.train(sample)])
-    index.add(codes)
+    add(index)
     return codes, index
 
 
@@ -271,7 +304,7 @@ def _mih_settings(n: int, width: int) -> dict[str, int]:
     return {"nhash": nhash, "b": b, "nflip": 2}
 
 
-def _mih(codes: UInt8[np.ndarray, "n bytes"], *, nhash: int, b: int, nflip: int) -> Built:
+def _mih(codes: UInt8[np.ndarray, "n bytes"], add: Add, *, nhash: int, b: int, nflip: int) -> Built:
     bits = 8 * codes.shape[1]
     if nhash * b > bits or b > 32:
         raise SearchError(
@@ -283,7 +316,7 @@ def _mih(codes: UInt8[np.ndarray, "n bytes"], *, nhash: int, b: int, nflip: int)
         raise SearchError(f"nflip must be at most b, {b}, got {nflip}", field="nflip")
     index = exact_search.load_faiss().IndexBinaryMultiHash(bits, nhash, b)
     index.nflip = nflip
-    index.add(codes)
+    add(index)
     return _stored_codes(index, codes.shape), index
 
 

@@ -4,12 +4,14 @@ Let r_i be 1 if the database image at rank i is relevant to the query, else 0, a
 that share a label are relevant to each other. All metrics of a call come from one pass over the distances.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Bool, Float64, Int64, Shaped, UInt, UInt8
 
+from cib_jax.console import library_bar
 from cib_jax.errors import UserError
 from cib_jax.retrieval import hamming
 from cib_jax.retrieval.hamming import Relevance, over_blocks
@@ -25,10 +27,17 @@ QueryLabels = Shaped[np.ndarray, "queries ..."]
 Labels = Shaped[np.ndarray, "database ..."]
 # The first four arguments of every metric, which travel together.
 Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Progress = bool | Callable[[int], None]
 
 
 def mean_average_precision(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    k: int,
+    *,
+    progress: Progress = True,
 ) -> float:
     """Returns MAP@k, the mean over queries of AP@k = Σ_{i≤k} r_i P(i) / Σ_{i≤k} r_i, ties in database order.
 
@@ -41,6 +50,8 @@ def mean_average_precision(
       query_labels: Class numbers [n], or multi-hot bool or integers [n, classes].
       database_labels: Labels of the database, of the same kind.
       k: Number of ranks, 1 to the size of the database.
+      progress: Whether work of more than a second shows a progress bar in terminals and notebooks; or a function that
+        is called with the number of queries of each block.
 
     Raises:
       UserError: Codes or labels are malformed or do not fit each other, or k is out of range.
@@ -54,11 +65,17 @@ def mean_average_precision(
       0.8333
     """
     data = query_codes, database_codes, query_labels, database_labels
-    return float(_mean_over_queries(data, lambda block: _average_precision(block, [k]), k=k)[0])
+    return float(_mean_over_queries(data, lambda block: _average_precision(block, [k]), progress, k=k)[0])
 
 
 def tie_aware_map(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    k: int,
+    *,
+    progress: Progress = True,
 ) -> float:
     """Returns the expectation of MAP@k if images at one distance come in uniformly random order.
 
@@ -74,11 +91,18 @@ def tie_aware_map(
       0.75
     """
     data = query_codes, database_codes, query_labels, database_labels
-    return float(_mean_over_queries(data, lambda block: _tie_aware(block, k), k=k, ranks=False, histograms=True)[0])
+    means = _mean_over_queries(data, lambda block: _tie_aware(block, k), progress, k=k, ranks=False, histograms=True)
+    return float(means[0])
 
 
 def precision_at_k(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, ks: Sequence[int]
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    ks: Sequence[int],
+    *,
+    progress: Progress = True,
 ) -> dict[int, float]:
     """Returns, for each k, the mean over queries of P(k) = (r_1 + … + r_k) / k, ties in database order.
 
@@ -98,11 +122,17 @@ def precision_at_k(
       >>> cib.precision_at_k(*codes, *labels, ks=[1, 2])
       {1: 1.0, 2: 0.5}
     """
-    return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _precision)
+    return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _precision, progress)
 
 
 def recall_at_k(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, ks: Sequence[int]
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    ks: Sequence[int],
+    *,
+    progress: Progress = True,
 ) -> dict[int, float]:
     """Returns, for each k, the mean over queries of (r_1 + … + r_k) / R, with R relevant images in the database.
 
@@ -116,11 +146,17 @@ def recall_at_k(
       >>> cib.recall_at_k(*codes, *labels, ks=[1, 3])
       {1: 0.5, 3: 1.0}
     """
-    return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _recall)
+    return _mean_at_ks((query_codes, database_codes, query_labels, database_labels), ks, _recall, progress)
 
 
 def precision_within_radius(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, radius: int = 2
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    radius: int = 2,
+    *,
+    progress: Progress = True,
 ) -> tuple[float, float]:
     """Returns the mean precision of lookups in a Hamming ball, and the share of queries with an empty ball.
 
@@ -150,12 +186,17 @@ def precision_within_radius(
         at = min(radius, precision.shape[1] - 1)
         return np.stack([precision[:, at], empty[:, at]], axis=1)
 
-    precision, empty = _mean_over_queries(data, lookup, ranks=False, histograms=True).tolist()
+    precision, empty = _mean_over_queries(data, lookup, progress, ranks=False, histograms=True).tolist()
     return precision, empty
 
 
 def precision_recall_curve(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    *,
+    progress: Progress = True,
 ) -> tuple[Float64[np.ndarray, " radii"], Float64[np.ndarray, " radii"]]:
     """Returns precision and recall of Hamming balls of radius 0, 1, …, bits, each the mean over queries.
 
@@ -172,13 +213,19 @@ def precision_recall_curve(
       ([1.0, 0.5, 0.667], [0.5, 0.5, 1.0])
     """
     data = query_codes, database_codes, query_labels, database_labels
-    means = _mean_over_queries(data, lambda block: np.hstack(_balls(block)[:2]), ranks=False, histograms=True)
+    means = _mean_over_queries(data, lambda block: np.hstack(_balls(block)[:2]), progress, ranks=False, histograms=True)
     precision, recall = np.split(means, 2)
     return precision, recall
 
 
 def evaluate(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    k: int,
+    *,
+    progress: Progress = True,
 ) -> dict[str, Any]:
     """Returns every metric of this module from one pass over the distances, as plain numbers and lists.
 
@@ -202,7 +249,7 @@ def evaluate(
         at_k = _average_precision(block, [k]), _tie_aware(block, k)
         return np.concatenate([*at_k, _precision(block, ks), _recall(block, ks), *_balls(block)], axis=1)
 
-    means = _mean_over_queries(data, per_query, k=k, histograms=True)
+    means = _mean_over_queries(data, per_query, progress, k=k, histograms=True)
     radii = 8 * database_codes.shape[1] + 1
     ends = np.cumsum([1, 1, len(ks), len(ks), radii, radii])
     (average,), (expected,), precision, recall, *balls = (part.tolist() for part in np.split(means, ends))
@@ -243,7 +290,13 @@ class Curves(NamedTuple):
 
 
 def curves(
-    query_codes: Queries, database_codes: Codes, query_labels: QueryLabels, database_labels: Labels, k: int
+    query_codes: Queries,
+    database_codes: Codes,
+    query_labels: QueryLabels,
+    database_labels: Labels,
+    k: int,
+    *,
+    progress: Progress = True,
 ) -> Curves:
     """Returns the curves of a ranking up to rank k, ties in database order.
 
@@ -259,7 +312,9 @@ def curves(
         return [part.sum(axis=0) for part in parts], average[:, -1], block.relevant.sum(axis=1) > 0
 
     data = query_codes, database_codes, query_labels, database_labels
-    sums, average_precision, answerable = zip(*each_block(data, sums_and_rows, k=k, histograms=True), strict=True)
+    sums, average_precision, answerable = zip(
+        *each_block(data, sums_and_rows, progress, k=k, histograms=True), strict=True
+    )
     totals = [np.sum(parts, axis=0) for parts in zip(*sums, strict=True)]
     hits, misses = (int(counts.sum()) for counts in totals[5:])
     mean_ap, precision, recall, radius_precision, radius_empty = (total / len(query_codes) for total in totals[:5])
@@ -298,7 +353,13 @@ class Block(NamedTuple):
 
 
 def each_block(
-    data: Data, work: Callable[[Block], T], *, k: int = 1, ranks: bool = True, histograms: bool = False
+    data: Data,
+    work: Callable[[Block], T],
+    progress: Progress = True,
+    *,
+    k: int = 1,
+    ranks: bool = True,
+    histograms: bool = False,
 ) -> Iterator[T]:
     """Yields `work(block)` for each block of queries, in order.
 
@@ -311,38 +372,50 @@ def each_block(
     relevance = Relevance(query_labels, database_labels)
     radii = database_codes.shape[1] * 8 + 1
 
-    def compute(rows: slice, distances: UInt[Array, "height padded"]) -> T:
+    def compute(rows: slice, distances: UInt[Array, "height padded"]) -> tuple[int, T]:
         queries = rows.stop - rows.start
         ranked, counts = np.zeros((queries, 0), np.bool_), np.zeros((queries, 2, 0), np.int64)
         if ranks:
             ranked = relevance.ranked(rows, hamming.nearest(distances, rows, relevance.size, k))
         if histograms:
             counts = hamming.histograms(distances, rows, relevance, radii)
-        return work(Block(ranked, np.cumsum(ranked, axis=1), counts.sum(axis=1), counts[:, 1]))
+        return queries, work(Block(ranked, np.cumsum(ranked, axis=1), counts.sum(axis=1), counts[:, 1]))
 
-    yield from over_blocks(query_codes, database_codes, compute)
+    bar = library_bar("Ranking", len(query_codes), progress is True, "queries", delay=1)
+    with contextlib.nullcontext(progress) if callable(progress) else bar as advance:
+        for queries, result in over_blocks(query_codes, database_codes, compute):
+            advance(queries)
+            yield result
 
 
 def _mean_over_queries(
     data: Data,
     per_query: Callable[[Block], Float64[np.ndarray, "queries metrics"]],
+    progress: Progress,
     *,
     k: int = 1,
     ranks: bool = True,
     histograms: bool = False,
 ) -> Float64[np.ndarray, " metrics"]:
-    sums = each_block(data, lambda block: per_query(block).sum(axis=0), k=k, ranks=ranks, histograms=histograms)
+    sums = each_block(
+        data, lambda block: per_query(block).sum(axis=0), progress, k=k, ranks=ranks, histograms=histograms
+    )
     return np.sum(list(sums), axis=0) / len(data[0])
 
 
 def _mean_at_ks(
-    data: Data, ks: Sequence[int], per_query: Callable[[Block, Sequence[int]], Float64[np.ndarray, "queries ks"]]
+    data: Data,
+    ks: Sequence[int],
+    per_query: Callable[[Block, Sequence[int]], Float64[np.ndarray, "queries ks"]],
+    progress: Progress,
 ) -> dict[int, float]:
     if not ks:
         raise UserError("ks must have at least one k, got none", field="ks")
     for k in ks:
         hamming.validate_k(k, len(data[1]), name="ks")
-    means = _mean_over_queries(data, lambda block: per_query(block, ks), k=max(ks), histograms=per_query is _recall)
+    means = _mean_over_queries(
+        data, lambda block: per_query(block, ks), progress, k=max(ks), histograms=per_query is _recall
+    )
     return dict(zip(ks, means.tolist(), strict=True))
 
 

@@ -1,7 +1,7 @@
 """Groups of near-duplicate codes, found without comparing every code with every other."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
@@ -13,10 +13,13 @@ MAX_PAIRS = 1 << 22
 Codes = UInt8[np.ndarray, "n bytes"]
 
 
-def groups(codes: Codes, radius: int) -> list[Int64[np.ndarray, " members"]]:
+def groups(
+    codes: Codes, radius: int, advance: Callable[[int], None] = lambda codes: None
+) -> list[Int64[np.ndarray, " members"]]:
     """Returns the connected components of two or more codes in the graph that joins codes within `radius` bits.
 
     Members ascend, and so do the groups' first members. Two codes of one group may be farther apart than `radius`.
+    `advance` is called with numbers of codes, whose sum is at most that of all.
 
     Codes that differ in at most r bits agree in at least one of r + 1 pieces, so that only codes that share a piece
     are compared: with 64 random bits and r = 3, one pair in 16,000. Equal codes are compared once. Memory is a few
@@ -28,8 +31,15 @@ def groups(codes: Codes, radius: int) -> list[Int64[np.ndarray, " members"]]:
     distinct, owner = _distinct(codes)
     words = distinct.view(np.uint64) if distinct.shape[1] % 8 == 0 else distinct
     component = np.arange(len(distinct))
-    for buckets in _pieces(distinct, radius):
-        component = _join_buckets(words, component, buckets, radius)
+    pieces, done = _pieces(8 * distinct.shape[1], radius), 0.0
+
+    def compared(share: float) -> None:
+        nonlocal done
+        before, done = done, min(done + share * len(codes) / len(pieces), len(codes))
+        advance(int(done) - int(before))
+
+    for begin, end in pieces:
+        component = _join_buckets(words, component, _buckets(distinct, begin, end), radius, compared)
         if component.max() == 0:
             break
     component = component[owner]
@@ -51,20 +61,23 @@ def _distinct(codes: Codes) -> tuple[UInt8[np.ndarray, "distinct bytes"], Int64[
     return codes[first], owner
 
 
-def _pieces(codes: Codes, radius: int) -> Iterator[Int64[np.ndarray, " n"]]:
-    """Yields, for each piece of the codes, a bucket number per code, the same for codes that agree in the piece."""
-    bits = 8 * codes.shape[1]
+def _pieces(bits: int, radius: int) -> list[tuple[int, int]]:
+    """Returns the first bit of each piece of a code, and the one after its last."""
     count = radius + 1
-    # Pieces too short to separate codes: one bucket, in which every pair is compared once, is cheaper.
+    # Pieces too short to separate codes: an empty one, in which every pair is compared once, is cheaper.
     if count > bits or count >= 1 << bits // count:
-        yield np.zeros(len(codes), np.int64)
-        return
-    bounds = [bits * number // count for number in range(count + 1)]
-    for begin, end in itertools.pairwise(bounds):
-        piece = codes[:, begin // 8 : -(-end // 8)].copy()
-        piece[:, 0] &= 0xFF >> begin % 8
-        piece[:, -1] &= 0xFF << (-end % 8) & 0xFF
-        yield _distinct(piece)[1]
+        return [(0, 0)]
+    return list(itertools.pairwise(bits * number // count for number in range(count + 1)))
+
+
+def _buckets(codes: Codes, begin: int, end: int) -> Int64[np.ndarray, " n"]:
+    """Returns a bucket number per code, the same for codes that agree in a piece."""
+    if begin == end:
+        return np.zeros(len(codes), np.int64)
+    piece = codes[:, begin // 8 : -(-end // 8)].copy()
+    piece[:, 0] &= 0xFF >> begin % 8
+    piece[:, -1] &= 0xFF << (-end % 8) & 0xFF
+    return _distinct(piece)[1]
 
 
 def _join_buckets(
@@ -72,20 +85,23 @@ def _join_buckets(
     component: Int64[np.ndarray, " n"],
     buckets: Int64[np.ndarray, " n"],
     radius: int,
+    compared: Callable[[float], None],
 ) -> Int64[np.ndarray, " n"]:
     """Returns the components after joining those of codes in one bucket within the radius.
 
     Codes are sorted by bucket. Step s compares every code with the s-th one after it, if that is in the same bucket.
+    `compared` is called with shares of the work.
     """
     order = np.argsort(buckets, kind="stable")
     sizes = np.bincount(buckets)
     left = np.cumsum(sizes)[buckets[order]] - 1 - np.arange(len(order))  # codes after each in its bucket
-    words, most = words[order], max(1, BLOCK_BYTES // words[0].nbytes)
+    words, most, total = words[order], max(1, BLOCK_BYTES // words[0].nbytes), max(1, int(left.sum()))
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     count, step, active = 0, 1, np.flatnonzero(left >= 1)
     while len(active):
         for start in range(0, len(active), most):
             here = active[start : start + most]
+            compared(len(here) / total)
             distances = np.bitwise_count(words[here] ^ words[here + step]).sum(axis=1, dtype=np.int32)
             near = here[distances <= radius]
             one, other = component[order[near]], component[order[near + step]]

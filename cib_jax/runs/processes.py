@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 
 from cib_jax import console, errors, files
-from cib_jax.config import extensions, loaded_files
+from cib_jax.config import loaded_files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
 
@@ -278,6 +278,8 @@ def _work_in_child(
     if cache and jax.config.values["jax_compilation_cache_dir"] is None:
         set_compilation_cache(cache)
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    from cib_jax.config import extensions  # Flax and all else that training needs, which a search does not
+
     try:
         extensions.load(loaded)
         work(*arguments, sending.send)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from cib_jax.console import HINT
+from cib_jax.console import HINT, progress_bar
 from cib_jax.data.dataset import ImageSet, resized
 from cib_jax.files import count, write_bytes
 from cib_jax.random_streams import stream_rng
@@ -41,7 +41,8 @@ def write_report(
     query_labels, database_labels = run.splits.query.labels, run.splits.database.labels
     curves = None
     if query_labels is not None and database_labels is not None:
-        curves = metrics.curves(query, database, query_labels, database_labels, results["k"])
+        with progress_bar(run.console, "Curves", len(query), unit="queries", delay=1) as advance:
+            curves = metrics.curves(query, database, query_labels, database_labels, results["k"], progress=advance)
     sections = [
         Section("Training", _draw_training(run.workdir)),
         Section("Retrieval", _draw_retrieval(curves, results) if curves else []),

@@ -1,25 +1,27 @@
 """Index of photos, opened for searching: its encoder, its codes, and the metadata of each photo."""
 
+import contextlib
 import datetime
 import os
 import pathlib
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Float32, Int8, UInt8
 
 from cib_jax import errors
 from cib_jax.files import count, short_reason
-from cib_jax.inference import serialization
-from cib_jax.inference.hasher import Hasher
-from cib_jax.models import weights
 from cib_jax.retrieval.index import EXACT, Index
 from cib_jax.storage import photo_table
 from cib_jax.storage.photo_table import PhotoTable
 from cib_jax.storage.rows import path_of
+from cib_jax.storage.search_copy import SearchCopy
+
+if TYPE_CHECKING:  # Flax takes a second to import, which a search in a `SearchCopy` does not need
+    from cib_jax.inference.hasher import Hasher
 
 KEPT = 100_000
 """Number of photos whose metadata, without the thumbnail, is kept in memory once it was read."""
@@ -63,8 +65,6 @@ class Collection:
     hits = Collection.open("INDEX").nearest(codes, k=10)
     """
 
-    hasher: Hasher
-    """Encoder of the codes."""
     uri: str
     """Place of the index."""
     root: str
@@ -78,35 +78,55 @@ class Collection:
 
     def __init__(
         self,
-        table: PhotoTable,
-        hasher: Hasher,
+        table: PhotoTable | SearchCopy,
+        hasher: "Hasher | None",
         kind: str,
         settings: Mapping[str, int],
         snapshot: photo_table.Snapshot | None = None,
     ):
-        self._table, self.hasher, self._kind, self._settings = table, hasher, kind, settings
+        self._table, self._hasher, self._kind, self._settings = table, hasher, kind, settings
         self._snapshot = table.snapshot() if snapshot is None else snapshot
         self.uri, self.root, self.codes = table.uri, table.metadata.root, self._snapshot.codes
-        self.bits, self.side = hasher.encoder.bits, hasher.side
-        self._index = Index.of(self.codes, kind, **settings) if len(self.codes) else None
+        self.bits, self.side = table.metadata.encoder["bits"], table.metadata.encoder["side"]
+        self._index = Index.of(self.codes, kind, progress=True, **settings) if len(self.codes) else None
         self._known: dict[int, Photo] = {}  # read before, by number, without thumbnails
 
     @classmethod
-    def open(cls, uri: str | pathlib.Path, *, kind: str = EXACT, settings: Mapping[str, int] | None = None) -> Self:
+    def open(
+        cls,
+        uri: str | pathlib.Path,
+        *,
+        kind: str = EXACT,
+        settings: Mapping[str, int] | None = None,
+        for_one: bool = False,
+    ) -> Self:
         """Returns the collection of an index as it is now.
 
         Args:
           uri: A folder, or another place that LanceDB supports.
           kind: Kind of the search: exact, or an approximate kind of `Index.of`.
           settings: Settings of that kind.
+          for_one: Whether it is opened to search for one photo, without thumbnails and features, which a copy of the
+            index makes possible in less time.
 
         Raises:
           IndexFolderError: There is no index, or it cannot be read.
           SavedHasherError: Its encoder is damaged.
           SearchError: FAISS is not installed, or the kind or a setting is unknown.
         """
-        table = PhotoTable.open(photo_table.normalize_uri(uri))
+        uri = photo_table.normalize_uri(uri)
+        copy = SearchCopy.open(uri) if for_one and photo_table.is_local(uri) else None
+        if copy is not None:
+            return cls(copy, None, kind, settings or {})
+        table = PhotoTable.open(uri)
         return cls(table, load_hasher(table), kind, settings or {})
+
+    @property
+    def hasher(self) -> "Hasher":
+        """Encoder of the codes."""
+        if self._hasher is None:
+            self._hasher = load_hasher(self._table)
+        return self._hasher
 
     def __len__(self) -> int:
         return len(self._snapshot.keys)
@@ -140,7 +160,7 @@ class Collection:
             problem = f"{' '.join(flags)} must leave some of the {len(self):,} photos of {self.root}, got none"
             raise errors.SearchError(f"{problem}; give another folder or date", field=flags[0].partition("=")[0])
         return type(self)(
-            self._table, self.hasher, self._kind, self._settings, self._snapshot.take(np.flatnonzero(kept))
+            self._table, self._hasher, self._kind, self._settings, self._snapshot.take(np.flatnonzero(kept))
         )
 
     def renewed(self) -> Self:
@@ -155,13 +175,20 @@ class Collection:
                 f"--index: {self.uri} was made anew by another encoder, so codes cannot be compared; open it again"
             )
             raise errors.IndexFolderError(message, field="--index")
-        before = (self._table.metadata, self._table.created, self._snapshot.table.version)
-        if (table.metadata, table.created, table.version) == before:
+        before = self._table
+        if isinstance(before, PhotoTable) and (table.metadata, table.created, table.version) == (
+            before.metadata,
+            before.created,
+            self._snapshot.table.version,
+        ):
             return self
         return type(self)(table, self.hasher, EXACT, {})
 
     def encode(self, squares: UInt8[np.ndarray, "n side side 3"]) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the codes of photos that `data.photos` decoded to squares of `side` pixels."""
+        if isinstance(self._table, SearchCopy) and len(squares) == 1:
+            with contextlib.suppress(errors.ExportedError):  # not for this kind of device
+                return self._table.one_by_one.encode(squares)
         return self.hasher.encode(squares)
 
     def nearest(self, codes: UInt8[np.ndarray, "queries bytes"], k: int) -> list[list[Hit]]:
@@ -280,8 +307,11 @@ def _nanoseconds(name: str, date: str) -> int:
         raise errors.SearchError(problem, field=f"--{name}") from None
 
 
-def load_hasher(table: PhotoTable) -> Hasher:
+def load_hasher(table: PhotoTable | SearchCopy) -> "Hasher":
     """Returns the encoder that made an index's codes."""
+    from cib_jax.inference import serialization
+    from cib_jax.inference.hasher import Hasher
+
     content = table.encoder()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -304,15 +334,19 @@ def load_hasher(table: PhotoTable) -> Hasher:
     return hasher
 
 
-def hasher_bytes(hasher: Hasher) -> bytes:
+def hasher_bytes(hasher: "Hasher") -> bytes:
     """Returns the content of the file in which an index keeps its encoder."""
+    from cib_jax.inference import serialization
+
     with tempfile.TemporaryDirectory() as folder:
         hasher.save(folder)
         return (pathlib.Path(folder) / serialization.FILE).read_bytes()
 
 
-def encoder_identity(hasher: Hasher) -> dict[str, Any]:
+def encoder_identity(hasher: "Hasher") -> dict[str, Any]:
     """Returns the identity of an encoder: codes of encoders with the same one can be compared."""
+    from cib_jax.models import weights
+
     encoder = hasher.encoder
     return {
         "backbone": encoder.backbone.name,

@@ -151,7 +151,7 @@ class PhotoTable:
             row, created = _fetch(table.search().select(["about"])), table.list_versions()[0]["timestamp"]
             metadata = json.loads(row["about"][0].as_py())
             version = metadata["version"]
-            made = _parse(metadata) if version == VERSION else None
+            made = parse(metadata) if version == VERSION else None
         if made is None:
             raise _error(
                 f"{uri} is of version {version}, this package reads version {VERSION}; index the photos "
@@ -174,7 +174,7 @@ class PhotoTable:
         import pyarrow
 
         connection = _connect(uri)
-        row = {"about": [_serialize(metadata)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())}
+        row = {"about": [serialize(metadata)], "hasher": pyarrow.array([encoder], pyarrow.large_binary())}
         try:
             connection.create_table(ENCODER, pyarrow.table(row))
         except Exception as error:  # LanceDB's errors have no class of their own
@@ -193,7 +193,7 @@ class PhotoTable:
         if metadata == self.metadata:
             return
         with lance_errors(self.uri, "written"):
-            self._connection.open_table(ENCODER).update(values={"about": _serialize(metadata)})
+            self._connection.open_table(ENCODER).update(values={"about": serialize(metadata)})
         self.metadata = metadata
 
     @property
@@ -218,9 +218,9 @@ class PhotoTable:
             self._photos.checkout_latest()
             names = ["key", "size", "modified", *self._columns_of_codes(self._photos)]
             found = _fetch(self._photos.search().select(names))
-            keys, sizes = _as_numpy(found["key"]), _as_numpy(found["size"])
-            modified = _as_numpy(found["modified"].cast("int64"))
-            modified[np.isin(keys, _damaged_keys(found))] = -1  # so that they are encoded again
+            keys, sizes = as_numpy(found["key"]), as_numpy(found["size"])
+            modified = as_numpy(found["modified"].cast("int64"))
+            modified[np.isin(keys, damaged_keys(found))] = -1  # so that they are encoded again
         order = np.argsort(keys)
         return State(keys[order], sizes[order], modified[order])
 
@@ -269,24 +269,30 @@ class PhotoTable:
             table.checkout(table.version)
             query = table.search().select(["key", *self._columns_of_codes(table)])
             found = _fetch(query.where("code IS NOT NULL").with_row_id(True))
-            if damaged := _damaged_keys(found):
+            if damaged := damaged_keys(found):
                 problem = f"the codes of {count(len(damaged), 'photo')} in {self.uri} are damaged on the disk"
                 raise _error(f"{problem}; index the photos again, and these are encoded again")
-            keys, rows = _as_numpy(found["key"]), _as_numpy(found["_rowid"])
-            width = byte_count(self.metadata.encoder["bits"])
-            codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
+            keys, rows = as_numpy(found["key"]), as_numpy(found["_rowid"])
+            codes = codes_of(found)
         order = np.argsort(keys)
         return Snapshot(keys[order], codes[order], rows[order], table)
+
+    def rows(self, columns: Sequence[str]) -> Any:
+        """Returns columns of the photos that have codes now, as an Arrow table."""
+        with lance_errors(self.uri, "read"):
+            table = self._connection.open_table(PHOTOS)
+            names = [name for name in columns if name in table.schema.names]
+            return _fetch(table.search().select(names).where("code IS NOT NULL"))
 
     def paths_and_times(self, snapshot: Snapshot) -> tuple[list[str], Int64[np.ndarray, " photos"]]:
         """Returns the paths of all photos of a snapshot, in its order, and their times in nanoseconds since 1970."""
         with lance_errors(self.uri, "read"):
             query = snapshot.table.search().select(["key", "path", "raw_path", "modified"])
             found = _fetch(query.where("code IS NOT NULL"))
-        found = found.take(np.argsort(_as_numpy(found["key"])))
-        found = found.filter(np.isin(_as_numpy(found["key"]), snapshot.keys))
+        found = found.take(np.argsort(as_numpy(found["key"])))
+        found = found.filter(np.isin(as_numpy(found["key"]), snapshot.keys))
         rows = found.select(["path", "raw_path"]).to_pylist()
-        return [path_of(row) for row in rows], _as_numpy(found["modified"].cast("int64"))
+        return [path_of(row) for row in rows], as_numpy(found["modified"].cast("int64"))
 
     def read(self, snapshot: Snapshot, numbers: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
         """Returns columns of some photos, by their position in the snapshot; times in nanoseconds since 1970."""
@@ -302,7 +308,7 @@ class PhotoTable:
                     problem = f"a thumbnail in {self.uri} is damaged on the disk"
                     raise _error(f"{problem}; restore the index from a copy, or make it anew with --relearn")
         # LanceDB returns rows in the table's order.
-        positions = np.searchsorted(snapshot.keys, _as_numpy(taken["key"])).tolist()
+        positions = np.searchsorted(snapshot.keys, as_numpy(taken["key"])).tolist()
         if "modified" in columns:
             at = taken.schema.get_field_index("modified")
             taken = taken.set_column(at, "modified", taken["modified"].cast("int64"))
@@ -325,8 +331,8 @@ class PhotoTable:
                 time.sleep(0.05 * (attempt + 1))  # another writer was faster
 
 
-def _parse(metadata: Any) -> IndexMetadata:
-    """Returns the metadata that `_serialize` wrote; raises an error of any type for others."""
+def parse(metadata: Any) -> IndexMetadata:
+    """Returns the metadata that `serialize` wrote; raises an error of any type for others."""
     optional = (metadata.get("learnt", {}), metadata.get("photos", 0), tuple(metadata.get("exclude", ())))
     made = IndexMetadata(metadata["images"], metadata["encoder"], *optional)
     numbers = made.encoder["bits"], made.encoder["side"], made.photos, made.learnt.get("data.train_images", 0)
@@ -336,7 +342,8 @@ def _parse(metadata: Any) -> IndexMetadata:
     return made
 
 
-def _serialize(metadata: IndexMetadata) -> str:
+def serialize(metadata: IndexMetadata) -> str:
+    """Returns the metadata as JSON."""
     return json.dumps({"version": VERSION} | metadata._asdict())
 
 
@@ -390,14 +397,13 @@ def _schema(bits: int) -> Any:
     return pyarrow.schema([key, *types.items()])
 
 
-def _damaged_keys(found: Any) -> list[int]:
+def damaged_keys(found: Any) -> list[int]:
     """Returns the keys of photos whose codes are not those that were written."""
     if "check" not in found.column_names:
         return []
     found = found.filter(found["code"].is_valid())
-    width, keys = found.schema.field("code").type.list_size, _as_numpy(found["key"])
-    codes = np.asarray(found["code"].combine_chunks().flatten(), np.uint8).reshape(-1, width)
-    written = found["check"].combine_chunks().to_numpy(zero_copy_only=False).astype(np.uint64)
+    keys, codes = as_numpy(found["key"]), codes_of(found)
+    written = np.from_dlpack(found["check"].combine_chunks())
     # CRC-32 by its table, for all photos at once: byte for byte as `zlib.crc32(code, key)`.
     table = np.array([~zlib.crc32(bytes([byte]), _HALF) & _HALF for byte in range(256)], np.uint32)
     crc = ~keys.astype(np.uint32)
@@ -410,8 +416,15 @@ def _fetch(query: Any) -> Any:
     return query.limit(None).to_arrow()
 
 
-def _as_numpy(column: Any) -> Int64[np.ndarray, " rows"]:
-    return column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+def as_numpy(column: Any) -> Int64[np.ndarray, " rows"]:
+    """Returns a column of numbers; not by Arrow's own `to_numpy`, which imports Pandas."""
+    return np.from_dlpack(column.combine_chunks()).astype(np.int64)
+
+
+def codes_of(found: Any) -> UInt8[np.ndarray, "rows bytes"]:
+    """Returns the column of packed codes."""
+    width = found.schema.field("code").type.list_size
+    return np.from_dlpack(found["code"].combine_chunks().flatten()).reshape(-1, width)
 
 
 # LanceDB: places, connections and errors.

@@ -235,12 +235,15 @@ class Checkpoints:
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Progress, dict[str, Any]]:
         """Returns the state, progress and JSON part of a checkpoint, by default of the newest one.
 
-        The state is put on the devices of the `template`, a state of the same structure, shapes and types.
+        The state is put on the devices of the `template`, a state of the same structure, shapes and types. Where its
+        `opt_state` is None, that of the checkpoint is returned as nested dicts and lists: encoding needs no optimizer.
         """
         step = self.latest_step if step is None else step
         folder = self.directory / str(step)
-        state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template)))
         try:
+            if template.opt_state is None and step is not None:
+                template = _with_stored_optimizer(template, folder)
+            state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template)))
             restored = self._read(step, state=state, progress=ocp.args.JsonRestore(), extra=ocp.args.JsonRestore())
         except CheckpointError as error:
             _validate_shapes(template, folder, error)
@@ -250,8 +253,10 @@ class Checkpoints:
         except (TypeError, ValueError) as problem:
             raise _damaged(folder, f"its metadata are damaged: {problem}") from problem
         checksum = extra.pop(CHECKSUM, None)
-        if checksum != _checksum(restored.state, restored.progress, extra) and checksum != _checksum(restored.state):
-            # The second one is that of version 0.1.0.
+        metadata = restored.progress, extra
+        # The last two are those of earlier versions.
+        sums = (_checksum(restored.state, *metadata), _old_checksum(restored.state, *metadata))
+        if checksum not in sums and checksum != _old_checksum(restored.state):
             raise _damaged(folder, "its checksum is not that of its content")
         return TrainState(**restored.state), progress, extra
 
@@ -308,6 +313,17 @@ def _damaged(folder: epath.Path, reason: str) -> CheckpointError:
     return _error(CheckpointError, folder, f"the checkpoint cannot be read ({reason}); {remedy}")
 
 
+def _with_stored_optimizer(template: TrainState, folder: epath.Path) -> TrainState:
+    """Returns the template with the shapes of a checkpoint's optimizer, on the devices of the parameters."""
+    (device, *_) = {leaf.sharding for leaf in jax.tree.leaves(template.params)}
+    try:
+        stored = ocp.StandardCheckpointHandler().metadata(folder / "state").tree["opt_state"]
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
+    except Exception as error:  # Orbax raises errors of many types
+        raise _damaged(folder, f"its metadata are damaged: {type(error).__name__}") from error
+    return dataclasses.replace(template, opt_state=shapes)
+
+
 def _validate_shapes(template: TrainState, folder: epath.Path, error: CheckpointError) -> None:
     """Raises OtherNetworkError if a checkpoint is not damaged, but its metadata list other parameters."""
     try:
@@ -336,25 +352,37 @@ def _progress(content: dict[str, Any]) -> Progress:
 
 
 def _checksum(state: Any, *metadata: dict[str, Any]) -> str:
-    """Returns a digest of all numbers of a state, in the order of its leaves, and of JSON."""
+    """Returns a digest of all numbers of a state, by the paths of its leaves, and of JSON."""
+    return _digest(sorted(_leaves(state).items()), metadata)
+
+
+def _old_checksum(state: Any, *metadata: dict[str, Any]) -> str:
+    """Returns the digest of earlier versions, which depends on the types of an optimizer's state."""
+    return _digest([(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(state)], metadata)
+
+
+def _digest(leaves: Sequence[tuple[str, Any]], metadata: Sequence[dict[str, Any]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in metadata:
         digest.update(json.dumps(part, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    for name, leaf in leaves:
         array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each leaf by its path, written alike for keys, indices and attributes."""
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by their paths, written alike for keys, indices and attributes."""
 
     def name(part: Any) -> str:
         return str(next(getattr(part, field) for field in ("key", "idx", "name") if hasattr(part, field)))
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
+    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _leaves(tree).items()}
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def parse(monkeypatch):
 
 def test_an_experiment_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert {*parsing.config_names()} == {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert {*parsing.config_names()} == {file.stem for file in (ROOT / "configs").glob("[!_]*.py")}
     (tmp_path / "cifar.py").write_text("")
     assert pathlib.Path(parsing.config_path("cifar")).samefile(ROOT / "configs" / "cifar.py")
     assert parsing.config_path("./cifar.py") == "./cifar.py"

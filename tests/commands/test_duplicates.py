@@ -5,17 +5,20 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 
 import PIL.Image
 import pytest
 import rich.console
 
+import cib_jax as cib
 from cib_jax.commands import duplicates as duplicates_lib
 from cib_jax.commands.duplicates import duplicates
 from cib_jax.errors import ConfigError, DataError, SearchError
 from cib_jax.inference.hasher import Hasher
 from tests.commands import indexing
 from tests.data import pictures
+from tests.test_console import Terminal
 
 COPIES = {
     "a.jpg": ["a at 60.jpg", "half.jpg", "as/a.png"],
@@ -87,6 +90,18 @@ def test_unconfirmed_groups_are_those_of_a_plain_loop(copies, codes, radius):
         first = codes[group[0][1].path]
         assert [distance for distance, _ in group] == [(codes[one.path] ^ first).bit_count() for _, one in group]
     assert [len(group) for group in found] == sorted(map(len, found), reverse=True)
+
+
+@pytest.mark.parametrize("format", ["json", "csv"])
+def test_bars_beside_json_and_csv_are_on_a_terminals_stderr(copies, monkeypatch, format):
+    expected = find(copies, format=format)[1]
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    assert find(copies, format=format)[1] == expected
+    assert "Looking at photos" in sys.stderr.getvalue()
+    sys.stderr.truncate(0)
+    cib.Collection.open(copies / "i").duplicates(progress=False)
+    assert sys.stderr.getvalue().strip("\0") == ""
 
 
 def test_lines_of_json_and_csv_have_one_photo_each(copies, monkeypatch):

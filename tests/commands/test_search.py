@@ -350,11 +350,16 @@ def test_mistakes_are_refused(place, tmp_path, options, error, field):
             duplicates(place / "i", **options)
 
 
-def test_a_search_imports_what_it_needs_alone():
-    heavy = {"orbax", "tensorflow_datasets", "grain", "matplotlib", "sklearn", "scipy", "optuna", "faiss", "lancedb"}
-    program = f"import sys, cib_jax.commands.search, cib_jax.runs.processes; print({heavy} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "set()"
+def test_a_search_for_one_photo_imports_what_it_needs_alone(place):
+    heavy = {"orbax", "tensorflow_datasets", "grain", "matplotlib", "sklearn", "optuna", "lancedb", "flax", "optax"}
+    program = (
+        "import sys, rich.console, cib_jax.runs.processes; from cib_jax.commands.search import search; "
+        "found = search(sys.argv[1], sys.argv[2], k=3, console=rich.console.Console(quiet=True)); "
+        f"print(len(found[0].hits), {heavy | {'pandas'}} & {{*sys.modules}})"
+    )
+    command = [sys.executable, "-c", program, place / "i", place / "queries" / "1.jpg"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "3 set()"
 
 
 def test_an_index_that_is_not_there_is_refused(place, tmp_path):

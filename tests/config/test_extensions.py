@@ -5,13 +5,17 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL.Image
 import pytest
+import rich.console
 import safetensors.numpy
 
 import cib_jax as cib
 from cib_jax.commands import compare, tune
 from cib_jax.config import build, extensions, loaded_files, schema
 from cib_jax.errors import ConfigError
+from cib_jax.storage import collection
+from cib_jax.storage.photo_table import IndexMetadata, PhotoTable
 from tests import small
 from tests.docs import pages
 
@@ -53,11 +57,16 @@ def test_a_run_of_own_parts_alone(tmp_path, run_cli, own_parts):
     assert (saved["extensions"], saved["balance_weight"], saved["decay"]) == (str(mine), 0.5, 1e-4)
     assert "balance" in json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert cib.Hasher.load(run).encode(images).shape == (60, 2)
-    cib.Hasher.load(run).save(tmp_path / "saved")
+    hasher = cib.Hasher.load(run)
+    hasher.save(tmp_path / "saved")
+    index = IndexMetadata(str(tmp_path), collection.encoder_identity(hasher))
+    table = PhotoTable.create(str(tmp_path / "index"), index, collection.hasher_bytes(hasher))
     own_parts()  # as in a new process, in which somebody loads the run
     for load in (run, tmp_path / "saved"):
-        with pytest.raises(cib.UserError, match="patches"):
+        with pytest.raises(cib.UserError, match=f"'patches'.* {mine}, .*--config={mine}"):
             cib.Hasher.load(load)
+    with pytest.raises(cib.UserError, match=f"--index: .*'patches'.* {mine}, .*--config={mine}"):
+        collection.load_hasher(table)
     ended = run_cli("--mode=evaluate", f"--workdir={run}")
     assert ended.code == 2 and f"--config={mine}" in ended.error
     assert "patches" not in schema.RULES["backbone"][1]
@@ -66,7 +75,25 @@ def test_a_run_of_own_parts_alone(tmp_path, run_cli, own_parts):
     assert ended.code == 2 and "there is no index" in ended.error
 
 
-def test_encoding_needs_no_objective(tmp_path, own_parts):
+def test_encoding_needs_neither_objective_nor_optimizer_nor_augmentation(tmp_path, run_cli, own_parts):
+    """Encodes without the file, in Python and by a command, as the run did with it."""
+    mine = own_file(tmp_path, ["An objective", "An optimizer and an augmentation"])
+    extensions.load([str(mine)])
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3)).astype(np.uint8)
+    own = {"objective": "balanced", "optimizer": "momentum", "augment": "mirrored", "epochs": 1}
+    config, run = small.config(learning_rate_schedule="constant", **own), tmp_path / "run"
+    cib.train(config, run, console=rich.console.Console(quiet=True))
+    codes = cib.Hasher.load(run).encode(images)
+    (tmp_path / "photos").mkdir()
+    PIL.Image.fromarray(images[0]).save(tmp_path / "photos" / "one.png")
+    own_parts()  # as in a new process
+    np.testing.assert_array_equal(cib.Hasher.load(run).encode(images), codes)
+    ended = run_cli("--mode=encode", f"--workdir={run}", f"--images={tmp_path}/photos", f"--codes={tmp_path}/codes")
+    assert ended.code == 0, ended.error
+    np.testing.assert_array_equal(cib.read_corpus(tmp_path / "codes")[1], codes[:1])
+
+
+def test_a_trained_config_may_have_parts_of_an_absent_file(own_parts):
     """A trained config with an objective, a view and fields of an absent file is valid; a config to train is not."""
     config = small.unchecked(objective="balanced", augment="mirrored")
     with config.unlocked():

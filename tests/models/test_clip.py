@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import configs.default
+import configs.folder
 from cib_jax.config import build, schema
 from cib_jax.errors import ConfigError
 from cib_jax.models import clip, registry
@@ -86,7 +86,7 @@ def test_a_local_file_with_both_towers_goes_through_the_config(golden_transforme
     text = {"text_model.final_layer_norm.bias": np.ones(512, np.float32), "logit_scale": np.asarray(2, np.float32)}
     numbers = {"vision_model.embeddings.position_ids": np.arange(50)[None]}
     safetensors.numpy.save_file(tensors | text | numbers, tmp_path / "model.safetensors")
-    fields = configs.default.get_config()
+    fields = configs.folder.get_config()
     fields.update(backbone="clip_vit_b32", backbone_weights=str(tmp_path / "model.safetensors"), bits=16)
     schema.validate(fields)
     encoder, params, frozen, _ = build.encoder(fields)
@@ -96,7 +96,7 @@ def test_a_local_file_with_both_towers_goes_through_the_config(golden_transforme
 
 @pytest.mark.parametrize(("size", "reason"), [(250, "256"), (16, "32 pixels")])
 def test_a_size_that_is_not_whole_patches_is_refused_in_a_config(size, reason):
-    fields = configs.default.get_config()
+    fields = configs.folder.get_config()
     fields.update(backbone="clip_vit_b32", image_size=size)
     with pytest.raises(ConfigError, match=rf"image_size.*{reason}"):
         schema.validate(fields)

@@ -1,5 +1,6 @@
 """Figures: numbers in titles and drawn data against values worked out by hand; extremes."""
 
+import itertools
 import re
 
 import matplotlib
@@ -150,6 +151,17 @@ def test_nothing_is_covered_and_ticks_are_whole(ranking):
     assert [container.has_xerr for container in made[2].axes[0].containers] == [True, False]
     for figure in made[3:]:
         assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_ticks_of_hyperparameters_do_not_collide():
+    fields = {"learning_rate": [1e-4, 5e-4, 3e-3], "batch_size": [64, 128, 256], "temperature": [0.1, 0.3, 0.6]}
+    figure = figures.parameters(fields | {"beta": [2.34e-5, 2.1e-4, 3.83e-3]}, np.array([0.1, 0.5, 0.3]), score="MAP")
+    drawn(figure)
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        labels = zip(axis.get_xticks(), axis.get_xticklabels(), strict=True)
+        seen = [label.get_window_extent() for tick, label in labels if low <= tick <= high]
+        assert len(seen) > 2 and all(one.x1 < other.x0 for one, other in itertools.pairwise(seen))
 
 
 def test_drawing_leaves_matplotlib_as_it_was():

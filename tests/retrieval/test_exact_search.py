@@ -54,6 +54,14 @@ def test_within_finds_all_in_order(pair, radius):
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_bar_advances_by_every_query():
+    codes, done = clustered_codes(100, 2), []
+    exact_search.nearest(codes, clustered_codes(45, 2, 1), 3, done.append)
+    exact_search.within(codes, clustered_codes(45, 2, 1), 3, done.append)
+    assert sum(done) == 90 and max(done) <= 23  # several calls
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 17, 33, 200])
 def test_one_query_is_shared_by_all_cores(n, monkeypatch):
     monkeypatch.setattr(exact_search, "core_count", lambda: 7)

@@ -38,7 +38,8 @@ def test_one_code(kind):
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
 def test_approximate_kinds_find_most_of_the_nearest(kind):
-    codes, queries = clustered_codes(3000, 8, centers=60), clustered_codes(50, 8, 0, centers=60)
+    """Of more codes than are added at a time."""
+    codes, queries = clustered_codes(9000, 8, centers=180), clustered_codes(50, 8, 0, centers=180)
     index = cib.Index.of(codes, kind)
     distances, ids = index.search(queries, 5)
     np.testing.assert_array_equal(distances, np.bitwise_count(queries[:, None] ^ codes[ids]).sum(-1))

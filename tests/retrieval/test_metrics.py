@@ -141,7 +141,10 @@ def test_the_number_of_threads_does_not_show_to_the_last_bit(monkeypatch, cores)
 def test_block_boundaries_do_not_show(monkeypatch):
     data = random_data(q=11)
     monkeypatch.setattr(hamming, "MAX_QUERIES", 4)
-    assert metrics.mean_average_precision(*data, 30) == pytest.approx(reference_map(data, 30), abs=1e-12)
+    done: list[int] = []
+    found = metrics.mean_average_precision(*data, 30, progress=done.append)
+    assert found == pytest.approx(reference_map(data, 30), abs=1e-12)
+    assert done == [4, 4, 3]
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64])

@@ -13,7 +13,9 @@ from tests.retrieval.reference import clustered_codes, distances_of, random_code
 def check_groups(codes, radius):
     labels = csgraph.connected_components(distances_of(codes, codes) <= radius, directed=False)[1]
     expected = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-    found = [members.tolist() for members in near_duplicates.groups(codes, radius)]
+    done: list[int] = []
+    found = [members.tolist() for members in near_duplicates.groups(codes, radius, done.append)]
+    assert min(done, default=0) >= 0 and sum(done) <= len(codes)
     assert found == sorted(members for members in expected if len(members) > 1)
 
 

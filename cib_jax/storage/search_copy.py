@@ -1,0 +1,128 @@
+"""Copy of what a search for one photo needs of an index, read without LanceDB and Flax, whose imports take seconds.
+
+Beside the tables of an index in a folder are the codes and metadata of its photos in one Arrow file, and its encoder
+as `Hasher.export` writes it. The copy is of one version of the tables: it records the names of their files. Once these
+have changed, a search reads the tables themselves, until the next update of the index writes the copy anew.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from cib_jax import exported
+from cib_jax.errors import ExportedError
+from cib_jax.exported import ExportedEncoder
+from cib_jax.files import open_regular, replacing
+from cib_jax.storage import photo_table
+from cib_jax.storage.photo_table import ENCODER, PHOTOS, IndexMetadata, PhotoTable, Snapshot
+from cib_jax.storage.rows import path_of
+
+if TYPE_CHECKING:
+    from cib_jax.inference.hasher import Hasher
+
+ROWS = "search.arrow"
+KEY = b"cib_jax.search.1"
+COLUMNS = ["key", "code", "check", "path", "raw_path", "size", "modified", "width", "height"]
+
+
+class SearchCopy:
+    """The photos of an index, with the methods of `PhotoTable` that a search without thumbnails and features calls."""
+
+    def __init__(self, uri: str, metadata: IndexMetadata, rows: Any, encoder: ExportedEncoder):
+        self.uri, self.metadata, self._rows = uri, metadata, rows
+        self.one_by_one = encoder
+        """The encoder, compiled for one photo."""
+        self.has_features = False
+
+    @classmethod
+    def open(cls, uri: str) -> "SearchCopy | None":
+        """Returns the copy of an index, or None if there is none of the tables as they are now."""
+        import pyarrow
+        import pyarrow.ipc
+
+        try:
+            with open_regular(pathlib.Path(uri, ROWS)) as file:
+                rows = pyarrow.ipc.open_file(file.read()).read_all().combine_chunks()
+            rows.validate(full=True)
+            about = json.loads(rows.schema.metadata[KEY])
+            if about["files"] != _digest_of_files(uri) or photo_table.damaged_keys(rows):
+                return None
+            metadata = photo_table.parse(about["index"])
+            return cls(uri, metadata, rows, exported.load(_encoder_path(uri, metadata)))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, ExportedError, pyarrow.ArrowException):
+            return None  # damaged, or of another version: the tables have all that it has
+
+    def encoder(self) -> bytes:
+        """Returns the file of the encoder."""
+        return PhotoTable.open(self.uri).encoder()
+
+    def snapshot(self) -> Snapshot:
+        """Returns all photos."""
+        keys = photo_table.as_numpy(self._rows["key"])
+        return Snapshot(keys, photo_table.codes_of(self._rows), np.arange(len(keys)), self)
+
+    def paths_and_times(self, snapshot: Snapshot) -> tuple[list[str], Int64[np.ndarray, " photos"]]:
+        """Returns the paths of all photos of a snapshot, in its order, and their times in nanoseconds since 1970."""
+        rows = self._rows.take(snapshot.rows)
+        paths = [path_of(row) for row in rows.select(["path", "raw_path"]).to_pylist()]
+        return paths, photo_table.as_numpy(rows["modified"])
+
+    def read(self, snapshot: Snapshot, numbers: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
+        """Returns columns of some photos, by their position in the snapshot; times in nanoseconds since 1970."""
+        rows = self._rows.select(columns)  # one by one: its method `take` imports Pandas
+        return {number: rows.slice(snapshot.rows[number], 1).to_pylist()[0] for number in set(numbers)}
+
+
+def is_current(table: PhotoTable) -> bool:
+    """Returns whether an index in a folder has a copy of its tables as they are now."""
+    return SearchCopy.open(table.uri) is not None
+
+
+def write(table: PhotoTable, hasher: "Hasher") -> None:
+    """Writes the copy of an index in a folder.
+
+    Raises:
+      OSError, ExportedError: A file cannot be written, or the encoder cannot be exported; there is then no copy.
+    """
+    import pyarrow
+    import pyarrow.ipc
+
+    files = _digest_of_files(table.uri)  # first: a change from now on makes the copy one of an earlier version
+    path = _encoder_path(table.uri, table.metadata)
+    if not path.exists():
+        dataclasses.replace(hasher, batch_size=1).export(path)
+        # Compiled now, into the cache of programs if there is one, and not at the first search.
+        exported.load(path).encode(np.zeros((1, hasher.side, hasher.side, 3), np.uint8))
+    found = table.rows(COLUMNS)
+    found = found.take(np.argsort(photo_table.as_numpy(found["key"])))
+    place = found.schema.get_field_index("modified")
+    found = found.set_column(place, "modified", found["modified"].cast("int64"))
+    about = json.dumps({"files": files, "index": json.loads(photo_table.serialize(table.metadata))})
+    found = found.combine_chunks().replace_schema_metadata({KEY: about})
+    with replacing(pathlib.Path(table.uri, ROWS)) as part, pyarrow.ipc.new_file(str(part), found.schema) as writer:
+        writer.write_table(found)
+
+
+def _encoder_path(uri: str, metadata: IndexMetadata) -> pathlib.Path:
+    """Returns the file of an index's encoder, which is named by its weights: no other encoder can be in its place."""
+    weights = str(metadata.encoder.get("weights"))
+    if not re.fullmatch("[0-9a-f]{16}", weights):
+        raise ExportedError("the index does not know the weights of its encoder")
+    return pathlib.Path(uri, f"search-{weights}.zip")
+
+
+def _digest_of_files(uri: str) -> str:
+    """Returns a digest of the names of the tables' files: each change writes files of new names."""
+    folders = [
+        pathlib.Path(uri, f"{table}.lance", part) for table in (ENCODER, PHOTOS) for part in ("_versions", "data")
+    ]
+    names = [sorted(os.listdir(folder)) for folder in folders if folder.exists()]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()

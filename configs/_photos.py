@@ -1,0 +1,17 @@
+"""What the experiments on photos share: the paper's views and temperature, and features of ten views computed once."""
+
+import ml_collections
+
+from cib_jax.configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.backbone = "efficientnet_lite0"
+    c.frozen = True
+    c.image_size = 128
+    c.temperature = 0.3
+    c.augment = "photo"
+    c.data.queries = -1
+    c.train.views = 10
+    return c
