@@ -28,7 +28,7 @@ BYTES = np.dtype(STORED).itemsize
 
 NUMBERS = ("temperature", "beta", "sharpness")
 """Fields of `Method` that are arguments of the compiled step, so that the trials of a search share one program."""
-Numbers = dict[str, Float[Array, ""]]
+Numbers = dict[str, Any]  # float32 scalars by name
 
 PROGRAMS = 32  # compiled steps that are kept for later runs of this process
 
