@@ -122,18 +122,32 @@ class ExportedEncoder:
         """
         if not len(images):
             return np.zeros((0, -(-self.signature["bits"] // 8)), np.uint8)
+        return self._apply(images, STAGES)
+
+    def features(
+        self, images: UInt8[np.ndarray, "n size size 3"] | Float[np.ndarray, "n *views features"]
+    ) -> Float[np.ndarray, "n features"]:
+        """Returns the backbone's features of one or more images, from which `encode` computes their codes.
+
+        Raises what `encode` does.
+        """
+        return self._apply(images, STAGES[:1])
+
+    def _apply(self, images: Any, stages: Sequence[str]) -> np.ndarray:
+        """Returns what the first programs, one for each of `stages`, make of images, batch by batch."""
         items = self._validated(images)
         sizes = self.signature["batch_sizes"]
         size = next((size for size in sizes if size >= len(items)), sizes[-1])
-        to_features, to_codes = self._programs_of(size)
-        codes: list[Array | np.ndarray] = []
+        results: list[Array | np.ndarray] = []
         for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            batch = np.pad(batch, ((0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)))
-            codes.append(to_codes(self.weights, to_features(self.weights, batch)))
+            rows: Array | np.ndarray = items[start : start + size]
+            rows = np.pad(rows, ((0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)))
+            for _, program in zip(stages, self._programs_of(size), strict=False):
+                rows = program(self.weights, rows)
+            results.append(rows)
             if start:  # awaited after the next batch is dispatched, and before another is
-                codes[-2] = np.asarray(codes[-2])
-        return np.concatenate(codes)[: len(items)]
+                results[-2] = np.asarray(results[-2])
+        return np.concatenate(results)[: len(items)]
 
     def _validated(self, images: Any) -> np.ndarray:
         items, expected = np.asarray(images), self.signature["input"]

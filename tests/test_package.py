@@ -191,12 +191,6 @@ def test_every_extra_that_is_spoken_of_is_there():
     assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*PROJECT["optional-dependencies"]}
 
 
-def test_jax_for_nvidia_gpus_is_the_same_wherever_it_is_named():
-    places = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "cib_jax").rglob("*.py")]
-    places += (ROOT / "notebooks").glob("*.ipynb")
-    assert len({one for file in places for one in re.findall(r"jax\[cuda\w*\]", file.read_text())}) == 1
-
-
 def test_the_citation_is_of_this_version_and_the_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == cib_jax.__version__ and cited["license"] == PROJECT["license"]

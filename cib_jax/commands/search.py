@@ -97,7 +97,7 @@ def search(
         raise SearchError(f"--kind must be one of {', '.join((EXACT, *KINDS))}, got {kind!r}", field="--kind")
     if radius is not None and kind != EXACT:
         raise SearchError(f"--radius works with exact search alone; leave --kind={kind} out", field="--radius")
-    one = not rerank and output.sheet is None and not pathlib.Path(query).expanduser().is_dir()
+    one = output.sheet is None and not pathlib.Path(query).expanduser().is_dir()
     collection = open_collection(index, kind, settings, for_one=one)
     if not len(collection):
         raise SearchError(f"--index: {collection.uri} has no photos yet; run --mode=index again", field="--index")
@@ -113,7 +113,7 @@ def search(
         if collection.has_features:
             # Of the first batch's size: a smaller one is the only one.
             size = collection.hasher.batch_size if results else 0
-            codes, features = collection.hasher.encode_with_features([squares], size=size)
+            codes, features = collection.encode_with_features(squares, size=size)
         else:
             codes, features = collection.encode(squares), None
         if radius is not None:

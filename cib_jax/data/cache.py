@@ -196,7 +196,7 @@ def _checksum(features: np.ndarray) -> str:
     return hashlib.blake2b(features.data, digest_size=16).hexdigest()
 
 
-def digest_of_images(batches: Iterable[UInt8[np.ndarray, "rows height width 3"]]) -> str:
+def digest_of_images(batches: Iterable[UInt8[np.ndarray, "_ height width 3"]]) -> str:
     """Returns a digest of images, their sizes and their order that does not depend on the batch size."""
     digest, shape = hashlib.blake2b(digest_size=16), None
     for images in batches:

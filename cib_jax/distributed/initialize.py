@@ -13,6 +13,7 @@ import jax
 
 from cib_jax.distributed.multihost import ProcessIndex
 from cib_jax.errors import DevicesError, DistributedError
+from cib_jax.files import install_command
 
 HEARTBEAT_SECONDS = 60  # silence after which a process counts as dead, where no exchange shows it earlier
 NOTICE_SECONDS = 5  # time after which a message says that the other processes are awaited
@@ -200,14 +201,14 @@ def set_up_devices(report: Callable[[str], None]) -> None:
                 raise
             reason = str(error).partition(" (set JAX_PLATFORMS")[0].splitlines() or ["no plugin is installed"]
             raise DevicesError(
-                f"JAX_PLATFORMS must name devices that JAX finds, got {platforms!r} ({reason[0]}); pip install "
-                "'jax[cuda12]' for NVIDIA GPUs, or unset the variable to use the devices that are found",
+                f"JAX_PLATFORMS must name devices that JAX finds, got {platforms!r} ({reason[0]}); "
+                f"{install_command('cuda')} for NVIDIA GPUs, or unset the variable to use the devices that are found",
                 field="JAX_PLATFORMS",
             ) from error
     for warning in warnings:
         report(
-            f"JAX leaves an accelerator unused ({warning.rstrip('.')}) and runs on {jax.devices()[0].platform}: pip "
-            "install 'jax[cuda12]' to use NVIDIA GPUs, set JAX_PLATFORMS=cuda to fail without one, or "
+            f"JAX leaves an accelerator unused ({warning.rstrip('.')}) and runs on {jax.devices()[0].platform}: "
+            f"{install_command('cuda')} to use NVIDIA GPUs, set JAX_PLATFORMS=cuda to fail without one, or "
             "JAX_PLATFORMS=cpu to use the CPU without this message"
         )
 

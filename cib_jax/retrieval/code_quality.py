@@ -174,8 +174,8 @@ def neighbour_agreement(
 def neighbor_recall(
     query_codes: UInt8[np.ndarray, "queries bytes"],
     database_codes: UInt8[np.ndarray, "database bytes"],
-    query: Float[np.ndarray, "queries features"],
-    blocks: Callable[[], Iterable[Float[np.ndarray, "rows features"]]],
+    query: Float[np.ndarray, "queries *views features"],
+    blocks: Callable[[], Iterable[Float[np.ndarray, "_ *views features"]]],
     ks: Sequence[int],
 ) -> dict[int, float]:
     """Returns, for each k, the share of a query's k nearest vectors, by cosine, that are among its k nearest codes.
@@ -189,7 +189,9 @@ def neighbor_recall(
 
 
 def _nearest_in(
-    blocks: Iterable[Float[np.ndarray, "rows features"]], query: Float[np.ndarray, "queries features"], k: int
+    blocks: Iterable[Float[np.ndarray, "_ *views features"]],
+    query: Float[np.ndarray, "queries *views features"],
+    k: int,
 ) -> Int[np.ndarray, "queries nearest"]:
     """Returns the numbers of each query's k nearest rows by cosine, nearest first."""
     unit, first = _unit(query), 0

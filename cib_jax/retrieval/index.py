@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32, Int64, UInt8
+from jaxtyping import Float, Float32, Int32, Int64, Integer, UInt8
 
 from cib_jax.codes import byte_count, ones
 from cib_jax.console import library_bar
@@ -175,7 +175,7 @@ class Index:
             return near_duplicates.groups(self.codes, self._radius(radius), advance)
 
     def rerank(
-        self, logits: Float[np.ndarray, "queries bits"], ids: Int64[np.ndarray, "queries k"]
+        self, logits: Float[np.ndarray, "queries bits"], ids: Integer[np.ndarray, "queries k"]
     ) -> tuple[Float32[np.ndarray, "queries k"], Int64[np.ndarray, "queries k"]]:
         """Returns the hits of `search` by asymmetric distance: the sum of |logit| over the bits that differ.
 

@@ -21,12 +21,12 @@ RADII = 5
 
 T = TypeVar("T")
 PerRadius = Float64[np.ndarray, "queries radii"]
-Queries = UInt8[np.ndarray, "queries bytes"]
-Codes = UInt8[np.ndarray, "database bytes"]
+Queries = UInt8[Array | np.ndarray, "queries bytes"]
+Codes = UInt8[Array | np.ndarray, "database bytes"]
 QueryLabels = Shaped[np.ndarray, "queries ..."]
 Labels = Shaped[np.ndarray, "database ..."]
 # The first four arguments of every metric, which travel together.
-Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Data = tuple[Array | np.ndarray, Array | np.ndarray, np.ndarray, np.ndarray]
 Progress = bool | Callable[[int], None]
 
 

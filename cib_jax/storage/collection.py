@@ -106,8 +106,8 @@ class Collection:
           uri: A folder, or another place that LanceDB supports.
           kind: Kind of the search: exact, or an approximate kind of `Index.of`.
           settings: Settings of that kind.
-          for_one: Whether it is opened to search for one photo, without thumbnails and features, which a copy of the
-            index makes possible in less time.
+          for_one: Whether it is opened to search for one photo, without thumbnails, which a copy of the index makes
+            possible in less time.
 
         Raises:
           IndexFolderError: There is no index, or it cannot be read.
@@ -186,10 +186,16 @@ class Collection:
 
     def encode(self, squares: UInt8[np.ndarray, "n side side 3"]) -> UInt8[np.ndarray, "n bytes"]:
         """Returns the codes of photos that `data.photos` decoded to squares of `side` pixels."""
+        return self.hasher.encode(squares)
+
+    def encode_with_features(
+        self, squares: UInt8[np.ndarray, "n side side 3"], *, size: int = 0
+    ) -> tuple[UInt8[np.ndarray, "n bytes"], Int8[np.ndarray, "n features"]]:
+        """Returns the codes of `encode`, and features for `reranked_by_features`; `size` is that of a batch, or 0."""
         if isinstance(self._table, SearchCopy) and len(squares) == 1:
             with contextlib.suppress(errors.ExportedError):  # not for this kind of device
-                return self._table.one_by_one.encode(squares)
-        return self.hasher.encode(squares)
+                return self._table.encode_with_features(squares)
+        return self.hasher.encode_with_features([squares], size=size)
 
     def nearest(self, codes: UInt8[np.ndarray, "queries bytes"], k: int) -> list[list[Hit]]:
         """Returns, for each code, its k nearest photos, or all if there are fewer, nearest first.
@@ -256,8 +262,9 @@ class Collection:
             if not some:
                 ordered.append([])
                 continue
-            rows = np.stack([np.frombuffer(held[hit.number]["feature"], np.int8) for hit in some]).astype(np.float32)
-            # Rows of zeros, which have no direction, come last but for negative cosines.
+            # Rows of zeros, as for photos that an earlier version indexed, come last but for negative cosines.
+            features_of = (held[hit.number]["feature"] or bytes(len(query)) for hit in some)
+            rows = np.stack([np.frombuffer(feature, np.int8) for feature in features_of]).astype(np.float32)
             cosines = rows @ query / np.maximum(np.linalg.norm(rows, axis=1), 1)
             ordered.append([some[place] for place in np.argsort(-cosines, kind="stable")])
         return ordered

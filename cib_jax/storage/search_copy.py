@@ -1,13 +1,15 @@
 """Copy of what a search for one photo needs of an index, read without LanceDB and Flax, whose imports take seconds.
 
-Beside the tables of an index in a folder are the codes and metadata of its photos in one Arrow file, and its encoder
-as `Hasher.export` writes it. The copy is of one version of the tables: it records the names of their files. Once these
-have changed, a search reads the tables themselves, until the next update of the index writes the copy anew.
+Beside the tables of an index in a folder are the codes, features and metadata of its photos in one Arrow file, 1.3 kB a
+photo, of which a search reads what it needs, and its encoder as `Hasher.export` writes it. The copy is of one version
+of the tables: it records the names of their files. Once these have changed, a search reads the tables themselves, until
+the next update of the index writes the copy anew.
 """
 
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import re
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int8, Int64, UInt8
 
 from cib_jax import exported
 from cib_jax.errors import ExportedError
@@ -30,17 +32,15 @@ if TYPE_CHECKING:
 
 ROWS = "search.arrow"
 KEY = b"cib_jax.search.1"
-COLUMNS = ["key", "code", "check", "path", "raw_path", "size", "modified", "width", "height"]
+COLUMNS = ["key", "code", "check", "path", "raw_path", "size", "modified", "width", "height", "feature"]
 
 
 class SearchCopy:
-    """The photos of an index, with the methods of `PhotoTable` that a search without thumbnails and features calls."""
+    """The photos of an index, with the methods of `PhotoTable` that a search without thumbnails calls."""
 
     def __init__(self, uri: str, metadata: IndexMetadata, rows: Any, encoder: ExportedEncoder):
-        self.uri, self.metadata, self._rows = uri, metadata, rows
-        self.one_by_one = encoder
-        """The encoder, compiled for one photo."""
-        self.has_features = False
+        self.uri, self.metadata, self._rows, self._encoder = uri, metadata, rows, encoder
+        self.has_features = "feature" in rows.column_names
 
     @classmethod
     def open(cls, uri: str) -> "SearchCopy | None":
@@ -50,7 +50,8 @@ class SearchCopy:
 
         try:
             with open_regular(pathlib.Path(uri, ROWS)) as file:
-                rows = pyarrow.ipc.open_file(file.read()).read_all().combine_chunks()
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            rows = pyarrow.ipc.open_file(pyarrow.py_buffer(content)).read_all()
             rows.validate(full=True)
             about = json.loads(rows.schema.metadata[KEY])
             if about["files"] != _digest_of_files(uri) or photo_table.damaged_keys(rows):
@@ -59,6 +60,18 @@ class SearchCopy:
             return cls(uri, metadata, rows, exported.load(_encoder_path(uri, metadata)))
         except (OSError, KeyError, TypeError, ValueError, AttributeError, ExportedError, pyarrow.ArrowException):
             return None  # damaged, or of another version: the tables have all that it has
+
+    def encode_with_features(
+        self, square: UInt8[np.ndarray, "1 side side 3"]
+    ) -> tuple[UInt8[np.ndarray, "1 bytes"], Int8[np.ndarray, "1 features"]]:
+        """Returns the code and the quantized features of one photo, as `Hasher.encode_with_features` does.
+
+        Raises:
+          ExportedError: The encoder was not exported for this kind of device.
+        """
+        codes, features = self._encoder.encode(square), self._encoder.features(square)
+        largest = max(np.abs(features).max(), np.finfo(np.float32).tiny)
+        return codes, np.round(features * (np.float32(127) / largest)).astype(np.int8)
 
     def encoder(self) -> bytes:
         """Returns the file of the encoder."""
@@ -106,9 +119,13 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
     place = found.schema.get_field_index("modified")
     found = found.set_column(place, "modified", found["modified"].cast("int64"))
     about = json.dumps({"files": files, "index": json.loads(photo_table.serialize(table.metadata))})
+    if "feature" in found.column_names and len(found):
+        # Of one width: rows of other widths need offsets, which end at 2 GiB.
+        place, width = found.schema.get_field_index("feature"), len(found["feature"][0].as_py() or b"")
+        found = found.set_column(place, "feature", found["feature"].cast(pyarrow.binary(width)))
     found = found.combine_chunks().replace_schema_metadata({KEY: about})
     with replacing(pathlib.Path(table.uri, ROWS)) as part, pyarrow.ipc.new_file(str(part), found.schema) as writer:
-        writer.write_table(found)
+        writer.write_table(found, max_chunksize=max(1, len(found)))
 
 
 def _encoder_path(uri: str, metadata: IndexMetadata) -> pathlib.Path:
