@@ -121,6 +121,23 @@ def test_a_brighter_copy_of_a_small_thing_against_the_sky_is_one():
     assert not is_copy(picture(against_the_sky(1)), brighter)
 
 
+def test_a_blurred_copy_of_an_evening_is_one():
+    """It has few corners, and all of its finest details are gone."""
+
+    def evening(top):
+        levels = np.linspace(40, 200, 300)[:, None, None] * np.array([1.0, 0.8, 0.6])
+        image = PIL.Image.fromarray(np.broadcast_to(levels, (300, 400, 3)).astype(np.uint8))
+        pen = PIL.ImageDraw.Draw(image)
+        pen.polygon([(0, 300), (top, 120), (400, 300)], fill=(120, 100, 80))
+        for x in range(150, 250, 16):
+            pen.line((x, 290, x, 296), fill=(255, 255, 255))
+        return image
+
+    blurred = picture(evening(200).filter(PIL.ImageFilter.GaussianBlur(2)))
+    assert is_copy(picture(evening(200)), blurred)
+    assert not is_copy(picture(evening(150)), blurred)
+
+
 def test_two_photos_that_share_a_corner_are_not_copies():
     """The quarter of each that the other shows agrees to the level."""
     whole = scene(0, 600, 450)
