@@ -150,7 +150,8 @@ class Agreement(NamedTuple):
     flat: float
     """Share of the area that has one color, in the picture where it is smaller: large for short notes on white."""
     changed: float
-    """Share of places with the finest details in either picture where the two differ; 0 if there is much to see."""
+    """Share of places with the finest details in either picture where the two differ; 0 if there is much to see. If no
+    place has details, 50 times the share of pixels of other colors."""
 
     @property
     def little_to_see(self) -> bool:
@@ -215,6 +216,9 @@ def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
         if detailed.any():
             same = correlation * np.sqrt(np.minimum(first, second) / np.maximum(larger, 1e-6))
             return found._replace(changed=float((same < 0.5)[detailed].mean()))
+        if coarse == 0 and fine == 0:  # single pixels alone, such as stars
+            different = np.abs(left.astype(np.int32) - right).max(axis=2) > 16
+            return found._replace(changed=50 * float(different[inside].mean()))
     return found
 
 

@@ -162,6 +162,16 @@ def test_flat_pictures_are_copies_if_their_colors_are_equal():
     assert is_copy(flat[0], flat[1]) and not any(is_copy(flat[0], other) for other in flat[2:])
 
 
+def test_two_night_skies_with_few_stars_are_not_copies():
+    def sky(seed):
+        rng = np.random.default_rng(seed)
+        image = np.full((300, 400, 3), 12, np.uint8)
+        image[rng.integers(0, 300, 40), rng.integers(0, 400, 40)] = 200
+        return picture(jpeg(PIL.Image.fromarray(image).resize((200, 150)), 85))
+
+    assert not any(is_copy(sky(0), sky(seed)) for seed in range(1, 4))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (3, 2), (480, 8)])
 def test_any_shape_can_be_compared(size):
     thin = picture(scene(0, *size)) if min(size) > 1 else picture(PIL.Image.new("RGB", size, "red"))
