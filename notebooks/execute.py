@@ -48,6 +48,8 @@ def execute(path: pathlib.Path, settings: str, folder: pathlib.Path) -> nbformat
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
+            # Progress bars, which a reader of the saved copy does not need; "\x1b[2K" clears their line.
+            cell.outputs = [output for output in cell.outputs if "\x1b[2K" not in output.get("text", "")]
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = count

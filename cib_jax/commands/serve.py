@@ -157,7 +157,9 @@ class Page:
             if not self.running:
                 self._log.seek(0)
                 lines = self._log.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
-                raise WebError(f"the search page could not be started: {lines[-1].removeprefix(f'{MODULE}: ')}")
+                # What is printed after the error was written before it, to a buffer.
+                last = next((line for line in reversed(lines) if line.startswith(f"{MODULE}: ")), lines[-1])
+                raise WebError(f"the search page could not be started: {last.removeprefix(f'{MODULE}: ')}")
             if time.monotonic() > deadline:
                 raise WebError(f"the search page did not answer in {patience:g} seconds; serve it again")
             time.sleep(0.2)

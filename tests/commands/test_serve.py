@@ -137,7 +137,11 @@ def test_what_cannot_be_served_is_an_error_of_one_sentence(index, tmp_path):
 @pytest.mark.parametrize(
     ("program", "patience", "told"),
     [
-        ("print('some log'); raise SystemExit('cib_jax: --x is wrong; mend it')", 60, ": --x is wrong; mend it$"),
+        (
+            "print('some log'); raise SystemExit('python -m cib_jax: --x is wrong; mend it')",
+            60,
+            "d: --x is wrong; mend it$",
+        ),
         ("raise SystemExit(3)", 60, "nothing$"),
         ("import time; time.sleep(60)", 0, "0 seconds"),
     ],
