@@ -191,7 +191,7 @@ class PhotoDraws(NamedTuple):
 def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> PhotoDraws:
     """Draws a view of the family "photo" for a `height` × `width` image."""
     crop_key, jitter_key, key = jax.random.split(key, 3)
-    # Everything is drawn for every image, and what is not applied is made neutral: a branch would not batch.
+    # All changes are drawn for every image, and those not applied are made neutral: a branch would not batch.
     jitter = color.sample_color_jitter(jitter_key, **JITTER)
     chance = jax.random.uniform(key, (5,), jnp.float32)
     jittered = chance[0] < JITTER_PROBABILITY

@@ -106,6 +106,7 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
       OSError, ExportedError: A file cannot be written, or the encoder cannot be exported; there is then no copy.
     """
     import pyarrow
+    import pyarrow.compute
     import pyarrow.ipc
 
     files = _digest_of_files(table.uri)  # first: a change from now on makes the copy one of an earlier version
@@ -119,9 +120,11 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
     place = found.schema.get_field_index("modified")
     found = found.set_column(place, "modified", found["modified"].cast("int64"))
     about = json.dumps({"files": files, "index": json.loads(photo_table.serialize(table.metadata))})
-    if "feature" in found.column_names and len(found):
-        # Of one width: rows of other widths need offsets, which end at 2 GiB.
-        place, width = found.schema.get_field_index("feature"), len(found["feature"][0].as_py() or b"")
+    # Of one width, since offsets end at 2 GiB. A photo without features has none here, as in the tables.
+    if "feature" in found.column_names and (
+        width := pyarrow.compute.max(pyarrow.compute.binary_length(found["feature"])).as_py()
+    ):
+        place = found.schema.get_field_index("feature")
         found = found.set_column(place, "feature", found["feature"].cast(pyarrow.binary(width)))
     found = found.combine_chunks().replace_schema_metadata({KEY: about})
     with replacing(pathlib.Path(table.uri, ROWS)) as part, pyarrow.ipc.new_file(str(part), found.schema) as writer:
