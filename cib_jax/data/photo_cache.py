@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import shutil
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -181,10 +182,8 @@ class _Shard:
         path = _pixels_path(folder, number)
         self.offset = np.load(path, mmap_mode="r").offset
         self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        # At the end of the process the system closes it: a thread may read until then.
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
 
 
 def _batched(results: Iterable[tuple[_FileStamp, _Decoded]]) -> Iterator[list[tuple[_FileStamp, _Decoded]]]:

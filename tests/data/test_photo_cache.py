@@ -1,6 +1,7 @@
 """Photo cache: the pixels of decoding each photo alone, kept across starts, interruptions, changes and damage."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -62,6 +63,24 @@ def test_each_photo_has_the_pixels_of_decoding_it_alone(root):
     assert [(bad.path, bad.reason) for bad in made.unreadable] == [
         ("5.jpg", "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image")
     ]
+
+
+def test_shards_are_closed_once_their_images_are_not_used(root, monkeypatch):
+    made, opened, original = prepare(root), [], os.open
+
+    def noted(path, *arguments, **options):
+        opened.append(original(path, *arguments, **options))
+        return opened[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", noted)
+        assert_right(made, root)
+    assert len(opened) == 3 and all(os.fstat(number) for number in opened)
+    del made
+    gc.collect()
+    for number in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
 
 
 def test_a_second_start_opens_no_photo_and_knows_the_set(root, opened):

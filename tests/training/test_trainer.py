@@ -199,7 +199,7 @@ def test_few_files_run_before_the_first_loss_of_cifar(tmp_path):
             if code.co_name == "on_steps" and code.co_filename.startswith(PACKAGE):  # the hook that is given the loss
                 raise FirstLoss
 
-    gc.collect()  # objects of earlier tests would otherwise be closed in between, by functions of other files
+    gc.disable()  # objects of earlier tests would otherwise be closed in between, by functions of other files
     before = sys.gettrace()
     threading.settrace(record)
     sys.settrace(record)
@@ -209,6 +209,7 @@ def test_few_files_run_before_the_first_loss_of_cifar(tmp_path):
     finally:
         sys.settrace(before)
         threading.settrace(before)
+        gc.enable()
     files = {
         code.co_filename.removeprefix(PACKAGE)
         for code in codes
