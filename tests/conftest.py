@@ -67,6 +67,17 @@ def compiled_to_run():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def few_digits():
+    """Registers the data set of `small.FEW_DIGITS`, for runs in the test's own process."""
+    from cib_jax.data import sources
+    from tests import small
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sources.DATA_SETS, small.FEW_DIGITS["data__name"], small.load_few_digits)
+        yield
+
+
 @pytest.fixture
 def own_parts():
     """Forgets at the end of a test what it has registered; called, it forgets at once, as a new process would."""

@@ -3,6 +3,8 @@
 import ml_collections
 import numpy as np
 
+from cib_jax.data import sources
+from cib_jax.data.dataset import Source
 from configs import digits
 from tests.retrieval import reference
 
@@ -20,6 +22,15 @@ FLAGS = {
     "report.write": False,
     "log.writers": "",
 }
+
+FEW_DIGITS = {"data__name": "few digits", "data__queries": 60}
+"""Fields for the data set of the fixture `few_digits`, of 400 digits in all."""
+
+
+def load_few_digits(directory: str) -> Source:
+    """Returns the first of scikit-learn's digits: most of the time of a small run is that of encoding all of them."""
+    whole = sources.DATA_SETS["digits"](directory)
+    return Source(whole.train.take(np.arange(400)), None, whole.classes)
 
 
 def config(**fields) -> ml_collections.ConfigDict:

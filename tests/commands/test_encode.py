@@ -211,10 +211,10 @@ def test_vectors_are_encoded_by_a_run_on_vectors(tmp_path, console):
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
+def other(tmp_path_factory, few_digits):
     """A run on images of one size."""
     folder = tmp_path_factory.mktemp("other")
-    train(small.config(epochs=1), folder / "run", console=rich.console.Console(quiet=True))
+    train(small.config(epochs=1, **small.FEW_DIGITS), folder / "run", console=rich.console.Console(quiet=True))
     return folder / "run"
 
 

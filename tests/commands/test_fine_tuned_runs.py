@@ -15,6 +15,9 @@ from cib_jax.distributed import multihost
 from tests import pretrained, small
 
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+
 def same(tree, other) -> bool:
     return jax.tree.structure(tree) == jax.tree.structure(other) and all(
         np.array_equal(a, b) and a.dtype == b.dtype
@@ -32,7 +35,7 @@ def same(tree, other) -> bool:
 def test_a_run_is_taken_up_and_loaded_to_the_same_bits(how, tmp_path, monkeypatch):
     fields = {f"fine_tune__{name}": value for name, value in how.items()}
     network = pretrained.convnet(monkeypatch, tmp_path, 8) | {"frozen": False}
-    config = small.config(**network, **fields, epochs=2)
+    config = small.config(**small.FEW_DIGITS, **network, **fields, epochs=2)
     whole, cut, quiet = tmp_path / "whole", tmp_path / "cut", rich.console.Console(quiet=True)
     results = train(config, whole, console=quiet)
     asked = iter([False] * 2 + [True])

@@ -159,7 +159,7 @@ def test_hits_are_ordered_anew_by_the_cosine_of_features(place, hasher, known, d
 @pytest.mark.parametrize("rerank", [False, True])
 def test_a_photo_itself_comes_first_among_equal_codes(place, rerank):
     """Codes of 8 bits are shared by many of the photos."""
-    for number in range(0, COUNT, 10):
+    for number in range(0, COUNT, 20):
         name = f"{number % 3}/{number:03}.png"
         found, _ = ask(place, place / "photos" / name, k=1, rerank=rerank)
         assert pairs(found[0]) == [(0, name)]

@@ -18,14 +18,14 @@ from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import restore_best
 from tests import small
 
-pytestmark = pytest.mark.usefixtures("compiled_to_run")
+pytestmark = pytest.mark.usefixtures("compiled_to_run", "few_digits")
 
 
 def config(**fields):
     """A split that looks at no label, and a teacher as small as the codes."""
     own = {"image_size": 8, "teacher__bits": 16, "teacher__dimensions": 8, "teacher__neighbours": 5, "epochs": 2}
     split = {"data__train_per_class": 0, "data__train_images": 130}
-    return small.config(**({"objective": "diffusion"} | own | split | fields))
+    return small.config(**(small.FEW_DIGITS | {"objective": "diffusion"} | own | split | fields))
 
 
 def codes_of(workdir):

@@ -24,12 +24,12 @@ from tests import small as small_runs
 from tests.commands import many
 from tests.data import miniature
 
-pytestmark = pytest.mark.usefixtures("compiled_to_run")
+pytestmark = pytest.mark.usefixtures("compiled_to_run", "few_digits")
 
 
 def small(**fields):
     """Returns the config of a small run, on views of 8 pixels."""
-    return small_runs.config(**{"image_size": 8} | fields)
+    return small_runs.config(**small_runs.FEW_DIGITS | {"image_size": 8} | fields)
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_the_results_say_what_was_measured(trained):
     workdir, results = trained
     written = json.loads((workdir / "results.json").read_text())
     assert (written["map"], written["metrics"]) == (results["map"], results["metrics"])
-    assert (results["dataset"], results["backbone"], results["objective"]) == ("digits", "convnet", "cibhash")
+    assert (results["dataset"], results["backbone"], results["objective"]) == ("few digits", "convnet", "cibhash")
     assert (results["bits"], results["k"], results["seed"], results["epochs"]) == (16, 100, 0, 3)
-    assert results["counts"] == {"train": 130, "query": 297, "database": 1500, "validation": 0, "unreadable": 0}
+    assert results["counts"] == {"train": 130, "query": 60, "database": 340, "validation": 0, "unreadable": 0}
     assert set(results["seconds"]) == {"bank", "train", "encode", "metrics"}
     assert results["versions"]["jax"] == jax.__version__
 
@@ -123,7 +123,7 @@ def test_a_run_stopped_after_any_step_is_saved_there_and_goes_on_to_the_same(
 
 def test_a_workdir_describes_itself(trained):
     workdir, _ = trained
-    assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "digits"
+    assert json.loads((workdir / "config.json").read_text())["data"]["name"] == "few digits"
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert [line["step"] for line in lines] == [4, 8, 12]
@@ -248,7 +248,7 @@ def test_a_run_is_known_by_its_checkpoint_where_its_config_is_lost_or_edited(tra
 
 def test_a_refused_config_claims_nothing(tmp_path, console):
     with pytest.raises(ConfigError):
-        train(small(k=1501, epochs=1), tmp_path / "run", console=console)
+        train(small(k=341, epochs=1), tmp_path / "run", console=console)
     assert train(small(k=100, epochs=1), tmp_path / "run", console=console)["k"] == 100
 
 
@@ -317,7 +317,7 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
 
 def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
     """Without --workdir, every mistake left a folder under runs/."""
-    config = small(k=1501)
+    config = small(k=341)
     (tmp_path / "mine").mkdir()
     for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
         with pytest.raises(ConfigError):
@@ -354,7 +354,7 @@ def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, con
 @pytest.mark.parametrize(
     ("fields", "kind", "field"),
     [
-        ({"k": 1501}, ConfigError, "config.k"),
+        ({"k": 341}, ConfigError, "config.k"),
         ({"batch_size": 131}, ConfigError, "config.batch_size"),
         ({"data__train_per_class": 500}, DataError, "config.data.train_per_class"),
         ({"micro_batch": 5}, ConfigError, "config.micro_batch"),

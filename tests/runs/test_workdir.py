@@ -24,7 +24,7 @@ from cib_jax.training.checkpoint import Checkpoints
 from tests import small
 from tests.commands.test_train import assert_same, interrupted
 
-pytestmark = pytest.mark.usefixtures("compiled_to_run")
+pytestmark = pytest.mark.usefixtures("compiled_to_run", "few_digits")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def console():
 
 
 def placed(where, **fields):
-    return small.config(train__checkpoint_dir=str(where), epochs=2, **fields)
+    return small.config(**small.FEW_DIGITS, train__checkpoint_dir=str(where), epochs=2, **fields)
 
 
 def params_of(workdir, config):

@@ -314,8 +314,9 @@ def test_a_run_that_is_gone_elsewhere_is_refused(mlflow, tmp_path):
     assert refused.value.field == str(tmp_path / "mlflow.json")
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_gives_them_its_config_and_every_epoch(wandb, tmp_path):
-    config = small.config(epochs=2, log__writers="wandb")
+    config = small.config(**small.FEW_DIGITS, epochs=2, log__writers="wandb")
     train.train(config, tmp_path / "run", console=rich.console.Console(quiet=True))
     (run,) = wandb.runs.values()
     assert run["config"] == config.to_dict()
