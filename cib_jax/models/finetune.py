@@ -16,6 +16,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
 from cib_jax.errors import ConfigError
+from cib_jax.models.conv import ShapesOnly
 from cib_jax.models.registry import Backbone
 from cib_jax.models.state_dict import Tree
 
@@ -97,7 +98,7 @@ def state_shapes(backbone: Backbone, image_size: int) -> Tree:
     order: list[str] = []
 
     def build() -> nnx.Module:
-        network = backbone.build(nnx.Rngs(0), image_size or backbone.image_size)
+        network = backbone.build(ShapesOnly(0), image_size or backbone.image_size)
         order.extend(vars(network))  # networks assign their layers in this order; a state is sorted by name
         return network
 

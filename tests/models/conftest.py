@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from cib_jax.models import registry
+from cib_jax.models.conv import ShapesOnly
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -54,7 +55,7 @@ def shapes_of() -> Callable[[str], tuple]:
         backbone = registry.get(name)
 
         def build(images):
-            network = backbone.build(nnx.Rngs(0), backbone.image_size)
+            network = backbone.build(ShapesOnly(0), backbone.image_size)
             return network(images), nnx.to_pure_dict(nnx.state(network))
 
         side = backbone.image_size
@@ -72,5 +73,5 @@ def same_shapes(converted, expected) -> bool:
 
 def compiled(backbone: registry.Backbone) -> Callable:
     """Returns a compiled function of a network's state and images."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: backbone.build(nnx.Rngs(0), backbone.image_size)))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: backbone.build(ShapesOnly(0), backbone.image_size)))
     return jax.jit(lambda state, images: nnx.merge(graph, state)(images))

@@ -12,6 +12,7 @@ from cib_jax.augment.features import Standard
 from cib_jax.errors import UserError
 from cib_jax.models import encoder
 from cib_jax.models.encoder import create_encoder
+from tests import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,11 @@ def test_the_logits_are_the_head_of_the_features(small):
     """The head worked out by hand: Linear, ReLU, Linear."""
     encoder, params, frozen = small
     views = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
-    features = np.asarray(encoder.features(params, frozen, views), np.float64)
+    features = np.asarray(jax.jit(encoder.features)(params, frozen, views), np.float64)
     head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["head"])
     hidden = np.maximum(features @ head["hidden"]["kernel"] + head["hidden"]["bias"], 0)
     expected = hidden @ head["out"]["kernel"] + head["out"]["bias"]
-    np.testing.assert_allclose(encoder.logits(params, frozen, views), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(encoder.logits)(params, frozen, views), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_encoder_and_a_hasher_are_printed_in_one_line(small):
@@ -71,16 +72,17 @@ def test_the_same_key_gives_the_same_parameters():
     assert not np.array_equal(first[-1], other[-1])
 
 
-def test_a_pretrained_backbone_is_frozen_unless_asked_otherwise():
-    weights = cib.load_pretrained("efficientnet_lite0")
-    options = {"backbone": "efficientnet_lite0", "bits": 16, "image_size": 32, "backbone_params": weights}
+def test_a_pretrained_backbone_is_frozen_unless_asked_otherwise(monkeypatch, tmp_path):
+    fields = pretrained.convnet(monkeypatch, tmp_path, 8)
+    weights = cib.load_pretrained("convnet", fields["backbone_weights"])
+    options = {"backbone": "convnet", "bits": 16, "image_size": 8, "backbone_params": weights}
     encoder, params, frozen = create_encoder(jax.random.key(0), **options)
     assert set(params) == {"head"}
     assert set(frozen) == {"backbone"}
     _, trained, nothing = create_encoder(jax.random.key(0), frozen=False, **options)
     assert set(trained) == {"head", "backbone"}
     assert nothing == {}
-    views = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    views = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     features = jax.jit(encoder.features)
     assert np.array_equal(features(params, frozen, views), features(trained, nothing, views))
 
@@ -88,7 +90,7 @@ def test_a_pretrained_backbone_is_frozen_unless_asked_otherwise():
 def test_preprocessing_is_of_the_backbones_size_and_normalization(small):
     encoder, _, _ = small
     images = np.full((1, 8, 8, 3), 255, np.uint8)
-    np.testing.assert_allclose(encoder.preprocess(jnp.asarray(images)), np.ones((1, 16, 16, 3)), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(encoder.preprocess)(images), np.ones((1, 16, 16, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_a_backbone_in_bfloat16_gives_float32_features_near_those_of_float32():
         encoder, params, frozen = create_encoder(
             jax.random.key(0), backbone="convnet", bits=8, image_size=16, backbone_dtype=dtype
         )
-        features[dtype] = encoder.features(params, frozen, views)
+        features[dtype] = jax.jit(encoder.features)(params, frozen, views)
         assert features[dtype].dtype == jnp.float32
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     error = np.linalg.norm(features["bfloat16"] - features["float32"]) / np.linalg.norm(features["float32"])
@@ -145,9 +147,8 @@ def test_a_frozen_backbone_is_in_bfloat16_where_there_are_units_for_it(platform,
     assert encoder.default_dtype(False, device) == "float32"
 
 
-def test_a_frozen_backbone_in_bfloat16_is_held_in_bfloat16():
-    _, _, frozen = create_encoder(
-        jax.random.key(0), backbone="efficientnet_lite0", bits=8, image_size=32, frozen=True, pretrained=False,
-        backbone_dtype="bfloat16",
-    )  # fmt: skip
+def test_a_frozen_backbone_in_bfloat16_is_held_in_bfloat16(monkeypatch, tmp_path):
+    pretrained.convnet(monkeypatch, tmp_path, 8)
+    how = {"image_size": 8, "frozen": True, "pretrained": False, "backbone_dtype": "bfloat16"}
+    _, _, frozen = create_encoder(jax.random.key(0), backbone="convnet", bits=8, **how)
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}

@@ -275,7 +275,8 @@ def test_factors_are_merged_into_the_weights_once():
     assert same(hasher.params["backbone"], expected)
     assert same(dataclasses.replace(hasher, batch_size=3).params, hasher.params)
     views = jax.random.normal(KEY, (3, 8, 8, 3))
-    ours, theirs = (encoder.features(*held, views) for held in ((hasher.params, hasher.frozen), (params, frozen)))
+    features = jax.jit(encoder.features)
+    ours, theirs = (features(*held, views) for held in ((hasher.params, hasher.frozen), (params, frozen)))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -6,11 +6,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import cib_jax as cib
 from cib_jax.errors import ConfigError
 from cib_jax.models import registry, weights
+from cib_jax.models.conv import ShapesOnly
 
 TABLE = pathlib.Path(__file__).parent.parent.parent / "docs" / "backbones.md"
 INPUTS = {
@@ -55,7 +55,7 @@ def test_the_smallest_size_works(name):
     backbone = registry.get(name)
     side = backbone.smallest
     images = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
-    features = jax.eval_shape(lambda x: backbone.build(nnx.Rngs(0), side)(x), images)  # noqa: PLW0108 - built inside
+    features = jax.eval_shape(lambda x: backbone.build(ShapesOnly(0), side)(x), images)  # noqa: PLW0108 - built inside
     assert features.shape == (2, backbone.features)
 
 

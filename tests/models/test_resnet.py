@@ -29,7 +29,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(resnet, "STAGES", stages)
     monkeypatch.setattr(resnet, "STEM", 8)
     params = resnet.convert(backbone_inputs.normed_tensors(resnet.torch_shapes()))
-    graph, _ = nnx.split(nnx.eval_shape(lambda: resnet.ResNet50(nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: resnet.ResNet50(conv.ShapesOnly(0))))
     return jax.jit(lambda params, images: nnx.merge(graph, params)(images)), params
 
 
