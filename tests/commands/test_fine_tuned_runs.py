@@ -14,7 +14,6 @@ from cib_jax.config import build
 from cib_jax.distributed import multihost
 from tests import pretrained, small
 
-
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 

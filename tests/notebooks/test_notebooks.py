@@ -45,7 +45,7 @@ def cifar_settings(folder: pathlib.Path) -> dict:
 SMALL: dict[str, Callable[[pathlib.Path], dict]] = {
     "cib_cifar_tpu": cifar_settings,
     "functional_api": lambda folder: {"steps": 3, "draws": 50},
-    "your_photos": lambda folder: {"sample_photos": 30, "views": 2, "epochs": 1, "stop_page": True},
+    "your_photos": lambda folder: {"sample_photos": 20, "views": 2, "epochs": 1, "stop_page": True},
 }
 # Text that a small run must print.
 EXPECTED = {"cib_cifar_tpu": "on 2 device(s)", "functional_api": "x: uint8 [1797, 8, 8, 3]"}
