@@ -135,6 +135,7 @@ def test_rows_that_are_not_finite_are_refused(hasher, value):
         assert error.value.field == "images"
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("name", "value"),
     [

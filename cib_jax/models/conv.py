@@ -117,7 +117,7 @@ def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h
     return _by_platform(max_pool_by_slices, max_pool_plain, x)
 
 
-def max_pool_3x3(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch ceil(h/2) ceil(w/2) channels"]:
+def max_pool_3x3(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch (h+1)//2 (w+1)//2 channels"]:
     """Returns the maximum of every 3×3 square at stride 2, as `torch.nn.MaxPool2d(3, stride=2, padding=1)`."""
     pads = ((1, 1), (1, 1))
     return _by_platform(lambda x: max_pool_by_slices(x, 3, pads), lambda x: max_pool_plain(x, 3, pads), x)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int8, PRNGKeyArray, Shaped, UInt8
 
 from cib_jax import codes
 from cib_jax.augment import augment
-from cib_jax.augment.features import Standard, plain, two_views
+from cib_jax.augment.features import Features, Standard, plain, two_views
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import ConfigError, WeightsError
@@ -93,9 +93,7 @@ class Encoder:
         taken = f"{self.backbone.features} features" if self.backbone.takes == "features" else f"{self.image_size} px"
         return f"Encoder({self.backbone.name}, {taken} → {self.bits} bits)"
 
-    def preprocess(
-        self, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"]
-    ) -> Float[Array, "batch ..."]:
+    def preprocess(self, images: augment.Images | Features) -> Float[Array, "batch ..."]:
         """Returns the images as at test time, resized and normalized for the backbone; features are standardized."""
         if self.backbone.takes == "features":
             return plain(images, self.backbone.mean, self.backbone.deviation)
@@ -108,7 +106,7 @@ class Encoder:
     def two_views(
         self,
         key: PRNGKeyArray,
-        images: UInt8[Array, "batch height width 3"] | Float[Array, "batch *views features"],
+        images: augment.Images | Features,
         *,
         family: str = "photo",
         axis: Axis = None,
@@ -135,7 +133,7 @@ class Encoder:
         return augment.two_views(key, images, family=family, axis=axis, **self._size_and_scale)
 
     def view_each(
-        self, keys: PRNGKeyArray, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
+        self, keys: augment.ImageKeys, images: UInt8[Array, "batch height width 3"], *, family: str = "photo"
     ) -> Float[Array, "batch image_size image_size 3"]:
         """Returns one random view of every image, each drawn by its own key of `keys`."""
         return augment.view_each(keys, images, family=family, **self._size_and_scale)

@@ -20,6 +20,7 @@ from cib_jax.models.conv import ShapesOnly
 from cib_jax.models.registry import Backbone
 from cib_jax.models.state_dict import Tree
 
+Leaf = Array | np.ndarray
 State = Mapping[Any, Any]  # a network's parameters, or their shapes, as nested dicts
 
 
@@ -194,9 +195,9 @@ def create_lora(key: PRNGKeyArray, state: State, rank: int) -> Tree:
 def apply_lora(state: State, factors: State, scale: float) -> Tree:
     """Returns the state with the kernels W + scale · A·B, for training: gradients reach the factors."""
 
-    def add(kernel: Array, a: Array, b: Array) -> Array:
+    def add(kernel: Leaf, a: Leaf, b: Leaf) -> Array:
         # In full precision also on accelerators, so that training uses the same kernels as `merge_lora` returns.
-        return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
+        return jnp.asarray(kernel) + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
 
     return _map_kernels(add, state, factors)
 
@@ -204,14 +205,14 @@ def apply_lora(state: State, factors: State, scale: float) -> Tree:
 def merge_lora(state: State, factors: State, scale: float) -> Tree:
     """Returns the state with the kernels W + scale · A·B, for inference: in float64 on the host, rounded to float32."""
 
-    def add(kernel: Array, a: Array, b: Array) -> Array:
+    def add(kernel: Leaf, a: Leaf, b: Leaf) -> Array:
         product = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
         return jnp.asarray((np.asarray(kernel, np.float64) + scale * product.reshape(kernel.shape)).astype(np.float32))
 
     return _map_kernels(add, state, factors)
 
 
-def _map_kernels(function: Callable[[Array, Array, Array], Array], state: State, factors: State) -> Tree:
+def _map_kernels(function: Callable[[Leaf, Leaf, Leaf], Array], state: State, factors: State) -> Tree:
     pairs = traverse_util.flatten_dict(factors)
     leaves = traverse_util.flatten_dict(state)
     made = {p: function(x, pairs[*p, "a"], pairs[*p, "b"]) if (*p, "a") in pairs else x for p, x in leaves.items()}

@@ -83,7 +83,7 @@ class ResNet50(nnx.Module):
         self.stem = Convolution(rngs, 7, 7, 3, STEM)
         self.blocks = nnx.List([Bottleneck(rngs, row) for row in block_plan()])
 
-    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 2048"]:
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
         """Returns means over the last map, taken in float32, in the dtype of images and parameters."""
         last = len(self.blocks) - STAGES[-1][0]
 

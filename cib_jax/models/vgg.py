@@ -42,7 +42,7 @@ class VGG16(nnx.Module):
         self.fc6 = Convolution(rngs, GRID * GRID * STAGES[-1][-1], FEATURES)
         self.fc7 = Convolution(rngs, FEATURES, FEATURES)
 
-    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch 4096"]:
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
         """Returns fc7 of normalized images, after its ReLU, in their dtype (the parameters must have the same)."""
         # The last stage's weights are larger than its maps. Chunks would read them from memory again and again, so this
         # stage takes the whole batch.
@@ -54,7 +54,7 @@ class VGG16(nnx.Module):
             x = jax.nn.relu(x.reshape(x.shape[0], -1) @ kernel + bias[None])
         return x
 
-    def _first_stages(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch h2 w2 512"]:
+    def _first_stages(self, x: Float[Array, "batch h w 3"]) -> Float[Array, "batch h2 w2 channels"]:
         last = len(self.convolutions) - len(STAGES[-1])
         narrow = sum(layer.arrays[0].shape[2] < LANES for layer in self.convolutions[:last])
         plain = functools.partial(conv.in_turn, self.convolutions[:narrow])

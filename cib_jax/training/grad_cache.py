@@ -55,7 +55,7 @@ def features_of_two_views(
         )
 
     def features_of_part(
-        trained: Params, frozen: Params, part: tuple[PRNGKeyArray, PRNGKeyArray, Array]
+        trained: Params, frozen: Params, part: tuple[augment.ImageKeys, augment.ImageKeys, Array]
     ) -> Float[Array, "2 micro_batch features"]:
         *keys, some_images = part
         views = encoder.view_each(jnp.concatenate(keys), jnp.concatenate((some_images, some_images)), family=family)

@@ -16,7 +16,7 @@ from cib_jax.training.train_step import Progress, TrainState
 
 FETCH_EVERY = 32  # the most steps that are dispatched before their loss is fetched, which waits for the device
 
-StepTerms = dict[str, Float[Array, " steps"]]  # each loss term at every step of a chunk
+StepTerms = dict[str, Float[Array, "_"]]  # each loss term at every step of a chunk
 
 
 class Feed(NamedTuple):

@@ -14,6 +14,7 @@ from cib_jax import files
 from cib_jax.errors import MissingExtraError
 from cib_jax.files import install_command
 
+Numbers = dict[str, float | int]
 PROJECT = "cib_jax"  # or experiment, of the runs in a tracking service, unless the environment names another one
 PARAMETERS_AT_ONCE, LONGEST_VALUE = 100, 6000  # of MLflow: most parameters in a call, most characters of a value
 FLUSHED_AFTER = 30.0  # seconds after which W&B has surely stored what it was given: it does so every 15 seconds
@@ -35,7 +36,7 @@ class MetricWriter(Protocol):
     last_step: int
     """The last step that was written. A resumed run repeats steps, which must not be written twice."""
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Numbers) -> None:
         """Writes the numbers of a step greater than `last_step`."""
 
     def close(self, *, finished: bool) -> None:
@@ -52,7 +53,7 @@ class TensorBoard:
         self.last_step = run.last_step if any(folder.glob("events.*")) else 0
         self._events = tensorboardX.SummaryWriter(str(folder), purge_step=self.last_step + 1)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Numbers) -> None:
         """Implements `MetricWriter`."""
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
@@ -92,7 +93,7 @@ class WeightsAndBiases:
         self._pending: list[tuple[float, int]] = []
         self._note()
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Numbers) -> None:
         """Implements `MetricWriter`."""
         self._run.log(numbers, step=step)
         self.last_step = step
@@ -146,7 +147,7 @@ class MLflow:
         for at in range(0, len(fields), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=fields[at : at + PARAMETERS_AT_ONCE])
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Numbers) -> None:
         """Implements `MetricWriter`."""
         now = int(time.time() * 1000)
         metrics = [self._entities.Metric(name, value, now, step) for name, value in numbers.items()]
@@ -286,7 +287,7 @@ class MetricLog:
         self._pass_on(step, record)
 
     def _pass_on(self, step: int, record: dict[str, Any]) -> None:
-        numbers: dict[str, float] = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        numbers: Numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for name, writer in list(self._writers.items()):
             if step <= writer.last_step:
                 continue

@@ -26,6 +26,7 @@ from cib_jax.models.encoder import Encoder, Params
 from cib_jax.random_streams import fold_by_name
 from cib_jax.training import grad_cache
 
+Number = float | int | Float[Array, ""]  # traced where steps take it as an argument
 Terms = dict[str, Float[Array, ""]]  # the loss and its parts, in nats, and the norm of the gradient
 
 
@@ -45,13 +46,13 @@ class Method:
     optimizer: optax.GradientTransformation = dataclasses.field(repr=False)
     objective: str | Callable[..., Any] = "cibhash"
     """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, "diffusion", with a teacher, or a function."""
-    temperature: float = 0.3
+    temperature: Number = 0.3
     """Temperature τ of the contrast."""
-    beta: float = 0.001
+    beta: Number = 0.001
     """Weight β of the bottleneck term."""
     stochastic: bool = True
     """Whether bits are drawn, as in the paper, or thresholded, as in its published code."""
-    sharpness: float = 6.0
+    sharpness: Number = 6.0
     """Power of the odds that a diffusion links two images; for "diffusion" only."""
     augment: str = "photo"
     """Family of views: "photo" or "digits" of images, "noise" or "stored" of features."""
@@ -120,7 +121,7 @@ class TrainState:
       (0, ['backbone', 'head'])
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, ""] | Any  # JAX makes states of shapes and shardings, too
     """Steps taken so far."""
     params: Params
     opt_state: optax.OptState
@@ -253,8 +254,8 @@ def update(
 
 
 def drop_features(
-    key: PRNGKeyArray, features: Float[Array, "2*batch features"], rate: float, axis: Axis = None
-) -> Float[Array, "2*batch features"]:
+    key: PRNGKeyArray, features: Float[Array, "views features"], rate: float, axis: Axis = None
+) -> Float[Array, "views features"]:
     """Returns features of all first views, then of all second ones, with each set to 0 with probability `rate`.
 
     The others are divided by 1 − `rate`, so that the mean stays. Views lose features independently of each other.

@@ -101,7 +101,7 @@ def test_a_backbone_becomes_an_encoder(own_parts, tmp_path):
     images = rng.normal(size=(2, 16, 24, 3)).astype(np.float32)
     patches = images.reshape(2, 2, 8, 3, 8, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 6, -1)  # channel, row, column
     expected = np.maximum(patches @ weight.reshape(64, -1).T.astype(np.float64) + bias, 0).mean(1)
-    np.testing.assert_allclose(encoder.features(params, frozen, images), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(encoder.features(params, frozen, jnp.asarray(images)), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(cib.UserError, match="does not hold the weights of patches"):
         safetensors.numpy.save_file({"layer.weight": weight}, tmp_path / "half.safetensors")
         cib.load_pretrained("patches", str(tmp_path / "half.safetensors"))

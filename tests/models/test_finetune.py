@@ -419,6 +419,7 @@ def test_views_are_not_computed_once_for_a_backbone_that_learns():
         cib.fit(IMAGES, batch_size=6, backbone_params=WEIGHTS, image_size=8, views=2, fine_tune=FineTune(lora_rank=2))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("how", "name"),
     [

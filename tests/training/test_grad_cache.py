@@ -172,6 +172,7 @@ def test_a_run_refuses_a_size_that_does_not_divide_before_it_claims_anything(tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_features_have_no_parts():
     features = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     encoder, params, frozen = cib.create_encoder(KEY, backbone="none", bits=8, standard=standard([features]))
