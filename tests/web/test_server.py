@@ -1,5 +1,6 @@
 """The server: where it listens, what a connection may do, how it ends, and how its collection is renewed."""
 
+import contextlib
 import dataclasses
 import gc
 import http.client
@@ -154,10 +155,10 @@ def started(tmp_path):
         [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
-    line = process.stdout.readline()
-    yield process, line
-    process.kill()
-    process.wait()
+    with process:  # closes its pipes
+        line = process.stdout.readline()
+        yield process, line
+        process.kill()
 
 
 def decoders_of(pid: int) -> list[int]:
@@ -177,9 +178,9 @@ def test_a_signal_ends_the_server_and_its_processes(started, number):
     process, line = started
     assert line.startswith("1 photo at http://127.0.0.1:")
     port = int(line.rpartition(":")[2].partition("/")[0])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("GET", "/health")
-    assert json.load(connection.getresponse()) == {"status": "ok", "photos": 1, "bits": 64}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("GET", "/health")
+        assert json.load(connection.getresponse()) == {"status": "ok", "photos": 1, "bits": 64}
     with socket.create_connection(("127.0.0.1", port)) as waiting:
         waiting.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nx")
         decoders = decoders_of(process.pid)
