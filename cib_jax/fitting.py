@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
-from cib_jax import diffusion
 from cib_jax.augment import features as features_lib
 from cib_jax.augment.features import Standard
 from cib_jax.console import library_bar
@@ -151,8 +150,6 @@ def fit(
     schedule.validate(len(array), sharding.mesh_size(mesh), chosen.micro_batch)
     if views and (params.keys() != {"head"} or standard is not None):
         raise ConfigError(f"views must be 0 unless a frozen backbone takes images, got {views}", field="views")
-    if is_taught(chosen.objective):
-        teacher.check(len(array))
     with library_bar("Views", views * len(array), show=progress and views > 0) as advance:
 
         def after_views(count: int) -> None:
@@ -166,7 +163,7 @@ def fit(
     teacher_run = None
     if is_taught(chosen.objective):
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
-        objective, temperature = teacher.objective, teacher.temperature
+        objective, temperature = teacher.objective_for(encoder.backbone.takes), teacher.temperature
         theirs = dataclasses.replace(chosen, encoder=encoder, objective=objective, temperature=temperature)
         schedule = dataclasses.replace(schedule, epochs=teacher.epochs or epochs)
         key = stream_key(seed, "teacher steps")
@@ -254,8 +251,10 @@ def train_hasher(
     def learn_coordinates() -> Coordinates:
         assert teacher_run is not None, "an objective that needs a teacher comes with its run"
         learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
-        embeddings = learned.logits(images, progress=False)
-        return diffusion.coordinates(embeddings, **teacher.walk, on_items=lambda count: advance(0, "neighbors"))
+        logits = learned.logits(images, progress=False)
+        trained = learned.params.keys() != {"head"}
+        features = None if trained else learned.backbone_features(images, progress=False)
+        return teacher.coordinates(logits, features, lambda count: advance(0, "neighbors"))
 
     def on_steps(steps: int, terms: dict[str, float]) -> None:
         advance(steps * run.schedule.batch_size, f"loss {terms['loss']:.4f}")

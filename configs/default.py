@@ -41,11 +41,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     # With "diffusion": the teacher, trained first by the contrast of views. The walk uses neighbors of its embeddings.
     c.teacher = ml_collections.ConfigDict()
+    # naive_cl | cl_hash | cibhash; "" = naive_cl for images, cibhash for features that are given
+    c.teacher.objective = ""
     c.teacher.bits = 128  # length of the embeddings, in real numbers
     c.teacher.temperature = 0.2  # τ of the teacher's contrast
     c.teacher.epochs = 0  # passes over the training images; 0 = epochs
-    c.teacher.neighbours = 20  # neighbors of each image in the graph
-    c.teacher.dimensions = 50  # number of diffusion coordinates
+    c.teacher.neighbours = 15  # neighbors of each image in the graph
+    c.teacher.dimensions = 200  # largest number of diffusion coordinates
     c.teacher.steps = 20  # steps of the random walk
 
     # Optimization: Adam; the paper's learning rate is constant, without decay of weights and clipping of gradients.

@@ -4,6 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import sklearn.metrics.pairwise
 import sklearn.neighbors
 
 from cib_jax import diffusion
@@ -30,11 +31,13 @@ def walk_of(embeddings, neighbours):
     """Returns the walk's probabilities, item by item, and its stationary distribution."""
     unit = embeddings.astype(np.float64) / np.linalg.norm(embeddings, axis=1, keepdims=True)
     cosines = unit @ unit.T
-    weights = np.zeros_like(cosines)
+    linked, distances = np.zeros(cosines.shape, bool), np.maximum(1 - cosines, 0)
     for item in range(len(unit)):
         others = [other for other in np.argsort(-cosines[item]) if other != item][:neighbours]
         for other in others:
-            weights[item, other] = weights[other, item] = max(cosines[item, other], 1e-6)
+            linked[item, other] = linked[other, item] = True
+    scale = np.sort(distances, axis=1)[:, min(7, neighbours)]  # the first is the item's distance to itself
+    weights = np.where(linked, np.maximum(np.exp(-(distances**2) / np.outer(scale, scale)), 1e-6), 0)
     return weights / weights.sum(axis=1, keepdims=True), weights.sum(axis=1) / weights.sum()
 
 
@@ -92,11 +95,38 @@ def test_copies_and_opposites_leave_everything_finite(items, copies, neighbours,
     assert np.isfinite(points).all()
 
 
+@pytest.mark.parametrize("items", [3, 7, 16])
+def test_few_items_have_fewer_neighbors_and_dimensions(items):
+    points = diffusion.coordinates(draw(items))
+    assert points.shape == (items, items - 1)
+    expected = diffusion.coordinates(draw(items), neighbours=min(15, items - 1), dimensions=items - 1)
+    assert np.array_equal(points, expected)
+
+
+def test_links_compare_a_distance_with_those_of_the_neighborhood():
+    """A dense and a sparse group, alike but for their scale, give the same odds within themselves."""
+    directions = draw(40, 8) * np.float32([0, *[1] * 7])
+    groups = [np.float32([10, *[0] * 7]) + 0.1 * directions, np.float32([-10, *[0] * 7]) + directions]
+    points = diffusion.coordinates(np.concatenate(groups), neighbours=9, dimensions=60, steps=8)
+    dense, sparse = points[:40] @ points[:40].T, points[40:] @ points[40:].T
+    np.testing.assert_allclose(dense, sparse, rtol=0.1, atol=0.1)
+
+
+def test_joined_embeddings_have_the_mean_of_both_cosines():
+    logits, features = draw(9, 4), draw(9, 6, seed=1)
+    cosines = sklearn.metrics.pairwise.cosine_similarity
+    joined = diffusion.join_features(logits, features)
+    np.testing.assert_allclose(
+        cosines(joined), (cosines(logits) + cosines(features - features.mean(axis=0))) / 2, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("embeddings", "options", "field"),
     [
-        (draw(5), {"neighbours": 5, "dimensions": 2}, "teacher.neighbours"),
-        (draw(9), {"neighbours": 3, "dimensions": 9}, "teacher.dimensions"),
+        (draw(2), {"neighbours": 1, "dimensions": 2}, "embeddings"),
+        (draw(9), {"neighbours": 0, "dimensions": 3}, "teacher.neighbours"),
+        (draw(9), {"neighbours": 3, "dimensions": 1}, "teacher.dimensions"),
         (draw(9), {"neighbours": 3, "dimensions": 3, "steps": 0}, "teacher.steps"),
         (np.zeros((9, 2), np.float32), {"neighbours": 3, "dimensions": 3}, "embeddings"),
         (np.full((9, 2), np.nan, np.float32), {"neighbours": 3, "dimensions": 3}, "embeddings"),
@@ -110,7 +140,7 @@ def test_embeddings_without_a_graph_are_refused(embeddings, options, field):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"bits": 0}, {"temperature": 0.0}, {"epochs": -1}, {"neighbours": 0}, {"dimensions": 1}, {"steps": 0}],
+    [{"objective": "diffusion"}, {"bits": 0}, {"temperature": 0.0}, {"epochs": -1}, {"neighbours": 0}, {"dimensions": 1}, {"steps": 0}],
     ids=str,
 )
 def test_a_teacher_out_of_range_is_refused(fields):

@@ -103,7 +103,6 @@ def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch):
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"frozen": True}, "frozen"),
         ({"epochs": 0}, "epochs"),
-        ({"objective": "diffusion"}, "teacher.dimensions"),
         ({"sharpness": 0.0}, "sharpness"),
         ({"bits": 0}, "bits"),
         ({"objective": "other"}, "objective"),

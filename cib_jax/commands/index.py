@@ -537,7 +537,6 @@ def train_index_encoder(
     run = build.training_run(config, (encoder, params, frozen), data, mesh)
     teacher_run = None
     if is_taught(config.objective):
-        build.teacher(config).check(len(images))
         theirs = build.teacher_config(config)
         made = build.encoder(theirs, stream="teacher weights")[:3]
         teacher_run = build.training_run(theirs, made, data, mesh, stream="teacher steps")

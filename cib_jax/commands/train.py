@@ -14,7 +14,6 @@ import numpy as np
 import rich.console
 from jaxtyping import Float, UInt8
 
-from cib_jax import diffusion
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
 from cib_jax.console import HINT, on_stdout, print_message, progress_bar
@@ -408,15 +407,18 @@ def _load_coordinates(teacher: RunContext) -> Coordinates | None:
         coordinates = np.load(teacher.workdir / COORDINATES_FILE, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    shape = (len(teacher.splits.train), teacher.config.teacher.dimensions)
+    count = len(teacher.splits.train)
+    shape = (count, min(teacher.config.teacher.dimensions, count - 1))
     return coordinates if coordinates.shape == shape and coordinates.dtype == np.float32 else None
 
 
 def _compute_coordinates(teacher: RunContext, params: Params) -> Coordinates:
     """Computes and writes the diffusion coordinates of the training images under a trained teacher."""
-    embeddings = features.logits(teacher, params, teacher.splits.train, "Encoding for the teacher")
-    walk = build.teacher(teacher.config).walk
-    with progress_bar(teacher.console, "Neighbors", len(embeddings)) as advance:
-        coordinates = diffusion.coordinates(embeddings, **walk, on_items=lambda count: advance(count, ""))
+    images = teacher.splits.train
+    logits, known = features.logits(teacher, params, images, "Encoding for the teacher"), None
+    if teacher.features_stay or teacher.standard is not None:
+        known = np.concatenate(list(features.plain(teacher, images, "Features for the teacher")))
+    with progress_bar(teacher.console, "Neighbors", len(logits)) as advance:
+        coordinates = build.teacher(teacher.config).coordinates(logits, known, lambda count: advance(count, ""))
     write_array(teacher.workdir / COORDINATES_FILE, coordinates)
     return coordinates

@@ -20,7 +20,7 @@ from cib_jax.data.dataset import Bar, DataConfig, no_bar
 from cib_jax.data.splits import Protocol
 from cib_jax.diffusion import Teacher
 from cib_jax.errors import ConfigError, DataError
-from cib_jax.losses import OBJECTIVES, is_taught
+from cib_jax.losses import OBJECTIVES
 from cib_jax.models import registry, weights
 from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.random_streams import stream_key
@@ -150,7 +150,8 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     own, config = teacher(config), config.copy_and_resolve_references()
     with config.unlocked():
         config.epochs = own.epochs or epochs(config)
-        config.objective, config.temperature, config.bits = own.objective, own.temperature, own.bits
+        config.objective = own.objective_for(registry.get(config.backbone).takes)
+        config.temperature, config.bits = own.temperature, own.bits
     return config
 
 
@@ -202,11 +203,6 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
     if config.augment == "stored" and (np.ndim(first := drawn.train.images[0]) != 2 or len(first) < 2):
         problem = "must be 'noise' for features with one vector per item, got 'stored', which draws two of several"
         raise ConfigError(f"config.augment {problem}, [items, views, features]", field="config.augment")
-    if is_taught(config.objective):
-        try:
-            teacher(config).check(len(drawn.train))
-        except ConfigError as error:
-            raise ConfigError(f"config.{error}", field=f"config.{error.field}") from None
     if config.batch_size > len(drawn.train):
         allowed = f"at most the number of training images, {len(drawn.train)}"
         raise ConfigError(f"config.batch_size must be {allowed}, got {config.batch_size}", field="config.batch_size")

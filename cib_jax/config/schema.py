@@ -16,7 +16,7 @@ from cib_jax.augment import augment, features
 from cib_jax.config import flatten, loaded_files, own_fields
 from cib_jax.data import photos
 from cib_jax.data.splits import AS_NAMED, PROTOCOLS
-from cib_jax.diffusion import Teacher
+from cib_jax.diffusion import TEACHERS, Teacher
 from cib_jax.errors import ConfigError
 from cib_jax.files import did_you_mean
 from cib_jax.losses import OBJECTIVES
@@ -82,6 +82,7 @@ RULES: dict[str, Rule] = {
     "beta": _at_least(0),
     "sharpness": _POSITIVE,
     "head_dropout": _PROBABILITY,
+    "teacher.objective": _one_of(*TEACHERS),
     "teacher.bits": _at_least(1),
     "teacher.temperature": _POSITIVE,
     "teacher.epochs": _at_least(0),
@@ -197,6 +198,7 @@ ADDED: dict[str, Any] = {
     "partial_batch": False,
     "data.truncated": False,
     **{f"teacher.{name}": value for name, value in dataclasses.asdict(Teacher()).items()},
+    "teacher.objective": "naive_cl",
     **{f"fine_tune.{name}": value for name, value in dataclasses.asdict(FineTune()).items()},
 }
 """Fields that runs of earlier versions lack, with the values that those runs had in effect."""

@@ -176,6 +176,13 @@ class Hasher:
         """
         return self._apply_to_items(_quantized, images, progress)
 
+    def backbone_features(self, images: Items, *, progress: bool = True) -> Float32[np.ndarray, "n features"]:
+        """Returns the backbone's features, the inputs of the hash head.
+
+        Takes the arguments of `encode`.
+        """
+        return self._apply_to_items(_unchanged, images, progress)
+
     def _apply_to_items(self, stage: Stage, images: Items, progress: bool) -> np.ndarray:
         if not len(images):
             return self._empty(stage)
@@ -258,6 +265,8 @@ class Hasher:
         bits = self.encoder.bits
         if stage is logits_of_features:
             return np.zeros((0, bits), np.float32)
+        if stage is _unchanged:
+            return np.zeros((0, self.encoder.backbone.features), np.float32)
         if stage is _quantized:
             return np.zeros((0, self.encoder.backbone.features), np.int8)
         features = self.encoder.backbone.features if stage is _packed_and_features else 0
@@ -271,6 +280,12 @@ class Hasher:
     def _replicated(self) -> tuple[Params, Params]:
         # Copied once, not at every call: the weights of a deep network take half a gigabyte.
         return sharding.replicate((self.params, self.frozen), self._mesh)
+
+
+def _unchanged(
+    encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None
+) -> Float[Array, "batch features"]:
+    return features
 
 
 def _quantized(

@@ -107,10 +107,3 @@ def test_a_teacher_is_not_validated_by_labels(tmp_path):
     }
     assert all("validation_map" in line for line in lines["."])
     assert not any("validation_map" in line for line in lines["teacher"])
-
-
-def test_images_too_few_for_the_graph_are_refused_at_once(tmp_path):
-    with pytest.raises(ConfigError) as refused:
-        train(config(teacher__dimensions=130), tmp_path / "run", console=quiet())
-    assert refused.value.field == "config.teacher.dimensions"
-    assert not (tmp_path / "run" / "teacher").exists()

@@ -145,7 +145,6 @@ def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():
         {"k": 5000},
         {"batch_size": 5000},
         {"train__views": 100, "train__bank_mb": 30, "backbone": "efficientnet_lite0", "frozen": True},
-        {"objective": "diffusion", "teacher__dimensions": 130},
     ],
     ids=str,
 )
@@ -153,6 +152,4 @@ def test_fields_that_do_not_fit_the_images_are_refused(field):
     config = small.config(**field)
     with pytest.raises(ConfigError) as refused:
         build.draw_splits(config)
-    names = {"teacher__dimensions": "teacher.dimensions", "train__views": "train.views"}
-    expected = next(names.get(name, name) for name in field if name not in ("objective",))
-    assert refused.value.field == f"config.{expected}"
+    assert refused.value.field == f"config.{next(iter(field)).replace('__', '.')}"
