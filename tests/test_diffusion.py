@@ -140,7 +140,15 @@ def test_embeddings_without_a_graph_are_refused(embeddings, options, field):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"objective": "diffusion"}, {"bits": 0}, {"temperature": 0.0}, {"epochs": -1}, {"neighbours": 0}, {"dimensions": 1}, {"steps": 0}],
+    [
+        {"objective": "diffusion"},
+        {"bits": 0},
+        {"temperature": 0.0},
+        {"epochs": -1},
+        {"neighbours": 0},
+        {"dimensions": 1},
+        {"steps": 0},
+    ],
     ids=str,
 )
 def test_a_teacher_out_of_range_is_refused(fields):

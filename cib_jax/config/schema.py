@@ -19,7 +19,7 @@ from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import TEACHERS, Teacher
 from cib_jax.errors import ConfigError
 from cib_jax.files import did_you_mean
-from cib_jax.losses import OBJECTIVES
+from cib_jax.losses import OBJECTIVES, is_taught
 from cib_jax.models import registry
 from cib_jax.models.encoder import AUTO, DTYPES
 from cib_jax.models.finetune import FineTune, validate_fine_tune
@@ -198,7 +198,8 @@ ADDED: dict[str, Any] = {
     "partial_batch": False,
     "data.truncated": False,
     **{f"teacher.{name}": value for name, value in dataclasses.asdict(Teacher()).items()},
-    "teacher.objective": "naive_cl",
+    "teacher.neighbours": 20,
+    "teacher.dimensions": 50,
     **{f"fine_tune.{name}": value for name, value in dataclasses.asdict(FineTune()).items()},
 }
 """Fields that runs of earlier versions lack, with the values that those runs had in effect."""
@@ -339,5 +340,7 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset
     """Returns "field: theirs → mine" for each field in which two flat configs differ, except for the ignored ones."""
     mine, theirs = ADDED | own_fields | mine, ADDED | own_fields | theirs
     names = sorted((mine.keys() | theirs.keys()) - ignored)
+    if not any(is_taught(config["objective"]) for config in (mine, theirs) if "objective" in config):
+        names = [name for name in names if not name.startswith("teacher.")]  # which have no effect
     pairs = [(name, theirs.get(name, "absent"), mine.get(name, "absent")) for name in names]
     return [f"{name}: {before!r} → {now!r}" for name, before, now in pairs if before != now]

@@ -13,7 +13,6 @@ from cib_jax import diffusion
 from cib_jax.commands.train import COORDINATES_FILE, train
 from cib_jax.config import build
 from cib_jax.distributed import multihost
-from cib_jax.errors import ConfigError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import restore_best
 from tests import small
