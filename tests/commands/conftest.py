@@ -6,19 +6,21 @@ import pytest
 
 from cib_jax.inference.hasher import Hasher
 
+WRITTEN = {}
 
-@pytest.fixture(scope="session", autouse=True)
+
+@pytest.fixture(scope="module", autouse=True)
 def exported_once():
     """Copies the exported encoder of an index where an earlier index has the same one, by the weights in its name."""
-    export, written = Hasher.export, {}
+    export = Hasher.export
 
     def export_once(hasher, path):
         key = (pathlib.Path(path).name, hasher.encoder, hasher.side, hasher.batch_size)
-        if key not in written:
+        if key not in WRITTEN:
             export(hasher, path)
-            written[key] = pathlib.Path(path).read_bytes()
+            WRITTEN[key] = pathlib.Path(path).read_bytes()
         else:
-            pathlib.Path(path).write_bytes(written[key])
+            pathlib.Path(path).write_bytes(WRITTEN[key])
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Hasher, "export", export_once)
