@@ -12,7 +12,7 @@ def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a config with the objective and its settings; whatever depends on the data stays."""
     c.objective = "diffusion"
     c.temperature = 0.18
-    c.head_dropout = 0.5 if c.frozen else 0.0  # as the published code; a network from scratch learns less with it
+    c.head_dropout = 0.5 if c.frozen else 0.0  # a network that learns from scratch needs 0
     return c
 
 

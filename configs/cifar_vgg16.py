@@ -15,7 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.backbone = "vgg16"
     c.image_size = 224
     c.train.views = 0
-    c.head_dropout = 0.5
     c.epochs = 0
     c.partial_batch = True
     return c
