@@ -98,7 +98,7 @@ def coordinates(
 
     Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
     included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. `on_items` is called with the number of
-    items of which the neighbors have been found since the last call.
+    items of which the neighbors have been found since the last call, and then with 0 as long as modes are sought.
     """
     import scipy.sparse  # takes a quarter of a second, which every command would wait for
 
@@ -119,7 +119,7 @@ def coordinates(
     degree = np.asarray(graph.sum(axis=1)).ravel()
     root = np.sqrt(degree / degree.sum())
     scale = scipy.sparse.diags(1 / np.sqrt(degree))
-    values, modes = _slowest_modes(scale @ graph @ scale, root, min(dimensions, items - 1))
+    values, modes = _slowest_modes(scale @ graph @ scale, root, min(dimensions, items - 1), lambda: on_items(0))
     return (modes / root[:, None] * np.maximum(values, 0) ** (steps / 2)).astype(np.float32)
 
 
@@ -139,12 +139,13 @@ def _local_weights(
 
 
 def _slowest_modes(
-    walk: Any, root: Float[np.ndarray, " items"], count: int
+    walk: Any, root: Float[np.ndarray, " items"], count: int, on_step: Callable[[], None]
 ) -> tuple[Float[np.ndarray, " count"], Float[np.ndarray, "items count"]]:
     """Returns the largest eigenvalues of the symmetric form of a walk, a sparse matrix, with their eigenvectors.
 
     The eigenvalue 1 occurs once for each group that no walk leaves, with a known eigenvector. These are deflated first:
-    Lanczos' method, started from one vector, finds only one direction of those that share an eigenvalue.
+    Lanczos' method, started from one vector, finds only one direction of those that share an eigenvalue. `on_step` is
+    called at each of its steps.
     """
     import scipy.sparse.csgraph
     import scipy.sparse.linalg
@@ -157,6 +158,7 @@ def _slowest_modes(
     known = known @ scipy.sparse.diags(1 / np.sqrt(np.asarray(known.power(2).sum(axis=0)).ravel()))
 
     def deflated(vector: np.ndarray) -> np.ndarray:
+        on_step()
         vector = np.ravel(vector)
         return walk @ vector - known @ (known.T @ vector)
 

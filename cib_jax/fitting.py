@@ -254,7 +254,9 @@ def train_hasher(
         logits = learned.logits(images, progress=False)
         trained = learned.params.keys() != {"head"}
         features = None if trained else learned.backbone_features(images, progress=False)
-        return teacher.coordinates(logits, features, lambda count: advance(0, "neighbors"))
+        return teacher.coordinates(
+            logits, features, lambda count: advance(0, "neighbors" if count else "modes of the walk")
+        )
 
     def on_steps(steps: int, terms: dict[str, float]) -> None:
         advance(steps * run.schedule.batch_size, f"loss {terms['loss']:.4f}")

@@ -419,6 +419,9 @@ def _compute_coordinates(teacher: RunContext, params: Params) -> Coordinates:
     if teacher.features_stay or teacher.standard is not None:
         known = np.concatenate(list(features.plain(teacher, images, "Features for the teacher")))
     with progress_bar(teacher.console, "Neighbors", len(logits)) as advance:
-        coordinates = build.teacher(teacher.config).coordinates(logits, known, lambda count: advance(count, ""))
+        settings = build.teacher(teacher.config)
+        coordinates = settings.coordinates(
+            logits, known, lambda count: advance(count, "" if count else "modes of the walk")
+        )
     write_array(teacher.workdir / COORDINATES_FILE, coordinates)
     return coordinates
