@@ -99,6 +99,10 @@ def coordinates(
     Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
     included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. `on_items` is called with the number of
     items of which the neighbors have been found since the last call, and then with 0 as long as modes are sought.
+
+    Raises:
+      ConfigError: `neighbours`, `dimensions` or `steps` is out of range.
+      DataError: There are fewer than 3 items, or an embedding is not finite or has no direction.
     """
     import scipy.sparse  # takes a quarter of a second, which every command would wait for
 

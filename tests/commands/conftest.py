@@ -1,4 +1,4 @@
-"""Encoders of indexes are exported once; `tests/storage/test_search_copy.py` tests what is exported."""
+"""Encoders of indexes are exported once; `tests/storage/test_search_copy.py` tests the export itself."""
 
 import pathlib
 

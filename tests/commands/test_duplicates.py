@@ -49,7 +49,7 @@ def copies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """An index for tests of what is printed."""
+    """A smaller index, for tests of the output."""
     return fill(tmp_path_factory.mktemp("few"), 2)
 
 
