@@ -55,6 +55,7 @@ def assert_same(params, others):
     assert all(np.array_equal(a, b) for a, b in zip(leaves, other_leaves, strict=True))
 
 
+TEACHER = {"bits": 16, "dimensions": 8, "neighbours": 5, "epochs": 1}
 COMMON = {"epochs": 2, "image_size": 8, "encode_batch": 100}
 
 
@@ -66,15 +67,14 @@ def options_of(config):
 
 def test_fit_and_run_end_with_the_same_bits(tmp_path):
     """On fresh views, with the teacher that "diffusion" learns from."""
-    teacher = {"bits": 16, "dimensions": 8, "neighbours": 5, "epochs": 1}
     config = small.config(
-        objective="diffusion", seed=3, **COMMON, **{f"teacher__{name}": value for name, value in teacher.items()}
+        objective="diffusion", seed=3, **COMMON, **{f"teacher__{name}": value for name, value in TEACHER.items()}
     )
     params, images = of_run(config, tmp_path / "run")
     epochs = []
     hasher = cib.fit(
         images,
-        teacher=cib.Teacher(**teacher),
+        teacher=cib.Teacher(**TEACHER),
         on_epoch=lambda report: epochs.append(report.progress.epoch),
         **options_of(config),
     )
@@ -82,12 +82,16 @@ def test_fit_and_run_end_with_the_same_bits(tmp_path):
     assert epochs == [1, 1, 2]  # the teacher's and the codes'
 
 
-def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch):
-    config = small.config(**COMMON | pretrained.convnet(monkeypatch, tmp_path, 8), train__views=3)
+@pytest.mark.parametrize("objective", ["cibhash", "diffusion"])
+def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch, objective):
+    """With "diffusion", neighbors are also those of the frozen backbone's features."""
+    fields = COMMON | pretrained.convnet(monkeypatch, tmp_path, 8) | {f"teacher__{k}": v for k, v in TEACHER.items()}
+    config = small.config(**fields, train__views=3, objective=objective)
     params, images = of_run(config, tmp_path / "run")
     loaded = weights.load_pretrained("convnet", config.backbone_weights)
     views = []
-    hasher = cib.fit(images, backbone_params=loaded, on_views=views.append, **options_of(config))
+    options = {"teacher": cib.Teacher(**TEACHER), "backbone_params": loaded, "on_views": views.append}
+    hasher = cib.fit(images, **options, **options_of(config))
     assert_same(params, hasher.params)
     assert sum(views) == 3 * len(images)
 
