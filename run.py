@@ -9,6 +9,9 @@ from cib_jax.cli import python_check
 if __name__ == "__main__":
     python_check.handle_early_signals()
     python_check.check_python()
+    from cib_jax.hint import HINT, LOADING
+
+    HINT.show(LOADING)
     from cib_jax.cli.main import start
 
     start()

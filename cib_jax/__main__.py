@@ -12,6 +12,9 @@ def main() -> None:
     sys.argv[0] = "cib-jax" if os.path.basename(sys.argv[0]) == "cib-jax" else "python -m cib_jax"
     python_check.handle_early_signals()
     python_check.check_python()
+    from cib_jax.hint import HINT, LOADING
+
+    HINT.show(LOADING)
     from cib_jax.cli.main import start
 
     start()

@@ -3,10 +3,11 @@
 import contextlib
 import datetime
 import io
+import os
+import select
 import shutil
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ import rich.table
 import rich.text
 
 from cib_jax.files import dump_json, printable
+from cib_jax.hint import HINT
 
 COMMAND, MODULE = "cib-jax", "python -m cib_jax"
 """Names of the installed program; `cib_jax.__main__` sets sys.argv[0] to one, which started processes inherit."""
@@ -61,11 +63,34 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+class _Stdout(rich.console.Console):
+    """A console on stdout that leaves an error of a closed pipe to its caller, where rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises the error again."""
+        raise  # noqa: PLE0704 - rich calls this while it handles the error
+
+
 def on_stdout(console: rich.console.Console | None) -> rich.console.Console:
     """Returns the console, or if it is None one on stdout, on which no character is an error."""
     if console is None:
         replace_unprintable()
-    return console or rich.console.Console()
+    return console or _Stdout()
+
+
+def is_reader_gone() -> bool:
+    """Returns whether stdout is a pipe that nobody reads any more, as after `head` has printed its lines."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)  # errors alone
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a file of the system, or closed
+        return False
+
+
+def discard_output() -> None:
+    """Lets stdout write nowhere, so that Python's own flush at the end does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(console: rich.console.Console, content: dict[str, Any]) -> None:
@@ -90,50 +115,6 @@ def exit_with_error(message: str) -> NoReturn:
     sys.exit(2)
 
 
-class Hint:
-    """A transient message on a terminal that is removed by the next output; elsewhere nothing is printed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._message = ""
-        self._visible = False
-
-    def show(self, message: str, delay: float = 1.0) -> None:
-        """Shows a message after `delay` seconds, unless `clear` is called before: work that ends sooner needs none.
-
-        In place of a message that is shown already, it appears at once.
-        """
-        self._message = message
-        if self._visible:
-            self._print()
-            return
-        timer = threading.Timer(delay, self._print)
-        timer.daemon = True
-        with contextlib.suppress(RuntimeError):  # no memory for a thread
-            timer.start()
-
-    def clear(self) -> None:
-        """Removes the message, or keeps it from appearing."""
-        with self._lock:
-            self._message = ""
-            if self._visible:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
-                self._visible = False
-
-    def _print(self) -> None:
-        with self._lock:
-            if self._message and sys.stderr.isatty():
-                before, self._visible = "\r\x1b[K" if self._visible else "", True
-                # Cut to one line: only the current line can be removed again.
-                sys.stderr.write(before + self._message[: shutil.get_terminal_size().columns - 1])
-                sys.stderr.flush()
-
-
-HINT = Hint()
-"""The hint of this process; the functions above clear it before they print."""
-
-
 class LineSender(io.TextIOBase):
     """A file for a console that hands each line to a function; lines of progress bars come every second."""
 
@@ -149,6 +130,14 @@ class LineSender(io.TextIOBase):
         return len(text)
 
 
+class _TimeLeft(rich.progress.TimeRemainingColumn):
+    """The time left of a bar that is not full."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        """Returns the time left."""
+        return rich.text.Text() if task.finished else super().render(task)
+
+
 @contextlib.contextmanager
 def progress_bar(
     console: rich.console.Console,
@@ -162,8 +151,10 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """Yields a function `advance(images, note="")` that moves a progress bar, with images/s and the time left.
 
-    `unit` is the word in place of images. Where the output is not a terminal, a line is printed every `interval`
-    seconds instead; 0 takes `LINE_INTERVAL`. Work that takes less than `delay` seconds shows nothing.
+    With 0 images, only the note is shown, without a rate. A full bar shows no time left: it may stay for work that
+    follows, which the note names. `unit` is the word in place of images. Where the output is not a terminal, a line is
+    printed every `interval` seconds instead; 0 takes `LINE_INTERVAL`. Work that takes less than `delay` seconds shows
+    nothing.
     """
     if delay:
         begun, bar = time.monotonic(), None
@@ -183,7 +174,7 @@ def progress_bar(
     interval = interval or getattr(console.file, "interval", LINE_INTERVAL)
     if console.is_terminal:
         # Only the bar gets narrower in a narrow terminal.
-        left = rich.progress.TimeRemainingColumn(table_column=rich.table.Column(no_wrap=True))
+        left = _TimeLeft(table_column=rich.table.Column(no_wrap=True))
         bars = rich.progress.BarColumn(), rich.progress.TaskProgressColumn()
         columns = (title, *bars, "{task.fields[note]}", left)
         # What is printed meanwhile goes above the bar, unless it goes elsewhere.
@@ -197,7 +188,7 @@ def progress_bar(
     def advance(images: int, note: str) -> None:
         nonlocal done, last_line, wait
         done += images
-        if time.monotonic() - last_line > wait or done >= total:
+        if time.monotonic() - last_line > wait or (images and done >= total):
             last_line, wait = time.monotonic(), interval
             seconds = (last_line - begun) * (total - done) / max(done - done_before, 1)
             left = f", {datetime.timedelta(seconds=round(seconds))} left" if done < total else ""
@@ -231,7 +222,7 @@ def _with_rate(advance: Callable[[int, str], None], unit: str) -> Callable[..., 
         total += images
         seconds = time.monotonic() - begun
         # Steps that have only been dispatched so far took no time.
-        rate = f"{total / seconds:,.0f} {unit}/s" if seconds > 0.2 else ""
+        rate = f"{total / seconds:,.0f} {unit}/s" if images and seconds > 0.2 else ""
         advance(images, ", ".join(filter(None, (note, rate))))
 
     return advance_with_rate

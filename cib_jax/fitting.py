@@ -1,8 +1,9 @@
 """Training in memory, without files or a config: `cib_jax.fit`, and what an index learns its encoder with."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -258,9 +259,14 @@ def train_hasher(
             logits, features, lambda count: advance(0, "neighbors" if count else "modes of the walk")
         )
 
+    @contextlib.contextmanager
+    def during_steps() -> Iterator[None]:
+        advance(0, "compiling the first step")
+        yield
+
     def on_steps(steps: int, terms: dict[str, float]) -> None:
         advance(steps * run.schedule.batch_size, f"loss {terms['loss']:.4f}")
 
-    hooks = Hooks(on_steps=on_steps, on_epoch=lambda state, report: on_epoch(report))
+    hooks = Hooks(on_steps=on_steps, on_epoch=lambda state, report: on_epoch(report), during_steps=during_steps)
     state, _ = trainer.train(run, hooks=hooks, learn_coordinates=learn_coordinates)
     return Hasher(run.method.encoder, sharding.to_local(state.params), run.frozen, ENCODE_BATCH, devices=devices)

@@ -1,10 +1,9 @@
-"""Output on a terminal and in a file: line breaks, transient hints, progress bars."""
+"""Output on a terminal and in a file: line breaks, progress bars."""
 
 import io
 import itertools
 import json
 import re
-import threading
 import time
 
 import pytest
@@ -47,39 +46,6 @@ def test_text_that_controls_a_terminal_is_escaped(text):
     assert plain.isprintable() and plain.startswith("a") and plain.endswith("b")
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_hint_is_shown_on_a_terminal_and_removed_by_the_next_output(monkeypatch, terminal):
-    hint, stderr = console_lib.Hint(), Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(console_lib, "HINT", hint)
-    monkeypatch.setattr("sys.stderr", stderr)
-    hint.show("Loading " + "much " * 99, delay=0)
-    wait_for_threads()
-    shown = stderr.getvalue()
-    assert shown.startswith("Loading much ") if terminal else shown == ""
-    assert len(shown) < 120  # one line, so that it can be removed
-    hint.show("Drawing")
-    shown += "\r\x1b[KDrawing" if terminal else ""  # at once, in its place
-    console_lib.print_error("run.py: done")
-    assert stderr.getvalue() == shown + ("\r\x1b[K" if terminal else "") + "run.py: done\n"
-
-
-def test_a_hint_that_is_cleared_in_time_never_appears(monkeypatch):
-    stderr = Terminal()
-    monkeypatch.setattr("sys.stderr", stderr)
-    hint = console_lib.Hint()
-    hint.show("Loading", delay=0.05)
-    hint.clear()
-    wait_for_threads()
-    assert stderr.getvalue() == ""
-
-
-def wait_for_threads():
-    """Waits for the timers of hints."""
-    for thread in threading.enumerate():
-        if isinstance(thread, threading.Timer):
-            thread.join()
-
-
 @pytest.fixture
 def console():
     return rich.console.Console(file=io.StringIO(), width=100)
@@ -111,6 +77,20 @@ def test_progress_in_a_file_prints_few_lines_and_always_the_last(console):
             advance(1)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Encoding: 1,000 of 1,000")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_after_a_full_bar_has_a_note_but_no_time_left_nor_a_rate(terminal):
+    console = rich.console.Console(file=io.StringIO(), width=100, force_terminal=terminal)
+    with console_lib.progress_bar(console, "Neighbors", 100, interval=3600) as advance:
+        advance(100)
+        for _ in range(50):
+            advance(0, "modes of the walk")
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue()).split("\r")[-1].strip()
+    if terminal:
+        assert last.endswith("100% modes of the walk")
+    else:
+        assert last == "Neighbors: 100 of 100"
 
 
 @pytest.mark.parametrize(("delay", "shown"), [(3600, []), (1e-9, ["Encoding: 1,000 of 1,000"])])

@@ -20,8 +20,8 @@ from cib_jax.cli.parsing import parse
 from cib_jax.config import flatten, own_fields
 from cib_jax.console import exit_with_error
 from cib_jax.files import REINSTALL, first_line, short_reason
+from cib_jax.hint import HINT, LOADING
 
-LOADING = "Loading JAX and other libraries; the first start takes longest"
 MAX_COMPILED_BYTES = 2 << 30
 """Bound at each start for the compiled programs that are kept."""
 
@@ -29,7 +29,6 @@ MAX_COMPILED_BYTES = 2 << 30
 def start() -> None:
     """Starts the program."""
     console.replace_unprintable()
-    console.HINT.show(LOADING)
     for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists only these
     app.run(main, flags_parser=parse)
@@ -56,7 +55,7 @@ def _run(arguments: Sequence[str]) -> None:
     name, mode, config_given = MODE.value, MODES[MODE.value], len(arguments) > 1
     validate_flags(name, config_given)
 
-    console.HINT.show(LOADING)
+    HINT.show(LOADING)
     # Imported only now, so that mistakes in the flags are reported at once.
     from cib_jax.distributed import initialize, multihost
     from cib_jax.runs import processes
@@ -81,6 +80,7 @@ def _run(arguments: Sequence[str]) -> None:
         initialize.validate_single_process()
         multihost.install_sigterm_handler()
         command(**command_arguments(name, workdir, config_given))
+        sys.stdout.flush()
 
 
 def validate_flags(name: str, config_given: bool) -> None:

@@ -18,6 +18,7 @@ from cib_jax.config import flatten
 from cib_jax.console import exit_with_error
 from cib_jax.errors import ConfigError
 from cib_jax.files import did_you_mean
+from cib_jax.hint import HINT
 from cib_jax.version import __version__
 
 CONFIGS = pathlib.Path(cib_jax.configs.__path__[0])
@@ -55,13 +56,14 @@ def parse(arguments: Sequence[str]) -> list[str]:
     """
     arguments = _with_mode(arguments)
     if {"-h", "-help", "--help"} & {*arguments}:
-        console.HINT.clear()
+        HINT.clear()
         try:
             print(help_text(_mode_of(arguments, "")), flush=True)
         except BrokenPipeError:  # of a reader, such as head, that has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            console.discard_output()
         sys.exit(0)
     if "--version" in arguments:
+        HINT.clear()
         print(f"cib-jax {__version__}")
         sys.exit(0)
     given, others = _split_config(arguments)
@@ -75,7 +77,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
     # --config comes first: its fields become flags only once the file is read. ml_collections reads the overrides of
     # fields from sys.argv itself.
     sys.argv[:] = [others[0], f"--config={file}", *others[1:]]
-    console.HINT.clear()  # --helpfull is printed here
+    HINT.clear()  # --helpfull is printed here
     try:
         rest = flags.FLAGS(sys.argv)
     except flags.UnrecognizedFlagError as error:

@@ -19,11 +19,12 @@ from jaxtyping import UInt8
 import cib_jax
 from cib_jax.codes import pack_bits
 from cib_jax.config import build, flatten, schema
-from cib_jax.console import HINT, on_stdout, print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError, DataError
 from cib_jax.files import count, first_line, open_regular
+from cib_jax.hint import HINT
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models.encoder import Params
 from cib_jax.report import tables
@@ -127,9 +128,8 @@ def _evaluate_file(path: pathlib.Path, k: int, console: rich.console.Console) ->
     figures["code_health"] = code_quality.code_health(database, None if both[1].dtype == np.uint8 else both[1].shape[1])
     means = {name: figures.pop(name) for name in ("map", "map_tie_aware")}
     results = {**means, "k": figures["k"], "counts": {"database": len(database)}, "metrics": figures}
-    table = rich.table.Table(
-        "figure", "value", title=f"{path.name} · {count(len(query), 'query', 'queries')} on {len(database):,}"
-    )
+    print_message(console, f"{path.name} · {count(len(query), 'query', 'queries')} on {len(database):,}")
+    table = rich.table.Table("figure", "value")
     for row in tables.metric_rows(results):
         table.add_row(*row)
     console.print(table)
@@ -300,10 +300,9 @@ def _results(
 
 
 def _print_results(run: RunContext, results: dict[str, Any]) -> None:
-    table = rich.table.Table(
-        title=f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits",
-        caption=context.format_protocol(run),
-    )
+    # Sentences of their own: rich breaks titles and captions at the width of the table.
+    run.print(f"{results['dataset']} · {results['backbone']} · {results['objective']} · {results['bits']} bits")
+    table = rich.table.Table()
     table.add_column("figure")
     table.add_column("value", justify="right")
     for number, row in enumerate(tables.metric_rows(results, run.protocol.k or "all")):
@@ -314,3 +313,4 @@ def _print_results(run: RunContext, results: dict[str, Any]) -> None:
     seconds = {names.get(part, part): f"{value:.1f}" for part, value in results["seconds"].items()}
     table.add_row(f"seconds: {' · '.join(seconds)}", " · ".join(seconds.values()))
     run.console.print(table)
+    run.print(context.format_protocol(run))

@@ -13,12 +13,13 @@ import rich.console
 import rich.table
 from jaxtyping import UInt8
 
-from cib_jax.console import HINT, format_text, on_stdout, print_error, print_json, print_message
+from cib_jax.console import format_text, on_stdout, print_error, print_json, print_message
 from cib_jax.data import inputs
 from cib_jax.data.inputs import Photos
 from cib_jax.data.photos import DecodedPhoto, decode
 from cib_jax.errors import ConfigError, DataError, SearchError
 from cib_jax.files import path_as_utf8, printable, short_reason, write_bytes
+from cib_jax.hint import HINT
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet
 from cib_jax.report.contact_sheet import Tile

@@ -16,11 +16,12 @@ from jaxtyping import Float, UInt8
 
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
-from cib_jax.console import HINT, on_stdout, print_message, progress_bar
+from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, WorkdirError
 from cib_jax.files import count
+from cib_jax.hint import HINT
 from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
 from cib_jax.models.encoder import AUTO, Params, default_dtype
@@ -273,6 +274,7 @@ class _Session:
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
         done, unit = self.start.step * config.batch_size, self.run.noun
         with progress_bar(self.run.console, "Training", images, done, unit=unit) as self.advance:
+            self.advance(0, "compiling the first step")
             yield
 
     def should_stop(self) -> bool:

@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from cib_jax import files
 from cib_jax.codes import byte_count
-from cib_jax.console import HINT
 from cib_jax.errors import ExportedError
 from cib_jax.exported import (
     FORMAT,
@@ -30,6 +29,7 @@ from cib_jax.exported import (
     validate_program,
     validate_signature,
 )
+from cib_jax.hint import HINT
 from cib_jax.models.encoder import Encoder, Params, packed_of_features, plain_features
 from cib_jax.models.weights import fingerprint
 from cib_jax.version import __version__

@@ -154,7 +154,8 @@ def print_grid(
     console: rich.console.Console, grid: Grid, *, dimmed: Collection[int] = (), rows: int | None = None
 ) -> None:
     """Prints a table of a report, or its first `rows` rows; rows with numbers in `dimmed` are printed faintly."""
-    table = rich.table.Table(title=grid.title)
+    print_message(console, grid.title)
+    table = rich.table.Table()
     for number, name in enumerate(grid.header):
         table.add_column(name, justify="right" if number else "left")
     for number, row in enumerate(grid.rows[:rows]):

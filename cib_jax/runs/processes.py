@@ -24,6 +24,9 @@ from cib_jax.config import loaded_files
 from cib_jax.distributed import multihost
 from cib_jax.errors import DistributedError, SaveError, UserError
 
+CLOSED_OUTPUT = 141
+"""Exit code after the reader of the output has ended, as shells show it for a program that SIGPIPE ended."""
+
 LAST_WORDS = ".last-words"
 """File with the exit code and message of a process that ended, so that its peers end in the same way."""
 
@@ -67,7 +70,8 @@ def exit_on_error(remedy: str, workdir: str) -> Iterator[None]:
     """Ends the program with one sentence and an exit code if the command inside cannot go on.
 
     Exit codes: 2 for a user's mistake or a failed disk, 75 (EX_TEMPFAIL) if the same command can go on, 130 after
-    Ctrl-C, 1 if one of several processes breaks down. `remedy` is the advice to a user who interrupted the command.
+    Ctrl-C, 141 without a sentence if nobody reads the output any more, 1 if one of several processes breaks down.
+    `remedy` is the advice to a user who interrupted the command.
     Several processes leave their last words to each other in `workdir`, which is "" for a single one.
     """
     try:
@@ -81,6 +85,9 @@ def exit_on_error(remedy: str, workdir: str) -> Iterator[None]:
         at_once = _several() or isinstance(error, SaveError)
         _exit(2, console.with_program_name(str(error)), at_once=at_once, workdir=workdir)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and console.is_reader_gone():
+            console.discard_output()
+            _exit(CLOSED_OUTPUT, "its output is not read any more", at_once=True, workdir=workdir)
         message = f"{error.filename or 'output'}: {error.strerror or error}; files written before are intact"
         # At once: libraries would try to write again.
         _exit(2, console.with_program_name(message), at_once=True, workdir=workdir)
@@ -146,7 +153,8 @@ def _exit(code: int, message: str, *, at_once: bool, workdir: str = "") -> NoRet
 
     The first of several processes to end leaves its last words in `workdir`.
     """
-    console.print_error(message)
+    if code != CLOSED_OUTPUT:  # which is no mistake
+        console.print_error(message)
     sys.stdout.flush()
     if not at_once:
         sys.exit(code)

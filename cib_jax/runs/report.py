@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from cib_jax.console import HINT, progress_bar
+from cib_jax.console import progress_bar
 from cib_jax.data.dataset import ImageSet, resized
 from cib_jax.files import count, write_bytes
+from cib_jax.hint import HINT
 from cib_jax.random_streams import stream_rng
 from cib_jax.report import contact_sheet, figures, tables
 from cib_jax.report.contact_sheet import Tile

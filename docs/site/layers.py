@@ -23,7 +23,7 @@ LAYERS = (
     ("functions of arrays", ("augment", "codes", "diffusion", "exported")),
     ("devices and hosts", ("distributed",)),
     ("names and settings", ("random_streams", "deprecation", "configs", "version")),
-    ("used by all", ("errors", "files", "console")),
+    ("used by all", ("errors", "files", "hint", "console")),
 )
 """From top to bottom: a part imports parts of lower layers only. A part is a folder of the package, or a file."""
 

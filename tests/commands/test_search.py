@@ -385,3 +385,23 @@ def test_words_name_a_kind_and_its_settings():
     for word in ("x", "m", "m=", "m=-1", "m=1.5", "=m"):
         with pytest.raises(SearchError, match=r"^--kind\b"):
             index.parse_kind(f"ivf {word}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--mode=search", "--query={queries}"],
+        ["--mode=search", "--query={queries}/0.jpg", "--format=json"],
+        ["--mode=duplicates"],
+        ["--mode=duplicates", "--noconfirm", "--format=csv"],
+    ],
+)
+def test_a_pipe_that_nobody_reads_any_more_ends_a_command_without_a_word(place, run_cli, monkeypatch, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        flags = [argument.format(queries=place / "queries") for argument in arguments]
+        ended = run_cli(f"--index={place / 'i'}", *flags)
+        closed.write("more")
+    assert (ended.code, ended.error) == (141, "")
