@@ -1,5 +1,7 @@
 """Entry point of the command line: validates the flags, then starts the command of the mode."""
 
+import atexit
+import gc
 import importlib
 import pathlib
 import shutil
@@ -29,6 +31,7 @@ MAX_COMPILED_BYTES = 2 << 30
 def start() -> None:
     """Starts the program."""
     console.replace_unprintable()
+    atexit.register(gc.freeze)  # last of all: Python's own collection at the end visits every object, for seconds
     for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists only these
     app.run(main, flags_parser=parse)
