@@ -176,7 +176,8 @@ def progress_bar(
         # Only the bar gets narrower in a narrow terminal.
         left = _TimeLeft(table_column=rich.table.Column(no_wrap=True))
         bars = rich.progress.BarColumn(), rich.progress.TaskProgressColumn()
-        columns = (title, *bars, "{task.fields[note]}", left)
+        spinner = rich.progress.SpinnerColumn("line", finished_text="")  # moves while a first step is compiled
+        columns = (title, *bars, "{task.fields[note]}", left, spinner)
         # What is printed meanwhile goes above the bar, unless it goes elsewhere.
         with rich.progress.Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
