@@ -115,7 +115,7 @@ def _display(
 ) -> Iterator[Callable[[int, _Message], None]]:
     """Yields a function of a worker's number and message, which prints each completed run.
 
-    On a terminal, there is a bar over the items, with the time left, and a line for each worker below.
+    On a terminal, there is a bar over the items, with the time left, and below what each worker is doing.
     """
     doing: dict[int, str] = {}
     begun = last = time.monotonic()
@@ -136,7 +136,7 @@ def _display(
         bar = rich.progress_bar.ProgressBar(total=len(items), completed=complete, width=40)
         line = rich.table.Table.grid(padding=(0, 1))
         line.add_row(bar, f"{complete} of {len(items)} {noun}, {left} left")
-        lines = (rich.text.Text(text, no_wrap=True, overflow="ellipsis") for _, text in sorted(doing.items()) if text)
+        lines = (rich.text.Text(text) for _, text in sorted(doing.items()) if text)
         return rich.console.Group(line, *lines)
 
     if console.is_terminal and not console.quiet:

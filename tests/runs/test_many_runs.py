@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import pathlib
+import re
 import time
 from typing import NamedTuple
 
@@ -79,6 +80,20 @@ def test_a_terminal_shows_what_each_worker_is_doing_and_every_result(tmp_path):
     options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
     run_all(items, work, lambda records: None, **options)
     assert "1 of 2 items" in shown.getvalue() and "2 of 2 complete: b is complete" in shown.getvalue()
+
+
+def print_much(item, console, *, shown):
+    words = "Training: 1,472 of 2,944, epoch 1 loss 4.7757 kl 0.7412, 1,234 images/s, 0:00:12 left"
+    console.print(words)
+    wait_until(lambda: words in " ".join(re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown.getvalue()).split()))
+    return complete(item, console)
+
+
+def test_what_a_worker_is_doing_is_shown_whole_in_a_narrow_terminal(tmp_path):
+    shown = io.StringIO()
+    console = rich.console.Console(file=shown, width=80, force_terminal=True)
+    options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
+    run_all([Item(tmp_path, "long")], functools.partial(print_much, shown=shown), lambda records: None, **options)
 
 
 def test_a_table_is_printed_to_its_last_requested_row(console):
