@@ -169,7 +169,7 @@ def _write_parts(
     made_with = {"cib-jax": __version__, "jax": jax.__version__, "pillow": PIL.__version__}
     made_with["device"] = jax.devices()[0].device_kind
     total = sum(len(corpus.of_part(number)) for number in missing)
-    with progress_bar(console, f"Encoding {items.noun}s", total) as advance:
+    with progress_bar(console, f"Encoding {items.noun}s", total, unit=f"{items.noun}s") as advance:
 
         def pending() -> Iterator[range]:
             for number in missing:

@@ -74,7 +74,7 @@ def whole_ticks(axis: Axis) -> None:
 def log_ticks(axis: Axis, values: Sequence[float] | Float[np.ndarray, " n"]) -> None:
     """Marks plain numbers on a log scale, a few even if `values` span less than a factor of ten."""
     span = max(values) / min(values)
-    digits = (1,) if span > 300 else (1, 3) if span > 10 else (1, 2, 5)
+    digits = (1,) if span > 300 else (1, 3) if span > 10 else (1, 2, 5) if span > 4 else range(1, 10)
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits))
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
@@ -88,13 +88,20 @@ def escape(text: object) -> str:
 
 # Training.
 
+_NOT_DRAWN = ("step", "epoch", "images_per_second", "gradient_norm", "parameter_norm", "validation_map")
+"""Entries of metrics.jsonl that are no loss terms."""
+
 
 @styled
 def training(records: Sequence[Mapping[str, float]]) -> Figure:
-    """Returns the loss terms over epochs, and the validation MAP if there is one, from the lines of metrics.jsonl."""
+    """Returns the loss terms over epochs, and the validation MAP if there is one, from the lines of metrics.jsonl.
+
+    Terms of a user's own objective come after those of the package, under their names.
+    """
     first, last = records[0], records[-1]
     panels = [("contrast", "contrast (nats)"), ("kl", "KL bottleneck (nats)"), ("loss", "loss (nats)")]
     panels = [(name, label) for name, label in panels if name in last]
+    panels += [(name, escape(name)) for name in last if name not in {*_NOT_DRAWN, *dict(panels)}]
     name, label = panels[0]
     title = f"{name.capitalize()} went from {first[name]:.2f} to {last[name]:.2f} nats in {last['epoch']:g} epochs"
     if any("validation_map" in record for record in records):
@@ -155,14 +162,14 @@ def precision_recall(
 
 
 @styled
-def precision_against_returned(curves: Curves, chance: float) -> Figure:
-    """Returns precision and recall over the number of images returned."""
+def precision_against_returned(curves: Curves, chance: float, noun: str = "images") -> Figure:
+    """Returns precision and recall over the number of images, or of what `noun` names, that are returned."""
     at = min(range(len(curves.k)), key=lambda place: abs(curves.k[place] - 100))
-    made, (axis,) = figure(f"Of the first {curves.k[at]:,} images, {curves.precision[at]:.0%} are relevant")
+    made, (axis,) = figure(f"Of the first {curves.k[at]:,} {noun}, {curves.precision[at]:.0%} are relevant")
     axis.plot(curves.k, curves.precision, color=BLUE, marker="o", label="precision")
     axis.plot(curves.k, curves.recall, color=RUST, marker="s", linestyle="--", label="recall")
     axis.axhline(chance, color=GREY, linestyle=":", label="precision by chance")
-    axis.set(xlabel="images returned (log scale)", ylabel="mean over queries", xscale="log", ylim=(0, 1))
+    axis.set(xlabel=f"{noun} returned (log scale)", ylabel="mean over queries", xscale="log", ylim=(0, 1))
     log_ticks(axis.xaxis, curves.k)
     legend_below(made, 3)
     return made
@@ -216,15 +223,15 @@ def distances(relevant: Float[np.ndarray, " distances"], irrelevant: Float[np.nd
 
 
 @styled
-def bit_balance(balance: Sequence[float]) -> Figure:
-    """Returns the share of ones at each bit."""
+def bit_balance(balance: Sequence[float], noun: str = "images") -> Figure:
+    """Returns the share of ones at each bit of the codes of images, or of what `noun` names."""
     shares = np.asarray(balance)
     dead = int(np.sum((shares == 0) | (shares == 1)))
     use = f"{dead} never change" if dead else "every bit is in use"
-    made, (axis,) = figure(f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the images; {use}")
+    made, (axis,) = figure(f"Bits are one in {shares.min():.0%} to {shares.max():.0%} of the {noun}; {use}")
     axis.bar(np.arange(len(shares)), shares - 0.5, 0.85, bottom=0.5, color=BLUE)
     axis.axhline(0.5, color=GREY, linewidth=1)
-    axis.set(xlabel="bit", ylabel="share of images with a one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
+    axis.set(xlabel="bit", ylabel=f"share of {noun} with a one", ylim=(0, 1), xlim=(-0.7, len(shares) - 0.3))
     return made
 
 
@@ -246,11 +253,11 @@ def bit_correlation(correlation: Float64[np.ndarray, "bits bits"]) -> Figure:
 
 
 @styled
-def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
-    """Returns the number of images that share each code, largest first."""
+def occupancy(counts: Int[np.ndarray, " distinct"], bits: int, noun: str = "images") -> Figure:
+    """Returns the number of images, or of what `noun` names, that share each code, largest first."""
     alone, total = int((counts == 1).sum()), int(counts.sum())
     made, (axis,) = figure(
-        f"{total:,} images have {len(counts):,} different codes; {alone / total:.0%} of the images share theirs "
+        f"{total:,} {noun} have {len(counts):,} different codes; {alone / total:.0%} of the {noun} share theirs "
         f"with no other, {counts[0]:,} share the most frequent one"
     )
     axis.plot(np.arange(1, len(counts) + 1), counts, color=BLUE, linewidth=2, label="measured")
@@ -258,7 +265,7 @@ def occupancy(counts: Int[np.ndarray, " distinct"], bits: int) -> Figure:
     if even >= 1:
         axis.axhline(even, color=GREY, linestyle="--", label=f"uniform over 2^{bits} codes")
         legend_below(made, 2)
-    axis.set(xlabel="code, by rank (log scale)", ylabel="images (log scale)", xscale="log", yscale="log")
+    axis.set(xlabel="code, by rank (log scale)", ylabel=f"{noun} (log scale)", xscale="log", yscale="log")
     log_ticks(axis.xaxis, [1, len(counts)])
     log_ticks(axis.yaxis, counts)
     return made
@@ -328,14 +335,15 @@ def embedding(
     labels: Int[np.ndarray, " n"] | None,
     names: Sequence[str],
     agreement: float | None,
+    noun: str = "images",
 ) -> Figure:
     """Returns a scatter plot of t-SNE's points of codes, colored and marked by class, if known.
 
     `labels` and `names` are those of a `ClassLegend`. `agreement` is the share that the function of this name returns.
     """
-    title = f"{len(points):,} images by t-SNE of their codes"
+    title = f"{len(points):,} {noun} by t-SNE of their codes"
     if agreement is not None:
-        title += f": for {agreement:.0%}, the nearest image is of the same class"
+        title += f": for {agreement:.0%}, the nearest is of the same class"
     xlabel = "only which points are near is meaningful;\nthe axes have no unit"
     made, (axis,) = figure(title, height=4.6, xticks=[], yticks=[], xlabel=xlabel)
     axis.grid(False)

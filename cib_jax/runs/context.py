@@ -197,7 +197,8 @@ def format_protocol(run: RunContext) -> str:
     protocol = run.protocol
     split = protocol.says if run.source.roles is None else "the split of the list"
     if run.splits.database.labels is None:
-        return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and by eye"
+        by = "by eye" if run.standard is None else "by the nearest items that they find"
+        return f"Protocol {protocol.name}: {split}; without labels, codes are judged by their health and {by}"
     return f"Protocol {protocol.name}: {split}; MAP@{protocol.k or 'all'}; published tables: {protocol.tables()}"
 
 

@@ -46,7 +46,7 @@ def write_report(
             curves = metrics.curves(query, database, query_labels, database_labels, results["k"], progress=advance)
     sections = [
         Section("Training", _draw_training(run.workdir)),
-        Section("Retrieval", _draw_retrieval(curves, results) if curves else []),
+        Section("Retrieval", _draw_retrieval(curves, results, run.noun) if curves else []),
         Section("The codes", _draw_codes(run, database, results)),
         Section("What they find", _draw_retrieved(run, query, database, curves)),
     ]
@@ -121,7 +121,7 @@ def _draw_training(workdir: pathlib.Path) -> list[Picture]:
     return [picture("training", figures.training(records), "Means over each epoch's steps, from metrics.jsonl")]
 
 
-def _draw_retrieval(curves: Curves, results: dict[str, Any]) -> list[Picture]:
+def _draw_retrieval(curves: Curves, results: dict[str, Any], noun: str) -> list[Picture]:
     precision, recall = (np.asarray(results["metrics"]["precision_recall"][name]) for name in ("precision", "recall"))
     precision_recall = figures.precision_recall(precision, recall, curves.chance)
     by_radius = "Means over queries, by Hamming radius; the numbers at the marks are radii in bits"
@@ -129,21 +129,21 @@ def _draw_retrieval(curves: Curves, results: dict[str, Any]) -> list[Picture]:
     return [
         picture("map_against_k", figures.map_against_k(curves), "Ties in database order, as in published figures"),
         picture("precision_recall", precision_recall, by_radius),
-        picture("precision_returned", figures.precision_against_returned(curves, curves.chance)),
+        picture("precision_returned", figures.precision_against_returned(curves, curves.chance, noun)),
         picture("precision_radius", figures.precision_within_radius(curves), "Result of a lookup in a hash table"),
-        picture("distances", distances, "All pairs of a query and a database image"),
+        picture("distances", distances, f"All pairs of a query and one of the {noun} of the database"),
     ]
 
 
 def _draw_codes(
     run: RunContext, database: UInt8[np.ndarray, "database bytes"], results: dict[str, Any]
 ) -> list[Picture]:
-    where = "Of the database"
+    where, noun = "Of the database", run.noun
     correlation = code_quality.bit_correlation(database, run.config.bits)
     drawn = [
-        picture("bit_balance", figures.bit_balance(results["metrics"]["code_health"]["bit_balance"]), where),
+        picture("bit_balance", figures.bit_balance(results["metrics"]["code_health"]["bit_balance"], noun), where),
         picture("bit_correlation", figures.bit_correlation(correlation), where),
-        picture("occupancy", figures.occupancy(code_quality.occupancy(database), run.config.bits), where),
+        picture("occupancy", figures.occupancy(code_quality.occupancy(database), run.config.bits, noun), where),
     ]
     config, labels = run.config, run.splits.database.labels
     draws = stream_rng(config.data.seed, "t-SNE images")
@@ -152,16 +152,16 @@ def _draw_codes(
     points = figures.points(database[some], config.data.seed)
     if points is None:
         return drawn
-    note = f"{len(some):,} random images of the database, drawn from data.seed; "
+    note = f"{len(some):,} random {noun} of the database, drawn from data.seed; "
     note += "perplexity 30, or a third of fewer than 90 codes"
     if labels is None:
-        embedded = figures.embedding(points, None, [], None)
+        embedded = figures.embedding(points, None, [], None, noun)
     else:
         shown = figures.classes(labels[some], run.source.classes)
         if labels.ndim == 2:
-            note += "; an image with several labels shows the rarest one of those in the legend"
+            note += "; one with several labels shows the rarest of those in the legend"
         agreement = figures.agreement(database[some], labels[some])
-        embedded = figures.embedding(points, shown.labels, shown.names, agreement)
+        embedded = figures.embedding(points, shown.labels, shown.names, agreement, noun)
     return [*drawn, picture("tsne", embedded, note)]
 
 
@@ -266,19 +266,22 @@ def _settings(results: dict[str, Any]) -> Grid:
         ("published tables", results["protocol"]["published_tables"]),
         ("backbone", f"{results['backbone']} at {results['image_size']} px" if results["image_size"] else "none"),
         ("queries, database, training", f"{counts['query']:,}, {counts['database']:,}, {counts['train']:,}"),
-        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in results["seconds"].items())),
+        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in results["seconds"].items() if value)),
     ]
     return Grid("Setting", ("what", "value"), rows)
 
 
 def _format_notes(results: dict[str, Any]) -> list[str]:
+    judged = [
+        "Average precision at k divides by the number of relevant items among the first k, and is 0 without any; two "
+        "items are relevant to each other when they share a label.",
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     validated = results.get("best_validation_map") is not None
     more = "choosing the checkpoint by validation MAP" if validated else "nothing else"
     return [
-        "Average precision at k divides by the number of relevant images among the first k, and is 0 without any; two "
-        "images are relevant to each other when they share a label.",
-        "No loss sees a label. Labels serve for measuring, for drawing as many training images of each class where the "
+        *(judged if results["map"] is not None else []),
+        "No loss sees a label. Labels serve for measuring, for drawing as many training items of each class where the "
         f"protocol requires it, and for {more}.",
         f"Made with {versions}.",
     ]

@@ -91,6 +91,9 @@ def test_occupancy():
     assert numbers(figure) == ["7", "4", "29%", "3"]
     assert figure.axes[0].lines[0].get_ydata().tolist() == [3, 2, 1, 1]
     assert numbers(figures.occupancy(np.array([1]), 64)) == ["1", "1", "100%", "1"]
+    items = figures.occupancy(np.array([120, 80, 60]), 8, "items")
+    assert "image" not in drawn(items) + items.axes[0].get_ylabel()
+    assert len(items.axes[0].get_yticks()) > 2
 
 
 @pytest.mark.parametrize("validated", [False, True])
@@ -102,6 +105,12 @@ def test_training(validated):
     assert numbers(figure) == ["3.00", "2.00", "2", "4.00"]
     assert [axis.lines[0].get_ydata()[-1] for axis in figure.axes] == [2.0, 4.0, 4.0, *([0.5] if validated else [])]
     assert numbers(figures.training(records[:1])) == ["3.00", "3.00", "1", "2.00"]
+
+
+def test_training_draws_the_terms_of_an_objective_of_the_users_own():
+    records = [{"epoch": e, "step": 9 * e, "contrast": 1.0, "loss": 2.0, "balance_": 0.5 / e} for e in (1, 2)]
+    last = figures.training(records).axes[-1]
+    assert last.get_ylabel() == "balance_" and last.lines[0].get_ydata().tolist() == [0.5, 0.25]
 
 
 def test_a_heat_map_leaves_out_what_was_not_tried():
