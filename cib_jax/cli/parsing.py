@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,9 @@ def parse(arguments: Sequence[str]) -> list[str]:
         print(f"cib-jax {__version__}")
         sys.exit(0)
     given, others = _split_config(arguments)
-    default = INDEX_CONFIG if _mode_of(others) == "index" else DEFAULT_CONFIG
+    if (mode := _mode_of(others)) not in MODES:
+        exit_with_error(f"--mode: there is no mode {mode!r}; {did_you_mean(mode, MODES)}modes are {', '.join(MODES)}")
+    default = INDEX_CONFIG if mode == "index" else DEFAULT_CONFIG
     others = list(_with_sheet_name(others))
     try:
         file = config_path(default if given is None else given)
@@ -110,8 +113,14 @@ def help_text(name: str) -> str:
     for flag in ("config", *mode.flags) if mode else own_flags():
         text = f"--{flag}: {flags.FLAGS[flag].help}"
         text += f" Names: {', '.join(config_names())}." if flag == "config" else ""
-        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      "))
-    return "\n".join(lines + (_field_lines() if mode and name in (*STARTING, "index") else []))
+        lines.append(f"  {text}")
+    lines += _field_lines() if mode and name in (*STARTING, "index") else []
+    width = min(shutil.get_terminal_size().columns, 100)
+    return "\n".join(_wrapped(line, width) if line.startswith("  --") else line for line in lines)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
 
 
 def _field_lines() -> list[str]:

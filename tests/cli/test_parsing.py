@@ -82,6 +82,7 @@ def test_show_alone_names_a_file_after_the_mode(parse, mode, file):
         (("--workdri=x",), "workdri"),
         (("folder",), "'folder'"),
         (("serch", "--index=i"), "did you mean search?"),
+        (("--mode=serch", "--index=i"), "did you mean search?"),
         (("--bits=16",), "did you mean --config.bits?"),
         (("--patience=2",), "did you mean --config.train.patience?"),
         (("--workdri=x",), "did you mean --workdir?"),
@@ -108,6 +109,16 @@ def test_the_help_of_a_mode_has_an_example_and_its_flags(parse, capsys, mode):
     parse(mode, *shlex.split(example))
     assert flags.MODE.value == mode
     assert all(absl_flags.FLAGS[flag].value is not None for flag in flags.MODES[mode].required)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_help_fits_the_terminal(parse, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        parse("train", "--help")
+    shown = capsys.readouterr().out
+    assert all(len(line) <= width or " " not in line.strip() for line in shown.splitlines())
+    assert "--config.temperature=" in shown.split("Fields:")[1]
 
 
 def test_the_version_is_printed(parse, capsys):
