@@ -183,10 +183,9 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
     got = f"got {images.dtype} {list(images.shape)}"
     if not on_features:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            problem = (
-                f"images must be uint8 [images, height, width, 3], {got}; features of a model need backbone='none'"
-            )
-            raise DataError(problem, field="images")
+            problem = f"images must be uint8 [images, height, width, 3], {got}"
+            remedy = "features of a model need floating point, and backbone='none' where a backbone is named"
+            raise DataError(f"{problem}; {remedy}", field="images")
         return images, None
     if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim not in (2, 3) or 0 in images.shape:
         allowed = "floating point [items, features] or [items, views, features] for the backbone 'none'"

@@ -406,6 +406,7 @@ def _summary(items: _Items, groups: Sequence[list[_Member]], kind: str, radius: 
     exact = sum(member.role == "exact copy" for member in members)
     spare = sum(member.photo.size for member in members if member.role not in ("keep", "reference"))
     if members:
-        text += f", {exact:,} of them exact copies; all but the first of each group take {spare / 1e6:,.1f} MB; "
+        text += f", {count(exact, 'exact copy', 'exact copies')} among them; "
+        text += f"all but the first of each group take {spare / 1e6:,.1f} MB; "
         text += "nothing was deleted"
     return text

@@ -238,9 +238,9 @@ def _write(
         print_message(run.console, warning)
     print_message(run.console, f"Written to {run.workdir / name}")
     if run.config.report.write:
+        HINT.show("Drawing the report")
         from cib_jax.runs import report  # imports Matplotlib, which takes a while
 
-        HINT.show("Drawing the report")
         # The report of results.json is in report/, that of another file in a folder of that file's name.
         folder = run.workdir / name.removesuffix(".json").replace("results", "report")
         page = report.write_report(run, query, database, results, folder)
@@ -310,7 +310,7 @@ def _print_results(run: RunContext, results: dict[str, Any]) -> None:
     counts = [f"{results['counts'][part]:,}" for part in ("query", "database", "train")]
     table.add_row("queries · database · training", " · ".join(counts))
     names = {"bank": "view bank", "train": "training", "encode": "encoding"}
-    seconds = {names.get(part, part): f"{value:.1f}" for part, value in results["seconds"].items()}
+    seconds = {names.get(part, part): f"{value:.1f}" for part, value in results["seconds"].items() if value}
     table.add_row(f"seconds: {' · '.join(seconds)}", " · ".join(seconds.values()))
     run.console.print(table)
     run.print(context.format_protocol(run))

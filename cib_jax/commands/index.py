@@ -30,6 +30,7 @@ from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, ExportedError, IndexFolderError
 from cib_jax.files import count, first_line, map_in_order, modified_ns, short_reason
+from cib_jax.hint import HINT
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
 from cib_jax.models import registry
@@ -280,10 +281,8 @@ def _validate_overrides(overrides: dict[str, Any], encoder: str, trained_by: dic
             continue
         problem = f"must be left out, because {encoder} is already trained; try {', '.join(CHANGEABLE)}"
         if trained_by:
-            problem = (
-                f"must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave it out, or "
-            )
-            problem += "give another --index"
+            problem = f"must be {trained_by[name]!r}, with which {encoder} was trained, got {value!r}; leave it out, "
+            problem += "add --relearn to train another, or give another --index"
         raise ConfigError(f"config.{name} {problem}", field=f"config.{name}")
 
 
@@ -553,6 +552,7 @@ def _project(images: UInt8[np.ndarray, "images side side 3"], config: ml_collect
     """Returns an encoder whose bits are the sides of random hyperplanes (LSH) on which the backbone's features are."""
     config = config.copy_and_resolve_references()
     config.hidden = 2 * config.bits
+    HINT.show("Computing features of the photos")
     encoder, params, frozen, _ = build.encoder(config)
     features = np.asarray(plain_features(encoder, params, frozen, images))
     # The row of zeros draws the planes away from the mean of the photos, which is the photo itself if there is one.
