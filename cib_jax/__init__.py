@@ -143,8 +143,14 @@ if not TYPE_CHECKING:  # a type checker would accept any name if it saw this fun
             warnings.warn(f"cib_jax.{name} has been renamed to {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
             name = _RENAMED[name]
         if name in _HOMES:
+            from cib_jax.hint import HINT, LOADING
+
             module, attribute = _HOMES[name]
-            found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+            HINT.show(LOADING)
+            try:
+                found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+            finally:
+                HINT.clear()
             globals()[name] = found
             return found
         try:

@@ -129,7 +129,7 @@ def _evaluate_file(path: pathlib.Path, k: int, console: rich.console.Console) ->
     means = {name: figures.pop(name) for name in ("map", "map_tie_aware")}
     results = {**means, "k": figures["k"], "counts": {"database": len(database)}, "metrics": figures}
     print_message(console, f"{path.name} · {count(len(query), 'query', 'queries')} on {len(database):,}")
-    table = rich.table.Table("figure", "value")
+    table = rich.table.Table("figure", rich.table.Column("value", justify="right"))
     for row in tables.metric_rows(results):
         table.add_row(*row)
     console.print(table)

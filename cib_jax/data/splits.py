@@ -66,7 +66,7 @@ class Protocol:
     def tables(self) -> str:
         """Returns, in words, the published tables that metrics of this protocol compare with."""
         if self.name == "own":
-            return "none compares with an own split"
+            return "none has this split"
         if self.changed:
             return f"none compares, since {', '.join(self.changed)} departs from the protocol"
         return self.published.get(self.k, f"none is known at MAP@{'all' if self.k == ALL else self.k}")

@@ -37,7 +37,9 @@ def test_an_older_one_is_named(capsys):
     assert f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro};" in error
 
 
-@pytest.mark.parametrize("name", ["run.py", "cib_jax/__init__.py", "cib_jax/__main__.py", "cib_jax/cli/__init__.py"])
+@pytest.mark.parametrize(
+    "name", ["run.py", "cib_jax/__init__.py", "cib_jax/__main__.py", "cib_jax/cli/__init__.py", "cib_jax/hint.py"]
+)
 def test_what_is_read_before_the_check_is_in_the_words_of_old_ones(name):
     for file in (ROOT / name, pathlib.Path(python_check.__file__)):
         ast.parse(file.read_text(), feature_version=(3, 6))
