@@ -9,6 +9,7 @@ import errno
 import fcntl
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -127,6 +128,11 @@ def first_line(error: BaseException) -> str:
 
 REINSTALL = "install it again or, if memory is limited (ulimit -v), raise the limit"
 """Advice for a library that is installed and cannot be loaded."""
+
+
+def is_installed(package: str) -> bool:
+    """Returns whether a package can be imported; a folder without code, as an uninstall may leave, cannot."""
+    return getattr(importlib.util.find_spec(package), "origin", None) is not None
 
 
 def import_optional(name: str, missing: UserError) -> ModuleType:

@@ -153,3 +153,11 @@ def test_the_command_for_an_extra_suits_the_installation(tmp_path, monkeypatch):
 def test_a_count_agrees_with_its_noun(number, words):
     assert files.count(number, "photo") == words
     assert files.count(number, "class", "classes") == words.replace("photos", "classes").replace("photo", "class")
+
+
+def test_a_folder_that_an_uninstall_has_left_is_no_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "left_over" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "present.py").write_text("")
+    assert files.is_installed("present")
+    assert not files.is_installed("left_over") and not files.is_installed("never_there")

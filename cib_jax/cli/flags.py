@@ -100,7 +100,9 @@ INDEX_CONFIG = "index"
 
 # `parse` sets the default: a default here would read the overrides of fields, and fail, before errors can be reported.
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"The experiment: a name, such as cifar, or a file; by default {DEFAULT_CONFIG}."
+    "config",
+    None,
+    f"The experiment: a name, such as cifar, or a file; by default {DEFAULT_CONFIG}, for index {INDEX_CONFIG}.",
 )
 WORKDIR = flags.DEFINE_string(
     "workdir",

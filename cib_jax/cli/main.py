@@ -34,7 +34,10 @@ def start() -> None:
     atexit.register(gc.freeze)  # last of all: Python's own collection at the end visits every object, for seconds
     for flag in flags.FLAGS.get_flags_for_module("cib_jax.cli.flags"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists only these
-    app.run(main, flags_parser=parse)
+    try:
+        app.run(main, flags_parser=parse)
+    finally:
+        HINT.clear()  # before a traceback
 
 
 def main(arguments: Sequence[str]) -> None:

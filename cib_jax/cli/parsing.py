@@ -111,10 +111,11 @@ def help_text(name: str) -> str:
         lines += [f"  {other:12}{MODES[other].about}" for other in MODES]
         lines += ["", f"`{program} MODE --help` has an example of a mode, its flags and fields.", ""]
     for flag in ("config", *mode.flags) if mode else own_flags():
-        text = f"--{flag}: {flags.FLAGS[flag].help}"
+        text = f"--{flag}: {flags.FLAGS[flag].help.partition(chr(10))[0].rstrip(';')}"  # without absl's own addition
         text += f" Names: {', '.join(config_names())}." if flag == "config" else ""
         lines.append(f"  {text}")
-    lines += _field_lines() if mode and name in (*STARTING, "index") else []
+    if mode and name in (*STARTING, "index"):
+        lines += _field_lines(INDEX_CONFIG if name == "index" else DEFAULT_CONFIG)
     width = min(shutil.get_terminal_size().columns, 100)
     return "\n".join(_wrapped(line, width) if line.startswith("  --") else line for line in lines)
 
@@ -123,14 +124,20 @@ def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
 
 
-def _field_lines() -> list[str]:
-    """Returns the fields of configs/default.py with their defaults and meanings."""
+def _field_lines(experiment: str) -> list[str]:
+    """Returns the fields of configs/default.py with their meanings, and their values in an experiment."""
+    default, values = (
+        flatten(runpy.run_path(str(CONFIGS / f"{one}.py"))["get_config"]()) for one in ("default", experiment)
+    )
     lines, above = ["", "Fields:"], ""
     for line in (CONFIGS / "default.py").read_text(encoding="utf-8").splitlines():
         comment = re.fullmatch(r" {4}# (.*)", line)
         field = re.fullmatch(r" {4}c\.([\w.]+) = (.*?)(?:  # (.*))?", line)
         if field and "ConfigDict" not in field[2]:
-            lines.append(f"  --config.{field[1]}={'…' if field[2] == '(' else field[2]}  {field[3] or above}".rstrip())
+            name, value = field[1], "…" if field[2] == "(" else field[2]
+            if values[name] != default[name]:
+                value = f'"{values[name]}"' if isinstance(values[name], str) else repr(values[name])
+            lines.append(f"  --config.{name}={value}  {field[3] or above}".rstrip())
         above = f"{above} {comment[1]}".strip() if comment else ""
     return lines
 

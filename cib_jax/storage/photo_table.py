@@ -8,7 +8,6 @@ of the same photo one wins and no photo is in the table twice.
 import contextlib
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,7 +23,7 @@ from cib_jax.codes import byte_count
 from cib_jax.data import inputs
 from cib_jax.data.dataset import Unreadable
 from cib_jax.errors import IndexFolderError, UserError
-from cib_jax.files import count, first_line, import_optional, install_command
+from cib_jax.files import count, first_line, import_optional, install_command, is_installed
 from cib_jax.storage.rows import file_columns, path_of, timestamp
 
 VERSION = 1
@@ -432,7 +431,7 @@ def codes_of(found: Any) -> UInt8[np.ndarray, "rows bytes"]:
 
 def validate_installed() -> None:
     """Raises an IndexFolderError if LanceDB is not installed, without importing it: before minutes of learning."""
-    if importlib.util.find_spec("lancedb") is None:
+    if not is_installed("lancedb"):
         raise _error(_MISSING)
 
 

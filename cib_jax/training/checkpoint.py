@@ -7,7 +7,6 @@ if it had never stopped. It is written in the background, and appears whole or n
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import pathlib
 import re
@@ -23,7 +22,7 @@ from etils import epath
 
 from cib_jax.distributed import multihost
 from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
-from cib_jax.files import install_command
+from cib_jax.files import install_command, is_installed
 from cib_jax.training.train_step import Progress, TrainState
 
 CHECKSUM = "checksum"  # name of the checkpoint's digest in its JSON part, by which a byte that changed is noticed
@@ -37,7 +36,7 @@ def checkpoint_dir(value: str, workdir: pathlib.Path) -> epath.Path:
         return epath.Path(workdir.absolute()) / "checkpoints"
     if not value.startswith("gs://"):
         return epath.Path(pathlib.Path(re.sub("^file://", "", value)).expanduser())
-    if importlib.util.find_spec("gcsfs") is None:
+    if not is_installed("gcsfs"):
         field = "config.train.checkpoint_dir"
         raise CheckpointError(f"{field}: {value} needs an extra package: {install_command('gcs')}", field=field)
     return epath.Path(value.rstrip("/"))

@@ -1,7 +1,6 @@
 """Logs of a run's metrics: metrics.jsonl, and writers to TensorBoard, Weights & Biases and MLflow."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from cib_jax import files
 from cib_jax.errors import MissingExtraError
-from cib_jax.files import install_command
+from cib_jax.files import install_command, is_installed
 
 Numbers = dict[str, float | int]
 PROJECT = "cib_jax"  # or experiment, of the runs in a tracking service, unless the environment names another one
@@ -180,7 +179,7 @@ def validate_writers(value: str) -> None:
     """Checks that the packages of the writers in a value of `log.writers` are installed."""
     for name in names(value):
         # A folder of that name, such as the one that Weights & Biases creates, looks like a package without a file.
-        if name in EXTRAS and getattr(importlib.util.find_spec(name), "origin", None) is None:
+        if name in EXTRAS and not is_installed(name):
             remedy = f"{install_command(name)}, or remove it from the field"
             raise _error(f"the package {name} is not installed; {remedy}")
 

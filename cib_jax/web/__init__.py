@@ -1,9 +1,7 @@
 """Search page and JSON API of a photo index, served over HTTP."""
 
-import importlib.util
-
 from cib_jax.errors import WebError
-from cib_jax.files import install_command
+from cib_jax.files import install_command, is_installed
 
 
 def check_installed() -> None:
@@ -13,7 +11,7 @@ def check_installed() -> None:
       WebError: A package is missing.
     """
     for package in ("fastapi", "gradio", "python_multipart", "starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
+        if not is_installed(package):
             raise WebError(
                 f"--mode=serve needs the package {package}, which is not installed; {install_command('web')}",
                 field="--mode",

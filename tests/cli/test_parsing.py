@@ -111,6 +111,15 @@ def test_the_help_of_a_mode_has_an_example_and_its_flags(parse, capsys, mode):
     assert all(absl_flags.FLAGS[flag].value is not None for flag in flags.MODES[mode].required)
 
 
+@pytest.mark.parametrize(("mode", "bits"), [("train", 32), ("index", 64)])
+def test_help_has_the_defaults_of_the_mode(parse, capsys, mode, bits):
+    with pytest.raises(SystemExit):
+        parse(mode, "--help")
+    out = capsys.readouterr().out
+    assert f"  --config.bits={bits} " in out
+    assert ('  --config.backbone="efficientnet_lite0" ' in out) == (mode == "index")
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_help_fits_the_terminal(parse, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import http.client
-import importlib.util
 import json
 import os
 import pathlib
@@ -243,7 +242,7 @@ def test_the_startup_lines_have_the_address_and_a_warning(collection, host, name
 
 def test_a_missing_package_is_named(monkeypatch):
     web.check_installed()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(WebError, match=r"gradio.*pip install .*\[web\]"):
         web.check_installed()
 
