@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import rich.console
 import rich.live
 import rich.progress_bar
+import rich.spinner
 import rich.table
 import rich.text
 
@@ -128,14 +129,17 @@ def _display(
             complete, last = _count_complete(items), time.monotonic()
             print_message(console, f"{complete} of {len(items)} complete: {message.text}")
 
+    spinner = rich.spinner.Spinner("line")  # moves while workers are starting
+
     def render() -> rich.console.Group:
         left = "-:--:--"
         if complete > before:
             seconds = (last - begun) * (len(items) - complete) / (complete - before) - (time.monotonic() - last)
-            left = str(datetime.timedelta(seconds=max(round(seconds), 0)))
+            if round(seconds) > 0:  # a run may take longer than those before it
+                left = str(datetime.timedelta(seconds=round(seconds)))
         bar = rich.progress_bar.ProgressBar(total=len(items), completed=complete, width=40)
         line = rich.table.Table.grid(padding=(0, 1))
-        line.add_row(bar, f"{complete} of {len(items)} {noun}, {left} left")
+        line.add_row(bar, f"{complete} of {len(items)} {noun}, {left} left", spinner)
         lines = (rich.text.Text(text) for _, text in sorted(doing.items()) if text)
         return rich.console.Group(line, *lines)
 

@@ -96,6 +96,20 @@ def test_what_a_worker_is_doing_is_shown_whole_in_a_narrow_terminal(tmp_path):
     run_all([Item(tmp_path, "long")], functools.partial(print_much, shown=shown), lambda records: None, **options)
 
 
+def overdue(item, console, *, shown):
+    if item.name == "slow":
+        wait_until(lambda: "1 of 2 items, -:--:-- left" in re.sub(r"\s+", " ", shown.getvalue()))
+    return complete(item, console)
+
+
+def test_no_time_is_left_of_a_run_that_takes_longer_than_those_before(tmp_path):
+    shown = io.StringIO()
+    console = rich.console.Console(file=shown, width=80, force_terminal=True)
+    options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
+    items = [Item(tmp_path, name) for name in ("quick", "slow")]
+    run_all(items, functools.partial(overdue, shown=shown), lambda records: None, **options)
+
+
 def test_a_table_is_printed_to_its_last_requested_row(console):
     print_grid(console, Grid("Title", ("name", "value"), [("a", "1"), ("b", "2")]), dimmed=[0], rows=1)
     printed = console.export_text()
