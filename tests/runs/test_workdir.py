@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -19,7 +20,6 @@ from cib_jax.config import build, schema
 from cib_jax.errors import ConfigError, WorkdirError
 from cib_jax.inference.serialization import restore_best
 from cib_jax.runs.workdir import adopt, find_owner, read_json, take_ownership, validate_owner, write_json
-from cib_jax.training import checkpoint
 from cib_jax.training.checkpoint import Checkpoints
 from tests import small
 from tests.commands.test_train import assert_same, interrupted
@@ -150,7 +150,7 @@ def test_places_that_cannot_work_are_refused_by_their_form(words):
 
 def test_a_bucket_without_its_package_names_what_to_install(tmp_path, console, monkeypatch):
     schema.validate(placed("gs://bucket/run"))
-    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(errors.CheckpointError, match=r"gs://bucket/run .*pip install .*\[gcs\]'"):
         train(placed("gs://bucket/run"), tmp_path / "r", console=console)
 
