@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import fastapi
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -116,9 +117,18 @@ def renewing(
         thread.join(1)
 
 
+_MOST_HEAD = 16_384
+"""Largest head of a request, in bytes."""
+
+
 def create_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
     """Returns a server that bounds the number of connections, and the time that a client may keep one idle."""
-    shared = {"settings": settings, "proxies": TrustedProxies(settings.proxies), "open": collections.Counter()}
+    shared = {
+        "settings": settings,
+        "proxies": TrustedProxies(settings.proxies),
+        "open": collections.Counter(),
+        "made": collections.Counter(),
+    }
     config = uvicorn.Config(
         app,
         http=type("Protocol", (_BoundedProtocol,), shared),
@@ -131,7 +141,7 @@ def create_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=settings.connections,
-        h11_max_incomplete_event_size=16_384,
+        h11_max_incomplete_event_size=_MOST_HEAD,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=3,
         backlog=256,
@@ -209,24 +219,45 @@ def _quiet_shutdown() -> Iterator[None]:
         yield
 
 
-_SLICE = 16_384
-"""Bytes that are parsed at once."""
-_MOST_LINES, _BYTES_PER_LINE = 2000, 512
-"""Line ends in a chunked body, of which each chunk has two, and the bytes for which there may be one more."""
+def _count_down(counter: "collections.Counter[str]", name: str) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]
+
+
+class _Connection(h11.Connection):
+    """Parser of requests that never reads a body in chunks, which `BodyLimits` refuses.
+
+    Parsing 256 KB of the smallest chunks would take a second, for which all other clients would wait.
+    """
+
+    in_chunks = False
+    """Whether the last request has such a body."""
+
+    def next_event(self) -> Any:
+        event = h11.NEED_DATA if self.in_chunks else super().next_event()
+        if isinstance(event, h11.Request):
+            self.in_chunks = any(name == b"transfer-encoding" for name, _ in event.headers)
+        return event
 
 
 class _BoundedProtocol(H11Protocol):
     """Closes a connection of a client that has too many, is slow to send a request, or does not read its answer."""
 
+    conn: _Connection
     settings: Settings
     proxies: TrustedProxies
     open: "collections.Counter[str]"
     """Open connections of each client."""
+    made: "collections.Counter[str]"
+    """Connections of each client that were accepted in the last second: a refused client may connect anew at once."""
     _client_name: str | None = None
     _last_cycle: Any = None
     """uvicorn's state of the request that was received last."""
-    _lines, _bytes = 0, 0
-    """Line ends and bytes of its body, if it is chunked."""
+
+    def __init__(self, config: uvicorn.Config, *arguments: Any, **named: Any) -> None:
+        super().__init__(config, *arguments, **named)
+        self.conn = _Connection(h11.SERVER, _MOST_HEAD)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -236,40 +267,30 @@ class _BoundedProtocol(H11Protocol):
         if peer not in self.proxies:
             self._client_name = self.proxies.client_of(peer, ())
             self.open[self._client_name] += 1
-            if self.open[self._client_name] > self.settings.at_once:
+            most = self.settings.at_once
+            if self.open[self._client_name] > most or self.made[self._client_name] >= max(
+                most, self.settings.others // 60
+            ):
+                self.connections.discard(self)  # or it would count as one of all connections until the next turn
                 transport.abort()
+            else:
+                self.made[self._client_name] += 1
+                self.loop.call_later(1, _count_down, self.made, self._client_name)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._close_after("head", None)
         self._close_after("write", None)
         if self._client_name is not None:
-            self.open[self._client_name] -= 1
-            if not self.open[self._client_name]:
-                del self.open[self._client_name]
+            _count_down(self.open, self._client_name)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # In slices: a call blocks all other clients, and takes a second for the smallest chunks in 256 KB.
-        for start in range(0, len(data), _SLICE):
-            part = data[start : start + _SLICE]
-            if self.transport.is_closing() or self._has_too_many_chunks(part):
-                return
-            super().data_received(part)
-            if self.cycle is not self._last_cycle:  # the head of a request is complete
-                self._close_after("head", None)
-                self._last_cycle, self._lines, self._bytes = self.cycle, 0, 0
-
-    def _has_too_many_chunks(self, data: bytes) -> bool:
-        """Returns whether a body is in so many chunks that it is not read further; `BodyLimits` then refuses it."""
-        if self.cycle is None or all(name != b"transfer-encoding" for name, _ in self.cycle.scope["headers"]):
-            return False
-        self._lines, self._bytes = self._lines + data.count(b"\r\n"), self._bytes + len(data)
-        if self._lines <= _MOST_LINES + self._bytes // _BYTES_PER_LINE:
-            return False
-        self.cycle.scope["state"]["too_many_chunks"] = True
-        self.cycle.message_event.set()
-        self.transport.pause_reading()
-        return True
+        super().data_received(data)
+        if self.conn.in_chunks:
+            self.transport.pause_reading()
+        if self.cycle is not self._last_cycle:  # the head of a request is complete
+            self._close_after("head", None)
+            self._last_cycle = self.cycle
 
     def on_response_complete(self) -> None:
         answered = self.cycle

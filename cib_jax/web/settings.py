@@ -55,7 +55,7 @@ class Settings:
     images: int = 240
     """Whole photos per client and minute."""
     others: int = 6000
-    """All other requests per client and minute: thumbnails and the files of the page."""
+    """All other requests per client and minute, as for thumbnails; a 60th of it new connections in a second."""
     at_once: int = 100
     """Simultaneous requests per client, and simultaneous connections per client."""
     connections: int = 512

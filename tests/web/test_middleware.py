@@ -482,22 +482,10 @@ def test_a_body_that_is_announced_too_large_is_not_read(small):
     assert b"connection: close" in answer.lower()
 
 
-def test_a_body_that_becomes_too_large_is_refused(small):
-    """Sends one byte more than is allowed: if the server had bytes left to read, its answer could be lost."""
-    sizes = [65_536] * 15 + [1_016_384 - 15 * 65_536 + 1]
-    chunks = [f"{size:x}\r\n".encode() + bytes(size) + b"\r\n" for size in sizes]
-    chunks[-1] = chunks[-1].removesuffix(b"\r\n")
-    assert status_of(raw(small, post("", "Transfer-Encoding: chunked"), *chunks)) == 413
-
-
 @pytest.mark.parametrize(
     "parts",
-    [
-        [post("1000"), b"x" * 10],
-        [post("1000"), *[b"x"] * 30],
-        [post("", "Transfer-Encoding: chunked"), *[b"1\r\nx\r\n"] * 30],
-    ],
-    ids=["no more", "slowly", "slowly in chunks"],
+    [[post("1000"), b"x" * 10], [post("1000"), *[b"x"] * 30]],
+    ids=["no more", "slowly"],
 )
 def test_a_slow_body_is_given_up(small, parts):
     assert status_of(raw(small, *parts, wait=0.1)) == 408
@@ -512,14 +500,9 @@ def test_a_huge_length_is_refused(small):
     assert status_of(raw(small, post("9" * 400), b"x")) in (400, 413)
 
 
-def test_a_body_with_two_kinds_of_length_is_refused(small):
-    assert status_of(raw(small, post("5", "Transfer-Encoding: chunked") + b"0\r\n\r\n")) == 400
-
-
 def test_a_body_of_get_is_refused(small):
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
     assert status_of(raw(small, request + b"Content-Length: 5\r\n\r\nhello")) == 400
-    assert status_of(raw(small, request + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")) == 400
 
 
 def test_a_refused_body_ends_the_connection(small):
@@ -562,11 +545,20 @@ def test_a_client_cannot_take_the_memory_for_all_bodies(running, collection, few
         assert served.ask("/search", method="POST", body=b"x" * 900_000, headers=other)[0] == 422
 
 
-@pytest.mark.parametrize(("size", "status"), [(1, 413), (4096, 200)])
-def test_a_body_in_tiny_chunks_is_refused(small, size, status):
-    """Parsing such chunks would keep all other clients waiting for seconds."""
-    photo = fake.encoded(fake.picture(0, 150, 100))
-    parts = [photo[at : at + size] for at in range(0, len(photo), size)]
-    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
-    assert len(photo) > 10_000
-    assert status_of(raw(small, post("", "Transfer-Encoding: chunked"), body, b"0\r\n\r\n", wait=0.2)) == status
+CHUNKED = post("", "Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        CHUNKED,
+        post("5", "Transfer-Encoding: chunked"),
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + CHUNKED,
+    ],
+    ids=["alone", "with a length", "after another request"],
+)
+@pytest.mark.parametrize("body", [b"0\r\n\r\n", b"1\r\nx\r\n" * 3000 + b"no chunk"], ids=["whole", "damaged"])
+def test_a_body_in_chunks_is_refused_and_not_parsed(small, head, body):
+    """Parsing the smallest chunks would keep all other clients waiting for seconds."""
+    answer = raw(small, head + body)
+    assert b"HTTP/1.1 411" in answer and b"HTTP/1.1 400" not in answer

@@ -58,6 +58,13 @@ def test_the_connections_of_a_client_are_bounded(running, collection, few):
         assert served.ask("/health")[0] == 200
 
 
+def test_the_connections_that_a_client_makes_in_a_second_are_bounded(running, collection, few):
+    with running(collection, dataclasses.replace(few, at_once=2, others=60)) as served:
+        last = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        until(lambda: raw(served, last) == b"")
+        until(lambda: raw(served, last) != b"")
+
+
 def test_a_client_that_does_not_read_its_answer_is_disconnected(running, collection, few):
     size = 20_000_000
 
