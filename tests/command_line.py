@@ -68,7 +68,9 @@ def run_cli(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", exit_now)
     monkeypatch.chdir(ROOT)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may be started where it is ignored
+    # Tests may be started where they are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -236,17 +236,21 @@ def test_a_comparison_interrupted_by_its_user_ends_quietly(tmp_path):
 
 
 def test_a_run_told_to_end_in_the_middle_of_an_epoch_saves_there_and_goes_on_to_the_same(tmp_path, run_cli):
-    """As by a scheduler that takes the machine back."""
-    # No checkpoint but the first and the last, so that only what SIGTERM saved can be gone on with; 30 steps an epoch.
+    """First as by a scheduler that takes the machine back, then as by a terminal that is closed."""
+    # No checkpoint but the first and the last, so that only what a signal saved can be gone on with; 30 steps an epoch.
     fields = {"epochs": 300, "train__checkpoint_every": 1000, "batch_size": 4}
     arguments = many.flags(tmp_path, **fields)
-    with signal_once(signal.SIGTERM, lambda: epochs_logged(tmp_path / "ended") >= 2):
-        code, _, error = run_cli(*arguments, f"--workdir={tmp_path / 'ended'}")
-    assert code == 75
-    stopped = re.search(
-        r"Stopped by SIGTERM: ((?:step \d+, in )?epoch \d+ of 300(?:, step \d+)?),? is saved in ", error
-    )
-    assert stopped and len(error.strip().splitlines()) == 1, error
+    stopped = None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        logged = epochs_logged(tmp_path / "ended")
+        with signal_once(number, lambda logged=logged: epochs_logged(tmp_path / "ended") >= logged + 2):
+            code, out, error = run_cli(*arguments, f"--workdir={tmp_path / 'ended'}")
+        assert code == 75
+        assert stopped is None or f"Going on after {stopped.group(1)}" in out
+        stopped = re.search(
+            r"Stopped by SIGTERM: ((?:step \d+, in )?epoch \d+ of 300(?:, step \d+)?),? is saved in ", error
+        )
+        assert stopped and len(error.strip().splitlines()) == 1, error
     code, out, error = run_cli(*arguments, f"--workdir={tmp_path / 'ended'}")
     assert code == 0, error
     assert f"Going on after {stopped.group(1)}" in out
