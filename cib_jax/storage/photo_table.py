@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import struct
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ KEPT = datetime.timedelta(days=1)
 AT_ONCE = 10_000
 """Largest number of keys in one command to LanceDB."""
 _HALF = (1 << 32) - 1
+_NUMBERS = ("size", "modified", "width", "height")
 _MAX_ATTEMPTS = 20
 """Attempts to commit a change that conflicts with those of other writers."""
 _MISSING = f"LanceDB is not installed; {install_command('search')}"
@@ -212,10 +214,10 @@ class PhotoTable:
             return self._photos.count_rows()
 
     def state(self) -> State:
-        """Returns the current size and time of all files; the time of those with a damaged code is −1."""
+        """Returns the current size and time of all files; the time of those with a damaged code or number is −1."""
         with lance_errors(self.uri, "read"):
             self._photos.checkout_latest()
-            names = ["key", "size", "modified", *self._columns_of_codes(self._photos)]
+            names = _present(["key", *_NUMBERS, "code", "check", "check_rest"], self._photos)
             found = _fetch(self._photos.search().select(names))
             keys, sizes = as_numpy(found["key"]), as_numpy(found["size"])
             modified = as_numpy(found["modified"].cast("int64"))
@@ -226,7 +228,9 @@ class PhotoTable:
     def unreadable(self) -> list[Unreadable]:
         """Returns the files without a code, by path, with the reasons."""
         with lance_errors(self.uri, "read"):
-            found = _fetch(self._photos.search().select(["path", "raw_path", "reason"]).where("reason IS NOT NULL"))
+            names = _present(["key", "path", "raw_path", "reason", "check_rest"], self._photos)
+            found = _fetch(self._photos.search().select(names).where("reason IS NOT NULL"))
+            validate_rows(found, self.uri)
         return sorted(Unreadable(path_of(row), row["reason"]) for row in found.to_pylist())
 
     def put(self, rows: Sequence[Row]) -> None:
@@ -253,7 +257,8 @@ class PhotoTable:
         for start in range(0, len(wanted), AT_ONCE):
             listed = ", ".join(wanted[start : start + AT_ONCE])
             with lance_errors(self.uri, "read"):
-                found = _fetch(self._photos.search().select(["path", "raw_path"]).where(f"key IN ({listed})"))
+                found = _fetch(self._photos.search().select(["key", "path", "raw_path"]).where(f"key IN ({listed})"))
+                validate_rows(found, self.uri)
             paths += [path_of(row) for row in found.to_pylist()]
         return paths
 
@@ -266,7 +271,7 @@ class PhotoTable:
         with lance_errors(self.uri, "read"):
             table = self._connection.open_table(PHOTOS)
             table.checkout(table.version)
-            query = table.search().select(["key", *self._columns_of_codes(table)])
+            query = table.search().select(_present(["key", "code", "check"], table))
             found = _fetch(query.where("code IS NOT NULL").with_row_id(True))
             if damaged := damaged_keys(found):
                 problem = f"the codes of {count(len(damaged), 'photo')} in {self.uri} are damaged on the disk"
@@ -277,17 +282,20 @@ class PhotoTable:
         return Snapshot(keys[order], codes[order], rows[order], table)
 
     def rows(self, columns: Sequence[str]) -> Any:
-        """Returns columns of the photos that have codes now, as an Arrow table."""
+        """Returns columns of the photos that have codes now, checked, as an Arrow table."""
         with lance_errors(self.uri, "read"):
             table = self._connection.open_table(PHOTOS)
-            names = [name for name in columns if name in table.schema.names]
-            return _fetch(table.search().select(names).where("code IS NOT NULL"))
+            names = _present(dict.fromkeys([*columns, "check", "check_rest"]), table)
+            found = _fetch(table.search().select(names).where("code IS NOT NULL"))
+            validate_rows(found, self.uri)
+        return found.select(_present(columns, table))
 
     def paths_and_times(self, snapshot: Snapshot) -> tuple[list[str], Int64[np.ndarray, " photos"]]:
         """Returns the paths of all photos of a snapshot, in its order, and their times in nanoseconds since 1970."""
         with lance_errors(self.uri, "read"):
-            query = snapshot.table.search().select(["key", "path", "raw_path", "modified"])
-            found = _fetch(query.where("code IS NOT NULL"))
+            names = _present(["key", "path", "raw_path", *_NUMBERS, "check_rest"], snapshot.table)
+            found = _fetch(snapshot.table.search().select(names).where("code IS NOT NULL"))
+            validate_rows(found, self.uri)
         found = found.take(np.argsort(as_numpy(found["key"])))
         found = found.filter(np.isin(as_numpy(found["key"]), snapshot.keys))
         rows = found.select(["path", "raw_path"]).to_pylist()
@@ -298,25 +306,17 @@ class PhotoTable:
         if not len(numbers):
             return {}
         wanted = sorted(set(numbers))
-        check = ["check"] if "thumbnail" in columns and "check" in snapshot.table.schema.names else []
         with lance_errors(self.uri, "read"):
             query = snapshot.table.take_row_ids(snapshot.rows[wanted].tolist())
-            taken = query.select(["key", *columns, *check]).to_arrow()
-            for thumbnail, written in zip(taken["thumbnail"], taken["check"], strict=True) if check else ():
-                if zlib.crc32(thumbnail.as_py() or b"") != written.as_py() >> 32:
-                    problem = f"a thumbnail in {self.uri} is damaged on the disk"
-                    raise _error(f"{problem}; restore the index from a copy, or make it anew with --relearn")
+            names = dict.fromkeys(["key", "path", "raw_path", *columns, *_NUMBERS, "check", "check_rest"])
+            taken = query.select(_present(names, snapshot.table)).to_arrow()
+            validate_rows(taken, self.uri)
         # LanceDB returns rows in the table's order.
         positions = np.searchsorted(snapshot.keys, as_numpy(taken["key"])).tolist()
         if "modified" in columns:
             at = taken.schema.get_field_index("modified")
             taken = taken.set_column(at, "modified", taken["modified"].cast("int64"))
         return dict(zip(positions, taken.to_pylist(), strict=True))
-
-    @staticmethod
-    def _columns_of_codes(table: Any) -> list[str]:
-        """Returns the columns for codes and their checksums, which indexes of earlier versions lack."""
-        return [name for name in ("code", "check") if name in table.schema.names]
 
     def _commit(self, change: Callable[[], Any]) -> None:
         for attempt in range(_MAX_ATTEMPTS):
@@ -332,6 +332,8 @@ class PhotoTable:
 
 def parse(metadata: Any) -> IndexMetadata:
     """Returns the metadata that `serialize` wrote; raises an error of any type for others."""
+    if metadata.get("checksum", _checksum(metadata)) != _checksum(metadata):
+        raise ValueError("its metadata are damaged")
     optional = (metadata.get("learnt", {}), metadata.get("photos", 0), tuple(metadata.get("exclude", ())))
     made = IndexMetadata(metadata["images"], metadata["encoder"], *optional)
     numbers = made.encoder["bits"], made.encoder["side"], made.photos, made.learnt.get("data.train_images", 0)
@@ -343,7 +345,13 @@ def parse(metadata: Any) -> IndexMetadata:
 
 def serialize(metadata: IndexMetadata) -> str:
     """Returns the metadata as JSON."""
-    return json.dumps({"version": VERSION} | metadata._asdict())
+    about = {"version": VERSION} | metadata._asdict()
+    return json.dumps(about | {"checksum": _checksum(about)})
+
+
+def _checksum(about: dict[str, Any]) -> int:
+    rest = {name: value for name, value in about.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 # Rows in Arrow.
@@ -367,6 +375,13 @@ def _as_table(rows: Sequence[Row], bits: int) -> Any:
         for key, code, thumbnail in zip(columns["key"], codes, looks[2], strict=True)
     ]
     columns["feature"] = features
+    columns["check_rest"] = [
+        zlib.crc32(reason.encode() if feature is None else feature) << 32
+        | zlib.crc32(struct.pack("<4q", size, modified, width, height), key & _HALF)
+        for key, size, modified, width, height, reason, feature in zip(
+            columns["key"], sizes, times, *looks[:2], reasons, features, strict=True
+        )
+    ]
     columns["code"] = [None if code is None else list(code) for code in codes]
     return pyarrow.table(columns, schema=_schema(bits))
 
@@ -392,23 +407,65 @@ def _schema(bits: int) -> Any:
         "feature": pyarrow.binary(),
         # Lance's files have no checksums. Above, the CRC-32 of the thumbnail; below, that of the key and the code.
         "check": pyarrow.uint64(),
+        # Above, the CRC-32 of the feature or else of the reason; below, that of the key and `_NUMBERS`. A key is a
+        # checksum of its path.
+        "check_rest": pyarrow.uint64(),
     }
     return pyarrow.schema([key, *types.items()])
 
 
 def damaged_keys(found: Any) -> list[int]:
-    """Returns the keys of photos whose codes are not those that were written."""
-    if "check" not in found.column_names:
-        return []
-    found = found.filter(found["code"].is_valid())
-    keys, codes = as_numpy(found["key"]), codes_of(found)
-    written = np.from_dlpack(found["check"].combine_chunks())
-    # CRC-32 by its table, for all photos at once: byte for byte as `zlib.crc32(code, key)`.
+    """Returns the keys of photos of which the codes, or sizes, times and dimensions, are not those that were written.
+
+    Those without a code have no checksum of it. What is not among the columns is not checked.
+    """
+    damaged: list[int] = []
+    if {"check", "code"} <= set(found.column_names):
+        coded = found.filter(found["code"].is_valid())
+        damaged += _differing(coded, "check", codes_of(coded))
+    if {"check_rest", *_NUMBERS} <= set(found.column_names):
+        numbers = np.stack([as_numpy(found[name].cast("int64")) for name in _NUMBERS], axis=1)
+        damaged += _differing(found, "check_rest", numbers.astype("<i8").view(np.uint8))
+    return damaged
+
+
+def _differing(found: Any, check: str, content: UInt8[np.ndarray, "rows bytes"]) -> list[int]:
+    """Returns the keys of rows for which CRC-32 of the key and some bytes is not the lower half of a checksum."""
+    keys = as_numpy(found["key"])
+    written = np.from_dlpack(found[check].combine_chunks())
+    # CRC-32 by its table, for all photos at once: byte for byte as `zlib.crc32(content, key)`.
     table = np.array([~zlib.crc32(bytes([byte]), _HALF) & _HALF for byte in range(256)], np.uint32)
     crc = ~keys.astype(np.uint32)
-    for column in codes.T:
+    for column in content.T:
         crc = table[(crc ^ column) & 255] ^ (crc >> 8)
     return keys[~crc != written.astype(np.uint32)].tolist()
+
+
+def validate_rows(found: Any, uri: str) -> None:
+    """Raises an IndexFolderError if rows of an index are not those that were written.
+
+    Checked are the columns that are there, beside codes; indexes of earlier versions lack some checksums.
+    """
+    names = set(found.column_names)
+    again = "index the photos again, and these are encoded again"
+    restore = "restore the index from a copy, or make it anew with --relearn"
+    problems = {"a size, time or dimension": (again, bool(damaged_keys(found.drop_columns(list(names & {"code"})))))}
+    if "path" in names:
+        paths = map(path_of, found.select(["path", "raw_path"]).to_pylist())
+        problems["a path"] = restore, list(map(key_of, paths)) != as_numpy(found["key"]).tolist()
+    for name, check in (("thumbnail", "check"), ("feature", "check_rest"), ("reason", "check_rest")):
+        if {name, check} <= names:
+            values = (value.encode() if isinstance(value, str) else value or b"" for value in found[name].to_pylist())
+            written = [value >> 32 for value in found[check].to_pylist()]
+            problems[f"a {name}"] = restore, list(map(zlib.crc32, values)) != written
+    for what, (remedy, is_damaged) in problems.items():
+        if is_damaged:
+            raise _error(f"{what} in {uri} is damaged on the disk; {remedy}")
+
+
+def _present(columns: Iterable[str], table: Any) -> list[str]:
+    """Returns the columns that a table has: indexes of earlier versions lack features and checksums."""
+    return [name for name in columns if name in table.schema.names]
 
 
 def _fetch(query: Any) -> Any:

@@ -1,7 +1,7 @@
 """Copy of what a search for one photo needs of an index, read without LanceDB and Flax, whose imports take seconds.
 
 Beside the tables of an index in a folder are the codes, features and metadata of its photos in one Arrow file, 1.3 kB a
-photo, of which a search reads what it needs, and its encoder as `Hasher.export` writes it. The copy is of one version
+photo, and its encoder as `Hasher.export` writes it. The copy is of one version
 of the tables: it records the names of their files. Once these have changed, a search reads the tables themselves, until
 the next update of the index writes the copy anew.
 """
@@ -13,6 +13,7 @@ import mmap
 import os
 import pathlib
 import re
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 ROWS = "search.arrow"
 KEY = b"cib_jax.search.1"
-COLUMNS = ["key", "code", "check", "path", "raw_path", "size", "modified", "width", "height", "feature"]
+COLUMNS = ["key", "code", "path", "raw_path", "size", "modified", "width", "height", "feature"]
 
 
 class SearchCopy:
@@ -54,7 +55,7 @@ class SearchCopy:
             rows = pyarrow.ipc.open_file(pyarrow.py_buffer(content)).read_all()
             rows.validate(full=True)
             about = json.loads(rows.schema.metadata[KEY])
-            if about["files"] != _digest_of_files(uri) or photo_table.damaged_keys(rows):
+            if about["files"] != _digest_of_files(uri) or about["checksum"] != _checksum(rows):
                 return None
             metadata = photo_table.parse(about["index"])
             return cls(uri, metadata, rows, exported.load(_encoder_path(uri, metadata)))
@@ -119,16 +120,26 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
     found = found.take(np.argsort(photo_table.as_numpy(found["key"])))
     place = found.schema.get_field_index("modified")
     found = found.set_column(place, "modified", found["modified"].cast("int64"))
-    about = json.dumps({"files": files, "index": json.loads(photo_table.serialize(table.metadata))})
     # Of one width, since offsets end at 2 GiB. A photo without features has none here, as in the tables.
     if "feature" in found.column_names and (
         width := pyarrow.compute.max(pyarrow.compute.binary_length(found["feature"])).as_py()
     ):
         place = found.schema.get_field_index("feature")
         found = found.set_column(place, "feature", found["feature"].cast(pyarrow.binary(width)))
-    found = found.combine_chunks().replace_schema_metadata({KEY: about})
+    found = found.combine_chunks()
+    about = {"files": files, "index": json.loads(photo_table.serialize(table.metadata)), "checksum": _checksum(found)}
+    found = found.replace_schema_metadata({KEY: json.dumps(about)})
     with replacing(pathlib.Path(table.uri, ROWS)) as part, pyarrow.ipc.new_file(str(part), found.schema) as writer:
         writer.write_table(found, max_chunksize=max(1, len(found)))
+
+
+def _checksum(rows: Any) -> int:
+    """Returns the CRC-32 of the content of all columns; a gigabyte takes a second."""
+    checksum = 0
+    for column in rows.columns:
+        for buffer in column.combine_chunks().buffers():
+            checksum = zlib.crc32(buffer or b"", checksum)
+    return checksum
 
 
 def _encoder_path(uri: str, metadata: IndexMetadata) -> pathlib.Path:

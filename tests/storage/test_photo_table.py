@@ -332,10 +332,58 @@ def test_a_flipped_bit_in_a_thumbnail_is_noticed(tmp_path):
     assert len(table.read(snapshot, [at - 1], ["thumbnail"])) == 1
 
 
+def put_with_features(folder):
+    """Puts five photos and a file that cannot be read, with values that are found in the files of the table."""
+    rows = [
+        row(number)._replace(path=f"a photo {number}.jpg", size=0x1122334455 + number, feature=b"feature %d" % number)
+        for number in range(5)
+    ]
+    made(folder).put([*rows, Row("broken.jpg", 3, 4, reason="truncated")])
+    return PhotoTable.open(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"a photo 3", "a path"), (b"feature 3", "a feature"), (b"broken.jpg", "a path"),
+                          (b"truncated", "a reason")]
+)  # fmt: skip
+def test_a_flipped_bit_in_a_text_or_a_feature_is_noticed(tmp_path, content, what):
+    table = put_with_features(tmp_path / "i")
+    assert flip(tmp_path / "i", content)
+    snapshot = table.snapshot()
+    every = range(len(snapshot.keys))
+    if b"3" in content:
+        at = snapshot.keys.tolist().index(key_of("a photo 3.jpg"))
+        columns = ["path", "feature"]
+        refuse(what, table.read, snapshot, every, columns)
+        assert len(table.read(snapshot, [number for number in every if number != at], columns)) == 4
+        refuse(what, table.rows, ["key", "path", "raw_path", "feature"])
+    else:
+        assert len(table.read(snapshot, every, ["path", "feature"])) == 5
+        refuse(what, table.unreadable)
+
+
+def test_a_flipped_bit_in_a_size_is_noticed_and_the_photo_read_again(tmp_path):
+    table = put_with_features(tmp_path / "i")
+    assert flip(tmp_path / "i", (0x1122334455 + 3).to_bytes(8, "little"))
+    snapshot = table.snapshot()
+    refuse("a size", table.read, snapshot, range(5), ["path"])
+    refuse("a size", table.paths_and_times, snapshot)
+    state = table.state()
+    assert state.keys[state.modified_ns == -1].tolist() == [key_of("a photo 3.jpg")]
+
+
+@pytest.mark.parametrize("change", [{"images": "/other"}, {"photos": 7}, {"exclude": ["x"]}])
+def test_changed_metadata_are_noticed(change):
+    about = json.loads(photo_table.serialize(metadata()))
+    assert photo_table.parse(about) == metadata()
+    with pytest.raises(ValueError, match="damaged"):
+        photo_table.parse(about | change)
+
+
 def test_an_index_without_checksums_is_read_and_written(tmp_path):
     table = made(tmp_path / "i")
     table.put([row(1), Row("broken.jpg", 3, 4, reason="truncated")])
-    lancedb.connect(tmp_path / "i").open_table("photos").drop_columns(["check", "feature"])
+    lancedb.connect(tmp_path / "i").open_table("photos").drop_columns(["check", "feature", "check_rest"])
     table = PhotoTable.open(str(tmp_path / "i"))
     table.put([row(2)])
     assert content(table)[0] == {f"00{number}.jpg": row(number) for number in (1, 2)}
