@@ -69,7 +69,7 @@ def tune(
         return many_runs.run_all(
             trials,
             functools.partial(_complete, config=config, trials=trials),
-            lambda records: _conclude(config, workdir, records, console),
+            lambda _: _conclude(config, workdir, [load_trial(trial, space) for trial in trials], console),
             workdir=workdir,
             # Each trial of TPE depends on all trials before it.
             workers=1 if tuned.sampler == "tpe" else tuned.workers,
@@ -234,22 +234,55 @@ class Trial(NamedTuple):
         return self.workdir / TRIAL
 
 
+def load_trial(trial: Trial, space: Space) -> Record | None:
+    """Returns the record of a trial, None if it is not complete; raises a WorkdirError if it is not of the space."""
+    record = load_record(trial)
+    if record is None:
+        return None
+    params, scores = record["params"], record["scores"]
+    # A trial that failed has no scores.
+    names = {*SCORES, "validation_map", "map"} if record["value"] is not None else set()
+    numbers = [record["value"], *scores.values()]
+    if (
+        record["number"] != trial.number
+        or params.keys() != space.keys()
+        or not all(_is_of(space[name], value) for name, value in params.items())
+        or not names <= scores.keys()
+        or any(scores[name] is None for name in names & {*SCORES})
+        or any(number is not None and not (type(number) in (int, float) and -1e9 < number < 1e9) for number in numbers)
+        or not isinstance(record.get("data", ""), str)
+    ):
+        problem = (
+            f"{trial.record_path}: the file is damaged, or of another search; remove it, and the trial is run again"
+        )
+        raise errors.WorkdirError(problem, "--workdir")
+    return record
+
+
+def _is_of(distribution: Any, value: Any) -> bool:
+    """Returns whether a value can have been drawn from a distribution of Optuna."""
+    if hasattr(distribution, "choices"):
+        return value in distribution.choices
+    kinds = (int,) if isinstance(distribution.low, int) else (int, float)
+    return type(value) in kinds and distribution.low <= value <= distribution.high
+
+
 def _complete(
     trial: Trial, console: rich.console.Console, *, config: ml_collections.ConfigDict, trials: Sequence[Trial]
 ) -> str | None:
     """Completes a trial and returns a sentence about it; returns None if it depends on one that is not complete."""
     tuned, earlier = config.tune, []
+    space = parse_space(tuned.space, grid=tuned.sampler == "grid")
     if tuned.sampler == "tpe":
         earlier = [
-            (record["params"], record["value"]) for one in trials[: trial.number] if (record := load_record(one))
+            (record["params"], record["value"]) for one in trials[: trial.number] if (record := load_trial(one, space))
         ]
         if len(earlier) < trial.number:
             return None
-    space = parse_space(tuned.space, grid=tuned.sampler == "grid")
     params = suggest(space, tuned.sampler, config.seed, trial.number, earlier)
     # Held while training, scoring and writing; the run in the folder holds its own lock only while it trains.
     with exclusive(trial.workdir.with_suffix(".lock")):
-        record = load_record(trial) or run_trial(config, params, trial, console)
+        record = load_trial(trial, space) or run_trial(config, params, trial, console)
     outcome = f"{tuned.score} {record['value']:.4f}" if record["value"] is not None else record["error"]
     return f"{trial.title}, {_format_params(params)}: {outcome}"
 

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import math
 import pathlib
 import secrets
 import time
@@ -240,12 +241,17 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "k": int,
         "metrics": dict,
         "metrics.code_health": dict,
+        "metrics.code_health.entropy": _NUMBER,
+        "metrics.code_health.mean_abs_correlation": _NUMBER,
         "seconds": dict,
+        "seconds.train": _NUMBER,
     },
     "trial.json": {"number": int, "params": dict, "value": _SCORE, "scores": dict, "error": str},
     "refused.json": {"error": str, "when": _NUMBER},
 }
 """Fields that files of these names must have, a dot for a dict inside, with their types."""
+_TEXTS = ("data", "backbone_fingerprint")
+"""Fields that some of these files have, as texts."""
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -259,11 +265,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         content = files.read_json(path)
         if not isinstance(content, dict):
             raise ValueError("it does not hold a dict")
-        for name, types in _FIELDS.get(path.name, {}).items():
-            outer, _, inner = name.rpartition(".")
-            place = content[outer] if outer else content
-            if inner not in place or not isinstance(place[inner], types):
-                raise ValueError(f"its {name} is missing or of another type")
+        fields = _FIELDS.get(path.name, {})
+        for name, types in (fields | {name: str for name in _TEXTS if fields and name in content}).items():
+            place = content
+            *outer, inner = name.split(".")
+            for part in outer:
+                place = place[part]
+            value = place.get(inner, ...)
+            if not isinstance(value, types) or value in (math.inf, -math.inf):
+                raise ValueError(f"its {name} is missing, of another type or infinite")
         return content
     except FileNotFoundError:
         raise

@@ -253,3 +253,38 @@ def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
     found = tune.label_free_scores(tmp_path / "run", 60)
     assert found.keys() == tune.SCORES.keys()
     assert 0 < found["neighbour_agreement"] < 1 and 0 < found["view_agreement"] <= 1
+
+
+CRAFTED = [
+    (("number",), 7),
+    (("params",), {}),
+    (("params", "temperature"), "x"),
+    (("params", "temperature"), 9.0),
+    (("params", "temperature"), []),
+    (("params", "batch_size"), 17),
+    (("params", "other"), 1),
+    (("scores",), {}),
+    (("scores", "separation"), None),
+    (("scores", "separation"), {}),
+    (("scores", "map"), 10**30),
+    (("scores", "validation_map"), True),
+    (("value",), float("inf")),
+    (("data",), []),
+]
+
+
+def test_a_crafted_trial_is_refused_in_a_sentence(done, tmp_path):
+    """All of them by the same check, which a search makes of each trial."""
+    folder, search, _ = done
+    space = tune.parse_space(searched(folder).tune.space)
+    for trial in (tune.Trial(number, folder / "s" / "trials" / f"{number:04}") for number in range(4)):
+        assert tune.load_trial(trial, space) == search["trials"][trial.number]
+    for path, value in CRAFTED:
+        record = json.loads(json.dumps(search["trials"][0]))
+        place = record
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+        workdir.write_json(tmp_path / "trial.json", record)
+        with pytest.raises(WorkdirError, match=r"trial\.json"):
+            tune.load_trial(tune.Trial(0, tmp_path), space)

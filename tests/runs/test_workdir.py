@@ -1,6 +1,7 @@
 """Checkpoints outside the workdir: trained, resumed, evaluated and loaded from there, by one run at a time."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -192,7 +193,13 @@ def test_damaged_json_is_one_error(tmp_path, content):
 
 
 RECORDS = {
-    "results.json": {"map": None, "map_tie_aware": 0.5, "k": 9, "metrics": {"code_health": {}}, "seconds": {}},
+    "results.json": {
+        "map": None,
+        "map_tie_aware": 0.5,
+        "k": 9,
+        "metrics": {"code_health": {"entropy": 0.5, "mean_abs_correlation": 0}},
+        "seconds": {"train": 1.5},
+    },
     "trial.json": {"number": 0, "params": {}, "value": None, "scores": {}, "error": ""},
     "refused.json": {"error": "", "when": 0.5},
 }
@@ -212,6 +219,22 @@ def test_a_record_without_its_fields_is_one_error(tmp_path, name):
             write_json(path, crafted)
             with pytest.raises(WorkdirError, match=f"{name}.*damaged"):
                 read_json(path)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        {"map": math.inf},
+        {"seconds": {"train": "x"}},
+        {"metrics": {"code_health": {"entropy": 1}}},
+        {"data": {}},
+        {"backbone_fingerprint": []},
+    ],
+)
+def test_results_with_crafted_fields_are_one_error(tmp_path, crafted):
+    write_json(tmp_path / "results.json", RECORDS["results.json"] | crafted)
+    with pytest.raises(WorkdirError, match=r"results.json.*damaged"):
+        read_json(tmp_path / "results.json")
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000])
