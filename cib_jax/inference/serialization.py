@@ -39,7 +39,7 @@ from cib_jax.config.schema import (
     validate,
 )
 from cib_jax.errors import CheckpointError, ConfigError, SavedHasherError
-from cib_jax.models.encoder import Encoder, Params, create_encoder
+from cib_jax.models.encoder import DTYPES, Encoder, Params, create_encoder
 from cib_jax.training.train_step import Progress, create_train_state
 from cib_jax.version import __version__
 
@@ -119,6 +119,13 @@ def _rebuild(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[Enc
         }
     )
     params, frozen, arguments = trees["params"], trees.get("frozen", {}), about["encoder"]
+    for name, tensor in tensors.items():
+        # A user's own network may have parameters of other types.
+        own = "/backbone/" in name and arguments["backbone"] not in BUILT_IN["backbone"]
+        if not own and tensor.dtype not in (np.float32, DTYPES[arguments["backbone_dtype"]]):
+            raise ValueError(f"its tensor {name} is of type {tensor.dtype}")
+    if arguments["image_size"] not in SETTINGS["stored_size"]:
+        raise ValueError("its images are too large")
     head = {"hidden": arguments["hidden"], "out": arguments["bits"]}
     if not trees.keys() <= {"params", "frozen"}:
         raise ValueError("it holds other tensors")

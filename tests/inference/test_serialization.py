@@ -98,6 +98,7 @@ def set_in(tree, path, value):
         ("encoder.backbone", "resnet50"),
         ("encoder.backbone", ["convnet"]),
         ("encoder.image_size", -1),
+        ("encoder.image_size", 2**20),
         ("encoder.image_size", "16"),
         ("encoder.backbone_dtype", "text"),
         ("encoder.standard", {"mean": 1}),
@@ -143,6 +144,9 @@ def test_a_hasher_with_other_tensors_is_rejected(hasher, tmp_path):
         {"params/head/other": np.zeros(3)},
         {f"{name}/below": np.zeros(3)},
         {"params/²": np.zeros(3)},
+        {name: whole[name].astype(np.float64)},
+        {name: whole[name].astype(np.int32)},
+        {"params/backbone/linear/kernel": whole["params/backbone/linear/kernel"].astype(np.complex64)},
         {"other": np.zeros(3)},
     ):
         write_hasher(file, about, whole | change)
