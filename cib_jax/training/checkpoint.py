@@ -22,7 +22,7 @@ from etils import epath
 
 from cib_jax.distributed import multihost
 from cib_jax.errors import CheckpointError, OtherNetworkError, SaveError
-from cib_jax.files import install_command, is_installed
+from cib_jax.files import first_line, install_command, is_installed
 from cib_jax.training.train_step import Progress, TrainState
 
 CHECKSUM = "checksum"  # name of the checkpoint's digest in its JSON part, by which a byte that changed is noticed
@@ -109,6 +109,10 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,
                 ),
             )
+        except (ValueError, TypeError, ArithmeticError) as error:  # of metadata, which Orbax reads at once
+            problem = f"the file _CHECKPOINT_METADATA of a checkpoint here is damaged ({first_line(error)})"
+            remedy = "remove the folder of that checkpoint to continue from another one, or use another workdir"
+            raise _error(CheckpointError, self.directory, f"{problem}; {remedy}") from error
         finally:
             logging.set_verbosity(verbosity)
 

@@ -246,3 +246,23 @@ def test_deep_json_and_pipes_in_a_checkpoint_are_refused(tmp_path):
             with Checkpoints(directory) as checkpoints, pytest.raises(CheckpointError) as refused:
                 checkpoints.restore(state_of(0.0))
             assert refused.value.field == str(directory / "5")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"item_handlers": 3},
+        {"metrics": "x"},
+        {"init_timestamp_nsecs": {}},
+        {"commit_timestamp_nsecs": 10**30},
+        {"custom_metadata": 10**30},
+    ],
+)
+@pytest.mark.parametrize("read_only", [True, False])
+def test_crafted_metadata_of_orbax_are_one_error(tmp_path, change, read_only):
+    saved(tmp_path, [1])
+    file = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match="_CHECKPOINT_METADATA") as refused:
+        Checkpoints(tmp_path, read_only=read_only)
+    assert refused.value.field == str(tmp_path) and "\n" not in str(refused.value)
