@@ -191,10 +191,11 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         config = ml_collections.ConfigDict(traverse_util.unflatten_dict(ADDED | flat, sep="."))
         validate(config, trained=True)
     except OSError as error:
-        raise CheckpointError(
-            f"--workdir must be the folder of a training run, got {workdir} without config.json ({error.strerror})",
-            field="--workdir",
-        ) from None
+        got = f"{workdir} without config.json ({error.strerror})"
+        if (workdir / FILE).exists():
+            got = f"{workdir}, a saved hasher; use it in Python, such as by cib_jax.encode_photos, or for --mode=index"
+        problem = f"--workdir must be the folder of a training run, got {got}"
+        raise CheckpointError(problem, field="--workdir") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         if flat and absent_extensions(config):
             raise CheckpointError(f"{path}: {error}", field=str(path)) from None
