@@ -44,6 +44,7 @@ class Objective(NamedTuple):
     binary: bool  # the contrast compares codes, rather than logits
     bottleneck: bool  # β · L_KL is added
     taught: bool = False  # the target comes from a teacher (`diffusion.coordinates`), not from the two views alone
+    temperature: float = 0.3  # the τ that suits it; both were chosen on validation data (docs/beyond.md)
     loss: Callable[..., Any] | None = None  # (key, logits1, logits2, **fields) → (loss, terms), in place of all parts
 
 
@@ -51,13 +52,18 @@ OBJECTIVES = {
     "naive_cl": Objective(binary=False, bottleneck=False),
     "cl_hash": Objective(binary=True, bottleneck=False),
     "cibhash": Objective(binary=True, bottleneck=True),
-    "diffusion": Objective(binary=True, bottleneck=True, taught=True),
+    "diffusion": Objective(binary=True, bottleneck=True, taught=True, temperature=0.18),
 }
 
 
 def is_taught(objective: str | Callable[..., Any]) -> bool:
     """Returns whether an objective, a name or a loss of its own, learns from a teacher."""
     return not callable(objective) and objective in OBJECTIVES and OBJECTIVES[objective].taught
+
+
+def default_temperature(objective: str | Callable[..., Any]) -> float:
+    """Returns the temperature τ of an objective for which none is given: 0.3, or 0.18 for "diffusion"."""
+    return Objective(True, True).temperature if callable(objective) else OBJECTIVES[objective].temperature
 
 
 @sharding.on_explicit_mesh(rows=False)
@@ -214,7 +220,7 @@ def diffusion_match(
     codes2: Float[Array, "batch bits"],
     coordinates: Float[Array, "batch dimensions"],
     *,
-    temperature: float | Float[Array, ""] = 0.2,
+    temperature: float | Float[Array, ""] = 0.18,
     sharpness: float | Float[Array, ""] = 6.0,
     axis: Axis = None,
 ) -> Float[Array, ""]:
@@ -307,7 +313,7 @@ def cib_loss(
     logits2: Float[Array, "batch bits"],
     *,
     objective: str | Callable[..., Any] = "cibhash",
-    temperature: float | Float[Array, ""] = 0.3,
+    temperature: float | Float[Array, ""] | None = None,
     beta: float | Float[Array, ""] = 0.001,
     stochastic: bool = True,
     coordinates: Float[Array, "batch dimensions"] | None = None,
@@ -328,7 +334,7 @@ def cib_loss(
         bottleneck) or "diffusion" (`diffusion_match`, reported as the contrast, and bottleneck); or a function
         (key, logits1, logits2, **fields) → (loss, terms), which takes the fields that it names of `temperature`,
         `beta`, `stochastic` and `sharpness`. It sees the whole batch, also where devices share it.
-      temperature: Temperature τ of the contrast.
+      temperature: Temperature τ of the contrast; None takes the objective's, 0.3, or 0.18 for "diffusion".
       beta: Weight β of the bottleneck.
       stochastic: Whether bits are drawn (the paper's layer) or thresholded (the published code's).
       coordinates: Diffusion coordinates of the images, for "diffusion" only.
@@ -348,6 +354,7 @@ def cib_loss(
     """
     if not callable(objective) and objective not in OBJECTIVES:
         raise UserError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}", field="objective")
+    temperature = default_temperature(objective) if temperature is None else temperature
     own = objective if callable(objective) else OBJECTIVES[objective].loss
     if own is not None:
         fields = {"temperature": temperature, "beta": beta, "stochastic": stochastic, "sharpness": sharpness}

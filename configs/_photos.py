@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Chosen on validation data of CIFAR-10 and of photos: docs/results.md. A network that learns from scratch needs 0.
     c.head_dropout = 0.5
     c.image_size = 128
-    c.temperature = 0.3
+    c.temperature = 0.0
     c.augment = "photo"
     c.data.queries = -1
     c.train.views = 10

@@ -11,7 +11,7 @@ from cib_jax.configs import cifar
 def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a config with the objective and its settings; whatever depends on the data stays."""
     c.objective = "diffusion"
-    c.temperature = 0.18
+    c.temperature = 0.0
     c.head_dropout = 0.5 if c.frozen else 0.0  # a network that learns from scratch needs 0
     return c
 

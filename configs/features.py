@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.backbone = "none"
     c.frozen = True
     c.image_size = 0
-    c.temperature = 0.3
+    c.temperature = 0.0
     c.augment = "noise"
     c.encode_batch = 4096
     return c

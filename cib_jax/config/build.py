@@ -115,6 +115,7 @@ def method(config: ml_collections.ConfigDict, encoder: Encoder, steps: int = 1) 
     if loss := OBJECTIVES[config.objective].loss:
         named["objective"] = functools.partial(loss, **_fields_of(config, loss))
     named |= {"optimizer": optimizer(config, steps), "stochastic": config.binary == "stochastic"}
+    named["temperature"] = config.temperature or None  # the objective's
     return Method(encoder, **named)
 
 

@@ -19,7 +19,7 @@ from cib_jax.data.splits import AS_NAMED, PROTOCOLS
 from cib_jax.diffusion import TEACHERS, Teacher
 from cib_jax.errors import ConfigError
 from cib_jax.files import did_you_mean
-from cib_jax.losses import OBJECTIVES, is_taught
+from cib_jax.losses import OBJECTIVES, default_temperature, is_taught
 from cib_jax.models import registry
 from cib_jax.models.encoder import AUTO, DTYPES
 from cib_jax.models.finetune import FineTune, validate_fine_tune
@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {
     "objective": _name_in(OBJECTIVES),
     "optimizer": _name_in(train_step.OPTIMIZERS, {"adam": None}),
     "binary": _one_of("stochastic", "deterministic"),
-    "temperature": _POSITIVE,
+    "temperature": _at_least(0),
     "beta": _at_least(0),
     "sharpness": _POSITIVE,
     "head_dropout": _PROBABILITY,
@@ -338,9 +338,16 @@ def _validate_network(config: ml_collections.ConfigDict) -> None:
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], ignored: frozenset[str] = MAY_CHANGE) -> list[str]:
     """Returns "field: theirs → mine" for each field in which two flat configs differ, except for the ignored ones."""
-    mine, theirs = ADDED | own_fields | mine, ADDED | own_fields | theirs
+    mine, theirs = _in_effect(ADDED | own_fields | mine), _in_effect(ADDED | own_fields | theirs)
     names = sorted((mine.keys() | theirs.keys()) - ignored)
     if not any(is_taught(config["objective"]) for config in (mine, theirs) if "objective" in config):
         names = [name for name in names if not name.startswith("teacher.")]  # which have no effect
     pairs = [(name, theirs.get(name, "absent"), mine.get(name, "absent")) for name in names]
     return [f"{name}: {before!r} → {now!r}" for name, before, now in pairs if before != now]
+
+
+def _in_effect(flat: dict[str, Any]) -> dict[str, Any]:
+    """Returns a flat config with the temperature that its objective takes for 0, as earlier configs name it."""
+    if flat.get("temperature") == 0 and flat.get("objective") in OBJECTIVES:
+        return flat | {"temperature": default_temperature(flat["objective"])}
+    return flat

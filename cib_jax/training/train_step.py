@@ -21,7 +21,7 @@ from cib_jax.deprecation import renamed_keywords
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import ConfigError
-from cib_jax.losses import OBJECTIVES, cib_loss
+from cib_jax.losses import OBJECTIVES, cib_loss, default_temperature
 from cib_jax.models.encoder import Encoder, Params
 from cib_jax.random_streams import fold_by_name
 from cib_jax.training import grad_cache
@@ -46,8 +46,8 @@ class Method:
     optimizer: optax.GradientTransformation = dataclasses.field(repr=False)
     objective: str | Callable[..., Any] = "cibhash"
     """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, "diffusion", with a teacher, or a function."""
-    temperature: Number = 0.3
-    """Temperature τ of the contrast."""
+    temperature: Number | None = None
+    """Temperature τ of the contrast; None becomes the objective's, 0.3, or 0.18 for "diffusion"."""
     beta: Number = 0.001
     """Weight β of the bottleneck term."""
     stochastic: bool = True
@@ -66,6 +66,8 @@ class Method:
             raise ConfigError(
                 f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}", field="objective"
             )
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", default_temperature(self.objective))
         for name in ("temperature", "sharpness", "beta"):
             value = getattr(self, name)
             if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
@@ -291,7 +293,7 @@ def train_step(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`. `images` are then this device's rows; the result
         is that of the whole batch, on every device.
       **method: Fields of `Method`: `encoder` and `optimizer`, and where they differ from the defaults `objective`,
-        `temperature` (0.3), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo"),
+        `temperature` (the objective's), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo"),
         `micro_batch` (0) and `head_dropout` (0.0).
 
     Raises:

@@ -8,6 +8,7 @@ import pytest
 
 import configs.cifar
 import configs.cifar_vgg16
+from cib_jax import losses
 from cib_jax.config import build
 from cib_jax.errors import ConfigError
 from cib_jax.models import registry
@@ -52,6 +53,12 @@ def test_a_method_has_every_field_that_the_config_has():
     assert (method.encoder, method.objective, method.augment) == (encoder, "cibhash", "digits")
 
 
+@pytest.mark.parametrize(("objective", "temperature"), [("cibhash", 0.3), ("naive_cl", 0.3), ("diffusion", 0.18)])
+def test_a_temperature_of_zero_is_that_of_the_objective(objective, temperature):
+    config = small.config(objective=objective, temperature=0.0)
+    assert build.method(config, build.encoder(config)[0]).temperature == temperature
+
+
 def test_cifar_vgg16_is_the_published_experiment():
     """Section 4.2 of the paper and, for dropout, the VGG-16 of its published code."""
     config = configs.cifar_vgg16.get_config()
@@ -59,7 +66,8 @@ def test_cifar_vgg16_is_the_published_experiment():
     assert (network.name, config.image_size, network.image_size, network.features) == ("vgg16", 224, 224, 4096)
     assert (network.mean, network.deviation) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (config.frozen, config.hidden, config.head_dropout, config.train.views) == (True, 1024, 0.5, 0)
-    assert (config.objective, config.temperature, config.beta, config.binary) == ("cibhash", 0.3, 0.001, "stochastic")
+    assert (config.objective, config.beta, config.binary) == ("cibhash", 0.001, "stochastic")
+    assert (config.temperature, losses.default_temperature("cibhash")) == (0.0, 0.3)
     assert (config.batch_size, config.learning_rate) == (64, 0.001)
     assert (protocol.k, protocol.train_per_class, protocol.pooled) == (1000, 500, False)
     epochs = {}

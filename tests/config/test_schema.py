@@ -32,7 +32,7 @@ def test_the_experiments_are_valid(name):
         ({"objective": "simclr"}, "objective", ("'simclr'", "naive_cl, cl_hash, cibhash")),
         ({"binary": "soft"}, "binary", ("'soft'", "stochastic, deterministic")),
         ({"augment": "none"}, "augment", ("'none'", "photo, digits")),
-        ({"temperature": 0.0}, "temperature", ("0.0", "greater than 0")),
+        ({"temperature": -0.1}, "temperature", ("-0.1", "0")),
         ({"temperature": float("nan")}, "temperature", ("nan",)),
         ({"beta": -0.1}, "beta", ("-0.1",)),
         ({"learning_rate": float("inf")}, "learning_rate", ("inf",)),
@@ -115,6 +115,15 @@ def test_differences_name_both_values_and_ignore_paths():
     theirs = flatten(small.config())
     assert schema.differences(mine, theirs) == ["bits: 16 → 32"]
     assert schema.differences(mine, mine) == []
+
+
+def test_the_temperature_of_an_objective_is_no_difference_from_its_number():
+    """Runs of earlier versions name the number."""
+    mine, theirs = ({"objective": "diffusion", "temperature": temperature} for temperature in (0.0, 0.18))
+    assert schema.differences(mine, theirs) == []
+    assert schema.differences(mine | {"objective": "cibhash"}, theirs | {"objective": "cibhash"}) == [
+        "temperature: 0.18 → 0.3"
+    ]
 
 
 @pytest.mark.parametrize(
