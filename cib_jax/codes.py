@@ -79,6 +79,21 @@ def sample_codes(
     return _straight_through(probabilities, codes)
 
 
+SHORTEST = 16  # bits of the shortest code that training with `nested` fits
+
+
+def nested_lengths(bits: int) -> list[int]:
+    """Returns the lengths of the codes within a nested code of `bits` bits: 16, 32, 64 and so on, and `bits`."""
+    return [*(SHORTEST << step for step in range(bits.bit_length()) if SHORTEST << step < bits), bits]
+
+
+def first_bits(packed: UInt8[np.ndarray, "n bytes"], bits: int) -> UInt8[np.ndarray, "n shorter"]:
+    """Returns the first `bits` bits of packed codes, packed."""
+    cut = packed[:, : byte_count(bits)].copy()
+    cut[:, -1] &= 0xFF << (-bits % 8) & 0xFF  # the rest of the last byte is 0
+    return cut
+
+
 def byte_count(bits: int) -> int:
     """Returns the number of bytes of a packed code."""
     return -(-bits // 8)

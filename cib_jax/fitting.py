@@ -99,6 +99,8 @@ def fit(
         beta: Weight β of the bottleneck; 0.001 by default.
         stochastic: Whether bits are drawn in training (the default) or thresholded.
         sharpness: Power of the odds that a diffusion links two images, for "diffusion"; 6.0 by default.
+        nested: Whether the first 16, 32, 64, … bits are to be codes, too, which `Hasher.cut` and `encode(bits=…)` give;
+          False by default.
         augment: Family of views: "photo" (the default) or "digits" of images; "noise" (the default) or "stored" of
           features.
         micro_batch: Images of one device that go through the backbone at a time, for less memory; 0, the default,

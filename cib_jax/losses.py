@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from cib_jax.codes import sample_codes
+from cib_jax.codes import nested_lengths, sample_codes
 from cib_jax.distributed import sharding
 from cib_jax.distributed.sharding import Axis
 from cib_jax.errors import UserError
@@ -318,6 +318,7 @@ def cib_loss(
     stochastic: bool = True,
     coordinates: Float[Array, "batch dimensions"] | None = None,
     sharpness: float | Float[Array, ""] = 6.0,
+    nested: bool = False,
     axis: Axis = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of one batch and its terms {"loss", "contrast", "kl"}, all in nats.
@@ -339,6 +340,8 @@ def cib_loss(
       stochastic: Whether bits are drawn (the paper's layer) or thresholded (the published code's).
       coordinates: Diffusion coordinates of the images, for "diffusion" only.
       sharpness: Exponent of the target of `diffusion_match`, for "diffusion" only.
+      nested: Whether the first 16, 32, 64, … bits are to be codes, too: all terms are then means over these lengths and
+        all bits, as in Matryoshka representations (Kusupati et al. 2022, https://arxiv.org/abs/2205.13147, equation 1).
       axis: Name of the mesh axis over which the batch is divided. The terms are then this device's shares.
 
     Raises:
@@ -355,6 +358,14 @@ def cib_loss(
     if not callable(objective) and objective not in OBJECTIVES:
         raise UserError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}", field="objective")
     temperature = default_temperature(objective) if temperature is None else temperature
+    if nested:
+        fields: dict[str, Any] = {"objective": objective, "temperature": temperature, "beta": beta}
+        fields |= {"stochastic": stochastic, "coordinates": coordinates, "sharpness": sharpness, "axis": axis}
+        lengths = nested_lengths(logits1.shape[-1])
+        # Folded with the length, so that no key is used twice.
+        each = [cib_loss(jax.random.fold_in(key, n), logits1[:, :n], logits2[:, :n], **fields)[1] for n in lengths]
+        terms = jax.tree.map(lambda *values: sum(values) / len(values), *each)
+        return terms["loss"], terms
     own = objective if callable(objective) else OBJECTIVES[objective].loss
     if own is not None:
         fields = {"temperature": temperature, "beta": beta, "stochastic": stochastic, "sharpness": sharpness}

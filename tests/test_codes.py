@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from cib_jax.codes import binarize, ones, pack_bits, sample_codes, unpack_bits
+from cib_jax.codes import binarize, first_bits, nested_lengths, ones, pack_bits, sample_codes, unpack_bits
 from cib_jax.errors import UserError
 
 
@@ -100,3 +100,18 @@ def test_ones_are_the_bits_by_division():
     assert ones(packed[:0]).shape == (0, 16)
     codes = 2.0 * np.array(expected) - 1
     assert np.array_equal(pack_bits(jnp.asarray(codes)), packed)
+
+
+@hypothesis.given(st.integers(1, 40), st.data())
+def test_the_first_bits_are_those_of_the_unpacked_codes(bits, data):
+    count = data.draw(st.integers(1, bits))
+    unpacked = np.random.default_rng(bits).integers(0, 2, (3, bits))
+    cut = first_bits(np.packbits(unpacked, axis=1), count)
+    np.testing.assert_array_equal(cut, np.packbits(unpacked[:, :count], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "lengths"), [(1, [1]), (16, [16]), (17, [16, 17]), (64, [16, 32, 64]), (130, [16, 32, 64, 128, 130])]
+)
+def test_nested_codes_double_from_sixteen_bits(bits, lengths):
+    assert nested_lengths(bits) == lengths

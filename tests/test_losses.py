@@ -137,6 +137,21 @@ def test_the_objectives_are_made_of_their_parts():
         assert terms["loss"] == loss
 
 
+def test_a_nested_loss_is_the_mean_over_the_first_bits():
+    """16, 32, 64 and all 70 bits, by the references of the parts."""
+    logits1, logits2 = draw(13, 4, 70), draw(14, 4, 70)
+    expected = {"contrast": [], "kl": []}
+    for bits in (16, 32, 64, 70):
+        wide = [logits[:, :bits].astype(np.float64) for logits in (logits1, logits2)]
+        expected["contrast"].append(reference_nt_xent(*(np.where(logits > 0, 1.0, -1.0) for logits in wide), 0.2))
+        expected["kl"].append((reference_kl(*wide) + reference_kl(*wide[::-1])) / 2)
+    options = {"temperature": 0.2, "beta": 0.05, "stochastic": False, "nested": True}
+    loss, terms = jax.jit(functools.partial(losses.cib_loss, **options))(jax.random.key(0), logits1, logits2)
+    for name, values in expected.items():
+        np.testing.assert_allclose(terms[name], np.mean(values), rtol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(expected["contrast"]) + 0.05 * np.mean(expected["kl"]), rtol=1e-5)
+
+
 def test_the_gradient_of_the_loss_is_the_chain_through_the_codes():
     """Straight through: the gradient of the contrast in the codes (finite differences in float64), times p (1 − p)."""
     logits1, logits2 = draw(13, 4, 8), draw(14, 4, 8)

@@ -17,7 +17,7 @@ import rich.table
 from jaxtyping import UInt8
 
 import cib_jax
-from cib_jax.codes import pack_bits
+from cib_jax.codes import first_bits, nested_lengths, pack_bits
 from cib_jax.config import build, flatten, schema
 from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import gather
@@ -196,7 +196,15 @@ def evaluate_codes(
             with progress_bar(run.console, "Ranking", size, unit="queries", delay=1) as advance:
                 data = query[mine], database, query_labels[mine], database_labels
                 found = metrics.evaluate(*data, k, progress=advance)
-            return found | {"queries": len(query)}
+            found |= {"queries": len(query)}
+            return found | ({"map_of_first_bits": maps_of_first_bits(mine)} if run.config.get("nested") else {})
+
+        def maps_of_first_bits(mine: slice) -> dict[str, float]:
+            maps = {}
+            for bits in nested_lengths(run.config.bits):
+                data = first_bits(query[mine], bits), first_bits(database, bits), query_labels[mine], database_labels
+                maps[str(bits)] = metrics.mean_average_precision(*data, k, progress=False)
+            return maps
 
         figures = multihost.mean_over_processes(evaluate_queries, len(query))
     elif run.standard is not None and (ks := [k for k in (10, 100) if k <= len(database)]):

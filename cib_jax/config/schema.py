@@ -191,6 +191,7 @@ ADDED: dict[str, Any] = {
     "train.checkpoint_dir": "",
     "sharpness": 6.0,
     "head_dropout": 0.0,
+    "nested": False,
     "learning_rate_schedule": "constant",
     "warmup_steps": 0,
     "weight_decay": 0.0,

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8
 
-from cib_jax.codes import byte_count
+from cib_jax.codes import byte_count, first_bits
 from cib_jax.config import build
 from cib_jax.config.schema import validate
 from cib_jax.console import library_bar
@@ -22,12 +22,20 @@ from cib_jax.data import feature_files, inputs
 from cib_jax.data.dataset import resize
 from cib_jax.data.inputs import Photos
 from cib_jax.distributed import sharding
-from cib_jax.errors import ConfigError, SavedHasherError, UserError
+from cib_jax.errors import ConfigError, SavedHasherError, UserError, whole_number
 from cib_jax.files import count
 from cib_jax.inference import export, serialization
 from cib_jax.inference.serialization import read_config, read_standard, restore_best, validate_fingerprint
 from cib_jax.models import finetune
-from cib_jax.models.encoder import Encoder, Params, logits_of_features, packed_of_features, plain_features, quantize
+from cib_jax.models.encoder import (
+    Encoder,
+    Params,
+    cut_encoder,
+    logits_of_features,
+    packed_of_features,
+    plain_features,
+    quantize,
+)
 
 Items = (
     UInt8[np.ndarray, "n height width 3"]
@@ -145,7 +153,25 @@ class Hasher:
         """Side in pixels of the squares to which photos are decoded."""
         return self.stored_size or self.encoder.image_size
 
-    def encode(self, images: Items, *, progress: bool = True) -> UInt8[np.ndarray, "n bytes"]:
+    def cut(self, bits: int) -> "Hasher":
+        """Returns the hasher of the first `bits` bits of the codes, to be saved, exported or given to an index.
+
+        Short codes are about as good as those of a hasher trained for them if this one was trained with `nested`, for
+        16, 32, 64, … bits.
+
+        Raises:
+          ConfigError: The codes do not have so many bits.
+        """
+        self._validate_bits(bits)
+        encoder, params = cut_encoder(self.encoder, self.params, bits)
+        return dataclasses.replace(self, encoder=encoder, params=params)
+
+    def _validate_bits(self, bits: int) -> None:
+        whole_number("bits", bits, 1, ConfigError)
+        if bits > self.encoder.bits:
+            raise ConfigError(f"bits must be at most {self.encoder.bits}, those of a code, got {bits}", field="bits")
+
+    def encode(self, images: Items, *, bits: int | None = None, progress: bool = True) -> UInt8[np.ndarray, "n bytes"]:
         """Returns packed codes of ⌈`bits` / 8⌉ bytes each.
 
         Images of one size are resized on the device; a sequence of images of several sizes is resized on the host,
@@ -154,32 +180,37 @@ class Hasher:
         Args:
           images: RGB images, or features if the hasher was trained on features. Features may be a memory map larger
             than memory; if several views are stored, the first is encoded.
+          bits: Number of first bits that are returned, as of a hasher trained with `nested`; None returns all.
           progress: Whether several batches show a progress bar in terminals and notebooks.
 
         Raises:
-          ValueError: The images are not uint8 with three channels, or the features not those of training.
+          ValueError: The images are not uint8 with three channels, or the features not those of training; or the codes
+            do not have so many bits.
         """
-        return self._apply_to_items(packed_of_features, images, progress)
+        if bits is not None:
+            self._validate_bits(bits)
+        codes = self._apply_to_items(packed_of_features, images, progress)
+        return codes if bits is None else first_bits(codes, bits)
 
     def logits(self, images: Items, *, progress: bool = True) -> Float32[np.ndarray, "n bits"]:
         """Returns the logits whose signs are the bits of `encode`, for `Index.rerank`.
 
-        Takes the arguments of `encode`. Codes and logits are computed by two programs: a logit within rounding of 0
-        may have the other sign.
+        Takes `images` and `progress` as `encode` does. Codes and logits are computed by two programs: a logit within
+        rounding of 0 may have the other sign.
         """
         return self._apply_to_items(logits_of_features, images, progress)
 
     def features(self, images: Items, *, progress: bool = True) -> Int8[np.ndarray, "n features"]:
         """Returns the backbone's features as whole numbers from −127 to 127, for ranking by their cosine.
 
-        Takes the arguments of `encode`.
+        Takes `images` and `progress` as `encode` does.
         """
         return self._apply_to_items(_quantized, images, progress)
 
     def backbone_features(self, images: Items, *, progress: bool = True) -> Float32[np.ndarray, "n features"]:
         """Returns the backbone's features, the inputs of the hash head.
 
-        Takes the arguments of `encode`.
+        Takes `images` and `progress` as `encode` does.
         """
         return self._apply_to_items(_unchanged, images, progress)
 

@@ -277,6 +277,15 @@ def create_encoder(
     return encoder, head_params | trained, _cast(unchanging, DTYPES[backbone_dtype])
 
 
+def cut_encoder(encoder: Encoder, params: Params, bits: int) -> tuple[Encoder, Params]:
+    """Returns the encoder, and the parameters, of the first `bits` bits of an encoder's codes."""
+    head = params["head"]
+    width, features = head["hidden"]["kernel"].shape[1], encoder.backbone.features
+    graph, _ = nnx.split(nnx.eval_shape(lambda: HashHead(features, width, bits, rngs=nnx.Rngs(0))))
+    out = {name: array[..., :bits] for name, array in head["out"].items()}
+    return dataclasses.replace(encoder, bits=bits, head_graph=graph), params | {"head": head | {"out": out}}
+
+
 def default_dtype(frozen: bool, device: Any = None) -> str:
     """Returns the dtype for which "auto" stands, by default on the first device.
 

@@ -153,6 +153,8 @@ def metric_rows(results: dict[str, Any], k: object = None) -> list[tuple[str, st
             ("precision within Hamming radius 2", f"{figures['precision_radius_2']:.4f}"),
             ("queries with nothing within radius 2", f"{figures['empty_radius_2']:.1%}"),
         ]
+    for bits, value in figures.get("map_of_first_bits", {}).items():
+        rows.append((f"MAP@{k} of the first {bits} bits", f"{value:.4f}"))
     for at, value in figures.get("neighbor_recall", {}).items():
         rows.append((f"recall of the {at} nearest by cosine", f"{value:.4f}"))
     return [

@@ -54,6 +54,8 @@ class Method:
     """Whether bits are drawn, as in the paper, or thresholded, as in its published code."""
     sharpness: Number = 6.0
     """Power of the odds that a diffusion links two images; for "diffusion" only."""
+    nested: bool = False
+    """Whether the first 16, 32, 64, … bits are to be codes, too."""
     augment: str = "photo"
     """Family of views: "photo" or "digits" of images, "noise" or "stored" of features."""
     micro_batch: int = 0
@@ -293,8 +295,8 @@ def train_step(
       axis: Mesh axis that shards the batch, inside `jax.shard_map`. `images` are then this device's rows; the result
         is that of the whole batch, on every device.
       **method: Fields of `Method`: `encoder` and `optimizer`, and where they differ from the defaults `objective`,
-        `temperature` (the objective's), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `augment` ("photo"),
-        `micro_batch` (0) and `head_dropout` (0.0).
+        `temperature` (the objective's), `beta` (0.001), `stochastic` (True), `sharpness` (6.0), `nested` (False),
+        `augment` ("photo"), `micro_batch` (0) and `head_dropout` (0.0).
 
     Raises:
       ConfigError: A value is out of range, or `micro_batch` does not divide the images of a device.

@@ -12,7 +12,8 @@ from cib_jax.commands.evaluate import evaluate, order_warning, override_fields
 from cib_jax.commands.train import train
 from cib_jax.errors import CheckpointError, ConfigError, DataError
 from tests.commands import many
-from tests.small import reference_map
+from tests.retrieval import reference
+from tests.small import codes_of, reference_map
 
 QUIET = rich.console.Console(quiet=True)
 
@@ -20,7 +21,7 @@ QUIET = rich.console.Console(quiet=True)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    return folder / "run", train(many.config(folder), folder / "run", console=QUIET)
+    return folder / "run", train(many.config(folder, bits=20, nested=True), folder / "run", console=QUIET)
 
 
 def test_a_run_is_evaluated_to_the_same_results(run):
@@ -28,6 +29,16 @@ def test_a_run_is_evaluated_to_the_same_results(run):
     again = evaluate(workdir, console=QUIET)
     assert (again["map"], again["metrics"]) == (results["map"], results["metrics"])
     assert json.loads((workdir / "results.json").read_text())["map"] == results["map"]
+
+
+def test_a_nested_run_is_evaluated_at_each_length(run):
+    workdir, results = run
+    codes = codes_of(workdir)
+    for side in ("query", "database"):
+        codes[f"{side}_codes"] = codes[f"{side}_codes"][:, :2]  # bytes of 16 bits
+    names = ("query_codes", "database_codes", "query_labels", "database_labels")
+    expected = reference.reference_map([codes[name] for name in names], results["k"])
+    assert results["metrics"]["map_of_first_bits"] == {"16": pytest.approx(expected), "20": results["map"]}
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -42,6 +42,26 @@ def test_logits_are_the_encoders(hasher):
     assert hasher.logits(IMAGES[:0]).shape == (0, 16)
 
 
+@pytest.mark.parametrize("bits", [1, 8, 13, 16])
+def test_the_first_bits_are_those_of_the_whole_codes(hasher, tmp_path, bits):
+    """A cut hasher computes them by a narrower product, and is saved and loaded as any other."""
+    expected = np.packbits(np.unpackbits(hasher.encode(IMAGES), axis=1)[:, :bits], axis=1)
+    np.testing.assert_array_equal(hasher.encode(IMAGES, bits=bits), expected)
+    cut = hasher.cut(bits)
+    assert cut.encoder.bits == bits
+    np.testing.assert_allclose(cut.logits(IMAGES), hasher.logits(IMAGES)[:, :bits], rtol=1e-5, atol=1e-6)
+    cut.save(tmp_path / "short")
+    np.testing.assert_array_equal(cib.Hasher.load(tmp_path / "short").encode(IMAGES), cut.encode(IMAGES))
+
+
+@pytest.mark.parametrize("bits", [0, 17])
+def test_codes_are_not_cut_to_more_bits_than_they_have(hasher, bits):
+    for cut in (hasher.cut, lambda bits: hasher.encode(IMAGES, bits=bits)):
+        with pytest.raises(errors.ConfigError) as caught:
+            cut(bits)
+        assert caught.value.field == "bits"
+
+
 def test_a_sequence_of_images_of_one_size_is_encoded_as_the_array_is(hasher):
     assert np.array_equal(hasher.encode(list(IMAGES)), hasher.encode(IMAGES))
 
