@@ -105,7 +105,8 @@ def fit(
           features.
         micro_batch: Images of one device that go through the backbone at a time, for less memory; 0, the default,
           takes all at once.
-        head_dropout: Probability that the head's input lacks a feature in training; 0.0 by default.
+        head_dropout: Probability that the head's input lacks a feature in training; by default 0.5 if a frozen backbone
+          takes images, and 0 otherwise.
 
     Raises:
       ConfigError: A setting is out of range or does not go together with another one.
@@ -144,6 +145,8 @@ def fit(
     encoder, params, unchanging = create(stream_key(seed, "initial weights"), bits=bits)
     if init_from is not None:
         params = initial_params(init_from, params, unchanging)
+    if standard is None and params.keys() == {"head"}:
+        method = {"head_dropout": 0.5} | method  # as in configs/_photos.py
     chosen = Method(encoder, optimizer or adam(float(learning_rate), float(fine_tune.learning_rate)), **method)
     grad_cache.validate_micro_batch(chosen.micro_batch, batch_size // sharding.mesh_size(mesh))
     if chosen.micro_batch and (views or standard is not None):

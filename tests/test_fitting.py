@@ -62,6 +62,8 @@ COMMON = {"epochs": 2, "image_size": 8, "encode_batch": 100}
 def options_of(config):
     names = ("bits", "backbone", "frozen", "image_size", "hidden", "objective", "temperature", "beta", "sharpness")
     named = {name: config[name] for name in (*names, "augment", "epochs", "batch_size", "learning_rate", "seed")}
+    if not named["temperature"]:
+        del named["temperature"]
     return named | {"views": config.train.views, "stochastic": config.binary == "stochastic"}
 
 
@@ -84,9 +86,9 @@ def test_fit_and_run_end_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("objective", ["cibhash", "diffusion"])
 def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch, objective):
-    """With "diffusion", neighbors are also those of the frozen backbone's features."""
+    """With the dropout and the temperature that `fit` takes; "diffusion" also uses the frozen backbone's features."""
     fields = COMMON | pretrained.convnet(monkeypatch, tmp_path, 8) | {f"teacher__{k}": v for k, v in TEACHER.items()}
-    config = small.config(**fields, train__views=3, objective=objective)
+    config = small.config(**fields, train__views=3, objective=objective, head_dropout=0.5, temperature=0.0)
     params, images = of_run(config, tmp_path / "run")
     loaded = weights.load_pretrained("convnet", config.backbone_weights)
     views = []
