@@ -111,17 +111,24 @@ def nt_xent(
         )
     batch = codes1.shape[0]
     codes = _unit(jnp.concatenate([codes1, codes2]))
-    everything, place = codes, jnp.arange(2 * batch)
-    if axis is not None:
-        # One exchange for both views. The result holds all first views, then all second views, as on one device.
-        views = jax.lax.all_gather(codes.reshape(2, batch, -1), axis, axis=1, tiled=True)
-        everything = views.reshape(-1, codes.shape[1])
-        first = sharding.first_row(batch, axis) + jnp.arange(batch)
-        place = jnp.concatenate([first, views.shape[1] + first])
+    everything, place = _of_all_devices(codes, axis)
     log_sums = log_sum_exp_of_others(codes / temperature, everything, place, binary=binary)
     # s(b, pos(b)) is the same number for both views of an image, so it is computed once and counted twice.
     positive = jnp.sum(codes[:batch] * codes[batch:], axis=-1) / temperature
     return (jnp.sum(log_sums) - 2 * jnp.sum(positive)) / len(everything)
+
+
+def _of_all_devices(
+    codes: Float[Array, "views bits"], axis: Axis
+) -> tuple[Float[Array, "all_views bits"], Int[Array, " views"]]:
+    """Returns the codes of all first views, then those of all second views, and the places of this device's codes."""
+    if axis is None:
+        return codes, jnp.arange(len(codes))
+    batch = len(codes) // 2
+    # One exchange for both views.
+    views = jax.lax.all_gather(codes.reshape(2, batch, -1), axis, axis=1, tiled=True)
+    first = sharding.first_row(batch, axis) + jnp.arange(batch)
+    return views.reshape(-1, codes.shape[1]), jnp.concatenate([first, views.shape[1] + first])
 
 
 def _unit(codes: Float[Array, "codes bits"]) -> Float[Array, "codes bits"]:
@@ -224,13 +231,13 @@ def diffusion_match(
     sharpness: float | Float[Array, ""] = 6.0,
     axis: Axis = None,
 ) -> Float[Array, ""]:
-    """Returns the divergence between a teacher's and the codes' similarities of images, in nats, averaged over images.
+    """Returns the divergence between a teacher's and the codes' similarities of views, in nats, averaged over views.
 
-    For image i, the target is the distribution p_i(j) ∝ ⟨x_i, x_j⟩^sharpness over the images j of the batch, where x
-    are their diffusion coordinates: ⟨x_i, x_j⟩ says how much more often than by chance a random walk on the teacher's
-    neighbor graph links i and j. The codes give q_i(j) = softmax_j(cos(b1_i, b2_j) / temperature). The result is
-    KL(p_i ‖ q_i), averaged over i and over the two directions between the views. There are no positives and
-    negatives, only a weight for each pair; an image's own other view is one of the pairs.
+    For a view v of image i, the target is the distribution p_v(w) ∝ ⟨x_i, x_j⟩^sharpness over the 2 × batch − 1 other
+    views w of the batch, with j the image of w, and x the diffusion coordinates: ⟨x_i, x_j⟩ says how much more often
+    than by chance a random walk on the teacher's neighbor graph links i and j. The codes give
+    q_v(w) = softmax_w(cos(b_v, b_w) / temperature). The result is the mean of KL(p_v ‖ q_v). There are no positives and
+    negatives, only a weight for each pair. Where the walk links no two images, the result is that of `nt_xent`.
 
     Args:
       codes1: Codes of the first views, ±1.
@@ -247,29 +254,29 @@ def diffusion_match(
       >>> import cib_jax as cib
       >>> import jax.numpy as jnp
       >>> codes, coordinates = jnp.array([[1.0, 1.0], [1.0, -1.0]]), jnp.eye(2)  # a walk that links no two images
-      >>> round(float(cib.diffusion_match(codes, codes, coordinates, temperature=1.0)), 4)  # log(e + 1) - 1
-      0.3133
+      >>> round(float(cib.diffusion_match(codes, codes, coordinates, temperature=1.0)), 4)  # log(e + 2) - 1
+      0.5514
     """
     if codes1.shape != codes2.shape or codes1.ndim != 2 or coordinates.ndim != 2 or len(coordinates) != len(codes1):
         raise UserError(
             "codes1 and codes2 must both be [batch, bits] and coordinates [batch, dimensions] of the same batch; got "
             f"{list(codes1.shape)}, {list(codes2.shape)} and {list(coordinates.shape)}"
         )
-    all1, all2, all_coordinates = codes1, codes2, coordinates
+    codes, all_coordinates = jnp.concatenate([codes1, codes2]), coordinates
+    everything, place = _of_all_devices(codes, axis)
     if axis is not None:
-        all1, all2, all_coordinates = jax.lax.all_gather((codes1, codes2, coordinates), axis, tiled=True)
+        all_coordinates = jax.lax.all_gather(coordinates, axis, tiled=True)
     # The inner product of coordinates cut to a few dimensions can be negative, which means no link.
     odds = jnp.log(jnp.maximum(_exact_matmul(coordinates, all_coordinates.T), 1e-6))
-    target = jax.nn.log_softmax(sharpness * odds, axis=-1)
     # ±1 codes have norm √bits, so that their cosine is the inner product divided by the number of bits.
-    scale = codes1.shape[1] * temperature
-    # Both directions of the same target: an image's code is compared with the codes of the other views alone.
-
-    def divergence(codes: Array, others: Array) -> Float[Array, ""]:
-        log_q = jax.nn.log_softmax(_product_of_binary(codes, others) / scale, axis=-1)
-        return jnp.sum(jnp.exp(target) * (target - log_q)) / len(others)
-
-    return (divergence(codes1, all2) + divergence(codes2, all1)) / 2
+    similarity = _product_of_binary(codes, everything) / (codes.shape[1] * temperature)
+    itself = place[:, None] == jnp.arange(len(everything))[None]
+    # A finite number, so that its product with a weight of 0 is 0.
+    log_p, log_q = (
+        jax.nn.log_softmax(jnp.where(itself, -1e9, row), axis=-1)
+        for row in (jnp.tile(sharpness * odds, (2, 2)), similarity)
+    )
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q)) / len(everything)
 
 
 @sharding.on_explicit_mesh(rows=False)

@@ -211,14 +211,16 @@ def test_invalid_arguments_are_named():
 
 
 def reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpness):
-    """Row by row in float64, by scipy.stats.entropy."""
+    """View by view in float64, by scipy.stats.entropy."""
     odds = np.maximum(coordinates.astype(np.float64) @ coordinates.T, 1e-6) ** sharpness
+    views, count = np.concatenate([codes1, codes2]).astype(np.float64), len(codes1)
     total = 0.0
-    for asking, asked in ((codes1, codes2), (codes2, codes1)):
-        cosines = asking.astype(np.float64) @ asked.T / codes1.shape[1]
-        for row, wanted in zip(cosines, odds, strict=True):
-            total += scipy.stats.entropy(wanted / wanted.sum(), scipy.special.softmax(row / temperature))
-    return total / (2 * len(codes1))
+    for place in range(2 * count):
+        others = np.delete(np.arange(2 * count), place)
+        wanted = odds[place % count, others % count]
+        cosines = views[others] @ views[place] / codes1.shape[1]
+        total += scipy.stats.entropy(wanted / wanted.sum(), scipy.special.softmax(cosines / temperature))
+    return total / (2 * count)
 
 
 @pytest.mark.parametrize(("batch", "bits", "temperature", "sharpness"), [(2, 8, 0.3, 1.0), (17, 64, 0.1, 6.0)])
@@ -229,6 +231,12 @@ def test_diffusion_match_is_the_divergence_of_two_rankings(batch, bits, temperat
     value = jax.jit(match)(codes1, codes2, coordinates)
     expected = reference_diffusion_match(codes1, codes2, coordinates, temperature, sharpness)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_diffusion_match_of_a_walk_that_links_nothing_is_the_contrast():
+    codes1, codes2 = np.sign(draw(3, 5, 24)), np.sign(draw(4, 5, 24))
+    value = losses.diffusion_match(jnp.asarray(codes1), jnp.asarray(codes2), jnp.eye(5), temperature=0.3)
+    np.testing.assert_allclose(value, reference_nt_xent(codes1, codes2, 0.3), rtol=1e-5)
 
 
 def test_diffusion_match_is_zero_where_codes_rank_as_the_walk_does():
