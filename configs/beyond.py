@@ -12,6 +12,9 @@ def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a config with the objective and its settings; whatever depends on the data stays."""
     c.objective = "diffusion"
     c.temperature = 0.0
+    c.bits = 128
+    c.nested = True  # one training for codes of 16, 32, 64 and 128 bits
+    c.compare.bits = "16, 32, 64, 128"
     c.head_dropout = 0.5 if c.frozen else 0.0  # a network that learns from scratch needs 0
     return c
 

@@ -56,12 +56,14 @@ def compare(
     schema.validate(config, around=True)
     metric_writers.validate_writers(config.log.writers)
     compared = config.compare
+    lengths = parse_numbers(compared.bits)
     # Seed by seed, so that a table of all methods is there early.
     cells = [
         make_cell(config, method, bits, seed, workdir / "cells")
         for seed in parse_numbers(compared.seeds)
-        for bits in parse_numbers(compared.bits)
+        for bits in lengths
         for method in parse_methods(compared.methods)
+        if bits not in _measured_by_the_longest(config, method, lengths)
     ]
     with adopt(workdir, config, "comparison"):
         return many_runs.run_all(
@@ -169,6 +171,14 @@ def make_cell(
     return CellRun(method, config, root / method.slug / folder)
 
 
+def _measured_by_the_longest(
+    config: ml_collections.ConfigDict, method: ComparedMethod, lengths: list[int]
+) -> list[int]:
+    """Returns the lengths that need no run of their own: those within nested codes of the largest length."""
+    nested = method.name in OBJECTIVES and dict(method.fields).get("nested", config.nested)
+    return [bits for bits in codes.nested_lengths(max(lengths))[:-1] if bits in lengths] if nested else []
+
+
 def _refusal(cell: CellRun, since: float = 0.0) -> str:
     """Returns why a run could not be measured at or after a time; "" if no reason is known."""
     path = cell.workdir / REFUSED
@@ -268,7 +278,7 @@ def _conclude(
     console: rich.console.Console,
 ) -> dict[str, Any]:
     _validate_comparable([record for _, record in found if record], workdir)
-    lines = [_csv_line(cell, record) for cell, record in found if record]
+    lines = [line for cell, record in found if record for line in _csv_lines(cell, record)]
     missing = [(cell, _refusal(cell)) for cell, record in found if not record]
     compared = make_tables(config, [cell.method for cell, _ in found], lines)
     comparison = {
@@ -314,6 +324,21 @@ def _conclude(
 
 def _named(cell: CellRun) -> Record:
     return {"method": cell.method.title, "bits": cell.config.bits, "seed": cell.config.seed}
+
+
+def _csv_lines(cell: CellRun, results: Record) -> list[Record]:
+    """Returns the figures of a run, and the MAP of each length within nested codes."""
+    line = _csv_line(cell, results)
+    shorter = results["metrics"].get("map_of_first_bits", {})
+    unknown = dict.fromkeys(line.keys() - {*_named(cell), "k", "workdir"})
+    return [
+        *(
+            line | unknown | {"bits": int(bits), "map": value}
+            for bits, value in shorter.items()
+            if int(bits) < line["bits"]
+        ),
+        line,
+    ]
 
 
 def _csv_line(cell: CellRun, results: Record) -> Record:

@@ -61,6 +61,16 @@ def test_the_tables_are_the_papers_two(done):
     assert comparison["missing"] == []
 
 
+def test_nested_codes_are_trained_once_for_all_lengths(tmp_path):
+    fields = {"compare__bits": "8, 16, 20", "compare__seeds": "0", "epochs": 1}
+    comparison = compare(compared(tmp_path, "cibhash nested=True", **fields), tmp_path / "table", console=QUIET)
+    cells = sorted(path.name for path in (tmp_path / "table" / "cells").glob("cibhash*/*"))
+    assert cells == ["20-bits-seed-0", "8-bits-seed-0"]  # nested codes begin at 16 bits
+    [whole] = (tmp_path / "table" / "cells").glob("cibhash*/20*/results.json")
+    maps = json.loads(whole.read_text())["metrics"]["map_of_first_bits"]
+    assert comparison["tables"][0]["rows"][0]["mean"][1:] == pytest.approx([maps["16"], maps["20"]])
+
+
 def test_the_files_say_the_same(done):
     folder, comparison = done
     rows = list(csv.DictReader((folder / "table" / "comparison.csv").open()))
