@@ -18,9 +18,8 @@ from flax import traverse_util
 
 from cib_jax.errors import ConfigError, WeightsError
 from cib_jax.files import install_command, open_regular
-from cib_jax.models import registry, torch_checkpoint
-from cib_jax.models.state_dict import MismatchError, Tree
-from cib_jax.models.torch_checkpoint import FormatError
+from cib_jax.models import registry, state_dict
+from cib_jax.models.state_dict import FormatError, MismatchError, Tree
 
 HUB = "https://huggingface.co"
 FIELD = "config.backbone_weights"
@@ -143,7 +142,7 @@ def read_tensors(
     try:
         with open_regular(path) as file:  # a pipe would wait for its writer
             start = file.read(16)
-            for beginning, read in torch_checkpoint.READERS.items():
+            for beginning, read in state_dict.READERS.items():
                 if start.startswith(beginning):
                     return read(file, prefixes)
         if len(start) > 8 and start[8:9] == b"{":
