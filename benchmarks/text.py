@@ -98,7 +98,7 @@ def fit(method: str, config: ml_collections.ConfigDict, train: Float32[np.ndarra
         backbone="none",
         hidden=config.hidden,
         objective=config.objective,
-        temperature=config.temperature,
+        temperature=config.temperature or None,
         beta=config.beta,
         stochastic=config.binary == "stochastic",
         augment=config.augment,

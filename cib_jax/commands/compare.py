@@ -376,7 +376,7 @@ def make_tables(
     methods = list(dict.fromkeys(methods))
     baselines = [method for method in methods if method.name not in OBJECTIVES]
     # The paper's ablation consists of its own objectives.
-    others = [method for method in methods if method.name in OBJECTIVES and any(OBJECTIVES[method.name][2:])]
+    others = [method for method in methods if method.name in OBJECTIVES and _is_own(method.name)]
     ablated = [method for method in methods if method not in baselines + others]
     # As in the paper, the complete objective alone represents the ablated ones in the first table.
     complete = [method for method in methods if method.name == "cibhash"] or ablated
@@ -390,6 +390,11 @@ def make_tables(
     if len(ablated) > 1:
         made.append(tables.Table(f"Ablation: MAP@{k} on {where}; {over}", lengths, [*map(row, ablated)], seeds))
     return made
+
+
+def _is_own(objective: str) -> bool:
+    """Returns whether an objective is this project's or a user's, and none of the paper."""
+    return OBJECTIVES[objective].taught or OBJECTIVES[objective].loss is not None
 
 
 def _grid(table: tables.Table) -> Grid:

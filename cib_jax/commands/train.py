@@ -206,8 +206,8 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
                     remedy = "put the data back, or train again in another --workdir"
                     problem = f"config.data.dir: {changed}, so that the run cannot end with the same result; {remedy}"
                     raise DataError(problem, field="config.data.dir")
-            if progress.step:
-                run.print(f"Going on after {_format_progress(progress, run.config).rstrip(',')}")
+            after = f"after {_format_progress(progress, run.config).rstrip(',')}"
+            run.print(f"Going on {after if progress.step else 'from the first step'}")
             return state, progress, extra
     extra = {
         "config": run.config.to_dict(),

@@ -178,7 +178,7 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):
         ("temperature", "temperature"),
         ("seed=1|2", "seed=1"),
         ("temperature=0.3..0.2", "temperature=0.3..0.2"),
-        ("temperature=0..1", "0.0"),
+        ("temperature=-1..1", "-1.0"),
         ("beta=0..1 log", "beta=0..1 log"),
         ("beta=0..1 logarithmic", "'logarithmic'"),
         ("beta=a..b", "'a'"),

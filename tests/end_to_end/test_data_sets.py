@@ -314,7 +314,7 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
     assert results["protocol"]["name"] == protocol
     if name == "mscoco":
         page = (tmp_path / "run" / "report" / "index.html").read_text()
-        assert "shows the rarest one" in page
+        assert "shows the rarest of those" in page
 
 
 def test_a_protocol_of_another_data_set_is_refused(tmp_path):

@@ -164,7 +164,7 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, who
         (["--config.bits=16", "--config"], ["--config", "--config=cifar"]),
         (["--config.data.dir=/nope", "--config=configs/cifar.py"], ["config.data.dir", "/nope"]),
         (["--workdir="], ["--workdir"]),
-        (["--mode=fly"], ["--mode=fly", "train|evaluate|compare|tune|encode|"]),
+        (["--mode=fly"], ["--mode", "'fly'", "train, evaluate, compare, tune, encode, "]),
         (["--mode=evaluate"], ["--workdir", "--mode=evaluate"]),
         (["--mode=evaluate", "--workdir=nowhere"], ["nowhere"]),
         (["--mode=compare", "--config.compare.methods=itqq"], ["config.compare.methods", "did you mean itq?"]),
@@ -288,7 +288,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(tmp_path, whole, 
         (disk / "filling").unlink()
         code, out, error = run_cli(*arguments, f"--workdir={disk / 'run'}")
         assert code == 0, error
-        assert "Going on after epoch" in out
+        assert "Going on " in out
         assert same_parameters(disk / "run", whole)
     finally:
         subprocess.run(["umount", "-l", disk], check=False)
