@@ -202,8 +202,8 @@ def test_an_old_run_that_was_stopped_within_an_epoch_is_finished(copy, run_progr
 def test_an_old_run_with_a_teacher_is_finished_without_training_that_again(copy, run_program):
     run, experiment, data = copy("taught_stopped"), copy("experiments/taught.py"), copy("features.npz")
     teacher = {path: path.read_bytes() for path in (run / "teacher").rglob("*") if path.is_file()}
-    flags = [f"--config={experiment}", f"--config.data.dir={data}", "--config.temperature=0.3"]  # the default then
-    results, log = resumed(run, run_program, *flags)
+    begun = [f"--config={experiment}", f"--config.data.dir={data}", "--config.temperature=0.3"]  # the default then
+    results, log = resumed(run, run_program, *begun)
     assert [(line["epoch"], line["step"]) for line in log] == [(1, 3), (2, 6), (3, 9)]
     assert results["objective"] == "diffusion" and results["epochs"] == 3
     assert teacher == {path: path.read_bytes() for path in (run / "teacher").rglob("*") if path.is_file()}
