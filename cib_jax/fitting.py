@@ -170,7 +170,9 @@ def fit(
     if is_taught(chosen.objective):
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
         objective, temperature = teacher.objective_for(encoder.backbone.takes), teacher.temperature
-        theirs = dataclasses.replace(chosen, encoder=encoder, objective=objective, temperature=temperature)
+        # Its embeddings are used whole, so that they are not nested.
+        own: dict[str, Any] = {"objective": objective, "temperature": temperature, "nested": False}
+        theirs = dataclasses.replace(chosen, encoder=encoder, **own)
         schedule = dataclasses.replace(schedule, epochs=teacher.epochs or epochs)
         key = stream_key(seed, "teacher steps")
         teacher_run = TrainingRun(theirs, params, unchanging, data, schedule, key, mesh)

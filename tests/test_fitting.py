@@ -55,12 +55,23 @@ def assert_same(params, others):
     assert all(np.array_equal(a, b) for a, b in zip(leaves, other_leaves, strict=True))
 
 
-TEACHER = {"bits": 16, "dimensions": 8, "neighbours": 5, "epochs": 1}
+TEACHER = {"bits": 20, "dimensions": 8, "neighbours": 5, "epochs": 1}
 COMMON = {"epochs": 2, "image_size": 8, "encode_batch": 100}
 
 
 def options_of(config):
-    names = ("bits", "backbone", "frozen", "image_size", "hidden", "objective", "temperature", "beta", "sharpness")
+    names = (
+        "bits",
+        "backbone",
+        "frozen",
+        "image_size",
+        "hidden",
+        "objective",
+        "temperature",
+        "beta",
+        "sharpness",
+        "nested",
+    )
     named = {name: config[name] for name in (*names, "augment", "epochs", "batch_size", "learning_rate", "seed")}
     if not named["temperature"]:
         del named["temperature"]
@@ -68,9 +79,14 @@ def options_of(config):
 
 
 def test_fit_and_run_end_with_the_same_bits(tmp_path):
-    """On fresh views, with the teacher that "diffusion" learns from."""
+    """On fresh views, with nested codes and the teacher that "diffusion" learns from."""
     config = small.config(
-        objective="diffusion", seed=3, **COMMON, **{f"teacher__{name}": value for name, value in TEACHER.items()}
+        objective="diffusion",
+        seed=3,
+        bits=20,
+        nested=True,
+        **COMMON,
+        **{f"teacher__{name}": value for name, value in TEACHER.items()},
     )
     params, images = of_run(config, tmp_path / "run")
     epochs = []

@@ -197,11 +197,13 @@ def evaluate_codes(
                 data = query[mine], database, query_labels[mine], database_labels
                 found = metrics.evaluate(*data, k, progress=advance)
             found |= {"queries": len(query)}
-            return found | ({"map_of_first_bits": maps_of_first_bits(mine)} if run.config.get("nested") else {})
+            if run.config.get("nested"):
+                found["map_of_first_bits"] = maps_of_first_bits(mine) | {str(run.config.bits): found["map"]}
+            return found
 
         def maps_of_first_bits(mine: slice) -> dict[str, float]:
             maps = {}
-            for bits in nested_lengths(run.config.bits):
+            for bits in nested_lengths(run.config.bits)[:-1]:
                 data = first_bits(query[mine], bits), first_bits(database, bits), query_labels[mine], database_labels
                 maps[str(bits)] = metrics.mean_average_precision(*data, k, progress=False)
             return maps

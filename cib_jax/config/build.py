@@ -153,6 +153,7 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
         config.epochs = own.epochs or epochs(config)
         config.objective = own.objective_for(registry.get(config.backbone).takes)
         config.temperature, config.bits = own.temperature, own.bits
+        config.nested = False  # its embeddings are used whole
     return config
 
 

@@ -128,10 +128,12 @@ def test_a_longer_gradient_is_scaled_to_the_limit(limit, scale):
 
 
 def test_a_teachers_config_is_the_same_but_for_head_and_objective():
-    config = small.config(objective="diffusion", teacher__bits=24, teacher__temperature=0.15, teacher__epochs=7)
+    teacher = {"teacher__bits": 24, "teacher__temperature": 0.15, "teacher__epochs": 7}
+    config = small.config(objective="diffusion", nested=True, **teacher)
     theirs = build.teacher_config(config)
     assert (theirs.objective, theirs.bits, theirs.temperature, theirs.epochs) == ("naive_cl", 24, 0.15, 7)
-    changed = {"objective": "diffusion", "bits": 16, "temperature": config.temperature, "epochs": 3}
+    assert not theirs.nested
+    changed = {"objective": "diffusion", "bits": 16, "temperature": config.temperature, "epochs": 3, "nested": True}
     theirs.update(changed)
     assert theirs.to_dict() == config.to_dict()
     assert build.teacher_config(small.config(objective="diffusion")).epochs == 3
