@@ -283,7 +283,7 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
         for number in numbers[1:]:
             if radius is None or items.distance(number, numbers[0]) <= radius:
                 parent[root(number)] = root(numbers[0])
-    candidates = _candidates(items, hashes, console).tolist()
+    candidates = _neighbors_together(_candidates(items, hashes, console), len(items)).tolist()
     pairs = [pair for pair in candidates if radius is None or items.distance(*pair) <= radius]
 
     def compare(pair: list[int]) -> bool:
@@ -335,6 +335,21 @@ def _candidates(
                 found.append(np.sort(np.stack([one[near], ids[near]], axis=1), axis=1))
                 advance(len(some))
     return np.unique(np.concatenate(found), axis=0)
+
+
+def _neighbors_together(pairs: Int64[np.ndarray, "pairs 2"], photos: int) -> Int64[np.ndarray, "pairs 2"]:
+    """Returns the pairs in an order in which those of one photo, and of its neighbors, follow one another.
+
+    A photo whose features were computed for one pair is then mostly still in memory for its others: with memory for a
+    twentieth of the photos, features are computed twice for a photo, and ten times by the order of the numbers.
+    """
+    from scipy import sparse  # takes a quarter of a second, which other commands would wait for
+    from scipy.sparse import csgraph
+
+    graph = sparse.coo_array((np.ones(len(pairs), np.bool_), pairs.T), shape=(photos, photos)).tocsr()
+    place = np.argsort(csgraph.reverse_cuthill_mckee(graph + graph.T, symmetric_mode=True))
+    first, second = np.sort(place[pairs], axis=1).T
+    return pairs[np.lexsort((second, first))]
 
 
 # Output

@@ -128,17 +128,13 @@ def align(one: Picture, other: Picture) -> Map | None:
     return found if found is not None and inliers.sum() >= _LEAST_FEATURES else None
 
 
-class Agreement(NamedTuple):
-    """How far two aligned pictures agree where they overlap."""
+class Layout(NamedTuple):
+    """How far two aligned pictures agree where they overlap, seen from afar."""
 
-    overlap: float
-    """Share of the smaller picture's area that both show."""
     coarse: float
     """Correlation of layout and shapes, weighted by contrast."""
     disagreement: float
     """Share of contrast in places that do not correlate."""
-    fine: float
-    """Correlation of details in places where both pictures have some; 0 if there are none."""
     colors: float
     """Difference of colors, in levels of 255, after the best change of brightness, contrast and saturation."""
     residue: float
@@ -149,9 +145,6 @@ class Agreement(NamedTuple):
     """Share of the area with contrast in two directions: small for skies and horizons."""
     flat: float
     """Share of the area that has one color, in the picture where it is smaller: large for short notes on white."""
-    changed: float
-    """Share of places with the finest details in either picture where the two differ; 0 if there is much to see. If no
-    place has details, 50 times the share of pixels of other colors."""
 
     @property
     def little_to_see(self) -> bool:
@@ -161,33 +154,33 @@ class Agreement(NamedTuple):
 
 def agree(one: Image, other: Image, mapped: Map) -> bool:
     """Returns whether two aligned pictures are one, by thresholds that photos and drawings of all kinds have set."""
-    found = measure(one, other, mapped)
-    if found is None or found.overlap < _LEAST_OVERLAP:
+    found = compare_layouts(one, other, mapped)
+    if found is None or (not found.little_to_see and (found.coarse < 0.78 or found.colors > 20)):
         return False
+    fine = compare_details(one, other, mapped)
     if found.little_to_see:
         # Not even a few letters may differ, unless all colors of a picture that is no page are equal to the level.
+        if found.shift > (8 if fine > 0 else 3):
+            return False
         blurred = found.flat < 0.5 and found.coarse >= 0.99 and found.shift <= 1
-        return found.shift <= (8 if found.fine > 0 else 3) and (found.changed <= 0.015 or blurred)
-    if found.coarse < 0.78 or found.colors > 20:
-        return False
-    if found.fine == 0:  # blurred shapes alone
+        return blurred or changed_details(one, other, mapped, stars=found.coarse == 0 and fine == 0) <= 0.015
+    if fine == 0:  # blurred shapes alone
         return found.coarse >= 0.95 and found.residue <= 0.05
     if found.coarse >= 0.88 and found.disagreement <= 0.07:
-        return found.fine >= 0.8
+        return fine >= 0.8
     # Letters, a stamp or clipped highlights: beside them, all details agree, or nearly all colors to the level.
-    return found.fine >= 0.92 or (found.fine >= 0.8 and found.residue <= 0.05)
+    return fine >= 0.92 or (fine >= 0.8 and found.residue <= 0.05)
 
 
-def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
-    """Returns the agreement of two aligned pictures, or None if they hardly overlap."""
+def compare_layouts(one: Image, other: Image, mapped: Map) -> Layout | None:
+    """Returns how far two aligned pictures agree from afar, or None if they hardly overlap."""
     cv2 = _cv2()
-    zoom = float(np.sqrt(abs(np.linalg.det(mapped[:, :2]))))
-    areas = one.shape[0] * one.shape[1] * zoom**2, other.shape[0] * other.shape[1]
+    areas = one.shape[0] * one.shape[1] * _zoom(mapped) ** 2, other.shape[0] * other.shape[1]
     left, right, inside = _resample(one, other, mapped, _COARSE)
     overlap = float(inside.mean()) * areas[1] / min(areas)
     inside = _without_margin(inside)
     seen = _shrink(inside, 9)
-    if seen.sum() < 100:
+    if overlap < _LEAST_OVERLAP or seen.sum() < 100:
         return None
     grays = [cv2.GaussianBlur(_gray(each), (0, 0), 1.0) for each in (left, right)]
     first, second, correlation = _local(grays[0], grays[1], 9, 4.0)
@@ -196,30 +189,42 @@ def measure(one: Image, other: Image, mapped: Map) -> Agreement | None:
     coarse = float((weight * np.maximum(correlation, 0)).sum()) / total
     disagreement = float((weight * (correlation < 0.5)).sum()) / total
     corners = float((_least_contrast(grays[1]) > 1)[seen].mean())
-    colors, residue, shift = _color_differences(left, right, inside)
     flat = min(_flat(each[inside]) for each in (left, right))
+    return Layout(coarse, disagreement, *_color_differences(left, right, inside), corners, flat)
 
-    # No finer than the pixels that both have.
-    finest = int(np.clip(max(other.shape) / max(zoom, 1), _COARSE, _FINEST))
-    left, right, inside = _resample(one, other, mapped, min(finest, _FINE))
+
+def compare_details(one: Image, other: Image, mapped: Map) -> float:
+    """Returns the correlation of details in places where both pictures have some; 0 if there are none."""
+    left, right, inside = _resample(one, other, mapped, min(_finest(other, mapped), _FINE))
     seen = _shrink(_without_margin(inside), 15)
     first, second, correlation = _local(_details(left, 1.0, 4.0), _details(right, 1.0, 4.0), 15, 1.0)
     weight = np.clip(np.sqrt(np.minimum(first, second)) - 2, 0, 15) * seen
-    fine = float((weight * np.maximum(correlation, 0)).sum()) / max(float(weight.sum()), 1e-6)
+    return float((weight * np.maximum(correlation, 0)).sum()) / max(float(weight.sum()), 1e-6)
 
-    found = Agreement(overlap, coarse, disagreement, fine, colors, residue, shift, corners, flat, changed=0.0)
-    if found.little_to_see:
-        left, right, inside = _resample(one, other, mapped, finest)
-        first, second, correlation = _local(_details(left, 0.5, 1.5), _details(right, 0.5, 1.5), 9, 1.0)
-        larger = np.maximum(first, second)
-        detailed = (larger > 16) & _shrink(_without_margin(inside), 9)
-        if detailed.any():
-            same = correlation * np.sqrt(np.minimum(first, second) / np.maximum(larger, 1e-6))
-            return found._replace(changed=float((same < 0.5)[detailed].mean()))
-        if coarse == 0 and fine == 0:  # single pixels alone, such as stars
-            different = np.abs(left.astype(np.int32) - right).max(axis=2) > 16
-            return found._replace(changed=50 * float(different[inside].mean()))
-    return found
+
+def changed_details(one: Image, other: Image, mapped: Map, *, stars: bool) -> float:
+    """Returns the share of places with the finest details in either picture where the two differ.
+
+    If no place has details and `stars`, 50 times the share of pixels of other colors.
+    """
+    left, right, inside = _resample(one, other, mapped, _finest(other, mapped))
+    first, second, correlation = _local(_details(left, 0.5, 1.5), _details(right, 0.5, 1.5), 9, 1.0)
+    larger = np.maximum(first, second)
+    detailed = (larger > 16) & _shrink(_without_margin(inside), 9)
+    if detailed.any():
+        same = correlation * np.sqrt(np.minimum(first, second) / np.maximum(larger, 1e-6))
+        return float((same < 0.5)[detailed].mean())
+    different = np.abs(left.astype(np.int32) - right).max(axis=2) > 16
+    return 50 * float(different[inside].mean()) if stars else 0.0
+
+
+def _zoom(mapped: Map) -> float:
+    return float(np.sqrt(abs(np.linalg.det(mapped[:, :2]))))
+
+
+def _finest(other: Image, mapped: Map) -> int:
+    """Returns the longer side at which details are compared: no finer than the pixels that both pictures have."""
+    return int(np.clip(max(other.shape) / max(_zoom(mapped), 1), _COARSE, _FINEST))
 
 
 def _flat(pixels: UInt8[np.ndarray, "pixels 3"]) -> float:
@@ -306,7 +311,7 @@ Cells = Float64[np.ndarray, "cells 3"]
 
 
 def _color_differences(left: Image, right: Image, inside: Mask) -> tuple[float, float, float]:
-    """Returns `colors`, `residue` and `shift` of an `Agreement`: root mean square differences of 12 × 12 cells.
+    """Returns `colors`, `residue` and `shift` of a `Layout`: root mean square differences of 12 × 12 cells.
 
     The first is what remains after the colors of either picture were changed as editors do: brightness, contrast, and
     saturation, down to gray; the worst fifth of the cells is left out. The last is that without a change, or after the
