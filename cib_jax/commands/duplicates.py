@@ -27,7 +27,7 @@ from cib_jax.files import count, map_in_order, modified_ns, open_regular, path_a
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import near_duplicates
 from cib_jax.retrieval.index import Index
-from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy
+from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy, is_framed
 from cib_jax.storage.collection import Collection, Photo
 
 FORMATS = ("table", "json", "csv")
@@ -56,8 +56,9 @@ def duplicates(
     Copies may differ in format, size, compression, light and color, and be cropped, framed, marked, turned or mirrored.
     Candidates have near codes or near perceptual hashes; whether two of them are copies is decided by their pixels,
     aligned to each other (`retrieval.picture_match`). The first photo of a group is the one worth keeping: it has the
-    most pixels, among equals the most bytes, then the oldest date. Each comes with its distance in bits from the first.
-    `Photo.digest` is the same for photos with equal bytes.
+    most pixels, among equals the most bytes, then the oldest date; a photo to which a border or a caption was added
+    does not come first. Each comes with its distance in bits from the first. `Photo.digest` is the same for photos with
+    equal bytes.
 
     Args:
       index: Folder or other address of the index, or the opened collection.
@@ -94,7 +95,7 @@ def duplicates(
             groups = _near_codes(items, radius, advance)
     else:
         groups = _confirmed(items, radius, bars)
-    ordered = sorted((items.by_worth(group) for group in groups), key=len, reverse=True)
+    ordered = sorted((items.by_worth(group, confirm) for group in groups), key=len, reverse=True)
     results = [[(items.distance(group[0].number, one.number), one.photo) for one in group] for group in ordered]
     _print_groups(output, items, ordered, results)
     kind = "copies of one picture" if confirm else "photos of similar content"
@@ -213,18 +214,30 @@ class _Items:
         (photo,) = self.photos([number], thumbnails=True)
         return Tile(decode(photo.thumbnail, 0), search.format_bits(distance), note=printable(photo.path))
 
-    def by_worth(self, group: Sequence[int]) -> list[_Member]:
-        """Returns the photos of a group with their roles, the one worth keeping first, those of a reference before."""
+    def by_worth(self, group: Sequence[int], copies: bool) -> list[_Member]:
+        """Returns the photos of a group with their roles, the one worth keeping first, those of a reference before.
+
+        Of `copies`, the first is none to which a border or a bar was added.
+        """
         photos = dict(zip(group, self.photos(group), strict=True))
 
         def rank(number: int) -> tuple[bool, int, int, int, str]:
             photo = photos[number]
             return number < self.indexed, -photo.width * photo.height, -photo.size, photo.modified_ns, photo.path
 
+        def framed(number: int) -> bool:
+            pixels = photos[number].width * photos[number].height
+            smaller = [other for other in group if pixels / 2 <= photos[other].width * photos[other].height < pixels]
+            return any(is_framed(self.picture(number), self.picture(other)) for other in smaller)
+
+        ordered = sorted(group, key=rank)
+        if copies and not self.reference:
+            keep = next((number for number in ordered if not framed(number)), ordered[0])
+            ordered.insert(0, ordered.pop(ordered.index(keep)))
         sizes = collections.Counter(photo.size for photo in photos.values())
         members: list[_Member] = []
         seen: set[str] = set()
-        for number in sorted(group, key=rank):
+        for number in ordered:
             photo = photos[number]
             if sizes[photo.size] > 1:
                 photo = photo._replace(digest=_digest(os.path.join(self.collection.root, photo.path)))

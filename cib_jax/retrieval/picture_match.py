@@ -128,6 +128,24 @@ def align(one: Picture, other: Picture) -> Map | None:
     return found if found is not None and inliers.sum() >= _LEAST_FEATURES else None
 
 
+def is_framed(one: Picture, other: Picture) -> bool:
+    """Returns whether one picture is the other with a border, or with a bar such as that of a caption, added to it.
+
+    What was added has one color in more than half of its area, which is not that of the picture along its edge: else
+    the other picture may be a crop of the first one.
+    """
+    mapped = align(other, one)
+    if mapped is None:
+        return False
+    _, image, inside = _resample(other.image, one.image, mapped, _FINE)
+    added = _shrink(~inside, 9)  # without the edge, where the alignment is uncertain
+    if added.mean() < 0.02 or _flat(image[added]) < 0.5:
+        return False
+    near_added = _cv2().dilate(added.astype(np.uint8), np.ones((25, 25), np.uint8)).astype(bool)
+    edge = image[near_added & _shrink(inside, 9)]
+    return bool((np.abs(edge - np.median(image[added], axis=0)).max(axis=1) > 24).mean() > 0.5)
+
+
 class Layout(NamedTuple):
     """How far two aligned pictures agree where they overlap, seen from afar."""
 

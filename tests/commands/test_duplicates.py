@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import rich.console
 
@@ -155,6 +156,22 @@ def test_the_largest_photo_is_kept_and_exact_copies_are_named(few, tmp_path):
     _, told = find(tmp_path)
     assert "exact copy" in told and "2 exact copies among them" in told
     assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("edge", [(0, 0, 0, 60), 30])
+def test_a_photo_with_a_bar_or_a_border_is_kept_only_if_its_original_is_small(few, tmp_path, edge):
+    photos, image = tmp_path / "photos", pictures.scene(0, 480, 360)
+    sizes = {"original.jpg": (480, 360), "half.jpg": (240, 180)}
+    for name, size in sizes.items():
+        pictures.write(photos / name, image.resize(size))
+    pictures.write(photos / "added.jpg", PIL.ImageOps.expand(image, edge, "white"))
+    indexing.run(tmp_path / "i", photos, workdir=few / "encoder")
+    (found,) = find(tmp_path)[0]
+    assert [photo.path for _, photo in found] == ["original.jpg", "added.jpg", "half.jpg"] and found[0][0] == 0
+    (photos / "original.jpg").unlink()
+    indexing.run(tmp_path / "i", photos, workdir=few / "encoder")
+    (found,) = find(tmp_path)[0]
+    assert [photo.path for _, photo in found] == ["added.jpg", "half.jpg"]
 
 
 def test_photos_of_a_reference_are_found_in_the_index(copies, tmp_path):

@@ -5,6 +5,8 @@ import pathlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFilter
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
 FORMATS |= {"avif": "AVIF", "heic": "HEIF"}
@@ -19,6 +21,18 @@ def smooth(width, height, seed=0):
         a, b, c = generator.uniform(0.5, 3, 3)
         channels.append(0.5 + 0.45 * np.sin(2 * np.pi * (a * x + b * y + c)))
     return PIL.Image.fromarray(np.round(255 * np.stack(channels, axis=-1)).astype(np.uint8))
+
+
+def scene(seed, width=400, height=300):
+    """Returns a picture with many shapes, as a photo has."""
+    rng = np.random.default_rng(seed)
+    image = PIL.Image.new("RGB", (width, height), tuple(rng.integers(60, 200, 3).tolist()))
+    pen = PIL.ImageDraw.Draw(image)
+    for _ in range(120):
+        x, y, w, h = rng.integers(0, [width, height, 90, 90])
+        fill = tuple(rng.integers(0, 256, 3).tolist())
+        (pen.ellipse if rng.integers(2) else pen.rectangle)((x, y, x + w + 4, y + h + 4), fill=fill)
+    return image.filter(PIL.ImageFilter.GaussianBlur(1))
 
 
 def content(image, form="PNG", **options):

@@ -11,19 +11,8 @@ import PIL.ImageOps
 import pytest
 
 from cib_jax.retrieval import picture_match
-from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy, orient, perceptual_hashes
-
-
-def scene(seed, width=400, height=300):
-    """Returns a picture with many shapes, as a photo has."""
-    rng = np.random.default_rng(seed)
-    image = PIL.Image.new("RGB", (width, height), tuple(rng.integers(60, 200, 3).tolist()))
-    pen = PIL.ImageDraw.Draw(image)
-    for _ in range(120):
-        x, y, w, h = rng.integers(0, [width, height, 90, 90])
-        fill = tuple(rng.integers(0, 256, 3).tolist())
-        (pen.ellipse if rng.integers(2) else pen.rectangle)((x, y, x + w + 4, y + h + 4), fill=fill)
-    return image.filter(PIL.ImageFilter.GaussianBlur(1))
+from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy, is_framed, orient, perceptual_hashes
+from tests.data.pictures import scene
 
 
 def note(text):
@@ -136,6 +125,36 @@ def test_a_blurred_copy_of_an_evening_is_one():
     blurred = picture(evening(200).filter(PIL.ImageFilter.GaussianBlur(2)))
     assert is_copy(picture(evening(200)), blurred)
     assert not is_copy(picture(evening(150)), blurred)
+
+
+@pytest.mark.parametrize("change", ["captioned", "framed", "framed in black", "on a telephone"])
+def test_a_picture_with_a_border_or_a_caption_is_framed(change):
+    def on_a_telephone(image):
+        screen = PIL.Image.new("RGB", (400, 700), (18, 18, 18))
+        screen.paste(image, (0, 200))
+        PIL.ImageDraw.Draw(screen).text((30, 640), "Reply  Share", fill="white", font_size=26)
+        return screen
+
+    changes = CHANGES | {
+        "framed in black": lambda image: PIL.ImageOps.expand(image, 20, "black"),
+        "on a telephone": on_a_telephone,
+    }
+    for seed in range(3):
+        original, copy = picture(scene(seed)), picture(jpeg(changes[change](scene(seed)), 90))
+        assert is_framed(copy, original) and not is_framed(original, copy), seed
+        small = picture(scene(seed).resize((200, 150)))
+        assert is_framed(copy, small) and not is_framed(original, small)
+        assert not is_framed(copy, picture(scene(seed + 100)))
+
+
+def test_a_picture_is_not_framed_beside_its_crop():
+    """Nor a thing on white, of which the crop cuts off only white."""
+    thing = PIL.Image.new("RGB", (480, 360), "white")
+    thing.paste(scene(1, 240, 180), (120, 90))
+    for image, box in [(scene(0), (40, 30, 360, 270)), (scene(0), (0, 0, 400, 240)), (thing, (80, 60, 400, 300))]:
+        whole, crop = picture(image), picture(image.crop(box))
+        assert picture_match.align(whole, crop) is not None
+        assert not is_framed(whole, crop) and not is_framed(crop, whole)
 
 
 def test_two_photos_that_share_a_corner_are_not_copies():
