@@ -27,7 +27,7 @@ from cib_jax.files import count, map_in_order, modified_ns, open_regular, path_a
 from cib_jax.report.contact_sheet import Tile
 from cib_jax.retrieval import near_duplicates
 from cib_jax.retrieval.index import Index
-from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy, is_framed
+from cib_jax.retrieval.picture_match import ORIENTATIONS, Picture, is_copy, is_framed, perceptual_hashes
 from cib_jax.storage.collection import Collection, Photo
 
 FORMATS = ("table", "json", "csv")
@@ -37,7 +37,8 @@ BY_BOTH = 8  # by code and hash together
 BY_HASH = 2  # by the hash in each orientation
 HASH_BITS = 12  # bits, of 64, in which the hash of a copy may differ
 KEPT_BYTES = 1 << 30  # thumbnails that are kept in memory
-KEPT_PICTURES = 4_000  # decoded thumbnails and their features, half a megabyte each
+KEPT_FEATURES = 8_000  # features of pictures, 160 KB each
+KEPT_PIXELS = 250  # decoded thumbnails, half a megabyte each
 
 
 def duplicates(
@@ -160,7 +161,9 @@ class _Items:
         self.codes = np.ascontiguousarray(np.concatenate(codes))
         self._thumbnails: dict[int, bytes] = {}
         self._free, self._lock = KEPT_BYTES, threading.Lock()
-        self.picture = functools.lru_cache(KEPT_PICTURES)(self._picture)
+        self.looks = np.zeros((0, ORIENTATIONS, 8), np.uint8)
+        self.picture = functools.lru_cache(KEPT_FEATURES)(self._picture)
+        self.pixels = functools.lru_cache(KEPT_PIXELS)(self._pixels)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -175,10 +178,8 @@ class _Items:
         others = self.reference.photos if self.reference else []
         return [next(read) if number < self.indexed else others[number - self.indexed] for number in numbers]
 
-    def hashes(
-        self, console: rich.console.Console
-    ) -> tuple[UInt8[np.ndarray, "photos orientations 8"], dict[bytes, list[int]]]:
-        """Returns the perceptual hashes of all thumbnails, and the photos of each thumbnail by its digest."""
+    def look(self, console: rich.console.Console) -> dict[bytes, list[int]]:
+        """Computes the perceptual hashes of all thumbnails, and returns the photos of each thumbnail by its digest."""
         same: dict[bytes, list[int]] = collections.defaultdict(list)
         hashes: list[np.ndarray] = []
 
@@ -187,8 +188,8 @@ class _Items:
             found = []
             for number, photo in zip(numbers, self.photos(numbers, thumbnails=True), strict=True):
                 self._keep(number, photo.thumbnail)
-                picture = Picture(decode(photo.thumbnail, 0))
-                found.append((picture.hashes, hashlib.blake2b(photo.thumbnail, digest_size=16).digest()))
+                digest = hashlib.blake2b(photo.thumbnail, digest_size=16).digest()
+                found.append((perceptual_hashes(decode(photo.thumbnail, 0)), digest))
             return found
 
         with progress_bar(console, "Looking at photos", len(self)) as advance:
@@ -197,7 +198,8 @@ class _Items:
                     same[digest].append(len(hashes))
                     hashes.append(looks)
                 advance(len(found))
-        return np.array(hashes, np.uint8).reshape(-1, ORIENTATIONS, 8), same
+        self.looks = np.array(hashes, np.uint8).reshape(-1, ORIENTATIONS, 8)
+        return same
 
     def _keep(self, number: int, thumbnail: bytes) -> None:
         with self._lock:
@@ -206,8 +208,11 @@ class _Items:
                 self._thumbnails[number] = thumbnail
 
     def _picture(self, number: int) -> Picture:
+        return Picture(functools.partial(self.pixels, number), self.looks[number])
+
+    def _pixels(self, number: int) -> UInt8[np.ndarray, "height width 3"]:
         thumbnail = self._thumbnails.get(number)
-        return Picture(decode(thumbnail or self.photos([number], thumbnails=True)[0].thumbnail, 0))
+        return decode(thumbnail or self.photos([number], thumbnails=True)[0].thumbnail, 0)
 
     def tile(self, number: int, distance: int) -> Tile:
         """Returns a photo's tile in a contact sheet."""
@@ -283,7 +288,7 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
     """Returns the groups of photos that are connected by pairs of copies."""
     if len(items) < 2:
         return []
-    hashes, same = items.hashes(console)
+    same = items.look(console)
     parent = np.arange(len(items))
 
     def root(number: int) -> int:
@@ -296,7 +301,7 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
         for number in numbers[1:]:
             if radius is None or items.distance(number, numbers[0]) <= radius:
                 parent[root(number)] = root(numbers[0])
-    candidates = _neighbors_together(_candidates(items, hashes, console), len(items)).tolist()
+    candidates = _neighbors_together(_candidates(items, console), len(items)).tolist()
     pairs = [pair for pair in candidates if radius is None or items.distance(*pair) <= radius]
 
     def compare(pair: list[int]) -> bool:
@@ -317,22 +322,21 @@ def _confirmed(items: _Items, radius: int | None, console: rich.console.Console)
     return [group for group in found if items.reference is None or _crosses(group, items.indexed)]
 
 
-def _candidates(
-    items: _Items, hashes: UInt8[np.ndarray, "photos orientations 8"], console: rich.console.Console
-) -> Int64[np.ndarray, "pairs 2"]:
+def _candidates(items: _Items, console: rich.console.Console) -> Int64[np.ndarray, "pairs 2"]:
     """Returns pairs of photos that may be copies, each once, by the first photo's number.
 
     A crop has a near code, but a far hash; among hundreds of scanned pages with one code, the hash finds the copy, and
     so it does for a picture with writing across it; a copy turned by quarters or mirrored has the hash of another
     orientation.
     """
-    plain = np.ascontiguousarray(hashes[:, 0])
+    turned = np.ascontiguousarray(items.looks.swapaxes(0, 1))
+    plain = turned[0]
     both = np.concatenate([items.codes, plain], axis=1)
     searches = [
         (items.codes, items.codes, BY_CODE, items.collection.bits // 4),
         (both, both, BY_BOTH, 8 * both.shape[1]),
     ]
-    searches += [(plain, np.ascontiguousarray(hashes[:, turn]), BY_HASH, HASH_BITS) for turn in range(ORIENTATIONS)]
+    searches += [(plain, hashes, BY_HASH, HASH_BITS) for hashes in turned]
     database = slice(0, items.indexed)
     # With a reference, its photos alone are queries, so that no two photos of the index are compared.
     queries = np.arange(items.indexed if items.reference else 0, len(items))

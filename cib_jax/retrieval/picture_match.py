@@ -1,6 +1,7 @@
 """Whether two photos show one picture: perceptual hashes, alignment of the two, and comparison of their pixels."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,10 +69,20 @@ def orient(image: Image, number: int) -> Image:
 
 
 class Picture:
-    """A picture that is compared with others."""
+    """A picture that is compared with others: its perceptual hashes, its features and, where these agree, its pixels.
 
-    def __init__(self, image: Image):
-        self.image, self.hashes = image, perceptual_hashes(image)
+    Args:
+      read: Function that returns the pixels, which take more memory than the features and are not kept.
+      hashes: Perceptual hashes of the pixels.
+    """
+
+    def __init__(self, read: Callable[[], Image], hashes: UInt8[np.ndarray, "orientations 8"]):
+        self._read, self.hashes = read, hashes
+
+    @property
+    def image(self) -> Image:
+        """The pixels."""
+        return self._read()
 
     @functools.cached_property
     def features(self) -> tuple[Float32[np.ndarray, "points 2"], Float32[np.ndarray, "points 128"]]:
