@@ -358,7 +358,7 @@ def _neighbors_together(pairs: Int64[np.ndarray, "pairs 2"], photos: int) -> Int
     """Returns the pairs in an order in which those of one photo, and of its neighbors, follow one another.
 
     A photo whose features were computed for one pair is then mostly still in memory for its others: with memory for a
-    twentieth of the photos, features are computed twice for a photo, and ten times by the order of the numbers.
+    twentieth of 2,000 photos, features are computed twice for a photo, and ten times by the order of the numbers.
     """
     from scipy import sparse  # takes a quarter of a second, which other commands would wait for
     from scipy.sparse import csgraph
