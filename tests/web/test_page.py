@@ -11,7 +11,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from cib_jax.data.photos import decode_with_thumbnail
-from cib_jax.web import page
 from tests.web import browsing, fake
 from tests.web.browsing import Site, asked, drawn, find, find_all, look, results, wait
 from tests.web.conftest import OPEN
@@ -37,7 +36,15 @@ def collection_of(root, count):
 
 
 @pytest.fixture(scope="module")
-def site(running, tmp_path_factory):
+def page():
+    """The module, with which Gradio is imported, for seconds that the worker is spared that does not run this file."""
+    from cib_jax.web import page
+
+    return page
+
+
+@pytest.fixture(scope="module")
+def site(running, page, tmp_path_factory):
     collection = collection_of(tmp_path_factory.mktemp("collection"), 48)
     with running(collection, SETTINGS, page=functools.partial(page.mount, settings=SETTINGS)) as served:
         yield Site(f"http://127.0.0.1:{served.port}/", collection)
@@ -283,7 +290,7 @@ def test_errors_are_told_in_the_page(browser, site, tmp_path):
     assert results(browser) == []
 
 
-def test_a_photo_without_its_file_can_still_be_searched_with(running, browser, tmp_path):
+def test_a_photo_without_its_file_can_still_be_searched_with(running, page, browser, tmp_path):
     # Not the collection of the other tests, of which the browser may have cached photos.
     collection = collection_of(tmp_path, 6)
     with running(collection, SETTINGS, page=page.mount) as served:
@@ -295,7 +302,7 @@ def test_a_photo_without_its_file_can_still_be_searched_with(running, browser, t
         assert find(browser, ".cib-photo").get_attribute("src").endswith(f"/thumbnail/{site.photo(2).id}")
 
 
-def test_works_below_a_path_of_a_reverse_proxy(running, browser, tmp_path):
+def test_works_below_a_path_of_a_reverse_proxy(running, page, browser, tmp_path):
     collection = collection_of(tmp_path, 3)
     with (
         running(collection, SETTINGS, page=functools.partial(page.mount, root_path="/find")) as served,
@@ -313,7 +320,7 @@ def test_works_below_a_path_of_a_reverse_proxy(running, browser, tmp_path):
         assert find(browser, "#cib-choose").value_of_css_property("background-color") == "rgba(11, 95, 149, 1)"
 
 
-def test_errors_of_the_server_are_displayed(running, browser, tmp_path):
+def test_errors_of_the_server_are_displayed(running, page, browser, tmp_path):
     settings = dataclasses.replace(OPEN, searches=1)
     with running(fake.FakeCollection(tmp_path), settings, page=page.mount) as served:
         browsing.open_page(browser, f"http://127.0.0.1:{served.port}/")
