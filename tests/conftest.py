@@ -1,5 +1,6 @@
 """Settings shared by all tests: CPU, programs compiled quickly and once, a hypothesis profile without deadlines."""
 
+import gc
 import os
 import pathlib
 
@@ -51,6 +52,15 @@ def pytest_collection_modifyitems(items):
     tests = pathlib.Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection():
+    gc.disable()  # while modules are imported, which stay
+
+
+def pytest_collection_finish():
+    gc.freeze()  # later collections pass over the modules' objects, which take most of the time of each
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
