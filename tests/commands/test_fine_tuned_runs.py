@@ -14,7 +14,7 @@ from cib_jax.config import build
 from cib_jax.distributed import multihost
 from tests import pretrained, small
 
-pytestmark = pytest.mark.usefixtures("few_digits")
+pytestmark = pytest.mark.usefixtures("compiled_to_run", "few_digits")
 
 
 def same(tree, other) -> bool:
