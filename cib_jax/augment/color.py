@@ -13,7 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbers of the operations in `ColorJitter.order`
+CORNERS = (5.0, 3.0, 1.0)  # by which red, green and blue are distant on the hexagon of hues
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue: the luma of ITU-R BT.601, rounded as in torchvision
+
+Planes = tuple[Float[Array, "batch height width"], ...]
+"""The three channels of a batch of images."""
 
 
 class ColorJitter(NamedTuple):
@@ -50,7 +54,8 @@ def jitter_rows(
     """Returns images after their color jitter, and then without colors where `grayscale` is True.
 
     All images of a batch run the same operations, whatever was drawn for each; `jitter_one` branches instead. The
-    outermost `margin` pixels at each side do not count for the mean gray of the contrast.
+    outermost `margin` pixels at each side do not count for the mean gray of the contrast. This is the form for batches
+    of small images on a CPU.
     """
     # Brightness, contrast and saturation are all a blend of the image with an anchor: black, the mean gray or each
     # pixel's own gray. So is grayscale: a saturation of 0. A change of hue costs as much as several blends. It is
@@ -86,6 +91,44 @@ def _blend_in_turn(
 
     # A loop, since XLA would fuse unrolled turns, and compute each turn again for every channel of the next.
     return jax.lax.scan(turn, rows, (operations.T, factors.T))[0]
+
+
+def jitter_planes(
+    rows: Float[Array, "batch height 3 width"],
+    jitter: ColorJitter,
+    grayscale: Bool[Array, " batch"],
+    *,
+    margin: int = 0,
+) -> Float[Array, "batch height 3 width"]:
+    """Returns the result of `jitter_rows` by a program that reads and writes the pixels less often.
+
+    This is the form for accelerators: each turn is one operation from three channels, as arrays of their own, to three.
+    A CPU would compute each turn again for every channel of the next.
+    """
+    strengths = jnp.concatenate((jitter.factors, jitter.hue[:, None]), axis=-1)
+    strengths = jnp.take_along_axis(strengths, jitter.order, axis=-1)
+    contrast_turn = jnp.argmax(jitter.order == CONTRAST, axis=-1)
+
+    def turn(planes: Planes, number: int, drawn: Bool[Array, " batch"]) -> Planes:
+        """Applies brightness, saturation or hue, whatever this turn is, where `drawn` is True."""
+        operation, strength = jitter.order[:, number], strengths[:, number]
+        is_hue = operation == HUE
+        gray = _of_planes(operation == SATURATION) * _gray_of(planes)
+        blended = _blend_planes(planes, gray, jnp.where(drawn & ~is_hue, strength, 1.0))
+        turned = _shift_hue_of_planes(planes, jnp.where(drawn & is_hue, strength, 0.0))
+        return tuple(jnp.where(_of_planes(is_hue), *both) for both in zip(turned, blended, strict=True))
+
+    # The mean gray is that of the image as the contrast finds it, so that all turns before it come first, and all after
+    # it last. A turn of the other side changes nothing.
+    planes: Planes = tuple(rows[..., channel, :] for channel in range(3))
+    for number in range(3):
+        planes = turn(planes, number, number < contrast_turn)
+    mean = _mean_gray(_gray_of(planes)[..., None, :], margin)[..., 0]
+    planes = _blend_planes(planes, mean, jitter.factors[:, CONTRAST])
+    for number in range(1, 4):
+        planes = turn(planes, number, number > contrast_turn)
+    planes = _blend_planes(planes, _gray_of(planes), jnp.where(grayscale, 0.0, 1.0))
+    return jnp.stack(planes, axis=-2)
 
 
 def jitter_one(
@@ -128,15 +171,43 @@ def blur_rows(
     torchvision pads by reflection first. Here, the caller provides that padding (`geometry.resized_crop_rows` with
     `margin=1`). A `sigma` of 0 changes nothing.
     """
-    # The inner `where` keeps the exponent finite where the outer one discards it.
-    side = jnp.where(sigma > 0, jnp.exp(-0.5 / jnp.where(sigma > 0, sigma, 1.0) ** 2), 0.0)
-    center, side = (_per_pixel(weight / (1 + 2 * side)) for weight in (1.0, side))
+    center, side = (_per_pixel(weight) for weight in _blur_weights(sigma))
     rows = center * rows[:, 1:-1] + side * (rows[:, :-2] + rows[:, 2:])
     return center * rows[..., 1:-1] + side * (rows[..., :-2] + rows[..., 2:])
 
 
+def blur_rows_by_products(
+    rows: Float[Array, "batch padded_height 3 padded_width"], sigma: Float[Array, " batch"]
+) -> Float[Array, "batch padded_height-2 3 padded_width-2"]:
+    """Returns the result of `blur_rows` by two matrix products per image.
+
+    This is the form for accelerators, whose memory is not addressed by single pixels: shifted copies cost them more.
+    """
+    center, side = (_of_planes(weight) for weight in _blur_weights(sigma))
+
+    def weights(size: int) -> Float[Array, "batch {size-2} {size}"]:
+        distance = jnp.abs(jnp.arange(1, size - 1)[:, None] - jnp.arange(size)[None])[None]
+        return jnp.where(distance == 0, center, jnp.where(distance == 1, side, 0.0))
+
+    # The default precision would round the pixels to 8 or 10 bits.
+    rows = jnp.einsum("byh,bhcx->bycx", weights(rows.shape[1]), rows, precision="highest")
+    return jnp.einsum("bxw,bycw->bycx", weights(rows.shape[3]), rows, precision="highest")
+
+
+def _blur_weights(sigma: Float[Array, " batch"]) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Returns the weights of a pixel and of each of its two neighbors in a row or a column."""
+    # The inner `where` keeps the exponent finite where the outer one discards it.
+    side = jnp.where(sigma > 0, jnp.exp(-0.5 / jnp.where(sigma > 0, sigma, 1.0) ** 2), 0.0)
+    return 1 / (1 + 2 * side), side / (1 + 2 * side)
+
+
 def _gray(rows: Float[Array, "batch height 3 width"]) -> Float[Array, "batch height 1 width"]:
     red, green, blue = (weight * rows[..., i : i + 1, :] for i, weight in enumerate(GRAY_WEIGHTS))
+    return red + green + blue
+
+
+def _gray_of(planes: Planes) -> Float[Array, "batch height width"]:
+    red, green, blue = (weight * plane for weight, plane in zip(GRAY_WEIGHTS, planes, strict=True))
     return red + green + blue
 
 
@@ -155,18 +226,32 @@ def _shift_hue(
     yellow, green, cyan, blue, magenta (Smith 1978). Each channel is the value minus the chroma times a trapezoid of the
     distance from the channel's own corner.
     """
-    red, green, blue = (rows[..., i : i + 1, :] for i in range(3))
+    value, chroma, hue = _value_chroma_hue(*(rows[..., i : i + 1, :] for i in range(3)))
+    # One expression for all three channels: a stack of three would keep XLA from vectorizing what follows it.
+    corner = jnp.array(CORNERS, jnp.float32).reshape(1, 1, 3, 1)
+    return _channel_of_hue(value, chroma, hue + (6 * _per_pixel(shift) + corner))
+
+
+def _shift_hue_of_planes(planes: Planes, shift: Float[Array, " batch"]) -> Planes:
+    value, chroma, hue = _value_chroma_hue(*planes)
+    hue = hue + 6 * _of_planes(shift)
+    return tuple(_channel_of_hue(value, chroma, hue + corner) for corner in CORNERS)
+
+
+def _value_chroma_hue(red: Array, green: Array, blue: Array) -> tuple[Array, Array, Array]:
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     per_chroma = 1 / jnp.where(chroma > 0, chroma, 1.0)  # the hue of a gray is undefined, and multiplied by 0 below
+    # No channel is compared with `value`, from which it can differ in its last bit where XLA computes both again.
     hue = jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         (green - blue) * per_chroma,
-        jnp.where(value == green, 2 + (blue - red) * per_chroma, 4 + (red - green) * per_chroma),
+        jnp.where(green >= blue, 2 + (blue - red) * per_chroma, 4 + (red - green) * per_chroma),
     )
-    # One expression for all three channels: a stack of three would keep XLA from vectorizing what follows it.
-    corner = jnp.array([5.0, 3.0, 1.0], jnp.float32).reshape(1, 1, 3, 1)
-    position = hue + (6 * _per_pixel(shift) + corner)
+    return value, chroma, hue
+
+
+def _channel_of_hue(value: Array, chroma: Array, position: Array) -> Array:
     position = position - 6 * jnp.floor(position / 6)
     return value - chroma * jnp.clip(jnp.minimum(position, 4 - position), 0.0, 1.0)
 
@@ -179,3 +264,13 @@ def _blend(pixels: Array, anchor: Array | float, factor: Float[Array, "*batch"])
 def _per_pixel(parameter: Array) -> Array:
     """Returns one parameter per image in the shape in which it broadcasts against the images' pixels."""
     return parameter[..., None, None, None]
+
+
+def _blend_planes(planes: Planes, anchor: Array, factor: Float[Array, " batch"]) -> Planes:
+    factor = _of_planes(factor)
+    return tuple(jnp.clip(factor * plane + (1 - factor) * anchor, 0.0, 1.0) for plane in planes)
+
+
+def _of_planes(parameter: Array) -> Array:
+    """Returns one parameter per image in the shape in which it broadcasts against a plane of pixels."""
+    return parameter[:, None, None]

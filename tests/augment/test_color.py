@@ -17,7 +17,8 @@ from cib_jax.augment import color
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "augment.npz")
 OPERATIONS = {"brightness": color.BRIGHTNESS, "contrast": color.CONTRAST, "saturation": color.SATURATION}
-FORMS = ["batch", "one by one"]
+BATCH_FORMS = {"rows": color.jitter_rows, "planes": color.jitter_planes}
+FORMS = [*BATCH_FORMS, "one by one"]
 IMAGES = np.tile(GOLDEN["images"][:3], (5, 1, 1, 1))
 SMALL = npst.arrays(np.float32, (2, 3, 4, 3), elements=st.floats(0, 1, width=32))
 
@@ -29,8 +30,8 @@ def swap(images):
 
 @functools.cache
 def jitter_form(form, margin):
-    if form == "batch":
-        return jax.jit(functools.partial(color.jitter_rows, margin=margin))
+    if form in BATCH_FORMS:
+        return jax.jit(functools.partial(BATCH_FORMS[form], margin=margin))
 
     def one_by_one(*drawn):
         alone = jax.tree.map(lambda values: values[:, None], drawn)
@@ -39,7 +40,7 @@ def jitter_form(form, margin):
     return jax.jit(one_by_one)
 
 
-def jitter(images, order, factors, hue, grayscale=False, form="batch", margin=0):
+def jitter(images, order, factors, hue, grayscale=False, form="rows", margin=0):
     """The jitter of a batch of images; parameters are broadcast to it."""
     count = len(images)
     drawn = color.ColorJitter(
@@ -51,14 +52,12 @@ def jitter(images, order, factors, hue, grayscale=False, form="batch", margin=0)
     return swap(np.asarray(rows))
 
 
-@functools.cache
-def blur_rows():
-    return jax.jit(color.blur_rows)
+BLURS = [jax.jit(color.blur_rows), jax.jit(color.blur_rows_by_products)]
 
 
-def blur(images, sigma):
+def blur(images, sigma, form=BLURS[0]):
     padded = np.pad(np.float32(images), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    return swap(np.asarray(blur_rows()(swap(padded), np.broadcast_to(np.float32(sigma), len(images)))))
+    return swap(np.asarray(form(swap(padded), np.broadcast_to(np.float32(sigma), len(images)))))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -89,14 +88,16 @@ def test_brightness_of_images_in_any_layout():
     np.testing.assert_allclose(adjusted, GOLDEN["brightness"][3], atol=2e-6)
 
 
-def test_blur_matches_torchvision():
+@pytest.mark.parametrize("form", BLURS, ids=["sums", "products"])
+def test_blur_matches_torchvision(form):
     images = np.broadcast_to(GOLDEN["images"][:2], GOLDEN["blur"].shape).reshape(6, 12, 16, 3)
-    blurred = blur(images, np.repeat(GOLDEN["sigmas"], 2))
+    blurred = blur(images, np.repeat(GOLDEN["sigmas"], 2), form)
     np.testing.assert_allclose(blurred, GOLDEN["blur"].reshape(images.shape), atol=1e-6)
 
 
-def test_blur_of_width_zero_changes_no_bit():
-    np.testing.assert_array_equal(blur(GOLDEN["images"], 0.0), GOLDEN["images"])
+@pytest.mark.parametrize("form", BLURS, ids=["sums", "products"])
+def test_blur_of_width_zero_changes_no_bit(form):
+    np.testing.assert_array_equal(blur(GOLDEN["images"], 0.0, form), GOLDEN["images"])
 
 
 @pytest.mark.parametrize("form", FORMS)
