@@ -49,7 +49,11 @@ def parity(images: np.ndarray, labels: np.ndarray) -> list[list[str]]:
             packed = np.asarray(cib.pack_bits(encoder.head(params, features)))
             return float(terms["loss"]), np.concatenate(jax.tree.leaves(moved)), packed
 
-    rows = []
+    def views(where: Any) -> np.ndarray:
+        with jax.default_device(where):
+            return np.asarray(jax.jit(functools.partial(cib.two_views, image_size=32))(jax.random.key(2), images[:64]))
+
+    rows = [["views, highest", "", "", f"{np.abs(views(device) - views(cpu)).max():.1e}"]]
     for precision in ("highest", "default"):
         (loss, gradient, codes), (cpu_loss, cpu_gradient, cpu_codes) = on(device, precision), on(cpu, precision)
         wrong = np.bitwise_count(codes ^ cpu_codes).sum() / (8 * codes.size)

@@ -1,14 +1,18 @@
 """Speed of reading photos: decoding against a plain Pillow loop, preparing a folder, and waiting in training.
 
 `python -m benchmarks.decoding` generates its photos. The plain loop does what a typical PyTorch data set does: open,
-rotate upright, convert to RGB, resize.
+rotate upright, convert to RGB, resize. With `--trace=FOLDER`, an epoch is traced instead, and the time that each device
+was idle between two steps is read from the trace: set `XLA_FLAGS=--xla_force_host_platform_device_count=2` to simulate
+devices.
 """
 
 import collections
 import concurrent.futures
 import functools
+import gzip
 import io
 import itertools
+import json
 import pathlib
 import tempfile
 import time
@@ -26,7 +30,8 @@ from benchmarks import measuring
 from cib_jax.data import dataset, photo_folder
 from cib_jax.data.photo_cache import PhotoCache
 from cib_jax.data.photos import decode
-from cib_jax.training import input_pipeline, loop
+from cib_jax.distributed import sharding
+from cib_jax.training import input_pipeline, loop, train_step
 from cib_jax.training.train_step import Method, Progress
 
 KINDS = {
@@ -248,38 +253,81 @@ def measure_prepared(size: int, image_size: int, count: int, rounds: int) -> Non
     measuring.print_table(header.split(" | "), rows)
 
 
-def measure_training(size: int, image_size: int, count: int, rounds: int) -> None:
-    """Prints the time of an epoch of training on this machine, fed from files and fed from memory."""
-    files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
-    encoder, params, frozen = cib.create_encoder(
-        jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
-    )
-    optimizer = optax.adam(1e-3)
-    how = Method(encoder, optimizer), input_pipeline.BatchOrder(0, BATCH)
-    resident = jax.numpy.asarray(dataset.materialize(files, stored_size=size))
-    feeds = {
-        "memory": input_pipeline.from_device(resident, frozen, *how),
-        "files": input_pipeline.from_stream(files, frozen, *how, stored_size=size),
-    }
+class Training:
+    """Epochs of EfficientNet-Lite0 with fresh views, on all devices, fed from files or from memory."""
 
-    def epoch(feed: loop.Feed) -> None:
-        state, _ = loop.run(
-            cib.create_train_state(jax.tree.map(jax.numpy.copy, params), optimizer),
-            Progress(),
-            feed,
-            key=jax.random.key(1),
-            schedule=loop.Schedule(1, BATCH),
+    def __init__(self, size: int, image_size: int, count: int):
+        """Generates the photos, and draws the network's weights."""
+        self.files = Files([make_photo("JPEG", 640, 480, seed) for seed in range(20)] * (count // 20))
+        encoder, self.params, self.frozen = cib.create_encoder(
+            jax.random.key(0), backbone="efficientnet_lite0", bits=32, image_size=image_size, pretrained=False
         )
+        self.size, self.method = size, Method(encoder, optax.adam(1e-3))
+        self.mesh = sharding.make_mesh(0, BATCH)
+        self.order = input_pipeline.BatchOrder(0, BATCH, mesh=self.mesh)
+        self.frozen = sharding.replicate(self.frozen, self.mesh)
+
+    def from_files(self) -> loop.Feed:
+        """Returns the feed that decodes each photo when it is needed."""
+        return input_pipeline.from_stream(self.files, self.frozen, self.method, self.order, stored_size=self.size)
+
+    def from_memory(self) -> loop.Feed:
+        """Returns the feed of photos that stay on the device."""
+        resident = jax.numpy.asarray(dataset.materialize(self.files, stored_size=self.size))
+        return input_pipeline.from_device(resident, self.frozen, self.method, self.order)
+
+    def epoch(self, feed: loop.Feed) -> None:
+        """Trains for an epoch."""
+        state = train_step.initial_state(self.params, self.method.optimizer, self.mesh)
+        state, _ = loop.run(state, Progress(), feed, key=jax.random.key(1), schedule=loop.Schedule(1, BATCH))
         jax.block_until_ready(state.params)
 
-    seconds = measuring.in_turns({name: functools.partial(epoch, feed) for name, feed in feeds.items()}, rounds=rounds)
+
+def measure_training(size: int, image_size: int, count: int, rounds: int) -> None:
+    """Prints the time of an epoch of training on this machine, fed from files and fed from memory."""
+    training = Training(size, image_size, count)
+    feeds = {"memory": training.from_memory(), "files": training.from_files()}
+    epochs = {name: functools.partial(training.epoch, feed) for name, feed in feeds.items()}
+    seconds = measuring.in_turns(epochs, rounds=rounds)
     begun = time.perf_counter()
-    for_each(functools.partial(decode, size=size), files.contents, measuring.cores())
+    for_each(functools.partial(decode, size=size), training.files.contents, measuring.cores())
     decoding = time.perf_counter() - begun
     print(f"EfficientNet-Lite0 at {image_size} px, {count} photos per epoch; the step and decoding share the cores")
     rows = [(name, f"{taken.median:.2f} s", f"{count / taken.median:.0f} photos/s") for name, taken in seconds.items()]
     rows.append(("decoding alone", f"{decoding:.2f} s", f"{count / decoding:.0f} photos/s"))
     measuring.print_table(("fed from", "epoch", ""), rows)
+
+
+def measure_trace(size: int, image_size: int, count: int, folder: pathlib.Path) -> None:
+    """Prints how long each device was idle between two steps of an epoch that is fed from files, by JAX's profiler."""
+    training = Training(size, image_size, count)
+    feed = training.from_files()
+    training.epoch(feed)  # compiles
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(folder, profiler_options=options):
+        training.epoch(feed)
+    newest = max(folder.rglob("*.trace.json.gz"), key=lambda file: file.stat().st_mtime)
+    rows = []
+    for number, steps in enumerate(steps_of(json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"])):
+        idle = [max(0.0, later[0] - earlier[1]) for earlier, later in itertools.pairwise(steps)]
+        whole = steps[-1][1] - steps[0][0]
+        rows.append((number, len(steps), f"{whole:.2f} s", f"{1000 * max(idle):.1f} ms", f"{sum(idle) / whole:.2%}"))
+    print(f"EfficientNet-Lite0 at {image_size} px, {BATCH} photos a step, JPEGs of 640 × 480 decoded at {size} px")
+    measuring.print_table(("device", "steps", "first to last", "longest wait", "share of time idle"), rows)
+
+
+def steps_of(events: Iterable[dict[str, Any]]) -> list[list[tuple[float, float]]]:
+    """Returns, for each simulated device of a trace, the begin and end of each execution of a program, in seconds."""
+    found: dict[Any, list[tuple[float, float]]] = {}
+    events = list(events)
+    names = {event["tid"]: event["args"]["name"] for event in events if event.get("name") == "thread_name"}
+    for event in events:
+        device = names.get(event.get("tid"), "").startswith("tf_XLAPjRtCpuClient")
+        if device and event["name"].startswith("ThunkExecutor::Execute (wait"):
+            begin = event["ts"] / 1e6
+            found.setdefault(event["tid"], []).append((begin, begin + event["dur"] / 1e6))
+    return [sorted(steps) for steps in found.values()]
 
 
 def main() -> None:
@@ -289,8 +337,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
     parser.add_argument("--photos", type=int, default=4000, help="photos in the folder")
     parser.add_argument("--epoch", type=int, default=640, help="photos per epoch of training")
+    parser.add_argument("--trace", type=pathlib.Path, help="folder for the trace of an epoch; nothing else is measured")
     flags = parser.parse_args()
     print(measuring.machine("pillow", "jax"), end="\n\n")
+    if flags.trace:
+        measure_trace(160, 128, flags.epoch, flags.trace)
+        return
     measure_decoding(flags.sizes, flags.rounds)
     measure_folder(flags.photos, 160)
     measure_prepared(160, 128, flags.epoch, flags.rounds)
