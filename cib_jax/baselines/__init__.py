@@ -1,6 +1,7 @@
 """Other methods that hash features without labels, for comparison: each a pure `fit(features, bits, key) -> encoder`.
 
-`features` are the training images' features, float [n, features]. An encoder is a pytree that maps features
+`features` are the training images' features, float [n, features], or those of their views, float [views, n, features],
+where `Baseline.views` is True. An encoder is a pytree that maps features
 [batch, features] to logits [batch, bits]; the signs of the logits are the bits, and `cib_jax.pack_bits` packs them.
 """
 
@@ -18,6 +19,8 @@ class Baseline(NamedTuple):
     source: str
     """Authors and year of the publication."""
     fit: Fit
+    views: bool = False
+    """Whether `fit` takes the features of several views of each image."""
 
 
 lsh = Baseline("LSH", "Charikar 2002", linear.lsh)
@@ -29,6 +32,9 @@ anchor_graph = Baseline("Anchor graph hashing", "Liu et al. 2011", nonlinear.anc
 greedy_hash = Baseline("GreedyHash", "Su et al. 2018", deep.greedy_hash)
 bi_half = Baseline("Bi-half", "Li and van Gemert 2021", deep.bi_half)
 autoencoder = Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperchikolaei 2015", deep.autoencoder)
+ssdh = Baseline("SSDH", "Yang et al. 2018", deep.ssdh)
+sdc = Baseline("SDC", "Ng et al. 2023", deep.sdc)
+crovca = Baseline("CroVCA", "Moummad et al. 2025", deep.crovca, views=True)
 
 BASELINES: dict[str, Baseline] = {
     "lsh": lsh,
@@ -40,6 +46,9 @@ BASELINES: dict[str, Baseline] = {
     "greedy_hash": greedy_hash,
     "bi_half": bi_half,
     "autoencoder": autoencoder,
+    "ssdh": ssdh,
+    "sdc": sdc,
+    "crovca": crovca,
 }
 """Baselines by their names in `compare.methods`."""
 

@@ -1,4 +1,7 @@
-"""Trained baselines: GreedyHash, Bi-half and a binary auto-encoder, with the optimization loop that they share."""
+"""Trained baselines, with the optimization loop that they share.
+
+GreedyHash, Bi-half, a binary auto-encoder, SSDH, SDC and CroVCA.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +18,8 @@ from cib_jax.baselines.linear import Hyperplanes, validate_features
 from cib_jax.codes import binarize, sample_codes
 
 Params = TypeVar("Params")
+
+NORMALIZATION_EPSILON = 1e-5  # added to variances by a batch normalization, as in PyTorch
 
 
 class Schedule(NamedTuple):
@@ -191,6 +196,157 @@ def _two_layers(
     return middle @ params[f"{name} 2"] + params[f"{name} 2 bias"]
 
 
+# SSDH
+
+
+def ssdh(
+    features: Float[np.ndarray, "n features"],
+    bits: int,
+    key: PRNGKeyArray,
+    *,
+    width: float = 2.0,
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 1e-4,
+) -> Hyperplanes:
+    """Returns a linear head whose codes join pairs that are clearly similar, and part those that clearly are not.
+
+    Cosine distances of the training pairs have a histogram of one peak, and each of its sides is described by half a
+    Gaussian. Pairs below the peak by more than `width` left deviations are similar, those above it by more than `width`
+    right deviations are dissimilar, and all others do not count. Cosines are those of centered features, as for the
+    other baselines, and the linear layer takes the place of the last one of the published network.
+
+    References:
+      Yang et al., Semantic structure-based unsupervised deep hashing, IJCAI 2018
+      (https://www.ijcai.org/proceedings/2018/148).
+    """
+    validate_features(features, bits)
+    pair_key, train_key = jax.random.split(key)
+    near, far = distance_limits(_some_distances(features, pair_key), width)
+    loss = functools.partial(structure_loss, near=near, far=far)
+    return _fit_head(features, bits, train_key, loss, Schedule(epochs, batch_size, learning_rate))
+
+
+def distance_limits(distances: Float[np.ndarray, " pairs"], width: float) -> tuple[float, float]:
+    """Returns the distances below which a pair is similar, and above which it is dissimilar.
+
+    The peak is the middle of the fullest of 100 equal bins; the deviation of each side is that from the peak.
+    """
+    counts, edges = np.histogram(distances, bins=100)
+    fullest = int(np.argmax(counts))
+    peak = (edges[fullest] + edges[fullest + 1]) / 2
+    left, right = (
+        np.sqrt(np.mean(np.square(side - peak))) for side in (distances[distances <= peak], distances[distances > peak])
+    )
+    return float(peak - width * left), float(peak + width * right)
+
+
+def _some_distances(features: Float[np.ndarray, "n features"], key: PRNGKeyArray) -> Float[np.ndarray, " pairs"]:
+    """Returns the cosine distances of all pairs of up to 1,000 centered rows."""
+    chosen = np.asarray(jax.random.permutation(key, len(features))[:1000])
+    rows = features[chosen] - np.mean(features, axis=0, dtype=np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)
+    return 1 - (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+
+
+def structure_loss(
+    logits: Float[Array, "batch bits"], features: Float[Array, "batch features"], *, near: float, far: float
+) -> Float[Array, ""]:
+    """Returns the mean of (s − h · h′ / bits)² over the pairs with s = ±1, for relaxed codes h = tanh(logits).
+
+    s is 1 below the distance `near` and −1 above `far`.
+    """
+    codes = jnp.tanh(logits)
+    rows = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-8)
+    distances = 1 - rows @ rows.T
+    wanted = jnp.where(distances < near, 1.0, jnp.where(distances > far, -1.0, 0.0))
+    difference = jnp.square(wanted - codes @ codes.T / logits.shape[1])
+    return jnp.sum(jnp.where(wanted != 0, difference, 0.0)) / jnp.maximum(jnp.sum(wanted != 0), 1)
+
+
+# SDC
+
+
+def sdc(
+    features: Float[np.ndarray, "n features"],
+    bits: int,
+    key: PRNGKeyArray,
+    *,
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 1e-4,
+) -> Network:
+    """Returns a network of two layers whose codes have the order of the features' cosines, spread over the whole range.
+
+    As in the published code, the logits are normalized over each batch, and there is no contrast between views;
+    the hidden layer has ReLU for GELU, and cosines are those of centered features.
+
+    References:
+      Ng et al., Unsupervised hashing with similarity distribution calibration, BMVC 2023
+      (https://arxiv.org/abs/2302.07669).
+    """
+
+    validate_features(features, bits)
+    return _fit_normalized(features[None], bits, key, calibration_loss, Schedule(epochs, batch_size, learning_rate))
+
+
+def calibration_loss(logits: Float[Array, "batch bits"], features: Float[Array, "batch features"]) -> Float[Array, ""]:
+    """Returns the mean absolute difference between the cosines of logits and those that their rank asks for.
+
+    The pairs are those of `cosine_loss`. The r-th smallest cosine of features asks for the (r − ½)/pairs quantile of
+    the Beta distribution of parameters 2 and 2, stretched to [−1, 1]; a negative one becomes 0, of unrelated codes.
+    """
+    import scipy.stats  # takes a second, which every command would wait for
+
+    half = len(logits) // 2
+    order = jnp.argsort(_cosine(features[:half], features[half : 2 * half]))
+    wanted = 2 * scipy.stats.beta.ppf((np.arange(half) + 0.5) / half, 2, 2) - 1
+    found = _cosine(logits[:half], logits[half : 2 * half])[order]
+    return jnp.mean(jnp.abs(found - jnp.maximum(jnp.asarray(wanted, jnp.float32), 0.0)))
+
+
+# CroVCA
+
+
+def crovca(
+    views: Float[np.ndarray, "views n features"],
+    bits: int,
+    key: PRNGKeyArray,
+    *,
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+) -> Network:
+    """Returns a network of two layers by which each view predicts the bits of another, and whose bits are diverse.
+
+    As in the published code, the logits are normalized over each batch, and the coding rate has a weight of 0.1 and a
+    distortion ε of 0.05; Adam has a constant learning rate, and batches and epochs are those of the other methods.
+
+    References:
+      Moummad et al., Image hashing via cross-view code alignment in the age of foundation models, 2025
+      (https://arxiv.org/abs/2510.27584).
+    """
+    for view in views:
+        validate_features(view, bits)
+    return _fit_normalized(views, bits, key, alignment_loss, Schedule(epochs, batch_size, learning_rate))
+
+
+def alignment_loss(logits1: Float[Array, "batch bits"], logits2: Float[Array, "batch bits"]) -> Float[Array, ""]:
+    """Returns the mean cross-entropy of each view's logits with the other's bits, less 0.1 times the coding rate."""
+    bits1, bits2 = (jax.lax.stop_gradient((logits > 0).astype(jnp.float32)) for logits in (logits1, logits2))
+    entropy = optax.sigmoid_binary_cross_entropy
+    alignment = (jnp.mean(entropy(logits1, bits2)) + jnp.mean(entropy(logits2, bits1))) / 2
+    return alignment - 0.1 * (coding_rate(logits1) + coding_rate(logits2)) / 2
+
+
+def coding_rate(logits: Float[Array, "batch bits"], epsilon: float = 0.05) -> Float[Array, ""]:
+    """Returns ½ log det(I + bits / (batch · ε) Zᵀ Z) · (bits + batch) / (bits · batch), for rows Z of unit length."""
+    batch, bits = logits.shape
+    rows = logits / jnp.maximum(jnp.linalg.norm(logits, axis=1, keepdims=True), 1e-12)
+    factor = jnp.linalg.cholesky(jnp.eye(bits) + bits / (batch * epsilon) * rows.T @ rows)
+    return jnp.sum(jnp.log(jnp.diagonal(factor))) * (bits + batch) / (bits * batch)
+
+
 # Shared: similarity loss, linear head, optimization
 
 
@@ -240,6 +396,51 @@ def _fit_head(
     return Hyperplanes(jnp.asarray(mean, jnp.float32), params["kernel"] / scale, params["bias"])
 
 
+def _fit_normalized(
+    views: Float[np.ndarray, "views n features"],
+    bits: int,
+    key: PRNGKeyArray,
+    loss: Callable[[Array, Array], Float[Array, ""]],
+    schedule: Schedule,
+) -> Network:
+    """Returns a network of two layers and a batch normalization, which is made part of the last layer at the end.
+
+    With several views, each step draws two of them, and the loss is one of their logits; with one, it is one of the
+    logits and of the features, which are centered and divided by their overall standard deviation.
+    """
+    init_key, train_key = jax.random.split(key)
+    count, width = len(views), views.shape[2]
+    mean = np.mean(views, axis=(0, 1), dtype=np.float64).astype(np.float32)
+    square = [np.square(row.astype(np.float32) - mean).mean(dtype=np.float64) for view in views for row in view]
+    scale = jnp.full(width, max(float(np.sqrt(np.mean(square))), 1e-12), jnp.float32)
+    params = {"scale": jnp.ones(bits), "shift": jnp.zeros(bits)}
+    for number, widths in enumerate(((width, width), (width, bits)), 1):
+        params[f"encode {number}"] = _uniform(jax.random.fold_in(init_key, number), widths)
+        params[f"encode {number} bias"] = jnp.zeros(widths[1])
+
+    def normalized(params: dict[str, Array], rows: Array) -> Array:
+        logits = _two_layers(params, "encode", rows)
+        deviation = jnp.sqrt(jnp.var(logits, axis=0) + NORMALIZATION_EPSILON)
+        return params["scale"] * (logits - jnp.mean(logits, axis=0)) / deviation + params["shift"]
+
+    def loss_of(params: dict[str, Array], rows: Float[Array, "batch views features"], key: PRNGKeyArray) -> Array:
+        rows = (rows - mean) / scale
+        if count == 1:
+            return loss(normalized(params, rows[:, 0]), rows[:, 0])
+        first, second = jax.random.choice(key, count, (2,), replace=False)
+        return loss(normalized(params, rows[:, first]), normalized(params, rows[:, second]))
+
+    items = jnp.asarray(np.swapaxes(views, 0, 1))
+    params = minimize(params, loss_of, items, train_key, schedule)
+    sums = [_two_layers(params, "encode", (jnp.asarray(view, jnp.float32) - mean) / scale) for view in views]
+    center = sum(jnp.mean(logits, axis=0) for logits in sums) / count
+    variance = sum(jnp.mean(jnp.square(logits - center), axis=0) for logits in sums) / count
+    factor = params.pop("scale") / jnp.sqrt(variance + NORMALIZATION_EPSILON)
+    params["encode 2 bias"] = (params["encode 2 bias"] - center) * factor + params.pop("shift")
+    params["encode 2"] = params["encode 2"] * factor
+    return Network(jnp.asarray(mean), scale, params)
+
+
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "inputs outputs"]:
     """Returns initial weights of a linear layer, uniform within ±1/√inputs."""
     bound = shape[0] ** -0.5
@@ -248,8 +449,8 @@ def _uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "inputs 
 
 def minimize(
     params: Params,
-    loss: Callable[[Params, Float[Array, "batch features"], PRNGKeyArray], Float[Array, ""]],
-    features: Float[Array, "n features"],
+    loss: Callable[[Params, Float[Array, "batch *item"], PRNGKeyArray], Float[Array, ""]],
+    features: Float[Array, "n *item"],
     key: PRNGKeyArray,
     schedule: Schedule,
 ) -> Params:

@@ -1,4 +1,6 @@
-"""The losses and binary layers of GreedyHash, Bi-half and the auto-encoder against plain loops and SciPy."""
+"""The losses and binary layers of trained baselines against plain loops, NumPy and SciPy."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.spatial.distance
+import scipy.special
 
 from cib_jax.baselines import deep
 
@@ -110,3 +113,69 @@ def test_descent_takes_fewer_rows_than_a_batch():
         deep.Schedule(epochs=50, batch_size=64, learning_rate=0.05),
     )
     assert np.abs(found).max() < 0.2
+
+
+def test_the_limits_of_distances_are_those_of_two_half_gaussians():
+    """Left and right of a peak at 0.8, with deviations of 0.05 and 0.1."""
+    drawn = np.abs(np.random.default_rng(7).normal(size=200_000))
+    distances = 0.8 + np.where(np.arange(200_000) % 3 == 0, -0.05, 0.1) * drawn
+    near, far = deep.distance_limits(distances, 2.0)
+    assert near == pytest.approx(0.8 - 2 * 0.05, abs=0.02)
+    assert far == pytest.approx(0.8 + 2 * 0.1, abs=0.02)
+
+
+def test_only_clearly_similar_or_dissimilar_pairs_count():
+    generator = np.random.default_rng(8)
+    logits, features = generator.normal(size=(12, 8)), generator.normal(size=(12, 3))
+    distances = scipy.spatial.distance.cdist(features, features, "cosine")
+    errors = []
+    for i in range(12):
+        for j in range(12):
+            if distances[i, j] < 0.4 or distances[i, j] > 1.5:
+                wanted = 1 if distances[i, j] < 0.4 else -1
+                errors.append((wanted - np.tanh(logits[i]) @ np.tanh(logits[j]) / 8) ** 2)
+    assert 12 < len(errors) < 144
+    found = jax.jit(functools.partial(deep.structure_loss, near=0.4, far=1.5))(logits, features)
+    assert float(found) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_nothing_is_learned_where_no_pair_is_clear():
+    logits = jnp.ones((4, 8))
+    value, gradient = jax.value_and_grad(deep.structure_loss)(logits, jnp.eye(4), near=-1.0, far=3.0)
+    assert value == 0 and not gradient.any()
+
+
+def test_cosines_are_calibrated_by_their_ranks():
+    """The quantiles of Beta(2, 2) by bisection of its distribution function, 3x² − 2x³."""
+    generator = np.random.default_rng(9)
+    logits, features = generator.normal(size=(14, 8)), generator.normal(size=(14, 5))
+    cosines = [1 - scipy.spatial.distance.cosine(features[i], features[i + 7]) for i in range(7)]
+    expected = 0.0
+    for rank, i in enumerate(np.argsort(cosines)):
+        share = (rank + 0.5) / 7
+        quantile = scipy.optimize.bisect(lambda x, share=share: 3 * x**2 - 2 * x**3 - share, 0, 1)
+        found = 1 - scipy.spatial.distance.cosine(logits[i], logits[i + 7])
+        expected += abs(found - max(2 * quantile - 1, 0)) / 7
+    assert float(jax.jit(deep.calibration_loss)(logits, features)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_view_predicts_the_bits_of_the_other():
+    """The loss in float64: cross-entropies by SciPy's log of the sigmoid, and coding rates by determinants."""
+    first, second = np.random.default_rng(10).normal(size=(2, 9, 6))
+    expected = 0.0
+    for logits, bits in ((first, second > 0), (second, first > 0)):
+        chance = scipy.special.log_expit(np.where(bits, logits, -logits))
+        rows = logits / np.linalg.norm(logits, axis=1, keepdims=True)
+        rate = np.linalg.slogdet(np.eye(6) + 6 / (9 * 0.05) * rows.T @ rows).logabsdet / 2 * (6 + 9) / (6 * 9)
+        expected += (-chance.mean() - 0.1 * rate) / 2
+    assert float(jax.jit(deep.alignment_loss)(first, second)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_normalization_becomes_part_of_the_last_layer(views):
+    """Before training, every logit has mean 0 and variance 1 over all that it is trained on."""
+    features = 3 + 2 * np.random.default_rng(11).normal(size=(views, 50, 20)).astype(np.float32)
+    fit, given = (deep.sdc, features[0]) if views == 1 else (deep.crovca, features)
+    logits = np.concatenate([fit(given, 8, jax.random.key(0), epochs=0)(view) for view in features])
+    np.testing.assert_allclose(logits.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(logits.var(axis=0), 1, rtol=1e-3)

@@ -10,11 +10,16 @@ import cib_jax as cib
 from cib_jax.baselines import BASELINES
 from cib_jax.errors import Refusal
 
-TRAINED = {name: {"epochs": 20} for name in ("greedy_hash", "bi_half")} | {"autoencoder": {"epochs": 20, "hidden": 64}}
+TRAINED = {name: {"epochs": 20} for name in ("greedy_hash", "bi_half", "ssdh", "sdc", "crovca")} | {
+    "autoencoder": {"epochs": 20, "hidden": 64}
+}
 DECOMPOSED = ["pca_sign", "itq", "spectral", "anchor_graph"]
 
 
 def fit(name, features, bits=16):
+    """The encoder of a baseline; where it takes views, these are alike."""
+    if BASELINES[name].views:
+        features = np.repeat(features[None], 3, axis=0)
     return BASELINES[name].fit(features, bits, jax.random.key(0), **TRAINED.get(name, {}))
 
 

@@ -20,7 +20,7 @@ from cib_jax.errors import ConfigError, WorkdirError
 from cib_jax.losses import OBJECTIVES
 from cib_jax.runs import workdir
 from configs import cifar
-from tests import small
+from tests import pretrained, small
 from tests.commands import many
 from tests.small import reference_map
 
@@ -235,6 +235,23 @@ def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
     assert compare_lib.measure_baseline(config, "pca_sign", tmp_path / "b", console=QUIET) == json.loads(
         (tmp_path / "b" / "results.json").read_text()
     )
+
+
+def test_a_baseline_that_learns_from_views_takes_the_view_bank(tmp_path, monkeypatch):
+    fields = pretrained.convnet(monkeypatch, tmp_path, 8)
+    config = small.config(bits=8, train__views=3, **fields)
+    results = compare_lib.measure_baseline(config, "crovca", tmp_path / "b", console=QUIET)
+    assert results["source"] == BASELINES["crovca"].source
+    assert results["map"] == pytest.approx(small.reference_map(tmp_path / "b", 100))
+    assert results["map"] > 0.15  # chance gives 0.1
+
+
+@pytest.mark.parametrize("fields", [{"backbone": "convnet"}, {"train__views": 0}])
+def test_a_baseline_that_learns_from_views_is_refused_without_them(fields, tmp_path, monkeypatch):
+    frozen = {} if "backbone" in fields else pretrained.convnet(monkeypatch, tmp_path, 8)
+    config = small.config(bits=8, **frozen, **fields)
+    with pytest.raises(ConfigError, match=r"crovca needs a frozen backbone and config.train.views of 2 or more"):
+        compare_lib.measure_baseline(config, "crovca", tmp_path / "b", console=QUIET)
 
 
 def test_cells_of_several_data_make_no_table(tmp_path):
