@@ -106,13 +106,13 @@ def view_each(
     sample, apply = FAMILIES[family]
     draws = jax.vmap(lambda key: sample(key, height=height, width=width))(keys)
 
-    def whole(draws: Any, images: Array, *, cpu: bool) -> Array:
-        return _normalize(apply(draws, _scale(images), image_size=image_size, cpu=cpu), mean, deviation)
+    def whole(draws: Any, images: Array, *, apply: Callable[..., Array] = apply) -> Array:
+        return _normalize(apply(draws, _scale(images), image_size=image_size), mean, deviation)
 
     # Chosen when the program is lowered, not when it is traced: one export holds the forms of all platforms.
-    chunked = functools.partial(by_chunks, functools.partial(whole, cpu=True), chunk=chunk_of(image_size))
-    default = functools.partial(whole, cpu=False)
-    return jax.lax.platform_dependent(draws, jnp.asarray(images), cpu=chunked, default=default)
+    chunked = functools.partial(by_chunks, whole, chunk=chunk_of(image_size))
+    on_accelerators = functools.partial(whole, apply=ON_ACCELERATORS.get(family, apply))
+    return jax.lax.platform_dependent(draws, jnp.asarray(images), cpu=chunked, default=on_accelerators)
 
 
 @sharding.on_explicit_mesh(rows=True)
@@ -209,20 +209,23 @@ def sample_photo(key: PRNGKeyArray, *, height: int, width: int) -> PhotoDraws:
 
 
 def photo(
-    draws: PhotoDraws, images: Float[Array, "batch height width 3"], *, image_size: int, cpu: bool = True
+    draws: PhotoDraws, images: Float[Array, "batch height width 3"], *, image_size: int
 ) -> Float[Array, "batch {image_size} {image_size} 3"]:
-    """Returns the paper's views, from [0, 1] to [0, 1]: crop, flip, color jitter, grayscale, blur.
-
-    `cpu` chooses the form of the program that is fast on a CPU; the values are the same up to rounding.
-    """
+    """Returns the paper's views, from [0, 1] to [0, 1]: crop, flip, color jitter, grayscale, blur."""
     # The crop comes with the margin that the blur needs, and no operation between them pads or cuts.
     rows = geometry.resized_crop_rows(images, draws.crop, image_size=image_size, flip=draws.flip, margin=1)
-    if cpu:
-        jitter, blur = color.jitter_one if len(rows) == 1 else color.jitter_rows, color.blur_rows
-    else:
-        jitter, blur = color.jitter_planes, color.blur_rows_by_products
+    jitter = color.jitter_one if len(rows) == 1 else color.jitter_rows
     rows = jitter(rows, draws.jitter, draws.grayscale, margin=1)
-    return jnp.swapaxes(blur(rows, draws.sigma), -1, -2)
+    return jnp.swapaxes(color.blur_rows(rows, draws.sigma), -1, -2)
+
+
+def photo_on_accelerators(
+    draws: PhotoDraws, images: Float[Array, "batch height width 3"], *, image_size: int
+) -> Float[Array, "batch {image_size} {image_size} 3"]:
+    """Returns the views of `photo` up to rounding, by a program that reads and writes the pixels less often."""
+    rows = geometry.resized_crop_rows(images, draws.crop, image_size=image_size, flip=draws.flip, margin=1)
+    rows = color.jitter_planes(rows, draws.jitter, draws.grayscale, margin=1)
+    return jnp.swapaxes(color.blur_rows_by_products(rows, draws.sigma), -1, -2)
 
 
 class DigitDraws(NamedTuple):
@@ -243,13 +246,12 @@ def sample_digits(key: PRNGKeyArray, *, height: int, width: int) -> DigitDraws:
 
 
 def digits(
-    draws: DigitDraws, images: Float[Array, "batch height width 3"], *, image_size: int, cpu: bool = True
+    draws: DigitDraws, images: Float[Array, "batch height width 3"], *, image_size: int
 ) -> Float[Array, "batch {image_size} {image_size} 3"]:
     """Returns views of light digits on black, from [0, 1] to [0, 1]: small affine maps and changes of brightness.
 
     Digits are never mirrored, which would make other characters of them. Pixels from outside the image are black.
     """
-    del cpu  # one form for all
     _, height, width, _ = images.shape
     if max(height, width) > image_size:
         images = geometry.resize(images, image_size=image_size)
@@ -260,7 +262,10 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Callable[..., Array]]] = {
     "photo": (sample_photo, photo),
     "digits": (sample_digits, digits),
 }
-"""For each family, (key, height, width) → draws of one view; (draws, images, image_size, cpu) → views of a batch."""
+"""For each family, (key, height, width) → draws of one view, and (draws, images, image_size) → views of a batch."""
+
+ON_ACCELERATORS: dict[str, Callable[..., Array]] = {"photo": photo_on_accelerators}
+"""Families whose views GPUs and TPUs compute by another function."""
 
 
 def chunk_of(image_size: int) -> int:

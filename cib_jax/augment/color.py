@@ -113,7 +113,7 @@ def jitter_planes(
         """Applies brightness, saturation or hue, whatever this turn is, where `drawn` is True."""
         operation, strength = jitter.order[:, number], strengths[:, number]
         is_hue = operation == HUE
-        gray = _of_planes(operation == SATURATION) * _gray_of(planes)
+        gray = jnp.where(_of_planes(operation == SATURATION), _gray_of(planes), 0.0)
         blended = _blend_planes(planes, gray, jnp.where(drawn & ~is_hue, strength, 1.0))
         turned = _shift_hue_of_planes(planes, jnp.where(drawn & is_hue, strength, 0.0))
         return tuple(jnp.where(_of_planes(is_hue), *both) for both in zip(turned, blended, strict=True))

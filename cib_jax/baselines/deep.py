@@ -1,7 +1,4 @@
-"""Trained baselines, with the optimization loop that they share.
-
-GreedyHash, Bi-half, a binary auto-encoder, SSDH, SDC and CroVCA.
-"""
+"""Trained baselines: GreedyHash, Bi-half, SSDH, SDC, CroVCA and a binary auto-encoder, and how they are optimized."""
 
 import dataclasses
 import functools

@@ -219,8 +219,9 @@ def both_forms(family, chunk):
 
     def both(key, images):
         draws = jax.vmap(lambda key: sample(key, height=6, width=5))(augment.image_keys(key, len(images)))
-        accelerator, cpu = (functools.partial(apply, image_size=4, cpu=cpu) for cpu in (False, True))
-        return accelerator(draws, images / 255), augment.by_chunks(cpu, draws, images / 255, chunk=chunk)
+        cpu = functools.partial(apply, image_size=4)
+        accelerators = functools.partial(augment.ON_ACCELERATORS.get(family, apply), image_size=4)
+        return accelerators(draws, images / 255), augment.by_chunks(cpu, draws, images / 255, chunk=chunk)
 
     return jax.jit(both)
 
