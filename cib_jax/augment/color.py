@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbers of the operations in `ColorJitter.order`
-CORNERS = (5.0, 3.0, 1.0)  # by which red, green and blue are distant on the hexagon of hues
+CORNERS = (5.0, 3.0, 1.0)  # offsets of red, green and blue on the hexagon of hues
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue: the luma of ITU-R BT.601, rounded as in torchvision
 
 Planes = tuple[Float[Array, "batch height width"], ...]
@@ -202,12 +202,11 @@ def _blur_weights(sigma: Float[Array, " batch"]) -> tuple[Float[Array, " batch"]
 
 
 def _gray(rows: Float[Array, "batch height 3 width"]) -> Float[Array, "batch height 1 width"]:
-    red, green, blue = (weight * rows[..., i : i + 1, :] for i, weight in enumerate(GRAY_WEIGHTS))
-    return red + green + blue
+    return _gray_of(tuple(rows[..., i : i + 1, :] for i in range(3)))
 
 
-def _gray_of(planes: Planes) -> Float[Array, "batch height width"]:
-    red, green, blue = (weight * plane for weight, plane in zip(GRAY_WEIGHTS, planes, strict=True))
+def _gray_of(channels: tuple[Array, ...]) -> Array:
+    red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
     return red + green + blue
 
 

@@ -1,8 +1,8 @@
 """Other methods that hash features without labels, for comparison: each a pure `fit(features, bits, key) -> encoder`.
 
 `features` are the training images' features, float [n, features], or those of their views, float [views, n, features],
-where `Baseline.views` is True. An encoder is a pytree that maps features
-[batch, features] to logits [batch, bits]; the signs of the logits are the bits, and `cib_jax.pack_bits` packs them.
+where `Baseline.views` is True. An encoder is a pytree that maps features [batch, features] to logits [batch, bits]; the
+signs of the logits are the bits, and `cib_jax.pack_bits` packs them.
 """
 
 from typing import NamedTuple
