@@ -132,7 +132,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.writers = "tensorboard"  # see docs/logging.md
 
     c.report = ml_collections.ConfigDict()
-    c.report.write = True  # writes figures and tables of a run to report/, and all of them to report/index.html
+    c.report.write = True  # writes figures and tables to report/, and all of them to report/index.html
     c.report.embedded = 2000  # images of the database in the t-SNE figure; 0 = no such figure
 
     # --mode=compare: every method with every length and seed; see docs/results.md.

@@ -322,7 +322,7 @@ def _conclude(
         ("comparison.tex", "\n".join(map(tables.latex, compared))),
     ):
         write_bytes(workdir / name, content.encode())
-    page = _write_report(config, workdir, compared)
+    drawn = f"; report in {_write_report(config, workdir, compared)}" if config.report.write else ""
     for table in compared:
         published = [number for number, row in enumerate(table.rows) if row.published]
         many_runs.print_grid(console, _grid(table), dimmed=published)
@@ -331,7 +331,7 @@ def _conclude(
             print_message(console, f"Refused: {cell.title}: {why}")
     if waiting := sum(not why for _, why in missing):
         print_message(console, f"{waiting} cells are left to other processes; run again when these are done")
-    print_message(console, f"Written to {workdir}: comparison.csv, .md, .tex and .json; report in {page}")
+    print_message(console, f"Written to {workdir}: comparison.csv, .md, .tex and .json{drawn}")
     return comparison
 
 

@@ -369,14 +369,14 @@ def _conclude(
     ]
     title = f"The best of {count(len(good), 'trial')} by {config.tune.score}"
     grid = Grid(title, ("trial", *best["params"], config.tune.score), rows)
-    page = _write_report(config, workdir, search, good, grid)
+    drawn = f"; report in {_write_report(config, workdir, search, good, grid)}" if config.report.write else ""
     many_runs.print_grid(console, grid, rows=5)
     for against, scores in search["rank_correlation"].items():
         text = ", ".join(f"{name} {value:+.2f}" for name, value in scores.items())
         print_message(console, f"Rank correlation with {against} over {count(len(good), 'trial')}: {text}")
     flags = " ".join(f"--config.{name}={value}" for name, value in best["params"].items())
     print_message(console, f"Best by {config.tune.score}: {flags}")
-    print_message(console, f"Written to {workdir}: search.csv and search.json; report in {page}")
+    print_message(console, f"Written to {workdir}: search.csv and search.json{drawn}")
     return search
 
 

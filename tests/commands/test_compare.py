@@ -35,7 +35,7 @@ def compared(folder, methods="lsh, itq, cl_hash, cibhash", **fields):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    return folder, compare(compared(folder), folder / "table", console=QUIET)
+    return folder, compare(compared(folder, report__write=True), folder / "table", console=QUIET)
 
 
 def test_a_cell_holds_the_mean_and_deviation_of_its_seeds(done):

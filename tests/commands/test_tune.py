@@ -42,7 +42,7 @@ def searched(folder, **fields):
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
     console = rich.console.Console(record=True, width=300)
-    return folder, tune.tune(searched(folder), folder / "s", console=console), console.export_text()
+    return folder, tune.tune(searched(folder, report__write=True), folder / "s", console=console), console.export_text()
 
 
 def test_the_best_is_the_trial_of_highest_score(done):
