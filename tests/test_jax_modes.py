@@ -36,10 +36,10 @@ MODES = {
 def results():
     """Returns the results of the pure functions, and the logits of a trained hasher."""
     logits = jnp.asarray(LOGITS)
-    found = {"resized": cib.resize_and_normalize(IMAGES, image_size=8)}
+    found = {"resized": jax.jit(functools.partial(cib.resize_and_normalize, image_size=8))(IMAGES)}
     loss = functools.partial(cib.cib_loss, KEY, objective="diffusion", coordinates=jnp.asarray(COORDINATES))
-    found["gradient"] = jax.grad(lambda a, b: loss(a, b)[0])(*logits)
-    found["loss"], _ = cib.cib_loss(KEY, *logits)
+    found["gradient"] = jax.jit(jax.grad(lambda a, b: loss(a, b)[0]))(*logits)
+    found["loss"], _ = jax.jit(cib.cib_loss)(KEY, *logits)
     found["codes"] = cib.unpack_bits(cib.pack_bits(logits), 12)
     settings = {"bits": 12, "hidden": 8, "epochs": 1, "batch_size": 8}
     found["hashed"] = cib.fit(FEATURES, backbone="none", augment="noise", **settings).logits(FEATURES)

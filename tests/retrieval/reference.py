@@ -1,4 +1,4 @@
-"""Metrics as plain loops over images and bits, as their definitions read, and data to compare on."""
+"""Metrics as plain loops over images, as their definitions read, and data to compare on."""
 
 from itertools import permutations, product
 
@@ -19,11 +19,8 @@ def is_relevant(a, b):
 def per_query(data):
     """Yields the distances and relevances of the database for each query."""
     query_codes, database_codes, query_labels, database_labels = data
-    for code, label in zip(query_codes, query_labels, strict=True):
-        yield (
-            [distance(code, other) for other in database_codes],
-            [is_relevant(label, other) for other in database_labels],
-        )
+    for distances, label in zip(distances_of(query_codes, database_codes).tolist(), query_labels, strict=True):
+        yield distances, [is_relevant(label, other) for other in database_labels.tolist()]
 
 
 def in_order(distances, relevance):
