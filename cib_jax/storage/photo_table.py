@@ -313,9 +313,11 @@ class PhotoTable:
             validate_rows(taken, self.uri)
         # LanceDB returns rows in the table's order.
         positions = np.searchsorted(snapshot.keys, as_numpy(taken["key"])).tolist()
-        # Also where it is not asked for: Arrow makes Python objects of nanoseconds only where Pandas is installed.
+        # As numbers, since Arrow makes Python objects of nanoseconds only where Pandas is installed.
         at = taken.schema.get_field_index("modified")
-        taken = taken.set_column(at, "modified", taken["modified"].cast("int64"))
+        taken = taken.set_column(at, "modified", taken["modified"].cast("int64")).select(
+            _present(columns, snapshot.table)
+        )
         return dict(zip(positions, taken.to_pylist(), strict=True))
 
     def _commit(self, change: Callable[[], Any]) -> None:

@@ -66,6 +66,7 @@ def test_nested_codes_are_trained_once_for_all_lengths(tmp_path):
     comparison = compare(compared(tmp_path, "cibhash nested=True", **fields), tmp_path / "table", console=QUIET)
     cells = sorted(path.name for path in (tmp_path / "table" / "cells").glob("cibhash*/*"))
     assert cells == ["20-bits-seed-0", "8-bits-seed-0"]  # nested codes begin at 16 bits
+    assert (tmp_path / "table" / "comparison.md").exists() and not (tmp_path / "table" / "report").exists()
     [whole] = (tmp_path / "table" / "cells").glob("cibhash*/20*/results.json")
     maps = json.loads(whole.read_text())["metrics"]["map_of_first_bits"]
     assert comparison["tables"][0]["rows"][0]["mean"][1:] == pytest.approx([maps["16"], maps["20"]])

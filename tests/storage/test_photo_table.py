@@ -109,11 +109,10 @@ def test_a_snapshot_stays_as_it_was(tmp_path):
     table.remove([key_of("000.jpg")])
     table.compact()
     order = sorted(range(10), key=lambda number: key_of(f"{number:03}.jpg"))
-    for columns in (["path", "modified"], ["feature"]):  # times are numbers in every row, asked for or not
-        read = table.read(before, [3, 0, 3, 9], columns)
-        assert {at: (one["path"], one["modified"]) for at, one in read.items()} == {
-            at: (f"{order[at]:03}.jpg", row(0).modified_ns) for at in (0, 3, 9)
-        }
+    read = table.read(before, [3, 0, 3, 9], ["path", "modified"])
+    assert read == {at: {"path": f"{order[at]:03}.jpg", "modified": row(0).modified_ns} for at in (0, 3, 9)}
+    # Nothing else: a time becomes a Python object only where Pandas is installed.
+    assert [one.keys() for one in table.read(before, [3], ["feature"]).values()] == [{"feature"}]
     assert table.version > version
     assert len(table.snapshot().keys) == 14 and len(before.keys) == 10
 
