@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # In the environment, so that processes that tests start take what others have compiled, and come to the same bits.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+# Each of the processes that tests start would compile the package's sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Threads of OpenMP wait by spinning: on cores that are shared, t-SNE of 200 points takes twenty times as long with two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For programs that run for moments, compiled for seconds: XLA's own passes alone, few of LLVM's. Where a test asks for

@@ -196,7 +196,7 @@ def functions_on_an_explicit_mesh():
     logits = LOGITS * 3
     functions = {
         "nt_xent": cib.nt_xent,
-        "gradient of nt_xent": jax.jit(jax.grad(cib.nt_xent)),
+        "gradient of nt_xent": jax.grad(cib.nt_xent),
         "cib_loss": lambda a, b: cib.cib_loss(KEY, a, b)[0],
         "bernoulli_kl": cib.bernoulli_kl,
         "sample_codes": lambda a, b: cib.sample_codes(KEY, a),
@@ -204,11 +204,11 @@ def functions_on_an_explicit_mesh():
         "pack_bits": lambda a, b: cib.unpack_bits(cib.pack_bits(a)),
     }
     pairs = {
-        name: [function(*logits), function(*jax.device_put(tuple(logits), rows))]
+        name: [jax.jit(function)(*arrays) for arrays in (tuple(logits), jax.device_put(tuple(logits), rows))]
         for name, function in functions.items()
     }
-    divided = jax.device_put(IMAGES[:8], rows)
-    pairs["resize"] = [cib.resize_and_normalize(x, image_size=12) for x in (IMAGES[:8], divided)]
+    resize = jax.jit(functools.partial(cib.resize_and_normalize, image_size=12))
+    pairs["resize"] = [resize(images) for images in (IMAGES[:8], jax.device_put(IMAGES[:8], rows))]
     return {name: float(np.abs(np.subtract(*map(np.asarray, pair))).max()) for name, pair in pairs.items()}
 
 
