@@ -35,6 +35,7 @@ autoencoder = Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperch
 ssdh = Baseline("SSDH", "Yang et al. 2018", deep.ssdh)
 sdc = Baseline("SDC", "Ng et al. 2023", deep.sdc)
 crovca = Baseline("CroVCA", "Moummad et al. 2025", contrastive.crovca, views=True)
+cimon = Baseline("CIMON", "Luo et al. 2021", contrastive.cimon, views=True)
 
 BASELINES: dict[str, Baseline] = {
     "lsh": lsh,
@@ -49,6 +50,7 @@ BASELINES: dict[str, Baseline] = {
     "ssdh": ssdh,
     "sdc": sdc,
     "crovca": crovca,
+    "cimon": cimon,
 }
 """Baselines by their names in `compare.methods`."""
 

@@ -129,13 +129,19 @@ def ssdh(
     """
     validate_features(features, bits)
     pair_key, train_key = jax.random.split(key)
-    near, far = distance_limits(_some_distances(features, pair_key), width)
+    near, far = distance_limits(some_distances(features, pair_key), width)
     loss = functools.partial(structure_loss, near=near, far=far)
     return fit_head(features, bits, train_key, loss, Schedule(epochs, batch_size, learning_rate))
 
 
 def distance_limits(distances: Float[np.ndarray, " pairs"], width: float) -> tuple[float, float]:
-    """Returns the distances below which a pair is similar, and above which it is dissimilar.
+    """Returns the distances below which a pair is similar, and above which it is dissimilar."""
+    peak, left, right = half_gaussians(distances)
+    return peak - width * left, peak + width * right
+
+
+def half_gaussians(distances: Float[np.ndarray, " pairs"]) -> tuple[float, float, float]:
+    """Returns the peak of distances, and the deviations of those below and above it.
 
     The peak is the middle of the fullest of 100 equal bins; the deviation of each side is that from the peak.
     """
@@ -145,10 +151,10 @@ def distance_limits(distances: Float[np.ndarray, " pairs"], width: float) -> tup
     left, right = (
         np.sqrt(np.mean(np.square(side - peak))) for side in (distances[distances <= peak], distances[distances > peak])
     )
-    return float(peak - width * left), float(peak + width * right)
+    return float(peak), float(left), float(right)
 
 
-def _some_distances(features: Float[np.ndarray, "n features"], key: PRNGKeyArray) -> Float[np.ndarray, " pairs"]:
+def some_distances(features: Float[np.ndarray, "n features"], key: PRNGKeyArray) -> Float[np.ndarray, " pairs"]:
     """Returns the cosine distances of all pairs of up to 1,000 centered rows."""
     chosen = np.asarray(jax.random.permutation(key, len(features))[:1000])
     rows = features[chosen] - np.mean(features, axis=0, dtype=np.float64)
