@@ -7,7 +7,7 @@ signs of the logits are the bits, and `cib_jax.pack_bits` packs them.
 
 from typing import NamedTuple
 
-from cib_jax.baselines import deep, linear, nonlinear
+from cib_jax.baselines import autoencoders, contrastive, deep, linear, nonlinear
 from cib_jax.baselines.linear import Encoder, Fit
 
 
@@ -31,10 +31,11 @@ spherical = Baseline("Spherical hashing", "Heo et al. 2012", nonlinear.spherical
 anchor_graph = Baseline("Anchor graph hashing", "Liu et al. 2011", nonlinear.anchor_graph)
 greedy_hash = Baseline("GreedyHash", "Su et al. 2018", deep.greedy_hash)
 bi_half = Baseline("Bi-half", "Li and van Gemert 2021", deep.bi_half)
-autoencoder = Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperchikolaei 2015", deep.autoencoder)
+autoencoder = Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperchikolaei 2015", autoencoders.autoencoder)
 ssdh = Baseline("SSDH", "Yang et al. 2018", deep.ssdh)
 sdc = Baseline("SDC", "Ng et al. 2023", deep.sdc)
-crovca = Baseline("CroVCA", "Moummad et al. 2025", deep.crovca, views=True)
+crovca = Baseline("CroVCA", "Moummad et al. 2025", contrastive.crovca, views=True)
+cimon = Baseline("CIMON", "Luo et al. 2021", contrastive.cimon, views=True)
 
 BASELINES: dict[str, Baseline] = {
     "lsh": lsh,
@@ -49,6 +50,7 @@ BASELINES: dict[str, Baseline] = {
     "ssdh": ssdh,
     "sdc": sdc,
     "crovca": crovca,
+    "cimon": cimon,
 }
 """Baselines by their names in `compare.methods`."""
 

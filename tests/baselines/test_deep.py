@@ -74,47 +74,6 @@ def test_bi_half_balances_ties():
     assert np.asarray(jax.jit(deep.balanced_sign)(jnp.zeros((6, 3)), 6.0)).sum() == 0
 
 
-def test_reconstruction_loss_is_a_plain_loops():
-    generator = np.random.default_rng(1)
-    shapes = {"encode 1": (3, 5), "encode 2": (5, 8), "decode 1": (8, 5), "decode 2": (5, 3)}
-    params = {name: generator.normal(size=shape) for name, shape in shapes.items()}
-    params |= {f"{name} bias": generator.normal(size=shape[1]) for name, shape in shapes.items()}
-    # So far from 0 that no bit is left to chance.
-    params["encode 2"] *= 1e4
-    rows = generator.normal(size=(4, 3))
-    middle = np.maximum(rows @ params["encode 1"] + params["encode 1 bias"], 0)
-    codes = np.sign(middle @ params["encode 2"] + params["encode 2 bias"])
-    middle = np.maximum(codes @ params["decode 1"] + params["decode 1 bias"], 0)
-    expected = np.mean((middle @ params["decode 2"] + params["decode 2 bias"] - rows) ** 2)
-    found = jax.jit(deep.reconstruction_loss)(params, rows, jax.random.key(0))
-    assert float(found) == pytest.approx(expected, rel=1e-4)
-
-
-def test_descent_finds_the_least_squares_solution():
-    generator = np.random.default_rng(2)
-    data = generator.normal(size=(64, 4)).astype(np.float32)
-    targets = data[:, :3] @ np.array([1.0, -2.0, 0.5], np.float32) + 0.1 * data[:, 3]
-
-    def loss(params, rows, key):
-        return jnp.mean(jnp.square(rows[:, :3] @ params - rows[:, 3]))
-
-    rows = np.concatenate([data[:, :3], targets[:, None]], axis=1)
-    schedule = deep.Schedule(epochs=300, batch_size=64, learning_rate=0.03)
-    found = deep.minimize(jnp.zeros(3), loss, jnp.asarray(rows), jax.random.key(0), schedule)
-    np.testing.assert_allclose(found, np.linalg.lstsq(rows[:, :3], rows[:, 3], rcond=None)[0], atol=1e-3)
-
-
-def test_descent_takes_fewer_rows_than_a_batch():
-    found = deep.minimize(
-        jnp.ones(2),
-        lambda p, rows, key: jnp.sum(p**2),
-        jnp.ones((3, 2)),
-        jax.random.key(0),
-        deep.Schedule(epochs=50, batch_size=64, learning_rate=0.05),
-    )
-    assert np.abs(found).max() < 0.2
-
-
 def test_the_limits_of_distances_are_those_of_two_half_gaussians():
     """Left and right of a peak at 0.8, with deviations of 0.05 and 0.1."""
     drawn = np.abs(np.random.default_rng(7).normal(size=200_000))
@@ -157,25 +116,3 @@ def test_cosines_are_calibrated_by_their_ranks():
         found = 1 - scipy.spatial.distance.cosine(logits[i], logits[i + 7])
         expected += abs(found - max(2 * quantile - 1, 0)) / 7
     assert float(jax.jit(deep.calibration_loss)(logits, features)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_each_view_predicts_the_bits_of_the_other():
-    """The loss in float64: cross-entropies by SciPy's log of the sigmoid, and coding rates by determinants."""
-    first, second = np.random.default_rng(10).normal(size=(2, 9, 6))
-    expected = 0.0
-    for logits, bits in ((first, second > 0), (second, first > 0)):
-        chance = scipy.special.log_expit(np.where(bits, logits, -logits))
-        rows = logits / np.linalg.norm(logits, axis=1, keepdims=True)
-        rate = np.linalg.slogdet(np.eye(6) + 6 / (9 * 0.05) * rows.T @ rows).logabsdet / 2 * (6 + 9) / (6 * 9)
-        expected += (-chance.mean() - 0.1 * rate) / 2
-    assert float(jax.jit(deep.alignment_loss)(first, second)) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_normalization_becomes_part_of_the_last_layer(views):
-    """Before training, every logit has mean 0 and variance 1 over all that it is trained on."""
-    features = 3 + 2 * np.random.default_rng(11).normal(size=(views, 50, 20)).astype(np.float32)
-    fit, given = (deep.sdc, features[0]) if views == 1 else (deep.crovca, features)
-    logits = np.concatenate([fit(given, 8, jax.random.key(0), epochs=0)(view) for view in features])
-    np.testing.assert_allclose(logits.mean(axis=0), 0, atol=1e-4)
-    np.testing.assert_allclose(logits.var(axis=0), 1, rtol=1e-3)
