@@ -111,8 +111,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.train = ml_collections.ConfigDict()
     c.train.views = 0  # number of views per image with features computed once; 0 = fresh views at every step
     c.train.bank_mb = 8192  # largest size of the view bank, in MiB
-    c.train.validate_every = 20  # epochs between validations, unless data.validation is "none"
-    c.train.patience = 6  # validations without a better MAP before training stops
+    # Score of a validation, by which the best checkpoint is kept: map, of the images that data.validation holds out, if
+    # any | separation, of the codes of up to 2,000 training images, without a label (docs/results.md).
+    c.train.validate_by = "map"
+    c.train.validate_every = 20  # epochs between validations
+    c.train.patience = 6  # validations without a better score before training stops
     c.train.checkpoint_every = 1  # epochs between checkpoints
     # Folder of the checkpoints: "" = checkpoints/ in the workdir, an absolute path, or gs://BUCKET/FOLDER (needs the
     # extra "gcs"). It belongs to one run; each run of a comparison or a search gets a subfolder.

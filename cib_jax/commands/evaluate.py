@@ -163,10 +163,12 @@ def evaluate_run(
     query = features.codes(run, params, splits.query, "Encoding queries")
     database = features.codes(run, params, splits.database, "Encoding database")
     seconds = {"bank": bank_seconds, "train": progress.seconds, "encode": time.perf_counter() - begun}
+    best = {config.train.validate_by: progress.best_score} if progress.best_step else {}
     origin = {
         "objective": config.objective,
         "epochs": progress.epoch,
-        "best_validation_map": progress.best_map if progress.best_step else None,
+        "best_validation_map": best.get("map"),
+        "best_separation": best.get("separation"),
     }
     return evaluate_codes(run, query, database, origin, seconds, name)
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ from cib_jax.hint import HINT
 from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
 from cib_jax.models.encoder import AUTO, Params, default_dtype
-from cib_jax.retrieval import metrics
+from cib_jax.random_streams import stream_rng
+from cib_jax.retrieval import code_quality, metrics
 from cib_jax.runs import context, features
 from cib_jax.runs.context import RunContext
 from cib_jax.runs.workdir import (
@@ -263,8 +264,7 @@ class _Session:
 
     @property
     def hooks(self) -> Hooks:
-        validation = Validation(self.run) if self.run.splits.validation is not None else None
-        return Hooks(validation, self.on_steps, self.on_epoch, self.should_stop, self.during_steps)
+        return Hooks(make_validation(self.run), self.on_steps, self.on_epoch, self.should_stop, self.during_steps)
 
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:
@@ -293,13 +293,15 @@ class _Session:
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:
         progress = report.progress
         record = {"epoch": progress.epoch, **report.terms, "images_per_second": report.images_per_second}
-        if report.validation_map is not None:
-            record["validation_map"] = report.validation_map
-            self.run.print(f"Epoch {progress.epoch}: validation MAP {report.validation_map:.4f}")
+        if report.score is not None:
+            by_map = self.run.config.train.validate_by == "map"
+            record["validation_map" if by_map else "separation"] = report.score
+            name = "validation MAP" if by_map else "separation"
+            self.run.print(f"Epoch {progress.epoch}: {name} {report.score:.4f}")
         if self.log is not None:
             self.log.write(progress.step, record)
         due = progress.epoch % self.run.config.train.checkpoint_every == 0
-        if due or progress.finished or report.validation_map is not None:
+        if due or progress.finished or report.score is not None:
             self.save(state, progress)
 
     def save(self, state: TrainState, progress: Progress) -> None:
@@ -328,22 +330,50 @@ def _metric_log(run: RunContext, progress: Progress) -> Iterator[MetricLog | Non
 # Validation during training.
 
 
-class Validation:
-    """Computes the MAP of held-out images under parameters that change.
+VALIDATED = 2000  # the most training images of which the separation is computed
 
-    Features of a frozen backbone are computed at the first validation and kept on the host: only the head changes.
+
+def make_validation(run: RunContext) -> Callable[[TrainState], float] | None:
+    """Returns what computes the score of a state, as `train.validate_by` says; None if nothing is validated."""
+    if run.config.train.validate_by == "separation":
+        return Separation(run)
+    return ValidationMap(run) if run.splits.validation is not None else None
+
+
+class ChangingCodes:
+    """Codes of the same images under parameters that change.
+
+    Features of a frozen backbone are computed for the first codes and kept on the host: only the head changes.
     """
+
+    def __init__(self, run: RunContext, images: ImageSet, title: str):
+        self.run, self.images, self.title = run, images, title
+        self.features: list[Float[np.ndarray, "part features"]] | None = None
+
+    def __call__(self, params: Params) -> UInt8[np.ndarray, "n bytes"]:
+        """Returns the codes of all images, in every process."""
+        if not self.run.features_stay:
+            return features.codes(self.run, params, self.images, self.title)
+        if self.features is None:
+            self.features = list(features.plain(self.run, self.images, self.title, shared=True))
+        mine = [features.codes_of_features(self.run, params, part) for part in self.features]
+        return features.join_codes(self.run, len(self.images), mine)
+
+
+class ValidationMap:
+    """Computes the MAP of the images that are held out."""
 
     def __init__(self, run: RunContext):
         assert run.splits.validation is not None, "there are held-out images"
         self.run = run
         self.query, self.database = run.splits.validation
-        self.features: dict[str, list[Float[np.ndarray, "part features"]]] = {}
+        self.query_codes = ChangingCodes(run, self.query, "Validation, query")
+        self.database_codes = ChangingCodes(run, self.database, "Validation, database")
 
     def __call__(self, state: TrainState) -> float:
         """Returns the validation MAP of a state."""
         params = sharding.to_local(state.params)
-        query, database = self._codes(params, self.query, "query"), self._codes(params, self.database, "database")
+        query, database = self.query_codes(params), self.database_codes(params)
         query_labels, database_labels = self.query.labels, self.database.labels
         assert query_labels is not None and database_labels is not None, "splits.draw validates labeled images only"
         k = self.run.protocol.k or len(database)
@@ -354,14 +384,19 @@ class Validation:
 
         return multihost.mean_over_processes(mean_of, len(query))
 
-    def _codes(self, params: Params, images: ImageSet, name: str) -> UInt8[np.ndarray, "n bytes"]:
-        title = f"Validation, {name}"
-        if not self.run.features_stay:
-            return features.codes(self.run, params, images, title)
-        if name not in self.features:
-            self.features[name] = list(features.plain(self.run, images, title, shared=True))
-        mine = [features.codes_of_features(self.run, params, part) for part in self.features[name]]
-        return features.join_codes(self.run, len(images), mine)
+
+class Separation:
+    """Computes the separation of the codes of random training images, which needs no label."""
+
+    def __init__(self, run: RunContext):
+        # Drawn by the seed of the data, so that runs with different seeds share their features and compare.
+        draws = stream_rng(run.config.data.seed, "validated images")
+        some = np.sort(draws.permutation(len(run.splits.train))[:VALIDATED])
+        self.codes = ChangingCodes(run, run.splits.train.take(some), "Validation")
+
+    def __call__(self, state: TrainState) -> float:
+        """Returns the separation of a state, the same number in every process."""
+        return code_quality.separation(self.codes(sharding.to_local(state.params)))
 
 
 # The teacher of the objective "diffusion": a run of its own, in the folder teacher/ of its student's workdir.

@@ -154,6 +154,7 @@ def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
         config.objective = own.objective_for(registry.get(config.backbone).takes)
         config.temperature, config.bits = own.temperature, own.bits
         config.nested = False  # its embeddings are used whole
+        config.train.validate_by = "map"  # of no images, since a teacher is not validated
     return config
 
 
@@ -189,6 +190,12 @@ def draw_splits(config: ml_collections.ConfigDict, drawn_from: dataset.Source | 
         seed=config.data.seed,
         validation_queries=config.data.validation_queries,
     )
+    if config.train.validate_by == "separation" and drawn.validation is not None:
+        raise ConfigError(
+            "config.train.validate_by must be 'map' where images are held out for validation, got 'separation'; set "
+            "config.data.validation to 'none', or remove the rows of a list with the split 'validation'",
+            field="config.train.validate_by",
+        )
     searched = min(len(drawn.database), len(drawn.validation[1]) if drawn.validation else len(drawn.database))
     if drawn.database.labels is not None and wanted.k > searched:
         raise ConfigError(

@@ -88,13 +88,16 @@ def escape(text: object) -> str:
 
 # Training.
 
-_NOT_DRAWN = ("step", "epoch", "images_per_second", "gradient_norm", "parameter_norm", "validation_map")
+_VALIDATIONS = {"validation_map": "validation MAP", "separation": "separation"}
+"""Labels of the scores of validations, by their names in metrics.jsonl."""
+
+_NOT_DRAWN = ("step", "epoch", "images_per_second", "gradient_norm", "parameter_norm", *_VALIDATIONS)
 """Entries of metrics.jsonl that are no loss terms."""
 
 
 @styled
 def training(records: Sequence[Mapping[str, float]]) -> Figure:
-    """Returns the loss terms over epochs, and the validation MAP if there is one, from the lines of metrics.jsonl.
+    """Returns the loss terms over epochs, and the score of validations if any, from the lines of metrics.jsonl.
 
     Terms of a user's own objective come after those of the package, under their names.
     """
@@ -104,8 +107,7 @@ def training(records: Sequence[Mapping[str, float]]) -> Figure:
     panels += [(name, escape(name)) for name in last if name not in {*_NOT_DRAWN, *dict(panels)}]
     name, label = panels[0]
     title = f"{name.capitalize()} went from {first[name]:.2f} to {last[name]:.2f} nats in {last['epoch']:g} epochs"
-    if any("validation_map" in record for record in records):
-        panels.append(("validation_map", "validation MAP"))
+    panels += [(name, label) for name, label in _VALIDATIONS.items() if any(name in record for record in records)]
     made, axes = figure(
         title + (f"; KL ended at {last['kl']:.2f} nats" if "kl" in last else ""),
         width=WHOLE,

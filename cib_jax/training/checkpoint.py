@@ -347,6 +347,9 @@ def _validate_shapes(template: TrainState, folder: epath.Path, error: Checkpoint
 
 def _progress(content: dict[str, Any]) -> Progress:
     """Returns the progress in the JSON part of a checkpoint; raises a TypeError for other fields or types."""
+    content = dict(content)
+    if "best_map" in content:  # the name of earlier versions
+        content["best_score"] = content.pop("best_map")
     progress = Progress(**content)
     for name, default in vars(Progress()).items():
         if not isinstance(getattr(progress, name), int | float if isinstance(default, float) else type(default)):

@@ -35,7 +35,7 @@ class Schedule:
     epochs: int
     batch_size: int
     validate_every: int = 20  # epochs between validations
-    patience: int = 6  # validations without a better MAP after which training stops
+    patience: int = 6  # validations without a better score after which training stops
     partial_batch: bool = False  # whether an epoch ends with a smaller batch of the images that are left over
 
     def steps_per_epoch(self, images: int) -> int:
@@ -58,12 +58,12 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class EpochReport:
-    """Result of one epoch: means of the loss terms over its steps, and its validation MAP, if there was one."""
+    """Result of one epoch: means of the loss terms over its steps, and the score of its validation, if any."""
 
     progress: Progress
     terms: dict[str, float]
     images_per_second: float
-    validation_map: float | None
+    score: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Hooks:
     """What a caller does between steps and epochs: by default, nothing."""
 
     validate: Callable[[TrainState], float] | None = None
-    """Computes the validation MAP of a state; None trains without validation and without early stopping."""
+    """Computes the score of a state, larger is better; None trains without validation and without early stopping."""
     on_steps: Callable[[int, dict[str, float]], None] = lambda steps, terms: None
     """Called now and then with the number of steps done since the last call, and the terms of the last one."""
     on_epoch: Callable[[TrainState, EpochReport], None] = lambda state, report: None
@@ -124,12 +124,12 @@ def run(
         progress = dataclasses.replace(
             progress, epoch=epoch, steps_of_epoch=0, sums={}, finished=epoch == schedule.epochs
         )
-        validation_map = None
+        score = None
         if hooks.validate is not None and (epoch % schedule.validate_every == 0 or progress.finished):
-            validation_map = hooks.validate(state)
-            progress = _after_validation(progress, validation_map, schedule.patience)
+            score = hooks.validate(state)
+            progress = _after_validation(progress, score, schedule.patience)
         means = {name: total / steps_of_epoch for name, total in sums.items()}
-        hooks.on_epoch(state, EpochReport(progress, means, images_per_second, validation_map))
+        hooks.on_epoch(state, EpochReport(progress, means, images_per_second, score))
     return state, progress
 
 
@@ -148,8 +148,8 @@ def _fetch(pending: list[StepTerms], first_step: int, sums: dict[str, float], ho
     return len(finite)
 
 
-def _after_validation(progress: Progress, validation_map: float, patience: int) -> Progress:
-    if validation_map > progress.best_map:
-        return dataclasses.replace(progress, best_map=validation_map, best_step=progress.step, bad_validations=0)
+def _after_validation(progress: Progress, score: float, patience: int) -> Progress:
+    if score > progress.best_score:
+        return dataclasses.replace(progress, best_score=score, best_step=progress.step, bad_validations=0)
     bad = progress.bad_validations + 1
     return dataclasses.replace(progress, bad_validations=bad, finished=progress.finished or bad >= patience)

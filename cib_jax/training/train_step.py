@@ -145,7 +145,7 @@ class Progress:
     steps_of_epoch: int = 0  # steps done of the unfinished epoch
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # sum of each loss term over those steps
     best_step: int = 0  # step of the best validation so far; 0 before the first
-    best_map: float = -1.0
+    best_score: float = -1.0  # the largest score of a validation so far
     bad_validations: int = 0  # validations since the best one
     finished: bool = False
     seconds: float = 0.0  # training time so far, over all sessions

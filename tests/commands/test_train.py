@@ -17,6 +17,7 @@ from cib_jax.commands.train import train
 from cib_jax.config import build
 from cib_jax.distributed import multihost
 from cib_jax.errors import ConfigError, DataError, TrainingError, UserError, WorkdirError
+from cib_jax.retrieval import code_quality
 from cib_jax.runs.workdir import claim_workdir, write_json
 from cib_jax.training import loop
 from tests import pretrained
@@ -223,13 +224,14 @@ def test_an_interrupted_run_is_evaluated_unfinished_and_resumes_to_the_same(trai
     assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
-def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_path, console, monkeypatch):
-    streamed = {"data__resident_mb": 0, "train__validate_every": 1, "data__validation": "query_half"}
-    config = many.config(tmp_path, epochs=4, train__patience=3, **streamed)
+@pytest.mark.parametrize("how", [{"data__validation": "query_half"}, {"train__validate_by": "separation"}])
+def test_a_validated_run_interrupted_after_its_best_resumes_to_the_same_end(tmp_path, console, monkeypatch, how):
+    streamed = {"data__resident_mb": 0, "train__validate_every": 1}
+    config = many.config(tmp_path, epochs=4, train__patience=3, **streamed | how)
     whole = train(config, tmp_path / "whole", console=console)
     interrupted(monkeypatch, config, tmp_path / "cut", console, 8)
     resumed = train(config, tmp_path / "cut", console=console)
-    for name in ("map", "best_validation_map", "epochs"):
+    for name in ("map", "best_validation_map", "best_separation", "epochs"):
         assert resumed[name] == whole[name]
     assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "cut"))
 
@@ -288,6 +290,19 @@ def test_validation_is_the_map_of_the_part_held_out(tmp_path, console, how):
     codes = [hasher.encode(np.stack([part.images[i] for i in range(len(part))])) for part in (query, database)]
     expected = cib.mean_average_precision(*codes, query.labels, database.labels, k=100)
     assert results["best_validation_map"] == expected
+
+
+def test_validation_by_separation_needs_no_labels_and_holds_nothing_out(tmp_path, console):
+    without = {"data__labelled": False, "train__validate_by": "separation", "train__validate_every": 1}
+    config = many.config(tmp_path, epochs=6, train__patience=2, **without)
+    results = train(config, tmp_path / "r", console=console)
+    assert (results["counts"]["train"], results["counts"]["validation"], results["map"]) == (120, 0, None)
+    scores = [json.loads(line)["separation"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert len(scores) == results["epochs"] == min(6, int(np.argmax(scores)) + 1 + 2)
+    assert results["best_validation_map"] is None and results["best_separation"] == max(scores)
+    trained = build.draw_splits(config).train
+    codes = cib.Hasher.load(tmp_path / "r").encode(np.stack([trained.images[i] for i in range(len(trained))]))
+    assert code_quality.separation(codes) == max(scores)
 
 
 def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, console, monkeypatch):

@@ -163,3 +163,15 @@ def test_fields_that_do_not_fit_the_images_are_refused(field):
     with pytest.raises(ConfigError) as refused:
         build.draw_splits(config)
     assert refused.value.field == f"config.{next(iter(field)).replace('__', '.')}"
+
+
+def test_images_held_out_for_validation_are_refused_where_it_needs_none():
+    config = small.config(train__validate_by="separation", data__validation="query_half")
+    with pytest.raises(ConfigError) as caught:
+        build.draw_splits(config)
+    assert caught.value.field == "config.train.validate_by"
+
+
+def test_a_teacher_is_not_validated():
+    config = small.config(train__validate_by="separation", objective="diffusion")
+    assert build.teacher_config(config).train.validate_by == "map"

@@ -52,6 +52,7 @@ def test_the_experiments_are_valid(name):
         ({"augment": "noise"}, "augment", ("'noise'", "photo, digits", "images")),
         ({"train__views": 1}, "train.views", ("1", "2")),
         ({"data__validation": "half"}, "data.validation", ("'half'", "protocol, none, query_half, database")),
+        ({"train__validate_by": "loss"}, "train.validate_by", ("'loss'", "map, separation")),
         ({"image_size": 4}, "image_size", ("4", "8", "convnet")),
         ({"frozen": True}, "frozen", ("convnet", "False")),
         ({"backbone_weights": "a.pth"}, "backbone_weights", ("convnet",)),

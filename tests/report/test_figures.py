@@ -96,11 +96,11 @@ def test_occupancy():
     assert len(items.axes[0].get_yticks()) > 2
 
 
-@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("validated", ["", "validation_map", "separation"])
 def test_training(validated):
     records = [{"epoch": e, "contrast": 4.0 - e, "kl": 2.0 * e, "loss": 4.0} for e in (1, 2)]
     if validated:
-        records[1]["validation_map"] = 0.5
+        records[1][validated] = 0.5
     figure = figures.training(records)
     assert numbers(figure) == ["3.00", "2.00", "2", "4.00"]
     assert [axis.lines[0].get_ydata()[-1] for axis in figure.axes] == [2.0, 4.0, 4.0, *([0.5] if validated else [])]

@@ -33,7 +33,7 @@ def saved(directory, steps, best=0):
 
 
 def test_a_state_comes_back_bit_by_bit(tmp_path):
-    progress = Progress(epoch=3, step=7, best_step=2, best_map=0.25, bad_validations=1, finished=True, seconds=1.5)
+    progress = Progress(epoch=3, step=7, best_step=2, best_score=0.25, bad_validations=1, finished=True, seconds=1.5)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state_of(7.0), progress, {"config": {"bits": 32}})
     with Checkpoints(tmp_path) as checkpoints:

@@ -105,18 +105,18 @@ def validated(scores, epochs=10, **options):
 
 def test_training_stops_after_so_many_validations_without_a_better_one():
     progress, reports = validated([0.1, 0.3, 0.2, 0.3, 0.25], validate_every=1, patience=3)
-    assert (progress.best_map, progress.best_step, progress.epoch, progress.finished) == (0.3, 10, 5, True)
-    assert [report.validation_map for report in reports] == [0.1, 0.3, 0.2, 0.3, 0.25]
+    assert (progress.best_score, progress.best_step, progress.epoch, progress.finished) == (0.3, 10, 5, True)
+    assert [report.score for report in reports] == [0.1, 0.3, 0.2, 0.3, 0.25]
 
 
 def test_a_better_validation_starts_the_count_again():
     progress, _ = validated([0.3, 0.2, 0.2, 0.4, 0.1, 0.1, 0.5, 0.1, 0.1, 0.1], validate_every=1, patience=3)
-    assert (progress.best_map, progress.epoch) == (0.5, 10)
+    assert (progress.best_score, progress.epoch) == (0.5, 10)
 
 
 def test_validations_come_every_n_epochs_and_at_the_end():
     progress, reports = validated([0.1, 0.2, 0.3], epochs=7, validate_every=3)
-    assert [r.progress.epoch for r in reports if r.validation_map is not None] == [3, 6, 7]
+    assert [r.progress.epoch for r in reports if r.score is not None] == [3, 6, 7]
     assert progress.best_step == 35
 
 
