@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
+from cib_jax import diffusion
 from cib_jax.augment import features as features_lib
 from cib_jax.augment.features import Standard
 from cib_jax.console import library_bar
@@ -125,6 +126,8 @@ def fit(
         vectors = hasattr(images, "dtype") and np.ndim(as_array(images)) == 2
         backbone = "none" if vectors and jnp.issubdtype(as_array(images).dtype, jnp.floating) else "convnet"
     array, standard = _validate_images(images, on_features=backbone == "none")
+    if is_taught(method.get("objective", "")):
+        diffusion.validate_item_count(len(array))
     if standard is not None:
         method = {"augment": "noise"} | method
     batch_size = min(64, len(array)) if batch_size is None else batch_size
@@ -260,7 +263,9 @@ def train_hasher(
         learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
         logits = learned.logits(images, progress=False)
         trained = learned.params.keys() != {"head"}
-        features = None if trained else learned.backbone_features(images, progress=False)
+        size = 80 * ENCODE_BATCH
+        blocks = (images[start : start + size] for start in range(0, len(images), size))
+        features = None if trained else (learned.backbone_features(block, progress=False) for block in blocks)
         return teacher.coordinates(
             logits, features, lambda count: advance(0, "neighbors" if count else "modes of the walk")
         )

@@ -56,6 +56,7 @@ RNG_STREAMS = {
     "index sample": 7,
     "recall sample": 8,
     "diffusion start": 9,
+    "neighbor sample": 10,
 }
 """Numbers of NumPy generators; they are independent of the keys above, so that numbers may be equal."""
 
