@@ -111,25 +111,16 @@ def compare(flags: argparse.Namespace) -> None:
 
 def cost(flags: argparse.Namespace) -> None:
     """Prints seconds of neighbors and modes of drawn items, and the peak of memory."""
-    clock = Clock()
-    drawn, labels = draw_embeddings(flags.items)
-    embeddings, steps = [drawn], []
-    del drawn
+    clock, steps = Clock(), []
+    embeddings, labels = draw_embeddings(flags.items)
     print(f"{flags.items:,} items drawn in {clock}; {peak_gib():.1f} GiB", flush=True)
-    clock, done = Clock(), 0
-
-    def on_items(count: int) -> None:
-        nonlocal clock, done
-        done += count
-        if count and done == flags.items:
-            how = diffusion.describe_neighbors(flags.items)
-            print(f"{how}: {clock}; {peak_gib():.1f} GiB", flush=True)
-            clock = Clock()
-        elif not count:
-            steps.append(clock)
-
-    walk = diffusion.coordinates(embeddings.pop(), on_items=on_items)
-    print(f"200 modes: {clock} with the graph, {len(steps)} products; {peak_gib():.1f} GiB", flush=True)
+    clock = Clock()
+    neighbors, cosines = diffusion.nearest_neighbors(embeddings, 15)
+    del embeddings
+    print(f"{diffusion.describe_neighbors(flags.items)}: {clock}; {peak_gib():.1f} GiB", flush=True)
+    clock = Clock()
+    walk = diffusion.walk_coordinates(neighbors, cosines, on_step=lambda: steps.append(clock))
+    print(f"200 modes: {clock}, {len(steps)} products; {peak_gib():.1f} GiB", flush=True)
     print(f"MAP@{DEPTH} of the walk: {mean_average_precision(walk, labels):.4f}")
 
 

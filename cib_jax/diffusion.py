@@ -87,6 +87,8 @@ def nearest_neighbors(
     with the power 1.5.
     """
     items = len(embeddings)
+    if items < 3:
+        raise DataError(f"embeddings must be those of 3 items or more, got {items}", field="embeddings")
     if not 1 <= count < items:
         raise _error("neighbours", f"must be from 1 to {items - 1} for {items} items", count)
     embeddings = np.asarray(embeddings, np.float32)
@@ -223,8 +225,6 @@ def coordinates(
       DataError: There are fewer than 3 items, or an embedding is not finite or has no direction.
     """
     items = len(embeddings)
-    if items < 3:
-        raise DataError(f"embeddings must be those of 3 items or more, got {items}", field="embeddings")
     if dimensions < 2:
         raise _error("dimensions", "must be 2 or more", dimensions)
     if steps < 1:
@@ -232,7 +232,6 @@ def coordinates(
     neighbors, cosines = nearest_neighbors(
         embeddings, min(neighbours, items - 1), exact_items=exact_items, on_items=on_items
     )
-    del embeddings  # gigabytes, if the caller does not hold them
     return walk_coordinates(neighbors, cosines, dimensions=dimensions, steps=steps, on_step=lambda: on_items(0))
 
 
@@ -433,16 +432,20 @@ class Teacher:
         """Returns the objective for a backbone that takes "images" or "features"."""
         return self.objective or ("cibhash" if takes == "features" else "naive_cl")
 
+    def neighbors(
+        self, embeddings: Float[np.ndarray, "items features"], on_items: Callable[[int], None]
+    ) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
+        """Returns the neighbors of all training images in the graph, and their cosines.
+
+        Its result is all that `coordinates` needs, so that large embeddings can be deleted in between.
+        """
+        return nearest_neighbors(embeddings, min(self.neighbours, len(embeddings) - 1), on_items=on_items)
+
     def coordinates(
         self,
-        logits: Float[np.ndarray, "items bits"],
-        features: Iterable[Float[np.ndarray, "_ features"]] | None,
-        on_items: Callable[[int], None],
+        neighbors: Int[np.ndarray, "items count"],
+        cosines: Float32[np.ndarray, "items count"],
+        on_step: Callable[[], None],
     ) -> Float32[np.ndarray, "items dimensions"]:
-        """Returns the coordinates of all training images, of which `features` come in blocks.
-
-        `features` are None for a backbone that is trained.
-        """
-        walk = {"neighbours": self.neighbours, "dimensions": self.dimensions, "steps": self.steps}
-        # Not held here, so that the embeddings are freed when the neighbors are known.
-        return coordinates(logits if features is None else join_features(logits, features), **walk, on_items=on_items)
+        """Returns the coordinates of all training images."""
+        return walk_coordinates(neighbors, cosines, dimensions=self.dimensions, steps=self.steps, on_step=on_step)

@@ -261,14 +261,15 @@ def train_hasher(
     def learn_coordinates() -> Coordinates:
         assert teacher_run is not None, "an objective that needs a teacher comes with its run"
         learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
-        logits = learned.logits(images, progress=False)
-        trained = learned.params.keys() != {"head"}
-        size = 80 * ENCODE_BATCH
-        blocks = (images[start : start + size] for start in range(0, len(images), size))
-        features = None if trained else (learned.backbone_features(block, progress=False) for block in blocks)
-        return teacher.coordinates(
-            logits, features, lambda count: advance(0, "neighbors" if count else "modes of the walk")
-        )
+        embeddings = learned.logits(images, progress=False)
+        if learned.params.keys() == {"head"}:
+            size = 80 * ENCODE_BATCH
+            blocks = (images[start : start + size] for start in range(0, len(images), size))
+            features = (learned.backbone_features(block, progress=False) for block in blocks)
+            embeddings = diffusion.join_features(embeddings, features)
+        neighbors, cosines = teacher.neighbors(embeddings, lambda count: advance(0, "neighbors"))
+        del embeddings  # gigabytes, of a million images
+        return teacher.coordinates(neighbors, cosines, lambda: advance(0, "modes of the walk"))
 
     @contextlib.contextmanager
     def during_steps() -> Iterator[None]:

@@ -423,14 +423,14 @@ def _load_coordinates(teacher: RunContext) -> Coordinates | None:
 def _compute_coordinates(teacher: RunContext, params: Params) -> Coordinates:
     """Computes and writes the diffusion coordinates of the training images under a trained teacher."""
     images = teacher.splits.train
-    logits, known = features.logits(teacher, params, images, "Encoding for the teacher"), None
+    embeddings = features.logits(teacher, params, images, "Encoding for the teacher")
     if teacher.features_stay or teacher.standard is not None:
-        known = features.plain(teacher, images, "Features for the teacher")
+        embeddings = diffusion.join_features(embeddings, features.plain(teacher, images, "Features for the teacher"))
     teacher.print(diffusion.describe_neighbors(len(images)))
-    with progress_bar(teacher.console, "Neighbors", len(logits)) as advance:
+    with progress_bar(teacher.console, "Neighbors", len(images)) as advance:
         settings = build.teacher(teacher.config)
-        coordinates = settings.coordinates(
-            logits, known, lambda count: advance(count, "" if count else "modes of the walk")
-        )
+        neighbors, cosines = settings.neighbors(embeddings, lambda count: advance(count, ""))
+        del embeddings  # gigabytes, of a million images
+        coordinates = settings.coordinates(neighbors, cosines, lambda: advance(0, "modes of the walk"))
     write_array(teacher.workdir / COORDINATES_FILE, coordinates)
     return coordinates
