@@ -3,7 +3,7 @@
 `python -m benchmarks.graph compare --features=FILE.npy --logits=FILE.npy --labels=FILE.npy` compares both kinds of
 neighbors of the same embeddings: seconds, recall, and the MAP of the walk's inner products. Without files, it draws
 50,000 items. `python -m benchmarks.graph cost --items=1000000` measures neighbors and modes of drawn items, with the
-peak of memory. `python -m benchmarks.graph draw --items=1000000 FILE.npy` writes features, and their labels beside
+peak of memory. `python -m benchmarks.graph draw --items=1000000 --out=FILE.npy` writes features, and their labels beside
 them, as the config "features" reads them.
 """
 
@@ -128,7 +128,7 @@ def main() -> None:
     """Reads the flags and runs one of the parts."""
     parser = measuring.parser(__doc__, "faiss")
     parser.add_argument("part", choices=["compare", "cost", "draw"])
-    parser.add_argument("file", nargs="?", type=pathlib.Path, help="file that `draw` writes")
+    parser.add_argument("--out", type=pathlib.Path, default="features.npy", help=".npy file that `draw` writes")
     parser.add_argument("--items", type=int, default=50_000, help="number of drawn items")
     parser.add_argument("--features", help=".npy file of features")
     parser.add_argument("--logits", help=".npy file of a teacher's logits of the same items")
@@ -136,7 +136,7 @@ def main() -> None:
     flags = parser.parse_args()
     print(measuring.machine("numpy", "scipy", "faiss-cpu"), end="\n\n", flush=True)
     if flags.part == "draw":
-        write(flags.file, flags.items)
+        write(flags.out, flags.items)
     else:
         {"compare": compare, "cost": cost}[flags.part](flags)
 
