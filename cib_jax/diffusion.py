@@ -173,7 +173,7 @@ def _approximate_neighbors(
 
 def join_features(
     logits: Float[np.ndarray, "items bits"], blocks: Iterable[Float[np.ndarray, "_ features"]]
-) -> Float32[np.ndarray, "items bits+features"]:
+) -> Float32[np.ndarray, "items joined"]:
     """Returns embeddings whose cosine is the mean of the cosine of `logits` and that of the centered features.
 
     The features come in `blocks` of rows, in order, and are in memory once: as part of what is returned.
