@@ -3,8 +3,8 @@
 `python -m benchmarks.graph compare --features=FILE.npy --logits=FILE.npy --labels=FILE.npy` compares both kinds of
 neighbors of the same embeddings: seconds, recall, and the MAP of the walk's inner products. Without files, it draws
 50,000 items. `python -m benchmarks.graph cost --items=1000000` measures neighbors and modes of drawn items, with the
-peak of memory. `python -m benchmarks.graph draw --items=1000000 --out=FILE.npy` writes features, and their labels beside
-them, as the config "features" reads them.
+peak of memory. `python -m benchmarks.graph draw --items=1000000 --out=FILE.npy` writes features, and their labels
+beside them, as the config "features" reads them.
 """
 
 import argparse
