@@ -8,20 +8,36 @@ Lafon 2006, https://doi.org/10.1016/j.acha.2006.04.006) are coordinates in which
 
 import concurrent.futures
 import dataclasses
-import os
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from cib_jax.errors import ConfigError, DataError
+from cib_jax.files import core_count, import_optional, install_command
 from cib_jax.random_streams import stream_rng
 
 BLOCK = 512  # items of which the similarities to all others are in memory at a time, in each thread
+ROWS = 8192  # items that are converted or multiplied at a time, where no similarities are in memory
 
-TOLERANCE = 1e-4
-"""Relative precision of the eigenvalues: far finer than the change that another draw of the embeddings makes."""
+EXACT_ITEMS = 100_000
+"""Up to this many items, all pairs are compared; of more, FAISS finds approximate neighbors."""
+
+# How FAISS finds neighbors, measured by benchmarks/graph.py: 96% of the true ones.
+COMPONENTS = 128  # principal components in which candidates are found
+LISTS = 4  # lists of the inverted file, in square roots of the number of items
+PROBES = 32  # lists that are searched for each item
+CANDIDATES = 2  # candidates that are compared exactly, in numbers of neighbors
+SAMPLE = 20_000  # items of which the principal components are computed
+
+TOLERANCE = 1e-3
+"""Largest residual of a mode, weighted as the mode is in the coordinates: far below the change by another draw."""
+DEGREE = 10  # of the polynomial of the walk that each round multiplies the modes with
+ROUNDS = 6  # at most; two are usual, more where there are many more groups than modes
+DENSE_ITEMS = 1000  # up to this many items, all modes are computed
 
 SMALLEST_WEIGHT = 1e-6  # weight of the longest edges, so that a walk can leave every item
 
@@ -35,47 +51,149 @@ def _error(name: str, allowed: str, value: object) -> ConfigError:
     return ConfigError(f"teacher.{name} {allowed}, got {value}", field=f"teacher.{name}")
 
 
+def load_faiss(items: int) -> Any:
+    """Returns the module `faiss`, which finds the neighbors of so many `items`, or raises ConfigError."""
+    problem = (
+        f"objective 'diffusion' needs the package FAISS for more than {EXACT_ITEMS:,} training items, got {items:,}"
+    )
+    remedy = f"{install_command('search')}, or train on fewer"
+    return import_optional("faiss", ConfigError(f"{problem}; {remedy}", field="objective"))
+
+
+def validate_item_count(items: int) -> None:
+    """Raises ConfigError if the neighbors of so many items can only be found by FAISS, and it is not installed."""
+    if items > EXACT_ITEMS:
+        load_faiss(items)
+
+
+def describe_neighbors(items: int) -> str:
+    """Returns a sentence on how the neighbors of so many items are found."""
+    how = "approximate, by FAISS" if items > EXACT_ITEMS else "exact"
+    return f"The nearest neighbors of {items:,} items are {how}"
+
+
 def nearest_neighbors(
-    embeddings: Float[np.ndarray, "items features"], count: int, *, on_items: Callable[[int], None] = lambda items: None
+    embeddings: Float[np.ndarray, "items features"],
+    count: int,
+    *,
+    exact_items: int = EXACT_ITEMS,
+    on_items: Callable[[int], None] = lambda items: None,
 ) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
     """Returns the `count` nearest other items of each item by cosine, in any order, and the cosines.
 
-    Exact: all pairs are compared, so that time grows with the square of the number of items, and memory linearly.
+    Exact for up to `exact_items`: all pairs are compared, so that time grows with the square of the number of items,
+    and memory linearly. Of more, FAISS finds candidates in an inverted file of principal components, of which those
+    with the largest cosines are returned: nearly all of the nearest ones, the same in every call, in a time that grows
+    with the power 1.5.
     """
     items = len(embeddings)
+    if items < 3:
+        raise DataError(f"embeddings must be those of 3 items or more, got {items}", field="embeddings")
     if not 1 <= count < items:
         raise _error("neighbours", f"must be from 1 to {items - 1} for {items} items", count)
-    unit = np.asarray(embeddings, np.float32)
-    norms = np.linalg.norm(unit, axis=1, keepdims=True)
+    embeddings = np.asarray(embeddings, np.float32)
+    norms = np.concatenate([np.linalg.norm(embeddings[rows], axis=1, keepdims=True) for rows in _slices(items, ROWS)])
     if not np.isfinite(norms).all() or not norms.all():
         problem = "must be finite and not all zeros, since their direction is compared; remove those items"
         raise DataError(f"embeddings {problem}", field="embeddings")
-    unit = unit / norms
+    find = _exact_neighbors if items <= exact_items else _approximate_neighbors
+    return find(embeddings, norms, count, on_items)
+
+
+def _slices(items: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, items)) for start in range(0, items, size))
+
+
+def _exact_neighbors(
+    embeddings: Float32[np.ndarray, "items features"],
+    norms: Float32[np.ndarray, "items 1"],
+    count: int,
+    on_items: Callable[[int], None],
+) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
+    items, unit = len(embeddings), embeddings / norms
     neighbors, cosines = np.empty((items, count), np.int32), np.empty((items, count), np.float32)
 
-    def block(start: int) -> None:
-        rows = np.arange(start, min(start + BLOCK, items))
+    def block(rows: slice) -> None:
         similarity = unit[rows] @ unit.T
-        similarity[np.arange(len(rows)), rows] = -np.inf
+        similarity[np.arange(len(similarity)), np.arange(rows.start, rows.stop)] = -np.inf
         chosen = np.argpartition(similarity, items - count, axis=1)[:, items - count :]
         neighbors[rows], cosines[rows] = chosen, np.take_along_axis(similarity, chosen, axis=1)
-        on_items(len(rows))
+        on_items(len(similarity))
 
     # Threads, because `argpartition` takes longer than the product and releases the interpreter's lock.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(block, range(0, items, BLOCK)))
+    with concurrent.futures.ThreadPoolExecutor(core_count()) as pool:
+        list(pool.map(block, _slices(items, BLOCK)))
+    return neighbors, cosines
+
+
+def _approximate_neighbors(
+    embeddings: Float32[np.ndarray, "items features"],
+    norms: Float32[np.ndarray, "items 1"],
+    count: int,
+    on_items: Callable[[int], None],
+) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
+    faiss = load_faiss(len(embeddings))
+    items, width = embeddings.shape
+    drawn = stream_rng(0, "neighbor sample").permutation(items)[:SAMPLE]
+    sample = embeddings[drawn] / norms[drawn]
+    # The largest eigenvalues are the last; not centered, since inner products are compared.
+    components = np.linalg.eigh(sample.T @ sample)[1][:, -COMPONENTS:]
+    reduced = np.empty((items, min(COMPONENTS, width)), np.float32)
+    for rows in _slices(items, ROWS):
+        reduced[rows] = embeddings[rows] @ components / norms[rows]
+    lists = max(1, min(round(LISTS * math.sqrt(items)), items // 2))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(reduced.shape[1]), reduced.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 0, 1, 64
+    index.train(reduced)
+    index.add(reduced)
+    index.nprobe = PROBES
+    neighbors, cosines = np.empty((items, count), np.int32), np.empty((items, count), np.float32)
+
+    def block(rows: slice, found: Int[np.ndarray, "rows candidates"]) -> None:
+        chosen_from = embeddings[found] / norms[found]  # -1, where there are too few candidates, is the last item here
+        similarity = np.einsum("rf,rcf->rc", embeddings[rows] / norms[rows], chosen_from)
+        similarity[(found < 0) | (found == np.arange(rows.start, rows.stop)[:, None])] = -np.inf
+        chosen = np.argpartition(similarity, found.shape[1] - count, axis=1)[:, found.shape[1] - count :]
+        neighbors[rows] = np.take_along_axis(found, chosen, axis=1)
+        cosines[rows] = np.take_along_axis(similarity, chosen, axis=1)
+        for item in rows.start + np.flatnonzero(~np.isfinite(cosines[rows]).all(axis=1)):  # rare: its lists are short
+            similarity = embeddings @ embeddings[item] / norms[:, 0] / norms[item]
+            similarity[item] = -np.inf
+            neighbors[item] = np.argpartition(similarity, items - count)[items - count :]
+            cosines[item] = similarity[neighbors[item]]
+        on_items(rows.stop - rows.start)
+
+    with concurrent.futures.ThreadPoolExecutor(core_count()) as pool:
+        for some in _slices(items, ROWS):
+            found = index.search(reduced[some], min(CANDIDATES * count + 1, items))[1]
+            blocks = [slice(some.start + part.start, some.start + part.stop) for part in _slices(len(found), BLOCK)]
+            list(pool.map(block, blocks, (found[part] for part in _slices(len(found), BLOCK))))
     return neighbors, cosines
 
 
 def join_features(
-    logits: Float[np.ndarray, "items bits"], features: Float[np.ndarray, "items features"]
-) -> Float32[np.ndarray, "items bits+features"]:
-    """Returns embeddings whose cosine is the mean of the cosine of `logits` and that of the centered `features`."""
-    parts = []
-    for part in (logits, features - features.mean(axis=0)):
-        norms = np.linalg.norm(part, axis=1, keepdims=True)
-        parts.append((part / np.where(norms > 0, norms, 1)).astype(np.float32))
-    return np.hstack(parts)
+    logits: Float[np.ndarray, "items bits"], blocks: Iterable[Float[np.ndarray, "_ features"]]
+) -> Float32[np.ndarray, "items joined"]:
+    """Returns embeddings whose cosine is the mean of the cosine of `logits` and that of the centered features.
+
+    The features come in `blocks` of rows, in order, and are in memory once: as part of what is returned.
+    """
+    blocks = iter(blocks)
+    first = next(blocks)
+    (items, bits), width = logits.shape, first.shape[1]
+    joined, total, done = np.empty((items, bits + width), np.float32), np.zeros(width), 0
+    for block in itertools.chain([first], blocks):
+        joined[done : done + len(block), bits:] = block
+        total += block.sum(axis=0, dtype=np.float64)
+        done += len(block)
+    mean = (total / items).astype(np.float32)
+    for rows in _slices(items, ROWS):
+        joined[rows, :bits] = logits[rows]
+        joined[rows, bits:] -= mean
+        for part in (joined[rows, :bits], joined[rows, bits:]):
+            norms = np.linalg.norm(part, axis=1, keepdims=True)
+            np.divide(part, np.where(norms > 0, norms, 1), out=part)
+    return joined
 
 
 def coordinates(
@@ -84,6 +202,7 @@ def coordinates(
     neighbours: int = 15,
     dimensions: int = 200,
     steps: int = 20,
+    exact_items: int = EXACT_ITEMS,
     on_items: Callable[[int], None] = lambda items: None,
 ) -> Float32[np.ndarray, "items dimensions"]:
     """Returns coordinates with the inner product p(x, y) / (p(x) p(y)), for the ends x and y of a random walk.
@@ -97,23 +216,37 @@ def coordinates(
     own. At most half of the dimensions go to such groups, the largest first; coordinates of the others are near 0.
 
     Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
-    included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. `on_items` is called with the number of
+    included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. Of more than `exact_items`, neighbors
+    are approximate. `on_items` is called with the number of
     items of which the neighbors have been found since the last call, and then with 0 as long as modes are sought.
 
     Raises:
       ConfigError: `neighbours`, `dimensions` or `steps` is out of range.
       DataError: There are fewer than 3 items, or an embedding is not finite or has no direction.
     """
-    import scipy.sparse  # takes a quarter of a second, which every command would wait for
-
     items = len(embeddings)
-    if items < 3:
-        raise DataError(f"embeddings must be those of 3 items or more, got {items}", field="embeddings")
     if dimensions < 2:
         raise _error("dimensions", "must be 2 or more", dimensions)
     if steps < 1:
         raise _error("steps", "must be 1 or more", steps)
-    neighbors, cosines = nearest_neighbors(embeddings, min(neighbours, items - 1), on_items=on_items)
+    neighbors, cosines = nearest_neighbors(
+        embeddings, min(neighbours, items - 1), exact_items=exact_items, on_items=on_items
+    )
+    return walk_coordinates(neighbors, cosines, dimensions=dimensions, steps=steps, on_step=lambda: on_items(0))
+
+
+def walk_coordinates(
+    neighbors: Int[np.ndarray, "items count"],
+    cosines: Float32[np.ndarray, "items count"],
+    *,
+    dimensions: int = 200,
+    steps: int = 20,
+    on_step: Callable[[], None] = lambda: None,
+) -> Float32[np.ndarray, "items dimensions"]:
+    """Returns the coordinates of `coordinates` from the neighbors and cosines of `nearest_neighbors`."""
+    import scipy.sparse  # takes a quarter of a second, which every command would wait for
+
+    items = len(neighbors)
     weights = _local_weights(neighbors, cosines).ravel()
     edges = (np.repeat(np.arange(items), neighbors.shape[1]), neighbors.ravel())
     graph = scipy.sparse.csr_matrix((weights, edges), shape=(items, items))
@@ -123,8 +256,11 @@ def coordinates(
     degree = np.asarray(graph.sum(axis=1)).ravel()
     root = np.sqrt(degree / degree.sum())
     scale = scipy.sparse.diags(1 / np.sqrt(degree))
-    values, modes = _slowest_modes(scale @ graph @ scale, root, min(dimensions, items - 1), lambda: on_items(0))
-    return (modes / root[:, None] * np.maximum(values, 0) ** (steps / 2)).astype(np.float32)
+    count = min(dimensions, items - 1)
+    values, modes = slowest_modes(scale @ graph @ scale, root, count, steps=steps, on_step=on_step)
+    modes *= (np.maximum(values, 0) ** (steps / 2)).astype(np.float32)
+    modes /= root[:, None].astype(np.float32)
+    return modes
 
 
 def _local_weights(
@@ -142,17 +278,28 @@ def _local_weights(
     return np.maximum(np.exp(-(distances**2) / scales), SMALLEST_WEIGHT)
 
 
-def _slowest_modes(
-    walk: Any, root: Float[np.ndarray, " items"], count: int, on_step: Callable[[], None]
-) -> tuple[Float[np.ndarray, " count"], Float[np.ndarray, "items count"]]:
+def slowest_modes(
+    walk: Any,
+    root: Float[np.ndarray, " items"],
+    count: int,
+    *,
+    steps: int,
+    dense_items: int = DENSE_ITEMS,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[Float[np.ndarray, " count"], Float32[np.ndarray, "items count"]]:
     """Returns the largest eigenvalues of the symmetric form of a walk, a sparse matrix, with their eigenvectors.
 
-    The eigenvalue 1 occurs once for each group that no walk leaves, with a known eigenvector. These are deflated first:
-    Lanczos' method, started from one vector, finds only one direction of those that share an eigenvalue. `on_step` is
-    called at each of its steps.
+    The eigenvalue 1 occurs once for each group that no walk leaves, with a known eigenvector. These are deflated first.
+
+    Args:
+      walk: Symmetric sparse matrix D^(-1/2) W D^(-1/2), with eigenvalues from -1 to 1.
+      root: Square roots of the stationary distribution.
+      count: Number of eigenvalues.
+      steps: Number of steps of the walk, for which the modes are to be precise: the more, the less the last ones count.
+      dense_items: Number of items up to which all modes are computed, by LAPACK.
+      on_step: Function that is called after each product of the walk and all modes.
     """
     import scipy.sparse.csgraph
-    import scipy.sparse.linalg
 
     items = len(root)
     groups, group = scipy.sparse.csgraph.connected_components(walk, directed=False)
@@ -160,19 +307,84 @@ def _slowest_modes(
     columns = np.argsort(by_size, kind="stable")[group]  # the largest group is column 0
     known = scipy.sparse.csr_matrix((root, (np.arange(items), columns)), shape=(items, groups))
     known = known @ scipy.sparse.diags(1 / np.sqrt(np.asarray(known.power(2).sum(axis=0)).ravel()))
-
-    def deflated(vector: np.ndarray) -> np.ndarray:
-        on_step()
-        vector = np.ravel(vector)
-        return walk @ vector - known @ (known.T @ vector)
-
     given = min(groups, max(1, count // 2))
+    wanted = count - given
+    block = wanted + max(20, wanted // 4)  # more than wanted, so that the last of them converge, too
+    if items <= max(dense_items, 2 * block):
+        on_step()
+        values, modes = np.linalg.eigh(walk.toarray() - (known @ known.T).toarray())
+        values, modes = values[::-1][:wanted], modes[:, ::-1][:, :wanted]
+    else:
+        values, modes = _iterate_subspace(walk, known, wanted, block, steps, on_step)
+    whole = np.empty((items, count), np.float32)
+    whole[:, :given], whole[:, given:] = known[:, :given].toarray(), modes[:, :wanted]
+    return np.concatenate([np.ones(given), values[:wanted]]), whole
+
+
+def _iterate_subspace(
+    walk: Any,
+    known: Any,
+    wanted: int,
+    block: int,
+    steps: int,
+    on_step: Callable[[], None],
+) -> tuple[Float[np.ndarray, " block"], Float32[np.ndarray, "items block"]]:
+    """Returns the largest eigenvalues of a walk, and their eigenvectors, orthogonal to the `known` ones.
+
+    Subspace iteration with a Chebyshev filter (Zhou, Saad, Tiago and Chelikowsky 2006,
+    https://doi.org/10.1016/j.jcp.2006.03.017): all modes are multiplied at once with a polynomial of the walk that is
+    small between -1 and the smallest eigenvalue of the block, and grows steeply beyond. In float32; of the size of all
+    modes, two arrays are in memory.
+    """
+    import scipy.linalg
+
+    items = walk.shape[0]
+    walk, known = walk.astype(np.float32).tocsr(), known.astype(np.float32).tocsr()
+    parts = [(rows, walk[rows]) for rows in _slices(items, ROWS)]
+    pool = concurrent.futures.ThreadPoolExecutor(core_count())  # SciPy's products take one thread each
+
+    def multiply(modes: np.ndarray, center: float, factor: float, before: np.ndarray) -> np.ndarray:
+        """Returns factor * (walk - center) modes - before, in the memory of `before`."""
+
+        def rows_of(rows: slice, part: Any) -> None:
+            product = part @ modes
+            product -= np.float32(center) * modes[rows]
+            product *= np.float32(factor)
+            np.subtract(product, before[rows], out=before[rows])
+
+        list(pool.map(lambda part: rows_of(*part), parts))
+        on_step()
+        return before
+
     # A fixed start, so that the same embeddings give the same coordinates.
-    start = stream_rng(0, "diffusion start").standard_normal(items)
-    operator = scipy.sparse.linalg.LinearOperator((items, items), matvec=deflated, dtype=np.float64)
-    values, modes = scipy.sparse.linalg.eigsh(operator, k=count - given, which="LA", v0=start, tol=TOLERANCE)
-    order = np.argsort(-values, kind="stable")
-    return np.concatenate([np.ones(given), values[order]]), np.hstack([known[:, :given].toarray(), modes[:, order]])
+    modes = stream_rng(0, "diffusion start").standard_normal((items, block), np.float32)
+    cut = 0.5
+    with pool:
+        for _ in range(ROUNDS):
+            # Chebyshev's recurrence T_n+1(x) = 2 x T_n(x) - T_n-1(x), with [-1, cut] mapped to [-1, 1].
+            center, half = (cut - 1) / 2, (cut + 1) / 2
+            before, modes = modes, multiply(modes, center, 1 / half, np.zeros_like(modes))
+            for _ in range(DEGREE - 1):
+                before, modes = modes, multiply(modes, center, 2 / half, before)
+            shares = known.T @ modes
+            for rows in _slices(items, ROWS):
+                modes[rows] -= known[rows] @ shares
+            modes /= np.sqrt(np.einsum("ij,ij->j", modes, modes, dtype=np.float64)).astype(np.float32)
+            # The eigenvectors within the span of the block (Rayleigh and Ritz).
+            before[:] = 0
+            product = multiply(modes, 0.0, 1.0, before)
+            gram, walked = (modes.T @ array for array in (modes, product))
+            values, turn = scipy.linalg.eigh((walked + walked.T).astype(np.float64) / 2, gram.astype(np.float64))
+            values, turn = values[::-1], np.ascontiguousarray(turn[:, ::-1], np.float32)
+            squares = np.zeros(block)
+            for rows in _slices(items, ROWS):
+                modes[rows] = modes[rows] @ turn
+                squares += np.square(product[rows] @ turn - modes[rows] * values.astype(np.float32)).sum(axis=0)
+            if (np.sqrt(squares) * np.maximum(values, 0) ** (steps / 2))[:wanted].max() <= TOLERANCE:
+                break
+            cut = min(max(float(values[-1]), 0.0), 0.999)
+            del before, product
+    return values, modes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,13 +432,20 @@ class Teacher:
         """Returns the objective for a backbone that takes "images" or "features"."""
         return self.objective or ("cibhash" if takes == "features" else "naive_cl")
 
+    def neighbors(
+        self, embeddings: Float[np.ndarray, "items features"], on_items: Callable[[int], None]
+    ) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
+        """Returns the neighbors of all training images in the graph, and their cosines.
+
+        Its result is all that `coordinates` needs, so that large embeddings can be deleted in between.
+        """
+        return nearest_neighbors(embeddings, min(self.neighbours, len(embeddings) - 1), on_items=on_items)
+
     def coordinates(
         self,
-        logits: Float[np.ndarray, "items bits"],
-        features: Float[np.ndarray, "items features"] | None,
-        on_items: Callable[[int], None],
+        neighbors: Int[np.ndarray, "items count"],
+        cosines: Float32[np.ndarray, "items count"],
+        on_step: Callable[[], None],
     ) -> Float32[np.ndarray, "items dimensions"]:
-        """Returns the coordinates of all training images; `features` are None for a backbone that is trained."""
-        embeddings = logits if features is None else join_features(logits, features)
-        walk = {"neighbours": self.neighbours, "dimensions": self.dimensions, "steps": self.steps}
-        return coordinates(embeddings, **walk, on_items=on_items)
+        """Returns the coordinates of all training images."""
+        return walk_coordinates(neighbors, cosines, dimensions=self.dimensions, steps=self.steps, on_step=on_step)

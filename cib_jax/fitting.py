@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, PRNGKeyArray, UInt8
 
+from cib_jax import diffusion
 from cib_jax.augment import features as features_lib
 from cib_jax.augment.features import Standard
 from cib_jax.console import library_bar
@@ -125,6 +126,8 @@ def fit(
         vectors = hasattr(images, "dtype") and np.ndim(as_array(images)) == 2
         backbone = "none" if vectors and jnp.issubdtype(as_array(images).dtype, jnp.floating) else "convnet"
     array, standard = _validate_images(images, on_features=backbone == "none")
+    if is_taught(method.get("objective", "")):
+        diffusion.validate_item_count(len(array))
     if standard is not None:
         method = {"augment": "noise"} | method
     batch_size = min(64, len(array)) if batch_size is None else batch_size
@@ -258,12 +261,15 @@ def train_hasher(
     def learn_coordinates() -> Coordinates:
         assert teacher_run is not None, "an objective that needs a teacher comes with its run"
         learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
-        logits = learned.logits(images, progress=False)
-        trained = learned.params.keys() != {"head"}
-        features = None if trained else learned.backbone_features(images, progress=False)
-        return teacher.coordinates(
-            logits, features, lambda count: advance(0, "neighbors" if count else "modes of the walk")
-        )
+        embeddings = learned.logits(images, progress=False)
+        if learned.params.keys() == {"head"}:
+            size = 80 * ENCODE_BATCH
+            blocks = (images[start : start + size] for start in range(0, len(images), size))
+            features = (learned.backbone_features(block, progress=False) for block in blocks)
+            embeddings = diffusion.join_features(embeddings, features)
+        neighbors, cosines = teacher.neighbors(embeddings, lambda count: advance(0, "neighbors"))
+        del embeddings  # gigabytes, of a million images
+        return teacher.coordinates(neighbors, cosines, lambda: advance(0, "modes of the walk"))
 
     @contextlib.contextmanager
     def during_steps() -> Iterator[None]:

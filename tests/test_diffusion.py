@@ -1,14 +1,18 @@
 """Diffusion on neighbor graphs against scikit-learn's neighbors and dense powers of the walk in float64."""
 
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.sparse
 import sklearn.metrics.pairwise
 import sklearn.neighbors
 
+import cib_jax as cib
 from cib_jax import diffusion
-from cib_jax.errors import UserError
+from cib_jax.errors import ConfigError, UserError
 
 
 def draw(items, features=5, seed=0):
@@ -27,6 +31,50 @@ def test_neighbors_are_those_of_scikit_learn(monkeypatch, block):
     assert sum(counts) == 60
 
 
+def test_most_of_the_approximate_neighbors_are_exact_and_the_same_twice():
+    """In 16 dimensions, which is no easier than real features, where 96% are found."""
+    embeddings = draw(3000, 16) @ draw(16, 40, seed=1)
+    exact, _ = diffusion.nearest_neighbors(embeddings, 15)
+    counts = []
+    found, cosines = diffusion.nearest_neighbors(embeddings, 15, exact_items=2999, on_items=counts.append)
+    common = [len(set(one) & set(other)) for one, other in zip(exact, found, strict=True)]
+    assert np.mean(common) / 15 >= 0.95
+    assert not (found == np.arange(3000)[:, None]).any()
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    np.testing.assert_allclose(cosines, np.einsum("rf,rnf->rn", unit, unit[found]), atol=1e-5)
+    assert sum(counts) == 3000
+    again = diffusion.nearest_neighbors(embeddings, 15, exact_items=2999)
+    assert np.array_equal(found, again[0])
+    assert np.array_equal(cosines, again[1])
+
+
+def test_items_with_few_candidates_and_copies_have_all_their_neighbors():
+    """More copies of an item than candidates, and clusters of FAISS that are smaller than the number of neighbors."""
+    embeddings = np.concatenate([draw(300, 6), np.repeat(draw(1, 6, seed=1), 100, axis=0)])
+    found, cosines = diffusion.nearest_neighbors(embeddings, 90, exact_items=1)
+    assert all(len(set(row)) == 90 for row in found)
+    assert not (found == np.arange(400)[:, None]).any()
+    assert np.isfinite(cosines).all()
+    np.testing.assert_allclose(cosines[300:], 1, atol=1e-5)
+
+
+def test_too_many_items_without_faiss_name_the_extra(monkeypatch):
+    diffusion.validate_item_count(diffusion.EXACT_ITEMS)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    diffusion.validate_item_count(diffusion.EXACT_ITEMS)
+    with pytest.raises(ConfigError, match=r"\[search\]") as refused:
+        diffusion.validate_item_count(diffusion.EXACT_ITEMS + 1)
+    assert refused.value.field == "objective"
+    with pytest.raises(ConfigError):
+        diffusion.nearest_neighbors(draw(20), 3, exact_items=19)
+
+
+def test_a_fit_on_too_many_items_without_faiss_is_refused_before_the_teacher_trains(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"\[search\]"):
+        cib.fit(np.ones((diffusion.EXACT_ITEMS + 1, 2), np.float16), bits=8, objective="diffusion")
+
+
 def walk_of(embeddings, neighbours):
     """Returns the walk's probabilities, item by item, and its stationary distribution."""
     unit = embeddings.astype(np.float64) / np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -39,6 +87,21 @@ def walk_of(embeddings, neighbours):
     scale = np.sort(distances, axis=1)[:, min(7, neighbours)]  # the first is the item's distance to itself
     weights = np.where(linked, np.maximum(np.exp(-(distances**2) / np.outer(scale, scale)), 1e-6), 0)
     return weights / weights.sum(axis=1, keepdims=True), weights.sum(axis=1) / weights.sum()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_modes_of_many_items_are_those_of_lapack(groups):
+    """As many groups that no walk leaves: of each, a mode of the eigenvalue 1."""
+    sides = 50 * np.eye(5, dtype=np.float32)[np.arange(400) * groups // 400]
+    walk, often = walk_of(sides + draw(400), 8)
+    root = np.sqrt(often)
+    symmetric = root[:, None] * walk / root
+    matrix = scipy.sparse.csr_matrix(symmetric)
+    values, modes = diffusion.slowest_modes(matrix, root, 20, steps=12, dense_items=0)
+    expected, vectors = (part[..., ::-1][..., :20] for part in np.linalg.eigh(symmetric))
+    np.testing.assert_allclose(values, expected, atol=1e-3)
+    np.testing.assert_allclose(modes.T @ modes, np.eye(20), atol=1e-4)
+    np.testing.assert_allclose((modes * values**12) @ modes.T, (vectors * expected**12) @ vectors.T, atol=2e-3)
 
 
 def test_inner_products_are_the_odds_of_a_walk_of_that_many_steps():
@@ -115,7 +178,7 @@ def test_links_compare_a_distance_with_those_of_the_neighborhood():
 def test_joined_embeddings_have_the_mean_of_both_cosines():
     logits, features = draw(9, 4), draw(9, 6, seed=1)
     cosines = sklearn.metrics.pairwise.cosine_similarity
-    joined = diffusion.join_features(logits, features)
+    joined = diffusion.join_features(logits, [features[:4], features[4:]])
     np.testing.assert_allclose(
         cosines(joined), (cosines(logits) + cosines(features - features.mean(axis=0))) / 2, atol=1e-6
     )

@@ -14,6 +14,7 @@ import numpy as np
 import rich.console
 from jaxtyping import Float, UInt8
 
+from cib_jax import diffusion
 from cib_jax.commands import evaluate
 from cib_jax.config import build, schema
 from cib_jax.console import on_stdout, print_message, progress_bar
@@ -24,6 +25,7 @@ from cib_jax.files import count
 from cib_jax.hint import HINT
 from cib_jax.inference.hasher import Hasher, initial_params
 from cib_jax.inference.serialization import restore_best, validate_fingerprint
+from cib_jax.losses import is_taught
 from cib_jax.models.encoder import AUTO, Params, default_dtype
 from cib_jax.random_streams import stream_rng
 from cib_jax.retrieval import code_quality, metrics
@@ -113,6 +115,9 @@ def train(
         run = multihost.run_first_then_others(lambda: context.prepare_run(config, workdir, console))
         context.validate_same_data(run)
         build.validate_partial_batch(config, len(run.splits.train), sharding.mesh_size(mesh))
+        if is_taught(config.objective):
+            with multihost.shared_errors():
+                diffusion.validate_item_count(len(run.splits.train))
         with multihost.shared_errors():
             if multihost.is_first_process() and not (workdir / "config.json").exists():
                 _first_params(run)  # refused now if it cannot be loaded
@@ -453,13 +458,14 @@ def _load_coordinates(teacher: RunContext) -> Coordinates | None:
 def _compute_coordinates(teacher: RunContext, params: Params) -> Coordinates:
     """Computes and writes the diffusion coordinates of the training images under a trained teacher."""
     images = teacher.splits.train
-    logits, known = features.logits(teacher, params, images, "Encoding for the teacher"), None
+    embeddings = features.logits(teacher, params, images, "Encoding for the teacher")
     if teacher.features_stay or teacher.standard is not None:
-        known = np.concatenate(list(features.plain(teacher, images, "Features for the teacher")))
-    with progress_bar(teacher.console, "Neighbors", len(logits)) as advance:
+        embeddings = diffusion.join_features(embeddings, features.plain(teacher, images, "Features for the teacher"))
+    teacher.print(diffusion.describe_neighbors(len(images)))
+    with progress_bar(teacher.console, "Neighbors", len(images)) as advance:
         settings = build.teacher(teacher.config)
-        coordinates = settings.coordinates(
-            logits, known, lambda count: advance(count, "" if count else "modes of the walk")
-        )
+        neighbors, cosines = settings.neighbors(embeddings, lambda count: advance(count, ""))
+        del embeddings  # gigabytes, of a million images
+        coordinates = settings.coordinates(neighbors, cosines, lambda: advance(0, "modes of the walk"))
     write_array(teacher.workdir / COORDINATES_FILE, coordinates)
     return coordinates
