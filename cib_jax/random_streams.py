@@ -57,7 +57,7 @@ RNG_STREAMS = {
     "recall sample": 8,
     "diffusion start": 9,
     "validated images": 10,
-    "neighbor sample": 10,
+    "neighbor sample": 11,
 }
 """Numbers of NumPy generators; they are independent of the keys above, so that numbers may be equal."""
 
