@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
         console=rich.console.Console(quiet=True),
     )
     config = digits.get_config()
-    config.update_from_flattened_dict({"epochs": 1, "image_size": 8, "cache.dir": "none", "report.write": False})
+    config.update_from_flattened_dict({"epochs": 1, "image_size": 8, "data.train_per_class": 13})
+    config.update_from_flattened_dict({"cache.dir": "none", "report.write": False})
     cib.train(config, folder / "DIGITS", console=rich.console.Console(quiet=True))
     return folder
 
