@@ -334,10 +334,8 @@ def _iterate_subspace(
     Subspace iteration with a Chebyshev filter (Zhou, Saad, Tiago and Chelikowsky 2006,
     https://doi.org/10.1016/j.jcp.2006.03.017): all modes are multiplied at once with a polynomial of the walk that is
     small between -1 and the smallest eigenvalue of the block, and grows steeply beyond. In float32; of the size of all
-    modes, two arrays are in memory.
+    modes, a few arrays are in memory.
     """
-    import scipy.linalg
-
     items = walk.shape[0]
     walk, known = walk.astype(np.float32).tocsr(), known.astype(np.float32).tocsr()
     parts = [(rows, walk[rows]) for rows in _slices(items, ROWS)]
@@ -369,12 +367,13 @@ def _iterate_subspace(
             shares = known.T @ modes
             for rows in _slices(items, ROWS):
                 modes[rows] -= known[rows] @ shares
-            modes /= np.sqrt(np.einsum("ij,ij->j", modes, modes, dtype=np.float64)).astype(np.float32)
+            # The filter leaves nearly dependent columns, which only a QR decomposition parts in float32.
+            modes = np.linalg.qr(modes)[0]
             # The eigenvectors within the span of the block (Rayleigh and Ritz).
             before[:] = 0
             product = multiply(modes, 0.0, 1.0, before)
-            gram, walked = (modes.T @ array for array in (modes, product))
-            values, turn = scipy.linalg.eigh((walked + walked.T).astype(np.float64) / 2, gram.astype(np.float64))
+            walked = (modes.T @ product).astype(np.float64)
+            values, turn = np.linalg.eigh((walked + walked.T) / 2)
             values, turn = values[::-1], np.ascontiguousarray(turn[:, ::-1], np.float32)
             squares = np.zeros(block)
             for rows in _slices(items, ROWS):
