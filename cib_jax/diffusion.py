@@ -334,7 +334,7 @@ def _iterate_subspace(
     Subspace iteration with a Chebyshev filter (Zhou, Saad, Tiago and Chelikowsky 2006,
     https://doi.org/10.1016/j.jcp.2006.03.017): all modes are multiplied at once with a polynomial of the walk that is
     small between -1 and the smallest eigenvalue of the block, and grows steeply beyond. In float32; of the size of all
-    modes, a few arrays are in memory.
+    modes, two arrays are in memory.
     """
     items = walk.shape[0]
     walk, known = walk.astype(np.float32).tocsr(), known.astype(np.float32).tocsr()
@@ -367,8 +367,7 @@ def _iterate_subspace(
             shares = known.T @ modes
             for rows in _slices(items, ROWS):
                 modes[rows] -= known[rows] @ shares
-            # The filter leaves nearly dependent columns, which only a QR decomposition parts in float32.
-            modes = np.linalg.qr(modes)[0]
+            _orthonormalize(modes)
             # The eigenvectors within the span of the block (Rayleigh and Ritz).
             before[:] = 0
             product = multiply(modes, 0.0, 1.0, before)
@@ -384,6 +383,23 @@ def _iterate_subspace(
             cut = min(max(float(values[-1]), 0.0), 0.999)
             del before, product
     return values, modes
+
+
+def _orthonormalize(modes: Float32[np.ndarray, "items block"]) -> None:
+    """Replaces modes by an orthonormal basis of their span.
+
+    In float64, though modes are in float32: the filter multiplies the slowest ones so much more than the others that
+    all are nearly parallel to them.
+    """
+    modes /= np.maximum(np.sqrt(np.einsum("ij,ij->j", modes, modes)), np.finfo(np.float32).tiny)
+    gram = np.zeros((modes.shape[1],) * 2)
+    for rows in _slices(len(modes), ROWS):
+        part = modes[rows].astype(np.float64)
+        gram += part.T @ part
+    squares, turn = np.linalg.eigh(gram)
+    turn /= np.sqrt(np.maximum(squares, 1e-13 * squares[-1]))  # a direction of rounding errors alone becomes short
+    for rows in _slices(len(modes), ROWS):
+        modes[rows] = modes[rows].astype(np.float64) @ turn
 
 
 @dataclasses.dataclass(frozen=True)
