@@ -35,6 +35,8 @@ from tests.command_line import refusal, run_cli  # noqa: F401 - fixtures
 hypothesis.settings.register_profile("cib", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("cib")
 
+FEW_OPTIMIZATIONS = jax.config.values["jax_disable_most_optimizations"]  # unless the environment asks for more
+
 LONGEST = (
     "end_to_end/test_processes.py",
     "notebooks/test_notebooks.py",
@@ -59,13 +61,17 @@ LONGEST = (
     "augment/test_augment.py",
     "models/test_finetune.py",
 )
-"""The files that take longest, begun first: each is one worker's, and what is begun last is done while others idle."""
+"""The files that take longest, begun first: each is one worker's, and what is begun last is done while others idle.
+
+Before them come those that use `compiled_to_run`, so that the programs are thrown away once.
+"""
 
 
 def pytest_collection_modifyitems(items):
     tests = pathlib.Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    optimized = {item.path for item in items if "compiled_to_run" in item.fixturenames}
+    items.sort(key=lambda item: (item.path not in optimized, places.get(item.path, len(places)), item.path))
 
 
 def pytest_collection():
@@ -80,15 +86,22 @@ def pytest_collection_finish():
 @pytest.fixture(scope="module")
 def compiled_to_run():
     """More optimizations, in started processes too, for tests that train or compare programs bit for bit."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-        quickly = jax.config.values["jax_disable_most_optimizations"]
+    switch_optimizations(few=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request):
+    """Fewer optimizations again for other tests; modules that follow one another with the same share their programs."""
+    if "compiled_to_run" not in request.fixturenames:
+        switch_optimizations(few=FEW_OPTIMIZATIONS)
+
+
+def switch_optimizations(few: bool):
+    if jax.config.values["jax_disable_most_optimizations"] != few:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(few))
         # JAX's caches in memory do not distinguish the two, but their results differ in the last bits.
         jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", few)
 
 
 @pytest.fixture(scope="module")
