@@ -65,6 +65,11 @@ class EpochReport:
     images_per_second: float
     score: float | None
 
+    @property
+    def validation_map(self) -> float | None:
+        """Older name of `score`."""
+        return self.score
+
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
