@@ -176,7 +176,7 @@ def join_features(
 ) -> Float32[np.ndarray, "items joined"]:
     """Returns embeddings whose cosine is the mean of the cosine of `logits` and that of the centered features.
 
-    The features come in `blocks` of rows, in order, and are in memory once: as part of what is returned.
+    The features come in `blocks` of consecutive rows. They are in memory once, within the result.
     """
     blocks = iter(blocks)
     first = next(blocks)
@@ -202,7 +202,6 @@ def coordinates(
     neighbours: int = 15,
     dimensions: int = 200,
     steps: int = 20,
-    exact_items: int = EXACT_ITEMS,
     on_items: Callable[[int], None] = lambda items: None,
 ) -> Float32[np.ndarray, "items dimensions"]:
     """Returns coordinates with the inner product p(x, y) / (p(x) p(y)), for the ends x and y of a random walk.
@@ -216,12 +215,13 @@ def coordinates(
     own. At most half of the dimensions go to such groups, the largest first; coordinates of the others are near 0.
 
     Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
-    included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. Of more than `exact_items`, neighbors
-    are approximate. `on_items` is called with the number of
-    items of which the neighbors have been found since the last call, and then with 0 as long as modes are sought.
+    included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. Of more than `EXACT_ITEMS`, neighbors
+    are approximate. `on_items` is called with the number of items of which the neighbors have been found since the last
+    call, and then with 0 as long as modes are sought.
 
     Raises:
-      ConfigError: `neighbours`, `dimensions` or `steps` is out of range.
+      ConfigError: `neighbours`, `dimensions` or `steps` is out of range, or there are more than `EXACT_ITEMS` items and
+        FAISS is not installed.
       DataError: There are fewer than 3 items, or an embedding is not finite or has no direction.
     """
     items = len(embeddings)
@@ -229,9 +229,7 @@ def coordinates(
         raise _error("dimensions", "must be 2 or more", dimensions)
     if steps < 1:
         raise _error("steps", "must be 1 or more", steps)
-    neighbors, cosines = nearest_neighbors(
-        embeddings, min(neighbours, items - 1), exact_items=exact_items, on_items=on_items
-    )
+    neighbors, cosines = nearest_neighbors(embeddings, min(neighbours, items - 1), on_items=on_items)
     return walk_coordinates(neighbors, cosines, dimensions=dimensions, steps=steps, on_step=lambda: on_items(0))
 
 

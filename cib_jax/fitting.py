@@ -263,7 +263,7 @@ def train_hasher(
         learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
         embeddings = learned.logits(images, progress=False)
         if learned.params.keys() == {"head"}:
-            size = 80 * ENCODE_BATCH
+            size = 80 * ENCODE_BATCH  # whole batches, so that no other shape is compiled
             blocks = (images[start : start + size] for start in range(0, len(images), size))
             features = (learned.backbone_features(block, progress=False) for block in blocks)
             embeddings = diffusion.join_features(embeddings, features)
