@@ -47,7 +47,7 @@ class Method:
     objective: str | Callable[..., Any] = "cibhash"
     """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, "diffusion", with a teacher, or a function."""
     temperature: Number | None = None
-    """Temperature τ of the contrast; None becomes the objective's, 0.3, or 0.18 for "diffusion"."""
+    """Temperature τ of the contrast; None becomes the objective's, 0.3, or 0 for "diffusion": from the target."""
     beta: Number = 0.001
     """Weight β of the bottleneck term."""
     stochastic: bool = True
@@ -77,7 +77,9 @@ class Method:
         for name in ("temperature", "sharpness"):
             value = getattr(self, name)
             # A traced value, such as a temperature that follows a schedule, is known only when the step runs.
-            if isinstance(value, int | float) and not value > 0:
+            if not isinstance(value, int | float) or value > 0:
+                continue
+            if not (name == "temperature" and value == 0 and default_temperature(self.objective) == 0):
                 raise ConfigError(f"{name} must be greater than 0, got {value}", field=name)
         for name in ("beta", "micro_batch"):
             value = getattr(self, name)

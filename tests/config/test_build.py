@@ -53,7 +53,7 @@ def test_a_method_has_every_field_that_the_config_has():
     assert (method.encoder, method.objective, method.augment) == (encoder, "cibhash", "digits")
 
 
-@pytest.mark.parametrize(("objective", "temperature"), [("cibhash", 0.3), ("naive_cl", 0.3), ("diffusion", 0.18)])
+@pytest.mark.parametrize(("objective", "temperature"), [("cibhash", 0.3), ("naive_cl", 0.3), ("diffusion", 0.0)])
 def test_a_temperature_of_zero_is_that_of_the_objective(objective, temperature):
     config = small.config(objective=objective, temperature=0.0)
     assert build.method(config, build.encoder(config)[0]).temperature == temperature

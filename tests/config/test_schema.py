@@ -120,10 +120,10 @@ def test_differences_name_both_values_and_ignore_paths():
 
 def test_the_temperature_of_an_objective_is_no_difference_from_its_number():
     """Runs of earlier versions name the number."""
-    mine, theirs = ({"objective": "diffusion", "temperature": temperature} for temperature in (0.0, 0.18))
+    mine, theirs = ({"objective": "cibhash", "temperature": temperature} for temperature in (0.0, 0.3))
     assert schema.differences(mine, theirs) == []
-    assert schema.differences(mine | {"objective": "cibhash"}, theirs | {"objective": "cibhash"}) == [
-        "temperature: 0.18 → 0.3"
+    assert schema.differences(mine | {"objective": "diffusion"}, theirs | {"objective": "diffusion"}) == [
+        "temperature: 0.3 → 0.0"
     ]
 
 
