@@ -39,7 +39,6 @@ FEW_OPTIMIZATIONS = jax.config.values["jax_disable_most_optimizations"]  # unles
 
 LONGEST = (
     "end_to_end/test_processes.py",
-    "notebooks/test_notebooks.py",
     "commands/test_train.py",
     "test_fitting.py",
     "distributed/test_sharding.py",

@@ -1,11 +1,13 @@
-"""The notebooks: a small run of every cell, the saved outputs, and the installation of cib_jax."""
+"""The notebooks: a small run of every cell, which is slow, the saved outputs, and the installation of cib_jax."""
 
+import ast
 import base64
 import importlib.metadata
 import importlib.util
 import io
 import os
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 import yaml
 
+import cib_jax
 from tests.data import miniature
 
 nbformat = pytest.importorskip("nbformat", reason="install the extra test")
@@ -77,16 +80,40 @@ def pictures(notebook):
 
 
 @every
+def test_the_settings_of_a_small_run_are_parameters(path, tmp_path):
+    """A setting of another name would have no effect."""
+    assert path.stem in SMALL, f"{path.name} has no row in SMALL: the settings of a small run"
+    parameters = next(cell.source for cell in read(path).cells if "parameters" in cell.metadata.get("tags", ()))
+    for name in SMALL[path.stem](tmp_path):
+        assert re.search(rf"^([\w, ]+, )?{name}\b[\w, ]*=", parameters, re.MULTILINE), name
+
+
+@every
+def test_what_a_notebook_takes_from_the_package_exists(path):
+    lines = "\n".join(cell.source for cell in code(read(path))).splitlines()
+    tree = ast.parse("\n".join(line for line in lines if not line.startswith("%")))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cib_jax"):
+            for name in node.names:
+                modules[name.asname or name.name] = pkgutil.resolve_name(f"{node.module}.{name.name}")
+        elif isinstance(node, ast.Import):
+            of_package = [name for name in node.names if name.name.startswith("cib_jax")]
+            modules |= {name.asname: pkgutil.resolve_name(name.name) for name in of_package}
+    assert modules["cib"] is cib_jax
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.slow
+@every
 def test_every_cell_runs(path, tmp_path, monkeypatch):
     """Runs in an empty folder, with cib_jax of this clone; the training on two devices."""
-    assert path.stem in SMALL, f"{path.name} has no row in SMALL: the settings of a small run"
     if path.stem == "cib_cifar_tpu":
         monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     saved, small = read(path), SMALL[path.stem](tmp_path)
-    parameters = next(cell.source for cell in saved.cells if "parameters" in cell.metadata.get("tags", ()))
-    for name in small:  # a setting of another name would have no effect
-        assert re.search(rf"^([\w, ]+, )?{name}\b[\w, ]*=", parameters, re.MULTILINE), name
     (tmp_path / "here").mkdir()
     ran = script().execute(path, "\n".join(f"{name} = {small[name]!r}" for name in small), tmp_path / "here")
     assert [cell.source for cell in ran.cells] == [cell.source for cell in saved.cells]
