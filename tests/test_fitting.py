@@ -30,8 +30,9 @@ def fit(images, **options):
     return cib.fit(images, **small | options)
 
 
+@pytest.mark.slow
 def test_it_learns(digits):
-    """MAP well above that of random codes, which is the share of a class, a tenth."""
+    """MAP well above that of random codes, a tenth. Of fewer epochs: tests/end_to_end/test_readme.py."""
     images, labels = digits
     losses = []
     hasher = fit(images[:500], image_size=16, on_epoch=lambda report: losses.append(report.terms["loss"]))

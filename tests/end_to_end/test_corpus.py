@@ -1,4 +1,4 @@
-"""A corpus encoded by several processes, as a user starts them: killed hard and started again, interrupted, misled."""
+"""A corpus encoded by several processes, as a user starts them: interrupted, misled; slow: killed and started again."""
 
 import signal
 import time
@@ -65,7 +65,9 @@ def same(codes, undisturbed):
     assert not list(codes.glob(".*"))
 
 
+@pytest.mark.slow
 def test_of_three_processes_one_is_killed_and_started_again(run, undisturbed, tmp_path, run_cli):
+    """In one process, by shares, an error at a photo and parts that are gone: tests/commands/test_encode.py."""
     codes = tmp_path / "codes"
     process = start(*arguments(run, codes, "--processes=3", "--process=0"))
     mine = [codes / f"part-{number:08}.parquet" for number in range(0, 30, 3)]

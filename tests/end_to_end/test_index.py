@@ -1,4 +1,4 @@
-"""An index as a user makes and asks it by run.py: killed hard, by two at once, interrupted, misled; and in a bucket."""
+"""An index as a user makes and asks it by run.py: interrupted, misled; slow: killed hard, by two, in a bucket."""
 
 import json
 import pathlib
@@ -58,7 +58,9 @@ def codes_in(uri):
     return {path: values[2] for path, values in indexing.held(uri).items()}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_with_another_beside_it_the_next_goes_on(place, codes, tmp_path, run_cli):
+    """In one process, by an error at a commit and by two threads: tests/commands/test_index.py."""
     uri = tmp_path / "i"
     processes = [begin(place, uri) for _ in range(2)]
     wait_until(processes, lambda: commits(uri) >= 2)
