@@ -28,9 +28,12 @@ def test_the_figures_of_a_product_are_those_of_its_shapes():
     assert figures.sent == {}
 
 
-@pytest.mark.parametrize("name", ["convnet", "stored-views", "rank", "metrics", "contrast"])
-def test_programs_are_lowered_for_gpus(name):
-    program = PROGRAMS[name](Place(tuple(jax.devices("cpu")[:1])), 8)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("convnet", {}), ("stored-views", {"steps": 64}), ("rank", {}), ("metrics", {}), ("contrast", {})],
+)
+def test_programs_are_lowered_for_gpus(name, options):
+    program = PROGRAMS[name](Place(tuple(jax.devices("cpu")[:1])), 8, **options)
     assert program.function.trace(*program.arguments).lower(lowering_platforms=("cuda",)).cost_analysis()["flops"] > 0
 
 
