@@ -139,7 +139,7 @@ def one_step(fine_tune, devices, micro_batch):
 
 
 def own_step(step, state, batch, mesh=None, check_vma=None):
-    """Returns the norm of the gradient and the loss of a step in a loop of one's own: `jax.shard_map`, or `jax.jit`.
+    """Returns the program of a step in a loop of one's own, by `jax.shard_map` or `jax.jit`, and its arguments.
 
     Without a mesh, one device has the whole batch; without `check_vma`, the compiler divides the step by the sharding
     of its arguments.
@@ -153,12 +153,20 @@ def own_step(step, state, batch, mesh=None, check_vma=None):
     if check_vma is not None:
         program = functools.partial(step, axis="d")
         program = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
-    _, terms = jax.jit(program)(*arguments)
+    return jax.jit(program), arguments
+
+
+def taken(program, arguments):
+    """Returns the norm of the gradient and the loss of a step."""
+    _, terms = program(*arguments)
     return [float(terms["gradient_norm"]), float(terms["loss"])]
 
 
 def own_loops():
-    """Returns what steps in loops of one's own come to, by the kind of their arguments; first on one device."""
+    """Returns what steps in loops of one's own come to, by the kind of their arguments; first on one device.
+
+    Those on images take long to compile: they are only traced, which checks how each array varies over the devices.
+    """
     optimizer = optax.sgd(0.1)
     auto, explicit = Mesh(jax.devices(), ("d",)), jax.make_mesh((8,), ("d",))
     assert explicit.axis_types == (AxisType.Explicit,)
@@ -180,13 +188,15 @@ def own_loops():
                 return cib.train_step_on_features(state, *data, key, axis=axis, **method)
             return cib.train_step(state, frozen, *data, key, axis=axis, **known, **method)
 
-        ways = [(None, None), (auto, True)]
-        if name != "images":  # the longest to compile
-            ways += [(explicit, None)]
-        if name == "two views":  # the shortest
+        ways = [(None, None), (auto, True), (explicit, None)]
+        if name == "two views":  # the shortest to compile
             ways += [(auto, False), (explicit, True), (explicit, False), (auto, None)]
         state = cib.create_train_state(params, optimizer)
-        found[name] = [own_step(step, state, (batch, known), *way) for way in ways]
+        steps = [own_step(step, state, (batch, known), *way) for way in (ways[:2] if name == "images" else ways)]
+        if name == "images":
+            found[name] = [program.trace(*arguments).out_info[1]["loss"].shape for program, arguments in steps]
+        else:
+            found[name] = [taken(*one) for one in steps]
     return found
 
 
@@ -242,7 +252,7 @@ def main(folder):
     found["stored views"] = {devices: fitted(devices, STORED, "stored") for devices in (1, 2)}
     encoder, params, frozen = cib.create_encoder(KEY, backbone="convnet", bits=8, image_size=8, hidden=16)
     found["bank"] = {devices: from_bank(encoder, params, devices) for devices in (1, 8)}
-    # On one device, streamed images train to the bits of resident ones: tests/commands/test_train.py.
+    # On one device, streamed images make the steps of resident ones: tests/training/test_input_pipeline.py.
     found["images"] = {
         1: from_images(encoder, params, frozen, 1),
         8: from_images(encoder, params, frozen, 8, stream=True),

@@ -59,13 +59,18 @@ def test_a_step_in_parts_on_several_devices_is_that_of_one_batch(found):
         assert np.linalg.norm(np.subtract(mine, theirs)) <= 1e-3 * np.linalg.norm(theirs) + 1e-6
 
 
-@pytest.mark.parametrize("name", ["features", "images", "two views"])
+@pytest.mark.parametrize("name", ["features", "two views"])
 def test_a_step_in_a_loop_of_ones_own_is_that_of_one_device(found, name):
     """By `jax.shard_map` with and without its checks, and by `jax.jit`; on meshes with and without explicit axes."""
     one, *others = found["own loops"][name]
     assert one[0] > 1e-3
     for other in others:
         assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_a_step_on_images_in_a_loop_of_ones_own_is_traced_with_its_checks(found):
+    """By `jax.shard_map`, and on one device."""
+    assert found["own loops"]["images"] == [[], []]
 
 
 def test_pure_functions_take_arrays_of_explicit_meshes(found):
