@@ -80,39 +80,37 @@ def options_of(config):
 
 
 def test_fit_and_run_end_with_the_same_bits(tmp_path):
-    """On fresh views, with nested codes and the teacher that "diffusion" learns from."""
-    config = small.config(
-        objective="diffusion",
-        seed=3,
-        bits=20,
-        nested=True,
-        **COMMON,
-        **{f"teacher__{name}": value for name, value in TEACHER.items()},
-    )
+    """On fresh views."""
+    config = small.config(objective="cibhash", seed=3, temperature=0.0, **COMMON)
     params, images = of_run(config, tmp_path / "run")
-    epochs = []
+    losses = []
+    hasher = cib.fit(images, on_epoch=lambda report: losses.append(report.terms["loss"]), **options_of(config))
+    assert_same(params, hasher.params)
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch):
+    """With nested codes, the dropout and the temperature that `fit` takes, and the teacher of "diffusion".
+
+    The teacher takes also the frozen backbone's features.
+    """
+    fields = COMMON | pretrained.convnet(monkeypatch, tmp_path, 8) | {f"teacher__{k}": v for k, v in TEACHER.items()}
+    fields |= {"objective": "diffusion", "bits": 20, "nested": True, "head_dropout": 0.5, "temperature": 0.0}
+    config = small.config(**fields, train__views=3)
+    params, images = of_run(config, tmp_path / "run")
+    loaded = weights.load_pretrained("convnet", config.backbone_weights)
+    views, epochs = [], []
     hasher = cib.fit(
         images,
         teacher=cib.Teacher(**TEACHER),
+        backbone_params=loaded,
+        on_views=views.append,
         on_epoch=lambda report: epochs.append(report.progress.epoch),
         **options_of(config),
     )
     assert_same(params, hasher.params)
-    assert epochs == [1, 1, 2]  # the teacher's and the codes'
-
-
-@pytest.mark.parametrize("objective", ["cibhash", "diffusion"])
-def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch, objective):
-    """With the dropout and the temperature that `fit` takes; "diffusion" also uses the frozen backbone's features."""
-    fields = COMMON | pretrained.convnet(monkeypatch, tmp_path, 8) | {f"teacher__{k}": v for k, v in TEACHER.items()}
-    config = small.config(**fields, train__views=3, objective=objective, head_dropout=0.5, temperature=0.0)
-    params, images = of_run(config, tmp_path / "run")
-    loaded = weights.load_pretrained("convnet", config.backbone_weights)
-    views = []
-    options = {"teacher": cib.Teacher(**TEACHER), "backbone_params": loaded, "on_views": views.append}
-    hasher = cib.fit(images, **options, **options_of(config))
-    assert_same(params, hasher.params)
     assert sum(views) == 3 * len(images)
+    assert epochs == [1, 1, 2]  # the teacher's and the codes'
 
 
 @pytest.mark.parametrize(
