@@ -261,7 +261,9 @@ def test_a_folder_of_something_else_is_not_filled(tmp_path, console):
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
+@pytest.mark.slow
 def test_streamed_images_train_to_the_same_bits_as_resident_ones(trained, tmp_path, console):
+    """Of two steps, nearly the same: tests/training/test_input_pipeline.py."""
     workdir, _ = trained
     config = small(data__resident_mb=0)
     train(config, tmp_path / "streamed", console=console)
@@ -342,27 +344,27 @@ def test_a_refusal_leaves_no_empty_folder_behind(tmp_path, console):
 
 def test_a_run_begins_with_the_weights_of_another(tmp_path, console):
     """At a learning rate of nearly 0, its codes stay those of the other; weights of another shape are refused."""
-    first = train(many.config(tmp_path, bits=8), tmp_path / "first", console=console)
+    first = train(many.config(tmp_path), tmp_path / "first", console=console)
     more = {"init_from": str(tmp_path / "first"), "learning_rate": 1e-12, "epochs": 1}
-    again = train(many.config(tmp_path, bits=8, **more), tmp_path / "again", console=console)
+    again = train(many.config(tmp_path, **more), tmp_path / "again", console=console)
     assert again["map"] == first["map"]
     features = np.load(tmp_path / "features.npy")
     hasher = cib.Hasher.load(tmp_path / "first")
-    made = {"bits": 8, "hidden": 32, "epochs": 1, "learning_rate": 1e-12}
+    made = {"bits": 16, "hidden": 32, "epochs": 1, "learning_rate": 1e-12, "batch_size": 32}
     assert_same(cib.fit(features, init_from=hasher, **made).params, hasher.params)
-    for fields in ({"bits": 16}, {"init_from": str(tmp_path / "nowhere")}):
+    for fields in ({"bits": 8}, {"init_from": str(tmp_path / "nowhere")}):
         with pytest.raises(ConfigError) as error:
-            train(many.config(tmp_path, **{"bits": 8} | more | fields), tmp_path / "refused", console=console)
+            train(many.config(tmp_path, **more | fields), tmp_path / "refused", console=console)
         assert error.value.field == "config.init_from"
         assert not (tmp_path / "refused").exists()
 
 
 def test_a_loss_that_is_not_finite_names_step_terms_and_checkpoint(tmp_path, console):
-    config = small(learning_rate=1e38, epochs=5)
+    config = many.config(tmp_path, learning_rate=1e38, epochs=5)
     with pytest.raises(TrainingError, match=r"step \d+: .*loss.*/\d+") as refused:
-        train(config, tmp_path, console=console)
+        train(config, tmp_path / "run", console=console)
     assert refused.value.field == "config.learning_rate"
-    params = params_of(tmp_path)
+    params = params_of(tmp_path / "run")
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
 
 

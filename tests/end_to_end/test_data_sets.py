@@ -282,7 +282,8 @@ MINIATURES = {
 }
 
 
-@pytest.mark.parametrize("name", MINIATURES)
+# NUS-WIDE alone: tests/data/test_tfds_builders.py, test_splits.py; streamed photos with several labels: the list above.
+@pytest.mark.parametrize("name", [pytest.param("nuswide", marks=pytest.mark.slow), "mscoco"])
 def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypatch, name):
     """In the protocol of the paper, with its numbers made smaller: MAP@5000 of a ranking as long as the database."""
     write, smaller, fields = MINIATURES[name]
