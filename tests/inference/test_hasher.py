@@ -23,22 +23,25 @@ def hasher():
     return cib.Hasher(encoder, params, frozen, batch_size=10)
 
 
-def test_codes_are_the_signs_of_the_logits(hasher):
+@pytest.fixture(scope="module")
+def logits(hasher):
+    """The logits of the encoder."""
     encoder = hasher.encoder
-    logits = encoder.logits(hasher.params, hasher.frozen, encoder.preprocess(IMAGES))
+    return jax.jit(lambda images: encoder.logits(hasher.params, hasher.frozen, encoder.preprocess(images)))(IMAGES)
+
+
+def test_codes_are_the_signs_of_the_logits(hasher, logits):
     codes = hasher.encode(IMAGES)
     assert codes.dtype == np.uint8
     assert codes.shape == (23, 2)
     assert np.array_equal(codes, np.packbits(np.asarray(logits) > 0, axis=-1))
 
 
-def test_logits_are_the_encoders(hasher):
-    encoder = hasher.encoder
-    expected = encoder.logits(hasher.params, hasher.frozen, encoder.preprocess(IMAGES))
-    logits = hasher.logits(IMAGES)
-    assert (logits.dtype, logits.shape) == (np.float32, (23, 16))
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(hasher.logits(list(IMAGES)), logits)
+def test_logits_are_the_encoders(hasher, logits):
+    found = hasher.logits(IMAGES)
+    assert (found.dtype, found.shape) == (np.float32, (23, 16))
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hasher.logits(list(IMAGES)), found)
     assert hasher.logits(IMAGES[:0]).shape == (0, 16)
 
 

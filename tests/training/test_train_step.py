@@ -29,13 +29,20 @@ def made():
     return encoder, params, frozen, optimizer, step
 
 
-def test_a_step_is_adams_first(made):
+@pytest.fixture(scope="module")
+def views_of(made):
+    """A function from the key of a step to the two views of each image."""
+    two_views = jax.jit(functools.partial(made[0].two_views, family="digits"))
+    return lambda key: two_views(fold_by_name(key, "views"), IMAGES)
+
+
+def test_a_step_is_adams_first(made, views_of):
     """Adam's first step is learning rate × g / (|g| + ε), whatever the gradient's size."""
     encoder, params, frozen, optimizer, step = made
     key = jax.random.key(5)
     after, terms = step(cib.create_train_state(params, optimizer), frozen, IMAGES, key)
     assert "parameters" in str(after) and len(str(after)) < 100
-    views = encoder.two_views(fold_by_name(key, "views"), jnp.asarray(IMAGES), family="digits")
+    views = views_of(key)
 
     def loss(params):
         logits = (encoder.logits(params, frozen, view) for view in views)
@@ -87,13 +94,12 @@ def test_a_donated_state_leaves_the_callers_parameters_alone(made):
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, params)), strict=True))
 
 
-def test_features_of_the_views_give_the_step_of_the_views(made):
+def test_features_of_the_views_give_the_step_of_the_views(made, views_of):
     """With a frozen backbone, `train_step` and `train_step_on_features` are one step."""
     encoder, params, _, optimizer, _ = made
     frozen, params = {"backbone": params["backbone"]}, {"head": params["head"]}
     key = jax.random.key(9)
-    views = encoder.two_views(fold_by_name(key, "views"), jnp.asarray(IMAGES), family="digits")
-    features = [encoder.features(params, frozen, view) for view in views]
+    features = jax.jit(lambda views: [encoder.features(params, frozen, view) for view in views])(views_of(key))
     options = {"encoder": encoder, "optimizer": optimizer, "beta": 0.1, "temperature": 0.5, "head_dropout": 0.25}
     state = cib.create_train_state(params, optimizer)
     whole, terms = jax.jit(functools.partial(cib.train_step, augment="digits", **options))(state, frozen, IMAGES, key)
