@@ -238,8 +238,9 @@ def test_baselines_of_a_network_from_scratch_see_its_pixels(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_baseline_that_learns_from_views_takes_the_view_bank(tmp_path, monkeypatch):
-    fields = pretrained.convnet(monkeypatch, tmp_path, 8)
+    fields = small.FEW_DIGITS | pretrained.convnet(monkeypatch, tmp_path, 8)
     config = small.config(bits=8, train__views=3, **fields)
     results = compare_lib.measure_baseline(config, "crovca", tmp_path / "b", console=QUIET)
     assert results["source"] == BASELINES["crovca"].source

@@ -376,7 +376,7 @@ def test_what_another_process_did_meanwhile_is_not_done_again(tmp_path, root, en
 
 
 def tiny(**fields):
-    named = {"backbone": "convnet", "image_size": 16, "hidden": 16, "epochs": 1, "bits": 16, "frozen": False}
+    named = {"backbone": "convnet", "image_size": 8, "hidden": 8, "epochs": 1, "bits": 16, "frozen": False}
     return indexing.config(**named | {"train__views": 0} | {"data__stored_size": 20, "data__train_images": 20} | fields)
 
 

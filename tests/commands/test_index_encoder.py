@@ -56,6 +56,7 @@ CONVNET = {
     "bits": 16,
     "frozen": False,
     "train__views": 0,
+    "data__stored_size": 20,
     "data__train_images": 20,
 }
 

@@ -12,6 +12,7 @@ import pytest
 import sklearn.datasets
 
 import cib_jax as cib
+from tests.commands import indexing
 
 pytestmark = pytest.mark.usefixtures("compiled_to_run")
 
@@ -51,7 +52,7 @@ def test_baseline_example_prints_the_stated_map(capsys):
 def test_search_example_finds_the_query_itself(tmp_path, monkeypatch, capsys):
     digits = sklearn.datasets.load_digits()
     images = (digits.images[:120, ..., None] * 15.9).astype("uint8").repeat(3, axis=-1)
-    cib.fit(images, bits=16, image_size=16, augment="digits", epochs=1, hidden=32).save(tmp_path / "runs" / "photos")
+    indexing.save_hasher(tmp_path / "runs" / "photos", bits=16)
     (tmp_path / "PHOTOS").mkdir()
     for number, image in enumerate(images):
         PIL.Image.fromarray(image).save(tmp_path / "PHOTOS" / f"{number:03}.png")
