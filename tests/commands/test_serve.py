@@ -63,8 +63,12 @@ def ask(port, path="/", method="GET", body=None, **headers):
         connection.close()
 
 
+@pytest.mark.slow
 def test_on_colab_its_frame_works_and_can_be_stopped(index, colab, capsys):
-    """Colab's proxy asks by the public name or as localhost; the browser tells the public origin in both cases."""
+    """Colab's proxy asks by the public name or as localhost; the browser tells the public origin in both cases.
+
+    Without the server: below; what that answers: tests/web/test_middleware.py.
+    """
     page = serve_notebook(index, port=0)
     assert page.running
     assert page.show(height=500) is None
@@ -101,17 +105,40 @@ def test_the_server_ends_with_the_process_that_started_it():
     wait_until([], lambda: gone(number), timeout=30)
 
 
-def test_served_again_it_takes_the_place_of_the_page_before(index, monkeypatch):
-    """The server is a stand-in that answers at once."""
-    program = (
-        "import http.server, socketserver, sys; given = dict(one.split('=', 1) for one in sys.argv[1:]); "
-        "handler = type('H', (http.server.BaseHTTPRequestHandler,), {'do_GET': lambda self: self.send_response(200)"
-        " or self.end_headers()}); assert given['--frames'].startswith('http://localhost:*') and '--names' not in given"
-        "; socketserver.TCPServer.allow_reuse_address = True; "
-        "socketserver.TCPServer((given['--host'], int(given['--port'])), handler).serve_forever()"
-    )
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A function that puts a server in place of the real one, which checks an expression of its flags and answers."""
     started = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda line, **how: started([line[0], "-c", program, *line[3:]], **how))
+
+    def put(expression):
+        program = (
+            "import http.server, socketserver, sys; given = dict(one.split('=', 1) for one in sys.argv[1:]); "
+            "handler = type('H', (http.server.BaseHTTPRequestHandler,), {'do_GET': lambda self: self.send_response(200)"
+            f" or self.end_headers()}}); assert {expression}; socketserver.TCPServer.allow_reuse_address = True; "
+            "socketserver.TCPServer((given['--host'], int(given['--port'])), handler).serve_forever()"
+        )
+        monkeypatch.setattr(
+            subprocess, "Popen", lambda line, **how: started([line[0], "-c", program, *line[3:]], **how)
+        )
+
+    return put
+
+
+def test_on_colab_the_server_is_given_its_public_name_and_who_may_frame_it(index, colab, capsys, stand_in):
+    host = PUBLIC.split("/")[2]
+    frames = "https://colab.research.google.com,https://*.googleusercontent.com"
+    stand_in(f"(given['--names'], given['--frames']) == {(host, frames)}")
+    page = serve_notebook(index, port=0)
+    assert page.running and page.show(height=500) is None
+    assert colab.shown == [(page.port, "500")] and PUBLIC in capsys.readouterr().out
+    page.stop()
+    with pytest.raises(WebError, match=r"https://7860-"):
+        page.show()
+
+
+def test_served_again_it_takes_the_place_of_the_page_before(index, stand_in):
+    """The server is a stand-in that answers at once."""
+    stand_in("given['--frames'].startswith('http://localhost:*') and '--names' not in given")
     first = serve_notebook(index, port=0)
     second = serve_notebook(index, port=first.port)
     assert second.url == f"http://127.0.0.1:{first.port}/"

@@ -75,9 +75,13 @@ def test_a_run_of_own_parts_alone(tmp_path, run_cli, own_parts):
     assert ended.code == 2 and "there is no index" in ended.error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_digits")
 def test_encoding_needs_neither_objective_nor_optimizer_nor_augmentation(tmp_path, run_cli, own_parts):
-    """Encodes without the file, in Python and by a command, as the run did with it."""
+    """Encodes without the file, in Python and by a command, as the run did with it.
+
+    Of the config alone: the test below.
+    """
     mine = own_file(tmp_path, ["An objective", "An optimizer and an augmentation"])
     extensions.load([str(mine)])
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3)).astype(np.uint8)
