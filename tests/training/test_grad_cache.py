@@ -33,7 +33,7 @@ def made():
 
 @pytest.fixture(scope="module")
 def whole(made):
-    """Logits of the whole batch at once, and the way back from their gradient to the parameters'."""
+    """A program of the whole batch: from a gradient of its logits to the logits and the parameters' gradient."""
     encoder, params, frozen, _ = made
     view_key = fold_by_name(KEY, "views")
 
@@ -41,7 +41,18 @@ def whole(made):
         views = encoder.two_views(view_key, jnp.asarray(IMAGES), family=FAMILY)
         return encoder.logits(params, frozen, jnp.concatenate(views))
 
-    return np.asarray(jax.jit(logits)(params)), jax.jit(lambda gradient: jax.vjp(logits, params)[1](gradient)[0])
+    def both(gradient):
+        value, pull_back = jax.vjp(logits, params)
+        return value, pull_back(gradient)[0]
+
+    return jax.jit(both).lower(jax.ShapeDtypeStruct((2 * len(IMAGES), encoder.bits), jnp.float32)).compile()
+
+
+def expected_step(whole, encoder, objective):
+    """Returns the terms of the loss of the whole batch, and the gradient of its parameters."""
+    logits, _ = whole(jnp.zeros((2 * len(IMAGES), encoder.bits)))
+    terms, of_logits = expected(np.asarray(logits), objective, True)
+    return terms, whole(jnp.float32(of_logits))[1]
 
 
 def nt_xent(codes):
@@ -84,17 +95,18 @@ def expected(logits, objective, stochastic):
     return {"loss": loss, "contrast": contrast, "kl": kl}, gradient
 
 
-def compiled_step(encoder, optimizer, params, frozen, **method):
-    """Returns a compiled step, which also knows the memory that it takes."""
+def traced_step(encoder, optimizer, params, frozen, **method):
+    """Returns a traced step; once compiled, it also knows the memory that it takes."""
     step = functools.partial(cib.train_step, encoder=encoder, optimizer=optimizer, augment=FAMILY, **method)
-    return jax.jit(step).lower(cib.create_train_state(params, optimizer), frozen, IMAGES, KEY).compile()
+    return jax.jit(step).trace(cib.create_train_state(params, optimizer), frozen, IMAGES, KEY)
 
 
 @pytest.fixture(scope="module")
 def in_parts(made):
     """A compiled step of CIBHash in parts of four images."""
     encoder, params, frozen, optimizer = made
-    return compiled_step(encoder, optimizer, params, frozen, temperature=TEMPERATURE, beta=BETA, micro_batch=4)
+    method = {"temperature": TEMPERATURE, "beta": BETA, "micro_batch": 4}
+    return traced_step(encoder, optimizer, params, frozen, **method).lower().compile()
 
 
 def assert_first_step(outcome, terms, gradient):
@@ -110,11 +122,9 @@ def assert_first_step(outcome, terms, gradient):
 
 
 def test_a_step_in_parts_has_the_loss_and_gradient_of_the_whole_batch(made, whole, in_parts):
-    _, params, frozen, optimizer = made
-    logits, pull_back = whole
-    terms, of_logits = expected(logits, "cibhash", True)
+    encoder, params, frozen, optimizer = made
     outcome = in_parts(cib.create_train_state(params, optimizer), frozen, IMAGES, KEY)
-    assert_first_step(outcome, terms, pull_back(jnp.float32(of_logits)))
+    assert_first_step(outcome, *expected_step(whole, encoder, "cibhash"))
 
 
 def test_a_frozen_backbone_in_parts_takes_one_pass_and_gives_the_heads_gradient(made, whole):
@@ -122,18 +132,16 @@ def test_a_frozen_backbone_in_parts_takes_one_pass_and_gives_the_heads_gradient(
     encoder, params, _, optimizer = made
     frozen, head = {"backbone": params["backbone"]}, {"head": params["head"]}
     method = {"objective": "naive_cl", "temperature": TEMPERATURE, "micro_batch": 16}
-    step = compiled_step(encoder, optimizer, head, frozen, **method)
-    logits, pull_back = whole
-    terms, of_logits = expected(logits, "naive_cl", True)
-    outcome = step(cib.create_train_state(head, optimizer), frozen, IMAGES, KEY)
-    assert_first_step(outcome, terms, pull_back(jnp.float32(of_logits))["head"])
+    step = traced_step(encoder, optimizer, head, frozen, **method)
+    outcome = step.lower().compile()(cib.create_train_state(head, optimizer), frozen, IMAGES, KEY)
+    terms, gradient = expected_step(whole, encoder, "naive_cl")
+    assert_first_step(outcome, terms, gradient["head"])
 
-    def convolutions(params, frozen):
-        step = functools.partial(cib.train_step, encoder=encoder, optimizer=optimizer, augment=FAMILY, **method)
-        jaxpr = jax.make_jaxpr(step)(cib.create_train_state(params, optimizer), frozen, IMAGES, KEY)
-        return str(jaxpr).count("= conv_general_dilated[")
-
-    assert 0 < convolutions(head, frozen) < convolutions(params, {}) / 2
+    convolutions, of_trained = (
+        str(traced.jaxpr).count("= conv_general_dilated[")
+        for traced in (step, traced_step(encoder, optimizer, params, {}, **method))
+    )
+    assert 0 < convolutions < of_trained / 2
 
 
 def test_one_part_is_the_plain_step(made):
@@ -147,13 +155,11 @@ def test_one_part_is_the_plain_step(made):
     assert lowered[0].as_text() == lowered[1].as_text()
 
 
-def test_memory_is_that_of_a_part(made, in_parts):
+def test_memory_is_that_of_a_part(made, whole, in_parts):
     """Of the compiled programs: without the second pass, the activations of the whole batch would be kept."""
-    encoder, params, frozen, optimizer = made
-    plain = compiled_step(encoder, optimizer, params, frozen, temperature=TEMPERATURE, beta=BETA)
-    parts, whole = (step.memory_analysis().temp_size_in_bytes for step in (in_parts, plain))
+    of_parts, of_whole = (program.memory_analysis().temp_size_in_bytes for program in (in_parts, whole))
     # A twelfth of the activations, and the sums of gradients, which do not shrink.
-    assert parts < whole / 8 + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert of_parts < of_whole / 8 + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(made[1]))
 
 
 @pytest.mark.parametrize("micro_batch", [4, 12])

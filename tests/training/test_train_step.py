@@ -110,6 +110,17 @@ def test_features_of_the_views_give_the_step_of_the_views(made, views_of):
 
 
 FEATURES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+PAIR = (FEATURES, FEATURES + 0.3)
+
+
+def loss_of(encoder, params, key, *pair, **options):
+    """Returns the loss of the head's logits, with the random numbers of a step."""
+
+    def loss(params, *pair):
+        logits = (encoder.head(params, features) for features in pair)
+        return cib.cib_loss(fold_by_name(key, "code bits"), *logits, **options)[0]
+
+    return jax.jit(loss)(params, *pair)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +139,8 @@ def test_every_field_of_the_loss_reaches_it(tiny, field):
     encoder, params = tiny
     key, method = jax.random.key(1), {"encoder": encoder, "optimizer": optax.sgd(0.1)}
     state = cib.create_train_state(params, method["optimizer"])
-    _, terms = cib.train_step_on_features(state, FEATURES, FEATURES + 0.3, key, **method | field)
-    logits = (encoder.head(params, features) for features in (FEATURES, FEATURES + 0.3))
-    expected, _ = cib.cib_loss(fold_by_name(key, "code bits"), *logits, **field)
+    _, terms = jax.jit(functools.partial(cib.train_step_on_features, **method | field))(state, *PAIR, key)
+    expected = loss_of(encoder, params, key, *PAIR, **field)
     assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -138,12 +148,13 @@ def test_dropout_reaches_the_heads_input_alone(tiny):
     encoder, params = tiny
     key, options = jax.random.key(1), {"encoder": encoder, "optimizer": optax.sgd(0.1)}
     state = cib.create_train_state(params, options["optimizer"])
-    views = jnp.concatenate([FEATURES, FEATURES + 0.3])
+    views = jnp.concatenate(PAIR)
     losses = []
     for rate in (0.5, 0.0):
-        _, terms = cib.train_step_on_features(state, *jnp.split(views, 2), key, head_dropout=rate, **options)
+        step = jax.jit(functools.partial(cib.train_step_on_features, head_dropout=rate, **options))
+        _, terms = step(state, *PAIR, key)
         kept = train_step.drop_features(fold_by_name(key, "head dropout"), views, rate) if rate else views
-        expected, _ = cib.cib_loss(fold_by_name(key, "code bits"), *jnp.split(encoder.head(params, kept), 2))
+        expected = loss_of(encoder, params, key, *jnp.split(kept, 2))
         assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-6)
         losses.append(float(terms["loss"]))
     assert losses[0] != losses[1]
@@ -169,11 +180,9 @@ def test_coordinates_and_their_sharpness_reach_the_loss(tiny):
     encoder, params = tiny
     key, options = jax.random.key(1), {"objective": "diffusion", "coordinates": jnp.eye(6), "sharpness": 2.0}
     state = cib.create_train_state(params, optax.sgd(0.1))
-    _, terms = cib.train_step_on_features(
-        state, FEATURES, FEATURES + 0.3, key, encoder=encoder, optimizer=optax.sgd(0.1), **options
-    )
-    logits = (encoder.head(params, features) for features in (FEATURES, FEATURES + 0.3))
-    expected, _ = cib.cib_loss(fold_by_name(key, "code bits"), *logits, **options)
+    method = {"encoder": encoder, "optimizer": optax.sgd(0.1)} | options
+    _, terms = jax.jit(functools.partial(cib.train_step_on_features, **method))(state, *PAIR, key)
+    expected = loss_of(encoder, params, key, *PAIR, **options)
     assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -205,7 +214,7 @@ def test_a_temperature_may_follow_a_schedule(tiny):
     @jax.jit
     def loss(temperature):
         options = {"encoder": encoder, "optimizer": optax.sgd(0.1), "temperature": temperature}
-        return cib.train_step_on_features(state, FEATURES, FEATURES + 0.3, jax.random.key(0), **options)[1]["loss"]
+        return cib.train_step_on_features(state, *PAIR, jax.random.key(0), **options)[1]["loss"]
 
     assert float(loss(0.1)) != float(loss(1.0))
 
@@ -218,14 +227,14 @@ def test_an_unknown_field_is_refused(tiny):
 def test_the_old_name_of_the_optimizer_works(tiny):
     encoder, params = tiny
     state = cib.create_train_state(params, optax.sgd(0.1))
-    for step, inputs in (
+    for function, inputs in (
         (cib.train_step, ({}, FEATURES)),
         (cib.train_step_on_features, (FEATURES, FEATURES)),
     ):
-        options = {"encoder": encoder, "augment": "noise"}
-        expected, _ = step(state, *inputs, jax.random.key(0), optimizer=optax.sgd(0.1), **options)
+        step = functools.partial(function, encoder=encoder, augment="noise")
+        expected, _ = jax.jit(functools.partial(step, optimizer=optax.sgd(0.1)))(state, *inputs, jax.random.key(0))
         with pytest.warns(DeprecationWarning, match="optimiser is now optimizer"):
-            after, _ = step(state, *inputs, jax.random.key(0), optimiser=optax.sgd(0.1), **options)
+            after, _ = jax.jit(functools.partial(step, optimiser=optax.sgd(0.1)))(state, *inputs, jax.random.key(0))
         assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (expected, after)), strict=True))
 
 
