@@ -82,11 +82,11 @@ def train(
       >>> import cib_jax as cib
       >>> from cib_jax.configs import digits
       >>> config = digits.get_config()
-      >>> config.update_from_flattened_dict({"epochs": 1, "image_size": 8, "data.train_per_class": 13})
-      >>> config.update_from_flattened_dict({"cache.dir": "none", "report.write": False})
+      >>> config.update_from_flattened_dict({"epochs": 1, "bits": 16, "image_size": 8, "hidden": 32, "batch_size": 32})
+      >>> config.update_from_flattened_dict({"data.train_per_class": 13, "cache.dir": "none", "report.write": False})
       >>> results = cib.train(config, "DIGITS", console=rich.console.Console(quiet=True))
       >>> results["counts"]["query"], results["bits"], 0 < results["map"] < 1
-      (297, 32, True)
+      (297, 16, True)
     """
     with multihost.shared_errors():
         schema.validate(config)

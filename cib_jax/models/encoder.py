@@ -68,7 +68,7 @@ class Encoder:
       >>> import jax, numpy as np
       >>> encoder, params, frozen = cib.create_encoder(jax.random.key(0), backbone="convnet", bits=16, image_size=16)
       >>> views = cib.resize_and_normalize(np.zeros((2, 16, 16, 3), np.uint8), image_size=16)
-      >>> encoder.logits(params, frozen, views).shape
+      >>> jax.jit(encoder.logits)(params, frozen, views).shape
       (2, 16)
     """
 

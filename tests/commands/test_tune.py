@@ -248,7 +248,7 @@ def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
     fields = {}
     if kind == "frozen":
         fields = pretrained.convnet(monkeypatch, tmp_path, 8) | {"train__views": 2}
-    config = small.config(epochs=1, encode_batch=50, **small.FEW_DIGITS, **fields)
+    config = small.config(epochs=1, **small.FEW_DIGITS, **fields)
     train(config, tmp_path / "run", console=QUIET)
     found = tune.label_free_scores(tmp_path / "run", 60)
     assert found.keys() == tune.SCORES.keys()

@@ -37,8 +37,9 @@ def folder(tmp_path_factory):
         console=rich.console.Console(quiet=True),
     )
     config = digits.get_config()
-    config.update_from_flattened_dict({"epochs": 1, "image_size": 8, "data.train_per_class": 13})
-    config.update_from_flattened_dict({"cache.dir": "none", "report.write": False})
+    # As in the example of `train`, which finds its run finished; its program is also that of tests/small.py.
+    config.update_from_flattened_dict({"epochs": 1, "bits": 16, "image_size": 8, "hidden": 32, "batch_size": 32})
+    config.update_from_flattened_dict({"data.train_per_class": 13, "cache.dir": "none", "report.write": False})
     cib.train(config, folder / "DIGITS", console=rich.console.Console(quiet=True))
     return folder
 
