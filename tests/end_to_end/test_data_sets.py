@@ -41,6 +41,10 @@ PHOTOS = {
 }
 
 
+# That program does not depend on the number of images: all that stream share it.
+STREAMED = {"data__resident_mb": 0, "batch_size": 16, "image_size": 16}
+
+
 def photos(folder, classes=3, count=72):
     for number in range(count):
         name = f"class {number % classes}/{number:03}.png" if classes else f"{number:03}.png"
@@ -177,8 +181,8 @@ def test_a_list_with_splits_and_several_labels_streams_to_a_run(tmp_path, consol
     roles = ["train"] * 40 + ["database"] * 20 + ["query"] * 8 + ["validation"] * 4
     rows = [f"photos/class {n % 3}/{n:03}.png,{n % 3}{'|odd' if n % 2 else ''},{roles[n]}" for n in range(72)]
     (tmp_path / "list.csv").write_text("path,labels,split\n" + "\n".join(rows) + "\n")
-    fields = PHOTOS | {"data__name": "list", "data__queries": -1, "k": 5}
-    config = small.config(**fields, data__dir=str(tmp_path / "list.csv"), data__resident_mb=0, train__validate_every=1)
+    fields = PHOTOS | STREAMED | {"data__name": "list", "data__queries": -1, "k": 5, "train__validate_every": 1}
+    config = small.config(**fields, data__dir=str(tmp_path / "list.csv"))
     results = train(config, tmp_path / "run", console=console)
     assert results["counts"] == {"train": 40, "query": 8, "database": 60, "validation": 4, "unreadable": 0}
     np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 5), rtol=1e-12)
@@ -298,8 +302,8 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
     monkeypatch.setitem(PROTOCOLS, protocol, made)
     config = small.config(
         **PHOTOS
-        # Streamed, since that program does not depend on the number of images: both data sets share it.
-        | {"data__queries": -1, "k": -1, "batch_size": 16, "image_size": 16, "data__resident_mb": 0}
+        | STREAMED
+        | {"data__queries": -1, "k": -1}
         | fields
         | {"data__raw_dir": str(tmp_path / "raw"), "data__dir": str(tmp_path / "tfds")}
         | {"report__write": name == "mscoco", "report__embedded": 40}
