@@ -165,12 +165,12 @@ def test_a_finished_run_is_not_touched(trained, console):
 
 def test_a_run_keeps_the_dtype_with_which_it_began(tmp_path, console):
     """A run that began on a TPU goes on in bfloat16 elsewhere, unless it is asked for something else."""
-    train(small(epochs=1, backbone_dtype="bfloat16"), tmp_path / "r", console=console)
-    train(small(epochs=1, backbone_dtype="auto"), tmp_path / "r", console=console)
+    train(many.config(tmp_path, epochs=1, backbone_dtype="bfloat16"), tmp_path / "r", console=console)
+    train(many.config(tmp_path, epochs=1, backbone_dtype="auto"), tmp_path / "r", console=console)
     assert "holds a finished run" in console.export_text()
     assert cib.Hasher.load(tmp_path / "r").encoder.backbone_dtype == "bfloat16"
     with pytest.raises(WorkdirError, match="backbone_dtype"):
-        train(small(epochs=1, backbone_dtype="float32"), tmp_path / "r", console=console)
+        train(many.config(tmp_path, epochs=1, backbone_dtype="float32"), tmp_path / "r", console=console)
 
 
 def test_evaluation_alone_gives_the_same_figures(trained, console):
@@ -315,7 +315,6 @@ def test_a_frozen_backbone_with_a_bank_and_validation_on_tfds_files(tmp_path, co
         data__queries=0,
         data__train_per_class=4,
         data__validation="query_half",
-        augment="photo",
         train__views=2,
         train__validate_every=1,
         k=50,
