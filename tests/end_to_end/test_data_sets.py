@@ -41,10 +41,6 @@ PHOTOS = {
 }
 
 
-# That program does not depend on the number of images: all that stream share it.
-STREAMED = {"data__resident_mb": 0, "batch_size": 16, "image_size": 16}
-
-
 def photos(folder, classes=3, count=72):
     for number in range(count):
         name = f"class {number % classes}/{number:03}.png" if classes else f"{number:03}.png"
@@ -181,18 +177,21 @@ def test_a_list_with_splits_and_several_labels_streams_to_a_run(tmp_path, consol
     roles = ["train"] * 40 + ["database"] * 20 + ["query"] * 8 + ["validation"] * 4
     rows = [f"photos/class {n % 3}/{n:03}.png,{n % 3}{'|odd' if n % 2 else ''},{roles[n]}" for n in range(72)]
     (tmp_path / "list.csv").write_text("path,labels,split\n" + "\n".join(rows) + "\n")
-    fields = PHOTOS | STREAMED | {"data__name": "list", "data__queries": -1, "k": 5, "train__validate_every": 1}
-    config = small.config(**fields, data__dir=str(tmp_path / "list.csv"))
+    fields = PHOTOS | {"data__name": "list", "data__queries": -1, "k": 5, "batch_size": 16, "image_size": 16}
+    fields |= {"train__validate_every": 1, "report__write": True, "report__embedded": 40}
+    config = small.config(**fields, data__dir=str(tmp_path / "list.csv"), data__resident_mb=0)
     results = train(config, tmp_path / "run", console=console)
     assert results["counts"] == {"train": 40, "query": 8, "database": 60, "validation": 4, "unreadable": 0}
     np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 5), rtol=1e-12)
     assert results["best_validation_map"] is not None
     assert "the split of the list" in console.export_text().replace("\n", " ")
+    assert "shows the rarest of those" in (tmp_path / "run" / "report" / "index.html").read_text()
 
 
 FEATURES = {
     "data__name": "features",
     "data__queries": 30,
+    "data__train_images": 120,  # as in tests/commands/many.py, whose program then is the same
     "data__train_per_class": -1,
     "backbone": "none",
     "frozen": True,
@@ -204,11 +203,11 @@ FEATURES = {
 
 
 def clusters(views=0, dtype=np.float32):
-    """Three well separated clusters in 12 dimensions, far from the origin."""
+    """Three well separated clusters in 24 dimensions, far from the origin."""
     generator = np.random.default_rng(0)
     labels = np.arange(240) % 3
-    centers = 50 + 4 * generator.normal(size=(3, 12))
-    shape = (240, views, 12) if views else (240, 12)
+    centers = 50 + 4 * generator.normal(size=(3, 24))
+    shape = (240, views, 24) if views else (240, 24)
     centered = centers[labels][:, None] if views else centers[labels]
     return (centered + generator.normal(size=shape)).astype(dtype), labels
 
@@ -286,8 +285,10 @@ MINIATURES = {
 }
 
 
-# NUS-WIDE alone: tests/data/test_tfds_builders.py, test_splits.py; streamed photos with several labels: the list above.
-@pytest.mark.parametrize("name", [pytest.param("nuswide", marks=pytest.mark.slow), "mscoco"])
+# Both alone: tests/data/test_tfds_builders.py, test_splits.py; streamed photos with several labels: the list above;
+# a run on files of TensorFlow Datasets: tests/commands/test_train.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MINIATURES)
 def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypatch, name):
     """In the protocol of the paper, with its numbers made smaller: MAP@5000 of a ranking as long as the database."""
     write, smaller, fields = MINIATURES[name]
@@ -302,11 +303,10 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
     monkeypatch.setitem(PROTOCOLS, protocol, made)
     config = small.config(
         **PHOTOS
-        | STREAMED
-        | {"data__queries": -1, "k": -1}
+        # Streamed, since that program does not depend on the number of images: both data sets share it.
+        | {"data__queries": -1, "k": -1, "batch_size": 16, "image_size": 16, "data__resident_mb": 0}
         | fields
         | {"data__raw_dir": str(tmp_path / "raw"), "data__dir": str(tmp_path / "tfds")}
-        | {"report__write": name == "mscoco", "report__embedded": 40}
     )
     results = train(config, tmp_path / "run", console=console)
     counts = results["counts"]
@@ -317,9 +317,6 @@ def test_the_papers_other_data_sets_to_a_trained_run(tmp_path, console, monkeypa
     assert labels.shape == (counts["database"], 21 if name == "nuswide" else 80)
     np.testing.assert_allclose(results["map"], reference_map(tmp_path / "run", 60), rtol=1e-12)
     assert results["protocol"]["name"] == protocol
-    if name == "mscoco":
-        page = (tmp_path / "run" / "report" / "index.html").read_text()
-        assert "shows the rarest of those" in page
 
 
 def test_a_protocol_of_another_data_set_is_refused(tmp_path):
