@@ -60,21 +60,16 @@ def test_coordinates_are_those_of_the_teachers_embeddings_of_the_training_images
     np.testing.assert_allclose(kept @ kept.T, expected @ expected.T, atol=1e-2)
 
 
-@pytest.mark.parametrize("objective", ["cibhash", "diffusion"])
-def test_other_labels_give_the_same_codes(taught, tmp_path, monkeypatch, objective):
-    whole = tmp_path / "whole"
-    if objective == "diffusion":
-        whole = taught
-    else:
-        train(config(objective=objective), whole, console=quiet())
+def test_other_labels_give_the_same_codes(taught, tmp_path, monkeypatch):
+    """Without a teacher: tests/end_to_end/test_data_sets.py."""
     digits = sklearn.datasets.load_digits()
     other = np.random.default_rng(0).permutation(digits.target)
     digits.target = other
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: digits)
-    train(config(objective=objective), tmp_path / "other", console=quiet())
-    labels = [np.load(workdir / "codes" / "database_labels.npy") for workdir in (whole, tmp_path / "other")]
+    train(config(), tmp_path / "other", console=quiet())
+    labels = [np.load(workdir / "codes" / "database_labels.npy") for workdir in (taught, tmp_path / "other")]
     assert not np.array_equal(*labels)
-    mine, others = codes_of(whole), codes_of(tmp_path / "other")
+    mine, others = codes_of(taught), codes_of(tmp_path / "other")
     assert mine.keys() == others.keys() and len(mine) == 2
     assert all(np.array_equal(mine[name], others[name]) for name in mine)
 
