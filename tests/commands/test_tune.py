@@ -242,8 +242,10 @@ def test_tpe_learns_from_earlier_trials():
     assert np.abs(later - 0.7).mean() < 0.15  # 0.29 by chance
 
 
+# From scratch, the features before hashing are pixels, as in a test of test_compare.py, and the views are computed
+# together with their codes, as on stored views above.
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("kind", ["from scratch", "frozen"])
+@pytest.mark.parametrize("kind", [pytest.param("from scratch", marks=pytest.mark.slow), "frozen"])
 def test_every_kind_of_network_is_scored(tmp_path, monkeypatch, kind):
     fields = {}
     if kind == "frozen":
