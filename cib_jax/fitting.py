@@ -96,7 +96,7 @@ def fit(
       **method: Settings of the objective and of the steps:
         objective: "naive_cl", "cl_hash", "cibhash" (the default) or "diffusion", which trains a teacher first; or a
           function, as for `cib_loss`.
-        temperature: Temperature τ of the contrast; by default 0.3; that of "diffusion" follows from each target.
+        temperature: Temperature τ of the contrast; by default 0.3; that of "diffusion" follows from the data.
         beta: Weight β of the bottleneck; 0.001 by default.
         stochastic: Whether bits are drawn in training (the default) or thresholded.
         sharpness: Power of the odds that a diffusion links two images, for "diffusion"; 6.0 by default.

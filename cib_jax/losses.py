@@ -6,7 +6,6 @@ CIBHash (https://arxiv.org/abs/2105.06138) minimizes L = L_contrast + β · L_KL
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ class Objective(NamedTuple):
     binary: bool  # the contrast compares codes, rather than logits
     bottleneck: bool  # β · L_KL is added
     taught: bool = False  # the target comes from a teacher (`diffusion.coordinates`), not from the two views alone
-    temperature: float = 0.3  # its τ; 0 follows from the target (`_own_temperatures`)
+    temperature: float = 0.3  # its τ; 0 follows from the number of groups that the walk finds
     loss: Callable[..., Any] | None = None  # (key, logits1, logits2, **fields) → (loss, terms), in place of all parts
 
 
@@ -56,8 +55,8 @@ OBJECTIVES = {
     "diffusion": Objective(binary=True, bottleneck=True, taught=True, temperature=0.0),
 }
 
-LEAK = 0.05
-"""What ideal codes leave to views outside a group, in shares of the group's; chosen on validation data: docs/beyond.md."""
+OF_ONE_GROUP = 0.4
+"""τ of "diffusion" for one group; for more, it falls with their cube root. From validation data: docs/beyond.md."""
 
 
 def is_taught(objective: str | Callable[..., Any]) -> bool:
@@ -247,10 +246,9 @@ def diffusion_match(
       codes1: Codes of the first views, ±1.
       codes2: Codes of the second views, in the same order of images.
       coordinates: Diffusion coordinates of the images, from `diffusion.coordinates`.
-      temperature: Temperature τ of the codes' similarities; 0 gives each view the one that suits its target: of m other
-        views, with n in its group, n being the perplexity of p_v, that is τ_v = 1 / ln((m − n) / (0.05 n)), but at most
-        ½. Codes that are equal within the group, and orthogonal to all others, then leave the others 5% as much of q_v
-        as the group, for every n and m.
+      temperature: Temperature τ of the codes' similarities; 0 takes 0.4 / ∛G, with G = mean ⟨x_i, x_i⟩ over the batch.
+        That is the sum of the walk's kept eigenvalues, each to the power of its steps, or how many groups the walk
+        finds: more groups need a sharper ranking.
       sharpness: Exponent of the target; 1 takes the odds of the walk as they are, more favors the likeliest images.
       axis: Name of the mesh axis over which the batch is divided, with shares of the loss as in `nt_xent`.
 
@@ -278,22 +276,12 @@ def diffusion_match(
     itself = place[:, None] == jnp.arange(len(everything))[None]
     # A finite number, so that its product with a weight of 0 is 0.
     log_p = jax.nn.log_softmax(jnp.where(itself, -1e9, jnp.tile(sharpness * odds, (2, 2))), axis=-1)
-    temperatures = jnp.where(temperature > 0, temperature, _own_temperatures(log_p))
+    groups = jnp.mean(jnp.sum(jnp.square(all_coordinates), axis=-1))
+    temperature = jnp.where(temperature > 0, temperature, OF_ONE_GROUP / jnp.cbrt(jnp.maximum(groups, 1)))
     # ±1 codes have norm √bits, so that their cosine is the inner product divided by the number of bits.
-    similarity = _product_of_binary(codes, everything) / (codes.shape[1] * temperatures)
+    similarity = _product_of_binary(codes, everything) / (codes.shape[1] * temperature)
     log_q = jax.nn.log_softmax(jnp.where(itself, -1e9, similarity), axis=-1)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q)) / len(everything)
-
-
-def _own_temperatures(log_p: Float[Array, "views all_views"]) -> Float[Array, "views 1"]:
-    """Returns the temperature at which ideal codes leave `LEAK` times the share of a view's group to all others.
-
-    A target's group has one view in some batches and data, and half of all views in others. With one temperature for
-    all, the many others would outweigh a small group, and a large one would learn no distance to the rest.
-    """
-    group = jnp.exp(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1, keepdims=True))  # the perplexity of the target
-    outside = log_p.shape[1] - 1 - group
-    return 1 / jnp.log(jnp.maximum(outside / (LEAK * group), math.exp(2)))
 
 
 @sharding.on_explicit_mesh(rows=False)
@@ -360,7 +348,7 @@ def cib_loss(
         (key, logits1, logits2, **fields) → (loss, terms), which takes the fields that it names of `temperature`,
         `beta`, `stochastic` and `sharpness`. It sees the whole batch, also where devices share it.
       temperature: Temperature τ of the contrast; None takes the objective's, 0.3, or for "diffusion" 0, the one that
-        follows from each target.
+        follows from the number of groups.
       beta: Weight β of the bottleneck.
       stochastic: Whether bits are drawn (the paper's layer) or thresholded (the published code's).
       coordinates: Diffusion coordinates of the images, for "diffusion" only.

@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Method (CIBHash, https://arxiv.org/abs/2105.06138).
     c.objective = "cibhash"  # naive_cl | cl_hash | cibhash | diffusion (docs/beyond.md) | one of your own
     c.binary = "stochastic"  # stochastic: bits are drawn (the paper) | deterministic: thresholded (the published code)
-    c.temperature = 0.5  # τ of the contrast; 0 = the objective's: 0.3, the paper's, or of diffusion, from the target
+    c.temperature = 0.5  # τ of the contrast; 0 = the objective's: 0.3, the paper's, or of diffusion, from the data
     c.beta = 0.001  # β, weight of the bottleneck term in nats
     c.sharpness = 6.0  # with "diffusion": power of the odds that a random walk links two images, the codes' target
     c.nested = False  # True: the first 16, 32, 64, … bits of a code are to be codes, too, to be cut later

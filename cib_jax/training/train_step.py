@@ -47,7 +47,7 @@ class Method:
     objective: str | Callable[..., Any] = "cibhash"
     """Loss: "naive_cl", "cl_hash" or "cibhash" of the paper, "diffusion", with a teacher, or a function."""
     temperature: Number | None = None
-    """Temperature τ of the contrast; None becomes the objective's, 0.3, or 0 for "diffusion": from the target."""
+    """Temperature τ of the contrast; None becomes the objective's, 0.3, or 0 for "diffusion": from the data."""
     beta: Number = 0.001
     """Weight β of the bottleneck term."""
     stochastic: bool = True
