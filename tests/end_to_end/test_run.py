@@ -93,9 +93,7 @@ def epochs_logged(workdir):
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_the_middle_resumes_to_the_same_parameters(tmp_path, whole, run_cli):
-    """In one process, by an error between two checkpoints: tests/commands/test_train.py."""
     resumed = killed_and_resumed(tmp_path, whole, run_cli, lambda workdir: epochs_logged(workdir) >= 3)
     assert "Going on after epoch" in resumed and "MAP@50" in resumed
     assert "Traceback" not in resumed
