@@ -4,6 +4,7 @@ All are legible in print, in gray and for color-blind readers: lines differ in d
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,6 +85,12 @@ def escape(text: object) -> str:
     """Returns any text in a form that Matplotlib draws literally: no formula, no hidden label, valid Unicode."""
     escaped = printable(str(text)).replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def fold(text: object, width: int = 32, most: int = 4) -> str:
+    """Returns any text as `escape` does, cut to lines that leave room for the axes beside them; width in characters."""
+    lines = textwrap.wrap(str(text), width)
+    return escape("\n".join(lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]))
 
 
 # Training.
@@ -358,7 +365,7 @@ def embedding(
         axis.scatter(points[others, 0], points[others, 1], s=6, color="#CCCCCC", linewidths=0, label="other classes")
     style: Any = {"s": 18, "linewidths": 0.3, "edgecolors": "white", "alpha": 0.85}
     for number, (name, color, mark) in enumerate(zip(names, COLORS, MARKS, strict=False)):
-        axis.scatter(*points[labels == number].T, color=color, marker=mark, label=escape(name), **style)
+        axis.scatter(*points[labels == number].T, color=color, marker=mark, label=fold(name), **style)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=1.6)
     return made
 
@@ -411,13 +418,14 @@ def methods(
     known = np.isfinite(mean)
     overall = np.where(known.any(axis=1), np.nansum(mean, axis=1) / np.maximum(known.sum(axis=1), 1), -1)
     order = np.argsort(overall, kind="stable")
-    titles = [escape(title) for title in titles]
+    names, titles = [fold(titles[row]) for row in order], [escape(title) for title in titles]
     measured = np.flatnonzero(known.any(axis=0)).tolist()
     leaders = [titles[int(np.nanargmax(mean[:, place]))] for place in measured]
     best = " and ".join(dict.fromkeys(leaders)) + (" is best" if len(set(leaders)) == 1 else " are best")
     made, (axis,) = figure(
         f"{best} in {score} at {', '.join(str(bits[int(place)]) for place in measured)} bits",
-        height=2.1 + 0.45 * len(titles),
+        width=WHOLE if any("\n" in name for name in names) else HALF,
+        height=2.1 + 0.25 * len(names) + 0.2 * sum(name.count("\n") + 1 for name in names),
     )
     deviation = np.where(deviation > 0, deviation, np.nan)  # of a single seed there is none to draw
     spread = np.linspace(-0.22, 0.22, len(bits)) if len(bits) > 1 else [0.0]
@@ -428,7 +436,7 @@ def methods(
         axis.errorbar(mean[order, place], heights, xerr=shown, markersize=5, capsize=2, **style)
     over = "\n(mean ± deviation of the seeds)" if np.isfinite(deviation).any() else ""
     axis.set_xlabel(f"{score}{over}")
-    axis.set_yticks(range(len(titles)), [titles[number] for number in order])
+    axis.set_yticks(range(len(titles)), names)
     legend_below(made, len(bits))
     return made
 
@@ -474,7 +482,7 @@ def parameters(
         else:
             names = sorted({str(value) for value in column})
             positions = [float(names.index(str(value))) for value in column]
-            axis.set_xticks(range(len(names)), [escape(name) for name in names], rotation=30, ha="right")
+            axis.set_xticks(range(len(names)), [fold(name, 20, 1) for name in names], rotation=30, ha="right")
             axis.set_xlim(-0.5, len(names) - 0.5)
         axis.plot(positions, values, "o", color=BLUE, markersize=4)
         axis.plot(positions[best], values[best], "*", color=RUST, markersize=13)

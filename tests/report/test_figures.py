@@ -72,6 +72,21 @@ def test_names_are_shown_letter_by_letter():
     drawn(figures.parameters({"data.name": ["$a", "_b"]}, np.array([0.1, 0.2]), score="MAP"))
 
 
+def test_long_names_leave_room_for_the_axes():
+    row = "CIBHash (train.validate_by=separation train.validate_every=1 train.patience=60 head_dropout=0.5)"
+    names, values = [row, "ITQ", 150 * "x"], np.array([[0.1], [0.3], [0.2]])
+    made = [
+        figures.methods(names, [16], values, 0 * values, score="MAP"),
+        figures.parameters({"objective": names, "beta": [0.1, 0.2, 0.3]}, values[:, 0], score="MAP"),
+        figures.embedding(np.random.default_rng(0).normal(size=(3, 2)), np.arange(3), names, 0.5),
+    ]
+    for figure in made:
+        drawn(figure)  # Matplotlib's warning of axes without room is an error
+        for axis in figure.axes:
+            assert axis.get_window_extent().width > 0.25 * figure.bbox.width / len(figure.axes)
+            assert axis.get_window_extent().height > 0.25 * figure.bbox.height
+
+
 def test_long_codes_and_images_without_labels():
     assert numbers(figures.occupancy(np.ones(5, int), 4096)) == ["5", "5", "100%", "1"]
     assert figures.classes(np.full(4, -1), []).names == []
