@@ -89,11 +89,23 @@ def parse(arguments: Sequence[str]) -> list[str]:
         hint = f"did you mean --config.{' or --config.'.join(near)}? "
         hint = hint if near else did_you_mean(f"--{name}", [f"--{flag}" for flag in own_flags()])
         exit_with_error(f"--{name}: there is no such flag; {hint}--help lists all of them")
+    except flags.IllegalFlagValueError as error:
+        exit_with_error(_of_the_wrong_type(error))
     except (flags.Error, ValueError, TypeError) as error:
         exit_with_error(str(error).strip().splitlines()[0])
     if len(rest) > 1:
         exit_with_error(f"{rest[1]!r} is not a flag; flags start with --, such as --config.bits=64")
     return [rest[0], *([given] if given is not None else [])]
+
+
+def _of_the_wrong_type(error: flags.IllegalFlagValueError) -> str:
+    """Returns a sentence for absl's error, which quotes Python's; its form is `flag --NAME=VALUE: REASON`."""
+    name, _, rest = str(error).removeprefix("flag --").partition("=")
+    value, flag = rest.removesuffix(f": {error.__context__}"), flags.FLAGS[name]
+    allowed = {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(flag.flag_type())
+    if isinstance(flag.parser, flags.EnumParser):
+        allowed = f"one of {', '.join(flag.parser.enum_values)}"
+    return f"--{name} must be {allowed}, got {value!r}" if allowed else str(error).strip().splitlines()[0]
 
 
 def own_flags() -> list[str]:
