@@ -176,16 +176,29 @@ class FeatureCache:
         except safetensors.SafetensorError as error:  # raised instead of an OSError if the disk is full
             raise OSError(0, str(error), str(path)) from error
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Holds the writer lock, so that one of several processes computes the features and the others read them.
+    def has(self, part: str) -> bool:
+        """Returns whether the part called `part` was written; it may be damaged."""
+        return (self.folder / f"{part}.safetensors").exists()
 
-        If the folder cannot be locked, nobody waits.
+    def in_turn(self, parts: Iterable[str]) -> Iterator[str]:
+        """Yields each part once, last those that another process computes, and holds its lock until the next one.
+
+        So several processes that need the same parts share the work, and read what the others have computed. If the
+        folder cannot be locked, nobody waits.
         """
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                stack.enter_context(exclusive(create_folder(self._root, self._key)))
-            yield
+        busy: list[str] = []
+        for wait, names in ((False, parts), (True, busy)):
+            for part in names:
+                with contextlib.ExitStack() as stack:
+                    try:
+                        folder = create_folder(self._root, self._key)
+                        stack.enter_context(locked(folder / f"{part}.lock", wait=wait))
+                    except BlockingIOError:
+                        busy.append(part)
+                        continue
+                    except OSError:
+                        pass
+                    yield part
 
     def prune(self, max_bytes: int) -> None:
         """Deletes the least recently used folders beside this one until all take at most `max_bytes`."""

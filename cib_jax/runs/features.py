@@ -1,11 +1,10 @@
 """Features and codes of a run's images: read from the feature cache if they are there, otherwise computed and kept."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.resources
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -51,7 +50,7 @@ def of_views(
     made_of = {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()}
     cached = _CachedFeatures(run, made_of, images, batches)
     mine = multihost.share_of_batches(len(images), config.encode_batch)
-    with cached.lock(), console.progress_bar(run.console, title, (mine.stop - mine.start) * views) as advance:
+    with console.progress_bar(run.console, title, (mine.stop - mine.start) * views) as advance:
         bank = input_pipeline.build_view_bank(
             key,
             run.encoder,
@@ -80,23 +79,30 @@ def plain(
     parts = _parts(run, len(images))
     if shared:
         parts = parts[jax.process_index() :: jax.process_count()]
+    names = {f"plain-{start:09}": (start, stop) for start, stop in parts}
     with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts), unit=run.noun) as advance:
-        for start, stop in parts:
-            name, shape = f"plain-{start:09}", (stop - start, run.encoder.backbone.features)
-            with cached.lock():
-                features = cached.read(name, shape, np.float32)
-                if features is None:
-                    of_batches = sharding.map_batches(
-                        lambda batch, first: plain_features(run.encoder, {}, frozen, batch, run.mesh),
-                        batches(start, stop),
-                        lambda count: advance(count, ""),
-                        size=size,
-                        over=run.mesh,
-                    )
-                    features = np.concatenate([np.asarray(rows) for rows in of_batches])
-                    cached.write(name, features)
-                else:
-                    advance(len(features), "")
+
+        def compute(name: str) -> Float32[np.ndarray, "rows features"]:
+            start, stop = names[name]
+            of_batches = sharding.map_batches(
+                lambda batch, first: plain_features(run.encoder, {}, frozen, batch, run.mesh),
+                batches(start, stop),
+                lambda count: advance(count, ""),
+                size=size,
+                over=run.mesh,
+            )
+            features = np.concatenate([np.asarray(rows) for rows in of_batches])
+            cached.write(name, features)
+            return features
+
+        for name in cached.missing(names):  # of runs on the same images at the same time, each computes some
+            compute(name)
+        for name, (start, stop) in names.items():
+            features = cached.read(name, (stop - start, run.encoder.backbone.features), np.float32)
+            if features is None:
+                features = compute(name)
+            elif name not in cached.made:
+                advance(len(features), "")
             yield features
     cached.report(title)
 
@@ -212,6 +218,7 @@ class _CachedFeatures:
         self.console, config = run.console, run.config
         self.max_bytes = config.cache.mb * 2**20
         self.parts_found = 0
+        self.made: set[str] = set()  # parts that this run has written
         self.cache: FeatureCache | None = None
         if config.cache.dir == "none" or run.standard is not None:  # given features are in a file already
             return
@@ -228,7 +235,7 @@ class _CachedFeatures:
             print_message(self.console, f"{error}; it is computed again")
         except OSError as error:
             self._disable(error)
-        self.parts_found += features is not None
+        self.parts_found += features is not None and part not in self.made
         return features
 
     def write(self, part: str, features: Shaped[np.ndarray, "..."]) -> None:
@@ -236,15 +243,21 @@ class _CachedFeatures:
             return
         try:
             self.cache.write(part, features)
+            self.made.add(part)
             self.cache.prune(self.max_bytes)
         except OSError as error:
             self._disable(error)
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which no other run computes the same features; the first process takes the lock."""
-        if self.cache is None or not multihost.is_first_process():
-            return contextlib.nullcontext()
-        return self.cache.exclusive()
+    def in_turn(self, parts: Iterable[str]) -> Iterable[str]:
+        """Returns the parts, last those that other runs compute, in order for the processes of one run."""
+        return parts if self.cache is None or multihost.is_distributed() else self.cache.in_turn(parts)
+
+    def missing(self, parts: Iterable[str]) -> Iterator[str]:
+        """Yields the parts to compute and write, unless another run has written them in the meantime."""
+        if self.cache is not None and not multihost.is_distributed():
+            for part in self.cache.in_turn(parts):
+                if self.cache is not None and not self.cache.has(part):  # None after a failed write
+                    yield part
 
     def _disable(self, error: OSError) -> None:
         assert self.cache is not None
@@ -265,6 +278,10 @@ class _CachedViews:
 
     def __init__(self, cached: _CachedFeatures, shape: tuple[int, int]):
         self._cached, self._shape = cached, shape
+
+    def in_turn(self, views: int) -> Iterator[int]:
+        for part in self._cached.in_turn(f"view-{view:04}" for view in range(views)):
+            yield int(part.removeprefix("view-"))
 
     def read(self, view: int) -> Float16[np.ndarray, "images features"] | None:
         return self._cached.read(f"view-{view:04}", self._shape, input_pipeline.STORED)

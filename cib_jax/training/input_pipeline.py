@@ -52,7 +52,10 @@ class ImageBatches:
 
 @runtime_checkable
 class ViewStore(Protocol):
-    """A place where the features of each view are kept for later runs."""
+    """A place where the features of each view are kept for other runs."""
+
+    def in_turn(self, views: int) -> Iterable[int]:
+        """Returns the numbers of the views in the order in which to make them, the same in all processes of a run."""
 
     def read(self, view: int) -> Float16[np.ndarray, "images features"] | None:
         """Returns the features of a view, or None if they are not there."""
@@ -82,7 +85,8 @@ def build_view_bank(
     frozen = sharding.replicate(frozen, images.mesh)
 
     bank = np.empty((views, images.count, encoder.backbone.features), STORED)
-    for view, rows in enumerate(bank):
+    for view in range(views) if store is None else store.in_turn(views):
+        rows = bank[view]
         kept = store.read(view) if store is not None else None
         if multihost.all_processes(kept is not None):
             rows[:] = kept

@@ -138,10 +138,23 @@ def test_a_folder_is_in_use_as_long_as_a_reader_is_open(tmp_path):
         assert not cache.in_use(tmp_path)
 
 
+def test_parts_that_another_process_computes_come_last(tmp_path):
+    features, names = FeatureCache(tmp_path, MADE_OF), ["a", "b", "c"]
+    others = FeatureCache(tmp_path, MADE_OF).in_turn(names)
+    assert next(others) == "a"
+    own = features.in_turn(names)
+    assert [next(own), next(own)] == ["b", "c"]
+    got = []
+    last = threading.Thread(target=lambda: got.extend(own))
+    last.start()  # releases "c" and waits for "a"
+    assert sorted(others) == ["b", "c"]
+    last.join(30)
+    assert got == ["a"]
+
+
 def test_features_are_computed_without_a_lock_if_there_cannot_be_one(tmp_path):
     (tmp_path / "file").write_text("")
-    with FeatureCache(tmp_path / "file", MADE_OF).exclusive():
-        pass
+    assert [*FeatureCache(tmp_path / "file", MADE_OF).in_turn("ab")] == ["a", "b"]
 
 
 def test_errors_name_the_field_of_the_cache(tmp_path):

@@ -1,6 +1,9 @@
 """Cached features of a run: used by the next run, computed again if damaged, and never the end of a run."""
 
 import io
+import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import rich.console
 
 import cib_jax as cib
+from cib_jax import files
 from cib_jax.commands.train import train
 from cib_jax.config import build
 from cib_jax.distributed import sharding
@@ -85,6 +89,29 @@ def test_without_a_cache_the_bits_are_the_same_and_nothing_is_kept(first, tmp_pa
     _, _, _, results = first
     assert train(config("none"), tmp_path / "run", console=console)["map"] == results["map"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_view_that_another_run_computes_is_read_from_it(first, tmp_path, console, computed):
+    (kept,) = first[0].glob("*/view-0000.safetensors")
+    folder = tmp_path / "cache" / kept.parent.name
+    shutil.copytree(kept.parent, folder, ignore=shutil.ignore_patterns("view-*"))
+
+    def other_run():
+        with files.locked(folder / "view-0000.lock"):
+            held.set()
+            while not (folder / "view-0001.safetensors").exists():
+                time.sleep(0.01)
+            shutil.copy(kept, folder / "part")
+            (folder / "part").rename(folder / kept.name)
+
+    held, other = threading.Event(), threading.Thread(target=other_run, daemon=True)
+    other.start()
+    assert held.wait(30)
+    results = train(config(tmp_path / "cache"), tmp_path / "run", console=console)
+    assert results["map"] == first[3]["map"]
+    run = context.prepare_run(config("none"), tmp_path / "run", console)
+    batches = sum(1 for _ in run.repeatable_batches(run.splits.train)())
+    assert computed.count("views") == batches  # of the two views, one
 
 
 def test_codes_are_those_of_the_hasher(first):

@@ -26,7 +26,10 @@ def encoder_and_frozen():
 
 
 class Kept(dict):
-    """A store of views in memory."""
+    """A store of views in memory, made in reverse order."""
+
+    def in_turn(self, views):
+        return reversed(range(views))
 
     def read(self, view):
         return self.get(view)
