@@ -400,6 +400,28 @@ def _orthonormalize(modes: Float32[np.ndarray, "items block"]) -> None:
         modes[rows] = modes[rows].astype(np.float64) @ turn
 
 
+STEPS = 3900
+"""Steps in which codes learn: on CIFAR-10, ten passes over 50,000 images in batches of 128. A teacher takes twice as
+many."""
+
+MOST_EPOCHS = 60
+
+
+def batches_and_epochs(images: int, batch_size: int = 0, epochs: int = 0) -> tuple[int, int, int]:
+    """Returns the batch size, and the epochs of codes and teacher, for a number of training images.
+
+    A batch size or number of epochs that is not 0 stays. The batch size is the power of two nearest to half of the
+    square root of the number of images, 64 at least: 128 for 50,000 images, 512 for a million. Epochs are `STEPS`
+    steps, `MOST_EPOCHS` at most.
+    """
+    batch_size = batch_size or min(images, max(64, 2 ** round(math.log2(math.sqrt(images) / 2))))
+
+    def passes(steps: int) -> int:
+        return epochs or max(1, min(MOST_EPOCHS, round(steps * batch_size / images)))
+
+    return batch_size, passes(STEPS), passes(2 * STEPS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """Settings of the teacher that the objective "diffusion" learns from: a head that is trained first, without labels.
@@ -424,7 +446,7 @@ class Teacher:
     temperature: float = 0.2
     """Temperature τ of its contrast."""
     epochs: int = 0
-    """Passes over the training images; 0 takes as many as for the codes."""
+    """Passes over the training images; 0 takes as many as are set for the codes, or as follow from their number."""
     neighbours: int = 15
     """Number of neighbors of each image in the graph."""
     dimensions: int = 200

@@ -48,7 +48,7 @@ def fit(
     feature_noise: float = 0.7,
     feature_dropout: float = 0.3,
     teacher: Teacher = Teacher(),  # noqa: B008 - it is immutable
-    epochs: int = 60,
+    epochs: int | None = None,
     batch_size: int | None = None,
     partial_batch: bool = False,
     learning_rate: float = 1e-3,
@@ -80,8 +80,8 @@ def fit(
       feature_noise: Standard deviation of the noise in views of features, for `augment="noise"`.
       feature_dropout: Probability that a view of features lacks a feature, for `augment="noise"`.
       teacher: Settings of the teacher, for `objective="diffusion"`.
-      epochs: Passes over the images.
-      batch_size: Images per step; None takes 64, or all where there are fewer.
+      epochs: Passes over the images; None takes 60, and for "diffusion" what follows from the number of images.
+      batch_size: Images per step; None takes 64, or all where there are fewer, and for "diffusion" more of many images.
       partial_batch: Whether an epoch ends with a smaller batch of the images that are left over.
       learning_rate: Learning rate of Adam.
       optimizer: Optimizer in place of Adam: any of optax, with its own learning rate.
@@ -126,12 +126,15 @@ def fit(
         vectors = hasattr(images, "dtype") and np.ndim(as_array(images)) == 2
         backbone = "none" if vectors and jnp.issubdtype(as_array(images).dtype, jnp.floating) else "convnet"
     array, standard = _validate_images(images, on_features=backbone == "none")
-    if is_taught(method.get("objective", "")):
+    taught = is_taught(method.get("objective", ""))
+    if taught:
         diffusion.validate_item_count(len(array))
     if standard is not None:
         method = {"augment": "noise"} | method
-    batch_size = min(64, len(array)) if batch_size is None else batch_size
     _validate_schedule(len(array), epochs, batch_size, learning_rate, views)
+    asked = batch_size or 0, epochs or 0
+    planned = diffusion.batches_and_epochs(len(array), *asked) if taught else (min(64, len(array)), 60, 0)
+    batch_size, epochs = asked[0] or planned[0], asked[1] or planned[1]
     mesh = sharding.make_mesh(devices, batch_size)
     create = functools.partial(
         create_encoder,
@@ -170,13 +173,13 @@ def fit(
     data = dataclasses.replace(data, seed=seed)
     run = TrainingRun(chosen, params, unchanging, data, schedule, stream_key(seed, "steps"), mesh)
     teacher_run = None
-    if is_taught(chosen.objective):
+    if taught:
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
         objective, temperature = teacher.objective_for(encoder.backbone.takes), teacher.temperature
         # Its embeddings are used whole, so that they are not nested.
         own: dict[str, Any] = {"objective": objective, "temperature": temperature, "nested": False}
         theirs = dataclasses.replace(chosen, encoder=encoder, **own)
-        schedule = dataclasses.replace(schedule, epochs=teacher.epochs or epochs)
+        schedule = dataclasses.replace(schedule, epochs=teacher.epochs or planned[2])
         key = stream_key(seed, "teacher steps")
         teacher_run = TrainingRun(theirs, params, unchanging, data, schedule, key, mesh)
     total = run.images_seen + (teacher_run.images_seen if teacher_run else 0)
@@ -207,11 +210,20 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
     return images, features_lib.standard(blocks)
 
 
-def _validate_schedule(count: int, epochs: int, batch_size: int, learning_rate: float, views: int) -> None:
+def _validate_schedule(
+    count: int, epochs: int | None, batch_size: int | None, learning_rate: float, views: int
+) -> None:
+    """Raises ConfigError if a number is not allowed; None stands for the default."""
     for name, number, least in (("epochs", epochs, 1), ("batch_size", batch_size, 2), ("views", views, 0)):
-        whole_number(name, number, least, ConfigError)
+        if number is not None:
+            whole_number(name, number, least, ConfigError)
     for valid, name, value, allowed in (
-        (batch_size <= count, "batch_size", batch_size, f"from 2 to the number of images, {count}"),
+        (
+            batch_size is None or batch_size <= count,
+            "batch_size",
+            batch_size,
+            f"from 2 to the number of images, {count}",
+        ),
         (views != 1, "views", views, "0 (fresh views at every step) or at least 2"),
         (learning_rate > 0, "learning_rate", learning_rate, "greater than 0"),
     ):

@@ -12,6 +12,7 @@ def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a config with the objective and its settings; whatever depends on the data stays."""
     c.objective = "diffusion"
     c.temperature = 0.0
+    c.batch_size = c.epochs = 0  # which follow from the number of images
     c.bits = 128
     c.nested = True  # one training for codes of 16, 32, 64 and 128 bits
     c.compare.bits = "16, 32, 64, 128"
@@ -24,7 +25,4 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.protocol = "own"
     c.k = 1000
     c.train.views = 4
-    c.batch_size = 128
-    c.epochs = 10
-    c.teacher.epochs = 20
     return c

@@ -46,13 +46,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.teacher.objective = ""
     c.teacher.bits = 128  # length of the embeddings, in real numbers
     c.teacher.temperature = 0.2  # τ of the teacher's contrast
-    c.teacher.epochs = 0  # passes over the training images; 0 = epochs
+    c.teacher.epochs = 0  # passes over the training images; 0 = epochs; if that is 0, too, by their number
     c.teacher.neighbours = 15  # neighbors of each image in the graph
     c.teacher.dimensions = 200  # largest number of diffusion coordinates
     c.teacher.steps = 20  # steps of the random walk
 
     # Optimization: Adam; the paper's learning rate is constant, without decay of weights and clipping of gradients.
-    c.batch_size = 64  # images per step; two views each
+    c.batch_size = 64  # images per step; two views each; 0 = 64, and of diffusion by the number of images
     c.partial_batch = (
         False  # True: an epoch ends with a smaller batch of the images left over; False: they are left out
     )
@@ -60,7 +60,9 @@ def get_config() -> ml_collections.ConfigDict:
     # The codes of the whole batch are negatives of each other in any case.
     c.micro_batch = 0
     c.devices = 0  # devices that share each batch; 0 = all devices of all processes
-    c.epochs = 60  # passes over the training images; 0 = the paper's: 80 for 16 bits, 60 for other lengths
+    # Passes over the training images; 0 = the paper's, 80 for 16 bits and 60 for other lengths, and of diffusion by the
+    # number of images.
+    c.epochs = 60
     c.optimizer = "adam"  # adam, which the fields below set, or one of your own (docs/extending.md)
     c.learning_rate = 1e-3  # learning rate of Adam, or the highest of the schedule
     c.learning_rate_schedule = "constant"  # constant | cosine (falls to 0 at the last step of all epochs)

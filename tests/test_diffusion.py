@@ -218,3 +218,21 @@ def test_a_teacher_out_of_range_is_refused(fields):
     with pytest.raises(UserError) as refused:
         diffusion.Teacher(**fields)
     assert refused.value.field == f"teacher.{next(iter(fields))}"
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (2, (2, 60, 60)),
+        (63, (63, 60, 60)),
+        (3_219, (64, 60, 60)),
+        (10_000, (64, 25, 50)),
+        (50_000, (128, 10, 20)),
+        (1_000_000, (512, 2, 4)),
+        (100_000_000, (4096, 1, 1)),
+    ],
+)
+def test_batches_and_epochs_follow_from_the_number_of_images(images, expected):
+    assert diffusion.batches_and_epochs(images) == expected
+    assert diffusion.batches_and_epochs(images, epochs=3) == (expected[0], 3, 3)
+    assert diffusion.batches_and_epochs(50_000, batch_size=64) == (64, 5, 10)

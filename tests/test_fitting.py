@@ -74,8 +74,9 @@ def options_of(config):
         "nested",
     )
     named = {name: config[name] for name in (*names, "augment", "epochs", "batch_size", "learning_rate", "seed")}
-    if not named["temperature"]:
-        del named["temperature"]
+    for name in ("temperature", "batch_size"):  # 0 is a default that fit has, too
+        if not named[name]:
+            del named[name]
     return named | {"views": config.train.views, "stochastic": config.binary == "stochastic"}
 
 
@@ -90,13 +91,13 @@ def test_fit_and_run_end_with_the_same_bits(tmp_path):
 
 
 def test_fit_and_run_end_with_the_same_bits_on_a_bank(tmp_path, monkeypatch):
-    """With nested codes, the dropout and the temperature that `fit` takes, and the teacher of "diffusion".
+    """With nested codes, the dropout, temperature and batch size that `fit` takes, and the teacher of "diffusion".
 
     The teacher takes also the frozen backbone's features.
     """
     fields = COMMON | pretrained.convnet(monkeypatch, tmp_path, 8) | {f"teacher__{k}": v for k, v in TEACHER.items()}
     fields |= {"objective": "diffusion", "bits": 20, "nested": True, "head_dropout": 0.5, "temperature": 0.0}
-    config = small.config(**fields, train__views=3)
+    config = small.config(**fields, batch_size=0, train__views=3)
     params, images = of_run(config, tmp_path / "run")
     loaded = weights.load_pretrained("convnet", config.backbone_weights)
     views, epochs = [], []

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 
 import cib_jax
 from cib_jax.codes import first_bits, nested_lengths, pack_bits
-from cib_jax.config import build, flatten, schema
+from cib_jax.config import flatten, schema
 from cib_jax.console import on_stdout, print_message, progress_bar
 from cib_jax.data.dataset import gather
 from cib_jax.distributed import multihost
@@ -93,7 +93,7 @@ def evaluate(
         if not progress.finished:
             print_message(
                 console,
-                f"{workdir}: training stopped at epoch {progress.epoch} of {build.epochs(config)}; its last checkpoint "
+                f"{workdir}: training stopped at epoch {progress.epoch} of {run.schedule.epochs}; its last checkpoint "
                 "is evaluated",
             )
         if changed := context.describe_data_change(run, extra):

@@ -523,6 +523,7 @@ def train_index_encoder(
     devices = sharding.mesh_size(sharding.local_mesh(config.devices))
     config = config.copy_and_resolve_references()
     with config.unlocked():
+        config.batch_size = build.schedule(config, len(images)).batch_size
         config.batch_size, config.micro_batch = batch_for(len(images), devices, config)
     mesh = sharding.make_mesh(config.devices, config.batch_size)
     grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
@@ -536,7 +537,7 @@ def train_index_encoder(
     run = build.training_run(config, (encoder, params, frozen), data, mesh)
     teacher_run = None
     if is_taught(config.objective):
-        theirs = build.teacher_config(config)
+        theirs = build.teacher_config(config, len(images))
         made = build.encoder(theirs, stream="teacher weights")[:3]
         teacher_run = build.training_run(theirs, made, data, mesh, stream="teacher steps")
     # A bar of its own: its images per second are not those of the views.

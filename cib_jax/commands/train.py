@@ -45,7 +45,7 @@ from cib_jax.runs.workdir import (
 )
 from cib_jax.training import checkpoint, grad_cache, metric_writers, train_step, trainer
 from cib_jax.training.checkpoint import Checkpoints
-from cib_jax.training.loop import EpochReport, Hooks, NonFiniteLossError
+from cib_jax.training.loop import EpochReport, Hooks, NonFiniteLossError, Schedule
 from cib_jax.training.metric_writers import MetricLog
 from cib_jax.training.train_step import Progress, TrainState
 from cib_jax.training.trainer import Coordinates, TrainingData
@@ -90,9 +90,8 @@ def train(
     """
     with multihost.shared_errors():
         schema.validate(config)
-        mesh = sharding.make_mesh(config.devices, config.batch_size)
-        if config.micro_batch:
-            grad_cache.validate_micro_batch(config.micro_batch, config.batch_size // sharding.mesh_size(mesh))
+        if config.batch_size:  # otherwise it follows from the number of images
+            _devices_of_batch(config, config.batch_size)
         metric_writers.validate_writers(config.log.writers)
     console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)
     workdir = pathlib.Path(multihost.broadcast_text(str(workdir or default_name(config))))
@@ -115,7 +114,9 @@ def train(
         # The first process downloads, decodes and caches; the others find the files.
         run = multihost.run_first_then_others(lambda: context.prepare_run(config, workdir, console))
         context.validate_same_data(run)
-        build.validate_partial_batch(config, len(run.splits.train), sharding.mesh_size(mesh))
+        with multihost.shared_errors():
+            devices = _devices_of_batch(config, run.schedule.batch_size)
+        build.validate_partial_batch(config, len(run.splits.train), devices)
         if is_taught(config.objective):
             with multihost.shared_errors():
                 diffusion.validate_item_count(len(run.splits.train))
@@ -129,6 +130,14 @@ def train(
         bank_seconds = _train(run)
         params, progress, _ = restore_best(workdir, run.initial, config)
         return evaluate.evaluate_run(run, params, progress, bank_seconds)
+
+
+def _devices_of_batch(config: ml_collections.ConfigDict, batch_size: int) -> int:
+    """Returns the number of devices that share a batch, after checking that they can."""
+    devices = sharding.mesh_size(sharding.make_mesh(config.devices, batch_size))
+    if config.micro_batch:
+        grad_cache.validate_micro_batch(config.micro_batch, batch_size // devices)
+    return devices
 
 
 def _with_dtype(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -193,7 +202,7 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
                 if not progress.finished:
                     session.save(state, progress)
                     checkpoints.wait()
-                    saved = _format_progress(progress, run.config)
+                    saved = _format_progress(progress, run.schedule)
                     raise multihost.Preempted(f"{saved} is saved in {checkpoints.directory}")
         return float(extra.get("bank_seconds", 0.0))
 
@@ -213,7 +222,7 @@ def _restore_or_start(run: RunContext, checkpoints: Checkpoints) -> tuple[TrainS
                     remedy = "put the data back, or train again in another --workdir"
                     problem = f"config.data.dir: {changed}, so that the run cannot end with the same result; {remedy}"
                     raise DataError(problem, field="config.data.dir")
-            after = f"after {_format_progress(progress, run.config).rstrip(',')}"
+            after = f"after {_format_progress(progress, run.schedule).rstrip(',')}"
             run.print(f"Going on {after if progress.step else 'from the first step'}")
             return state, progress, extra
     extra = {
@@ -274,12 +283,11 @@ class _Session:
 
     @contextlib.contextmanager
     def during_steps(self) -> Iterator[None]:
-        config = self.run.config
-        planned = build.schedule(config)
+        planned = self.run.schedule
         self.step, self.epoch_steps = self.start.step, planned.steps_per_epoch(len(self.run.splits.train))
-        images = planned.epochs * self.epoch_steps * config.batch_size
+        images = planned.epochs * self.epoch_steps * planned.batch_size
         self.sigterm_came = self.until_saved.enter_context(multihost.sigterm_flag())
-        done, unit = self.start.step * config.batch_size, self.run.noun
+        done, unit = self.start.step * planned.batch_size, self.run.noun
         with progress_bar(self.run.console, "Training", images, done, unit=unit) as self.advance:
             self.advance(0, "compiling the first step")
             yield
@@ -294,7 +302,7 @@ class _Session:
         words = " ".join(
             [f"epoch {-(-self.step // self.epoch_steps)}", *(f"{name} {terms[name]:.4f}" for name in names)]
         )
-        self.advance(steps * self.run.config.batch_size, words)
+        self.advance(steps * self.run.schedule.batch_size, words)
 
     def on_epoch(self, state: TrainState, report: EpochReport) -> None:
         progress = report.progress
@@ -315,10 +323,10 @@ class _Session:
         self.checkpoints.save(state, progress, self.extra)
 
 
-def _format_progress(progress: Progress, config: ml_collections.ConfigDict) -> str:
+def _format_progress(progress: Progress, schedule: Schedule) -> str:
     if progress.steps_of_epoch:
-        return f"step {progress.step}, in epoch {progress.epoch + 1} of {build.epochs(config)},"
-    return f"epoch {progress.epoch} of {build.epochs(config)}, step {progress.step}"
+        return f"step {progress.step}, in epoch {progress.epoch + 1} of {schedule.epochs},"
+    return f"epoch {progress.epoch} of {schedule.epochs}, step {progress.step}"
 
 
 @contextlib.contextmanager
@@ -413,7 +421,7 @@ def teacher_context(run: RunContext) -> RunContext:
 
     A teacher is not validated, since labels would then choose its checkpoint.
     """
-    config = build.teacher_config(run.config)
+    config = build.teacher_config(run.config, len(run.splits.train))
     with config.unlocked():
         config.train.checkpoint_dir = checkpoint.within(config.train.checkpoint_dir, TEACHER_FOLDER)
     encoder, initial, frozen, _ = build.encoder(config, standard=run.standard, stream="teacher weights")

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from cib_jax import diffusion
 from cib_jax.augment.features import Standard
 from cib_jax.config.schema import FIELDS, absent_extensions, fine_tune, load_remedy
 from cib_jax.data import dataset, sources, splits
@@ -20,7 +21,7 @@ from cib_jax.data.dataset import Bar, DataConfig, no_bar
 from cib_jax.data.splits import Protocol
 from cib_jax.diffusion import Teacher
 from cib_jax.errors import ConfigError, DataError
-from cib_jax.losses import OBJECTIVES
+from cib_jax.losses import OBJECTIVES, is_taught
 from cib_jax.models import registry, weights
 from cib_jax.models.encoder import Encoder, Params, create_encoder
 from cib_jax.random_streams import stream_key
@@ -70,21 +71,24 @@ def encoder(
     return made, params, frozen, weights.fingerprint(loaded) if frozen and loaded else ""
 
 
-def epochs(config: ml_collections.ConfigDict) -> int:
-    """Returns the number of epochs; a field of 0 stands for the paper's: 80 for 16 bits, 60 for other lengths."""
-    return config.epochs or (80 if config.bits == 16 else 60)
+def schedule(config: ml_collections.ConfigDict, images: int) -> Schedule:
+    """Returns how long a run on so many training images trains, and in which portions.
 
-
-def schedule(config: ml_collections.ConfigDict) -> Schedule:
-    """Returns how long a run trains, and in which portions."""
+    Where `epochs` or `batch_size` is 0, it follows from the number of images if a teacher is trained first; otherwise
+    it is the paper's: 80 epochs for 16 bits, 60 for other lengths, of batches of 64.
+    """
+    if is_taught(config.objective):
+        batch_size, epochs, _ = diffusion.batches_and_epochs(images, config.batch_size, config.epochs)
+    else:
+        batch_size, epochs = config.batch_size or min(64, images), config.epochs or (80 if config.bits == 16 else 60)
     often, patience = config.train.validate_every, config.train.patience
-    return Schedule(epochs(config), config.batch_size, often, patience, config.partial_batch)
+    return Schedule(epochs, batch_size, often, patience, config.partial_batch)
 
 
 def validate_partial_batch(config: ml_collections.ConfigDict, images: int, devices: int) -> None:
     """Raises ConfigError if the training images that are left over from whole batches cannot be a batch."""
     try:
-        schedule(config).validate(images, devices, config.micro_batch)
+        schedule(config, images).validate(images, devices, config.micro_batch)
     except ConfigError as error:
         raise ConfigError(f"config.{error}", field=f"config.{error.field}") from None
 
@@ -136,7 +140,7 @@ def training_run(
     """Returns everything that decides the trained parameters; `network` holds those to train, then the frozen ones."""
     made, params, frozen = network
     data = dataclasses.replace(data, seed=config.seed)
-    planned = schedule(config)
+    planned = schedule(config, len(data.images))
     steps = planned.epochs * planned.steps_per_epoch(len(data.images))
     return TrainingRun(method(config, made, steps), params, frozen, data, planned, key(config, stream), mesh)
 
@@ -146,11 +150,12 @@ def teacher(config: ml_collections.ConfigDict) -> Teacher:
     return Teacher(**config.teacher.to_dict())
 
 
-def teacher_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns the config of a run's teacher: the same network with another head, and another objective."""
+def teacher_config(config: ml_collections.ConfigDict, images: int) -> ml_collections.ConfigDict:
+    """Returns the config of the teacher of a run on so many images: another head of the same network and objective."""
     own, config = teacher(config), config.copy_and_resolve_references()
     with config.unlocked():
-        config.epochs = own.epochs or epochs(config)
+        config.batch_size, _, epochs = diffusion.batches_and_epochs(images, config.batch_size, config.epochs)
+        config.epochs = own.epochs or epochs
         config.objective = own.objective_for(registry.get(config.backbone).takes)
         config.temperature, config.bits = own.temperature, own.bits
         config.nested = False  # its embeddings are used whole

@@ -92,7 +92,10 @@ RULES: dict[str, Rule] = {
     "augment": _name_in(features.FAMILIES, augment.FAMILIES),
     "feature_noise": _at_least(0),
     "feature_dropout": _PROBABILITY,
-    "batch_size": (lambda size: size >= 2, "must be 2 or more, since the contrast needs another image as a negative"),
+    "batch_size": (
+        lambda size: size == 0 or size >= 2,
+        "must be 0 or at least 2, since the contrast needs another image as a negative",
+    ),
     "micro_batch": _at_least(0),
     "devices": _at_least(0),
     "epochs": _at_least(0),

@@ -26,6 +26,7 @@ from cib_jax.distributed import multihost, sharding
 from cib_jax.errors import DataError
 from cib_jax.models import weights
 from cib_jax.models.encoder import Encoder, Params
+from cib_jax.training.loop import Schedule
 
 Batches = Iterable[UInt8[np.ndarray, "batch height width 3"]]
 
@@ -104,7 +105,12 @@ class RunContext(Network):
     @functools.cached_property
     def training_mesh(self) -> Mesh | None:
         """The devices, of all processes, that share each batch of training."""
-        return sharding.make_mesh(self.config.devices, self.config.batch_size)
+        return sharding.make_mesh(self.config.devices, self.schedule.batch_size)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How long the run trains, and in which portions."""
+        return build.schedule(self.config, len(self.splits.train))
 
     @functools.cached_property
     def data_digest(self) -> str:

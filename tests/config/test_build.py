@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import configs.beyond
 import configs.cifar
 import configs.cifar_vgg16
 from cib_jax import losses
@@ -72,12 +73,23 @@ def test_cifar_vgg16_is_the_published_experiment():
     assert (protocol.k, protocol.train_per_class, protocol.pooled) == (1000, 500, False)
     epochs = {}
     for config.bits in (16, 32, 64):
-        epochs[config.bits] = build.epochs(config)
+        epochs[config.bits] = build.schedule(config, 5000).epochs
     assert epochs == {16: 80, 32: 60, 64: 60}
 
 
-def test_a_number_of_epochs_is_taken_as_it_is():
-    assert build.epochs(small.config(bits=16, epochs=7)) == 7
+@pytest.mark.parametrize("objective", ["cibhash", "diffusion"])
+def test_epochs_and_batch_size_are_taken_as_they_are(objective):
+    planned = build.schedule(small.config(objective=objective, bits=16, epochs=7, batch_size=9), 50_000)
+    assert (planned.epochs, planned.batch_size) == (7, 9)
+
+
+@pytest.mark.parametrize(("images", "batch_size", "epochs", "of_teacher"), [(50_000, 128, 10, 20), (1500, 64, 60, 60)])
+def test_past_the_paper_they_follow_from_the_number_of_images(images, batch_size, epochs, of_teacher):
+    config = configs.beyond.get_config()
+    planned, teacher = build.schedule(config, images), build.teacher_config(config, images)
+    assert (planned.batch_size, planned.epochs) == (batch_size, epochs)
+    assert (teacher.batch_size, teacher.epochs) == (batch_size, of_teacher)
+    assert build.schedule(small.config(epochs=0, batch_size=0), images).batch_size == 64
 
 
 def updates(steps, **fields):
@@ -130,14 +142,13 @@ def test_a_longer_gradient_is_scaled_to_the_limit(limit, scale):
 def test_a_teachers_config_is_the_same_but_for_head_and_objective():
     teacher = {"teacher__bits": 24, "teacher__temperature": 0.15, "teacher__epochs": 7}
     config = small.config(objective="diffusion", nested=True, **teacher)
-    theirs = build.teacher_config(config)
+    theirs = build.teacher_config(config, 900)
     assert (theirs.objective, theirs.bits, theirs.temperature, theirs.epochs) == ("naive_cl", 24, 0.15, 7)
     assert not theirs.nested
     changed = {"objective": "diffusion", "bits": 16, "temperature": config.temperature, "epochs": 3, "nested": True}
     theirs.update(changed)
     assert theirs.to_dict() == config.to_dict()
-    assert build.teacher_config(small.config(objective="diffusion")).epochs == 3
-    assert build.teacher_config(small.config(objective="diffusion", bits=16, epochs=0)).epochs == 80
+    assert build.teacher_config(small.config(objective="diffusion"), 900).epochs == 3
 
 
 def test_runs_that_differ_in_their_seed_alone_share_splits_and_bank():
@@ -174,4 +185,4 @@ def test_images_held_out_for_validation_are_refused_where_it_needs_none():
 
 def test_a_teacher_is_not_validated():
     config = small.config(train__validate_by="separation", objective="diffusion")
-    assert build.teacher_config(config).train.validate_by == "map"
+    assert build.teacher_config(config, 900).train.validate_by == "map"

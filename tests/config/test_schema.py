@@ -26,7 +26,8 @@ def test_the_experiments_are_valid(name):
     [
         ({"bits": 0}, "bits", ("0",)),
         ({"bits": 8192}, "bits", ("8192", "4096")),
-        ({"batch_size": 1}, "batch_size", ("1", "2")),
+        ({"batch_size": 1}, "batch_size", ("0", "1", "2")),
+        ({"batch_size": -64}, "batch_size", ("-64",)),
         ({"backbone": "resnet"}, "backbone", ("'resnet'", "resnet50", "vgg16", "none")),
         ({"backbone": ""}, "backbone", ("''", "efficientnet_lite0")),
         ({"objective": "simclr"}, "objective", ("'simclr'", "naive_cl, cl_hash, cibhash")),
