@@ -92,6 +92,8 @@ def parse(arguments: Sequence[str]) -> list[str]:
     except flags.IllegalFlagValueError as error:
         exit_with_error(_of_the_wrong_type(error))
     except (flags.Error, ValueError, TypeError) as error:
+        if flag := re.fullmatch(r"Missing value for flag (\S+)", str(error)):
+            exit_with_error(f"{flag[1]}: its value is missing; give {flag[1]}=VALUE")
         exit_with_error(str(error).strip().splitlines()[0])
     if len(rest) > 1:
         exit_with_error(f"{rest[1]!r} is not a flag; flags start with --, such as --config.bits=64")

@@ -80,6 +80,8 @@ def test_show_alone_names_a_file_after_the_mode(parse, mode, file):
         (("--mode=sing",), "mode"),
         (("--k=many", "--mode=search"), "--k must be a whole number, got 'many'"),
         (("--port=1: 5", "--mode=serve"), "--port must be a whole number, got '1: 5'"),
+        (("--config.data.dir",), "--config.data.dir: "),
+        (("--mode=search", "--query"), "--query: "),
         (("--relearn=maybe", "--mode=index"), "--relearn must be True or False, got 'maybe'"),
         (("--format=xml", "--mode=search"), "--format must be one of table, json, csv, got 'xml'"),
         (("--config.learning_rate=fast",), "--config.learning_rate must be a number, got 'fast'"),
