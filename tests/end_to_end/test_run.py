@@ -156,7 +156,7 @@ def test_a_run_killed_during_a_save_resumes_to_the_same_parameters(tmp_path, who
         (["--config.bitz=32"], ["--config.bitz", "did you mean bits?"]),
         (["--config.views=4"], ["--config.views", "did you mean train.views?"]),
         (["--config.data=x"], ["--config.data: "]),
-        (["--config.bits=many"], ["--config.bits=many"]),
+        (["--config.bits=many"], ["--config.bits ", "'many'"]),
         (["--config=configs/nothing.py"], ["--config", "'configs/nothing.py'", "beyond, "]),
         (["--config=cifra"], ["--config", "did you mean cifar?", "./cifra.py"]),
         (["--config="], ["--config", "beyond, "]),
