@@ -127,7 +127,7 @@ def test_interrupted_by_its_user_it_ends_quietly(run, tmp_path, run_cli):
         (["--workdir=RUN", "--images=x"], ["--codes", "--mode=encode"]),
         (["--workdir=RUN", "--codes=y"], ["--images"]),
         (["--workdir=RUN", "--images=nowhere", "--codes=y"], ["--images", "nowhere"]),
-        (["--workdir=RUN", "--images=x", "--codes=y", "--part=some"], ["--part=some"]),
+        (["--workdir=RUN", "--images=x", "--codes=y", "--part=some"], ["--part ", "'some'"]),
         (["--workdir=RUN", "--images=x", "--codes=y", "--part=0"], ["--part", "0"]),
         (["--workdir=RUN", "--images=x", "--codes=y", "--process=1"], ["--processes", "--process=1"]),
         (["--workdir=RUN", "--images=x", "--codes=y", "--config.bits=32"], ["config.bits", "32", "16"]),
