@@ -440,7 +440,7 @@ class Teacher:
     """
 
     objective: str = ""
-    """Its objective; "" takes "naive_cl" for images, and "cibhash" for features that are given."""
+    """Its objective; "" takes "naive_cl", and "cibhash" where views are noise on features that are given."""
     bits: int = 128
     """Length of an embedding, in real numbers."""
     temperature: float = 0.2
@@ -463,9 +463,9 @@ class Teacher:
         if not self.temperature > 0:
             raise _error("temperature", "must be greater than 0", self.temperature)
 
-    def objective_for(self, takes: str) -> str:
-        """Returns the objective for a backbone that takes "images" or "features"."""
-        return self.objective or ("cibhash" if takes == "features" else "naive_cl")
+    def objective_for(self, augment: str) -> str:
+        """Returns the objective for a family of views."""
+        return self.objective or ("cibhash" if augment == "noise" else "naive_cl")
 
     def neighbors(
         self, embeddings: Float[np.ndarray, "items features"], on_items: Callable[[int], None]

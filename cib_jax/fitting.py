@@ -175,7 +175,7 @@ def fit(
     teacher_run = None
     if taught:
         encoder, params, unchanging = create(stream_key(seed, "teacher weights"), bits=teacher.bits)
-        objective, temperature = teacher.objective_for(encoder.backbone.takes), teacher.temperature
+        objective, temperature = teacher.objective_for(chosen.augment), teacher.temperature
         # Its embeddings are used whole, so that they are not nested.
         own: dict[str, Any] = {"objective": objective, "temperature": temperature, "nested": False}
         theirs = dataclasses.replace(chosen, encoder=encoder, **own)

@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # With "diffusion": the teacher, trained first by the contrast of views. The walk uses neighbors of its embeddings.
     c.teacher = ml_collections.ConfigDict()
-    # naive_cl | cl_hash | cibhash; "" = naive_cl for images, cibhash for features that are given
+    # naive_cl | cl_hash | cibhash; "" = naive_cl, but cibhash where views are noise on given features
     c.teacher.objective = ""
     c.teacher.bits = 128  # length of the embeddings, in real numbers
     c.teacher.temperature = 0.2  # τ of the teacher's contrast

@@ -156,7 +156,7 @@ def teacher_config(config: ml_collections.ConfigDict, images: int) -> ml_collect
     with config.unlocked():
         config.batch_size, _, epochs = diffusion.batches_and_epochs(images, config.batch_size, config.epochs)
         config.epochs = own.epochs or epochs
-        config.objective = own.objective_for(registry.get(config.backbone).takes)
+        config.objective = own.objective_for(config.augment)
         config.temperature, config.bits = own.temperature, own.bits
         config.nested = False  # its embeddings are used whole
         config.train.validate_by = "map"  # of no images, since a teacher is not validated

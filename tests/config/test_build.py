@@ -9,6 +9,7 @@ import pytest
 import configs.beyond
 import configs.cifar
 import configs.cifar_vgg16
+import configs.features
 from cib_jax import losses
 from cib_jax.config import build
 from cib_jax.errors import ConfigError
@@ -137,6 +138,13 @@ def test_a_longer_gradient_is_scaled_to_the_limit(limit, scale):
     gradient = {"head": jnp.array([3.0, 4.0, 0.0])}
     _, (_, (adam, *_)) = optimizer.update(gradient, optimizer.init(gradient), gradient)
     np.testing.assert_allclose(adam.mu["head"], 0.1 * scale * np.array([3, 4, 0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("augment", "objective"), [("noise", "cibhash"), ("stored", "naive_cl")])
+def test_a_teacher_on_features_learns_by_what_its_views_are(augment, objective):
+    config = configs.features.get_config()
+    config.objective, config.augment = "diffusion", augment
+    assert build.teacher_config(config, 900).objective == objective
 
 
 def test_a_teachers_config_is_the_same_but_for_head_and_objective():
