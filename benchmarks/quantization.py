@@ -1,0 +1,202 @@
+"""MeCoQ, a quantizer, on the features, views and splits of a run: its codes are words of codebooks, not bits.
+
+`python -m benchmarks.quantization RUN --bits 16 32 64 --seeds 0 1 2`, where RUN is the workdir of a run with a frozen
+backbone and `config.train.views` of 2 or more, such as a cell of a comparison. A code of 16 bits is a word of 256 in
+each of two codebooks, and images are ranked by sums of inner products from tables, so that MeCoQ is no row of
+`--mode=compare`, which ranks by Hamming distance. Symmetric: words against words, as codes are compared elsewhere.
+Asymmetric: the real values of a query against words.
+
+References:
+  Wang et al., Contrastive quantization with code memory for unsupervised image retrieval, AAAI 2022
+  (https://arxiv.org/abs/2109.05205).
+"""
+
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from benchmarks import measuring
+from cib_jax.baselines.networks import center_and_scale, uniform
+from cib_jax.inference.serialization import read_config
+from cib_jax.runs import context, features
+
+WORDS, DIMENSIONS = 256, 12  # of a codebook; the second as published for CIFAR-10
+SHARPNESS, ENTROPY, DIVERSITY = 10.0, 0.1, 0.5  # α, λ and γ of the published code
+MEMORY, MEMORY_EPOCH = 384, 15  # soft codes of earlier batches, and the epoch in which they become negatives
+EPOCHS, BATCH = 60, 64
+
+Params = dict[str, Array]
+
+
+class Settings(NamedTuple):
+    """What the published experiments choose for each data set."""
+
+    temperature: float
+    prior: float
+    """Share of pairs that show the same class, for the correction of negatives."""
+    learning_rate: float
+
+
+def unit(rows: Float[Array, "*rows numbers"]) -> Float[Array, "*rows numbers"]:
+    """Returns rows of length 1."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def project(params: Params, rows: Float[Array, "batch features"]) -> Float[Array, "batch books numbers"]:
+    """Returns the parts of projected features, each of length 1."""
+    books = len(params["words"])
+    return unit((rows @ params["kernel"] + params["bias"]).reshape(len(rows), books, -1))
+
+
+def soft_codes(params: Params, rows: Float[Array, "batch features"]) -> Float[Array, "batch books words"]:
+    """Returns the share of each word in a part of the features."""
+    likeness = jnp.einsum("nbd,bwd->nbw", project(params, rows), unit(params["words"]))
+    return jax.nn.softmax(SHARPNESS * likeness, axis=-1)
+
+
+def contrast(
+    pair: Float[Array, "2 batch numbers"], memory: Float[Array, "memory numbers"], active: Array, settings: Settings
+) -> Float[Array, ""]:
+    """Returns the debiased contrast of views, whose negatives are the rest of the batch and an active memory."""
+    rows, memory = unit(pair.reshape(-1, pair.shape[-1])), unit(memory)
+    count, batch = len(rows), pair.shape[1]
+    likeness = jnp.exp(rows @ rows.T / settings.temperature)
+    positive = likeness[jnp.arange(count), (jnp.arange(count) + batch) % count]
+    own = jnp.trace(likeness) / count  # e^(1/τ), of a row with itself
+    negatives = jnp.sum(likeness, axis=1) - own - positive
+    negatives += active * jnp.sum(jnp.exp(rows @ memory.T / settings.temperature), axis=1)
+    number = count - 2 + active * len(memory)
+    corrected = (negatives - settings.prior * number * positive) / (1 - settings.prior)
+    corrected = jnp.maximum(corrected, number * jnp.exp(-1 / settings.temperature))
+    return -jnp.mean(jnp.log(positive / (positive + corrected)))
+
+
+def train(views: Float[np.ndarray, "views n features"], bits: int, key: PRNGKeyArray, settings: Settings) -> Params:
+    """Returns a projection and codebooks that agree on two views of an image.
+
+    The published code keeps the codebooks as they were drawn; here they are trained, as its paper says.
+    """
+    init_key, word_key, train_key = jax.random.split(key, 3)
+    books, (count, images, width) = bits // 8, views.shape
+    mean, scale = center_and_scale(views)
+    params = {
+        "kernel": uniform(init_key, (width, books * DIMENSIONS)),
+        "bias": jnp.zeros(books * DIMENSIONS),
+        "words": unit(jax.random.normal(word_key, (books, WORDS, DIMENSIONS))),
+    }
+    batch = min(BATCH, images)
+    steps = images // batch
+    optimizer = optax.adam(settings.learning_rate)
+    items = jnp.asarray(np.swapaxes(views, 0, 1))
+
+    def loss_of(params: Params, rows: Array, memory: Array, active: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        chosen = jax.random.choice(key, count, (2,), replace=False)
+        codes = jnp.stack([soft_codes(params, (rows[:, view] - mean) / scale) for view in chosen])
+        words = unit(params["words"])
+
+        def rebuild(codes: Array) -> Array:
+            return jnp.einsum("...bw,bwd->...bd", codes, words).reshape(*codes.shape[:-2], -1)
+
+        entropy = -jnp.mean(jnp.sum(codes * jnp.log(codes + 1e-12), axis=-1))
+        diversity = jnp.mean(jnp.einsum("bwd,bvd->bwv", words, words))
+        loss = contrast(rebuild(codes), rebuild(memory), active, settings)
+        return loss + ENTROPY * entropy + DIVERSITY * diversity, codes
+
+    @jax.jit
+    def epoch(carry: Any, items: Array, number: int | Array) -> Any:
+        order_key, view_key = jax.random.split(jax.random.fold_in(train_key, number))
+        order = jax.random.permutation(order_key, images)[: steps * batch].reshape(steps, batch)
+        active = jnp.where(number >= MEMORY_EPOCH, 1.0, 0.0)
+
+        def step(carry: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
+            params, state, memory = carry
+            rows, number = inputs
+            key = jax.random.fold_in(view_key, number)
+            gradient, codes = jax.grad(loss_of, has_aux=True)(params, items[rows], memory, active, key)
+            updates, state = optimizer.update(gradient, state, params)
+            memory = jnp.concatenate([codes.reshape(-1, *codes.shape[2:]), memory])[:MEMORY]
+            return (optax.apply_updates(params, updates), state, memory), None
+
+        return jax.lax.scan(step, carry, (order, jnp.arange(steps)))[0]
+
+    carry = params, optimizer.init(params), jnp.full((MEMORY, books, WORDS), 1 / WORDS)
+    for number in range(EPOCHS):
+        carry = epoch(carry, items, number)
+    return carry[0] | {"mean": mean, "scale": scale}
+
+
+@jax.jit
+def parts_and_words(params: Params, rows: Float[Array, "n features"]) -> tuple[Array, Array]:
+    """Returns the parts of projected features [n, books, numbers], and the nearest word of each [n, books]."""
+    parts = project(params, (rows - params["mean"]) / params["scale"])
+    likeness = jnp.einsum("nbd,bwd->nbw", parts, unit(params["words"]))
+    return parts, jnp.argmax(likeness, axis=-1).astype(jnp.uint8)
+
+
+def mean_average_precision(
+    tables: Float[np.ndarray, "queries books words"],
+    words: UInt8[np.ndarray, "n books"],
+    relevant: np.ndarray,
+    k: int,
+) -> float:
+    """Returns MAP@k of queries, each with the likeness of its code to all words; ties in database order."""
+    found = []
+    for table, hits in zip(tables, relevant, strict=True):
+        likeness = np.sum([table[book][words[:, book]] for book in range(words.shape[1])], axis=0)
+        ranked = hits[np.argsort(-likeness, kind="stable")[:k]]
+        precision = np.cumsum(ranked) / np.arange(1, k + 1)
+        found.append(np.sum(precision * ranked) / max(ranked.sum(), 1))
+    return float(np.mean(found))
+
+
+def main() -> None:
+    """Reads the flags, trains and ranks, and prints a table."""
+    parser = measuring.parser(__doc__)
+    parser.add_argument("run", type=pathlib.Path, help="workdir of a run or of a cell of a comparison")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 32, 64], help="multiples of 8")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--temperature", type=float, default=0.35, help="τ; published for CIFAR-10")
+    parser.add_argument("--prior", type=float, default=0.1, help="share of pairs of one class; published for CIFAR-10")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    flags = parser.parse_args()
+    settings = Settings(flags.temperature, flags.prior, flags.learning_rate)
+    run = context.prepare_run(read_config(flags.run), flags.run, rich.console.Console(stderr=True))
+    query, database = run.splits.query, run.splits.database
+    if not run.features_stay or run.config.train.views < 2 or query.labels is None or database.labels is None:
+        parser.error(f"{flags.run} must have a frozen backbone, config.train.views of 2 or more, and labels")
+    views = np.asarray(features.of_views(run, run.splits.train, run.config.train.views, "View bank"))
+    rows = {
+        name: np.concatenate(list(features.before_hashing(run, images, f"Features, {name}")))
+        for name, images in {"query": query, "database": database}.items()
+    }
+    k = run.protocol.k or len(database)
+    print(measuring.machine("jax"), f"; MAP@{k}; {settings}", flush=True)
+    table = []
+    for bits in flags.bits:
+        maps, seconds = [], []
+        for seed in flags.seeds:
+            begun = time.perf_counter()
+            params = jax.block_until_ready(train(views, bits, jax.random.key(seed), settings))
+            seconds.append(time.perf_counter() - begun)
+            parts, asked = (np.asarray(array) for array in parts_and_words(params, rows["query"]))
+            words = np.asarray(parts_and_words(params, rows["database"])[1])
+            codebooks = np.asarray(unit(params["words"]))
+            chosen = codebooks[np.arange(bits // 8), asked]
+            relevant = query.labels[:, None] == database.labels
+            tables = (np.einsum("nbd,bwd->nbw", one, codebooks) for one in (chosen, parts))
+            maps.append([mean_average_precision(one, words, relevant, k) for one in tables])
+        means, deviations = np.mean(maps, axis=0), np.std(maps, axis=0, ddof=1) if len(maps) > 1 else (0.0, 0.0)
+        cells = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in zip(means, deviations, strict=True)]
+        table.append((bits, *cells, f"{np.mean(seconds):.0f}"))
+    measuring.print_table(("bits", "symmetric", "asymmetric", "seconds of training"), table)
+
+
+if __name__ == "__main__":
+    main()
