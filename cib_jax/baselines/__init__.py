@@ -32,7 +32,6 @@ anchor_graph = Baseline("Anchor graph hashing", "Liu et al. 2011", nonlinear.anc
 greedy_hash = Baseline("GreedyHash", "Su et al. 2018", deep.greedy_hash)
 bi_half = Baseline("Bi-half", "Li and van Gemert 2021", deep.bi_half)
 autoencoder = Baseline("Binary auto-encoder", "Carreira-Perpiñán and Raziperchikolaei 2015", autoencoders.autoencoder)
-tbh = Baseline("TBH", "Shen et al. 2020", autoencoders.twin_bottleneck)
 ssdh = Baseline("SSDH", "Yang et al. 2018", deep.ssdh)
 sdc = Baseline("SDC", "Ng et al. 2023", deep.sdc)
 crovca = Baseline("CroVCA", "Moummad et al. 2025", contrastive.crovca, views=True)
@@ -48,7 +47,6 @@ BASELINES: dict[str, Baseline] = {
     "greedy_hash": greedy_hash,
     "bi_half": bi_half,
     "autoencoder": autoencoder,
-    "tbh": tbh,
     "ssdh": ssdh,
     "sdc": sdc,
     "crovca": crovca,

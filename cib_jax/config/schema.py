@@ -320,6 +320,9 @@ def _validate_network(config: ml_collections.ConfigDict) -> None:
     if from_scratch and config.backbone_weights:
         problem = f"must be empty, since {backbone.name} is trained from scratch, got {config.backbone_weights!r}"
         raise _error("backbone_weights", problem)
+    if backbone.networks and config.backbone_weights:
+        problem = f"must be empty for {backbone.name}, whose networks have a file each, got {config.backbone_weights!r}"
+        raise _error("backbone_weights", problem)
     if from_scratch and frozen:
         raise _error(
             "frozen", f"must be False for {backbone.name}, which would keep its random initial weights, got True"

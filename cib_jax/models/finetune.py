@@ -77,6 +77,10 @@ def validate_fine_tune(how: FineTune, backbone: Backbone, image_size: int, *, fr
     if from_scratch:
         fault = f"must be 0, since {backbone.name} starts from random weights, which would mostly stay random"
         raise _error("lora_rank" if how.lora_rank else "blocks", fault)
+    if backbone.networks:
+        fault = f"must be 0 for {backbone.name}, which is several networks, got"
+        name = "lora_rank" if how.lora_rank else "blocks"
+        raise _error(name, f"{fault} {getattr(how, name)}; choose one of {', '.join(backbone.networks)}, or train all")
     shapes = state_shapes(backbone, image_size)
     count = len(shapes[_blocks_name(shapes)])
     if how.blocks > count:

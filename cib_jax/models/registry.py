@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -31,6 +32,7 @@ class Backbone:
     reads: tuple[str, ...] = ("",)  # beginnings of its tensors' names, if weight files contain other networks too
     multiple: int = 1  # divisor of every possible side of the input
     takes: str = "images"  # or "features", which go through no network and are only standardized
+    networks: tuple[str, ...] = ()  # names of those whose features it joins; `convert` reads none of its files
 
 
 class _Identity(nnx.Module):
@@ -38,6 +40,19 @@ class _Identity(nnx.Module):
 
     def __call__(self, features: Float[Array, "batch features"]) -> Float[Array, "batch features"]:
         return features
+
+
+class SideBySide(nnx.Module):
+    """Several networks on the same images; their features are joined in this order."""
+
+    def __init__(self, rngs: nnx.Rngs, image_size: int, networks: Sequence[Backbone]):
+        self._names = tuple(network.name for network in networks)
+        for network in networks:
+            setattr(self, network.name, network.build(rngs, image_size))
+
+    def __call__(self, images: Float[Array, "batch h w 3"]) -> Float[Array, "batch features"]:
+        """Returns the joined features."""
+        return jnp.concatenate([getattr(self, name)(images) for name in self._names], axis=1)
 
 
 # Means and deviations of the channels.
@@ -56,6 +71,17 @@ def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: i
         smallest=32,
         build=lambda rngs, image_size: efficientnet.EfficientNetLite(rngs, scaling),
         convert=functools.partial(efficientnet.convert, scaling=scaling),
+    )
+
+
+def _side_by_side(name: str, *networks: Backbone) -> Backbone:
+    """Returns a backbone with the features of several ones that take the same input."""
+    return dataclasses.replace(
+        networks[0],
+        name=name,
+        features=sum(network.features for network in networks),
+        build=lambda rngs, image_size: SideBySide(rngs, image_size, networks),
+        networks=tuple(network.name for network in networks),
     )
 
 
@@ -90,13 +116,19 @@ def _clip(name: str, design: Design) -> Backbone:
     return _vit(name, design, clip.CLIP, clip.convert_clip, CLIP, clip.FEATURES, clip.CLIP_READS)
 
 
+_LITES = (
+    _efficientnet_lite(0, efficientnet.LITE0, 224),
+    _efficientnet_lite(1, efficientnet.LITE1, 240),
+    _efficientnet_lite(2, efficientnet.LITE2, 260),
+)
+
 BACKBONES: dict[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
         Backbone("convnet", convnet.FEATURES, HALF, HALF, 32, 8, build=convnet.ConvNet, convert=None),
-        _efficientnet_lite(0, efficientnet.LITE0, 224),
-        _efficientnet_lite(1, efficientnet.LITE1, 240),
-        _efficientnet_lite(2, efficientnet.LITE2, 260),
+        *_LITES,
+        _side_by_side("efficientnet_lite0+2", _LITES[0], _LITES[2]),
+        _side_by_side("efficientnet_lite0+1+2", *_LITES),
         Backbone(
             "resnet50", resnet.FEATURES, *IMAGENET, 224, 32, lambda rngs, _: resnet.ResNet50(rngs), resnet.convert
         ),

@@ -94,14 +94,14 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
     Args:
       backbone_name: Name of a backbone, such as "efficientnet_lite0".
       path: A .safetensors, .pth or .pt file; "" takes the published weights, from an installed package, the cache of
-        the Hugging Face hub, or the hub.
+        the Hugging Face hub, or the hub. It must be "" for several networks side by side.
 
     Returns:
       Names of layers → names of parameters → arrays, the `backbone_params` of `create_encoder` and `fit`.
 
     Raises:
       WeightsError: The file is missing, damaged, unsafe, belongs to another network or has values that are not finite.
-      ConfigError: There is no such backbone, or it has no pretrained weights.
+      ConfigError: There is no such backbone, it has no pretrained weights, or it has those of several files.
 
     Examples:
       >>> import cib_jax as cib
@@ -116,6 +116,13 @@ def load_pretrained(backbone_name: str, path: str = "") -> Tree:
             f"backbone {backbone_name!r} is trained from scratch and has no pretrained weights; choose another one",
             field="backbone",
         )
+    if backbone.networks:
+        if path:
+            raise ConfigError(
+                f"backbone_weights must be empty for {backbone_name}, whose networks have a file each, got {path!r}",
+                field="backbone_weights",
+            )
+        return {name: load_pretrained(name) for name in backbone.networks}
     source = _named_file(path) if path else locate(backbone_name)
     _verify_hash(source)
     tensors = read_tensors(source.path, source.remedy, backbone.reads)

@@ -20,20 +20,28 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
     return weights.read_tensors(weights.locate(name).path)
 
 
-@pytest.mark.parametrize(("number", "size"), [(0, 128), (1, 224), (2, 224)])
-def test_published_weights_match_pytorch(number, size, golden, golden_cnns):
-    """Features and the logits of all 1,000 classes."""
-    name = f"efficientnet_lite{number}"
-    images = backbone_inputs.normalized(golden[f"photographs_{size}"])
-    features = compiled(registry.get(name))(weights.load_pretrained(name), images)
+def validate(features, name, of_features, of_logits):
+    """Compares features, and the logits of all 1,000 classes, with PyTorch's."""
     logits = features @ checkpoint(name)["_fc.weight"].T + checkpoint(name)["_fc.bias"]
-    of_features, of_logits = (
-        golden[f"efficientnet_{kind}_{size}"] if number == 0 else golden_cnns[f"lite{number}_{kind}"]
-        for kind in ("features", "logits")
-    )
     np.testing.assert_allclose(features, of_features, atol=1e-4)
     np.testing.assert_allclose(logits, of_logits, atol=1e-3)
     assert np.argmax(logits, -1).tolist() == np.argmax(of_logits, -1).tolist()
+
+
+def test_published_weights_match_pytorch(golden):
+    images = backbone_inputs.normalized(golden["photographs_128"])
+    features = compiled(registry.get("efficientnet_lite0"))(weights.load_pretrained("efficientnet_lite0"), images)
+    validate(features, "efficientnet_lite0", golden["efficientnet_features_128"], golden["efficientnet_logits_128"])
+
+
+def test_networks_side_by_side_match_pytorch_one_by_one(golden, golden_cnns):
+    name = "efficientnet_lite0+1+2"
+    images = backbone_inputs.normalized(golden["photographs_224"])
+    features = np.split(compiled(registry.get(name))(weights.load_pretrained(name), images), 3, axis=1)
+    expected = [[golden[f"efficientnet_{kind}_224"] for kind in ("features", "logits")]]
+    expected += [[golden_cnns[f"lite{number}_{kind}"] for kind in ("features", "logits")] for number in (1, 2)]
+    for number in range(3):
+        validate(features[number], f"efficientnet_lite{number}", *expected[number])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ def test_the_table_agrees_with_the_sources_of_weights(name):
         repository = weights.REPOSITORIES[name]
         address = f"hub [{repository.name}](https://huggingface.co/{repository.name})"
         assert (row["weights"], row["license"]) == (address, repository.license)
+    elif networks := registry.get(name).networks:
+        assert row["weights"] == "those of " + ", ".join(f"`{network}`" for network in networks)
+        assert {row["license"]} == {weights.PACKAGES[network].license for network in networks}
     else:
         assert (row["weights"], row["license"]) == ("none: trained from scratch", "–")
 

@@ -109,8 +109,14 @@ def test_a_missing_package_is_named(monkeypatch, name):
 
 
 def test_every_pretrained_backbone_has_one_source():
-    pretrained = [name for name, backbone in registry.BACKBONES.items() if backbone.convert is not None]
+    single = {name: backbone for name, backbone in registry.BACKBONES.items() if not backbone.networks}
+    pretrained = [name for name, backbone in single.items() if backbone.convert is not None]
     assert sorted([*weights.PACKAGES, *weights.REPOSITORIES]) == sorted(pretrained)
+
+
+def test_networks_side_by_side_take_no_file():
+    with pytest.raises(ConfigError, match=r"^backbone_weights must be empty for efficientnet_lite0\+2"):
+        weights.load_pretrained("efficientnet_lite0+2", "lite0.pth")
 
 
 def test_backbones_without_pretrained_weights():
