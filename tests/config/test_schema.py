@@ -60,6 +60,7 @@ def test_the_experiments_are_valid(name):
         ({"backbone_weights": "a.pth"}, "backbone_weights", ("convnet",)),
         (SIDE_BY_SIDE | {"backbone_weights": "a.pth"}, "backbone_weights", ("must be empty", "efficientnet_lite0+2")),
         (SIDE_BY_SIDE | {"fine_tune__blocks": 1}, "fine_tune.blocks", ("must be 0", "or train all")),
+        (SIDE_BY_SIDE | {"fine_tune__lora_rank": 4}, "fine_tune.lora_rank", ("must be 0", "or train all")),
         ({"train__views": 4}, "train.views", ("config.frozen",)),
     ],
 )

@@ -49,7 +49,9 @@ def test_the_table_agrees_with_the_network(name, shapes_of):
     assert (mean, deviation) == (pytest.approx(backbone.mean, abs=1e-4), pytest.approx(backbone.deviation, abs=1e-4))
 
 
-@pytest.mark.parametrize("name", ["convnet", "efficientnet_lite0", "resnet50", "vgg16", "dinov2_small", "clip_vit_b32"])
+@pytest.mark.parametrize(
+    "name", ["convnet", "efficientnet_lite0+2", "resnet50", "vgg16", "dinov2_small", "clip_vit_b32"]
+)
 def test_the_smallest_size_works(name):
     """One network of each kind, by shapes alone."""
     backbone = registry.get(name)
