@@ -29,7 +29,7 @@ def network_features(network: str, data_dir: str, images: int, views: int) -> tu
     config = cifar.get_config()
     config.backbone, _, size = network.partition("@")
     config.image_size = int(size or 0)
-    config.data.dir, config.data.protocol, config.cache.mb = data_dir, "own", 0  # no cache, since speed is measured
+    config.data.dir, config.data.protocol, config.cache.dir = data_dir, "own", "none"  # since speed is measured
     run = context.prepare_run(config, pathlib.Path(), rich.console.Console(stderr=True))
     some = run.splits.database.take(np.arange(images))
     assert some.labels is not None

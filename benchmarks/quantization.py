@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from benchmarks import measuring
 from cib_jax.baselines.networks import center_and_scale, uniform
+from cib_jax.errors import UserError
 from cib_jax.inference.serialization import read_config
 from cib_jax.runs import context, features
 
@@ -169,7 +170,10 @@ def main() -> None:
     if any(bits < 8 or bits % 8 for bits in flags.bits):
         parser.error(f"--bits must be multiples of 8, got {flags.bits}")
     settings = Settings(flags.temperature, flags.prior, flags.learning_rate)
-    run = context.prepare_run(read_config(flags.run), flags.run, rich.console.Console(stderr=True))
+    try:
+        run = context.prepare_run(read_config(flags.run), flags.run, rich.console.Console(stderr=True))
+    except UserError as error:
+        parser.error(str(error))
     query, database = run.splits.query, run.splits.database
     if not run.features_stay or run.config.train.views < 2:
         parser.error(f"{flags.run} must have a frozen backbone, and config.train.views of 2 or more")
