@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,17 +162,18 @@ def _load_split(builder: Any, split: str, image: str, label: str, max_megapixels
     read_labels = _label_reader(_flatten_features(builder)[label])
     assert read_labels is not None
     labels, names, positions = [], [], []
+    digest = hashlib.blake2b(photos.VERSION.encode(), digest_size=16)
     for index in range(len(source)):
         example = source[index]
         labels.append(_lookup(example, label))
+        encoded = _lookup(example, image)
+        digest.update(f" {len(encoded)} ".encode())
+        digest.update(encoded)
         if isinstance(builder, tfds_builders.PublishedBuilder):
             names.append(example["name"].decode())
             positions.append(example["position"])
-    parts = [part.partition("[")[0] for part in split.split("+")]
-    files = [pathlib.Path(path) for part in parts for path in builder.info.splits[part].filepaths]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.blake2b(repr((split, image, stats, photos.VERSION)).encode(), digest_size=16).hexdigest()
-    images = TfdsImages(source, image, max_megapixels, f"{builder.info.full_name}-{digest}")
+    identity = f"{builder.info.full_name}-{digest.hexdigest()}"
+    images = TfdsImages(source, image, max_megapixels, identity)
     whole = ImageSet(images, read_labels(labels), names or None)
     return whole.take(np.argsort(positions)) if positions else whole
 
@@ -191,7 +191,7 @@ class TfdsImages:
     source: Sequence[dict[str, Any]]
     feature: str
     max_megapixels: int
-    identity: str  # from the sizes and times of the files
+    identity: str  # from the encoded images
 
     def __len__(self) -> int:
         return len(self.source)

@@ -28,9 +28,9 @@ def write_archive(folder: pathlib.Path, per_file: int, seed: int = 0) -> pathlib
     return folder
 
 
-def prepare(data_dir: pathlib.Path, per_file: int = 20) -> pathlib.Path:
+def prepare(data_dir: pathlib.Path, per_file: int = 20, seed: int = 0) -> pathlib.Path:
     """Prepares the miniature as `cifar10` under `data_dir`, as if it had been downloaded; returns `data_dir`."""
-    archive = write_archive(data_dir / "archive", per_file)
+    archive = write_archive(data_dir / "archive", per_file, seed)
     with unittest.mock.patch.object(
         tfds.download.DownloadManager, "download_and_extract", lambda manager, url: archive
     ):

@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import pathlib
+import shutil
 import tarfile
 import threading
 
@@ -173,13 +174,18 @@ def test_splits_can_be_chosen_and_sliced(flowers):
         load("oxford_flowers102", str(flowers), query_split="dev")
 
 
-def test_identity_follows_the_files(flowers):
-    first = load("oxford_flowers102", str(flowers)).train.images.identity
-    assert first == load("oxford_flowers102", str(flowers)).train.images.identity
-    assert first != load("oxford_flowers102", str(flowers), database_split="train[:2]").train.images.identity
-    file = next(flowers.glob("oxford_flowers102/*/*train*"))
-    os.utime(file, (0, 0))
-    assert first != load("oxford_flowers102", str(flowers)).train.images.identity
+def test_identity_follows_the_images(prepared, tmp_path):
+    def identity(directory, **fields):
+        return load("cifar10", str(directory), **fields).train.images.identity
+
+    first = identity(prepared)
+    assert identity(prepared, database_split="train[:50]+train[50:]") == first
+    assert identity(prepared, database_split="train[:50]") != first
+    copy = shutil.copytree(prepared / "cifar10", tmp_path / "copy" / "cifar10")
+    for file in copy.rglob("*train*"):
+        os.utime(file, (0, 0))
+    assert identity(copy.parent) == first  # cached features are found for a copy, too
+    assert identity(miniature.prepare(tmp_path / "other", seed=1)) != first
 
 
 COLORS = tfds.features.ClassLabel(names=["red", "green", "blue"])
