@@ -65,11 +65,20 @@ def mean_average_precision(coordinates: np.ndarray, labels: np.ndarray) -> float
     for query in queries:
         odds = coordinates @ coordinates[query]
         odds[query] = -np.inf
-        nearest = np.argpartition(-odds, DEPTH)[:DEPTH]
-        relevant = labels[nearest[np.argsort(-odds[nearest], kind="stable")]] == labels[query]
-        precision = np.cumsum(relevant) / np.arange(1, DEPTH + 1)
-        found.append((precision * relevant).sum() / max(relevant.sum(), 1))
+        found.append(average_precision(odds, labels == labels[query], DEPTH))
     return float(np.mean(found))
+
+
+def average_precision(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
+    """Returns the average precision of one query over the `k` highest scores, ties in the items' order."""
+    if k < len(scores):
+        least = -np.partition(-scores, k - 1)[k - 1]
+        candidates = np.flatnonzero(scores >= least)
+    else:
+        candidates = np.arange(len(scores))
+    first = relevant[candidates[np.argsort(-scores[candidates], kind="stable")[:k]]]
+    precision = np.cumsum(first) / np.arange(1, len(first) + 1)
+    return float((precision * first).sum() / max(first.sum(), 1))
 
 
 class Clock:
