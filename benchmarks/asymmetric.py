@@ -11,11 +11,14 @@ import pathlib
 import numpy as np
 import rich.console
 
+import cib_jax as cib
 from benchmarks import graph, measuring
-from cib_jax.codes import nested_lengths, ones
+from cib_jax.codes import first_bits, nested_lengths, ones, pack_bits
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config, read_standard
 from cib_jax.runs import context, features
+
+QUERIES = 100  # that are compared with the database at once
 
 
 def main() -> None:
@@ -26,7 +29,7 @@ def main() -> None:
     measuring.print_table(("run", "bits", "MAP by Hamming distance", "by asymmetric distance"), rows)
 
 
-def measure(folder: pathlib.Path) -> list[tuple[int, str, str]]:
+def measure(folder: pathlib.Path) -> list[tuple[object, ...]]:
     """Returns the length of each code of a run, and both of its MAPs."""
     config = read_config(folder)
     console, standard = rich.console.Console(stderr=True), read_standard(folder, config)
@@ -38,25 +41,28 @@ def measure(folder: pathlib.Path) -> list[tuple[int, str, str]]:
     k = run.protocol.k or len(codes)
     found = []
     for bits in nested_lengths(config.bits) if config.nested else [config.bits]:
-        signs = np.where(ones(codes, bits), np.float32(1), np.float32(-1))
-        hamming, asymmetric = mean_average_precisions(logits[:, :bits], signs, query_labels, labels, k)
-        found.append((bits, f"{hamming:.4f}", f"{asymmetric:.4f}"))
+        database = first_bits(codes, bits)
+        maps = (
+            cib.mean_average_precision(pack_bits(logits[:, :bits]), database, query_labels, labels, k),
+            mean_average_precision(logits[:, :bits], database, query_labels, labels, k),
+        )
+        found.append((bits, *(f"{figure:.4f}" for figure in maps)))
     return found
 
 
-def mean_average_precisions(
-    logits: np.ndarray, signs: np.ndarray, query_labels: np.ndarray, labels: np.ndarray, k: int
-) -> tuple[float, float]:
-    """Returns MAP by Hamming distance, and by asymmetric distance, of a database of bits that are 1 and -1."""
-    maps = []
-    # The sum of |logit| over the bits that differ is (sum of |logit| - logits @ signs) / 2.
-    for queries in (np.where(logits > 0, np.float32(1), np.float32(-1)), logits):
-        each = []
-        for query, own in zip(queries, query_labels, strict=True):
+def mean_average_precision(
+    logits: np.ndarray, codes: np.ndarray, query_labels: np.ndarray, labels: np.ndarray, k: int
+) -> float:
+    """Returns MAP by asymmetric distance from the queries' logits to packed codes."""
+    signs = np.where(ones(codes, logits.shape[1]), np.float32(1), np.float32(-1))
+    found = []
+    for start in range(0, len(logits), QUERIES):
+        # The sum of |logit| over the bits that differ is (sum of |logit| - logits @ signs) / 2.
+        scores = logits[start : start + QUERIES] @ signs.T
+        for row, own in zip(scores, query_labels[start : start + QUERIES], strict=True):
             relevant = labels == own if labels.ndim == 1 else labels.astype(int) @ own > 0
-            each.append(graph.average_precision(signs @ query, relevant, k))
-        maps.append(float(np.mean(each)))
-    return maps[0], maps[1]
+            found.append(graph.average_precision(row, relevant, k))
+    return float(np.mean(found))
 
 
 if __name__ == "__main__":
