@@ -12,7 +12,7 @@ import numpy as np
 import rich.console
 
 import cib_jax as cib
-from benchmarks import graph, measuring
+from benchmarks import measuring, ranking
 from cib_jax.codes import first_bits, nested_lengths, ones, pack_bits
 from cib_jax.inference.hasher import Hasher
 from cib_jax.inference.serialization import read_config, read_standard
@@ -55,14 +55,14 @@ def mean_average_precision(
 ) -> float:
     """Returns MAP by asymmetric distance from the queries' logits to packed codes."""
     signs = np.where(ones(codes, logits.shape[1]), np.float32(1), np.float32(-1))
-    found = []
+    relevant = []
     for start in range(0, len(logits), QUERIES):
         # The sum of |logit| over the bits that differ is (sum of |logit| - logits @ signs) / 2.
         scores = logits[start : start + QUERIES] @ signs.T
         for row, own in zip(scores, query_labels[start : start + QUERIES], strict=True):
-            relevant = labels == own if labels.ndim == 1 else labels.astype(int) @ own > 0
-            found.append(graph.average_precision(row, relevant, k))
-    return float(np.mean(found))
+            first = labels[ranking.highest(row, k)]
+            relevant.append(first == own if labels.ndim == 1 else first.astype(int) @ own > 0)
+    return ranking.mean_average_precision(np.array(relevant))
 
 
 if __name__ == "__main__":

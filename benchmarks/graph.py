@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks import measuring
+from benchmarks import measuring, ranking
 from cib_jax import diffusion
 
 FEATURES, LATENT, GROUPS, ROWS = 1280, 48, 1000, 8192
@@ -61,24 +61,12 @@ def draw_embeddings(items: int) -> tuple[np.ndarray, np.ndarray]:
 def mean_average_precision(coordinates: np.ndarray, labels: np.ndarray) -> float:
     """Returns MAP of a sample of items, which rank the others by the walk's inner products."""
     queries = np.random.default_rng(2).choice(len(labels), min(QUERIES, len(labels) // 2), replace=False)
-    found = []
+    relevant = []
     for query in queries:
         odds = coordinates @ coordinates[query]
         odds[query] = -np.inf
-        found.append(average_precision(odds, labels == labels[query], DEPTH))
-    return float(np.mean(found))
-
-
-def average_precision(scores: np.ndarray, relevant: np.ndarray, k: int) -> float:
-    """Returns the average precision of one query over the `k` highest scores, ties in the items' order."""
-    if k < len(scores):
-        least = -np.partition(-scores, k - 1)[k - 1]
-        candidates = np.flatnonzero(scores >= least)
-    else:
-        candidates = np.arange(len(scores))
-    first = relevant[candidates[np.argsort(-scores[candidates], kind="stable")[:k]]]
-    precision = np.cumsum(first) / np.arange(1, len(first) + 1)
-    return float((precision * first).sum() / max(first.sum(), 1))
+        relevant.append(labels[ranking.highest(odds, DEPTH)] == labels[query])
+    return ranking.mean_average_precision(np.array(relevant))
 
 
 class Clock:

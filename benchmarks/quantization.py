@@ -22,7 +22,7 @@ import optax
 import rich.console
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from benchmarks import measuring
+from benchmarks import measuring, ranking
 from cib_jax.baselines.networks import center_and_scale, uniform
 from cib_jax.errors import UserError
 from cib_jax.inference.serialization import read_config
@@ -151,10 +151,8 @@ def mean_average_precision(
     found = []
     for table, hits in zip(tables, relevant, strict=True):
         likeness = np.sum([table[book][words[:, book]] for book in range(words.shape[1])], axis=0)
-        ranked = hits[np.argsort(-likeness, kind="stable")[:k]]
-        precision = np.cumsum(ranked) / np.arange(1, k + 1)
-        found.append(np.sum(precision * ranked) / max(ranked.sum(), 1))
-    return float(np.mean(found))
+        found.append(hits[ranking.highest(likeness, k)])
+    return ranking.mean_average_precision(np.array(found))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import cib_jax as cib
-from benchmarks import growth, measuring
+from benchmarks import growth, measuring, ranking
 
 QUERIES = 200
 # For millions of codes; smaller databases use the defaults of each kind.
@@ -186,7 +186,7 @@ def rerank(bits: int, seeds: int = 3, first: int = 100) -> list[list[object]]:
         index, logits = cib.Index.of(hasher.encode(images[:1500])), hasher.logits(images[1500:])
         _, ids = index.search(hasher.encode(images[1500:]), first)
         _, again = index.rerank(logits, ids)
-        before, after = (_mean_average_precision(labels[found] == labels[1500:, None]) for found in (ids, again))
+        before, after = (ranking.mean_average_precision(labels[found] == labels[1500:, None]) for found in (ids, again))
         rows.append([bits, seed, f"{before:.4f}", f"{after:.4f}"])
     return rows
 
@@ -205,7 +205,7 @@ def rerank_photos(data_dir: str, bits: int, seeds: int = 3) -> list[list[object]
             _, ids = index.search(codes, first)
             _, again = index.rerank(logits, ids)
             relevant = (encoded["database"][1][found] == labels[:, None] for found in (ids, again))
-            row += [f"{_mean_average_precision(some):.4f}" for some in relevant]
+            row += [f"{ranking.mean_average_precision(some):.4f}" for some in relevant]
         rows.append(row)
     return rows
 
@@ -235,12 +235,6 @@ def _cifar_features(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         )
         found[name] = (np.concatenate([np.asarray(row) for row in rows]), np.asarray(images.labels))
     return found
-
-
-def _mean_average_precision(relevant: np.ndarray) -> float:
-    found = np.cumsum(relevant, axis=1)
-    precision = found / np.arange(1, relevant.shape[1] + 1) * relevant
-    return float(np.mean(precision.sum(axis=1) / np.maximum(found[:, -1], 1)))
 
 
 def table(size: int, bits: int, rounds: int) -> list[list[object]]:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 
 import cib_jax as cib
-from benchmarks import measuring, wordnet
+from benchmarks import measuring, ranking, wordnet
 from cib_jax.baselines import BASELINES
 from cib_jax.config import build, schema
 from cib_jax.data.dataset import ImageSet, gather
@@ -133,13 +133,6 @@ def as_bytes(features: Float32[np.ndarray, "n features"]) -> Float32[np.ndarray,
     return np.round(features * (127 / np.abs(features).max())).astype(np.float32)
 
 
-def mean_average_precision(relevant: Bool[np.ndarray, "queries k"]) -> float:
-    """Returns MAP@k from the relevance of each rank, as `cib_jax.mean_average_precision` defines it."""
-    hits = np.cumsum(relevant, axis=1)
-    precision = hits / np.arange(1, relevant.shape[1] + 1)
-    return float(np.mean((precision * relevant).sum(axis=1) / np.maximum(hits[:, -1], 1)))
-
-
 def recall(wanted: Int[np.ndarray, "queries few"], found: Int[np.ndarray, "queries many"]) -> float:
     """Returns the mean share of `wanted` that is in `found`."""
     return float(np.mean([np.isin(few, many).mean() for few, many in zip(wanted, found, strict=True)]))
@@ -155,8 +148,8 @@ def evaluate_codes(task: Task, coded: Coded, by_float: Int[np.ndarray, "queries 
 
     wanted = by_float[:, :NEAREST]
     return Quality(
-        mean_average_precision(relevant(found)),
-        mean_average_precision(relevant(finer)),
+        ranking.mean_average_precision(relevant(found)),
+        ranking.mean_average_precision(relevant(finer)),
         recall(wanted, found[:, :AMONG]),
         recall(wanted, finer[:, :AMONG]),
     )
@@ -170,10 +163,10 @@ def measure(
     relevant = task.database_labels[by_float] == task.query_labels[:, None]
     size = 4 * task.database.shape[1]
     rows: list[tuple[str, ...]] = [
-        ("floats, cosine", "", f"{size:,}", "1", f"{mean_average_precision(relevant):.3f}", "", "1.000", "", "")
+        ("floats, cosine", "", f"{size:,}", "1", f"{ranking.mean_average_precision(relevant):.3f}", "", "1.000", "", "")
     ]
     by_byte = nearest(task.query, as_bytes(task.database), config.k)
-    quality = mean_average_precision(task.database_labels[by_byte] == task.query_labels[:, None])
+    quality = ranking.mean_average_precision(task.database_labels[by_byte] == task.query_labels[:, None])
     kept_recall = recall(by_float[:, :NEAREST], by_byte[:, :AMONG])
     rows.append(("int8, cosine", "", f"{size // 4:,}", "4", f"{quality:.3f}", "", f"{kept_recall:.3f}", "", ""))
     for length in bits:

@@ -4,7 +4,6 @@ import importlib.util
 
 import numpy as np
 import pytest
-import sklearn.metrics
 import sklearn.neighbors
 
 import cib_jax as cib
@@ -100,13 +99,6 @@ def test_nearest_is_that_of_scikit_learn():
 def test_ties_of_cosines_come_in_database_order():
     database = np.array([[0, 1], [1, 0], [2, 0], [3, 0]], np.float32)
     np.testing.assert_array_equal(text.nearest(np.array([[5, 0]], np.float32), database, 2), [[1, 2]])
-
-
-def test_map_of_a_whole_ranking_is_scikit_learns_average_precision():
-    relevant = np.random.default_rng(0).random((6, 40)) < 0.3
-    scores = -np.arange(40)
-    wanted = np.mean([sklearn.metrics.average_precision_score(row, scores) for row in relevant])
-    assert text.mean_average_precision(relevant) == pytest.approx(wanted)
 
 
 def test_bytes_are_whole_numbers_at_one_scale():
