@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="train codes on the features and the views")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     flags = parser.parse_args()
-    if flags.fit and flags.views < 1:
-        parser.error("--fit needs --views=1 or more")
+    if flags.fit and (flags.views < 1 or flags.images < graph.DEPTH):
+        parser.error(f"--fit needs --views=1 or more and --images={graph.DEPTH} or more")
     parts = [compute(network, flags.data_dir, flags.images, flags.views, fit=flags.fit) for network in flags.networks]
     print(measuring.machine("jax"))
     if flags.out:
