@@ -39,8 +39,16 @@ def measure(folder: pathlib.Path) -> list[tuple[object, ...]]:
         np.load(folder / "codes" / f"{name}.npy") for name in ("database_codes", "query_labels", "database_labels")
     )
     k = run.protocol.k or len(codes)
+    lengths = nested_lengths(config.bits) if config.nested else [config.bits]
+    return compare(logits, codes, query_labels, labels, k, lengths)
+
+
+def compare(
+    logits: np.ndarray, codes: np.ndarray, query_labels: np.ndarray, labels: np.ndarray, k: int, lengths: list[int]
+) -> list[tuple[object, ...]]:
+    """Returns each length of code, and MAP by Hamming and by asymmetric distance."""
     found = []
-    for bits in nested_lengths(config.bits) if config.nested else [config.bits]:
+    for bits in lengths:
         database = first_bits(codes, bits)
         maps = (
             cib.mean_average_precision(pack_bits(logits[:, :bits]), database, query_labels, labels, k),

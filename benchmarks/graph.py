@@ -65,7 +65,7 @@ def mean_average_precision(coordinates: np.ndarray, labels: np.ndarray) -> float
     for query in queries:
         odds = coordinates @ coordinates[query]
         odds[query] = -np.inf
-        relevant.append(labels[ranking.highest(odds, DEPTH)] == labels[query])
+        relevant.append(labels[ranking.highest(odds, min(DEPTH, len(odds) - 1))] == labels[query])
     return ranking.mean_average_precision(np.array(relevant))
 
 

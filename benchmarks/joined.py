@@ -7,7 +7,7 @@ per second, for each network at its size and for all of them together. With `--v
 the features of each image and of random views of it, the same views for networks of one size, as
 `configs/features.py` reads them with `--config.augment=stored`. `--views=4 --fit` trains the codes of `diffusion` on
 those features and prints MAP@1000 of CIFAR-10's 10,000 test images, by Hamming distance and by
-[asymmetric distance](asymmetric.py); with it, features are taken from the cache and kept there.
+asymmetric distance; with it, features are read from the cache and kept there.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ import sklearn.linear_model
 
 import cib_jax as cib
 from benchmarks import asymmetric, graph, measuring
-from cib_jax.codes import first_bits, nested_lengths, pack_bits
+from cib_jax.codes import nested_lengths
 from cib_jax.configs import cifar
 from cib_jax.runs import context, features
 
@@ -49,15 +49,15 @@ def compute(network: str, data_dir: str, images: int, views: int, *, fit: bool) 
     if images < len(some):
         some = some.take(np.arange(images))
     begun = time.perf_counter()
-    plain = np.concatenate(list(features.plain(run, some, "images")))
+    plain = np.concatenate(list(features.plain(run, some, network)))
     speed = len(some) / (time.perf_counter() - begun)
     center, scale = plain.mean(axis=0), plain.std(axis=0).mean()
     rows = np.empty((len(some), 1 + views, plain.shape[1]), np.float16)
     rows[:, 0] = (plain - center) / scale
     if views:
-        for view, bank in enumerate(features.of_views(run, some, views, "views"), start=1):
+        for view, bank in enumerate(features.of_views(run, some, views, f"{network}, views"), start=1):
             rows[:, view] = (np.asarray(bank, np.float32) - center) / scale
-    queries = np.concatenate([plain[:0], *(features.plain(run, query, "test images") if fit else ())])
+    queries = np.concatenate([plain[:0], *(features.plain(run, query, f"{network}, test images") if fit else ())])
     assert some.labels is not None and query.labels is not None
     return Part(rows, some.labels, (queries - center) / scale, query.labels, speed)
 
@@ -87,14 +87,7 @@ def fit(parts: list[Part], seed: int) -> None:
         seed=seed,
     )
     codes, logits = hasher.encode(rows), hasher.logits(np.concatenate([part.queries for part in parts], axis=1))
-    table = []
-    for bits in nested_lengths(BITS):
-        database, some = first_bits(codes, bits), logits[:, :bits]
-        maps = (
-            cib.mean_average_precision(pack_bits(some), database, query_labels, labels, graph.DEPTH),
-            asymmetric.mean_average_precision(some, database, query_labels, labels, graph.DEPTH),
-        )
-        table.append((bits, *(f"{figure:.4f}" for figure in maps)))
+    table = asymmetric.compare(logits, codes, query_labels, labels, graph.DEPTH, nested_lengths(BITS))
     measuring.print_table(("bits", f"MAP@{graph.DEPTH} by Hamming distance", "by asymmetric distance"), table)
 
 
