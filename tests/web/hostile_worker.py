@@ -20,7 +20,8 @@ def by_content(request: dict, content: bytes) -> tuple[dict, bytes]:
             open(rest[0], "x").close()
         time.sleep(60)
     if word == b"slow":
-        time.sleep(0.3)
+        while not os.path.exists(rest[0]):
+            time.sleep(0.01)
         return {"reason": "slow"}, b""
     if word == b"crash":
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -16,7 +16,7 @@ import pytest
 from cib_jax.data import photos as photos_lib
 from cib_jax.web.decode_pool import DecodePool
 from tests.web import fake, hostile
-from tests.web.conftest import OPEN, run_server, until
+from tests.web.conftest import HOSTILE, OPEN, run_server, until
 
 PHOTO = fake.encoded(fake.picture(1))
 
@@ -324,24 +324,31 @@ def test_without_decode_processes_the_rest_is_served(collection):
         assert served.ask("/search?k=1")[0] == 200
 
 
-def test_one_client_with_many_slow_photos_does_not_delay_another(collection, hostile_decoders):
-    settings = dataclasses.replace(OPEN, decode_processes=1, proxies=("127.0.0.1",))
+def test_one_client_with_many_slow_photos_does_not_delay_another(collection, tmp_path):
+    settings = dataclasses.replace(OPEN, decode_processes=1, decode_seconds=60, proxies=("127.0.0.1",))
     done = []
-    with run_server(collection, settings, decoders=hostile_decoders) as served:
+    with (
+        DecodePool(settings, worker=HOSTILE) as decoders,
+        run_server(collection, settings, decoders=decoders) as served,
+    ):
 
         def send(client, body):
             status = served.ask("/search", method="POST", body=body, headers={"X-Forwarded-For": client})[0]
             done.append((client, status))
 
-        slow = [threading.Thread(target=send, args=("192.0.2.1", b"slow ")) for _ in range(6)]
-        for thread in slow:
+        body = b"slow " + os.fsencode(tmp_path / "go")
+        threads = [threading.Thread(target=send, args=("192.0.2.1", body)) for _ in range(6)]
+        for thread in threads:
             thread.start()
         until(lambda: served.api.decoding.waiting == 5)
-        send("192.0.2.2", PHOTO)
-        assert len(done) < 6  # not after all six
-        for thread in slow:
+        threads.append(threading.Thread(target=send, args=("192.0.2.2", PHOTO)))
+        threads[-1].start()
+        until(lambda: served.api.decoding.waiting == 6)
+        (tmp_path / "go").touch()
+        for thread in threads:
             thread.join()
-        assert sorted(done) == [("192.0.2.1", 422)] * 6 + [("192.0.2.2", 200)]
+    assert sorted(done) == [("192.0.2.1", 422)] * 6 + [("192.0.2.2", 200)]
+    assert done.index(("192.0.2.2", 200)) < 6  # not after all six
 
 
 def test_a_busy_server_refuses_at_once_and_answers_what_needs_no_encoder(running, photos):
