@@ -11,9 +11,12 @@ import cib_jax as cib
 from cib_jax.models import registry
 
 
-def convnet(monkeypatch, folder: pathlib.Path, image_size: int) -> dict[str, object]:
+def convnet(monkeypatch, folder: pathlib.Path, image_size: int, seed: int = 3) -> dict[str, object]:
     """Gives the ConvNet weights in a file and a way to read them; returns the fields of a config that freezes it."""
-    params = cib.create_encoder(jax.random.key(3), backbone="convnet", bits=8, image_size=image_size)[1]["backbone"]
+    network = cib.create_encoder(
+        jax.random.key(seed), backbone="convnet", bits=8, image_size=image_size, pretrained=False, frozen=False
+    )
+    params = network[1]["backbone"]
     leaves, shape = jax.tree.flatten(params)
     path = folder / "convnet.safetensors"
     safetensors.numpy.save_file({str(at): np.asarray(leaf) for at, leaf in enumerate(leaves)}, path)

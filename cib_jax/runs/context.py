@@ -62,6 +62,17 @@ class Network:
         """The devices of this process that share work which needs no other process, such as encoding."""
         return sharding.local_mesh(0 if multihost.is_distributed() else self.config.devices)
 
+    @functools.cached_property
+    def joined(self) -> "list[Network]":
+        """The frozen networks whose features this one joins, each by itself; [] if it joins none."""
+        networks = []
+        for name in self.encoder.backbone.networks:
+            config = self.config.copy_and_resolve_references()
+            with config.unlocked():
+                config.backbone, config.image_size = name, self.encoder.image_size
+            networks.append(Network(config, self.console, *build.encoder(config)))
+        return networks
+
     def batches(self, images: ImageSet, start: int = 0, stop: int | None = None) -> Batches:
         """Returns images `start` to `stop` of a set, in order, in batches for encoding."""
         size = min(self.config.encode_batch, len(images))

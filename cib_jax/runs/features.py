@@ -9,8 +9,9 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float16, Float32, PRNGKeyArray, Shaped, UInt8
 
 from cib_jax import console
 from cib_jax.codes import byte_count
@@ -45,8 +46,21 @@ CODE = (
 def of_views(
     run: Network, images: ImageSet, views: int, title: str, *, stream: str = "view bank"
 ) -> Float16[Array, "views images features"]:
-    """Returns a frozen backbone's features of `views` random views of each image, with a progress bar."""
-    config, key, batches = run.config, build.key(run.config, stream), run.repeatable_batches(images)
+    """Returns a frozen backbone's features of `views` random views of each image, with a progress bar.
+
+    Networks that are side by side compute theirs, the same views, one after the other, so that the cache serves them
+    together and alone.
+    """
+    batches = run.repeatable_batches(images)
+    key = build.key(run.config, stream)
+    banks = [_of_views(network, key, images, batches, views, title) for network in run.joined or [run]]
+    return banks[0] if len(banks) == 1 else jnp.concatenate(banks, axis=2)
+
+
+def _of_views(
+    run: Network, key: PRNGKeyArray, images: ImageSet, batches: Callable[..., Batches], views: int, title: str
+) -> Float16[Array, "views images features"]:
+    config = run.config
     made_of = {"views": config.augment, "key": np.asarray(jax.random.key_data(key)).tolist()}
     cached = _CachedFeatures(run, made_of, images, batches)
     mine = multihost.share_of_batches(len(images), config.encode_batch)
@@ -73,38 +87,65 @@ def plain(
     If `shared`, each of several processes gets only its own parts of the images, for `join_codes`.
     """
     batches = run.repeatable_batches(images)
-    cached = _CachedFeatures(run, {"views": "none"}, images, batches)
-    frozen = sharding.replicate(run.frozen, run.mesh)
-    size = min(run.config.encode_batch, len(images))
     parts = _parts(run, len(images))
     if shared:
         parts = parts[jax.process_index() :: jax.process_count()]
-    names = {f"plain-{start:09}": (start, stop) for start, stop in parts}
-    with console.progress_bar(run.console, title, sum(stop - start for start, stop in parts), unit=run.noun) as advance:
+    networks = run.joined or [run]
+    total = sum(stop - start for start, stop in parts) * len(networks)
+    with console.progress_bar(run.console, title, total, unit=run.noun) as advance:
+        sources = [_PlainFeatures(network, images, batches, lambda count: advance(count, "")) for network in networks]
+        for source in sources:
+            source.compute_missing(parts)
+        for part in parts:
+            rows = [source.read(part) for source in sources]
+            yield rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+    for source in sources:
+        source.cached.report(title)
 
-        def compute(name: str) -> Float32[np.ndarray, "rows features"]:
-            start, stop = names[name]
-            of_batches = sharding.map_batches(
-                lambda batch, first: plain_features(run.encoder, {}, frozen, batch, run.mesh),
-                batches(start, stop),
-                lambda count: advance(count, ""),
-                size=size,
-                over=run.mesh,
-            )
-            features = np.concatenate([np.asarray(rows) for rows in of_batches])
-            cached.write(name, features)
-            return features
 
-        for name in cached.missing(names):  # of runs on the same images at the same time, each computes some
-            compute(name)
-        for name, (start, stop) in names.items():
-            features = cached.read(name, (stop - start, run.encoder.backbone.features), np.float32)
-            if features is None:
-                features = compute(name)
-            elif name not in cached.made:
-                advance(len(features), "")
-            yield features
-    cached.report(title)
+class _PlainFeatures:
+    """One network's features of unaugmented images, by parts (start, stop), cached if there is a cache."""
+
+    def __init__(
+        self, run: Network, images: ImageSet, batches: Callable[..., Batches], on_images: Callable[[int], None]
+    ):
+        self._run, self._batches, self._on_images = run, batches, on_images
+        self._size = min(run.config.encode_batch, len(images))
+        self._frozen = sharding.replicate(run.frozen, run.mesh)
+        self.cached = _CachedFeatures(run, {"views": "none"}, images, batches)
+
+    def compute_missing(self, parts: list[tuple[int, int]]) -> None:
+        """Computes those that are not cached; of runs on the same images at the same time, each computes some."""
+        names = {_name(part): part for part in parts}
+        for name in self.cached.missing(names):
+            self._compute(names[name])
+
+    def read(self, part: tuple[int, int]) -> Float32[np.ndarray, "rows features"]:
+        """Returns a part from the cache, or computes it."""
+        rows = part[1] - part[0]
+        features = self.cached.read(_name(part), (rows, self._run.encoder.backbone.features), np.float32)
+        if features is None:
+            return self._compute(part)
+        if _name(part) not in self.cached.made:
+            self._on_images(rows)
+        return features
+
+    def _compute(self, part: tuple[int, int]) -> Float32[np.ndarray, "rows features"]:
+        run = self._run
+        of_batches = sharding.map_batches(
+            lambda batch, first: plain_features(run.encoder, {}, self._frozen, batch, run.mesh),
+            self._batches(*part),
+            self._on_images,
+            size=self._size,
+            over=run.mesh,
+        )
+        features = np.concatenate([np.asarray(rows) for rows in of_batches])
+        self.cached.write(_name(part), features)
+        return features
+
+
+def _name(part: tuple[int, int]) -> str:
+    return f"plain-{part[0]:09}"
 
 
 def _parts(run: RunContext, count: int) -> list[tuple[int, int]]:

@@ -1,6 +1,8 @@
 """Cached features of a run: used by the next run, computed again if damaged, and never the end of a run."""
 
+import dataclasses
 import io
+import pathlib
 import shutil
 import threading
 import time
@@ -15,7 +17,10 @@ from cib_jax import files
 from cib_jax.commands.train import train
 from cib_jax.config import build
 from cib_jax.distributed import sharding
+from cib_jax.models import registry, weights
 from cib_jax.runs import context, features
+from cib_jax.training import input_pipeline
+from cib_jax.training.input_pipeline import ImageBatches
 from tests import pretrained, small
 
 pytestmark = pytest.mark.usefixtures("compiled_to_run")
@@ -112,6 +117,42 @@ def test_a_view_that_another_run_computes_is_read_from_it(first, tmp_path, conso
     run = context.prepare_run(config("none"), tmp_path / "run", console)
     batches = sum(1 for _ in run.repeatable_batches(run.splits.train)())
     assert computed.count("views") == batches  # of the two views, one
+
+
+def test_networks_side_by_side_read_the_features_of_each(first, tmp_path, console, computed, monkeypatch):
+    """Of two copies of the network, by name and seed of the weights, the cache has the features of one."""
+    cache, *_ = first
+    own = registry.get("convnet")
+    files_of = {"convnet": NETWORK["backbone_weights"]}
+    files_of["other"] = pretrained.convnet(monkeypatch, tmp_path, 8, seed=4)["backbone_weights"]
+    networks = own, dataclasses.replace(own, name="other")
+    both = dataclasses.replace(
+        own,
+        name="both",
+        features=2 * own.features,
+        build=lambda rngs, size: registry.SideBySide(rngs, size, networks),
+        networks=("convnet", "other"),
+    )
+    monkeypatch.setitem(registry.BACKBONES, "other", networks[1])
+    monkeypatch.setitem(registry.BACKBONES, "both", both)
+    monkeypatch.setattr(weights, "locate", lambda name: weights.Source(pathlib.Path(files_of[name]), "", ""))
+
+    joined = config(cache, backbone="both", backbone_weights="")
+    run = context.prepare_run(joined, tmp_path, console)
+    views, plain = features.of_views(run, run.splits.train, 2, "Views"), features.plain(run, run.splits.query, "Query")
+    plain = np.concatenate(list(plain))
+    batches = {name: sum(1 for _ in run.batches(getattr(run.splits, name))) for name in ("train", "query")}
+    assert computed == ["views"] * 2 * batches["train"] + ["plain"] * batches["query"]  # of the other network
+    assert np.ptp(plain[:, : own.features] - plain[:, own.features :]) > 0.1
+
+    train_images = run.splits.train
+    batches = ImageBatches(run.repeatable_batches(train_images), len(train_images), joined.encode_batch, run.mesh)
+    key = build.key(joined, "view bank")  # all features by one program, as `cib.fit` computes them
+    whole = input_pipeline.build_view_bank(key, run.encoder, run.frozen, batches, views=2, family=joined.augment)
+    assert np.array_equal(views, whole)
+    images = np.stack([run.splits.query.images[index] for index in range(len(run.splits.query))])
+    hasher = cib.Hasher(run.encoder, run.initial, run.frozen)
+    assert np.array_equal(features.codes(run, run.initial, run.splits.query, "Codes"), hasher.encode(images))
 
 
 def test_codes_are_those_of_the_hasher(first):
