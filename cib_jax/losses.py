@@ -56,7 +56,7 @@ OBJECTIVES = {
 }
 
 OF_ONE_GROUP = 0.4
-"""τ of "diffusion" for one group; for more, it falls with their cube root. From validation data: docs/beyond.md."""
+"""τ of "diffusion" for one group; for more, it falls with their cube root. From validation data: docs/trials.md."""
 
 
 def is_taught(objective: str | Callable[..., Any]) -> bool:
