@@ -47,15 +47,14 @@ def write(path: pathlib.Path, items: int) -> None:
 def draw_embeddings(items: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns joined embeddings of drawn features, with a random projection in place of a teacher, and the groups."""
     turn = np.random.default_rng(1).standard_normal((FEATURES, 128), np.float32)
-    logits, labels = np.empty((items, 128), np.float32), np.empty(items, np.int64)
+    labels = np.empty(items, np.int64)
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start, (block, groups) in zip(range(0, items, ROWS), draw(items), strict=True):
             labels[start : start + len(block)] = groups
-            logits[start : start + len(block)] = (block - block.mean(axis=0)) @ turn
-            yield block
+            yield (block - block.mean(axis=0)) @ turn, block
 
-    return diffusion.join_features(logits, blocks()), labels
+    return diffusion.join_features(items, blocks()), labels
 
 
 def mean_average_precision(coordinates: np.ndarray, labels: np.ndarray) -> float:
@@ -88,7 +87,7 @@ def compare(flags: argparse.Namespace) -> None:
     """Prints seconds, recall and MAP of exact and approximate neighbors."""
     if flags.features:
         features, labels = np.load(flags.features), np.load(flags.labels)
-        embeddings = diffusion.join_features(np.load(flags.logits), [features])
+        embeddings = diffusion.join_features(len(features), [(np.load(flags.logits), features)])
     else:
         embeddings, labels = draw_embeddings(flags.items)
     items, rows, exact = len(embeddings), [], np.empty(0)

@@ -172,65 +172,28 @@ def _approximate_neighbors(
 
 
 def join_features(
-    logits: Float[np.ndarray, "items bits"], blocks: Iterable[Float[np.ndarray, "_ features"]]
+    items: int, blocks: Iterable[tuple[Float[np.ndarray, "_ bits"], Float[np.ndarray, "_ features"]]]
 ) -> Float32[np.ndarray, "items joined"]:
-    """Returns embeddings whose cosine is the mean of the cosine of `logits` and that of the centered features.
+    """Returns embeddings of `items` whose cosine is the mean of the cosine of logits and that of centered features.
 
-    The features come in `blocks` of consecutive rows. They are in memory once, within the result.
+    Both come in `blocks` of consecutive rows. They are in memory once, within the result.
     """
     blocks = iter(blocks)
     first = next(blocks)
-    (items, bits), width = logits.shape, first.shape[1]
+    bits, width = first[0].shape[1], first[1].shape[1]
     joined, total, done = np.empty((items, bits + width), np.float32), np.zeros(width), 0
-    for block in itertools.chain([first], blocks):
-        joined[done : done + len(block), bits:] = block
-        total += block.sum(axis=0, dtype=np.float64)
-        done += len(block)
+    for logits, features in itertools.chain([first], blocks):
+        rows = slice(done, done + len(logits))
+        joined[rows, :bits], joined[rows, bits:] = logits, features
+        total += features.sum(axis=0, dtype=np.float64)
+        done = rows.stop
     mean = (total / items).astype(np.float32)
     for rows in _slices(items, ROWS):
-        joined[rows, :bits] = logits[rows]
         joined[rows, bits:] -= mean
         for part in (joined[rows, :bits], joined[rows, bits:]):
             norms = np.linalg.norm(part, axis=1, keepdims=True)
             np.divide(part, np.where(norms > 0, norms, 1), out=part)
     return joined
-
-
-def coordinates(
-    embeddings: Float[np.ndarray, "items features"],
-    *,
-    neighbours: int = 15,
-    dimensions: int = 200,
-    steps: int = 20,
-    on_items: Callable[[int], None] = lambda items: None,
-) -> Float32[np.ndarray, "items dimensions"]:
-    """Returns coordinates with the inner product p(x, y) / (p(x) p(y)), for the ends x and y of a random walk.
-
-    That ratio is 1 for items that the walk links as often as chance would, larger for items that belong together, and
-    0 for items that it never links; the cut to a few dimensions changes it a little, and may make it negative. The walk
-    has stationary start, and moves from an item to one of its neighbors, or to an item that it is a neighbor of, with a
-    probability that falls with their distance, measured by the distances of their own neighbors.
-
-    A group of items that no walk leaves, such as more than `neighbours` copies of one picture, takes a dimension of its
-    own. At most half of the dimensions go to such groups, the largest first; coordinates of the others are near 0.
-
-    Only the directions of the embeddings matter. The `dimensions` slowest modes of the walk are kept, the constant one
-    included. Of n items, at most n − 1 are neighbors and n − 1 modes are kept. Of more than `EXACT_ITEMS`, neighbors
-    are approximate. `on_items` is called with the number of items of which the neighbors have been found since the last
-    call, and then with 0 as long as modes are sought.
-
-    Raises:
-      ConfigError: `neighbours`, `dimensions` or `steps` is out of range, or there are more than `EXACT_ITEMS` items and
-        FAISS is not installed.
-      DataError: There are fewer than 3 items, or an embedding is not finite or has no direction.
-    """
-    items = len(embeddings)
-    if dimensions < 2:
-        raise _error("dimensions", "must be 2 or more", dimensions)
-    if steps < 1:
-        raise _error("steps", "must be 1 or more", steps)
-    neighbors, cosines = nearest_neighbors(embeddings, min(neighbours, items - 1), on_items=on_items)
-    return walk_coordinates(neighbors, cosines, dimensions=dimensions, steps=steps, on_step=lambda: on_items(0))
 
 
 def walk_coordinates(
@@ -241,7 +204,24 @@ def walk_coordinates(
     steps: int = 20,
     on_step: Callable[[], None] = lambda: None,
 ) -> Float32[np.ndarray, "items dimensions"]:
-    """Returns the coordinates of `coordinates` from the neighbors and cosines of `nearest_neighbors`."""
+    """Returns coordinates with the inner product p(x, y) / (p(x) p(y)), for the ends x and y of a random walk.
+
+    That ratio is 1 for items that the walk links as often as chance would, larger for items that belong together, and
+    0 for items that it never links; the cut to a few dimensions changes it a little, and may make it negative. The walk
+    has stationary start, and moves from an item to one of its neighbors, or to an item that it is a neighbor of, with a
+    probability that falls with their distance, measured by the distances of their own neighbors.
+
+    A group of items that no walk leaves, such as more copies of one picture than it has neighbors, takes a dimension of
+    its own. At most half of the dimensions go to such groups, the largest first; coordinates of the others are near 0.
+
+    Args:
+      neighbors: Neighbors of each item, from `nearest_neighbors`.
+      cosines: Their cosines.
+      dimensions: Number of the slowest modes of the walk that are kept, the constant one included; of n items, at most
+        n − 1.
+      steps: Number of steps of the walk.
+      on_step: Function that is called as long as modes are sought.
+    """
     import scipy.sparse  # takes a quarter of a second, which every command would wait for
 
     items = len(neighbors)
@@ -311,7 +291,7 @@ def slowest_modes(
     if items <= max(dense_items, 2 * block):
         on_step()
         values, modes = np.linalg.eigh(walk.toarray() - (known @ known.T).toarray())
-        values, modes = values[::-1][:wanted], modes[:, ::-1][:, :wanted]
+        values, modes = values[::-1], modes[:, ::-1]
     else:
         values, modes = _iterate_subspace(walk, known, wanted, block, steps, on_step)
     whole = np.empty((items, count), np.float32)
@@ -362,10 +342,11 @@ def _iterate_subspace(
             before, modes = modes, multiply(modes, center, 1 / half, np.zeros_like(modes))
             for _ in range(DEGREE - 1):
                 before, modes = modes, multiply(modes, center, 2 / half, before)
-            shares = known.T @ modes
-            for rows in _slices(items, ROWS):
-                modes[rows] -= known[rows] @ shares
-            _orthonormalize(modes)
+            for _ in range(2):  # twice: rounding errors of the first time grow where modes are nearly parallel
+                shares = known.T @ modes
+                for rows in _slices(items, ROWS):
+                    modes[rows] -= known[rows] @ shares
+                _orthonormalize(modes)
             # The eigenvectors within the span of the block (Rayleigh and Ritz).
             before[:] = 0
             product = multiply(modes, 0.0, 1.0, before)
@@ -427,7 +408,8 @@ class Teacher:
     """Settings of the teacher that the objective "diffusion" learns from: a head that is trained first, without labels.
 
     It is trained by the contrast of views. The diffusion map of its logits for all training images, beside the features
-    of a backbone that is not trained, then gives which images belong together.
+    of a backbone that is not trained, then gives which images belong together: `coordinates` of the `neighbors`, which
+    are the coordinates that `diffusion_match` takes, for any embeddings.
 
     Raises:
       ConfigError: A value is out of range.
@@ -468,11 +450,16 @@ class Teacher:
         return self.objective or ("cibhash" if augment == "noise" else "naive_cl")
 
     def neighbors(
-        self, embeddings: Float[np.ndarray, "items features"], on_items: Callable[[int], None]
+        self, embeddings: Float[np.ndarray, "items features"], on_items: Callable[[int], None] = lambda items: None
     ) -> tuple[Int[np.ndarray, "items count"], Float32[np.ndarray, "items count"]]:
-        """Returns the neighbors of all training images in the graph, and their cosines.
+        """Returns the neighbors of all items in the graph, and their cosines.
 
-        Its result is all that `coordinates` needs, so that large embeddings can be deleted in between.
+        Its result is all that `coordinates` needs, so that large embeddings can be deleted in between. Of n items, at
+        most n − 1 are neighbors. `on_items` is called with the number of items that are done since the last call.
+
+        Raises:
+          ConfigError: There are more than 100,000 items and FAISS is not installed.
+          DataError: There are fewer than 3 items, or an embedding is not finite or has no direction.
         """
         return nearest_neighbors(embeddings, min(self.neighbours, len(embeddings) - 1), on_items=on_items)
 
@@ -480,7 +467,7 @@ class Teacher:
         self,
         neighbors: Int[np.ndarray, "items count"],
         cosines: Float32[np.ndarray, "items count"],
-        on_step: Callable[[], None],
+        on_step: Callable[[], None] = lambda: None,
     ) -> Float32[np.ndarray, "items dimensions"]:
-        """Returns the coordinates of all training images."""
+        """Returns the diffusion coordinates of all items; `on_step` is called as long as they are sought."""
         return walk_coordinates(neighbors, cosines, dimensions=self.dimensions, steps=self.steps, on_step=on_step)

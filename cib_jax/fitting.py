@@ -132,9 +132,10 @@ def fit(
     if standard is not None:
         method = {"augment": "noise"} | method
     _validate_schedule(len(array), epochs, batch_size, learning_rate, views)
-    asked = batch_size or 0, epochs or 0
-    planned = diffusion.batches_and_epochs(len(array), *asked) if taught else (min(64, len(array)), 60, 0)
-    batch_size, epochs = asked[0] or planned[0], asked[1] or planned[1]
+    if taught:
+        batch_size, epochs, teacher_epochs = diffusion.batches_and_epochs(len(array), batch_size or 0, epochs or 0)
+    else:
+        batch_size, epochs, teacher_epochs = batch_size or min(64, len(array)), epochs or 60, 0
     mesh = sharding.make_mesh(devices, batch_size)
     create = functools.partial(
         create_encoder,
@@ -179,7 +180,7 @@ def fit(
         # Its embeddings are used whole, so that they are not nested.
         own: dict[str, Any] = {"objective": objective, "temperature": temperature, "nested": False}
         theirs = dataclasses.replace(chosen, encoder=encoder, **own)
-        schedule = dataclasses.replace(schedule, epochs=teacher.epochs or planned[2])
+        schedule = dataclasses.replace(schedule, epochs=teacher.epochs or teacher_epochs)
         key = stream_key(seed, "teacher steps")
         teacher_run = TrainingRun(theirs, params, unchanging, data, schedule, key, mesh)
     total = run.images_seen + (teacher_run.images_seen if teacher_run else 0)
@@ -273,12 +274,13 @@ def train_hasher(
     def learn_coordinates() -> Coordinates:
         assert teacher_run is not None, "an objective that needs a teacher comes with its run"
         learned = train_hasher(teacher_run, images, devices, on_epoch, advance, teacher)
-        embeddings = learned.logits(images, progress=False)
         if learned.params.keys() == {"head"}:
-            size = 80 * ENCODE_BATCH  # whole batches, so that no other shape is compiled
+            size = 80 * ENCODE_BATCH
             blocks = (images[start : start + size] for start in range(0, len(images), size))
-            features = (learned.backbone_features(block, progress=False) for block in blocks)
-            embeddings = diffusion.join_features(embeddings, features)
+            both = (learned.logits_and_features(block, progress=False) for block in blocks)
+            embeddings = diffusion.join_features(len(images), both)
+        else:
+            embeddings = learned.logits(images, progress=False)
         neighbors, cosines = teacher.neighbors(embeddings, lambda count: advance(0, "neighbors"))
         del embeddings  # gigabytes, of a million images
         return teacher.coordinates(neighbors, cosines, lambda: advance(0, "modes of the walk"))

@@ -33,7 +33,7 @@ def _product_of_binary(
 @_product_of_binary.defjvp
 def _product_of_binary_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (rows, codes), (moved_rows, moved_codes) = primals, tangents
-    # Differentiated as any other product, and as exactly: the gradients that meet the codes are no ±1.
+    # Differentiated as any other product, and as exactly: the gradients that meet the codes are not ±1.
     tangent = _exact_matmul(moved_rows, codes.T) + _exact_matmul(rows, moved_codes.T)
     return _product_of_binary(rows, codes), tangent
 
@@ -43,7 +43,7 @@ class Objective(NamedTuple):
 
     binary: bool  # the contrast compares codes, rather than logits
     bottleneck: bool  # β · L_KL is added
-    taught: bool = False  # the target comes from a teacher (`diffusion.coordinates`), not from the two views alone
+    taught: bool = False  # the target comes from a teacher (`Teacher.coordinates`), not from the two views alone
     temperature: float = 0.3  # its τ; 0 follows from the number of groups that the walk finds
     loss: Callable[..., Any] | None = None  # (key, logits1, logits2, **fields) → (loss, terms), in place of all parts
 
@@ -66,7 +66,7 @@ def is_taught(objective: str | Callable[..., Any]) -> bool:
 
 def default_temperature(objective: str | Callable[..., Any]) -> float:
     """Returns the temperature τ of an objective for which none is given: 0.3, or 0 for "diffusion"."""
-    return Objective(True, True).temperature if callable(objective) else OBJECTIVES[objective].temperature
+    return OBJECTIVES["cibhash" if callable(objective) else objective].temperature
 
 
 @sharding.on_explicit_mesh(rows=False)
@@ -245,7 +245,7 @@ def diffusion_match(
     Args:
       codes1: Codes of the first views, ±1.
       codes2: Codes of the second views, in the same order of images.
-      coordinates: Diffusion coordinates of the images, from `diffusion.coordinates`.
+      coordinates: Diffusion coordinates of the images, from `Teacher.coordinates`.
       temperature: Temperature τ of the codes' similarities; 0 takes 0.4 / ∛G, with G = mean ⟨x_i, x_i⟩ over the batch.
         That is the sum of the walk's kept eigenvalues, each to the power of its steps, or how many groups the walk
         finds: more groups need a sharper ranking.

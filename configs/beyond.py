@@ -16,7 +16,6 @@ def settle(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     c.bits = 128
     c.nested = True  # one training for codes of 16, 32, 64 and 128 bits
     c.compare.bits = "16, 32, 64, 128"
-    c.head_dropout = 0.5 if c.frozen else 0.0  # a network that learns from scratch needs 0
     return c
 
 

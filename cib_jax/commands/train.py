@@ -116,11 +116,9 @@ def train(
         context.validate_same_data(run)
         with multihost.shared_errors():
             devices = _devices_of_batch(config, run.schedule.batch_size)
-        build.validate_partial_batch(config, len(run.splits.train), devices)
-        if is_taught(config.objective):
-            with multihost.shared_errors():
+            build.validate_partial_batch(config, len(run.splits.train), devices)
+            if is_taught(config.objective):
                 diffusion.validate_item_count(len(run.splits.train))
-        with multihost.shared_errors():
             if multihost.is_first_process() and not (workdir / "config.json").exists():
                 _first_params(run)  # refused now if it cannot be loaded
         if multihost.is_first_process():
@@ -181,7 +179,7 @@ def _train(run: RunContext, data: TrainingData | None = None) -> float:
             return float(extra.get("bank_seconds", 0.0))
         with _metric_log(run, progress) as log:
             loaded, bank_seconds = (data, 0.0) if data is not None else _load_data(run)
-            extra["bank_seconds"] = bank_seconds
+            extra["bank_seconds"] = extra.get("bank_seconds", 0.0) + bank_seconds  # of all sessions, as of the steps
             network, stream = (run.encoder, run.initial, run.frozen), "teacher steps" if run.is_teacher else "steps"
             training_run = build.training_run(run.config, network, loaded, run.training_mesh, stream=stream)
             session = _Session(run, progress, checkpoints, owned, extra, log)
@@ -459,17 +457,20 @@ def _load_coordinates(teacher: RunContext) -> Coordinates | None:
         coordinates = np.load(teacher.workdir / COORDINATES_FILE, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    count = len(teacher.splits.train)
-    shape = (count, min(teacher.config.teacher.dimensions, count - 1))
+    items = len(teacher.splits.train)
+    shape = (items, min(teacher.config.teacher.dimensions, items - 1))
     return coordinates if coordinates.shape == shape and coordinates.dtype == np.float32 else None
 
 
 def _compute_coordinates(teacher: RunContext, params: Params) -> Coordinates:
     """Computes and writes the diffusion coordinates of the training images under a trained teacher."""
-    images = teacher.splits.train
-    embeddings = features.logits(teacher, params, images, "Encoding for the teacher")
+    images, title = teacher.splits.train, "Encoding for the teacher"
     if teacher.features_stay or teacher.standard is not None:
-        embeddings = diffusion.join_features(embeddings, features.plain(teacher, images, "Features for the teacher"))
+        parts = features.plain(teacher, images, title)
+        both = ((features.logits_of_features(teacher, params, part), part) for part in parts)
+        embeddings = diffusion.join_features(len(images), both)
+    else:
+        embeddings = features.logits(teacher, params, images, title)
     teacher.print(diffusion.describe_neighbors(len(images)))
     with progress_bar(teacher.console, "Neighbors", len(images)) as advance:
         settings = build.teacher(teacher.config)

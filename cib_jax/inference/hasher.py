@@ -207,12 +207,15 @@ class Hasher:
         """
         return self._apply_to_items(_quantized, images, progress)
 
-    def backbone_features(self, images: Items, *, progress: bool = True) -> Float32[np.ndarray, "n features"]:
-        """Returns the backbone's features, the inputs of the hash head.
+    def logits_and_features(
+        self, images: Items, *, progress: bool = True
+    ) -> tuple[Float32[np.ndarray, "n bits"], Float32[np.ndarray, "n features"]]:
+        """Returns the logits and the backbone's features, which are the inputs of the hash head.
 
         Takes `images` and `progress` as `encode` does.
         """
-        return self._apply_to_items(_unchanged, images, progress)
+        both = self._apply_to_items(_logits_and_features, images, progress)
+        return both[:, : self.encoder.bits], both[:, self.encoder.bits :]
 
     def _apply_to_items(self, stage: Stage, images: Items, progress: bool) -> np.ndarray:
         if not len(images):
@@ -296,8 +299,8 @@ class Hasher:
         bits = self.encoder.bits
         if stage is logits_of_features:
             return np.zeros((0, bits), np.float32)
-        if stage is _unchanged:
-            return np.zeros((0, self.encoder.backbone.features), np.float32)
+        if stage is _logits_and_features:
+            return np.zeros((0, bits + self.encoder.backbone.features), np.float32)
         if stage is _quantized:
             return np.zeros((0, self.encoder.backbone.features), np.int8)
         features = self.encoder.backbone.features if stage is _packed_and_features else 0
@@ -313,10 +316,10 @@ class Hasher:
         return sharding.replicate((self.params, self.frozen), self._mesh)
 
 
-def _unchanged(
+def _logits_and_features(
     encoder: Encoder, params: Params, features: Float[Array, "batch features"], over: Mesh | None
-) -> Float[Array, "batch features"]:
-    return features
+) -> Float[Array, "batch logits_and_features"]:
+    return jnp.concatenate([logits_of_features(encoder, params, features, over), features], axis=1)
 
 
 def _quantized(

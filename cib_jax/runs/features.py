@@ -207,11 +207,18 @@ def logits(run: RunContext, params: Params, images: ImageSet, title: str) -> Flo
     """Returns the logits of a set, equal to those of `Hasher.logits`, with a progress bar, in every process."""
     if run.features_stay:
         parts = plain(run, images, title)
-        return np.concatenate([_of_features(run, params, part, encoder.logits_of_features) for part in parts])
+        return np.concatenate([logits_of_features(run, params, part) for part in parts])
     hasher = Hasher(run.encoder, params, run.frozen, devices=sharding.mesh_size(run.mesh))
     size = min(run.config.encode_batch, len(images))
     with console.progress_bar(run.console, title, len(images), unit=run.noun) as advance:
         return hasher.logits_of_batches(run.batches(images), lambda count: advance(count, ""), size=size)
+
+
+def logits_of_features(
+    run: RunContext, params: Params, features: Float[np.ndarray, "n features"]
+) -> Float32[np.ndarray, "n bits"]:
+    """Returns the logits of features of unaugmented images."""
+    return _of_features(run, params, features, encoder.logits_of_features)
 
 
 def codes_of_features(

@@ -9,7 +9,7 @@ import pytest
 import rich.console
 import sklearn.datasets
 
-from cib_jax import diffusion
+import cib_jax as cib
 from cib_jax.commands.train import COORDINATES_FILE, train
 from cib_jax.config import build
 from cib_jax.distributed import multihost
@@ -52,9 +52,9 @@ def test_the_teacher_is_a_run_of_its_own_without_a_code(taught):
 def test_coordinates_are_those_of_the_teachers_embeddings_of_the_training_images(taught):
     hasher = Hasher.load(taught / "teacher")
     images = build.draw_splits(config()).train.images
-    expected = diffusion.coordinates(
-        hasher.logits(np.stack([images[i] for i in range(len(images))])), neighbours=5, dimensions=8
-    )
+    teacher = cib.Teacher(neighbours=5, dimensions=8)
+    logits = hasher.logits(np.stack([images[i] for i in range(len(images))]))
+    expected = teacher.coordinates(*teacher.neighbors(logits))
     kept = np.load(taught / "teacher" / COORDINATES_FILE)
     # Up to the sign of a mode, and what another batch size rounds otherwise.
     np.testing.assert_allclose(kept @ kept.T, expected @ expected.T, atol=1e-2)

@@ -1,5 +1,6 @@
 """Cached features of a run: used by the next run, computed again if damaged, and never the end of a run."""
 
+import contextlib
 import dataclasses
 import io
 import pathlib
@@ -16,7 +17,7 @@ import cib_jax as cib
 from cib_jax import files
 from cib_jax.commands.train import train
 from cib_jax.config import build
-from cib_jax.distributed import sharding
+from cib_jax.distributed import multihost, sharding
 from cib_jax.models import registry, weights
 from cib_jax.runs import context, features
 from cib_jax.training import input_pipeline
@@ -153,6 +154,17 @@ def test_networks_side_by_side_read_the_features_of_each(first, tmp_path, consol
     images = np.stack([run.splits.query.images[index] for index in range(len(run.splits.query))])
     hasher = cib.Hasher(run.encoder, run.initial, run.frozen)
     assert np.array_equal(features.codes(run, run.initial, run.splits.query, "Codes"), hasher.encode(images))
+
+
+def test_the_seconds_of_views_are_those_of_all_sessions(first, tmp_path, console, monkeypatch):
+    """A stopped run, evaluated, and its second session, which reads the views that the first one computed."""
+    fields, asked = config(tmp_path / "cache", epochs=2), iter([True])
+    with monkeypatch.context() as patched:
+        patched.setattr(multihost, "sigterm_flag", lambda: contextlib.nullcontext(lambda: next(asked)))
+        with pytest.raises(multihost.Preempted):
+            train(fields, tmp_path / "run", console=console)
+    before = cib.evaluate_run(tmp_path / "run", console=console)["seconds"]["bank"]
+    assert train(fields, tmp_path / "run", console=console)["seconds"]["bank"] > before > 0
 
 
 def test_codes_are_those_of_the_hasher(first):
