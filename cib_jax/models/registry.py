@@ -69,7 +69,7 @@ def _efficientnet_lite(number: int, scaling: efficientnet.Scaling, image_size: i
         deviation=HALF,
         image_size=image_size,
         smallest=32,
-        build=lambda rngs, image_size: efficientnet.EfficientNetLite(rngs, scaling),
+        build=lambda rngs, _: efficientnet.EfficientNetLite(rngs, scaling),
         convert=functools.partial(efficientnet.convert, scaling=scaling),
     )
 
@@ -127,7 +127,7 @@ BACKBONES: dict[str, Backbone] = {
     for backbone in (
         Backbone("convnet", convnet.FEATURES, HALF, HALF, 32, 8, build=convnet.ConvNet, convert=None),
         *_LITES,
-        _side_by_side("efficientnet_lite0+2", _LITES[0], _LITES[2]),
+        _side_by_side("efficientnet_lite1+2", _LITES[1], _LITES[2]),
         _side_by_side("efficientnet_lite0+1+2", *_LITES),
         Backbone(
             "resnet50", resnet.FEATURES, *IMAGENET, 224, 32, lambda rngs, _: resnet.ResNet50(rngs), resnet.convert

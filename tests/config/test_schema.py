@@ -11,7 +11,7 @@ from cib_jax.errors import ConfigError
 from cib_jax.models import registry
 from tests import small
 
-SIDE_BY_SIDE = {"backbone": "efficientnet_lite0+2", "image_size": 32, "frozen": False}
+SIDE_BY_SIDE = {"backbone": "efficientnet_lite1+2", "image_size": 32, "frozen": False}
 EXPERIMENTS = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("[!_]*.py"))
 
 
@@ -58,7 +58,7 @@ def test_the_experiments_are_valid(name):
         ({"image_size": 4}, "image_size", ("4", "8", "convnet")),
         ({"frozen": True}, "frozen", ("convnet", "False")),
         ({"backbone_weights": "a.pth"}, "backbone_weights", ("convnet",)),
-        (SIDE_BY_SIDE | {"backbone_weights": "a.pth"}, "backbone_weights", ("must be empty", "efficientnet_lite0+2")),
+        (SIDE_BY_SIDE | {"backbone_weights": "a.pth"}, "backbone_weights", ("must be empty", "efficientnet_lite1+2")),
         (SIDE_BY_SIDE | {"fine_tune__blocks": 1}, "fine_tune.blocks", ("must be 0", "or train all")),
         (SIDE_BY_SIDE | {"fine_tune__lora_rank": 4}, "fine_tune.lora_rank", ("must be 0", "or train all")),
         ({"train__views": 4}, "train.views", ("config.frozen",)),

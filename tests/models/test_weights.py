@@ -115,8 +115,8 @@ def test_every_pretrained_backbone_has_one_source():
 
 
 def test_networks_side_by_side_take_no_file():
-    with pytest.raises(ConfigError, match=r"^backbone_weights must be empty for efficientnet_lite0\+2"):
-        weights.load_pretrained("efficientnet_lite0+2", "lite0.pth")
+    with pytest.raises(ConfigError, match=r"^backbone_weights must be empty for efficientnet_lite1\+2"):
+        weights.load_pretrained("efficientnet_lite1+2", "lite0.pth")
 
 
 def test_backbones_without_pretrained_weights():
