@@ -99,7 +99,8 @@ def fit(
         temperature: Temperature τ of the contrast; by default 0.3; that of "diffusion" follows from the data.
         beta: Weight β of the bottleneck; 0.001 by default.
         stochastic: Whether bits are drawn in training (the default) or thresholded.
-        sharpness: Power of the odds that a diffusion links two images, for "diffusion"; 6.0 by default.
+        sharpness: Power of the ratio by which a walk links two images more often than chance, for "diffusion"; 6.0 by
+          default.
         nested: Whether the first 16, 32, 64, … bits are to be codes, too, which `Hasher.cut` and `encode(bits=…)` give;
           False by default.
         augment: Family of views: "photo" (the default) or "digits" of images; "noise" (the default) or "stored" of

@@ -249,7 +249,7 @@ def diffusion_match(
       temperature: Temperature τ of the codes' similarities; 0 takes 0.4 / ∛G, with G = mean ⟨x_i, x_i⟩ over the batch.
         That is the sum of the walk's kept eigenvalues, each to the power of its steps, or how many groups the walk
         finds: more groups need a sharper ranking.
-      sharpness: Exponent of the target; 1 takes the odds of the walk as they are, more favors the likeliest images.
+      sharpness: Exponent of the target; 1 takes ⟨x_i, x_j⟩ as it is, more favors the likeliest images.
       axis: Name of the mesh axis over which the batch is divided, with shares of the loss as in `nt_xent`.
 
     Raises:
@@ -272,10 +272,10 @@ def diffusion_match(
     if axis is not None:
         all_coordinates = jax.lax.all_gather(coordinates, axis, tiled=True)
     # The inner product of coordinates cut to a few dimensions can be negative, which means no link.
-    odds = jnp.log(jnp.maximum(_exact_matmul(coordinates, all_coordinates.T), 1e-6))
+    log_ratio = jnp.log(jnp.maximum(_exact_matmul(coordinates, all_coordinates.T), 1e-6))
     itself = place[:, None] == jnp.arange(len(everything))[None]
     # A finite number, so that its product with a weight of 0 is 0.
-    log_p = jax.nn.log_softmax(jnp.where(itself, -1e9, jnp.tile(sharpness * odds, (2, 2))), axis=-1)
+    log_p = jax.nn.log_softmax(jnp.where(itself, -1e9, jnp.tile(sharpness * log_ratio, (2, 2))), axis=-1)
     groups = jnp.mean(jnp.sum(jnp.square(all_coordinates), axis=-1))
     temperature = jnp.where(temperature > 0, temperature, OF_ONE_GROUP / jnp.cbrt(jnp.maximum(groups, 1)))
     # ±1 codes have norm √bits, so that their cosine is the inner product divided by the number of bits.

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.binary = "stochastic"  # stochastic: bits are drawn (the paper) | deterministic: thresholded (the published code)
     c.temperature = 0.5  # τ of the contrast; 0 = the objective's: 0.3, the paper's, or of diffusion, from the data
     c.beta = 0.001  # β, weight of the bottleneck term in nats
-    c.sharpness = 6.0  # with "diffusion": power of the odds that a random walk links two images, the codes' target
+    c.sharpness = 6.0  # with "diffusion": power of the ratio by which a walk links two images more often than chance
     c.nested = False  # True: the first 16, 32, 64, … bits of a code are to be codes, too, to be cut later
     c.head_dropout = 0.0  # probability that the head's input lacks a feature in training; 0.5 in the published code
     c.augment = "digits"  # family of views: photo (the paper's) | digits | of features: noise | stored

@@ -53,7 +53,7 @@ class Method:
     stochastic: bool = True
     """Whether bits are drawn, as in the paper, or thresholded, as in its published code."""
     sharpness: Number = 6.0
-    """Power of the odds that a diffusion links two images; for "diffusion" only."""
+    """Power of the ratio by which a walk links two images more often than chance; for "diffusion" only."""
     nested: bool = False
     """Whether the first 16, 32, 64, … bits are to be codes, too."""
     augment: str = "photo"
