@@ -139,9 +139,9 @@ def _read_reference(
 
     def squares() -> Iterator[UInt8[np.ndarray, "side side 3"]]:
         for name, decoded in search.read_photos(found, output, "--reference"):
-            status = os.stat(os.path.expanduser(name))
-            size = decoded.width, decoded.height
-            photos.append(Photo("", name, status.st_size, modified_ns(status), *size, decoded.thumbnail))
+            path = os.path.abspath(os.path.expanduser(name))  # the paths of the index are relative to its own root
+            status, size = os.stat(path), (decoded.width, decoded.height)
+            photos.append(Photo("", path, status.st_size, modified_ns(status), *size, decoded.thumbnail))
             yield decoded.square
 
     stream, batch = squares(), collection.hasher.batch_size

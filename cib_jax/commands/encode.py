@@ -88,8 +88,9 @@ def encode(
     place = initialize.process_index(process, processes)
     config = override_fields(read_config(workdir).copy_and_resolve_references(), overrides or {})
     schema.validate(config, trained=True)
-    hasher = Hasher.load(workdir, backbone_weights=config.backbone_weights)
-    hasher = dataclasses.replace(hasher, batch_size=config.encode_batch)
+    where = {"backbone_weights": config.backbone_weights, "checkpoint_dir": config.train.checkpoint_dir}
+    hasher = Hasher.load(workdir, **where)
+    hasher = dataclasses.replace(hasher, batch_size=config.encode_batch, devices=config.devices)
     items = _find_items(images, parse_patterns(exclude or ()), folder, hasher, config)
     if isinstance(items, inputs.Photos):
         items = dataclasses.replace(items, truncated=[] if config.data.truncated else None)
@@ -132,6 +133,9 @@ def _find_items(
                 field="--images",
             )
         return items
+    if exclude:
+        problem = f"--exclude must come with --images, got {exclude[0]!r}; the photos of {folder} were listed before"
+        raise CodeStoreError(problem, field="--exclude")
     if takes == "features":
         raise CodeStoreError("--images is missing; give the .npy of features to encode", "--images")
     if not (folder / code_store.DESCRIPTION).exists():

@@ -181,7 +181,7 @@ def _relearn(
     if os.path.isdir(old) and not os.path.exists(uri):
         os.rename(old, uri)  # an earlier call was interrupted between the two below
     metadata, config = PhotoTable.open(uri).metadata, config.copy_and_resolve_references()
-    fields = flatten(config).keys() - overrides.keys() - {*CHANGEABLE}
+    fields = flatten(config).keys() - overrides.keys() - {"encode_batch", "devices"}
     try:
         config.update_from_flattened_dict({field: metadata.learnt[field] for field in fields & metadata.learnt.keys()})
     except (TypeError, ValueError, AttributeError) as error:
@@ -189,6 +189,8 @@ def _relearn(
         raise IndexFolderError(f"--index: {problem}", field="--index") from error
     if exclude is None:
         exclude = metadata.exclude
+    if images is not None:
+        _validate_place(uri, metadata.images, os.path.abspath(os.path.expanduser(images)))
     options: dict[str, Any] = {"workdir": workdir, "exclude": exclude, "config": config, "overrides": overrides}
     done = index(new, images or metadata.images, console=console, **options)
     try:
@@ -305,12 +307,7 @@ def _validate_images(
     before = table.metadata.images
     if before == found.place:
         return
-    if os.path.exists(before):
-        raise IndexFolderError(
-            f"--images must be {before}, the photos of {table.uri}, got {found.place}; leave it out, or give another "
-            f"--index for {found.place}",
-            field="--images",
-        )
+    _validate_place(table.uri, before, found.place)
     # The disk of the old photos may just be unmounted: if they were regarded as moved, all entries would be lost.
     if len(known) and not np.isin(known, [key_of(name) for name in found.names]).any():
         raise IndexFolderError(
@@ -319,6 +316,16 @@ def _validate_images(
             field="--images",
         )
     print_message(console, f"The photos of {before} are now expected in {found.place}, under the same names")
+
+
+def _validate_place(uri: str, before: str, place: str) -> None:
+    """Refuses another place than that of an index's photos, as long as that exists."""
+    if before != place and os.path.exists(before):
+        raise IndexFolderError(
+            f"--images must be {before}, the photos of {uri}, got {place}; leave it out, or give another --index for "
+            f"{place}",
+            field="--images",
+        )
 
 
 # Changes of files

@@ -229,7 +229,7 @@ def _print_recall(collection: Collection, k: int, console: rich.console.Console)
     some = stream_rng(0, "recall sample").choice(len(collection), min(SAMPLE, len(collection)), replace=False)
     codes = collection.codes[np.sort(some)]
     exact, _ = Index.of(collection.codes).search(codes, k)
-    hits = collection.nearest(codes, k)
+    hits = [row[:k] for row in collection.nearest(codes, max(k, CANDIDATES))]  # as many as the search asks for
     # Counted by distance, because equally near photos are equally good.
     pairs = zip(hits, exact[:, -1].tolist(), strict=True)
     recall = np.mean([sum(hit.distance <= farthest for hit in row) / k for row, farthest in pairs])

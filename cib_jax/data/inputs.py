@@ -150,7 +150,7 @@ def load_inputs(
     """Returns the items of a folder of photos, a .csv or .parquet list of photos, or a feature file.
 
     Photos come in the order of their paths, rows in the order of the file. An encoder takes "images" or "features".
-    Files and folders in a folder of photos that a pattern in `exclude` matches are left out.
+    Photos that a pattern in `exclude` matches, or one of whose folders it matches, are left out.
     """
     if not images:
         raise _error("it must be a folder of photos, a list of them, or a feature file, got ''")
@@ -160,6 +160,8 @@ def load_inputs(
         raise _error(f"{images} does not exist; give {kinds}")
     with blame_field("--images", instead_of="config.data.dir"):
         if takes == "features":
+            if exclude:
+                raise DataError(f"--exclude must be left out for features, got {exclude[0]!r}", field="--exclude")
             if os.path.isdir(images):
                 raise _error(f"{images} must be a .npy file like the one the run was trained on, got a folder")
             features, ids = feature_files.map_features(images)
@@ -169,7 +171,10 @@ def load_inputs(
         if not os.path.isdir(images):
             if not images.lower().endswith(LISTS):
                 raise _error(f"{images} must be a folder, or a .csv or .parquet list of photos")
-            paths = sorted(photo_folder.read_list_paths(images))
+            listed = sorted(photo_folder.read_list_paths(images))
+            paths = [path for path in listed if not photo_folder.is_inside_excluded(path, exclude)]
+            if not paths:
+                raise _error(f"{images} lists no photo that --exclude={','.join(exclude)} leaves; give fewer patterns")
             return Photos(images, paths, os.path.dirname(images), size, max_megapixels)
         found = photo_folder.walk_folder(images, exclude)
         if not found.paths:

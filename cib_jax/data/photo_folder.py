@@ -211,6 +211,12 @@ def is_excluded(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path if "/" in pattern else name, pattern) for pattern in patterns)
 
 
+def is_inside_excluded(path: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a pattern matches a path, or that of a folder in which it is."""
+    parts = path.split("/")
+    return any(is_excluded("/".join(parts[:count]), patterns) for count in range(1, len(parts) + 1))
+
+
 def parse_patterns(exclude: str | Sequence[str]) -> list[str]:
     """Returns the patterns that a user gave: one or several, perhaps empty, perhaps with a slash at either end."""
     given = [exclude] if isinstance(exclude, str) else exclude

@@ -244,7 +244,7 @@ def parse_kind(text: str) -> tuple[str, dict[str, int]]:
     settings = {}
     for word in words:
         name, _, value = word.partition("=")
-        if not value.isdecimal():
+        if not value.isdecimal() or name in ("codes", "kind", "progress"):  # arguments of `Index.of` that are none
             raise SearchError(
                 f"--kind must be like 'ivf nlist=4096 nprobe=64', got {word!r} as a setting", field="--kind"
             )

@@ -307,6 +307,8 @@ def _nanoseconds(name: str, date: str) -> int:
     if not date:
         return -(2**63) if name == "after" else 2**63 - 1
     try:
+        if not re.fullmatch(r"\d{4}(-\d\d){0,2}", date):
+            raise ValueError
         day = datetime.datetime.strptime(date + "0000-01-01"[len(date) :], "%Y-%m-%d")
         return int(day.timestamp()) * 1_000_000_000
     except (ValueError, OverflowError, OSError):

@@ -71,7 +71,7 @@ class SearchCopy:
           ExportedError: The encoder was not exported for this kind of device.
         """
         codes, features = self._encoder.encode(square), self._encoder.features(square)
-        largest = max(np.abs(features).max(), np.finfo(np.float32).tiny)
+        largest = np.abs(features).max() or np.float32(1)
         return codes, np.round(features * (np.float32(127) / largest)).astype(np.int8)
 
     def encoder(self) -> bytes:
@@ -117,16 +117,16 @@ def write(table: PhotoTable, hasher: "Hasher") -> None:
         # Compiled now, into the cache of programs if there is one, and not at the first search.
         exported.load(path).encode(np.zeros((1, hasher.side, hasher.side, 3), np.uint8))
     found = table.rows(COLUMNS)
-    found = found.take(np.argsort(photo_table.as_numpy(found["key"])))
     place = found.schema.get_field_index("modified")
     found = found.set_column(place, "modified", found["modified"].cast("int64"))
-    # Of one width, since offsets end at 2 GiB. A photo without features has none here, as in the tables.
+    # Of one width, since offsets end at 2 GiB, also those of `take`. A photo without features has none here, as in the
+    # tables.
     if "feature" in found.column_names and (
         width := pyarrow.compute.max(pyarrow.compute.binary_length(found["feature"])).as_py()
     ):
         place = found.schema.get_field_index("feature")
         found = found.set_column(place, "feature", found["feature"].cast(pyarrow.binary(width)))
-    found = found.combine_chunks()
+    found = found.take(np.argsort(photo_table.as_numpy(found["key"]))).combine_chunks()
     about = {"files": files, "index": json.loads(photo_table.serialize(table.metadata)), "checksum": _checksum(found)}
     found = found.replace_schema_metadata({KEY: json.dumps(about)})
     with replacing(pathlib.Path(table.uri, ROWS)) as part, pyarrow.ipc.new_file(str(part), found.schema) as writer:

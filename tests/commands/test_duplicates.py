@@ -195,6 +195,17 @@ def test_photos_of_a_reference_are_found_in_the_index(copies, tmp_path):
     assert (line["role"], line["path"], line["width"]) == ("reference", str(other / "card.png"), 100)
 
 
+def test_a_reference_named_from_the_present_folder_has_exact_copies(copies, tmp_path, monkeypatch):
+    """A photo of the same relative path in the index is another one."""
+    (tmp_path / "photos").mkdir()
+    shutil.copy(copies / "photos" / "other 7.jpg", tmp_path / "other 3.jpg")
+    absolute = find(copies, reference=tmp_path / "other 3.jpg", format="json")[1]
+    monkeypatch.chdir(tmp_path)
+    assert find(copies, reference="other 3.jpg", format="json")[1] == absolute
+    roles = {line["path"]: line["role"] for line in map(json.loads, absolute.splitlines())}
+    assert roles == {str(tmp_path / "other 3.jpg"): "reference", "other 7.jpg": "exact copy"}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "field"),
     [

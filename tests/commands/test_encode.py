@@ -15,7 +15,7 @@ import cib_jax as cib
 from cib_jax.commands.encode import encode
 from cib_jax.commands.train import train
 from cib_jax.data import photos
-from cib_jax.errors import CodeStoreError, ConfigError, DataError
+from cib_jax.errors import CheckpointError, CodeStoreError, ConfigError, DataError
 from cib_jax.storage.code_store import read_corpus
 from tests import small
 from tests.commands import many
@@ -229,6 +229,15 @@ def test_a_run_on_images_of_one_size_takes_photos_at_the_side_of_its_network(roo
 def test_fields_that_change_the_run_are_refused_and_others_are_not(run, root, wanted, tmp_path, console):
     encode(run, root, tmp_path / "codes", overrides={"encode_batch": 16}, console=console)
     check(tmp_path / "codes", wanted)
+    # Some of several devices, and checkpoints that were moved.
+    moved = {"devices": 1, "train.checkpoint_dir": str(tmp_path / "moved")}
+    with pytest.raises(CheckpointError, match="moved"):
+        encode(run, root, tmp_path / "codes", overrides=moved, console=console)
+    shutil.copytree(run / "checkpoints", tmp_path / "moved")
+    encode(run, root, tmp_path / "others", overrides=moved, console=console)
+    check(tmp_path / "others", wanted)
+    with pytest.raises(CodeStoreError, match=r"^--exclude\b.*\*\.jpg"):
+        encode(run, None, tmp_path / "codes", exclude=["*.jpg"], console=console)
     with pytest.raises(ConfigError, match=r"^config\.bits\b.*32.*16"):
         encode(run, root, tmp_path / "codes", overrides={"bits": 32}, console=console)
 

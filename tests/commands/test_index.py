@@ -446,6 +446,8 @@ def test_a_grown_index_learns_anew_without_loss(tmp_path, root):
     assert done.photos == 24 and learnt.encoder.bits == 16, "the fields that the index was made with"
     assert held(tmp_path / "i") == expected(root, learnt) != before
     assert not list(tmp_path.glob("i.*")) and "would give better" not in run(tmp_path / "i", settings=tiny())[1]
+    with pytest.raises(IndexFolderError, match=r"^--images\b.*another --index"):
+        run(tmp_path / "i", late, settings=tiny(), relearn=True)
     run(tmp_path / "i", settings=tiny(bits=24), overrides={"bits": 24}, relearn=True)
     assert collection.load_hasher(PhotoTable.open(str(tmp_path / "i"))).encoder.bits == 24
     for uri in (tmp_path / "nowhere", "s3://bucket/photos"):

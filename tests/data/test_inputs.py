@@ -47,6 +47,11 @@ def test_photos_of_a_list_are_sorted_and_may_have_thumbnails(root):
     (root / "list.csv").write_text("path\n3.png\n0.png\n")
     found = load(root / "list.csv")
     assert found.names == ["0.png", "3.png"] and found.root == str(root)
+    (root / "more.csv").write_text("path\n3.png\n0.png\na/1.png\nb/a/2.png\n")
+    left = inputs.load_inputs(str(root / "more.csv"), takes="images", size=8, exclude=["3.*", "a"])
+    assert left.names == ["0.png"]
+    with errors.raises("--images", "more.csv"):
+        inputs.load_inputs(str(root / "more.csv"), takes="images", size=8, exclude=["*.png"])
     again = inputs.load_listed_photos(str(root / "list.csv"), found.names, size=8)
     assert again.names == found.names and again.root == str(root)
     thumbnails = inputs.Photos(str(root), ["0.png"], str(root), 8, thumbnails=True)

@@ -120,6 +120,7 @@ def test_a_collection_of_one_folder_and_time(tmp_path, hashers, chosen, left):
         ("--after", {"after": "2999"}),
         ("--after", {"after": "May"}),
         ("--before", {"before": "2024-13-01"}),
+        *[("--before", {"before": date}) for date in ("2024-1", "2024-06-1", "2024-12-", "202", "2024-1-01")],
     ],
 )
 def test_a_folder_or_a_time_without_photos_is_refused(tmp_path, hashers, field, chosen):

@@ -4,6 +4,8 @@ import io
 import os
 import shutil
 
+import numpy as np
+import pyarrow
 import pytest
 import rich.console
 
@@ -48,6 +50,21 @@ def test_a_search_is_that_of_the_tables(made, index, options):
         for file in (table / "data").iterdir():
             file.write_bytes(b"")
     assert ask(index, made / "query.jpg", **options) == expected
+
+
+def test_features_of_zeros_stay_zeros():
+    """As those of a network whose last map is dark everywhere, and as `Hasher.encode_with_features` gives them."""
+
+    class Dark:
+        def encode(self, square):
+            return np.zeros((1, 8), np.uint8)
+
+        def features(self, square):
+            return np.zeros((1, 5), np.float32)
+
+    copy = SearchCopy("", None, pyarrow.table({}), Dark())
+    with np.errstate(all="raise"):
+        assert not copy.encode_with_features(np.zeros((1, 8, 8, 3), np.uint8))[1].any()
 
 
 def test_a_changed_index_is_read_itself_until_it_is_updated(made, index):
