@@ -197,7 +197,7 @@ def _validate_images(images: Any, *, on_features: bool) -> tuple[np.ndarray, Sta
     images = as_array(images)
     got = f"got {images.dtype} {list(images.shape)}"
     if not on_features:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             problem = f"images must be uint8 [images, height, width, 3], {got}"
             remedy = "features of a model need floating point, and backbone='none' where a backbone is named"
             raise DataError(f"{problem}; {remedy}", field="images")

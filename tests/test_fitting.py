@@ -147,7 +147,7 @@ def test_unknown_options_and_families_are_refused(digits):
 
 
 def test_other_images_are_refused(digits):
-    for images in ([digits[0][0], digits[0][0][:5]], digits[0].astype(np.float32)):
+    for images in ([digits[0][0], digits[0][0][:5]], digits[0].astype(np.float32), digits[0][:0]):
         with pytest.raises(UserError) as refused:
             fit(images)
         assert refused.value.field == "images"

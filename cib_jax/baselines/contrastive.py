@@ -132,7 +132,7 @@ def spectral_clusters(
     centered: Float[np.ndarray, "n features"], clusters: int, key: PRNGKeyArray
 ) -> Int[np.ndarray, " n"]:
     """Returns the clusters of rows of unit length by their affinity exp(−‖x − x′‖²)."""
-    import sklearn.cluster  # takes half a second, and the other baselines do not need it
+    import sklearn.cluster  # takes half a second, and few baselines need it
 
     if len(centered) > MAX_SIDE:
         raise UserError(

@@ -150,7 +150,7 @@ def anchor_graph(
     mean = np.mean(features, axis=0, dtype=np.float64)
     points = features - mean
     seed = int(numpy_generator(key).integers(2**31))
-    import sklearn.cluster  # takes half a second, and no other baseline needs it
+    import sklearn.cluster  # takes half a second, and few baselines need it
 
     # With several threads the order of sums, and so the last digits, would change from call to call.
     with threadpoolctl.threadpool_limits(1):

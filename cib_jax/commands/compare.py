@@ -30,7 +30,7 @@ from cib_jax.report.html import Grid, Section
 from cib_jax.runs import context, features, many_runs, report
 from cib_jax.runs.context import RunContext
 from cib_jax.runs.many_runs import Record, load_record
-from cib_jax.runs.workdir import BASELINE, adopt, claim_workdir, read_json, write_json
+from cib_jax.runs.workdir import BASELINE, REFUSED, adopt, claim_workdir, read_json, write_json
 from cib_jax.training import checkpoint, metric_writers
 
 TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash", "diffusion": "Diffusion"} | {
@@ -39,8 +39,8 @@ TITLES = {"naive_cl": "NaiveCL", "cl_hash": "CLHash", "cibhash": "CIBHash", "dif
 """Names of the methods in tables; the first three as in the ablation of the paper."""
 
 METHODS = "config.compare.methods"
-REFUSED = "refused.json"
-"""File in the folder of a run that could not be measured, with the error and its time."""
+OF_FEATURES = schema.MAY_CHANGE | {"backbone", "backbone_dtype", "frozen", "image_size", "augment", "train.views"}
+"""Fields that a baseline's row may set: those that decide its features, or no result."""
 
 
 def compare(
@@ -147,6 +147,8 @@ def _parse_assignment(method: str, text: str) -> tuple[str, Any]:
     if name not in schema.FIELDS or name in schema.AROUND:
         hint = did_you_mean(name, schema.FIELDS).strip() or "configs/default.py lists them"
         raise ConfigError(f"{where}: {name} must be a field of the config; {hint}", METHODS)
+    if method in BASELINES and name not in OF_FEATURES:
+        raise ConfigError(f"{where}: {name} has no effect on {TITLES[method]}, a baseline; leave it out", METHODS)
     return name, schema.parsed(name, value, where)
 
 
@@ -265,8 +267,8 @@ def _packed(encoder: Encoder, rows: Float[Array, "batch features"]) -> UInt8[Arr
 
 
 def _encode(run: RunContext, encoder: Encoder, images: ImageSet, what: str) -> UInt8[np.ndarray, "n bytes"]:
-    rows, size = features.before_hashing(run, images, what), min(features.PART, len(images))
-    packed = sharding.map_batches(lambda batch, first: _packed(encoder, jnp.asarray(batch)), rows, size=size)
+    rows = features.before_hashing(run, images, what)
+    packed = sharding.map_batches(lambda batch, first: _packed(encoder, jnp.asarray(batch)), rows)
     return np.concatenate([np.asarray(part) for part in packed])
 
 
@@ -291,8 +293,11 @@ def _conclude(
     console: rich.console.Console,
 ) -> dict[str, Any]:
     _validate_comparable([record for _, record in found if record], workdir)
-    lines = [line for cell, record in found if record for line in _csv_lines(cell, record)]
+    lengths = parse_numbers(config.compare.bits)
+    lines = [line for cell, record in found if record for line in _csv_lines(cell, record, lengths)]
     missing = [(cell, _refusal(cell)) for cell, record in found if not record]
+    if not lines and len(reasons := {why for _, why in missing}) == 1 and (why := reasons.pop()):
+        raise ConfigError(why)  # of all rows alike, so that the mistake is the config's
     compared = make_tables(config, [cell.method for cell, _ in found], lines)
     comparison = {
         "tables": [
@@ -339,19 +344,13 @@ def _named(cell: CellRun) -> Record:
     return {"method": cell.method.title, "bits": cell.config.bits, "seed": cell.config.seed}
 
 
-def _csv_lines(cell: CellRun, results: Record) -> list[Record]:
-    """Returns the figures of a run, and the MAP of each length within nested codes."""
+def _csv_lines(cell: CellRun, results: Record, lengths: list[int]) -> list[Record]:
+    """Returns the figures of a run and, of the longest nested codes, the MAP of each length that has no run."""
     line = _csv_line(cell, results)
-    shorter = results["metrics"].get("map_of_first_bits", {})
+    maps = results["metrics"].get("map_of_first_bits", {})
     unknown = dict.fromkeys(line.keys() - {*_named(cell), "k", "workdir"})
-    return [
-        *(
-            line | unknown | {"bits": int(bits), "map": value}
-            for bits, value in shorter.items()
-            if int(bits) < line["bits"]
-        ),
-        line,
-    ]
+    within = _measured_by_the_longest(cell.config, cell.method, lengths) if line["bits"] == max(lengths) else []
+    return [*(line | unknown | {"bits": bits, "map": maps.get(str(bits))} for bits in within), line]
 
 
 def _csv_line(cell: CellRun, results: Record) -> Record:

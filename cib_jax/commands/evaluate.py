@@ -73,6 +73,9 @@ def evaluate(
       True
     """
     if codes is not None:
+        if wrong := sorted((overrides or {}).keys() - {"k"}):
+            problem = "must be left out, since codes in a file are ranked as they are; config.k alone may be given"
+            raise ConfigError(f"config.{wrong[0]} {problem}", field=f"config.{wrong[0]}")
         return _evaluate_file(pathlib.Path(codes), (overrides or {}).get("k", 0), on_stdout(console))
     workdir = pathlib.Path(workdir or "")
     console = on_stdout(console) if multihost.is_first_process() else rich.console.Console(quiet=True)

@@ -102,8 +102,10 @@ def parse_space(text: str, *, grid: bool = False) -> Space:
     for part in map(str.strip, text.split(",")):
         name, equals, values = map(str.strip, part.partition("="))
         where = f"{SPACE}: {part!r}"
-        if not equals or name not in schema.FIELDS or name in schema.AROUND or name == "seed":
+        if not equals or name not in schema.FIELDS or name in schema.AROUND or name in ("seed", "k"):
             raise ConfigError(f"{where}: each part must name a field to be tuned, as in temperature=0.2..0.5", SPACE)
+        if name.startswith("data."):
+            raise ConfigError(f"{where}: all trials share the data, or their scores would not be comparable", SPACE)
         if name in space:
             raise ConfigError(f"{where}: {name} is there twice; leave one out", SPACE)
         if ".." not in values:

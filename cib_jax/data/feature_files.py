@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -37,7 +36,6 @@ class Vectors:
     """Rows of an array, which may be a memory map; each row is one vector or several views."""
 
     array: Shaped[np.ndarray, "items ..."]
-    identity: str
 
     def __len__(self) -> int:
         return len(self.array)
@@ -81,10 +79,7 @@ def load(path: str, *, labeled: bool = True, cache_root: pathlib.Path | None = N
     _validate_values(path, content.features, bar)
     ids = _ids(path, content)
     labels, classes = _labels(path, content) if labeled else (None, [])
-    status = os.stat(path)
-    stamp = repr((status.st_size, status.st_mtime_ns, content.features.shape, str(content.features.dtype)))
-    identity = f"vectors-{hashlib.blake2b(stamp.encode(), digest_size=16).hexdigest()}"
-    return Source(ImageSet(Vectors(content.features, identity), labels, ids), None, classes)
+    return Source(ImageSet(Vectors(content.features), labels, ids), None, classes)
 
 
 def map_features(path: str) -> tuple[Shaped[np.ndarray, "items ..."], Sequence[str] | None]:
@@ -262,9 +257,21 @@ def _validate_values(path: str, features: Any, bar: Bar) -> None:
 # Ids and labels
 
 
+def _decoded(path: str, names: Any) -> Any:
+    """Returns names, as text where they are NumPy's bytes."""
+    if np.asarray(names).dtype.kind != "S":
+        return names
+    try:
+        return np.char.decode(names, "utf-8")
+    except UnicodeDecodeError as error:
+        raise _error(f"{path} must have ids and labels in UTF-8 ({first_line(error)}); save them as text") from error
+
+
 def _ids(path: str, content: _Content) -> Sequence[str] | None:
     text_file = f"{os.path.splitext(path)[0]}.ids.txt"
-    ids = None if content.ids is None else ["" if is_missing(name) else str(name) for name in content.ids]
+    ids = None
+    if content.ids is not None:
+        ids = ["" if is_missing(name) else str(name) for name in _decoded(path, content.ids)]
     if ids is None and os.path.isfile(text_file):
         try:
             # Not splitlines, which also splits at characters that are part of an id, such as U+2028.
@@ -297,13 +304,13 @@ def _labels(path: str, content: _Content) -> tuple[Labels | None, Sequence[str]]
         return None, []
     if isinstance(labels, dict):
         return parse_labels(path, labels)
-    labels = np.asarray(labels)
+    labels = np.asarray(_decoded(path, labels))
     if len(labels) != len(content.features):
         counts = f"{len(labels):,} for {len(content.features):,} rows"
         raise _error(f"{path} must have one label per row, got {counts}; correct them, {ignore}")
     if labels.ndim == 2 and np.isin(labels, (0, 1)).all():
         return labels.astype(bool), []
-    if labels.ndim != 1 or labels.dtype.kind not in "iuUS":
+    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
         problem = f"{path} must have labels that are integers or names [items], or zeros and ones [items, classes]"
         raise _error(f"{problem}, got {labels.dtype} {list(labels.shape)}; correct them, {ignore}")
     texts = labels.tolist() if labels.dtype.kind == "U" else []

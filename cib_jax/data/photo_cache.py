@@ -112,7 +112,7 @@ class PhotoCache:
                 truncated += [file.path] if location.reason else []
                 kept.append(index)
                 locations.append(location)
-                digest.update(json.dumps(file).encode())
+                digest.update(json.dumps([*file, location.checksum]).encode())
         if truncated:
             notes.append(photos.truncated_note(truncated))
         images = CachedImages(folder, self.size, locations, f"photos-{digest.hexdigest()}")

@@ -41,6 +41,3 @@ def _load_digits(directory: str) -> Source:
 
 DATA_SETS: dict[str, Callable[[str], Source]] = {"digits": _load_digits}
 """Loaders by name, each a function of `config.data.dir`; add a row for a data set of your own."""
-
-OWN = DATA_SETS
-"""Older name of `DATA_SETS`."""

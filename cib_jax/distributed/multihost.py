@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 BARRIER_TIMEOUT_SECONDS = 7 * 24 * 3600  # after which a process that waits for the others gives up
 _barriers = itertools.count()
+_preemption_checks = itertools.count()  # of all loops, since a signal between two of them stops the next one
 
 
 # Shares of the work.
@@ -246,8 +247,7 @@ def sigterm_flag() -> Iterator[Callable[[], bool]]:
     often, and it becomes True in all of them at the same call.
     """
     if is_distributed():
-        steps = itertools.count()
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(steps))
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(_preemption_checks))
         return
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():

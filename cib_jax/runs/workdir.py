@@ -40,6 +40,9 @@ BASELINE = "baseline.json"
 KINDS = {"comparison": "cells", "search": "trials"}
 """Kinds of folders that hold many runs, and the subfolder that marks each kind."""
 
+REFUSED = "refused.json"
+"""File in the folder of a comparison's run that could not be measured, with the error and its time."""
+
 VISIBLE_SECONDS = 10  # within which a network file system must show what another machine wrote
 
 
@@ -93,7 +96,7 @@ def _claim(workdir: pathlib.Path, baseline: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            _validate_content({path.name for path in workdir.iterdir()} - {LAST_WORDS}, workdir, baseline)
+            _validate_content({path.name for path in workdir.iterdir()} - {LAST_WORDS, REFUSED}, workdir, baseline)
             stack.enter_context(files.locked(workdir / ".lock", wait=False))
         except BlockingIOError:
             problem = "another process is using it; wait for it to end or choose another --workdir"
@@ -178,7 +181,8 @@ def adopt(
         yield
     except UserError:
         made = sorted(workdir.rglob("*"), reverse=True)  # what is in a folder comes before the folder
-        if not names and all(file.is_dir() or file == path or file.name.endswith(".lock") for file in made):
+        nothing = (path.name, REFUSED, ".lock")
+        if not names and all(file.is_dir() or file.name.endswith(nothing) for file in made):
             for file in made:
                 file.rmdir() if file.is_dir() else file.unlink()
             _remove_empty(new)

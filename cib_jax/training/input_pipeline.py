@@ -348,5 +348,5 @@ def _feed(
     program = (compiled.__wrapped__ if own else compiled)(dataclasses.replace(method, **same), mesh, *shape)
     # `held` is an argument of the compiled program, not a constant inside it: a constant bank of gigabytes would be
     # copied into the executable.
-    held = sharding.replicate((held, numbers), mesh)
+    held = sharding.replicate(jax.tree.map(jnp.asarray, (held, numbers)), mesh)  # once, and not at every step
     return Feed(lambda state, chunk, first, key: program(state, held, chunk, first, key), chunks)

@@ -82,6 +82,29 @@ def test_nested_codes_are_trained_once_for_all_lengths(tmp_path):
     assert comparison["tables"][0]["rows"][0]["mean"][1:] == pytest.approx([maps["16"], maps["20"]])
 
 
+def test_cells_of_each_length_have_the_map_of_their_own_runs_alone(tmp_path):
+    """Baselines, which a nested config does not nest, and nested codes of a length that is not within the longest."""
+    fields = {"compare__bits": "16, 24, 32", "compare__seeds": "0", "epochs": 1, "nested": True}
+    comparison = compare(compared(tmp_path, "lsh, cibhash", **fields), tmp_path / "table", console=QUIET)
+    for row, slug in zip(comparison["tables"][0]["rows"], ("lsh", "cibhash"), strict=True):
+        runs = {int(path.name.partition("-")[0]): path for path in (tmp_path / "table" / "cells" / slug).iterdir()}
+        assert sorted(runs) == ([16, 24, 32] if slug == "lsh" else [24, 32])
+        maps = {bits: json.loads((path / "results.json").read_text()) for bits, path in runs.items()}
+        first = maps[32]["metrics"]["map_of_first_bits"]["16"] if slug == "cibhash" else maps[16]["map"]
+        assert row["mean"] == pytest.approx([first, maps[24]["map"], maps[32]["map"]])
+        assert row["seeds"] == [1, 1, 1]
+
+
+def test_codes_of_batches_of_any_size_are_the_same(tmp_path, monkeypatch):
+    """Batches that are larger than a part of the features."""
+    maps = []
+    for name, size in (("a", 64), ("b", 1000)):
+        monkeypatch.setattr("cib_jax.runs.features.PART", 128)
+        config = compared(tmp_path, "lsh", compare__bits="8", compare__seeds="0", encode_batch=size)
+        maps += [cell["map"] for cell in compare(config, tmp_path / name, console=QUIET)["cells"]]
+    assert maps[0] == maps[1]
+
+
 def test_the_files_say_the_same(done):
     folder, comparison = done
     rows = list(csv.DictReader((folder / "table" / "comparison.csv").open()))
@@ -194,6 +217,7 @@ def test_rows_may_set_fields(tmp_path):
         ("lsh data.train_images=10", "data.train_images=10"),
         ("cibhash frozen=yes", "'yes'"),
         ("cibhash compare.bits=8", "compare.bits=8"),
+        ("itq, sdc learning_rate=0.1", "sdc learning_rate=0.1.*no effect on SDC"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(tmp_path, methods, words):
@@ -210,6 +234,19 @@ def test_what_is_wrong_with_all_cells_is_told_once(tmp_path):
     comparison = compare(config, tmp_path / "u", console=QUIET)
     assert [cell["method"] for cell in comparison["cells"]] == ["LSH"]
     assert "config.batch_size" in comparison["missing"][0]["why"]
+    # The reason is told again, and a row that is possible now is measured.
+    assert compare(config, tmp_path / "u", console=QUIET)["missing"] == comparison["missing"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compare_lib, "train", train_or_refuse := lambda *_, **__: refuse())
+        patched.setattr(compare_lib, "measure_baseline", train_or_refuse)
+        config = compared(tmp_path, compare__bits="8", compare__seeds="0")
+        with pytest.raises(ConfigError, match="too large"):
+            compare(config, tmp_path / "v", console=QUIET)
+    assert not (tmp_path / "v").exists()
+
+
+def refuse():
+    raise ConfigError("config.k is too large", field="config.k")
 
 
 @pytest.mark.parametrize("field", ["compare__bits", "compare__seeds"])

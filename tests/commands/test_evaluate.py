@@ -53,6 +53,8 @@ def test_codes_of_any_model_are_evaluated(run, tmp_path, run_cli, packed):
     assert ended.code == 0 and f"{results['map']:.4f}" in ended.out, ended
     found = evaluate(None, codes=tmp_path / "codes.npz", overrides={"k": results["k"]}, console=QUIET)
     assert (found["map"], found["map_tie_aware"]) == (results["map"], results["map_tie_aware"])
+    with pytest.raises(ConfigError, match=r"^config\.bits\b"):
+        evaluate(None, codes=tmp_path / "codes.npz", overrides={"bits": 8, "k": 5}, console=QUIET)
     np.savez(tmp_path / "half.npz", query_codes=arrays["query_codes"])
     with pytest.raises(DataError) as error:
         evaluate(None, codes=tmp_path / "half.npz", console=QUIET)

@@ -185,6 +185,8 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(tmp_path):
         ("augment=photo..digits", "augment=photo..digits"),
         ("objective=cibhash|simclr", "'simclr'"),
         ("beta=0..1, beta=0..2", "beta=0..2"),
+        ("k=10|1000", "k=10"),
+        ("data.train_images=100|200", "data.train_images=100"),
     ],
 )
 def test_spaces_that_cannot_be_are_refused(tmp_path, words, part):

@@ -168,6 +168,12 @@ def test_labels_may_be_names_or_several(tmp_path):
     assert (
         feature_files.load(str(write(tmp_path, "npz", labels=names))).train.labels.tolist() == (1 - LABELS % 2).tolist()
     )
+    in_bytes = feature_files.load(
+        str(write(tmp_path, "npz", labels=np.char.encode(names), ids=np.arange(20).astype("S")))
+    )
+    assert list(in_bytes.classes) == ["a", "b"] and list(in_bytes.train.names) == [str(row) for row in range(20)]
+    with errors.raises("config.data.dir", "features.npz", "UTF-8"):
+        feature_files.load(str(write(tmp_path, "npz", labels=np.array([b"\xff"] * 20))))
     hot = np.random.default_rng(1).random((20, 4)) < 0.5
     assert np.array_equal(feature_files.load(str(write(tmp_path, "npz", labels=hot))).train.labels, hot)
     several = [[name for name, one in zip("wxyz", row, strict=True) if one] for row in hot]
@@ -287,14 +293,6 @@ def test_a_safetensors_header_that_does_not_fit_the_file_is_refused(tmp_path, en
     path.write_bytes(len(header).to_bytes(8, "little") + header + ROWS.tobytes())
     with errors.raises("config.data.dir", "a.safetensors", reason):
         feature_files.load(str(path))
-
-
-def test_identity_follows_the_file(tmp_path):
-    path = write(tmp_path, "npy")
-    first = feature_files.load(str(path)).train.images.identity
-    assert feature_files.load(str(path)).train.images.identity == first
-    os.utime(path, (1, 1))
-    assert feature_files.load(str(path)).train.images.identity != first
 
 
 def test_batches_are_gathered_in_order(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import threading
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from cib_jax.data import photo_cache, photos
@@ -63,6 +64,17 @@ def test_each_photo_has_the_pixels_of_decoding_it_alone(root):
     assert [(bad.path, bad.reason) for bad in made.unreadable] == [
         ("5.jpg", "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image")
     ]
+
+
+def test_photos_that_differ_in_pixels_alone_have_another_identity(root):
+    """Of the same names, sizes and times, as frames that a camera or an archive dates alike."""
+    made = []
+    for number, folder in enumerate((root.parent / "a", root.parent / "b")):
+        folder.mkdir()
+        PIL.Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(folder / "0.bmp")
+        os.utime(folder / "0.bmp", (1, 1))
+        made.append(prepare(folder, ["0.bmp"]).images.identity)
+    assert made[0] != made[1]
 
 
 def test_shards_are_closed_once_their_images_are_not_used(root, monkeypatch):

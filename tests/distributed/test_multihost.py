@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 
 import cib_jax as cib
 from cib_jax.distributed import initialize, multihost
@@ -189,6 +190,17 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(handlers):
         assert not came()
         signal.raise_signal(signal.SIGHUP)
         assert came()
+
+
+def test_loops_of_several_processes_count_their_checks_together(monkeypatch):
+    """A signal between two loops stops all processes at one of the next loop's checks, by its number."""
+    numbers = []
+    monkeypatch.setattr(multihost, "is_distributed", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", numbers.append)
+    for _ in range(2):
+        with multihost.sigterm_flag() as came:
+            came(), came()
+    assert np.diff(numbers).tolist() == [1, 1, 1]
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing(handlers):
