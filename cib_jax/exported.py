@@ -1,4 +1,4 @@
-"""Exported encoders: loads a file from `Hasher.export` and runs it, with only JAX and NumPy installed.
+"""Exported encoders: loads a file from `Hasher.export` and runs it, with only JAX, NumPy and flatbuffers installed.
 
 The file is a zip archive of `signature.json`, the weights as `.npy`, and programs in StableHLO from `jax.export`. There
 are two programs for each batch size and kind of device, since networks are computed in other ways on a CPU. The weights

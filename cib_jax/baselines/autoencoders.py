@@ -25,8 +25,8 @@ def autoencoder(
     """Returns the encoder of an auto-encoder with a binary bottleneck.
 
     Standardized features → CIBHash's head → CIBHash's binary layer (sampled bits, straight-through gradient) → a
-    mirrored decoder. The loss is the mean squared error. Width, optimizer, batch size and epochs are those of CIBHash,
-    so that the two methods differ only in what their codes are trained for.
+    mirrored decoder. The loss is the mean squared error. Width, optimizer, batch size and epochs are by default those
+    of the paper, so that the two methods differ only in what their codes are trained for.
 
     References:
       Carreira-Perpiñán and Raziperchikolaei, Hashing with binary autoencoders, CVPR 2015; with sampled bits, Dai et

@@ -371,12 +371,14 @@ def _neighbors_together(pairs: Int64[np.ndarray, "pairs 2"], photos: int) -> Int
 
 # Output
 
+COLUMNS = ("group", "role", "root", "path", "distance", "id", "width", "height", "bytes", "modified", "sha256")
+
 
 def _print_groups(
     output: Output, items: _Items, groups: Sequence[list[_Member]], results: Sequence[list[tuple[int, Photo]]]
 ) -> None:
     root = path_as_utf8(items.collection.root)
-    writer = None
+    writer = _csv_writer(output) if output.format == "csv" else None  # with a header even if there is no group
     for number, (group, result) in enumerate(zip(groups, results, strict=True), 1):
         if not output.for_scripts:
             _print_table(output.console, f"Group {number}: {len(group)} photos", root, group, result)
@@ -386,17 +388,16 @@ def _print_groups(
             record |= {"path": path_as_utf8(photo.path), "distance": distance, "id": photo.id}
             record |= {"width": photo.width, "height": photo.height, "bytes": photo.size}
             record |= {"modified": _date(photo), "sha256": photo.digest}
-            if output.format == "json":
+            if writer is None:
                 print_json(output.console, record)
             else:
-                writer = writer or _csv_writer(output, list(record))
                 # A spreadsheet would take such a name for a formula.
                 path = re.sub(r"^(?=[=+\-@\t\r])", "./", photo.path)
                 writer.writerow(record | {"root": printable(items.collection.root), "path": printable(path)})
 
 
-def _csv_writer(output: Output, names: list[str]) -> "csv.DictWriter[str]":
-    writer = csv.DictWriter(output.console.file, names, lineterminator="\n")
+def _csv_writer(output: Output) -> "csv.DictWriter[str]":
+    writer = csv.DictWriter(output.console.file, COLUMNS, lineterminator="\n")
     writer.writeheader()
     return writer
 

@@ -136,11 +136,11 @@ class Hasher:
         serialization.write(pathlib.Path(folder), self.encoder, self.params, self.frozen, settings)
 
     def export(self, path: pathlib.Path | str) -> None:
-        """Writes the encoder as one file that `cib_jax.exported.load` runs with only JAX and NumPy installed.
+        """Writes the encoder as one file, for `cib_jax.exported.load`.
 
-        The file holds all weights and programs for CPUs, CUDA and TPUs. They give the codes of `encode` on one device,
-        bit for bit, for images of side `stored_size`, or of the network's input size if that is 0. The file is written
-        in one step.
+        That needs no more than JAX, NumPy and flatbuffers. The file holds all weights and programs for CPUs, CUDA and
+        TPUs. They give the codes of `encode` on one device, bit for bit, for images of side `stored_size`, or of the
+        network's input size if that is 0. The file is written in one step.
 
         Raises:
           ExportedError: The file cannot be written.

@@ -193,6 +193,8 @@ def test_photos_of_a_reference_are_found_in_the_index(copies, tmp_path):
     assert grouped(find(copies, reference=other / "card.png")[0]) == grouped(found)
     (line, *_) = [json.loads(line) for line in find(copies, reference=other, format="json")[1].splitlines()][1:]
     assert (line["role"], line["path"], line["width"]) == ("reference", str(other / "card.png"), 100)
+    assert list(csv.DictReader(io.StringIO(find(copies, reference=other / "new.jpg", format="csv")[1]))) == []
+    assert find(copies, reference=other / "new.jpg", format="csv")[1].startswith("group,role,root,path,distance,id,")
 
 
 def test_a_reference_named_from_the_present_folder_has_exact_copies(copies, tmp_path, monkeypatch):
