@@ -1,5 +1,6 @@
 """Indexing of photos for searching: finds files that are new, changed or gone, and encodes only those."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -29,7 +30,7 @@ from cib_jax.data.photo_folder import parse_patterns
 from cib_jax.data.photos import truncated_note
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, DataError, ExportedError, IndexFolderError
-from cib_jax.files import count, first_line, map_in_order, modified_ns, short_reason
+from cib_jax.files import count, first_line, locked, map_in_order, modified_ns, short_reason
 from cib_jax.hint import HINT
 from cib_jax.inference.hasher import Hasher
 from cib_jax.losses import is_taught
@@ -191,12 +192,23 @@ def _relearn(
         exclude = metadata.exclude
     if images is not None:
         _validate_place(uri, metadata.images, os.path.abspath(os.path.expanduser(images)))
+    if workdir is None and PhotoTable.exists(new):
+        begun, ignored = PhotoTable.open(new).metadata.learnt, schema.MAY_CHANGE.union(CHANGEABLE)
+        if not begun or (changed := schema.differences(flatten(config), begun, ignored)):
+            what = f"other fields ({changed[0]})" if begun else "an encoder of --workdir"
+            problem = f"{new} was begun with {what}; give the command that began it, or remove that folder"
+            raise IndexFolderError(f"--relearn: {problem}", field="--relearn")
     options: dict[str, Any] = {"workdir": workdir, "exclude": exclude, "config": config, "overrides": overrides}
     done = index(new, images or metadata.images, console=console, **options)
     try:
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(uri, old)
-        os.rename(new, uri)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # file systems without locks, too
+                stack.enter_context(locked(pathlib.Path(new, "exchange.lock")))
+            if not os.path.isdir(new):
+                return done  # another process has put it in its place meanwhile
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(uri, old)
+            os.rename(new, uri)
     except OSError as error:
         problem = f"{new} cannot take the place of {uri} ({short_reason(error)})"
         raise IndexFolderError(f"--index: {problem}; give the same command again", field="--index") from error

@@ -448,6 +448,24 @@ def test_a_grown_index_learns_anew_without_loss(tmp_path, root):
     assert not list(tmp_path.glob("i.*")) and "would give better" not in run(tmp_path / "i", settings=tiny())[1]
     with pytest.raises(IndexFolderError, match=r"^--images\b.*another --index"):
         run(tmp_path / "i", late, settings=tiny(), relearn=True)
+
+    def also_by_another(uri, *arguments, **options):
+        done = make(uri, *arguments, **options)
+        with pytest.MonkeyPatch.context() as alone:
+            alone.setattr(index, "index", make)
+            run(tmp_path / "i", relearn=True, settings=tiny())
+        return done
+
+    make = index.index
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "index", also_by_another)
+        run(tmp_path / "i", relearn=True, settings=tiny())
+    assert held(tmp_path / "i") == expected(root, learnt) and not list(tmp_path.glob("i.*"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PhotoTable, "put", stop)
+        run(tmp_path / "i", settings=tiny(bits=24), overrides={"bits": 24}, relearn=True)
+    with pytest.raises(IndexFolderError, match=r"^--relearn: .*i\.new was begun .*bits: 24 → 16"):
+        run(tmp_path / "i", settings=tiny(), relearn=True)
     run(tmp_path / "i", settings=tiny(bits=24), overrides={"bits": 24}, relearn=True)
     assert collection.load_hasher(PhotoTable.open(str(tmp_path / "i"))).encoder.bits == 24
     for uri in (tmp_path / "nowhere", "s3://bucket/photos"):
