@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=2, help="panels side by side")
     parser.add_argument("--bits", type=int, default=64, help="bits of a code that are drawn, the first ones")
     flags = parser.parse_args()
+    for folder in (run.partition("=")[2] for run in flags.runs):
+        if not (pathlib.Path(folder) / "codes" / "database_labels.npy").exists():
+            parser.error(f"{folder} has no codes with labels; give the workdir of an evaluated run")
     import matplotlib.figure  # after the flags, since it takes a second
 
     rows = -(-len(flags.runs) // flags.columns)
