@@ -122,7 +122,7 @@ def test_a_view_that_another_run_computes_is_read_from_it(first, tmp_path, conso
 
 def test_networks_side_by_side_read_the_features_of_each(first, tmp_path, console, computed, monkeypatch):
     """Of two copies of the network, by name and seed of the weights, the cache has the features of one."""
-    cache, *_ = first
+    cache = shutil.copytree(first[0], tmp_path / "cache")
     own = registry.get("convnet")
     files_of = {"convnet": NETWORK["backbone_weights"]}
     files_of["other"] = pretrained.convnet(monkeypatch, tmp_path, 8, seed=4)["backbone_weights"]
