@@ -92,7 +92,7 @@ class Picture:
         scale = min(1.0, _FEATURE_SIDE / max(gray.shape))
         gray = cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         points, found = cv2.SIFT_create(nfeatures=_FEATURES, contrastThreshold=0.02).detectAndCompute(gray, None)
-        if found is None:
+        if not points:  # then OpenCV gives no descriptors, or before 5.1 none at all: None
             return np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32)
         # Square roots of unit sums: their products compare histograms by Hellinger's kernel (Arandjelović, CVPR 2012).
         found = np.sqrt(found / np.maximum(found.sum(axis=1, keepdims=True), 1e-6))

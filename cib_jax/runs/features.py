@@ -53,8 +53,11 @@ def of_views(
     """
     batches = run.repeatable_batches(images)
     key = build.key(run.config, stream)
-    banks = [_of_views(network, key, images, batches, views, title) for network in run.joined or [run]]
-    return banks[0] if len(banks) == 1 else jnp.concatenate(banks, axis=2)
+    if not run.joined:
+        return _of_views(run, key, images, batches, views, title)
+    named = [(network, f"{title}, {network.encoder.backbone.name}") for network in run.joined]
+    banks = [_of_views(network, key, images, batches, views, its_title) for network, its_title in named]
+    return jnp.concatenate(banks, axis=2)
 
 
 def _of_views(
@@ -91,6 +94,7 @@ def plain(
     if shared:
         parts = parts[jax.process_index() :: jax.process_count()]
     networks = run.joined or [run]
+    title = f"{title}, {len(networks)} networks" if run.joined else title  # the bar counts the images of each
     total = sum(stop - start for start, stop in parts) * len(networks)
     with console.progress_bar(run.console, title, total, unit=run.noun) as advance:
         sources = [_PlainFeatures(network, images, batches, lambda count: advance(count, "")) for network in networks]

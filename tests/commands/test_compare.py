@@ -98,8 +98,8 @@ def test_cells_of_each_length_have_the_map_of_their_own_runs_alone(tmp_path):
 def test_codes_of_batches_of_any_size_are_the_same(tmp_path, monkeypatch):
     """Batches that are larger than a part of the features."""
     maps = []
+    monkeypatch.setattr("cib_jax.runs.features.PART", 128)
     for name, size in (("a", 64), ("b", 1000)):
-        monkeypatch.setattr("cib_jax.runs.features.PART", 128)
         config = compared(tmp_path, "lsh", compare__bits="8", compare__seeds="0", encode_batch=size)
         maps += [cell["map"] for cell in compare(config, tmp_path / name, console=QUIET)["cells"]]
     assert maps[0] == maps[1]
@@ -234,19 +234,30 @@ def test_what_is_wrong_with_all_cells_is_told_once(tmp_path):
     comparison = compare(config, tmp_path / "u", console=QUIET)
     assert [cell["method"] for cell in comparison["cells"]] == ["LSH"]
     assert "config.batch_size" in comparison["missing"][0]["why"]
-    # The reason is told again, and a row that is possible now is measured.
     assert compare(config, tmp_path / "u", console=QUIET)["missing"] == comparison["missing"]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compare_lib, "train", train_or_refuse := lambda *_, **__: refuse())
-        patched.setattr(compare_lib, "measure_baseline", train_or_refuse)
-        config = compared(tmp_path, compare__bits="8", compare__seeds="0")
-        with pytest.raises(ConfigError, match="too large"):
-            compare(config, tmp_path / "v", console=QUIET)
-    assert not (tmp_path / "v").exists()
 
 
-def refuse():
+def refuse(*arguments, **options):
     raise ConfigError("config.k is too large", field="config.k")
+
+
+def test_a_row_that_was_refused_is_measured_once_it_is_possible(tmp_path):
+    config = compared(tmp_path, "lsh, cibhash", compare__bits="8", compare__seeds="0", epochs=1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compare_lib, "train", refuse)
+        before = compare(config, tmp_path / "t", console=QUIET)
+    assert [cell["method"] for cell in before["cells"]] == ["LSH"]
+    after = compare(config, tmp_path / "t", console=QUIET)
+    assert [cell["method"] for cell in after["cells"]] == ["LSH", "CIBHash"] and not after["missing"]
+
+
+def test_a_reason_that_all_rows_share_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compare_lib, "train", refuse)
+        patched.setattr(compare_lib, "measure_baseline", refuse)
+        with pytest.raises(ConfigError, match=r"^config\.k is too large"):
+            compare(compared(tmp_path, compare__bits="8", compare__seeds="0"), tmp_path / "t", console=QUIET)
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("field", ["compare__bits", "compare__seeds"])

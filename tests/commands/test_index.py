@@ -448,6 +448,15 @@ def test_a_grown_index_learns_anew_without_loss(tmp_path, root):
     assert not list(tmp_path.glob("i.*")) and "would give better" not in run(tmp_path / "i", settings=tiny())[1]
     with pytest.raises(IndexFolderError, match=r"^--images\b.*another --index"):
         run(tmp_path / "i", late, settings=tiny(), relearn=True)
+    # Fields around the network are those that it was learned with, too, unless they are given.
+    for overrides, truncated in (({"data.truncated": True}, True), ({}, True), ({"data.truncated": False}, False)):
+        run(
+            tmp_path / "i",
+            settings=tiny(data__truncated=truncated and bool(overrides)),
+            overrides=overrides,
+            relearn=True,
+        )
+        assert PhotoTable.open(str(tmp_path / "i")).metadata.learnt["data.truncated"] is truncated
 
     def also_by_another(uri, *arguments, **options):
         done = make(uri, *arguments, **options)
