@@ -36,6 +36,7 @@ ssdh = Baseline("SSDH", "Yang et al. 2018", deep.ssdh)
 sdc = Baseline("SDC", "Ng et al. 2023", deep.sdc)
 crovca = Baseline("CroVCA", "Moummad et al. 2025", contrastive.crovca, views=True)
 cimon = Baseline("CIMON", "Luo et al. 2021", contrastive.cimon, views=True)
+oh = Baseline("OH", "Yu, Shen and Zhang 2023", contrastive.overview_hashing, views=True)
 
 BASELINES: dict[str, Baseline] = {
     "lsh": lsh,
@@ -51,6 +52,7 @@ BASELINES: dict[str, Baseline] = {
     "sdc": sdc,
     "crovca": crovca,
     "cimon": cimon,
+    "oh": oh,
 }
 """Baselines by their names in `compare.methods`."""
 

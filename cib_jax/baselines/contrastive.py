@@ -1,4 +1,4 @@
-"""Baselines that learn from the agreement of views: CroVCA and CIMON."""
+"""Baselines that learn from the agreement of views: CroVCA, CIMON and OH."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from cib_jax.baselines.networks import (
     fit_normalized,
     initial_layers,
     minimize,
+    minimize_with_memory,
     two_layers,
 )
 from cib_jax.errors import UserError
@@ -61,7 +62,7 @@ def alignment_loss(logits1: Float[Array, "batch bits"], logits2: Float[Array, "b
 def coding_rate(logits: Float[Array, "batch bits"], epsilon: float = 0.05) -> Float[Array, ""]:
     """Returns ½ log det(I + bits / (batch · ε) Zᵀ Z) · (bits + batch) / (bits · batch), for rows Z of unit length."""
     batch, bits = logits.shape
-    rows = logits / jnp.maximum(jnp.linalg.norm(logits, axis=1, keepdims=True), 1e-12)
+    rows = unit_rows(logits)
     factor = jnp.linalg.cholesky(jnp.eye(bits) + bits / (batch * epsilon) * rows.T @ rows)
     return jnp.sum(jnp.log(jnp.diagonal(factor))) * (bits + batch) / (bits * batch)
 
@@ -187,3 +188,120 @@ def consistency_loss(
     cosines = [codes @ codes.T / codes.shape[1] for codes in (codes1, codes2)]
     errors = [jnp.mean(g.weights * jnp.square(g.signs - c)) for g in guidance for c in cosines]
     return sum(errors, 0.3 * nt_xent(codes1, codes2, temperature=0.5))
+
+
+# OH
+
+
+class Memory(NamedTuple):
+    """What the last steps leave for the next one; the newest rows are the first."""
+
+    encoder: dict[str, Array]
+    """Parameters that follow those of the network slowly."""
+    overviews: Float[Array, "length wide"]
+    bits: Float[Array, "length bits"]
+    values: Float[Array, "length wide"]
+
+
+def overview_hashing(
+    views: Float[np.ndarray, "views n features"],
+    bits: int,
+    key: PRNGKeyArray,
+    *,
+    hidden: int = 1024,
+    wide: int = 1024,
+    length: int = 4096,
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+) -> Network:
+    """Returns a network of two layers whose bits say which images of a memory an image takes its real values from.
+
+    Beside the bits, the hidden layer has `wide` real values. Those of the memory are averaged by how many bits are
+    equal, and views are to agree in that average: the overview. The memory has the last `length` images, at most half
+    of those that train, so that few of them are there with their own overview as a negative. Weights, momentum and
+    temperature are those of the published code. CIBHash's head takes the place of the published network, all of which
+    is trained at a low learning rate; batches and epochs are those of the other methods.
+
+    References:
+      Yu, Shen and Zhang, Hashing one with all, ACM Multimedia 2023 (https://doi.org/10.1145/3581783.3611977).
+    """
+    for view in views:
+        validate_features(view, bits)
+    init_key, memory_key, train_key = jax.random.split(key, 3)
+    mean, scale = center_and_scale(views)
+    count, images, width = views.shape
+    shapes = {"encode 1": (width, hidden), "encode 2": (hidden, bits), "values": (hidden, wide)}
+    params = initial_layers(init_key, shapes)
+    length = max(1, min(length, images // 2))
+    rows = [
+        jax.random.normal(jax.random.fold_in(memory_key, number), (length, width))
+        for number, width in enumerate((wide, bits, wide))
+    ]
+
+    def loss_of(
+        params: dict[str, Array], memory: Memory, rows: Float[Array, "batch views features"], key: PRNGKeyArray
+    ) -> tuple[Float[Array, ""], Memory]:
+        first, second = jax.random.choice(key, count, (2,), replace=False)
+        rows = (rows - mean) / scale
+        return overview_loss(params, memory, rows[:, first], rows[:, second])
+
+    items = jnp.asarray(np.swapaxes(views, 0, 1))
+    schedule = Schedule(epochs, batch_size, learning_rate)
+    params = minimize_with_memory(params, Memory(params, *rows), loss_of, items, train_key, schedule)
+    return Network(mean, scale, {name: array for name, array in params.items() if name.startswith("encode")})
+
+
+def overview_loss(
+    params: dict[str, Array],
+    memory: Memory,
+    rows1: Float[Array, "batch features"],
+    rows2: Float[Array, "batch features"],
+) -> tuple[Float[Array, ""], Memory]:
+    """Returns the loss of two views, and the memory for the next step.
+
+    It is the sum of two cross-entropies at temperature 0.2. In both, the overview of the first view is to find that of
+    the second: as the slow encoder gives it, among the overviews in memory, and as the network itself gives it, with
+    the new memory, among those of the batch. Only the first view's overview has a gradient.
+    """
+    encoder = jax.tree.map(
+        lambda slow, fast: 0.999 * slow + 0.001 * jax.lax.stop_gradient(fast), memory.encoder, params
+    )
+    overview = overviews(*bits_and_values(params, rows1), memory)
+    bits, values = bits_and_values(encoder, rows2)
+    target = overviews(bits, values, memory)
+    likeness = [jnp.sum(overview * target, axis=1, keepdims=True), overview @ memory.overviews.T]
+    among_memory = -jax.nn.log_softmax(jnp.concatenate(likeness, axis=1) / 0.2, axis=1)[:, 0]
+    memory = Memory(
+        encoder,
+        *(
+            jax.lax.stop_gradient(jnp.concatenate([new, old])[: len(old)])
+            for new, old in ((target, memory.overviews), (bits, memory.bits), (values, memory.values))
+        ),
+    )
+    others = jax.lax.stop_gradient(overviews(*bits_and_values(params, rows2), memory))
+    among_batch = -jnp.diagonal(jax.nn.log_softmax(overview @ others.T / 0.2, axis=1))
+    return jnp.mean(among_memory + among_batch), memory
+
+
+def bits_and_values(
+    params: dict[str, Array], rows: Float[Array, "batch features"]
+) -> tuple[Float[Array, "batch bits"], Float[Array, "batch wide"]]:
+    """Returns bits, 0 or 1, with the gradient of the sigmoid of their logits, and values of unit length."""
+    middle = jax.nn.relu(rows @ params["encode 1"] + params["encode 1 bias"])
+    chances = jax.nn.sigmoid(middle @ params["encode 2"] + params["encode 2 bias"])
+    bits = chances + jax.lax.stop_gradient((chances > 0.5) - chances)
+    return bits, unit_rows(middle @ params["values"] + params["values bias"])
+
+
+def overviews(
+    bits: Float[Array, "batch bits"], values: Float[Array, "batch wide"], memory: Memory
+) -> Float[Array, "batch wide"]:
+    """Returns averages of the memory's values by the softmax of the shares of equal bits, plus half the own values."""
+    equal = (bits @ memory.bits.T + (1 - bits) @ (1 - memory.bits).T) / bits.shape[1]
+    return unit_rows(unit_rows(jax.nn.softmax(equal / 0.2, axis=1) @ memory.values) + 0.5 * values)
+
+
+def unit_rows(rows: Float[Array, "n numbers"]) -> Float[Array, "n numbers"]:
+    """Returns rows of length 1; zeros stay."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

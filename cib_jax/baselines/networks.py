@@ -15,6 +15,7 @@ from cib_jax.baselines.linear import Hyperplanes, validate_features
 
 Params = TypeVar("Params")
 Items = TypeVar("Items")
+Memory = TypeVar("Memory")
 
 NORMALIZATION_EPSILON = 1e-5  # added to variances by a batch normalization, as in PyTorch
 
@@ -156,6 +157,22 @@ def minimize(
     `items` is an array, or several, with a row for each item; the loss gets a batch of these rows. Rows that do not
     fill a batch are left out of an epoch. Fewer rows than `batch_size` make one batch.
     """
+
+    def without_memory(params: Params, memory: None, rows: Items, key: PRNGKeyArray) -> tuple[Float[Array, ""], None]:
+        return loss(params, rows, key), memory
+
+    return minimize_with_memory(params, None, without_memory, items, key, schedule)
+
+
+def minimize_with_memory(
+    params: Params,
+    memory: Memory,
+    loss: Callable[[Params, Memory, Items, PRNGKeyArray], tuple[Float[Array, ""], Memory]],
+    items: Items,
+    key: PRNGKeyArray,
+    schedule: Schedule,
+) -> Params:
+    """Returns parameters as `minimize` does, by a loss that also gets a memory, and returns it for the next step."""
     count = len(jax.tree.leaves(items)[0])
     batch = min(schedule.batch_size, count)
     steps = count // batch
@@ -167,14 +184,15 @@ def minimize(
         order = jax.random.permutation(order_key, count)[: steps * batch].reshape(steps, batch)
 
         def step(carry: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
-            params, state = carry
+            params, state, memory = carry
             rows, number = inputs
             chosen = jax.tree.map(lambda array: array[rows], items)
-            gradient = jax.grad(loss)(params, chosen, jax.random.fold_in(noise_key, number))
+            noise = jax.random.fold_in(noise_key, number)
+            gradient, memory = jax.grad(loss, has_aux=True)(params, memory, chosen, noise)
             updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), None
+            return (optax.apply_updates(params, updates), state, memory), None
 
         return jax.lax.scan(step, carry, (order, jnp.arange(steps)))[0]
 
-    start = (params, optimizer.init(params))
+    start = (params, optimizer.init(params), memory)
     return functools.reduce(lambda carry, number: epoch(carry, items, number), range(schedule.epochs), start)[0]

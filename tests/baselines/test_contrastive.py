@@ -76,3 +76,107 @@ def test_more_rows_than_spectral_clustering_can_take_are_refused():
     with pytest.raises(UserError) as refused:
         contrastive.spectral_clusters(np.zeros((20_000, 1), np.float32), 3, jax.random.key(0))
     assert refused.value.field == "features"
+
+
+def an_overview_step(generator, batch=6, width=5, hidden=7, bits=8, wide=4, length=10):
+    """Parameters, memory and two views, in float32."""
+    shapes = {"encode 1": (width, hidden), "encode 2": (hidden, bits), "values": (hidden, wide)}
+
+    def draw(*shape):
+        return generator.normal(size=shape).astype(np.float32)
+
+    networks = [
+        {name: draw(*shape) for name, shape in shapes.items()}
+        | {f"{name} bias": draw(shape[1]) for name, shape in shapes.items()}
+        for _ in range(2)
+    ]
+    memory = contrastive.Memory(networks[1], draw(length, wide), draw(length, bits), draw(length, wide))
+    return networks[0], memory, draw(batch, width), draw(batch, width)
+
+
+def length_one(row):
+    return row / np.linalg.norm(row)
+
+
+def plain_heads(params, row):
+    middle = np.maximum(row @ params["encode 1"] + params["encode 1 bias"], 0)
+    bits = (middle @ params["encode 2"] + params["encode 2 bias"] > 0).astype(np.float64)
+    return bits, length_one(middle @ params["values"] + params["values bias"])
+
+
+def plain_overview(heads, bits, values):
+    own_bits, own_values = heads
+    equal = [sum(a * b + (1 - a) * (1 - b) for a, b in zip(own_bits, other, strict=True)) for other in bits]
+    average = scipy.special.softmax(np.array(equal) / (len(own_bits) * 0.2)) @ values
+    return length_one(length_one(average) + 0.5 * own_values)
+
+
+def plain_overview_loss(params, memory, rows1, rows2):
+    """The loss, overview by overview, in float64, and the next memory."""
+    encoder = {name: 0.999 * array + 0.001 * params[name] for name, array in memory.encoder.items()}
+    slow = [plain_heads(encoder, row) for row in rows2]
+    targets = [plain_overview(heads, memory.bits, memory.values) for heads in slow]
+    after = contrastive.Memory(
+        encoder,
+        np.array(targets + list(memory.overviews))[: len(memory.overviews)],
+        np.array([heads[0] for heads in slow] + list(memory.bits))[: len(memory.bits)],
+        np.array([heads[1] for heads in slow] + list(memory.values))[: len(memory.values)],
+    )
+    others = [plain_overview(plain_heads(params, row), after.bits, after.values) for row in rows2]
+    return plain_entropies(params, memory, rows1, targets, others), after
+
+
+def plain_entropies(params, memory, rows, targets, others):
+    """The cross-entropies of first views' overviews, whose counterparts are given."""
+    loss = 0.0
+    for number, row in enumerate(rows):
+        found = plain_overview(plain_heads(params, row), memory.bits, memory.values)
+        for right, wrong in ((targets[number], memory.overviews), (others[number], np.delete(others, number, axis=0))):
+            likeness = np.array([found @ right, *(found @ other for other in wrong)]) / 0.2
+            loss += (scipy.special.logsumexp(likeness) - likeness[0]) / len(rows)
+    return loss
+
+
+def test_overviews_find_those_of_the_other_view():
+    step = an_overview_step(np.random.default_rng(15))
+    expected, after = plain_overview_loss(*step)
+    found, memory = jax.jit(contrastive.overview_loss)(*step)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), memory, after)
+
+
+def test_only_the_first_views_overview_is_learned():
+    """The loss is smooth in the weights of the values, so that differences of the plain loss give the gradient.
+
+    In these, the overviews of the second view keep the old weights.
+    """
+    params, memory, rows1, rows2 = an_overview_step(np.random.default_rng(16))
+    gradient = jax.jit(jax.grad(lambda *step: contrastive.overview_loss(*step)[0]))(params, memory, rows1, rows2)
+    assert any(np.abs(gradient["encode 2"]).ravel() > 1e-4)  # bits learn, too, by the sigmoid's gradient
+    old = {name: array.astype(np.float64) for name, array in params.items()}
+    _, after = plain_overview_loss(old, memory, rows1, rows2)
+    others = [plain_overview(plain_heads(old, row), after.bits, after.values) for row in rows2]
+    targets = after.overviews[: len(rows2)]
+
+    def loss(values):
+        return plain_entropies(old | {"values": values}, memory, rows1, targets, others)
+
+    for place in np.ndindex(2, 4):
+        ahead, behind = old["values"].copy(), old["values"].copy()
+        ahead[place] += 1e-5
+        behind[place] -= 1e-5
+        slope = (loss(ahead) - loss(behind)) / 2e-5
+        assert gradient["values"][place] == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+def test_bits_have_the_gradient_of_the_sigmoid():
+    params, _, rows, _ = an_overview_step(np.random.default_rng(17))
+    middle = np.maximum(rows @ params["encode 1"] + params["encode 1 bias"], 0)
+    chances = scipy.special.expit(middle @ params["encode 2"] + params["encode 2 bias"])
+
+    def sum_of_bits(bias):
+        given = jax.tree.map(jax.numpy.asarray, params) | {"encode 2 bias": bias}
+        return contrastive.bits_and_values(given, jax.numpy.asarray(rows))[0].sum()
+
+    found = jax.jit(jax.grad(sum_of_bits))(params["encode 2 bias"])
+    np.testing.assert_allclose(found, (chances * (1 - chances)).sum(axis=0), rtol=1e-4)

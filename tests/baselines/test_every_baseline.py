@@ -13,6 +13,7 @@ from cib_jax.errors import Refusal
 TRAINED = {name: {"epochs": 20} for name in ("greedy_hash", "bi_half", "ssdh", "sdc", "crovca")} | {
     "autoencoder": {"epochs": 20, "hidden": 64},
     "cimon": {"epochs": 20, "hidden": 64, "clusters": 5},
+    "oh": {"epochs": 20, "hidden": 64, "wide": 32},
 }
 DECOMPOSED = ["pca_sign", "itq", "spectral", "anchor_graph"]
 
