@@ -13,17 +13,16 @@ References:
 
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import rich.console
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from benchmarks import measuring, ranking
-from cib_jax.baselines.networks import center_and_scale, uniform
+from cib_jax.baselines.networks import Schedule, center_and_scale, minimize_with_memory, uniform
 from cib_jax.errors import UserError
 from cib_jax.inference.serialization import read_config
 from cib_jax.runs import context, features
@@ -43,6 +42,15 @@ class Settings(NamedTuple):
     prior: float
     """Share of pairs that show the same class, for the correction of negatives."""
     learning_rate: float
+
+
+class Memory(NamedTuple):
+    """What the steps before leave for the next one."""
+
+    steps: Int[Array, ""]
+    """Their number."""
+    codes: Float[Array, "memory books words"]
+    """Soft codes of the last batches, the newest first."""
 
 
 def unit(rows: Float[Array, "*rows numbers"]) -> Float[Array, "*rows numbers"]:
@@ -92,12 +100,9 @@ def train(views: Float[np.ndarray, "views n features"], bits: int, key: PRNGKeyA
         "bias": jnp.zeros(books * DIMENSIONS),
         "words": unit(jax.random.normal(word_key, (books, WORDS, DIMENSIONS))),
     }
-    batch = min(BATCH, images)
-    steps = images // batch
-    optimizer = optax.adam(settings.learning_rate)
-    items = jnp.asarray(np.swapaxes(views, 0, 1))
+    first_active = MEMORY_EPOCH * (images // min(BATCH, images))
 
-    def loss_of(params: Params, rows: Array, memory: Array, active: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+    def loss_of(params: Params, memory: Memory, rows: Array, key: PRNGKeyArray) -> tuple[Array, Memory]:
         chosen = jax.random.choice(key, count, (2,), replace=False)
         codes = jnp.stack([soft_codes(params, (rows[:, view] - mean) / scale) for view in chosen])
         words = unit(params["words"])
@@ -107,30 +112,16 @@ def train(views: Float[np.ndarray, "views n features"], bits: int, key: PRNGKeyA
 
         entropy = -jnp.mean(jnp.sum(codes * jnp.log(codes + 1e-12), axis=-1))
         diversity = jnp.mean(jnp.einsum("bwd,bvd->bwv", words, words))
-        loss = contrast(rebuild(codes), rebuild(memory), active, settings)
-        return loss + ENTROPY * entropy + DIVERSITY * diversity, codes
+        active = jnp.where(memory.steps >= first_active, 1.0, 0.0)
+        loss = contrast(rebuild(codes), rebuild(memory.codes), active, settings)
+        kept = jnp.concatenate([jax.lax.stop_gradient(codes).reshape(-1, *codes.shape[2:]), memory.codes])[:MEMORY]
+        return loss + ENTROPY * entropy + DIVERSITY * diversity, Memory(memory.steps + 1, kept)
 
-    @jax.jit
-    def epoch(carry: Any, items: Array, number: int | Array) -> Any:
-        order_key, view_key = jax.random.split(jax.random.fold_in(train_key, number))
-        order = jax.random.permutation(order_key, images)[: steps * batch].reshape(steps, batch)
-        active = jnp.where(number >= MEMORY_EPOCH, 1.0, 0.0)
-
-        def step(carry: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
-            params, state, memory = carry
-            rows, number = inputs
-            key = jax.random.fold_in(view_key, number)
-            gradient, codes = jax.grad(loss_of, has_aux=True)(params, items[rows], memory, active, key)
-            updates, state = optimizer.update(gradient, state, params)
-            memory = jnp.concatenate([codes.reshape(-1, *codes.shape[2:]), memory])[:MEMORY]
-            return (optax.apply_updates(params, updates), state, memory), None
-
-        return jax.lax.scan(step, carry, (order, jnp.arange(steps)))[0]
-
-    carry = params, optimizer.init(params), jnp.full((MEMORY, books, WORDS), 1 / WORDS)
-    for number in range(EPOCHS):
-        carry = epoch(carry, items, number)
-    return carry[0] | {"mean": mean, "scale": scale}
+    memory = Memory(jnp.int32(0), jnp.full((MEMORY, books, WORDS), 1 / WORDS))
+    items = jnp.asarray(np.swapaxes(views, 0, 1))
+    schedule = Schedule(EPOCHS, BATCH, settings.learning_rate)
+    params = minimize_with_memory(params, memory, loss_of, items, train_key, schedule)
+    return params | {"mean": mean, "scale": scale}
 
 
 @jax.jit
