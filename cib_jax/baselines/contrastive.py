@@ -235,8 +235,8 @@ def overview_hashing(
     params = initial_layers(init_key, shapes)
     length = max(1, min(length, images // 2))
     rows = [
-        jax.random.normal(jax.random.fold_in(memory_key, number), (length, width))
-        for number, width in enumerate((wide, bits, wide))
+        jax.random.normal(jax.random.fold_in(memory_key, number), (length, numbers))
+        for number, numbers in enumerate((wide, bits, wide))
     ]
 
     def loss_of(
@@ -300,6 +300,9 @@ def overviews(
     """Returns averages of the memory's values by the softmax of the shares of equal bits, plus half the own values."""
     equal = (bits @ memory.bits.T + (1 - bits) @ (1 - memory.bits).T) / bits.shape[1]
     return unit_rows(unit_rows(jax.nn.softmax(equal / 0.2, axis=1) @ memory.values) + 0.5 * values)
+
+
+# Shared
 
 
 def unit_rows(rows: Float[Array, "n numbers"]) -> Float[Array, "n numbers"]:
