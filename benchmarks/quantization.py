@@ -22,7 +22,7 @@ import rich.console
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from benchmarks import measuring, ranking
-from cib_jax.baselines.networks import Schedule, center_and_scale, minimize_with_memory, uniform
+from cib_jax.baselines.networks import Schedule, center_and_scale, minimize_with_memory, uniform, unit_rows
 from cib_jax.errors import UserError
 from cib_jax.inference.serialization import read_config
 from cib_jax.runs import context, features
@@ -53,20 +53,15 @@ class Memory(NamedTuple):
     """Soft codes of the last batches, the newest first."""
 
 
-def unit(rows: Float[Array, "*rows numbers"]) -> Float[Array, "*rows numbers"]:
-    """Returns rows of length 1."""
-    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
-
-
 def project(params: Params, rows: Float[Array, "batch features"]) -> Float[Array, "batch books numbers"]:
     """Returns the parts of projected features, each of length 1."""
     books = len(params["words"])
-    return unit((rows @ params["kernel"] + params["bias"]).reshape(len(rows), books, -1))
+    return unit_rows((rows @ params["kernel"] + params["bias"]).reshape(len(rows), books, -1))
 
 
 def soft_codes(params: Params, rows: Float[Array, "batch features"]) -> Float[Array, "batch books words"]:
     """Returns the share of each word in a part of the features."""
-    likeness = jnp.einsum("nbd,bwd->nbw", project(params, rows), unit(params["words"]))
+    likeness = jnp.einsum("nbd,bwd->nbw", project(params, rows), unit_rows(params["words"]))
     return jax.nn.softmax(SHARPNESS * likeness, axis=-1)
 
 
@@ -74,7 +69,7 @@ def contrast(
     pair: Float[Array, "2 batch numbers"], memory: Float[Array, "memory numbers"], active: Array, settings: Settings
 ) -> Float[Array, ""]:
     """Returns the debiased contrast of views, whose negatives are the rest of the batch and an active memory."""
-    rows, memory = unit(pair.reshape(-1, pair.shape[-1])), unit(memory)
+    rows, memory = unit_rows(pair.reshape(-1, pair.shape[-1])), unit_rows(memory)
     count, batch = len(rows), pair.shape[1]
     likeness = jnp.exp(rows @ rows.T / settings.temperature)
     positive = likeness[jnp.arange(count), (jnp.arange(count) + batch) % count]
@@ -98,14 +93,14 @@ def train(views: Float[np.ndarray, "views n features"], bits: int, key: PRNGKeyA
     params = {
         "kernel": uniform(init_key, (width, books * DIMENSIONS)),
         "bias": jnp.zeros(books * DIMENSIONS),
-        "words": unit(jax.random.normal(word_key, (books, WORDS, DIMENSIONS))),
+        "words": unit_rows(jax.random.normal(word_key, (books, WORDS, DIMENSIONS))),
     }
     first_active = MEMORY_EPOCH * (images // min(BATCH, images))
 
     def loss_of(params: Params, memory: Memory, rows: Array, key: PRNGKeyArray) -> tuple[Array, Memory]:
         chosen = jax.random.choice(key, count, (2,), replace=False)
         codes = jnp.stack([soft_codes(params, (rows[:, view] - mean) / scale) for view in chosen])
-        words = unit(params["words"])
+        words = unit_rows(params["words"])
 
         def rebuild(codes: Array) -> Array:
             return jnp.einsum("...bw,bwd->...bd", codes, words).reshape(*codes.shape[:-2], -1)
@@ -128,7 +123,7 @@ def train(views: Float[np.ndarray, "views n features"], bits: int, key: PRNGKeyA
 def parts_and_words(params: Params, rows: Float[Array, "n features"]) -> tuple[Array, Array]:
     """Returns the parts of projected features [n, books, numbers], and the nearest word of each [n, books]."""
     parts = project(params, (rows - params["mean"]) / params["scale"])
-    likeness = jnp.einsum("nbd,bwd->nbw", parts, unit(params["words"]))
+    likeness = jnp.einsum("nbd,bwd->nbw", parts, unit_rows(params["words"]))
     return parts, jnp.argmax(likeness, axis=-1).astype(jnp.uint8)
 
 
@@ -185,7 +180,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - begun)
             parts, asked = (np.asarray(array) for array in parts_and_words(params, rows["query"]))
             words = np.asarray(parts_and_words(params, rows["database"])[1])
-            codebooks = np.asarray(unit(params["words"]))
+            codebooks = np.asarray(unit_rows(params["words"]))
             chosen = codebooks[np.arange(bits // 8), asked]
             tables = (np.einsum("nbd,bwd->nbw", one, codebooks) for one in (chosen, parts))
             maps.append([mean_average_precision(one, words, relevant, k) for one in tables])

@@ -21,6 +21,7 @@ from cib_jax.baselines.networks import (
     minimize,
     minimize_with_memory,
     two_layers,
+    unit_rows,
 )
 from cib_jax.errors import UserError
 from cib_jax.losses import nt_xent
@@ -46,8 +47,7 @@ def crovca(
       Moummad et al., Image hashing via cross-view code alignment in the age of foundation models, 2025
       (https://arxiv.org/abs/2510.27584).
     """
-    for view in views:
-        validate_features(view, bits)
+    validate_views(views, bits)
     return fit_normalized(views, bits, key, alignment_loss, Schedule(epochs, batch_size, learning_rate))
 
 
@@ -104,8 +104,7 @@ def cimon(
     References:
       Luo et al., CIMON: Towards high-quality hash codes, IJCAI 2021 (https://arxiv.org/abs/2010.07804).
     """
-    for view in views:
-        validate_features(view, bits)
+    validate_views(views, bits)
     init_key, train_key, sample_key, cluster_key = jax.random.split(key, 4)
     mean, scale = center_and_scale(views)
     guides = np.asarray(views[:2], np.float32)
@@ -162,7 +161,7 @@ def refined_similarity(
     """
     peak, left, right = halves
     threshold = peak - width * left
-    rows = centered / jnp.maximum(jnp.linalg.norm(centered, axis=1, keepdims=True), 1e-8)
+    rows = unit_rows(centered)
     distances = 1 - rows @ rows.T
 
     def share(distance: Float[Array, "..."] | float, deviation: float) -> Float[Array, "..."]:
@@ -226,8 +225,7 @@ def overview_hashing(
     References:
       Yu, Shen and Zhang, Hashing one with all, ACM Multimedia 2023 (https://doi.org/10.1145/3581783.3611977).
     """
-    for view in views:
-        validate_features(view, bits)
+    validate_views(views, bits)
     init_key, memory_key, train_key = jax.random.split(key, 3)
     mean, scale = center_and_scale(views)
     count, images, width = views.shape
@@ -305,6 +303,9 @@ def overviews(
 # Shared
 
 
-def unit_rows(rows: Float[Array, "n numbers"]) -> Float[Array, "n numbers"]:
-    """Returns rows of length 1; zeros stay."""
-    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+def validate_views(views: Float[np.ndarray, "views n features"], bits: int) -> None:
+    """Checks that a baseline can learn `bits` bits from pairs of views."""
+    if len(views) < 2:
+        raise UserError(f"features must be those of at least 2 views, got shape {list(np.shape(views))}", "features")
+    for view in views:
+        validate_features(view, bits)

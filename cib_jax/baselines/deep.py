@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from cib_jax.baselines.linear import Hyperplanes, validate_features
-from cib_jax.baselines.networks import Network, Schedule, fit_head, fit_normalized
+from cib_jax.baselines.networks import Network, Schedule, fit_head, fit_normalized, unit_rows
 from cib_jax.codes import binarize
 
 # GreedyHash
@@ -170,7 +170,7 @@ def structure_loss(
     s is 1 below the distance `near` and −1 above `far`.
     """
     codes = jnp.tanh(logits)
-    rows = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-8)
+    rows = unit_rows(features)
     distances = 1 - rows @ rows.T
     wanted = jnp.where(distances < near, 1.0, jnp.where(distances > far, -1.0, 0.0))
     difference = jnp.square(wanted - codes @ codes.T / logits.shape[1])

@@ -145,6 +145,11 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "inputs o
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def unit_rows(rows: Float[Array, "*rows numbers"]) -> Float[Array, "*rows numbers"]:
+    """Returns rows of length 1; zeros stay."""
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
 def minimize(
     params: Params,
     loss: Callable[[Params, Items, PRNGKeyArray], Float[Array, ""]],

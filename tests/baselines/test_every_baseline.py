@@ -100,3 +100,9 @@ def test_malformed_features_are_refused(name):
     for features in (np.eye(40, 30) * 1e39, np.eye(40, 30).astype(">f8"), np.eye(40, 30).astype(np.longdouble)):
         with pytest.raises(Refusal, match=r"^features"):
             fit(name, features)
+
+
+@pytest.mark.parametrize("name", [name for name, baseline in BASELINES.items() if baseline.views])
+def test_one_view_is_refused_where_pairs_are_learned(name):
+    with pytest.raises(Refusal, match=r"^features .* at least 2 views.*\[1, 300, 24\]"):
+        BASELINES[name].fit(clusters()[0][None], 16, jax.random.key(0))
