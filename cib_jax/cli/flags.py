@@ -30,7 +30,7 @@ MODES = {
         "trains an encoder, and evaluates it",
         "--config=cifar --config.bits=64 --workdir=runs/cifar",
         _RUN,
-        after_interrupt="--workdir={workdir} with the same config continues from its checkpoint",
+        after_interrupt="--workdir={workdir} with the same config continues from what it has saved",
     ),
     "evaluate": Mode(
         "evaluate.evaluate",
