@@ -198,8 +198,7 @@ def main() -> None:
                 codes = hasher.encode(task.query[0]), hasher.encode(task.database[0])
             found.append(cib.mean_average_precision(*codes, task.query[1], task.database[1], k=1000))
             print(f"{row}, seed {seed}: {found[-1]:.4f} after {seconds[-1]:.0f} s", flush=True)
-        spread = f" ± {np.std(found, ddof=1):.3f}" if len(found) > 1 else ""
-        rows.append((row, f"{np.mean(found):.3f}{spread}", f"{np.median(seconds):.0f} s"))
+        rows.append((row, measuring.mean_and_deviation(found), f"{np.median(seconds):.0f} s"))
     print()
     measuring.print_table(("trained besides the head", "MAP@1000", "median training time"), rows)
 

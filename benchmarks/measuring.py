@@ -53,6 +53,12 @@ def format_ratio(slow: Seconds, fast: Seconds) -> str:
     return f"{median:.2f} ({least:.2f}–{most:.2f})"
 
 
+def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
+    """Formats the mean of several seeds and their sample deviation, such as "0.575 ± 0.003"; one has none."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints an aligned Markdown table, readable on a terminal and in a document."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]

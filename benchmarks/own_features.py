@@ -97,7 +97,7 @@ def main() -> None:
                     seconds.append(time.perf_counter() - begun)
                     labels = task.query_labels, task.database_labels
                     found.append(cib.mean_average_precision(*codes, *labels, k=1000))
-                cells.append(f"{np.mean(found):.3f} ± {np.std(found):.3f}")
+                cells.append(measuring.mean_and_deviation(found))
             rows.append((task.name, name, *cells, f"{np.median(seconds):.1f} s"))
     print(f"MAP@1000 over {flags.seeds} seeds, and the time of one fit with encoding")
     measuring.print_table(("features", "method", *(f"{bits} bits" for bits in flags.bits), "median time"), rows)

@@ -184,9 +184,7 @@ def main() -> None:
             chosen = codebooks[np.arange(bits // 8), asked]
             tables = (np.einsum("nbd,bwd->nbw", one, codebooks) for one in (chosen, parts))
             maps.append([mean_average_precision(one, words, relevant, k) for one in tables])
-        cells = [f"{mean:.3f}" for mean in np.mean(maps, axis=0)]
-        if len(maps) > 1:
-            cells = [f"{cell} ± {spread:.3f}" for cell, spread in zip(cells, np.std(maps, axis=0, ddof=1), strict=True)]
+        cells = [measuring.mean_and_deviation(values) for values in zip(*maps, strict=True)]
         table.append((bits, *cells, f"{np.mean(seconds):.0f}"))
     measuring.print_table(("bits", "symmetric", "asymmetric", "seconds of training"), table)
 

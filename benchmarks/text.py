@@ -178,7 +178,7 @@ def measure(
                 encode = fit(method, config, task.train)
                 seconds.append(time.perf_counter() - begun)
                 found.append(evaluate_codes(task, Coded(*encode(task.query), encode(task.database)[0]), by_float))
-            cells = (f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in zip(*found, strict=True))
+            cells = (measuring.mean_and_deviation(values) for values in zip(*found, strict=True))
             size_of_code = length // 8
             saving = f"{size / size_of_code:,.0f}"
             row = (METHODS[method], str(length), str(size_of_code), saving, *cells, f"{np.median(seconds):.1f} s")

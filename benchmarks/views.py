@@ -38,10 +38,9 @@ def main() -> None:
             results = train(config, flags.workdir / name, console=console)
             maps.append(results["map"])
             seconds.append(results["seconds"]["train"])
-        spread = f" ± {statistics.stdev(maps):.4f}" if len(maps) > 1 else ""
         row = [
             views or "0 (fresh)",
-            f"{statistics.mean(maps):.4f}{spread}",
+            measuring.mean_and_deviation(maps, 4),
             " ".join(f"{value:.4f}" for value in maps),
             f"{statistics.median(seconds):.0f}",
         ]

@@ -29,6 +29,12 @@ def test_a_ratio_is_taken_round_by_round():
     assert slow.median == 4.0
 
 
+def test_deviations_are_those_of_a_sample():
+    assert measuring.mean_and_deviation([0.5, 0.6, 0.7]) == "0.600 ± 0.100"
+    assert measuring.mean_and_deviation([0.5, 0.6], digits=1) == "0.6 ± 0.1"
+    assert measuring.mean_and_deviation([0.12345], digits=4) == "0.1235"
+
+
 def test_a_table_is_markdown(capsys):
     measuring.print_table(["px", "views/s"], [[128, "2,000"], [224, 1]])
     lines = capsys.readouterr().out.splitlines()
