@@ -114,7 +114,7 @@ def ssdh(
     width: float = 2.0,
     epochs: int = 60,
     batch_size: int = 64,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 1e-3,
 ) -> Hyperplanes:
     """Returns a linear head whose codes join pairs that are clearly similar, and part those that clearly are not.
 
@@ -187,7 +187,7 @@ def sdc(
     *,
     epochs: int = 60,
     batch_size: int = 64,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 1e-3,
 ) -> Network:
     """Returns a network of two layers whose codes have the order of the features' cosines, spread over the whole range.
 
