@@ -179,11 +179,12 @@ class _Shard:
     """The file of a shard, open for as long as this object is in use, and the offset of its pixels."""
 
     def __init__(self, folder: pathlib.Path, number: int):
-        path = _pixels_path(folder, number)
-        self.offset = np.load(path, mmap_mode="r").offset
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = os.open(_pixels_path(folder, number), os.O_RDONLY)
         # At the end of the process the system closes it: a thread may read until then.
         weakref.finalize(self, os.close, self.descriptor).atexit = False
+        # The pixels follow the header, whose length is in its bytes 8 and 9. NumPy would parse it with `ast`, which now
+        # and then fails in several threads of Python 3.11.7 or older: https://github.com/python/cpython/issues/106905
+        self.offset = 10 + int.from_bytes(os.pread(self.descriptor, 2, 8), "little")
 
 
 def _batched(results: Iterable[tuple[_FileStamp, _Decoded]]) -> Iterator[list[tuple[_FileStamp, _Decoded]]]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import PIL.Image
@@ -300,11 +301,21 @@ def test_readers_in_several_threads_see_the_same(root, monkeypatch):
             if not np.array_equal(made.images[index], expected[index]):
                 wrong.append(index)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def switch_threads(phase, info):
+        time.sleep(0)
+
+    gc.callbacks.append(switch_threads)  # as those of JAX do now and then, in the middle of a C function as well
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(switch_threads)
     assert wrong == []
 
 
