@@ -1,10 +1,9 @@
 """MeCoQ, a quantizer, on the features, views and splits of a run: its codes are words of codebooks, not bits.
 
-`python -m benchmarks.quantization RUN --bits 16 32 64 --seeds 0 1 2`, where RUN is the workdir of a run with a frozen
-backbone and `config.train.views` of 2 or more, such as a cell of a comparison. A code of 16 bits is a word of 256 in
-each of two codebooks, and images are ranked by sums of inner products from tables, where `--mode=compare` ranks by
-Hamming distance. Symmetric: words against words, as codes are compared elsewhere.
-Asymmetric: the real values of a query against words.
+`python -m benchmarks.quantization RUN --bits 16 32 64 --seeds 0 1 2`, where RUN is the workdir of a run, such as a cell
+of a comparison. A code of 16 bits is a word of 256 in each of two codebooks, and images are ranked by sums of inner
+products from tables, where `--mode=compare` ranks by Hamming distance. Symmetric: words against words, as codes are
+compared elsewhere. Asymmetric: the real values of a query against words.
 
 References:
   Wang et al., Contrastive quantization with code memory for unsupervised image retrieval, AAAI 2022
@@ -159,12 +158,13 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     query, database = run.splits.query, run.splits.database
-    if not run.features_stay or run.config.train.views < 2:
-        parser.error(f"{flags.run} must have a frozen backbone, and config.train.views of 2 or more")
     if query.labels is None or database.labels is None or query.labels.ndim > 1:
         parser.error(f"{flags.run} must have one label for each image")
     relevant = query.labels[:, None] == database.labels
-    views = np.asarray(features.of_views(run, run.splits.train, run.config.train.views, "View bank"))
+    try:
+        views = features.views_before_hashing(run, run.splits.train, "Views, training")
+    except UserError as error:
+        parser.error(str(error))
     rows = {
         name: np.concatenate(list(features.before_hashing(run, images, f"Features, {name}")))
         for name, images in {"query": query, "database": database}.items()

@@ -233,7 +233,10 @@ def measure_baseline(
         source = BASELINES[method].source
         write_json(workdir / BASELINE, {"method": method, "source": source})
         write_json(workdir / "config.json", config.to_dict())
-        rows = _training_features(run, method)
+        if BASELINES[method].views:
+            rows = features.views_before_hashing(run, run.splits.train, "Views, training")
+        else:
+            rows = np.concatenate(list(features.before_hashing(run, run.splits.train, "Features, training")))
         begun = time.perf_counter()
         try:
             encoder = BASELINES[method].fit(rows, config.bits, build.key(config, "baseline"))
@@ -246,19 +249,6 @@ def measure_baseline(
         seconds = {"train": fitted - begun, "encode": time.perf_counter() - fitted}
         origin = {"objective": method, "source": source}
         return evaluate.evaluate_codes(run, query, database, origin, seconds)
-
-
-def _training_features(run: RunContext, method: str) -> Float[np.ndarray, "*views n features"]:
-    if not BASELINES[method].views:
-        return np.concatenate(list(features.before_hashing(run, run.splits.train, "Features, training")))
-    views = run.config.train.views
-    if not run.features_stay or views < 2:
-        raise ConfigError(
-            f"{METHODS}: {method} needs a frozen backbone and config.train.views of 2 or more, got "
-            f"{run.config.backbone} and {views}; leave the row out, or set both",
-            METHODS,
-        )
-    return np.asarray(features.of_views(run, run.splits.train, views, f"View bank, {views} views"))
 
 
 @jax.jit

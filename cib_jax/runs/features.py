@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.resources
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib.resources.abc import Traversable
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, PRNGKeyArray, Shaped, UInt8
 
 from cib_jax import console
+from cib_jax.augment.augment import image_keys
 from cib_jax.codes import byte_count
 from cib_jax.config import build, loaded_files
 from cib_jax.console import print_message
@@ -21,6 +23,7 @@ from cib_jax.data import cache
 from cib_jax.data.cache import DamagedError, FeatureCache
 from cib_jax.data.dataset import ImageSet, identity
 from cib_jax.distributed import multihost, sharding
+from cib_jax.errors import ConfigError
 from cib_jax.inference.hasher import Hasher
 from cib_jax.models import encoder
 from cib_jax.models.encoder import Params, plain_features
@@ -30,6 +33,9 @@ from cib_jax.training.input_pipeline import ImageBatches
 
 PART = 4096
 """Images per file of features, approximately: what an interrupted run can lose, and what is in memory at a time."""
+
+FRESH_VIEWS = 10
+"""Views of each image for a baseline, where a run has no view bank; an even number."""
 
 # Files that decide the features of images: if one of them changes, so may the features, and the cache is not used.
 CODE = (
@@ -181,15 +187,63 @@ def before_hashing(run: RunContext, images: ImageSet, title: str) -> Iterator[Fl
     if run.features_stay or run.standard is not None:
         yield from plain(run, images, title)
         return
-    compute = jax.jit(lambda batch: run.encoder.preprocess(batch).reshape(len(batch), -1))
-    size = min(run.config.encode_batch, len(images))
+    compute = jax.jit(lambda batch, first: run.encoder.preprocess(batch).reshape(len(batch), -1))
     with console.progress_bar(run.console, title, len(images), unit=run.noun) as advance:
-        for start in range(0, len(images), PART):
-            batches = run.batches(images, start, start + PART)
-            rows = sharding.map_batches(
-                lambda batch, first: compute(batch), batches, lambda count: advance(count, ""), size=size
+        yield from _in_parts(run, images, compute, lambda count: advance(count, ""))
+
+
+def views_before_hashing(run: RunContext, images: ImageSet, title: str) -> Float16[np.ndarray, "views images features"]:
+    """Returns the inputs of a baseline that learns from views: those of `before_hashing`, of views of each image.
+
+    A frozen backbone's are its view bank; otherwise there are `FRESH_VIEWS` views of pixels, or of given features.
+
+    Raises:
+      ConfigError: A backbone is frozen without a view bank, or the views take more than `train.bank_mb`.
+    """
+    config = run.config
+    if run.features_stay:
+        if not config.train.views:
+            raise ConfigError(
+                "config.train.views must be at least 2 with a frozen backbone, got 0; set it, or leave the row out",
+                field="config.train.views",
             )
-            yield np.concatenate([np.asarray(row) for row in rows])
+        return np.asarray(of_views(run, images, config.train.views, title))
+    width = 3 * run.encoder.image_size**2 if run.standard is None else len(run.standard.mean)
+    size = math.ceil(FRESH_VIEWS * len(images) * width * input_pipeline.BYTES / 2**20)
+    if size > config.train.bank_mb:
+        raise ConfigError(
+            f"config.train.bank_mb must be at least {size}, for {FRESH_VIEWS} views of {len(images):,} {run.noun}, "
+            f"got {config.train.bank_mb}; raise it, or leave the row out",
+            field="config.train.bank_mb",
+        )
+
+    two_views = functools.partial(run.encoder.two_views, family=config.augment)
+
+    @jax.jit
+    def compute(batch: Array, first: Array, key: PRNGKeyArray) -> Float16[Array, "batch 2 features"]:
+        # One key per image, by its index in the whole set, so that views do not depend on the batch size.
+        keys = image_keys(key, len(batch), first)
+        views = jax.vmap(lambda key, image: two_views(key, image[None]))(keys, batch)
+        return jnp.stack([view.reshape(len(batch), -1) for view in views], axis=1).astype(input_pipeline.STORED)
+
+    pairs = []
+    with console.progress_bar(run.console, title, len(images) * FRESH_VIEWS, unit="views") as advance:
+        for pair in range(FRESH_VIEWS // 2):
+            of_pair = functools.partial(compute, key=jax.random.fold_in(build.key(config, "view bank"), pair))
+            parts = _in_parts(run, images, of_pair, lambda count: advance(2 * count, ""))
+            pairs.append(np.concatenate(list(parts)))
+    return np.concatenate(pairs, axis=1).swapaxes(0, 1)
+
+
+def _in_parts(
+    run: RunContext, images: ImageSet, compute: Callable[..., Array], on_images: Callable[[int], None]
+) -> Iterator[Shaped[np.ndarray, "rows ..."]]:
+    """Yields `compute(batch, index of its first image)` of all images, in order, `PART` at a time."""
+    size = min(run.config.encode_batch, len(images))
+    for start in range(0, len(images), PART):
+        batches = run.batches(images, start, start + PART)
+        rows = sharding.map_batches(compute, batches, on_images, size=size, first=start)
+        yield np.concatenate([np.asarray(row) for row in rows])
 
 
 def codes(run: RunContext, params: Params, images: ImageSet, title: str) -> UInt8[np.ndarray, "n bytes"]:

@@ -311,12 +311,27 @@ def test_a_baseline_that_learns_from_views_takes_the_view_bank(tmp_path, monkeyp
     assert results["map"] > 0.15  # chance gives 0.1
 
 
-@pytest.mark.parametrize("fields", [{"backbone": "convnet"}, {"train__views": 0}])
-def test_a_baseline_that_learns_from_views_is_refused_without_them(fields, tmp_path, monkeypatch):
-    frozen = {} if "backbone" in fields else pretrained.convnet(monkeypatch, tmp_path, 8)
-    config = small.config(bits=8, **frozen, **fields)
-    with pytest.raises(ConfigError, match=r"crovca needs a frozen backbone and config.train.views of 2 or more"):
-        compare_lib.measure_baseline(config, "crovca", tmp_path / "b", console=QUIET)
+def test_a_baseline_that_learns_from_views_gets_some_where_no_backbone_is_frozen(tmp_path):
+    for name, config in {"pixels": small.config(bits=8), "features": many.config(tmp_path, bits=8)}.items():
+        results = compare_lib.measure_baseline(config, "crovca", tmp_path / name, console=QUIET)
+        assert results["map"] == pytest.approx(small.reference_map(tmp_path / name, config.k))
+        assert results["map"] > {"pixels": 0.2, "features": 0.5}[name]  # chance gives 0.1 and 1/3
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"train__views": 0}, r"config.train.views must be at least 2 with a frozen backbone, got 0"),
+        (
+            {"frozen": False, "train__bank_mb": 0},
+            r"config.train.bank_mb must be at least 1, for 10 views of 130 images",
+        ),
+    ],
+)
+def test_a_baseline_that_learns_from_views_is_refused_without_them(fields, words, tmp_path, monkeypatch):
+    frozen = pretrained.convnet(monkeypatch, tmp_path, 8)
+    with pytest.raises(ConfigError, match=words):
+        compare_lib.measure_baseline(small.config(bits=8, **frozen | fields), "crovca", tmp_path / "b", console=QUIET)
 
 
 def test_cells_of_several_data_make_no_table(tmp_path):

@@ -23,6 +23,7 @@ from cib_jax.runs import context, features
 from cib_jax.training import input_pipeline
 from cib_jax.training.input_pipeline import ImageBatches
 from tests import pretrained, small
+from tests.commands import many
 
 pytestmark = pytest.mark.usefixtures("compiled_to_run")
 
@@ -196,6 +197,32 @@ def test_what_shapes_features_makes_another_bank(first, tmp_path, console, field
         views = [jax.random.key_data(build.key(run.config, "view bank")).tolist(), run.config.augment]
         keys.append((key, views))
     assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("takes", ["pixels", "features"])
+def test_views_of_a_baseline_without_a_bank_differ_and_do_not_depend_on_batches(takes, tmp_path, console, monkeypatch):
+    monkeypatch.setattr("cib_jax.runs.features.PART", 70)
+    banks = []
+    for size in (64, 100):
+        fields = {"encode_batch": size, "train__views": 0}
+        made = many.config(tmp_path, **fields) if takes == "features" else config("none", frozen=False, **fields)
+        run = context.prepare_run(made, tmp_path / "run", console)
+        banks.append(features.views_before_hashing(run, run.splits.train, "Views"))
+    [plain] = features.before_hashing(run, run.splits.train.take(np.arange(70)), "Features")
+    assert banks[0].shape == (10, len(run.splits.train), plain.shape[1])
+    np.testing.assert_array_equal(*banks)
+    for image in (0, 99):
+        assert len({view.tobytes() for view in banks[0][:, image]}) == 10
+    # Views of an item are nearer to it than to others, on average.
+    distance = np.linalg.norm(banks[0][:, :70, None].astype(np.float32) - plain, axis=3).mean(axis=0)
+    assert np.mean(np.diag(distance)) < np.mean(distance)
+
+
+def test_views_of_features_without_noise_are_the_features(tmp_path, console):
+    run = context.prepare_run(many.config(tmp_path, feature_noise=0.0, feature_dropout=0.0), tmp_path / "run", console)
+    [plain] = features.before_hashing(run, run.splits.train, "Features")
+    for view in features.views_before_hashing(run, run.splits.train, "Views"):
+        np.testing.assert_allclose(view, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_a_changed_source_makes_another_bank(tmp_path):
