@@ -23,7 +23,7 @@ from cib_jax.console import on_stdout, print_message
 from cib_jax.data.dataset import ImageSet
 from cib_jax.distributed import sharding
 from cib_jax.errors import ConfigError, TrainingError, UserError
-from cib_jax.files import did_you_mean, write_bytes
+from cib_jax.files import count, did_you_mean, write_bytes
 from cib_jax.losses import OBJECTIVES
 from cib_jax.report import figures, tables
 from cib_jax.report.html import Grid, Section
@@ -72,7 +72,7 @@ def compare(
             lambda records: _conclude(config, workdir, list(zip(cells, records, strict=True)), console),
             workdir=workdir,
             workers=compared.workers,
-            noun="cells",
+            noun="cell",
             console=console,
         )
 
@@ -325,7 +325,7 @@ def _conclude(
         if why:
             print_message(console, f"Refused: {cell.title}: {why}")
     if waiting := sum(not why for _, why in missing):
-        print_message(console, f"{waiting} cells are left to other processes; run again when these are done")
+        print_message(console, f"Left to other processes: {count(waiting, 'cell')}; run again when they are done")
     print_message(console, f"Written to {workdir}: comparison.csv, .md, .tex and .json{drawn}")
     return comparison
 

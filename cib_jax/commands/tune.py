@@ -73,7 +73,7 @@ def tune(
             workdir=workdir,
             # Each trial of TPE depends on all trials before it.
             workers=1 if tuned.sampler == "tpe" else tuned.workers,
-            noun="trials",
+            noun="trial",
             console=console,
         )
 
@@ -347,7 +347,7 @@ def _conclude(
         if record["error"]:
             print_message(console, f"Trial {record['number'] + 1} failed: {record['error']}")
     if waiting := records.count(None):
-        print_message(console, f"{waiting} trials are left to other processes; run again when these are done")
+        print_message(console, f"Left to other processes: {count(waiting, 'trial')}; run again when they are done")
     search = {"score": config.tune.score, "best": None, "rank_correlation": {}, "trials": done}
     if not good and waiting:
         return search

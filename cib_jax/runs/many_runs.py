@@ -62,13 +62,13 @@ def run_all(
 
     `work` is an importable function that completes an item, with messages to a console, and returns a sentence about
     it, None if nothing can be done about it now; it raises `BusyError` if another process is working on the item. The
-    record of an item that is not complete is None. 0 `workers` are as many as cores and memory allow. `noun` names the
-    items, in the plural. A terminal shows what each worker is doing, and how many items are complete.
+    record of an item that is not complete is None. 0 `workers` are as many as cores and memory allow. `noun` names an
+    item. A terminal shows what each worker is doing, and how many items are complete.
     """
     workers = min(worker_count(workers), len(items))
     processes = count(workers, "process", "processes")
     complete = _count_complete(items)
-    print_message(console, f"{len(items)} {noun}, {complete} of them complete; {processes} at work in {workdir}")
+    print_message(console, f"{count(len(items), noun)}, {complete} complete; {processes} at work in {workdir}")
     broken = None
     with _display(items, noun, console) as receive:
         try:
@@ -139,7 +139,7 @@ def _display(
                 left = str(datetime.timedelta(seconds=round(seconds)))
         bar = rich.progress_bar.ProgressBar(total=len(items), completed=complete, width=40)
         line = rich.table.Table.grid(padding=(0, 1))
-        line.add_row(bar, f"{complete} of {len(items)} {noun}, {left} left", spinner)
+        line.add_row(bar, f"{complete} of {count(len(items), noun)}, {left} left", spinner)
         lines = (rich.text.Text(text) for _, text in sorted(doing.items()) if text)
         return rich.console.Group(line, *lines)
 

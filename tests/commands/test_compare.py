@@ -164,7 +164,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
         comparison = compare(config, tmp_path / "t", console=console)
     assert [cell["method"] for cell in comparison["cells"]] == ["PCA sign"]
     assert comparison["missing"][0]["method"] == "LSH"
-    assert "1 cells are left to other processes" in console.export_text()
+    assert "Left to other processes: 1 cell;" in console.export_text()
     assert len(compare(config, tmp_path / "t", console=QUIET)["cells"]) == 2
 
 

@@ -148,7 +148,7 @@ def test_trials_that_another_process_is_at_are_left_to_it(tmp_path):
     console = rich.console.Console(record=True, width=200)
     with workdir.exclusive(tmp_path / "s" / "trials" / "0000.lock"):
         assert tune.tune(config, tmp_path / "s", console=console)["best"] is None
-    assert "2 trials are left to other processes" in console.export_text()
+    assert "Left to other processes: 2 trials;" in console.export_text()
 
 
 def test_two_stored_views_are_two_different_ones(tmp_path):

@@ -47,14 +47,14 @@ def console():
 
 def run(folder, names, console):
     items = [Item(folder, name) for name in names]
-    options = {"workdir": folder, "workers": 1, "noun": "items", "console": console}
+    options = {"workdir": folder, "workers": 1, "noun": "item", "console": console}
     return run_all(items, complete, lambda records: [record and record["name"] for record in records], **options)
 
 
 def test_what_is_complete_stays_and_what_others_work_on_is_left_to_them(tmp_path, console):
     (tmp_path / "done.json").write_text('{"name": "by another"}')
     assert run(tmp_path, ["done", "busy", "new", "later"], console) == ["by another", None, "new", None]
-    assert "4 items, 1 of them complete; 1 process at work" in console.export_text(clear=False)
+    assert "4 items, 1 complete; 1 process at work" in console.export_text(clear=False)
     assert run(tmp_path, ["new", "newer"], console) == ["new", "newer"]
 
 
@@ -77,7 +77,7 @@ def test_a_terminal_shows_what_each_worker_is_doing_and_every_result(tmp_path):
     console = rich.console.Console(file=shown, width=80, force_terminal=True)
     items = [Item(tmp_path, name) for name in ("a", "b")]
     work = functools.partial(wait_until_shown, shown=shown)
-    options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
+    options = {"workdir": tmp_path, "workers": 1, "noun": "item", "console": console}
     run_all(items, work, lambda records: None, **options)
     assert "1 of 2 items" in shown.getvalue() and "2 of 2 complete: b is complete" in shown.getvalue()
 
@@ -92,7 +92,7 @@ def print_much(item, console, *, shown):
 def test_what_a_worker_is_doing_is_shown_whole_in_a_narrow_terminal(tmp_path):
     shown = io.StringIO()
     console = rich.console.Console(file=shown, width=80, force_terminal=True)
-    options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
+    options = {"workdir": tmp_path, "workers": 1, "noun": "item", "console": console}
     run_all([Item(tmp_path, "long")], functools.partial(print_much, shown=shown), lambda records: None, **options)
 
 
@@ -105,7 +105,7 @@ def overdue(item, console, *, shown):
 def test_no_time_is_left_of_a_run_that_takes_longer_than_those_before(tmp_path):
     shown = io.StringIO()
     console = rich.console.Console(file=shown, width=80, force_terminal=True)
-    options = {"workdir": tmp_path, "workers": 1, "noun": "items", "console": console}
+    options = {"workdir": tmp_path, "workers": 1, "noun": "item", "console": console}
     items = [Item(tmp_path, name) for name in ("quick", "slow")]
     run_all(items, functools.partial(overdue, shown=shown), lambda records: None, **options)
 
