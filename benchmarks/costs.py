@@ -1,9 +1,9 @@
 """Seconds and memory of each method of a comparison, each in a process of its own, with the features cached.
 
 `python -m benchmarks.costs METHOD METHOD … --flag=--config=configs/digits.py`, with `--flag` for each flag of run.py. A
-method may set fields, as in `compare.methods`. "Learning" is what a comparison calls the seconds of
-training, "whole" the time from the start of Python to the written table, with the import of JAX, reading the data and
-features, compiling and the evaluation. Memory is the largest that the process had.
+method may set fields, as in `compare.methods`. The seconds of learning are the `train_seconds` of a comparison; those
+of the whole command also contain the start of Python, reading data and features, compiling and the evaluation. Memory
+is the peak resident memory of the process.
 """
 
 import csv
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def measure(method: str, bits: int, flags: list[str]) -> tuple[float, float, float]:
-    """Returns the seconds of learning, those of the whole process, and its largest memory in MiB."""
+    """Returns the seconds of learning, those of the whole process, and its peak memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         fields = {
             "mode": "compare",
@@ -36,7 +36,7 @@ def measure(method: str, bits: int, flags: list[str]) -> tuple[float, float, flo
         process = subprocess.Popen(command, stdout=sys.stderr)
         _, status, usage = os.wait4(process.pid, 0)
         whole = time.perf_counter() - begun
-        process.returncode = os.waitstatus_to_exitcode(status)  # since wait4 has taken it
+        process.returncode = os.waitstatus_to_exitcode(status)  # Popen does not see what wait4 has collected
         if process.returncode:
             sys.exit(f"{method} ended with status {process.returncode}; its message is above")
         with (pathlib.Path(folder) / "comparison.csv").open(encoding="utf-8") as file:
@@ -57,7 +57,7 @@ def main() -> None:
         learning, whole, memory = measure(method, flags.bits, flags.flag)
         rows.append((method, f"{learning:.1f}", f"{whole:.1f}", f"{memory:,.0f}"))
     print(measuring.machine("jax"), f"; {flags.bits} bits", flush=True)
-    measuring.print_table(("method", "seconds of learning", "seconds of the whole", "MiB at most"), rows)
+    measuring.print_table(("method", "seconds of learning", "seconds of the whole command", "MiB at most"), rows)
 
 
 if __name__ == "__main__":
